@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.forms.composing import (
-    FORM_OF_SOURCE,
+    FORMAT_OF_SOURCE,
     KEYS,
     KEYS_OF_SOURCE,
     OWN_KEYS,
     SHARED_CACHES,
     SOURCES,
     SOURCES_WITH_ADDRESSES,
-    form_of,
     read_own_keys,
+    source_format_of,
 )
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import DatasetConfig, DatasetTable, Table, folder_id
@@ -190,7 +190,7 @@ def _find_forbidden_folders(table: DatasetTable) -> list[str]:
 
 def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
     """Return a configuration whose tables all store downloads in `folder`."""
-    if not any(form_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
+    if not any(source_format_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
             "addresses: nothing is downloaded",
@@ -459,7 +459,7 @@ def _read_table(
     if is_of_audio:  # read like a table of clips, whose frames are black
         entry = _audio_to_clips(entry, source_key, general)
     media_key = OF_AUDIO.get(source_key, source_key)
-    data_form = FORM_OF_SOURCE[media_key]
+    data_form = FORMAT_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
     values = {name: key.default for name, key in KEYS.items()}
     values |= general
@@ -553,7 +553,7 @@ def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, A
 
 
 def _fill_in_fields(
-    data_form: DataForm, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
+    data_form: SourceFormat, fields: dict[str, Any], source_key: str, table_label: str, errors: list[str]
 ) -> bool:
     """Set the fields of a table that depend on others; if fields conflict, add an error and return False.
 

@@ -49,12 +49,13 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
         if table.directory is None or table.directory.is_dir():
             by_folder.setdefault(folder, []).extend(find_sources(table))
     for folder, sources in by_folder.items():
-        lone = ControlFolder(folder, {source.stem for source in sources}).alone  # control images of no image
-        if lone:
-            names = ", ".join(path.name for path in lone[:SHOWN])
-            more = " ..." if len(lone) > SHOWN else ""
+        unmatched = ControlFolder(folder, {source.stem for source in sources}).unmatched
+        if unmatched:
+            names = ", ".join(path.name for path in unmatched[:SHOWN])
+            more = " ..." if len(unmatched) > SHOWN else ""
+            count = count_of(len(unmatched), "control picture")
             raise DatasetError(
-                f"{folder}: {count_of(len(lone), 'control picture')} without a picture of the same name: "
+                f"{folder}: {count} without a picture of the same name: "
                 f"{names}{more}. Rename them, or move them away"
             )
         shape_warning = describe_shapes(folder, sources)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.forms.composing import form_of
+from dataset.forms.composing import source_format_of
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
 from dataset.sources.folders import list_table_folder, log_lone_controls
 from dataset.sources.left_out import TableFolders, describe_entries
@@ -20,7 +20,7 @@ from dataset.sources.media_source import (
     Fault,
     MediaSource,
     list_errors,
-    pause_collection,
+    pause_garbage_collection,
     raise_errors,
 )
 from dataset.sources.missing import hint_of_start
@@ -58,10 +58,10 @@ def find_sources(
             share a cache file.
     """
     errors: list[Fault] = []
-    with pause_collection():
+    with pause_garbage_collection():
         sources = _list_sources(table, captions, errors)
     if not sources and not errors:
-        contents = form_of(table).empty.format(kind=table.kind)
+        contents = source_format_of(table).empty.format(kind=table.kind)
         hint = ""
         if table.directory is not None:
             contents = describe_entries(table)
@@ -87,7 +87,7 @@ def find_sources(
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """List the items of a table, with the files of other folders that belong to them."""
     if table.directory is None:
-        return form_of(table).list_sources(table, faults)
+        return source_format_of(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)
     if table.worse_directory is not None:
         from dataset.sources.pairs import add_rejected  # few tables have pairs
@@ -167,7 +167,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
     """Log the faults that do not end the run, the first LISTED of them in full."""
-    lines = list_errors([error for error in faults if not error.ends_run], LISTED)
+    lines = list_errors([error for error in faults if not error.is_fatal], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
 
@@ -203,7 +203,7 @@ def find_all_sources(
         if skipped is None:
             warn_skipped(faults)
         else:
-            skipped += [(table, fault) for fault in faults if not fault.ends_run]
+            skipped += [(table, fault) for fault in faults if not fault.is_fatal]
     if table_errors:
         raise DatasetError("\n".join(table_errors))
     # warnings about files that were read in an old encoding, or not at all
@@ -235,7 +235,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Warn about unused columns, and about an editing model that gets no reference images at all."""
     unread: list[Fault] = []
     for table in config.datasets:
-        if form_of(table).has_columns:
+        if source_format_of(table).has_columns:
             from dataset.forms.unread import find_unused  # only with lists or tables
 
             unread += find_unused(table)
@@ -258,7 +258,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
         return f"no {source.caption_path.name} next to it{hint}"
-    return form_of(table).describe_caption_place(table)
+    return source_format_of(table).describe_caption_place(table)
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:

@@ -159,8 +159,10 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
         # perhaps an unreleased model, whose sizes are all in proportion to another width
         first = expected_sizes[0]
         rows, columns = first.size
-        width = columns / first.columns_per_width if first.columns_per_width else rows / first.rows_per_width
-        if all(_agrees(expected, width) for expected in expected_sizes):
+        scaled_width = (
+            columns / first.columns_per_width if first.columns_per_width else rows / first.rows_per_width
+        )
+        if all(_agrees(expected, scaled_width) for expected in expected_sizes):
             level = _IN_PROPORTION
     return level
 

@@ -46,8 +46,8 @@ def describe_control_pairs(
     errors = ""
     if missing:
         errors += f". Without a control picture: {list_some(missing)}"
-    if controls.alone:
-        errors += f". Without a picture: {list_some([path.name for path in controls.alone])}"
+    if controls.unmatched:
+        errors += f". Without a picture: {list_some([path.name for path in controls.unmatched])}"
     return warning(
         f"{control_folder}: left out, as {kind.title} learns no control pictures. "
         f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. "

@@ -424,7 +424,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
                 sources = find_sources(table, faults=errors)
             except DatasetError as error:
                 errors.append(Fault("tables cannot be used", str(error)))
-            problems += [fault for fault in errors if fault.ends_run]
+            problems += [fault for fault in errors if fault.is_fatal]
             for source in sources:
                 if source.caption is None and source.path.name in damaged:
                     problems.append(Fault(DAMAGED, str(source.path)))

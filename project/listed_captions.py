@@ -13,7 +13,7 @@ from typing import Any
 
 from dataset.forms.composing import FORMAT_OF_SUFFIX, column_names, read_columns
 from dataset.forms.rows import CAPTION_COLUMNS, PATH_COLUMNS, check_text
-from dataset.sources.captions import guess_of_editor
+from dataset.sources.captions import guess_windows_encoding
 from modules.console import count_of, list_some
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
@@ -260,7 +260,7 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        guess = guess_of_editor(content) or guess_encoding(content)
+        guess = guess_windows_encoding(content) or guess_encoding(content)
         if guess is None:
             raise DatasetError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
         remarks.append(warning(f"{path.name}: not UTF-8, and read as {guess.name}"))

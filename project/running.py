@@ -540,7 +540,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
     with contextlib.chdir(folder):
         cache_family_latents(script_family(argv), None, list(argv[2:]), check)
     # only unreadable files are left out; any other error ends the run
-    ending = [error.kind for error in errors if error.kind != UNREADABLE and error.ends_run]
+    ending = [error.kind for error in errors if error.kind != UNREADABLE and error.is_fatal]
     if ending:
         return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])
     return MediaCheck(fault_kinds=[], left_out=[error.text for error in errors])

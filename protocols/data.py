@@ -123,9 +123,10 @@ class MadeBy:
     path: Path
     part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
-    own_clocks: bool = False  # written by a version that read control clips and masks by their own timestamps
+    # written by a version that read control clips and masks by their own timestamps
+    has_separate_timing: bool = False
     windows: int = 0  # number of items from the same clip; 0: not recorded
-    as_shown: int | None = None  # mark of an earlier version's way to read clips; None: the current way
+    earlier_decoder_version: int | None = None  # of an earlier version's clip decoder; None: the current one
 
 
 @dataclass(frozen=True)

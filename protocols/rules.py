@@ -187,7 +187,7 @@ class NpzFormat:
     # whether names of latent arrays end in the size, so that a file may hold several resolutions
     has_resolutions: bool = True
     # whether older programs name the latents of an image STEM.npz, without size and model
-    has_nameless: bool = False
+    reads_untagged_files: bool = False
 
 
 @dataclass(frozen=True)

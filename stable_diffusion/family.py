@@ -165,7 +165,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         scale=kind.latent_scale,
         preview_factors=_COLORS_OF_XL if kind is SDXL else _COLORS_OF_SD,
         preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
-        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, has_nameless=True),
+        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, reads_untagged_files=True),
         has_size_conditions=kind is SDXL,
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from dataset.forms import CACHES, FOLDER, FORMS, JSON_LINES, JSONL, ROWS
 from dataset.forms.composing import FORM_OF_SOURCE
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 from dataset.forms.metadata import METADATA
 from dataset.table import declared_keys
 from modules.options import option_name
@@ -128,7 +128,7 @@ def delete_from(tree: Path, name: str) -> list[str]:
 def name_what_it_brings(name: str) -> list[str]:
     """Return the options of trainings and keys of tables that are gone with one of FOLDERS: --tread, tars."""
     form = FORM_FILES.get(name)
-    if isinstance(form, DataForm):
+    if isinstance(form, SourceFormat):
         keys = [] if form.keys is None else [*declared_keys(form.keys)]
         return [*keys, *(key for key, other in FORM_OF_SOURCE.items() if other is form)]
     parts: dict[str, Any] = {feature.name: feature for feature in FEATURES}

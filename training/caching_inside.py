@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
+from dataset.batches.items import NO_COMMANDS, CachingCommands, LiveTables, TableCacheInfo, TrainingItem
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
 from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_file_name
 from dataset.caching.latents import batch_media, load_encoders
@@ -38,8 +38,8 @@ from dataset.sources.remarks import (
     find_caption_warnings,
     find_media_warnings,
     log_warnings,
+    unvaried_captions,
     warn_cut_captions,
-    whole_texts,
 )
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
 from modules.console import as_size, quiet
@@ -148,7 +148,7 @@ def prepare_sources(
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
     media_encoder = None
-    if any(table.sizes is not None for table in tables.values()):
+    if any(table.live_buckets is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         media_encoder = LiveMedia(family, device, on_media)
     return BatchSources(
@@ -294,7 +294,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         DatasetError: If captions are missing, or if they are read together with reference images.
         MediaError: If the header of an image cannot be read.
     """
-    live_tables: dict[int, ItemKind] = {}
+    live_tables: dict[int, TableCacheInfo] = {}
     dataset = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
     folders = TableFolders(dataset)
     for plan in plans:
@@ -312,12 +312,12 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         sizes: dict[str, Size] | None = None
         if is_live:
             sizes = {stem: _read_size(source) for stem, source in sources_by_stem.items()}
-        live_tables[plan.table.index] = ItemKind(
+        live_tables[plan.table.index] = TableCacheInfo(
             tag,
             frozenset(),
-            has_text=plan.texts is not TensorLocation.LIVE,
-            sizes=sizes,
-            sources=sources_by_stem,
+            has_cached_texts=plan.texts is not TensorLocation.LIVE,
+            live_buckets=sizes,
+            live_sources=sources_by_stem,
         )
     return live_tables
 
@@ -347,8 +347,10 @@ def _warn_of_live(
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live_table = tables.get(table.index)
-        if live_table is not None and live_table.sizes is not None:  # its images are encoded during training
-            images += live_table.sources.values()
+        if (
+            live_table is not None and live_table.live_buckets is not None
+        ):  # its images are encoded during training
+            images += live_table.live_sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
     if tables_of_lists:
@@ -357,10 +359,10 @@ def _warn_of_live(
     log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
         return
-    sources = [source for live_table in tables.values() for source in live_table.sources.values()]
+    sources = [source for live_table in tables.values() for source in live_table.live_sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
-        (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)
+        (source.caption_path or source.path, text) for source in sources for text in unvaried_captions(source)
     ]
     for text_encoder in encoders:
         warn_cut_captions(text_encoder, captions)
@@ -621,7 +623,7 @@ class LiveMedia:
         # images of equal shapes are encoded together: group -> position in the batch -> image
         groups: dict[tuple[object, ...], dict[int, DecodedMedia]] = {}
         for position, item in enumerate(items):
-            if item.kind.sizes is not None:
+            if item.cache_info.live_buckets is not None:
                 media = self._read(item, random.Random(derive_seed(*seed_parts, "picture", position)))
                 groups.setdefault(media.group, {})[position] = media
         encoded: dict[int, dict[str, Tensor]] = {}
@@ -633,7 +635,7 @@ class LiveMedia:
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         """Read and augment the image of an item; `generator` draws the augmentation."""
-        source = item.kind.sources[item.source_stem]
+        source = item.cache_info.live_sources[item.source_stem]
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps

@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset.batches.items import TrainingItem
 from dataset.cache_files import parse_latent_name
-from dataset.forms.composing import form_of
+from dataset.forms.composing import source_format_of
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from training.learning_options import PartsOptions
@@ -163,7 +163,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
             num_regularization += table.num_repeats
         else:
             num_learned += table.num_repeats
-        parsed = parse_latent_name(item.file_name, item.kind.tag, "image")
+        parsed = parse_latent_name(item.file_name, item.cache_info.tag, "image")
         if parsed is not None:
             image_width, image_height = parsed.size
             aspect_errors.append(abs(width / height - image_width / image_height))
@@ -280,7 +280,7 @@ def _describe_dataset(
             entry[key] = value
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
     return entry | {
-        "is_dreambooth": not any(form_of(table).metadata_key for table in tables),
+        "is_dreambooth": not any(source_format_of(table).metadata_key for table in tables),
         "num_train_images": image_counts.num_learned,
         "num_reg_images": image_counts.num_regularization,
         "resolution": list(tables[0].resolution),
@@ -310,7 +310,7 @@ def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     }
     if table.directory is not None or table.image_folder is not None:
         entry["image_dir"] = table.picture_folder.name
-    name = form_of(table).metadata_key
+    name = source_format_of(table).metadata_key
     if name:
         entry[name] = table.source.name
     else:

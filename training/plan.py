@@ -451,9 +451,9 @@ def _find_items(
     """
     commands = sources.encoders.commands
     # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
-    own_encoders: Mapping[str, Mapping[str, str]] = {}
+    trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
     if family.can.bring_texts and not trusts_caches:
-        own_encoders = {encoder.name: encoder.identity for encoder in family.text_encoders()}
+        trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
     listed = find_items(
@@ -468,7 +468,7 @@ def _find_items(
     )
     items = require_items(listed, commands)
     # the index of the caches records which items were compared with this model before
-    new_items = [item for item in items if item.file_name not in item.kind.compared]
+    new_items = [item for item in items if item.file_name not in item.cache_info.indexed_checksums]
     if new_items:
         check_channels(new_items, family.latent, commands, sources.stores)
     check_caches(
@@ -479,12 +479,12 @@ def _find_items(
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
         view=view,
-        own_encoders=own_encoders,
+        trained_encoder_ids=trained_encoder_ids,
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
         hears = audio is not None and not audio.is_in_latent_cache
-        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, hears=hears)
+        compare_sources(config.datasets, listed, commands, tag=family.cache_tag, trains_audio=hears)
     return items
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.batches.items import TrainingItem
-from dataset.batches.order import RunPlace, change_captions
+from dataset.batches.order import RunPosition, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
 from protocols.data import SOUND, Batch
@@ -150,7 +150,7 @@ class Validation:
             plan.sources.encoders.warn(batch.made_by)  # if the caches are of several text encoders
         if plan.sources.tables:
             # constant, so that wildcards are the same each time; at the last step, so captions are complete
-            place = RunPlace(seed=0, number=0, step=1, total_steps=1)
+            place = RunPosition(seed=0, micro_batch=0, step=1, total_steps=1)
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
         if plan.texts is not None:
             with autocast():

@@ -62,8 +62,10 @@ class PackedRowFormat:
             rows = slice(start, min(start + num_rows, shape[0]))
             row_tensors: list[Tensor | None] = []
             for tensor in tensors:
-                applies_to_all_rows = tensor is None or len(tensor) == 1  # such as a scale of one row
-                row_tensors.append(tensor if applies_to_all_rows else tensor[rows])
+                if tensor is None or len(tensor) == 1:  # it applies to all rows, such as a scale of one row
+                    row_tensors.append(tensor)
+                else:
+                    row_tensors.append(tensor[rows])
             values = self.decode_rows(*row_tensors)
             if self.rotation:
                 values = rotate(values, self.rotation)

@@ -241,7 +241,7 @@ def look_at(location: CaptionLocation, num_frames: int, max_pixels: int) -> Fram
         MediaError: If the file cannot be read.
     """
     source = location.source
-    media = replace(source, control=(), mask=None, origins=source.origins[:1])
+    media = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])
     is_image = source.table.kind == "image"
     with fetch(media) as fetched:
         return read_shown(fetched.path, is_image, num_frames, max_pixels)

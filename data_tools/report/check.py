@@ -42,7 +42,7 @@ from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.forms.composing import form_of
+from dataset.forms.composing import source_format_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.audio import list_silent
 from dataset.sources.colors import find_reordered
@@ -547,7 +547,7 @@ def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], 
     """Count the cached items of a table by the sizes of their images and references."""
     for group in group_items(items).values():
         first = group[0]
-        reference_sides = [side * latent.stride[1] for side in first.references]
+        reference_sides = [side * latent.stride[1] for side in first.reference_latent_sizes]
         stems = [item.source_stem for item in group]
         findings.add_items(stems, (*first.bucket, *reference_sides))
 
@@ -594,13 +594,13 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
     """Add a fault for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
-        "text caches are missing": (*cached.missing_text, *cached.missing_empty),
+        "text caches are missing": (*cached.missing_text, *cached.missing_empty_prompts),
         "text caches are unfinished": cached.unfinished_text,
         'caches of sound are missing, and audio = "required"': cached.missing_audio,
     }
     for kind, paths in missing.items():
         findings.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
-    for table, line in cached.unsound:
+    for table, line in cached.incomplete_tables:
         if table is findings.table:
             findings.faults.append(Fault("caches may be incomplete", line))
 
@@ -608,7 +608,7 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
 def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
     """Yield (item, caption index or EMPTY) for every caption that a training run reads."""
     for item in items:
-        for number in range(item.captions):
+        for number in range(item.num_captions):
             yield item, number
     table = items[0].table
     if table.caches_empty_prompt:
@@ -630,8 +630,9 @@ def _compare_sources(
     Missing media files cause no warning, because training only reads their caches. `hears` says whether the
     model is trained with audio.
     """
-    if form_of(findings.table).list_addresses(findings.table):  # listing such sources would download files
-        name = form_of(findings.table).name
+    source_format = source_format_of(findings.table)
+    if source_format.list_addresses(findings.table):  # listing such sources would download files
+        name = source_format.name
         findings.caches.append(f"its sources are not checked: they are in {name} at addresses")
         return
     listed = find_table(config, findings.table, folders)
@@ -649,7 +650,7 @@ def _compare_sources(
         if source.stem not in stems:
             findings.remarks.append(Fault(kind, str(source.path), source.stem))
     if hears and is_heard(findings.table):
-        silent = {item.source_stem for item in items if not item.has_sound}
+        silent = {item.source_stem for item in items if not item.has_cached_audio}
         kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
         unheard = list_silent(findings.sources, silent)
         findings.remarks += [Fault(kind, str(path), path.stem) for path in unheard]

@@ -97,9 +97,9 @@ def _describe_look(look: Look) -> Numbers:
 def _list_parts(source: MediaSource) -> list[Numbers]:
     """Return the files of a source (media, control media, mask), with their archive or address."""
     paths = [source.path] if source.tensors is not None else [path for path, _ in source.parts]
-    origins = source.origins or (None,) * len(paths)
+    remote_or_packed = source.remote_or_packed or (None,) * len(paths)
     parts = []
-    for path, origin in zip(paths, origins, strict=False):
+    for path, origin in zip(paths, remote_or_packed, strict=False):
         part: Numbers = {"path": str(path)}
         if isinstance(origin, Remote):
             part |= {"in": hide_secrets(origin.address)}

@@ -185,7 +185,7 @@ class CheckResult:
     def exit_code(self) -> int:
         """0 without faults; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
         errors = [error for findings in self.tables for error in findings.faults]
-        if os.environ.get(RUN_GOES_ON) and not any(error.ends_run for error in errors):
+        if os.environ.get(RUN_GOES_ON) and not any(error.is_fatal for error in errors):
             return SOURCES_LEFT_OUT if errors else 0
         return 1 if errors else 0
 

@@ -15,7 +15,11 @@ def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[
 
     Images whose caches are valid were read when they were cached; images at addresses are not fetched.
     """
-    read = [plan for plan in plans if plan.source.layers and plan.missing_spans and not plan.source.origins]
+    read = [
+        plan
+        for plan in plans
+        if plan.source.layers and plan.missing_spans and not plan.source.remote_or_packed
+    ]
     bar = Bar(len(read), "Reading layers", "image")
     for failure in map_ahead(read, _read_all, workers, bar):
         if failure is not None:

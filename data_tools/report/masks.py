@@ -13,7 +13,7 @@ from data_tools.report.findings import TableFindings
 from dataset.caching.planning import SourcePlan
 from dataset.caching.prefetch import map_ahead
 from dataset.sources.folders import list_entries
-from dataset.sources.frames import LOOKED_AT, read_moving, read_still, shrink_mask
+from dataset.sources.frames import MAX_CHECKED_FILES, read_mask_clip, read_mask_image, shrink_mask
 from dataset.sources.mask_files import masks_by_stem
 from dataset.sources.media_source import Fault
 from dataset.table import folder_id
@@ -48,11 +48,13 @@ def check_masks(
 ) -> None:
     """Report which share of the latents the masks of a table include in the loss; warn about empty masks.
 
-    At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
+    At most MAX_CHECKED_FILES masks are read, evenly spaced among the masks that are local files.
     """
     masked = [plan for plan in plans if plan.source.mask is not None and plan.item_sizes]
-    local = [plan for plan in masked if not plan.source.origins]  # origins: addresses of remote files
-    step = math.ceil(len(local) / LOOKED_AT) or 1
+    local = [
+        plan for plan in masked if not plan.source.remote_or_packed
+    ]  # remote_or_packed: addresses of remote files
+    step = math.ceil(len(local) / MAX_CHECKED_FILES) or 1
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
     bar = Bar(len(sampled), "Reading masks", "mask", shown=False)
@@ -68,7 +70,7 @@ def check_masks(
     for fraction in fractions:
         if fraction.share == 0:
             kind = BLACK if fraction.is_black else THIN
-            findings.remarks.append(Fault(kind, str(fraction.path), fraction.stem, ends_run=False))
+            findings.remarks.append(Fault(kind, str(fraction.path), fraction.stem, is_fatal=False))
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
@@ -80,13 +82,13 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     try:
         size = reading.frame_size(source.path)
         if reading.is_still(source.mask):
-            mask = read_still(source.mask, resize, size, num_frames=1)
+            mask = read_mask_image(source.mask, resize, size, num_frames=1)
         else:
             num_frames = reading.count_frames(source.mask)
             step = ceil_div(num_frames, SHOWN_FRAMES)  # every step-th frame is read
             frames = itertools.islice(reading.video_frames(source.mask, alpha=True), 0, None, step)
             num_read = ceil_div(num_frames, step)
-            mask = read_moving(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
+            mask = read_mask_clip(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
     # the mask is reduced to the size of the latents, as for training
@@ -116,7 +118,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
         # without any match, the table already has an error
         if not of_folder.isdisjoint(masks):
-            findings.remarks += [Fault(LONE, str(path), ends_run=False) for path in lone]
+            findings.remarks += [Fault(LONE, str(path), is_fatal=False) for path in lone]
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:

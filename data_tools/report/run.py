@@ -20,7 +20,7 @@ from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
-from dataset.forms.composing import form_of
+from dataset.forms.composing import source_format_of
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.decoding import check_resolution
@@ -106,7 +106,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 def _reject_downloads(config: DatasetConfig) -> None:
     """Raise DatasetError if a table's files can be listed only after downloading a list."""
     for table in config.datasets:
-        for address in form_of(table).list_addresses(table):
+        for address in source_format_of(table).list_addresses(table):
             text = f"{hide_secrets(address)} is downloaded to be listed: leave out --no_download"
             raise DatasetError(text)
 

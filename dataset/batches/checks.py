@@ -24,7 +24,7 @@ from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
 from dataset.config import DatasetTable
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
-from dataset.forms.composing import form_of
+from dataset.forms.composing import source_format_of
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES
@@ -56,14 +56,14 @@ def check_channels(
     without_fps: list[Path] = []  # caches of other programs
     for group in group_items(items).values():  # by table and size
         item = group[-1]
-        if item.kind.sizes is not None:  # encoded while training: there is no cache
+        if item.cache_info.live_buckets is not None:  # encoded while training: there is no cache
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
         channels = next((shape[0] for shape in shapes if shape), latent.channels)
         if channels != latent.channels:
             raise CacheError(
-                f"{item.latent_path}: {other_space(channels, latent)}.\n"
+                f"{item.latent_path}: {explain_wrong_channels(channels, latent)}.\n"
                 f"  Make them again with: {commands.latents}\n"
                 "  To keep caches for both models, give each a cache_directory of its own."
             )
@@ -79,7 +79,7 @@ def check_channels(
         )
 
 
-def other_space(channels: int, latent: data.LatentSpec) -> str:
+def explain_wrong_channels(channels: int, latent: data.LatentSpec) -> str:
     """Explain that latents have a different number of channels than the model's latents."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
@@ -100,19 +100,12 @@ def text_errors(
         checks: Checks of the run; a file is compared once.
     """
     table = item.table
-    defaults = {**defaults_of(TEXTS), "captions": 1}
-    settings = {**defaults, **table.non_default_values(TEXTS), "captions": item.captions}
-    if any(record.references for record in records.values()):
-        # the text encoder saw reference images, so the keys that change their look count as well
-        settings |= table.seen_settings(item.bucket[:2])
     recorded = [record.settings for record in records.values()]
     if not recorded and not is_shared:
         recorded = [{}]  # a file without a record was made with default keys (early versions), or by hand
+    saw_references = any(record.references for record in records.values())
     for recorded_settings in recorded:
-        current = {**settings, **_current_sight(item, recorded_settings)}
-        changed = difference({**defaults, **recorded_settings}, current)
-        if changed is not None:
-            yield f"{changed} in {table.name}"
+        yield from _find_text_setting_changes(item, recorded_settings, saw_references)
     yield from _find_seen_reference_errors(item, records)
     if table.directory is None:  # a list or a table of files: only files of folders are compared
         return
@@ -127,6 +120,25 @@ def text_errors(
             yield from _find_caption_change(table, table.directory / record.file.name, number, record, checks)
 
 
+def _find_text_setting_changes(
+    item: TrainingItem, recorded: Mapping[str, Any], saw_references: bool
+) -> Iterator[str]:
+    """Yield a line if a table key that changes text embeddings differs from a cache's record.
+
+    `saw_references` says that a text encoder saw reference images, so that the keys that change their look
+    count as well.
+    """
+    table = item.table
+    defaults = {**defaults_of(TEXTS), "captions": 1}
+    current = {**defaults, **table.non_default_values(TEXTS), "captions": item.num_captions}
+    if saw_references:
+        current |= table.seen_settings(item.bucket[:2])
+    current |= _current_seen_settings(item, recorded)
+    changed = difference({**defaults, **recorded}, current)
+    if changed is not None:
+        yield f"{changed} in {table.name}"
+
+
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
@@ -139,7 +151,7 @@ def _find_caption_change(
         yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
-def _current_sight(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _current_seen_settings(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the current values of the settings about media that text encoders see.
 
     If the item's sources cannot be listed, the recorded values of its row's media are returned, so that no
@@ -183,52 +195,52 @@ def latent_errors(
     table = item.table
     shape = list(tensors["latents"].shape)
     if shape[0] != latent.channels:
-        yield other_space(shape[0], latent)
-    yield from _mask_errors(item, tensors, record, is_shared)
+        yield explain_wrong_channels(shape[0], latent)
+    yield from _find_mask_errors(item, tensors, record, is_shared)
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
     if table.references is not None or table.clip_references is not None:
-        yield from _reference_errors(item, tensors)
+        yield from _find_reference_errors(item, tensors)
     if record is not None:
         bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
             yield f"made for {as_shape(made_for)} pixels, {table.name} asks for {as_shape(bucket)}"
-        yield from _key_errors(table, tensors, record.options, latent)
-        if record.parts != item.parts:
-            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        yield from _source_errors(item, source_folders(table, record), record, checks)
+        yield from _find_changed_keys(table, tensors, record.options, latent)
+        if record.parts != item.num_latent_files:
+            yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
+        yield from _find_source_changes(item, source_folders(table, record), record, checks)
     yield from _find_shape_errors(item, tensors, latent)
 
 
-def _mask_errors(
+def _find_mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
     """Yield an error if the loss mask does not have the origin that the table requires."""
     table = item.table
     if record is not None:
-        made_from = record.options.get("mask")
+        mask_origin = record.options.get("mask")
     else:  # other programs make masks only from transparency
-        made_from = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
-    allowed: set[str | None]  # origins that the table permits; None stands for no mask
+        mask_origin = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
+    allowed_origins: set[str | None]  # None stands for no mask
     if table.alpha_mask:
-        allowed = {FROM_ALPHA}
+        allowed_origins = {FROM_ALPHA}
     elif table.mask_directory is not None:
         companions = _current_companions(item)
         has_mask = companions is not None and companions.has_mask
         # without a mask file now, a cached mask is no error: only the file may have been deleted
-        allowed = {FROM_FILE} if has_mask else {FROM_FILE, None}
+        allowed_origins = {FROM_FILE} if has_mask else {FROM_FILE, None}
     elif table.directory is None:  # a list, whose rows may name masks
-        allowed = {FROM_FILE, None}
+        allowed_origins = {FROM_FILE, None}
     else:
-        allowed = {None}
-    if made_from in allowed:
+        allowed_origins = {None}
+    if mask_origin in allowed_origins:
         return
     if table.alpha_mask:
         expected = "alpha_mask = true"
     else:
-        expected = "no mask" if allowed == {None} else "a mask for it"
-    yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {expected}"
+        expected = "no mask" if allowed_origins == {None} else "a mask for it"
+    yield f"the mask of its loss is from {mask_origin or 'nowhere'}, {table.name} has {expected}"
 
 
 def _find_shape_errors(
@@ -264,20 +276,20 @@ def _find_companion_errors(
         yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
 
 
-def _key_errors(
+def _find_changed_keys(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
     """Yield the table keys about sections and references that have changed since caching.
 
     `options` are the options in the cache's record.
     """
-    sections = _recorded(options, SECTIONS)
+    sections = _select_recorded_keys(options, SECTIONS)
     changed = options_difference(sections, table.non_default_values(SECTIONS), latent)
     if changed is not None:
         yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
-        recorded = _recorded(options, REFERENCES)
+        recorded = _select_recorded_keys(options, REFERENCES)
         changed = difference(defaults | recorded, defaults | table.non_default_values(REFERENCES))
         if changed is not None:
             yield f"{changed} in {table.name}"
@@ -303,7 +315,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
 
 
-def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
+def _select_recorded_keys(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
     """Return the recorded options that are table keys; `stale` names what a change of these outdates."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
@@ -324,8 +336,10 @@ def audio_errors(
     """
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
-    if item.audio and shape != item.audio:
-        yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
+    if item.audio_latent_shape and shape != item.audio_latent_shape:
+        yield (
+            f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio_latent_shape}"
+        )
     if record is None:
         return
     has_reference = HAS_REFERENCE in record.options
@@ -343,10 +357,10 @@ def audio_errors(
     folders = [table.directory, table.audio_directory][:num_files]
     if has_reference:
         folders.append(table.reference_audio_directory)
-    yield from _source_errors(item, folders, record, checks)
+    yield from _find_source_changes(item, folders, record, checks)
 
 
-def _source_errors(
+def _find_source_changes(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
     """Yield the differences between an item's sources and its record.
@@ -364,29 +378,30 @@ def _source_errors(
             yield f"{file} has changed since it was encoded"
 
 
-def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
     """Yield the reasons why cached reference images do not fit the table.
 
     Deleted image files are not an error; images that a list no longer names are an error.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
-        yield from _clip_reference_errors(item, tensors)
+        yield from _find_clip_reference_errors(item, tensors)
     if rules is None:
         return
     num_cached = _count_unmirrored(tensors, data.CONTROL)
     made_with = f"it was made with {count_of(num_cached, 'reference picture')}"
-    num_now = _count_references(item)
-    if table.directory is None:
-        if num_now is not None and min(num_now, rules.maximum) != num_cached:
+    num_now = _count_references(item)  # None: unknown
+    num_expected = None if num_now is None else min(num_now, rules.maximum)
+    if table.directory is None:  # a list
+        if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, now {table.source} names {num_now}"
     elif num_cached and table.control_directory is None:
         yield f"it was made with reference pictures, {table.name} has no control_directory"
-    elif num_now is not None and num_cached < min(num_now, rules.maximum):
-        yield f"{made_with}, now its image has {min(num_now, rules.maximum)}"
+    elif num_expected is not None and num_cached < num_expected:
+        yield f"{made_with}, now its image has {num_expected}"
 
 
-def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
     """Yield an error if a clip of a folder has more or fewer references than its cache."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
@@ -421,7 +436,7 @@ def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
     Returns None if the item is in no listing, or if listing its table could download files.
     """
     table = item.table
-    if not form_of(table).is_listed_in_training:
+    if not source_format_of(table).is_listed_in_training:
         return None
     from dataset.listing import companions_now  # only if sources are compared
 
@@ -449,7 +464,7 @@ class SameEncoders:
     """
 
     commands: CachingCommands = NO_COMMANDS
-    _first: dict[str, data.MadeBy] = field(default_factory=dict)  # first origin of each part
+    _first: dict[str, data.MadeBy] = field(default_factory=dict)  # first cache's origin, by part
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
     def warn(self, made_by: Iterable[data.MadeBy]) -> None:
@@ -465,8 +480,8 @@ class SameEncoders:
         of once.
         """
         lines: list[str] = []
-        has_latents = has_texts = False  # among the parts that differ
-        has_other_networks = False
+        latents_differ = texts_differ = False
+        networks_differ = False  # not only settings such as the dtype
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
             if origin.part == data.LATENTS_MADE:
@@ -479,21 +494,21 @@ class SameEncoders:
                 continue
             self._warned.add(origin.part)
             if first.part in (data.LATENTS_MADE, data.AUDIO_MADE):
-                has_latents = True
+                latents_differ = True
             else:
-                has_texts = True
-            for file in (first, origin):
-                identity = {key: file.encoder.get(key, "none") for key in changed}
+                texts_differ = True
+            for cache in (first, origin):
+                identity = {key: cache.encoder.get(key, "none") for key in changed}
                 # a fingerprint is that of a network's file; other values are, for example, a dtype
-                has_other_networks |= any(map(_FINGERPRINT.fullmatch, identity.values()))
+                networks_differ |= any(map(_FINGERPRINT.fullmatch, identity.values()))
                 values = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
-                lines.append(f"{file.path}: {', '.join(values)}")
+                lines.append(f"{cache.path}: {', '.join(values)}")
         if not lines:
             return None
-        commands = [self.commands.latents] if has_latents else []
-        if has_texts:
+        commands = [self.commands.latents] if latents_differ else []
+        if texts_differ:
             commands.append(self.commands.text)
-        if has_other_networks:
+        if networks_differ:
             consequence = (
                 "Unless the encoders' files hold the same network, the model learns a mixture that fits "
                 "neither."

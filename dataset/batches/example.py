@@ -34,45 +34,53 @@ class ExampleItem:
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the source files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
-    cached: frozenset[str] = frozenset()
-    if item.kind.sizes is None:  # its latents are cached, not encoded while training
+    cached_keys: frozenset[str] = frozenset()
+    if item.cache_info.live_buckets is None:  # its latents are cached, not encoded while training
         with contextlib.suppress(UserError, OSError):
-            cached = stores.of(table).read(item.file_name, is_full=False).keys
+            cached_keys = stores.of(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
         _read_caption(item, stores),
-        cached=cached,
+        cached=cached_keys,
         places=one_frame_settings(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
-        # files that belong to an item; only a listing of the table finds their names
-        companions = (table.control_directory, table.control_mask_directory, table.reference_directory)
-        if table.directory is not None and not any(companions):
+        # only a listing of the table finds the files in these folders that belong to an item
+        companion_folders = (
+            table.control_directory,
+            table.control_mask_directory,
+            table.reference_directory,
+        )
+        if table.directory is not None and not any(companion_folders):
             if table.kind == "video":  # a clip without such files has nothing to show
                 return example
             image = _recorded_image(item, stores)
             if image is not None and image.is_file():
                 return replace(example, picture=image)
-        if _is_large(table.directory):  # listing it would take long
-            return example
-        from dataset.listing import find_sources  # only for lists and companions
-
-        sources = find_sources(table, captions=False, faults=[])
-        source = next((source for source in sources if source.stem == item.source_stem), None)
-        # only files on disk: no member of a tar, no download, no tensors
-        if source is not None and not any(source.origins) and source.tensors is None:
-            return replace(
-                example,
-                picture=source.path if table.kind == "image" else None,
-                controls=source.control,
-                control_mask=source.control_mask,
-                references=source.references,
-            )
+        if not _is_large(table.directory):  # listing it would take long
+            return _add_listed_files(example, item)
     return example
+
+
+def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
+    """Add an item's files on disk, found by listing its table; tars, downloads and tensors are left out."""
+    from dataset.listing import find_sources  # only for lists and companions
+
+    sources = find_sources(item.table, captions=False, faults=[])
+    source = next((source for source in sources if source.stem == item.source_stem), None)
+    if source is None or any(source.remote_or_packed) or source.tensors is not None:
+        return example
+    return replace(
+        example,
+        picture=source.path if item.table.kind == "image" else None,
+        controls=source.control,
+        control_mask=source.control_mask,
+        references=source.references,
+    )
 
 
 def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
     """Return the image in a table's folder that an item's latents were made from, by their record."""
-    if item.kind.sizes is not None or item.table.directory is None:
+    if item.cache_info.live_buckets is not None or item.table.directory is None:
         return None
     record = latent_record(stores.of(item.table).read(item.file_name, is_full=False))
     return None if record is None or not record.files else item.table.directory / record.files[0].name
@@ -90,11 +98,11 @@ def _read_caption(item: TrainingItem, stores: Stores) -> str:
     """Return the first caption of an item on one line; "" if it cannot be read."""
     caption = ""
     with contextlib.suppress(UserError, OSError, LookupError):
-        if item.kind.has_text:
+        if item.cache_info.has_cached_texts:
             entry = stores.of_texts(item.table).read(item.caption_path(0).name, is_full=False)
             records = text_records(entry)
             captions = [record.caption for record in records.values()]
             caption = captions[0] if captions else entry.metadata.get("caption1", "")
         else:
-            caption = item.kind.caption(item.source_stem, 0)
+            caption = item.cache_info.live_caption(item.source_stem, 0)
     return " ".join(caption.split())[:MAX_OF_PROMPT]

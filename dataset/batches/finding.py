@@ -12,8 +12,8 @@ from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
     CachingCommands,
-    ItemKind,
     LiveTables,
+    TableCacheInfo,
     TrainingItem,
     tables_of,
 )
@@ -28,8 +28,8 @@ from dataset.cache.store import Stores, may_be_mixed, open_store
 from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
-from dataset.forms.composing import SHARED_CACHES, form_of
-from dataset.sources.media_source import pause_collection
+from dataset.forms.composing import SHARED_CACHES, source_format_of
+from dataset.sources.media_source import pause_garbage_collection
 from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
@@ -53,18 +53,18 @@ class FoundItems:
     # text caches that some of the text encoders have not written yet
     unfinished_text: dict[Path, None] = field(default_factory=dict)
     # missing caches of the empty prompt, for tables that need it
-    missing_empty: list[Path] = field(default_factory=list)
+    missing_empty_prompts: list[Path] = field(default_factory=list)
     # tables whose caches cannot be trusted to be complete, each with the reason
-    unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)
+    incomplete_tables: list[tuple[DatasetTable, str]] = field(default_factory=list)
     missing_audio: list[Path] = field(default_factory=list)  # missing audio caches, if audio is required
-    needs_audio: str = 'audio = "required"'  # why missing audio is an error
-    silent: AudioSpec | None = None  # set if the run trains audio, but no item has any
+    why_audio_is_needed: str = 'audio = "required"'  # why missing audio is an error
+    missing_all_audio: AudioSpec | None = None  # set if the run trains audio, but no item has any
     # folder without text caches for this model -> name of a text cache of another model in that folder
-    texts_of_others: dict[Path, str] = field(default_factory=dict)
+    texts_of_other_models: dict[Path, str] = field(default_factory=dict)
     # stems of current sources, by folder because several tables may share one
     listed: dict[Path, set[str]] = field(default_factory=dict)
     # (folder, stem) of caches whose table does not list the source
-    unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
+    unlisted_caches: dict[tuple[Path, str], None] = field(default_factory=dict)
     # index of a table -> sources without latents; only if the items were taken from the index of its caches
     left_out: dict[int, list[str]] = field(default_factory=dict)
 
@@ -97,110 +97,144 @@ def find_items(
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     listing = FoundItems()
-    cached_kind = ItemKind(cache_tag)
+    default_info = TableCacheInfo(cache_tag)
     for table in config.datasets:
-        kind = live.get(table.index, cached_kind) if live else cached_kind
+        cache_info = live.get(table.index, default_info) if live else default_info
         _add_table(
             listing,
             table=table,
-            kind=replace(kind, text_keys=text_keys),
+            cache_info=replace(cache_info, text_keys=text_keys),
             latent=latent,
             stores=stores,
             audio=audio,
             trusts_index=trusts_index,
         )
     if audio is not None and audio.is_alone:
-        listing.needs_audio = "sound alone is learned"
+        listing.why_audio_is_needed = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_in_latent_cache
     # audio that is encoded while training is unknown here, so nothing can be said of it
-    if has_own_caches and listing.items and not live and not any(item.has_sound for item in listing.items):
-        listing.silent = audio
+    expects_audio = has_own_caches and bool(listing.items) and not live
+    if expects_audio and not any(item.has_cached_audio for item in listing.items):
+        listing.missing_all_audio = audio
     return listing
 
 
 def _add_table(
     listing: FoundItems,
     table: DatasetTable,
-    kind: ItemKind,
+    cache_info: TableCacheInfo,
     latent: LatentSpec,
     stores: Stores,
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add the items of a table, and their missing caches, to `listing`."""
+    """Add the items of a table, and their missing caches, to `listing`.
+
+    1. Take the items from the index of the caches, if it is trusted and up to date.
+    2. Otherwise list the latent caches, without those whose source is gone.
+    3. Make an item of each latent cache whose captions are cached, too, with its audio cache.
+    """
     store = stores.of(table)
     names = store.names()
     in_own_folder = table.index not in stores.elsewhere
-    is_cached = kind.has_text and not kind.sources  # nothing of the table is encoded during training
-    # fast path: the index of the caches lists the items, if nothing has changed since caching
-    if trusts_index and in_own_folder and is_cached and is_indexed(table, audio) and not latent.has_layers:
-        index = read_index(table, names, tag=kind.tag, latent=latent)
+    encodes_while_training = bool(cache_info.live_sources) or not cache_info.has_cached_texts
+    may_use_index = trusts_index and in_own_folder and not encodes_while_training
+    if may_use_index and is_indexed(table, audio) and not latent.has_layers:
+        index = read_index(table, names, tag=cache_info.tag, latent=latent)
         if index is not None:
-            kind = replace(kind, compared=index.compared)
-            listing.items += [_item(table, kind, file, captions) for file, captions in index.items]
+            cache_info = replace(cache_info, indexed_checksums=index.compared)
+            listing.items += [_item(table, cache_info, file, captions) for file, captions in index.items]
             listing.left_out[table.index] = index.left_out
             return
     if in_own_folder and may_be_mixed(table, names):
-        _add_format_errors(listing, table, kind.tag)
-    latent_files = _latent_files(names, kind)
-    stems = None  # stems of the table's sources; None: sources are not listed, and all caches count
-    if kind.sources or store.is_shared:  # a shared folder may also have caches of other tables
-        stems = _find_listed_stems(table, kind, latent_files)
-    if stems is not None:
-        listing.listed.setdefault(table.picture_folder, set()).update(stems)
-        latent_files = _select_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
-    # the other caches of the items, by name
+        _add_format_errors(listing, table, cache_info.tag)
+    latent_files = _latent_files(names, cache_info)
+    if cache_info.live_sources or store.is_shared:  # a shared folder may also have caches of other tables
+        latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
-    text_caches = _TextCaches(table, text_names, kind.tag, listing) if kind.has_text else None
+    text_caches = None
+    if cache_info.has_cached_texts:
+        text_caches = _TextCaches(table, text_names, cache_info.tag, listing)
     audio_caches = None
     if audio is not None and has_audio_caches(table, audio):
-        audio_caches = _AudioCaches(table, names=names, tag=kind.tag, spec=audio, listing=listing)
+        audio_caches = _AudioCaches(table, names=names, tag=cache_info.tag, spec=audio, listing=listing)
     del names, text_names  # frees memory: there may be a million names, and they are not needed any more
-    is_empty = True
-    with pause_collection():
-        for file in list_latent_files(
-            table,
-            latent_files,
-            tag=kind.tag,
-            latent=latent,
-            store=store,
-            reads_references=depends_on_references(table) and kind.sizes is None,
-        ):
-            is_empty = False
-            if text_caches is None:  # captions are encoded while training
-                num_captions = 1 + len(kind.sources[file.stem].more_captions)
-            elif text_caches.has(file.stem):
-                num_captions = text_caches.captions.get(file.stem, 1)
-            else:
-                continue
-            if latent.has_layers:  # only items with the same number of layers can share a batch
-                num_images = _count_images(kind, store, file)
-                file = file._replace(bucket=(*file.bucket, num_images))
-            item = _item(table, kind, file, num_captions)
-            listing.items.append(item if audio_caches is None else audio_caches.add_to(item, store))
-    if is_empty:
+    has_latents = _add_items(
+        listing,
+        table=table,
+        cache_info=cache_info,
+        latent_files=latent_files,
+        latent=latent,
+        store=store,
+        text_caches=text_caches,
+        audio_caches=audio_caches,
+    )
+    if not has_latents:
         listing.empty_tables.append(table)
 
 
-def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: int) -> TrainingItem:
+def _add_items(
+    listing: FoundItems,
+    table: DatasetTable,
+    cache_info: TableCacheInfo,
+    latent_files: Sequence[str],
+    latent: LatentSpec,
+    store: CacheStore,
+    text_caches: "_TextCaches | None",
+    audio_caches: "_AudioCaches | None",
+) -> bool:
+    """Add an item to `listing` for each latent cache with a cached caption; return whether any latents exist.
+
+    `text_caches` is None if captions are encoded while training; `audio_caches` is None if there are none.
+    """
+    has_latents = False
+    with pause_garbage_collection():
+        for file in list_latent_files(
+            table,
+            latent_files,
+            tag=cache_info.tag,
+            latent=latent,
+            store=store,
+            reads_references=depends_on_references(table) and cache_info.live_buckets is None,
+        ):
+            has_latents = True
+            if text_caches is None:
+                num_captions = 1 + len(cache_info.live_sources[file.stem].more_captions)
+            else:
+                num_captions = text_caches.count_or_report(file.stem)
+            if not num_captions:
+                continue
+            if latent.has_layers:  # only items with the same number of layers can share a batch
+                num_images = _count_images(cache_info, store, file)
+                file = file._replace(bucket=(*file.bucket, num_images))
+            item = _item(table, cache_info, file, num_captions)
+            if audio_caches is not None:
+                item = audio_caches.add_audio(item, store)
+            listing.items.append(item)
+    return has_latents
+
+
+def _item(
+    table: DatasetTable, cache_info: TableCacheInfo, file: LatentFile, num_captions: int
+) -> TrainingItem:
     """Return the training item of a latent cache file."""
     return TrainingItem(
         file_name=file.file,
         stem_length=len(file.stem),
         table=table,
         bucket=file.bucket,
-        kind=kind,
-        parts=file.parts,
-        captions=num_captions,
-        references=file.references,
+        cache_info=cache_info,
+        num_latent_files=file.parts,
+        num_captions=num_captions,
+        reference_latent_sizes=file.references,
     )
 
 
-def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
+def _count_images(cache_info: TableCacheInfo, store: CacheStore, file: LatentFile) -> int:
     """Return the number of images in a cache with layers; 1 for a damaged cache, which is reported later."""
-    if kind.sizes is not None:
-        return kind.sources[file.stem].num_images
+    if cache_info.live_buckets is not None:
+        return cache_info.live_sources[file.stem].num_images
     with contextlib.suppress(CacheError):
         for tensor, shape in store.read(file.file, is_full=False).shapes.items():
             if cache_files.tensor_key(tensor) == "latents":
@@ -208,16 +242,23 @@ def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
     return 1
 
 
-def _select_listed(
-    listing: FoundItems, table: DatasetTable, files: Sequence[str], tag: str, stems: Collection[str]
+def _leave_out_unlisted(
+    listing: FoundItems, table: DatasetTable, cache_info: TableCacheInfo, latent_files: list[str]
 ) -> list[str]:
-    """Return the latent caches whose source is in `stems`; add the others to `listing.unlisted`."""
+    """Return the latent caches whose source is still in the table; add the others to `listing.unlisted`.
+
+    Returns all caches if the table's sources cannot be listed.
+    """
+    stems = _find_listed_stems(table, cache_info, latent_files)
+    if stems is None:
+        return latent_files
+    listing.listed.setdefault(table.picture_folder, set()).update(stems)
     selected = []
-    for name, stem, _ in cache_files.latent_names(files, tag, table.kind):
+    for name, stem, _ in cache_files.latent_names(latent_files, cache_info.tag, table.kind):
         if stem in stems:
             selected.append(name)
         else:
-            listing.unlisted[table.picture_folder, stem] = None
+            listing.unlisted_caches[table.picture_folder, stem] = None
     return selected
 
 
@@ -227,13 +268,13 @@ def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> No
     from dataset.cache.form import list_format_errors, list_shard_errors
 
     for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
-        listing.unsound.append((table, line))
+        listing.incomplete_tables.append((table, line))
 
 
-def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
+def _latent_files(names: Collection[str], cache_info: TableCacheInfo) -> list[str]:
     """Return the sorted names of a table's latent caches, or those that caches of live items would have."""
-    ending = f"_{kind.tag}{cache_files.SUFFIX}"
-    candidates = names if kind.sizes is None else kind.latent_names()
+    ending = f"_{cache_info.tag}{cache_files.SUFFIX}"
+    candidates = names if cache_info.live_buckets is None else cache_info.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
@@ -243,7 +284,7 @@ class _AudioCaches:
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
-        """Find the audio caches in `names`; `add_to` reports missing ones in `listing`."""
+        """Find the audio caches in `names`; `add_audio` reports missing ones in `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.is_alone
@@ -252,7 +293,7 @@ class _AudioCaches:
         # each shape as its own key: items share one tuple, which saves memory
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def add_to(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
+    def add_audio(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
         """Return an item with the fields of its audio; the shape is () if batches do not depend on it."""
         shape: tuple[int, ...] = ()
         if item.table.batch_size > 1:
@@ -265,7 +306,9 @@ class _AudioCaches:
             reference = _reference_length(store, name)
         if self._is_needed and not is_cached:
             self._listing.missing_audio.append(self._folder / name)
-        return replace(item, audio=shape, has_sound=is_cached, audio_reference=reference)
+        return replace(
+            item, audio_latent_shape=shape, has_cached_audio=is_cached, audio_reference_length=reference
+        )
 
 
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
@@ -295,10 +338,10 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     """
     sized = []
     for item in items:
-        is_unread = not item.references and item.kind.sizes is None
+        is_unread = not item.reference_latent_sizes and item.cache_info.live_buckets is None
         if is_unread and _may_have_references(item.table):
             sizes = reference_sizes(stores.of(item.table), item.file_name)
-            item = replace(item, references=sizes)
+            item = replace(item, reference_latent_sizes=sizes)
         sized.append(item)
     return sized
 
@@ -316,11 +359,11 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
     edited = [item for item in items if _is_edited(item.table)]
     stride = len(edited) // SAMPLED + 1
     for item in edited[::stride]:
-        if item.kind.sizes is not None:  # encoded while training: the source knows its references
-            source = item.kind.sources[item.source_stem]
+        if item.cache_info.live_buckets is not None:  # encoded while training
+            source = item.cache_info.live_sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
-            references = item.references or reference_sizes(stores.of(item.table), item.file_name)
+            references = item.reference_latent_sizes or reference_sizes(stores.of(item.table), item.file_name)
         if references:
             return False
     return bool(edited)
@@ -342,25 +385,25 @@ class _TextCaches:
         self._ending = cache_files.text_file_name("", tag)
         # A source may have several captions. Caches of first captions are named by the source alone; caches
         # of further captions and of the empty prompt have an additional part in their names
-        self._first = {name for name in names if name.endswith(self._ending)}
-        if not self._first:
+        self._first_captions = {name for name in names if name.endswith(self._ending)}
+        if not self._first_captions:
             # texts of other models show that the captions were cached, but for another model
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
-                listing.texts_of_others[table.cache_directory] = of_others
+                listing.texts_of_other_models[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         unfinished_ending = self._ending + cache_files.PART
-        self._unfinished_first = {name for name in unfinished if name.endswith(unfinished_ending)}
-        # report unfinished caches of further captions and of the empty prompt; `has` reports first captions
+        self._unfinished_first_captions = {name for name in unfinished if name.endswith(unfinished_ending)}
+        # unfinished caches of first captions are reported by `count_or_report`
         for name in unfinished:
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
         # number of captions by stem, if there are several
-        self.captions = _count_captions(names, tag) if table.multi_caption else {}
+        self._num_captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of caches of empty prompts; None: not needed, or a missing one has already been reported
-        self._empty: set[str] | None = None
+        self._empty_prompts: set[str] | None = None
         if table.caches_empty_prompt:
-            self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
+            self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
         """Return whether the table uses this cache of a further caption or of the empty prompt."""
@@ -368,25 +411,25 @@ class _TextCaches:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
-    def has(self, stem: str) -> bool:
-        """Return whether the first caption of a source is cached; report it in `listing` if it is not."""
+    def count_or_report(self, stem: str) -> int:
+        """Return the number of a source's captions; 0 if the first is not cached, which `listing` reports."""
         name = stem + self._ending
         unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
-        if unfinished_name in self._unfinished_first:
+        if unfinished_name in self._unfinished_first_captions:
             self._listing.unfinished_text[folder / unfinished_name] = None
-        elif name not in self._first:
+        elif name not in self._first_captions:
             self._listing.missing_text[folder / name] = None
-        if name not in self._first:
-            return False
-        if self._empty is not None:
+        if name not in self._first_captions:
+            return 0
+        if self._empty_prompts is not None:
             empty_name = cache_files.empty_text_name(self._tag)
             if self._table.texts_see_references:  # then each source has an empty prompt of its own
                 empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
-            if empty_name not in self._empty:
-                self._listing.missing_empty.append(folder / empty_name)
-                self._empty = None  # one is reported for each table
-        return True
+            if empty_name not in self._empty_prompts:
+                self._listing.missing_empty_prompts.append(folder / empty_name)
+                self._empty_prompts = None  # one is reported for each table
+        return self._num_captions.get(stem, 1)
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
@@ -394,31 +437,33 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 
     Numbers begin at 1, after the first caption, which has none.
     """
-    further: dict[str, set[int]] = {}
+    further_numbers: dict[str, set[int]] = {}  # by stem
     for name in names:
         if ".caption" not in name:  # faster than parsing a million names
             continue
         parsed = cache_files.parse_more_text_name(name, tag)
         if parsed is not None:
             stem, number = parsed
-            further.setdefault(stem, set()).add(number)
+            further_numbers.setdefault(stem, set()).add(number)
     counts = {}
-    for stem, numbers in further.items():
+    for stem, numbers in further_numbers.items():
         counts[stem] = 1  # the first caption
         while counts[stem] in numbers:
             counts[stem] += 1
     return counts
 
 
-def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
+def _find_listed_stems(
+    table: DatasetTable, cache_info: TableCacheInfo, latents: Sequence[str]
+) -> Collection[str] | None:
     """Return the stems of a table's current sources; None if the caches alone determine the items.
 
     Sources are listed if they are read while training or if other programs share the caches. When a source
     is gone, the caching script removes its caches, but never caches that it shares with other programs.
     """
-    if kind.sources:
-        return kind.sources.keys()
-    if not form_of(table).has_caches_of_others or not latents:
+    if cache_info.live_sources:
+        return cache_info.live_sources.keys()
+    if not source_format_of(table).has_caches_of_others or not latents:
         return None
     from dataset.listing import find_sources
 
@@ -438,33 +483,25 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         CacheError: If a table has no usable cache, or text caching has not finished. The message has the
             commands that cache.
     """
-    if listing.unsound or listing.unfinished_text:
+    if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
-    # everything that ends the run
     errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_audio:
         errors += _audio_errors(listing)
     if listing.empty_tables or not listing.items:
-        errors += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
+        errors += [_explain_others(folder, name) for folder, name in listing.texts_of_other_models.items()]
     if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
-    if listing.silent is not None:
-        errors.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
-    for path in listing.missing_empty:
+    if listing.missing_all_audio is not None:
+        advice = listing.missing_all_audio.without
+        errors.append(f"no clip of the dataset has cached sound. Give some, or {advice}")
+    for path in listing.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     if errors:
-        # only the commands that make what is missing
-        text_command = commands.text
-        if listing.missing_empty:
-            text_command += " --empty_prompt"
-        needed = []
-        if listing.empty_tables or listing.silent is not None or listing.missing_audio:
-            needed.append(commands.latents)
-        if listing.empty_tables or listing.missing_text or listing.missing_empty:
-            needed.append(text_command)
-        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed]))
-    if listing.missing_text or listing.unlisted:
+        needed_commands = _list_needed_commands(listing, commands)
+        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed_commands]))
+    if listing.missing_text or listing.unlisted_caches:
         _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
     num_tables = count_of(len(tables_of(listing.items)), "data set")
@@ -472,10 +509,24 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     return listing.items
 
 
+def _list_needed_commands(listing: FoundItems, commands: CachingCommands) -> list[str]:
+    """Return the caching commands that make the missing caches."""
+    needed_commands = []
+    lacks_all_audio = listing.missing_all_audio is not None
+    if listing.empty_tables or lacks_all_audio or listing.missing_audio:
+        needed_commands.append(commands.latents)
+    text_command = commands.text
+    if listing.missing_empty_prompts:
+        text_command += " --empty_prompt"
+    if listing.empty_tables or listing.missing_text or listing.missing_empty_prompts:
+        needed_commands.append(text_command)
+    return needed_commands
+
+
 def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
     """Raise CacheError if caches may be missing, or if text caching has not finished."""
-    if listing.unsound:
-        lines = [line for _, line in listing.unsound]
+    if listing.incomplete_tables:
+        lines = [line for _, line in listing.incomplete_tables]
         if any("convert_cache" not in line for line in lines):
             lines += ["Shards are made whole by:", commands.latents, commands.text]
         raise CacheError("\n  ".join(lines))
@@ -520,7 +571,8 @@ def _audio_errors(listing: FoundItems) -> list[str]:
         example = next(path.name for path in listing.missing_audio if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
         errors.append(
-            f"{listing.needs_audio}, but {lacking} in {folder}, such as {example}. Take silent ones out"
+            f"{listing.why_audio_is_needed}, but {lacking} in {folder}, such as {example}. Take silent ones "
+            "out"
         )
     return errors
 
@@ -535,7 +587,7 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             commands.text,
         )
     # a cache that one table does not list may be of a source that another table of the folder lists
-    gone = [folder / stem for folder, stem in listing.unlisted if stem not in listing.listed[folder]]
+    gone = [folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.listed[folder]]
     if gone:
         logger.warning(
             "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",

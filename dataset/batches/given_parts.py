@@ -13,11 +13,11 @@ from modules.text_files import parse_json, read_text
 from protocols import data
 from protocols.steps import WHOLE
 
-Times = tuple[tuple[float, float], ...]
+Spans = tuple[tuple[float, float], ...]
 KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # keys of a JSON file of spans
 
 
-def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
+def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
     """Add the parts of clips that training may keep clean (free of noise), as conditions, to a batch.
 
     These parts are a region of the frame, spans of the audio, and images that guide the clip. The tables of
@@ -28,10 +28,10 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
     """
     regions = tuple(item.table.spatial_crop_region for item in items)
     rates = batch.tensors.get(data.FPS)  # B, in thousandths of a frame per second
-    times = []
+    clean_audio_spans = []
     for index, item in enumerate(items):
         fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None
-        times.append(read_times(item, fps))
+        clean_audio_spans.append(read_clean_audio_spans(item, fps))
     tensors = dict(batch.tensors)
     guides = items[0].table.guides  # all items of a batch have the same table
     if guides:
@@ -48,14 +48,14 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
         batch,
         tensors=tensors,
         crop_regions=regions if any(regions) else (),
-        given_times=tuple(times) if any(part is not None for part in times) else (),
+        given_times=tuple(clean_audio_spans) if any(spans is not None for spans in clean_audio_spans) else (),
     )
 
 
-def read_times(item: TrainingItem, fps: float | None) -> Times | None:
+def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | None:
     """Return the spans of an item's audio that stay clean: start and end in seconds of its clip.
 
-    None if the item has no file of spans.
+    Returns None if the item has no file of spans.
 
     The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
     Times in the file count from the start of the source; the item's clip may begin later in it.
@@ -80,21 +80,21 @@ def read_times(item: TrainingItem, fps: float | None) -> Times | None:
         if isinstance(content, dict):
             content = next(content[key] for key in KEYS if key in content)
         pairs = [pair for pair in content if pair]  # without empty lines
-        times = [(float(start), float(end)) for start, end in pairs]
-        if not all(0 <= start < end < float("inf") for start, end in times):
+        spans = [(float(start), float(end)) for start, end in pairs]
+        if not all(0 <= start < end < float("inf") for start, end in spans):
             raise ValueError  # reported below, like text that is no number
     except (OSError, ValueError, TypeError, StopIteration):
         raise DatasetError(
             f"{path}: not a list of pairs of seconds. Give lines such as 0.5 1.25 in a .txt file, or "
             f'{{"intervals": [[0.5, 1.25]]}} in a .json file'
         ) from None
-    first = _find_first_second(item, fps)
-    return tuple((start - first, end - first) for start, end in times)
+    item_start = _find_start_second(item, fps)
+    return tuple((start - item_start, end - item_start) for start, end in spans)
 
 
-def _find_first_second(item: TrainingItem, fps: float | None) -> float:
+def _find_start_second(item: TrainingItem, fps: float | None) -> float:
     """Return where the item begins in its source, in seconds; 0.0 if that is unknown."""
-    name = parse_latent_name(item.file_name, item.kind.tag, "video")
+    name = parse_latent_name(item.file_name, item.cache_info.tag, "video")
     if name is None or name.span is None or fps is None:
         return 0.0
     first_frame, _ = name.span

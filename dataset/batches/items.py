@@ -12,36 +12,38 @@ from modules.media.buckets import Size
 
 
 @dataclass(frozen=True)
-class ItemKind:
+class TableCacheInfo:
     """Properties that all items of a table share: names of their caches, and sources read during training."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
-    has_text: bool = True  # False: captions are encoded while training
+    has_cached_texts: bool = True  # False: captions are encoded while training
     # bucket by stem, of images that are encoded while training; None: the table's latents are cached
-    sizes: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
+    live_buckets: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
     # sources by stem, if media or captions are read from them while training
-    sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
+    live_sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
     # checksum of the record, by name of a cache file, from the index of the caches. Such a record is not
     # compared with the table and its sources again, because the index is used only if these are unchanged
-    compared: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    indexed_checksums: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
-        """Return the names that the latent caches of the images in `sizes` would have."""
-        return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
+        """Return the names that the latent caches of the images in `live_buckets` would have."""
+        return [
+            LatentName(stem, size).file_name(self.tag) for stem, size in (self.live_buckets or {}).items()
+        ]
 
-    def caption(self, stem: str, number: int) -> str:
+    def live_caption(self, stem: str, number: int) -> str:
         """Return the unchanged caption of a source that is encoded during training.
 
         `number` is the caption's index; EMPTY stands for the empty caption.
         """
         if number == EMPTY:
             return ""
-        source = self.sources[stem]
+        source = self.live_sources[stem]
         return (source.caption or "", *source.more_captions)[number]
 
 
-LiveTables = Mapping[int, ItemKind]  # by table index: tables with a part that is not cached
+LiveTables = Mapping[int, TableCacheInfo]  # by table index: tables with a part that is not cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,16 @@ class TrainingItem:
     table: DatasetTable
     # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
     bucket: tuple[int, ...]
-    kind: ItemKind
-    parts: int = 1  # number of latent caches of the same clip
-    captions: int = 1  # number of text caches of the source, without the empty prompt
+    cache_info: TableCacheInfo
+    num_latent_files: int = 1  # number of latent caches of the same clip
+    num_captions: int = 1  # number of text caches of the source, without the empty prompt
     # width and height of the latents of each reference image, if they must be equal in a batch
-    references: tuple[int, ...] = ()
+    reference_latent_sizes: tuple[int, ...] = ()
     # shape C T M of the clip's audio latents, silent or not, if it must be equal in a batch
-    audio: tuple[int, ...] = ()
-    has_sound: bool = False  # whether the clip's audio has a cache file
+    audio_latent_shape: tuple[int, ...] = ()
+    has_cached_audio: bool = False  # whether the clip's audio has a cache file
     # length of the latents of the audio that its audio is made after, if it must be equal in a batch
-    audio_reference: int = 0
+    audio_reference_length: int = 0
 
     @property
     def key(self) -> str:
@@ -77,8 +79,10 @@ class TrainingItem:
     @property
     def group(self) -> tuple[int, ...]:
         """Values that the items of one batch have in common: table or group of tables, and all sizes."""
-        sizes = (*self.bucket, *self.references, *self.audio)
-        return (self.table.batch_group, *sizes, *((self.audio_reference,) if self.audio_reference else ()))
+        sizes = (*self.bucket, *self.reference_latent_sizes, *self.audio_latent_shape)
+        if self.audio_reference_length:
+            sizes = (*sizes, self.audio_reference_length)
+        return (self.table.batch_group, *sizes)
 
     @property
     def latent_path(self) -> Path:
@@ -88,13 +92,13 @@ class TrainingItem:
     @property
     def audio_path(self) -> Path:
         """Path of the cache of the clip's audio."""
-        return self.table.cache_directory / audio_file_name(self.file_name, self.kind.tag)
+        return self.table.cache_directory / audio_file_name(self.file_name, self.cache_info.tag)
 
     def caption_path(self, number: int) -> Path:
         """Return the text cache of a caption, or of the empty prompt if `number` is EMPTY."""
-        name = text_file_name(self.source_stem, self.kind.tag, number)
+        name = text_file_name(self.source_stem, self.cache_info.tag, number)
         if number == EMPTY and not self.table.texts_see_references:
-            name = empty_text_name(self.kind.tag)
+            name = empty_text_name(self.cache_info.tag)
         return self.table.cache_directory / name
 
 

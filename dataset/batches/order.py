@@ -15,12 +15,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache_files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
-from dataset.sources.media_source import pause_collection
+from dataset.sources.media_source import pause_garbage_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.integers import ceil_div
 from modules.seeds import derive_seed
@@ -44,12 +44,13 @@ class BatchOrder:
         # sorted by (table, key) with two stable sorts, because a million tuples as sort keys need much memory
         self._items = sorted(items, key=lambda item: item.key)
         self._items.sort(key=lambda item: item.table.index)
-        self._pools = repeat_items(self._items)
+        self._repeated_items = repeat_items(self._items)  # items of an epoch, by group
         if any(item.table.is_reg for item in self._items):
             self._warn_of_unused()
-        self.num_items = sum(map(len, self._pools.values()))  # items of an epoch, including repeats
-        self.num_batches = sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in self._pools.values())
-        self._last = -1  # the epoch whose batches are cached; -1: none
+        self.num_items = sum(map(len, self._repeated_items.values()))  # items of an epoch, including repeats
+        group_sizes = [(len(group), group[0].table.batch_size) for group in self._repeated_items.values()]
+        self.num_batches = sum(ceil_div(size, batch_size) for size, batch_size in group_sizes)
+        self._cached_epoch = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # for each batch: number of items of the epoch before it
         # for each batch: number of items of its group of tables before it; empty until it is needed
@@ -57,7 +58,7 @@ class BatchOrder:
 
     def _warn_of_unused(self) -> None:
         """Warn about regularization images that no epoch contains."""
-        used = {id(item) for pool in self._pools.values() for item in pool}
+        used = {id(item) for group_items in self._repeated_items.values() for item in group_items}
         unused = len(self._items) - len(used)
         if unused:
             logger.warning(
@@ -77,22 +78,22 @@ class BatchOrder:
 
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
-        if self._last != number:
-            self._last = -1  # in case that building is interrupted
+        if self._cached_epoch != number:
+            self._cached_epoch = -1  # in case that building is interrupted
             self._batches = []  # freed before the next epoch is built
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
-            with pause_collection():  # garbage collection would look through all items again and again
-                for _, pool in sorted(self._pools.items()):
-                    size = pool[0].table.batch_size
-                    shuffled = _shuffle(pool, draw_bits)
-                    starts = range(0, len(pool), size)
-                    batches += [tuple(shuffled[start : start + size]) for start in starts]
+            with pause_garbage_collection():
+                for _, group_items in sorted(self._repeated_items.items()):
+                    batch_size = group_items[0].table.batch_size
+                    shuffled = _shuffle(group_items, draw_bits)
+                    for start in range(0, len(shuffled), batch_size):
+                        batches.append(tuple(shuffled[start : start + batch_size]))
                 self._batches = _shuffle(batches, draw_bits)
-                self._last = number
+                self._cached_epoch = number
             # the number of items before each batch, and at the end the number of all items
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
-            self._group_starts = array("q")  # of the previous epoch until now; filled when needed
+            self._group_starts = array("q")  # `group_items_before` computes it again
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
@@ -111,9 +112,10 @@ class BatchOrder:
             for batch in batches:
                 self._group_starts.append(counts[batch[0].table.batch_group])
                 counts[batch[0].table.batch_group] += len(batch)
-        group = batches[index][0].table.batch_group
-        in_epoch = sum(len(pool) for key, pool in self._pools.items() if key[0] == group)
-        return epoch * in_epoch + self._group_starts[index]
+        batch_group = batches[index][0].table.batch_group
+        in_group = [items for key, items in self._repeated_items.items() if key[0] == batch_group]
+        items_per_epoch = sum(map(len, in_group))
+        return epoch * items_per_epoch + self._group_starts[index]
 
 
 def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]:
@@ -170,26 +172,26 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
     Empty groups are left out. If all items of a group have the same repeats, the whole list is repeated, so
     that a seed keeps giving the same batches.
     """
-    counts = [item.table.num_repeats for item in items]
+    repeats = [item.table.num_repeats for item in items]
     if any(item.table.is_reg for item in items):
-        counts = _count_repeats(items)
-    groups: dict[tuple[int, ...], list[G]] = {}
-    counts_of_groups: dict[tuple[int, ...], list[int]] = {}
-    for item, count in zip(items, counts, strict=True):
-        groups.setdefault(item.group, []).append(item)
-        counts_of_groups.setdefault(item.group, []).append(count)
-    pools: dict[tuple[int, ...], list[G]] = {}
-    for key, group in groups.items():
-        group_counts = counts_of_groups[key]
-        if min(group_counts) == max(group_counts):
-            pool = group * group_counts[0]
+        repeats = _count_repeats(items)
+    items_by_group: dict[tuple[int, ...], list[G]] = {}
+    repeats_by_group: dict[tuple[int, ...], list[int]] = {}
+    for item, count in zip(items, repeats, strict=True):
+        items_by_group.setdefault(item.group, []).append(item)
+        repeats_by_group.setdefault(item.group, []).append(count)
+    repeated: dict[tuple[int, ...], list[G]] = {}
+    for key, group_items in items_by_group.items():
+        group_repeats = repeats_by_group[key]
+        if min(group_repeats) == max(group_repeats):
+            repeated_items = group_items * group_repeats[0]
         else:
-            pool = []
-            for item, count in zip(group, group_counts, strict=True):
-                pool += [item] * count
-        if pool:
-            pools[key] = pool
-    return pools
+            repeated_items = []
+            for item, count in zip(group_items, group_repeats, strict=True):
+                repeated_items += [item] * count
+        if repeated_items:
+            repeated[key] = repeated_items
+    return repeated
 
 
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:
@@ -249,16 +251,16 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
     """
     if any(item.table.group is not None for item in items):
         return _split_subsets(items, fraction, seed)
-    chosen: set[str] = set()
+    held_out_stems: set[str] = set()
     if fraction > 0:
         candidates = {item.source_stem for item in items if not item.table.validation}
         count = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
         # the smallest hashes of names, so that the selection does not depend on the order
-        chosen = set(heapq.nsmallest(count, candidates, key=_digest))
+        held_out_stems = set(heapq.nsmallest(count, candidates, key=_digest))
     training: list[S] = []
     validation: list[S] = []
     for item in items:
-        if item.table.validation or (chosen and item.source_stem in chosen):
+        if item.table.validation or item.source_stem in held_out_stems:
             validation.append(item)
         else:
             training.append(item)
@@ -350,57 +352,72 @@ def changed_caption(
         text = fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text
     text = complete_caption(text, table.trigger_word, prefix, suffix)
-    if not changes.moves_parts:
-        return join_parts(text, changes)
+    if changes.moves_parts:
+        text = _vary_parts(text, changes, step=step, total_steps=total_steps, generator=generator)
+    return join_parts(text, changes)
 
-    # parts between the fixed parts are shuffled, and dropped at random or by the warm-up
-    first, moving, last = _split_parts(text, changes)
-    # the warm-up increases the number of moving parts linearly, from warmup_min to all
+
+def _vary_parts(
+    text: str, changes: CaptionChanges, step: int, total_steps: int, generator: random.Random
+) -> str:
+    """Shuffle the movable parts of a caption, and drop some of them at random or by the warm-up."""
+    parts = _split_parts(text, changes)
+    movable = parts.movable
+    # the warm-up increases the number of movable parts linearly, from warmup_min to all
     warmup_end = changes.warmup_step
     if warmup_end < 1:  # a fraction of the run
         warmup_end = math.floor(warmup_end * total_steps)
     if step < warmup_end:
-        num_added = math.floor(step * (len(moving) - changes.warmup_min) / warmup_end)
-        moving = moving[: num_added + changes.warmup_min]
+        num_added = math.floor(step * (len(movable) - changes.warmup_min) / warmup_end)
+        movable = movable[: num_added + changes.warmup_min]
     if changes.shuffle:
-        generator.shuffle(moving)
-    rate = changes.part_dropout_rate
-    if rate:
-        moving = [part for part in moving if generator.random() >= rate]
+        generator.shuffle(movable)
+    dropout_rate = changes.part_dropout_rate
+    if dropout_rate:
+        movable = [part for part in movable if generator.random() >= dropout_rate]
     separator = changes.separator if changes.separator[-1].isspace() else f"{changes.separator} "
-    return join_parts(separator.join([*first, *moving, *last]), changes)
+    return separator.join([*parts.fixed_beginning, *movable, *parts.fixed_end])
 
 
-def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
-    """Split a caption into a fixed beginning, parts that may be shuffled, and a fixed end."""
+class _CaptionParts(NamedTuple):
+    """Parts of a caption, such as tags between commas."""
 
-    def split(section: str) -> list[str]:
-        """Split a section of the caption at each separator."""
-        return [part.strip() for part in section.split(changes.separator)]
+    fixed_beginning: list[str]
+    movable: list[str]  # parts that may be shuffled or dropped
+    fixed_end: list[str]
 
-    separator = changes.keep_tokens_separator
-    if separator and separator in text:
+
+def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
+    """Split a caption at `separator` into parts, of which keep_tokens or its separator fix some."""
+    fix_separator = changes.keep_tokens_separator
+    if fix_separator and fix_separator in text:
         # a second separator marks where the fixed end begins
-        sections = [[part for part in split(section) if part] for section in text.split(separator, 2)]
-        first, moving = sections[:2]
-        last = sections[2] if len(sections) > 2 else []
-        return first, moving, last
-    parts = split(text)
-    return parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
+        sections = [_split_section(section, changes) for section in text.split(fix_separator, 2)]
+        without_empty = [[part for part in section if part] for section in sections]
+        fixed_beginning, movable = without_empty[:2]
+        fixed_end = without_empty[2] if len(without_empty) > 2 else []
+        return _CaptionParts(fixed_beginning, movable, fixed_end)
+    parts = _split_section(text, changes)
+    return _CaptionParts(parts[: changes.keep_tokens], parts[changes.keep_tokens :], [])
+
+
+def _split_section(section: str, changes: CaptionChanges) -> list[str]:
+    """Split a section of a caption at each separator."""
+    return [part.strip() for part in section.split(changes.separator)]
 
 
 @dataclass(frozen=True)
-class RunPlace:
+class RunPosition:
     """Position of a micro-batch in a run."""
 
     seed: int  # seed of the run
-    number: int  # index of the micro-batch in the run
+    micro_batch: int  # index of the micro-batch in the run
     step: int  # optimizer step, from 0
     total_steps: int
 
 
 def select_captions(
-    items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
+    items: Sequence[TrainingItem], seed: int, micro_batch: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
     """Return the index of the caption of each item, from 0, or EMPTY.
 
@@ -410,7 +427,7 @@ def select_captions(
     Args:
         items: Items of the batch.
         seed: Seed of the run.
-        number: Index of the micro-batch in the run.
+        micro_batch: Index of the micro-batch in the run.
         epoch: Epoch, counted from 0.
         drops: Whether captions are dropped; captions that are not dropped are the same with True and False.
     """
@@ -421,54 +438,58 @@ def select_captions(
         if interval > 0 and (epoch + 1) % interval == 0:  # all captions of every n-th epoch are empty
             rate = 1.0
         caption_index = 0
-        if rate or item.captions > 1:
-            generator = random.Random(derive_seed(seed, "caption", number, position))
+        if rate or item.num_captions > 1:
+            generator = random.Random(derive_seed(seed, "caption", micro_batch, position))
             is_dropped = generator.random() < rate  # drawn even if unused, so that `drops` changes no caption
-            caption_index = EMPTY if is_dropped and drops else generator.randrange(item.captions)
+            caption_index = EMPTY if is_dropped and drops else generator.randrange(item.num_captions)
         selected.append(caption_index)
     return tuple(selected)
 
 
-def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> bool:
+def should_drop_references(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> bool:
     """Return whether a batch is trained without its references.
 
-    `number` is the index of the micro-batch in the run.
+    `micro_batch` is the index of the micro-batch in the run.
     """
     rate = items[0].table.reference_dropout_rate  # all items of a batch have the same rate
-    generator = random.Random(derive_seed(seed, "references", number))
+    generator = random.Random(derive_seed(seed, "references", micro_batch))
     return rate > 0 and generator.random() < rate
 
 
 def change_captions(
-    items: Sequence[TrainingItem], texts: Sequence[str], chosen: Sequence[int], run: RunPlace
+    items: Sequence[TrainingItem],
+    captions: Sequence[str],
+    caption_indices: Sequence[int],
+    run_position: RunPosition,
 ) -> tuple[str, ...]:
-    """Apply the random caption changes of the tables to all samples of a batch.
+    """Apply the random caption changes of the tables, such as shuffled tags, to all samples of a batch.
 
-    `texts` are the captions of the sources, and `chosen` their indices among the captions of a source; a
-    caption with index EMPTY was dropped, and becomes "". `run` has the seed and the step of the run.
+    `captions` are the captions of the sources, and `caption_indices` their indices among the captions of a
+    source; a caption with index EMPTY was dropped, and becomes "".
     """
     changed = []
-    for position, (item, text, caption_index) in enumerate(zip(items, texts, chosen, strict=True)):
+    samples = zip(items, captions, caption_indices, strict=True)
+    for position, (item, caption, caption_index) in enumerate(samples):
         if caption_index == EMPTY:
             changed.append("")
             continue
-        seed = derive_seed(run.seed, "caption changes", run.number, position)
-        caption = changed_caption(
-            text,
+        seed = derive_seed(run_position.seed, "caption changes", run_position.micro_batch, position)
+        changed_text = changed_caption(
+            caption,
             changes=item.table.changes,
             table=item.table,
-            step=run.step,
-            total_steps=run.total_steps,
+            step=run_position.step,
+            total_steps=run_position.total_steps,
             generator=random.Random(seed),
         )
-        changed.append(caption)
+        changed.append(changed_text)
     return tuple(changed)
 
 
-def select_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
+def select_mirrored(items: Sequence[TrainingItem], seed: int, micro_batch: int) -> tuple[bool, ...]:
     """Return whether each item is mirrored: with probability 0.5 if its table has flip_aug."""
     are_mirrored = []
     for position, item in enumerate(items):
-        generator = random.Random(derive_seed(seed, "flip", number, position))
+        generator = random.Random(derive_seed(seed, "flip", micro_batch, position))
         are_mirrored.append(item.table.augmentation.flip and generator.random() < 0.5)
     return tuple(are_mirrored)

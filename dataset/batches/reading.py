@@ -82,20 +82,19 @@ def read_batch(
     are_mirrored = flips or [False] * len(items)
     media = []
     for position, (item, is_mirrored) in enumerate(zip(items, are_mirrored, strict=True)):
-        part = reader.read_media(item, position, is_mirrored)
+        item_media = reader.read_media(item, position, is_mirrored)
         if not reads_rejected:  # items with and without rejected latents may share a batch
-            part.tensors.pop(data.REJECTED_LATENTS, None)
-        media.append(part)
+            item_media.tensors.pop(data.REJECTED_LATENTS, None)
+        media.append(item_media)
     texts = reader.read_texts(items, caption_indices)
     if reads_rejected:
         _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
-    # texts in addition to those that are trained: before dropout, and the empty prompt
-    full_texts: list[_Part] = []  # before dropout
+    undropped_texts: list[_ItemTensors] = []
     if undropped and tuple(undropped) != tuple(caption_indices):
-        full_texts = reader.read_texts(items, undropped)
-    empty_texts: list[_Part] = []
+        undropped_texts = reader.read_texts(items, undropped)
+    empty_texts: list[_ItemTensors] = []
     if reads_empty:
         empty_texts = reader.read_texts(items, [EMPTY] * len(items))
     are_empty = tuple(text.is_empty for text in texts)
@@ -105,10 +104,10 @@ def read_batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
-        made_by=_list_makers(media, texts, further_texts=(*full_texts, *empty_texts)),
+        made_by=_list_makers(media, texts, further_texts=(*undropped_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
         attributes=attributes if any(attributes) else (),
-        undropped=_stack(full_texts, commands, is_text=True),
+        undropped=_stack(undropped_texts, commands, is_text=True),
         network_multiplier=items[0].table.network_multiplier,
         empty_text=_stack(empty_texts, commands, is_text=True),
         rejected=rejected,
@@ -116,21 +115,21 @@ def read_batch(
         text_metadata=tuple(text.metadata for text in texts),
     )
     if any(item.table.gives_parts for item in items):
-        from dataset.batches.given_parts import add_given_parts  # few tables have them
+        from dataset.batches.given_parts import add_clean_conditions  # few tables have them
 
-        batch = add_given_parts(batch, items)
+        batch = add_clean_conditions(batch, items)
     return batch
 
 
 def _list_makers(
-    media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
+    media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
 ) -> tuple[data.MadeBy, ...]:
     """List the encoders of a batch: for media and text of each item, then for additional texts."""
     makers: list[data.MadeBy] = []
-    for of_media, of_text in zip(media, texts, strict=True):
-        makers += (*of_media.made_by, *of_text.made_by)
-    for of_text in further_texts:
-        makers += of_text.made_by
+    for item_media, text in zip(media, texts, strict=True):
+        makers += (*item_media.made_by, *text.made_by)
+    for text in further_texts:
+        makers += text.made_by
     return tuple(makers)
 
 
@@ -159,11 +158,11 @@ def _unpack_inner_audio(
     tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
-def _check_rejected(media: Sequence["_Part"], commands: CachingCommands) -> None:
+def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) -> None:
     """Raise CacheError if an item has no latents of a rejected clip."""
-    for part in media:
-        if data.REJECTED_LATENTS not in part.tensors:
-            raise CacheError(explain_no_rejected(part.path, commands))
+    for item in media:
+        if data.REJECTED_LATENTS not in item.tensors:
+            raise CacheError(explain_no_rejected(item.path, commands))
 
 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
@@ -175,11 +174,14 @@ def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
 
 
 def _join_media_and_texts(
-    media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
+    media: Sequence["_ItemTensors"],
+    texts: Sequence["_ItemTensors"],
+    latent: data.LatentSpec,
+    commands: CachingCommands,
 ) -> dict[str, Any]:
     """Stack the tensors of a batch's media and texts, and return them by key."""
     # items without audio or masks get placeholders, so that tensors can be stacked
-    has_audio = [data.SOUND in part.tensors for part in media]  # before gaps are filled
+    has_audio = [data.SOUND in item.tensors for item in media]  # before silent items get zeros
     if len(media) > 1:
         _fill_gaps(media)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
@@ -208,12 +210,12 @@ def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLength
 
 
 @dataclass
-class _Part:
+class _ItemTensors:
     """The tensors of one item's media, or of one of its captions."""
 
     path: Path
     tensors: dict[str, Tensor]
-    variable: frozenset[str] = frozenset()  # names of tensors of variable length
+    variable_length: frozenset[str] = frozenset()  # names of tensors of variable length
     caption: str = ""
     is_empty: bool = False  # the caption is known to be empty
     made_by: tuple[data.MadeBy, ...] = ()
@@ -230,7 +232,7 @@ class _Reader:
     checks: CacheChecks
     encoded: Mapping[int, Mapping[str, Tensor]]
 
-    def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _Part:
+    def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _ItemTensors:
         """Read an item's latents, and its audio if there is any.
 
         `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
@@ -238,74 +240,84 @@ class _Reader:
         # tensors of items that are encoded during training come from memory, all others from a cache
         encoded = self.encoded.get(position)
         if encoded is not None:
-            part = _Part(item.latent_path, dict(encoded))
+            media = _ItemTensors(item.latent_path, dict(encoded))
         else:
-            part = self._read_cached_media(item)
+            media = self._read_cached_media(item)
         self.checks.add(item.table.index, item.key)
         mirrored: dict[str, Tensor] = {}
-        unmirrored: dict[str, Tensor] = {}
-        for key, tensor in part.tensors.items():
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in media.tensors.items():
             if key.endswith(FLIPPED):
                 mirrored[key.removesuffix(FLIPPED)] = tensor
             else:
-                unmirrored[key] = tensor
-        part.tensors = unmirrored
+                tensors[key] = tensor
         if is_mirrored:
-            if data.LOSS_MASK in unmirrored:  # caches have no mirrored masks
-                mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
-            part.tensors |= mirrored
+            if data.LOSS_MASK in tensors:  # caches have no mirrored masks
+                mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
+            tensors |= mirrored
         # sizes that the cache states are removed for all models, because few models are conditioned on sizes
-        cached_sizes = part.tensors.pop(data.STATED_SIZES, None)
+        cached_sizes = tensors.pop(data.STATED_SIZES, None)
         if self.latent.has_size_conditions:
-            part.tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)
-        return part
+            tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)
+        media.tensors = tensors
+        return media
 
-    def _read_cached_media(self, item: TrainingItem) -> _Part:
+    def _read_cached_media(self, item: TrainingItem) -> _ItemTensors:
         """Read the latents of an item, and its audio if that is cached separately."""
-        part = self._read_entry(
+        media = self._read_entry(
             item,
             path=item.latent_path,
-            part=data.LATENTS_MADE,
+            origin_name=data.LATENTS_MADE,
             key="latents",
             find_errors=latent_errors,
         )
-        if item.has_sound:
+        if item.has_cached_audio:
             audio = self._read_entry(
                 item,
                 path=item.audio_path,
-                part=data.AUDIO_MADE,
+                origin_name=data.AUDIO_MADE,
                 key=data.SOUND,
                 find_errors=audio_errors,
             )
             for name in (data.SOUND, data.REFERENCE_AUDIO):
                 if name in audio.tensors:
-                    part.tensors[name] = audio.tensors[name]
-            part.made_by += audio.made_by
+                    media.tensors[name] = audio.tensors[name]
+            media.made_by += audio.made_by
         # other programs do not record the frame rate, so the rate that the family assumes is used
-        if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
-            part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
-        return part
+        if self.latent.unsaid_fps is not None and data.FPS not in media.tensors:
+            media.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
+        return media
 
-    def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_Part]:
-        """Read one caption of each item; `numbers` are the indices of the captions."""
-        return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
+    def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
+        """Read one caption of each item: its cached embeddings, or only the caption if it is not cached.
 
-    def read_text(self, item: TrainingItem, number: int) -> _Part:
-        """Read the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
+        `caption_indices` has the index of each item's caption; EMPTY is the empty prompt.
+        """
+        texts = []
+        for item, caption_index in zip(items, caption_indices, strict=True):
+            caption = ""
+            if item.cache_info.live_sources:
+                caption = item.cache_info.live_caption(item.source_stem, caption_index)
+            if item.cache_info.has_cached_texts:
+                texts.append(self._read_cached_text(item, caption_index, caption))
+                continue
+            # a caption counts as empty only if it is known: "" may also mean that no file records it
+            is_known = caption_index == EMPTY or bool(item.cache_info.live_sources)
+            path = item.caption_path(caption_index)
+            texts.append(_ItemTensors(path, {}, caption=caption, is_empty=is_known and not caption))
+        return texts
 
-        Texts that are encoded while training have no tensors.
+    def _read_cached_text(self, item: TrainingItem, number: int, caption: str) -> _ItemTensors:
+        """Read and check the cached embeddings of an item's caption `number`; EMPTY is the empty prompt.
+
+        `caption` is the caption if it is read while training, or "", which the cache's record replaces.
         """
         path = item.caption_path(number)
         store = self.stores.of_texts(item.table)
-        caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
-        # a caption counts as empty only if it is known: "" may also mean that no file records the caption
-        if not item.kind.has_text:
-            is_known = number == EMPTY or bool(item.kind.sources)
-            return _Part(path, {}, caption=caption, is_empty=is_known and not caption)
-        with _remedy(self.commands, store, is_text=True):
+        with _add_caching_command(self.commands, store, is_text=True):
             entry = store.read(path.name)
             tensors = entry.tensors
-            absent = sorted(item.kind.text_keys - tensors.keys())
+            absent = sorted(item.cache_info.text_keys - tensors.keys())
             if absent:
                 maker = entry.metadata.get("architecture", "")
                 made_for = f" (made for {maker})" if maker else ""
@@ -315,9 +327,8 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            # neither compared by an earlier batch nor for the index
-            is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
-            if not is_checked and not _is_compared(item, entry, path.name):
+            was_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
+            if not was_checked and not _is_unchanged_since_indexing(item, entry, path.name):
                 errors = text_errors(
                     item,
                     number=number,
@@ -329,15 +340,16 @@ class _Reader:
                 if error is not None:
                     raise CacheError(f"{entry.path}: {error}")
         self.checks.add(item.table.index, path.name)
-        if not caption:  # take it from the cache; caches of other programs may not record it
+        if not caption:  # caches of other programs may not record it
             recorded = next((record.caption for record in records.values()), None)
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
+        # a caption counts as empty only if it is known: "" may also mean that no file records it
         is_known = number == EMPTY or bool(records) or "caption1" in entry.metadata
-        return _Part(
+        return _ItemTensors(
             path,
             tensors,
-            variable=entry.variable,
+            variable_length=entry.variable,
             caption=caption,
             is_empty=is_known and not caption,
             made_by=made_by,
@@ -345,19 +357,24 @@ class _Reader:
         )
 
     def _read_entry(
-        self, item: TrainingItem, path: Path, part: str, key: str, find_errors: Callable[..., Iterator[str]]
-    ) -> _Part:
+        self,
+        item: TrainingItem,
+        path: Path,
+        origin_name: str,
+        key: str,
+        find_errors: Callable[..., Iterator[str]],
+    ) -> _ItemTensors:
         """Read and check one latent or audio cache.
 
         Args:
             item: Item that the cache belongs to.
             path: Path of the cache; its name is read from the item's store.
-            part: `MadeBy.part` of the result.
+            origin_name: Value of `MadeBy.part` in the result.
             key: Name of a tensor that the cache must have.
             find_errors: Yields the reasons why the tensors do not fit the table.
         """
         store = self.stores.of(item.table)
-        with _remedy(self.commands, store, is_text=False):  # adds the command to errors
+        with _add_caching_command(self.commands, store, is_text=False):  # adds the command to errors
             entry = store.read(path.name)
             tensors = entry.tensors
             record = latent_record(entry)
@@ -365,8 +382,7 @@ class _Reader:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
-            # a file that is unchanged since it was compared is not compared again
-            if not _is_compared(item, entry, path.name):
+            if not _is_unchanged_since_indexing(item, entry, path.name):
                 errors = find_errors(
                     item,
                     tensors=tensors,
@@ -382,11 +398,16 @@ class _Reader:
                 verify_tensors(entry, record.crc32)
         made_by: tuple[data.MadeBy, ...] = ()
         if record is not None:
-            made_by = (self._describe_origin(item, path, part, tensors=tensors, record=record),)
-        return _Part(path, tensors, entry.variable, made_by=made_by)
+            made_by = (self._describe_origin(item, path, origin_name, tensors=tensors, record=record),)
+        return _ItemTensors(path, tensors, entry.variable, made_by=made_by)
 
     def _describe_origin(
-        self, item: TrainingItem, path: Path, part: str, tensors: Mapping[str, Tensor], record: LatentRecord
+        self,
+        item: TrainingItem,
+        path: Path,
+        origin_name: str,
+        tensors: Mapping[str, Tensor],
+        record: LatentRecord,
     ) -> data.MadeBy:
         """Return the encoder and the program version that made a cache of latents or audio."""
         is_video = item.table.kind == "video"
@@ -394,18 +415,20 @@ class _Reader:
         is_older = is_video and record.decoding_version < AS_SHOWN
         return data.MadeBy(
             path=path,
-            part=part,
+            part=origin_name,
             encoder=record.encoder,
             # records of early versions lack CLOCK: these timed companions apart from the clip
-            own_clocks=is_video and CLOCK not in record.options and has_companions,
+            has_separate_timing=is_video and CLOCK not in record.options and has_companions,
             windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
-            as_shown=record.decoding_version if is_older else None,
+            earlier_decoder_version=record.decoding_version if is_older else None,
         )
 
 
-def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
-    """Return whether an entry is unchanged since it was compared for the index of the caches."""
-    return name in item.kind.compared and item.kind.compared[name] == entry.metadata.get(CHECK_KEY)
+def _is_unchanged_since_indexing(item: TrainingItem, entry: Entry, name: str) -> bool:
+    """Return whether an entry is the one that was compared with its source for the index of the caches."""
+    return name in item.cache_info.indexed_checksums and item.cache_info.indexed_checksums[
+        name
+    ] == entry.metadata.get(CHECK_KEY)
 
 
 def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
@@ -416,7 +439,7 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
     """
     bucket_width, bucket_height = item.bucket[:2]
     if cached_sizes is None:
-        name = parse_latent_name(item.file_name, item.kind.tag, item.table.kind)
+        name = parse_latent_name(item.file_name, item.cache_info.tag, item.table.kind)
         assert name is not None  # items are found by such names
         width, height = name.size
         left, top, right, _ = inner_box(name.size, (bucket_width, bucket_height))
@@ -430,67 +453,67 @@ def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrore
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     """Return stores for the caches of an item's family."""
-    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
+    return Stores(NpzNames(item.cache_info.tag, latent, item.cache_info.text_keys))
 
 
-def _fill_gaps(media: Sequence[_Part]) -> None:
+def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
     """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
     fillings = {data.SOUND: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
     for name, filling in fillings.items():
-        template = next((part.tensors[name] for part in media if name in part.tensors), None)
+        template = next((item.tensors[name] for item in media if name in item.tensors), None)
         if template is not None:
-            for part in media:
-                part.tensors.setdefault(name, torch.full_like(template, filling))
-    if any(data.LOSS_MASK in part.tensors for part in media):  # its size depends on the item's latents
-        for part in media:
-            ones = torch.ones(part.tensors["latents"].shape[1:], dtype=torch.float16)
-            part.tensors.setdefault(data.LOSS_MASK, ones)
+            for item in media:
+                item.tensors.setdefault(name, torch.full_like(template, filling))
+    if any(data.LOSS_MASK in item.tensors for item in media):  # its size depends on the item's latents
+        for item in media:
+            ones = torch.ones(item.tensors["latents"].shape[1:], dtype=torch.float16)
+            item.tensors.setdefault(data.LOSS_MASK, ones)
 
 
 def _stack(
-    parts: Sequence[_Part], commands: CachingCommands, is_text: bool
+    items: Sequence[_ItemTensors], commands: CachingCommands, is_text: bool
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Stack the tensors of all items by name; {} if there are no parts.
+    """Stack the tensors of all items by name; {} if there are no items.
 
     Args:
-        parts: Parts of the items.
+        items: Media, or captions, of the batch's items.
         commands: Commands that cache again, for messages.
-        is_text: Whether the parts are captions.
+        is_text: Whether `items` are captions.
 
     Raises:
         CacheError: If tensors are missing or differ in shape.
     """
-    if not parts:
+    if not items:
         return {}
-    first = parts[0]
-    for part in parts:
-        unequal = part.tensors.keys() ^ first.tensors.keys()
+    first = items[0]
+    for item in items:
+        unequal = item.tensors.keys() ^ first.tensors.keys()
         if unequal:
             raise CacheError(
-                f"{part.path} and {first.path} do not have the same tensors: {', '.join(sorted(unequal))}.\n"
+                f"{item.path} and {first.path} do not have the same tensors: {', '.join(sorted(unequal))}.\n"
                 f"  Make them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:
-        tensors = [part.tensors[name] for part in parts]
-        if name in first.variable:  # lengths differ, so that these stay a list
+        tensors = [item.tensors[name] for item in items]
+        if name in first.variable_length:  # lengths differ, so that these stay a list
             stacked[name] = tensors
-        else:
-            if len(parts) > 1:
-                _check_shapes(parts, name, commands, is_text=is_text)
-            stacked[name] = torch.stack(tensors)
+            continue
+        if len(items) > 1:
+            _check_shapes(items, name, commands, is_text=is_text)
+        stacked[name] = torch.stack(tensors)
     return stacked
 
 
-def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
-    """Raise CacheError if the tensor `name` does not have the same shape in the parts of all items."""
-    first = parts[0]
+def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCommands, is_text: bool) -> None:
+    """Raise CacheError if the tensor `name` does not have the same shape in all items."""
+    first = items[0]
     expected = first.tensors[name].shape
-    for part in parts:
-        shape = part.tensors[name].shape
+    for item in items:
+        shape = item.tensors[name].shape
         if shape != expected:
             raise CacheError(
-                f"{part.path}: {name} has the shape {as_shape(shape)}, in {first.path} it has "
+                f"{item.path}: {name} has the shape {as_shape(shape)}, in {first.path} it has "
                 f"{as_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 
@@ -512,7 +535,7 @@ def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 
 @contextlib.contextmanager
-def _remedy(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iterator[None]:
+def _add_caching_command(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iterator[None]:
     """Add the command that caches again to every CacheError in the block."""
     try:
         yield

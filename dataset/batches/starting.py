@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from dataset.config_keys import IGNORE
 from dataset.forms.composing import SHARED_CACHES
 from dataset.listing import find_sources
 from dataset.sources.audio import list_silent
-from dataset.sources.clock import has_one_clock
+from dataset.sources.clock import selects_frames_as_before
 from dataset.sources.colors import reading_difference
 from dataset.sources.media_source import MediaSource
 from modules.console import count_of
@@ -33,15 +33,17 @@ from protocols.family import Family
 
 logger = logging.getLogger(__name__)
 
-CLOCKS_DIFFER = (
+FRAMES_DIFFER = (
     "%s is of an earlier version, which read control clips and masks without regard to their clip's rate: "
     "if the rates differ, as here, the frames do not match. Cache again: only such caches change.\n  %s"
 )
-READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
+DECODED_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
 MAX_DECODED = 100  # clips of which a frame is decoded
 MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: takes a few seconds
 MAX_LISTED = 50_000  # files of a folder, captions among them
-NOT_KNOWN: Mapping[str, Mapping[str, str]] = {}  # `own_encoders` if training does not know the encoders
+UNKNOWN_ENCODERS: Mapping[
+    str, Mapping[str, str]
+] = {}  # `own_encoders` if training does not know the encoders
 
 
 def check_caches(
@@ -52,9 +54,13 @@ def check_caches(
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
     view: str = "",
-    own_encoders: Mapping[str, Mapping[str, str]] = NOT_KNOWN,
+    trained_encoder_ids: Mapping[str, Mapping[str, str]] = UNKNOWN_ENCODERS,
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
+
+    1. Read each sampled item as a batch of one, which raises if a cache is damaged or outdated.
+    2. Compare its text encoders with those of the trained model, and let the family check its texts.
+    3. Warn of caches by earlier versions, and of clips with fewer caches than they were cut into.
 
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
     last. Items and texts that are encoded while training are not read.
@@ -67,64 +73,67 @@ def check_caches(
         has_live_texts: Whether captions are encoded while training.
         process: Rank of this process, and number of processes; each reads a part.
         view: Part of a batch that a teacher sees (`Batch.view`); "" if there is no teacher.
-        own_encoders: Identities of the trained model's text encoders by name, if cached texts are compared
-            with them.
+        trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are
+            compared with them.
 
     Raises:
         CacheError: For everything that reading a batch would reject: damage, another encoder or release,
             changed captions.
     """
     rank, num_processes = process
-    cached = [item for item in items if item.kind.sizes is None]
+    cached = [item for item in items if item.cache_info.live_buckets is None]
     size_bytes = 0
     checks = CacheChecks()
-    earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
+    # caches of earlier versions, which read clips or their companions in another way
+    by_earlier_version: list[tuple[TrainingItem, MadeBy]] = []
     # number of windows that each clip was cut into, as its caches record it; by table index and stem
-    windows: dict[tuple[int, str], int] = {}
+    num_windows: dict[tuple[int, str], int] = {}
     for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, num_processes):
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
         for origin in batch.made_by:
-            if origin.part in own_encoders:
-                _require_own_encoder(origin, own_encoders[origin.part], commands)
-            is_earlier = origin.own_clocks or origin.as_shown is not None
+            if origin.part in trained_encoder_ids:
+                _require_trained_encoder(origin, trained_encoder_ids[origin.part], commands)
+            is_earlier = origin.has_separate_timing or origin.earlier_decoder_version is not None
             if is_earlier and caption_index == 0:  # further captions have the same latents
-                earlier.append((item, origin))
-        num_windows = max((origin.windows for origin in batch.made_by), default=0)
-        windows[item.table.index, item.source_stem] = num_windows
-        if item.kind.has_text and not has_live_texts:
+                by_earlier_version.append((item, origin))
+        clip = item.table.index, item.source_stem
+        num_windows[clip] = max((origin.windows for origin in batch.made_by), default=0)
+        if item.cache_info.has_cached_texts and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if view:
                 family.batch_conditions(latents, replace(batch, view=view))
         for tensors in batch.tensors.values():
-            parts = tensors if isinstance(tensors, list) else [tensors]
-            size_bytes += sum(tensor.nbytes for tensor in parts)
+            tensor_list = tensors if isinstance(tensors, list) else [tensors]
+            size_bytes += sum(tensor.nbytes for tensor in tensor_list)
         if size_bytes > MAX_READ_BYTES:
             break
-    if earlier:
-        _warn_of_earlier(earlier, family, commands)
+    if by_earlier_version:
+        _warn_of_earlier(by_earlier_version, family, commands)
     if rank == 0:  # what the first process has read is enough for a warning
-        _warn_of_fewer(cached, windows, commands)
+        _warn_of_missing_windows(cached, num_windows, commands)
 
 
-def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: CachingCommands) -> None:
+def _require_trained_encoder(
+    origin: MadeBy, trained_id: Mapping[str, str], commands: CachingCommands
+) -> None:
     """Raise CacheError if a cached text was not encoded by the trained model's text encoder.
 
-    Text caches of other programs have no record and pass. Dtype, length and the tokenizer's files are not
-    compared.
+    `trained_id` is the identity of the trained encoder: hashes by key. Text caches of other programs have no
+    record and pass. Dtype, length and the tokenizer's files are not compared.
     """
     if not origin.encoder:  # another program's cache
         return
-    compared = [key for key in own if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
-    for key in compared:
+    compared_keys = [key for key in trained_id if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
+    for key in compared_keys:
         recorded = origin.encoder.get(key)
-        if recorded != own[key]:
+        if recorded != trained_id[key]:
             raise CacheError(
                 f"{origin.path}: another {origin.part.replace('_', ' ')} made this text than that of the "
                 f"trained checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, here it is "
-                f"{shorten_fingerprint(own[key])}. Cache texts again:\n  {commands.text}\n  or add "
+                f"{shorten_fingerprint(trained_id[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )
 
@@ -134,7 +143,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
     # a fixed seed, so that all processes draw the same sample and each can take its part
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
-    further = ((item, number) for item in sample for number in range(1, item.captions))
+    further = ((item, number) for item in sample for number in range(1, item.num_captions))
     return itertools.islice(itertools.chain(first, further), MAX_READ)
 
 
@@ -145,56 +154,59 @@ def _warn_of_earlier(
 
     `origins` are pairs of an item and the origin of its latents.
     """
-    with_own_clocks = [item for item, origin in origins if origin.own_clocks]
-    if with_own_clocks:
-        _compare_clocks(with_own_clocks, family.defaults.fps, commands)
-    read_otherwise = [(item, origin.as_shown) for item, origin in origins if origin.as_shown is not None]
-    if read_otherwise:
-        _compare_reading(read_otherwise, family.latent.keeps_alpha, commands)
+    timed_separately = [item for item, origin in origins if origin.has_separate_timing]
+    if timed_separately:
+        _compare_frame_selection(timed_separately, family.defaults.fps, commands)
+    decoded_otherwise = []
+    for item, origin in origins:
+        if origin.earlier_decoder_version is not None:
+            decoded_otherwise.append((item, origin.earlier_decoder_version))
+    if decoded_otherwise:
+        _compare_decoding(decoded_otherwise, family.latent.keeps_alpha, commands)
 
 
-def _warn_of_fewer(
-    cached: Sequence[TrainingItem], windows: Mapping[tuple[int, str], int], commands: CachingCommands
+def _warn_of_missing_windows(
+    cached: Sequence[TrainingItem], num_windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than they were cut into.
+    """Warn of clips with fewer cached items than the windows that they were cut into.
 
-    `windows` is the number of items that each clip was cut into, by table index and stem.
+    `num_windows` has the number of windows of each clip, by table index and stem.
     """
-    counts = Counter((item.table.index, item.source_stem) for item in cached)
-    fewer = [clip for clip, num_windows in windows.items() if counts[clip] < num_windows]
-    if fewer:
-        first = fewer[0]
+    num_cached = Counter((item.table.index, item.source_stem) for item in cached)
+    incomplete = [clip for clip, expected in num_windows.items() if num_cached[clip] < expected]
+    if incomplete:
+        first = incomplete[0]
         _, stem = first
         logger.warning(
             "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
             "%s",
-            count_of(len(fewer), "clip"),
+            count_of(len(incomplete), "clip"),
             stem,
-            counts[first],
-            windows[first],
+            num_cached[first],
+            num_windows[first],
             commands.latents,
         )
 
 
-def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
+def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
     """Warn if an early version cached control clips at another rate than that of their clip.
 
     The rates are read from the headers of the source files. Missing files are skipped.
     """
-    by_source = {(item.table.index, item.source_stem): item for item in older}
-    for table in {item.table.index: item.table for item in older}.values():
+    by_source = {(item.table.index, item.source_stem): item for item in items}
+    for table in {item.table.index: item.table for item in items}.values():
         for source in _sources_of(table):
             item = by_source.get((table.index, source.stem))
-            # sources with origins are in tars or downloads, which are not opened for a warning
-            if item is None or source.origins:
+            # tars and downloads are not opened for a warning
+            if item is None or source.remote_or_packed:
                 continue
             with contextlib.suppress(MediaError, OSError):
-                if not has_one_clock(source, fps):
-                    logger.warning(CLOCKS_DIFFER, item.latent_path, commands.latents)
+                if not selects_frames_as_before(source, fps):
+                    logger.warning(FRAMES_DIFFER, item.latent_path, commands.latents)
                     return  # one warning is enough
 
 
-def _compare_reading(
+def _compare_decoding(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
     """Warn of a cache by an earlier version that read the frames of a clip in another order or orientation.
@@ -206,18 +218,19 @@ def _compare_reading(
         keeps_alpha: `LatentSpec.keeps_alpha` of the family.
         commands: Commands that cache again, for the warning.
     """
-    # an item of each source, and its version of reading
-    by_source = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_DECODED]}
+    by_source: dict[tuple[int, str], tuple[TrainingItem, int]] = {}
+    for item, decoder_version in items[:MAX_DECODED]:
+        by_source[item.table.index, item.source_stem] = item, decoder_version
     for table in {item.table.index: item.table for item, _ in items}.values():
         for source in _sources_of(table):
-            # sources with origins are in tars or downloads, which are not opened for a warning
-            if source.origins or (table.index, source.stem) not in by_source:
+            # tars and downloads are not opened for a warning
+            if source.remote_or_packed or (table.index, source.stem) not in by_source:
                 continue
-            item, mark = by_source[table.index, source.stem]
+            item, decoder_version = by_source[table.index, source.stem]
             with contextlib.suppress(MediaError, OSError):
-                difference = reading_difference(source, keeps_alpha, mark)
+                difference = reading_difference(source, keeps_alpha, decoder_version)
                 if difference is not None:
-                    logger.warning(READ_OTHERWISE, item.latent_path, difference, commands.latents)
+                    logger.warning(DECODED_OTHERWISE, item.latent_path, difference, commands.latents)
                     return  # one warning is enough
 
 
@@ -228,12 +241,12 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
     return ()
 
 
-class _Difference(NamedTuple):
-    """Files or stems of a table that differ from its caches in the same way."""
+class _SourceDifferences(NamedTuple):
+    """Names of files or stems by which the sources of a table differ from its caches."""
 
-    names: list[str]
-    error: str
-    consequence: str
+    without_latents: list[str]
+    without_source: list[str]  # stems with latents, but without a file
+    uncached_audio: list[str]  # clips whose audio is not cached
 
 
 def compare_sources(
@@ -241,7 +254,7 @@ def compare_sources(
     listing: FoundItems,
     commands: CachingCommands,
     tag: str,
-    hears: bool = False,
+    trains_audio: bool = False,
 ) -> None:
     """Warn of files without latents, latents without a file, and audio that is not cached.
 
@@ -253,7 +266,7 @@ def compare_sources(
         listing: Items that were found for them.
         commands: Commands that cache, for messages.
         tag: The family's cache_tag.
-        hears: Whether the run trains audio.
+        trains_audio: Whether the run trains audio.
     """
     for table in tables:
         items = [item for item in listing.items if item.table.index == table.index]
@@ -261,45 +274,65 @@ def compare_sources(
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
-        # files without latents (`new`), latents without a file, and clips whose audio is not cached
-        without_source: list[str] = []
-        uncached_audio: list[str] = []
         if table.index in listing.left_out:  # the index of the caches has the answer
-            new = listing.left_out[table.index]
+            differences = _SourceDifferences(listing.left_out[table.index], [], [])
         else:
             sources = _sources_of_small(table, table.directory)
             if sources is None:
                 continue
-            # sources without texts have latents, and `require_items` has warned of them
-            without_text = {path.name for path in listing.missing_text}
-            new = []
-            for stem, source in sources.items():
-                if stem not in cached and text_file_name(stem, tag) not in without_text:
-                    new.append(str(source.path))
-            without_source = sorted(cached - sources.keys())
-            if hears and table.kind == "video" and table.audio != IGNORE:
-                silent = {item.source_stem for item in items if not item.has_sound}
-                uncached_audio = [*map(str, list_silent(sources.values(), silent))]
-        differences: list[_Difference] = []
-        if new:
-            consequence = "not cached, too short or unreadable: left out"
-            differences.append(_Difference(new, "no latents", consequence))
-        if without_source:
-            consequence = "trained on until the caches are made again"
-            differences.append(_Difference(without_source, "caches but no file any more", consequence))
-        if uncached_audio:
-            consequence = "only their pictures are learned"
-            differences.append(_Difference(uncached_audio, "sound that is not cached", consequence))
-        for difference in differences:
-            logger.warning(
-                "%s: %s with %s, such as %s: %s. Cache again: %s",
-                table.name,
-                count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
-                difference.error,
-                difference.names[0],
-                difference.consequence,
-                commands.latents,
+            # `require_items` has warned of sources without texts
+            missing_text_caches = {path.name for path in listing.missing_text}
+            differences = _find_differences(
+                sources,
+                items,
+                missing_text_caches,
+                tag,
+                finds_audio=trains_audio and table.kind == "video" and table.audio != IGNORE,
             )
+        warnings = (
+            (differences.without_latents, "no latents", "not cached, too short or unreadable: left out"),
+            (
+                differences.without_source,
+                "caches but no file any more",
+                "trained on until the caches are made again",
+            ),
+            (differences.uncached_audio, "sound that is not cached", "only their pictures are learned"),
+        )
+        for names, problem, consequence in warnings:
+            if names:
+                logger.warning(
+                    "%s: %s with %s, such as %s: %s. Cache again: %s",
+                    table.name,
+                    count_of(len(names), table.kind if table.kind == "image" else "clip"),
+                    problem,
+                    names[0],
+                    consequence,
+                    commands.latents,
+                )
+
+
+def _find_differences(
+    sources: Mapping[str, MediaSource],
+    items: Sequence[TrainingItem],
+    missing_text_caches: Collection[str],
+    tag: str,
+    finds_audio: bool,
+) -> _SourceDifferences:
+    """Compare the sources of a folder, by stem, with the training items from its caches.
+
+    `missing_text_caches` are names of files: their sources have latents, but no item. `finds_audio` says
+    whether clips with audio must have cached audio.
+    """
+    cached = {item.source_stem for item in items}
+    without_latents = []
+    for stem, source in sources.items():
+        if stem not in cached and text_file_name(stem, tag) not in missing_text_caches:
+            without_latents.append(str(source.path))
+    uncached_audio: list[str] = []
+    if finds_audio:
+        silent = {item.source_stem for item in items if not item.has_cached_audio}
+        uncached_audio = [*map(str, list_silent(sources.values(), silent))]
+    return _SourceDifferences(without_latents, sorted(cached - sources.keys()), uncached_audio)
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
@@ -320,7 +353,7 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
     """Warn of lengths in target_frames without caches, and of cached lengths not in target_frames."""
     if table.kind != "video" or table.frame_extraction == "full" or not items:
         return
-    first = parse_latent_name(items[0].file_name, items[0].kind.tag, table.kind)
+    first = parse_latent_name(items[0].file_name, items[0].cache_info.tag, table.kind)
     if first is None or first.section is not None:  # sections have a length of their own
         return
     cached = {item.bucket[2] for item in items}  # numbers of frames

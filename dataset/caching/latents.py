@@ -86,11 +86,11 @@ def decode(
         and missing
         and source.table.kind == "video"
     ):
-        from dataset.sources.audio import audios_of  # only of families with audio
+        from dataset.sources.audio import read_span_audios  # only of families with audio
 
         with fetch(source) as local:
-            audios = audios_of(local, missing, cache_settings.fps, cache_settings.audio)
-        plan = dataclasses.replace(plan, silence_reason=audios.silent)
+            audios = read_span_audios(local, missing, cache_settings.fps, cache_settings.audio)
+        plan = dataclasses.replace(plan, silence_reason=audios.silence_reason)
     # identities of the source files, for the record
     files = tuple(itertools.starmap(identify, cache_settings.source_files(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
@@ -107,7 +107,7 @@ def decode(
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
     """Yield the items of a clip with their audio added."""
     for item, samples in zip(items, audios.samples, strict=True):
-        yield dataclasses.replace(item, audio=samples, is_heard=audios.silent is None)
+        yield dataclasses.replace(item, audio=samples, is_heard=audios.silence_reason is None)
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:

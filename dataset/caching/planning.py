@@ -15,10 +15,10 @@ from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.cache_files import Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
-from dataset.sources.clock import has_companions, has_one_clock
+from dataset.sources.clock import has_companions, selects_frames_as_before
 from dataset.sources.colors import has_codes, reading_difference
 from dataset.sources.decoding import plan_source
-from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
+from dataset.sources.frames import Span, bucket_of, describe_short, max_decoded_frames, media_table, spans
 from dataset.sources.media_source import (
     AUDIO_FILE,
     CLIP_REFERENCES,
@@ -31,7 +31,7 @@ from dataset.sources.media_source import (
     FileIdentity,
     MediaSource,
     Origin,
-    pause_collection,
+    pause_garbage_collection,
 )
 from modules.bars import Bar
 from modules.console import count_of
@@ -146,7 +146,7 @@ class LatentCacheSettings:
             recorded_options.pop(FLIP, None)  # unused mirrored latents do no harm
         is_early_record = records.CLOCK in options and records.CLOCK not in recorded_options
         # if the rates are equal, the version that wrote the record selected the same frames
-        if is_early_record and has_one_clock(source, self.fps):
+        if is_early_record and selects_frames_as_before(source, self.fps):
             recorded_options[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder_identity)
         if self.audio is not None and self.audio.is_alone:
@@ -209,7 +209,7 @@ def plan_all(
             return Failure.of(source, error)
 
     bar = Bar(len(sources), "Comparing", "source", show_progress)
-    with pause_collection():
+    with pause_garbage_collection():
         results = list(map_ahead(sources, plan, workers, bar))
     plans = [result for result in results if isinstance(result, SourcePlan)]
     failures = [result for result in results if isinstance(result, Failure)]
@@ -361,7 +361,7 @@ class SourcePlanner:
             return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
             # if decoding stopped early, the recorded frames must be enough for this run's spans
-            needed_frames = frames_wanted(table)
+            needed_frames = max_decoded_frames(table)
             if clip.complete or (needed_frames is not None and clip.kept_frames >= needed_frames):
                 return self._compare_clip(clip)
         if self.existing_files and self.cache_settings.stores.skip_existing:
@@ -645,7 +645,7 @@ class SourcePlanner:
         Raises:
             MediaError: If the header of the image cannot be read.
         """
-        must_be_fetched = bool(self.source.origins)
+        must_be_fetched = bool(self.source.remote_or_packed)
         # if all caches are read anyway, or none is, nothing is saved by reading the size from a cache
         reads_no_records = self.cache_settings.stores.trusts_shared_caches
         if (self.verifies_tensors or reads_no_records) and not must_be_fetched:

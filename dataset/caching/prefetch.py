@@ -16,7 +16,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
 from dataset.listing import find_all_sources
 from dataset.options import CachingOptions
-from dataset.sources.frames import frames_wanted
+from dataset.sources.frames import max_decoded_frames
 from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
 from modules.console import Row, count_words, show_box
@@ -371,7 +371,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     table = source.table
     if source.tensors is not None:
         return 0  # moments are small
-    num_frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
+    num_frames: float | None = 1 if table.kind == "image" else max_decoded_frames(table)
     if not num_frames:  # the table uses the whole clip
         num_frames = _estimate_frames(source)
     width, height = table.resolution
@@ -385,7 +385,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 def _estimate_frames(source: MediaSource) -> float:
     """Estimate from the header how many frames of a full clip are kept, to plan memory."""
     table = source.table
-    if source.origins:  # not fetched yet; `check_memory` looks again once the file is local
+    if source.remote_or_packed:  # not fetched yet; `check_memory` looks again once the file is local
         return UNKNOWN_FRAMES
     if table.is_of_audio:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio

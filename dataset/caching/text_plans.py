@@ -18,7 +18,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
 from dataset.sources.colors import find_changed_reading
 from dataset.sources.decoding import fit_of
-from dataset.sources.media_source import MediaSource, Origin, pause_collection
+from dataset.sources.media_source import MediaSource, Origin, pause_garbage_collection
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
@@ -110,7 +110,7 @@ def list_caption_files(
     for source in sources:
         by_table.setdefault(source.table.index, []).append(source)
     files: list[CaptionFile] = []
-    with pause_collection():
+    with pause_garbage_collection():
         for table_sources in by_table.values():
             files += _files_of_table(
                 table_sources[0].table, table_sources, tag=tag, visible_media=visible_media, fit=fit
@@ -257,7 +257,7 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     (0, 0) if it cannot be read.
     """
     table = source.table
-    if source.origins or table.references is None or not table.references.as_encoded:
+    if source.remote_or_packed or table.references is None or not table.references.as_encoded:
         return table.seen_settings(())
     try:
         bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
@@ -320,7 +320,7 @@ def plan_texts(
     verifies_tensors = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, verifies_tensors=verifies_tensors)
     bar = Bar(len(files), "Comparing", "caption", shown=False)
-    with pause_collection():
+    with pause_garbage_collection():
         return list(map_ahead(files, plan, workers, bar))
 
 

@@ -31,7 +31,7 @@ unread: columns of lists and tables that nothing reads
 """
 
 from dataset.forms.cogvideox import COGVIDEOX
-from dataset.forms.contract import DataForm, RowFormat, SharedCaches
+from dataset.forms.contract import RowFormat, SharedCaches, SourceFormat
 from dataset.forms.delimited import DELIMITED
 from dataset.forms.folder import FOLDER
 from dataset.forms.jsonl import JSON_LINES, JSONL
@@ -45,7 +45,7 @@ __all__ = ["CACHES", "FOLDER", "FORMS", "JSONL", "JSON_LINES", "ROWS"]
 
 # in the order in which messages name them, one a line
 # fmt: off
-FORMS: tuple[DataForm, ...] = (
+FORMS: tuple[SourceFormat, ...] = (
     FOLDER,
     JSONL,
     TABLES,

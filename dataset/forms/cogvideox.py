@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset.config_keys import FRAMES
 from dataset.forms.cogvideox_keys import CogVideoXKeys
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 from dataset.table import DatasetTable, defaults_of
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 logger = logging.getLogger(__name__)
 
 
-class CogVideoX(DataForm):
+class CogVideoX(SourceFormat):
     """Clips and prompts, from two text files or from a table."""
 
     name = "CogVideoX"
@@ -33,7 +33,7 @@ class CogVideoX(DataForm):
             return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         return None
 
-    def complete(self, fields: dict[str, Any], where: str) -> None:
+    def complete(self, fields: dict[str, Any], position: str) -> None:
         """Set whether latents are precomputed; if so, warn of keys about frames, which have no effect."""
         fields["gives_latents"] = fields["own"].load_tensors
         if not fields["gives_latents"]:
@@ -42,7 +42,7 @@ class CogVideoX(DataForm):
         if unused:
             logger.warning(
                 "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
-                where,
+                position,
                 " and ".join(unused),
             )
 

@@ -30,7 +30,7 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 class CogRow:
     """A clip and its caption, from one line of the lists."""
 
-    where: str  # position for messages: "videos.txt, line 3"
+    position: str  # position for messages: "videos.txt, line 3"
     caption: str  # with the id_token
     video: Path
 
@@ -87,11 +87,11 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     for row in clips.rows:
         try:
             caption = _text_in(row, clips.caption_column)
-            path = locate(_text_in(row, clips.video_column), root, row.where)
+            path = locate(_text_in(row, clips.video_column), root, row.position)
         except DatasetError as error:
             faults.append(Fault(f"lines of {name} cannot be used", str(error)))
         else:
-            yield CogRow(row.where, f"{keys.id_token} {caption}".lstrip(), path)
+            yield CogRow(row.position, f"{keys.id_token} {caption}".lstrip(), path)
 
 
 def _text_in(row: TableRow, column: str) -> str:
@@ -101,11 +101,11 @@ def _text_in(row: TableRow, column: str) -> str:
         DatasetError: If the row has a fault, or has no text in the column.
     """
     if row.fault is not None:
-        raise DatasetError(f"{row.where}: {row.fault}")
+        raise DatasetError(f"{row.position}: {row.fault}")
     text = row.values.get(column, "")
     if not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{row.where}: {column} is missing, or not a text")
-    check_text(text, f"{row.where}: {column}")
+        raise DatasetError(f"{row.position}: {column} is missing, or not a text")
+    check_text(text, f"{row.position}: {column}")
     return text.strip()
 
 
@@ -113,7 +113,7 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
     """Return an error for each clip that does not exist; `name` is the dataset's name."""
     kind = f"clips of {name} do not exist"
     return [
-        Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
+        Fault(kind, f"{row.video} ({row.position})", row.video.stem) for row in rows if not row.video.exists()
     ]
 
 
@@ -127,19 +127,19 @@ class _Clips(NamedTuple):
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
     """Return the rows of two text files: a line of the prompts with the same line of the videos."""
-    prompts = root / (table.caption_column or _find_prompts(root, name))
-    videos = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
-    _require_list(prompts, "caption_column", name)
-    _require_list(videos, "video_column", name)
-    captions = [line for line in table_lines(prompts) if line.strip()]
-    paths = [(number, line) for number, line in enumerate(table_lines(videos), 1) if line.strip()]
+    prompt_list = root / (table.caption_column or _find_prompts(root, name))
+    video_list = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
+    _require_list(prompt_list, "caption_column", name)
+    _require_list(video_list, "video_column", name)
+    captions = [line for line in table_lines(prompt_list) if line.strip()]
+    paths = [(number, line) for number, line in enumerate(table_lines(video_list), 1) if line.strip()]
     if len(captions) != len(paths):
         raise DatasetError(
-            f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
-            "prompt, in the same order. Blank lines are not counted."
+            f"{name}: {prompt_list} has {len(captions)} lines, {video_list} has {len(paths)}; each video has "
+            "one prompt, in the same order. Blank lines are not counted."
         )
     rows = (
-        TableRow(videos, "line", number, {"caption": caption, "video": video})
+        TableRow(video_list, "line", number, {"caption": caption, "video": video})
         for caption, (number, video) in zip(captions, paths, strict=True)
     )
     return _Clips(rows, "caption", "video")
@@ -233,8 +233,8 @@ class _TensorFolder(NamedTuple):
     """A folder that contains one folder for each kind of precomputed tensors."""
 
     path: Path
-    moments: frozenset[str] | None  # names of files in `video_latents`; None if that folder is missing
-    embeds: frozenset[str] | None  # names of files in `prompt_embeds`; None if that folder is missing
+    moment_files: frozenset[str] | None  # names in `video_latents`; None if that folder is missing
+    embed_files: frozenset[str] | None  # names in `prompt_embeds`; None if that folder is missing
 
 
 def _find_tensors(
@@ -256,18 +256,18 @@ def _find_tensors(
         path = Path(root)
         folder = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
         folders[root] = folder
-        if folder.moments is None:
+        if folder.moment_files is None:
             faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
-    if folder.moments is None:  # its fault was added with the first row
+    if folder.moment_files is None:  # its fault was added with the first row
         return None
     stem = row.video.stem
-    for subfolder, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+    for subfolder, names in ((MOMENTS, folder.moment_files), (EMBEDS, folder.embed_files)):
         if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
             file = f"{folder.path / subfolder / stem}.pt"
-            faults.append(Fault(kind, f"{file} ({row.where})", stem))
+            faults.append(Fault(kind, f"{file} ({row.position})", stem))
             return None
-    return CogVideoXTensors(folder.path, stem, has_embeds=folder.embeds is not None)
+    return CogVideoXTensors(folder.path, stem, has_embeds=folder.embed_files is not None)
 
 
 def _names_in(folder: Path) -> frozenset[str] | None:

@@ -1,14 +1,14 @@
-"""Combine all data forms: their keys, their row formats, and shared caches. Standard library only."""
+"""Combine all source formats: their keys, their row formats, and shared caches. Standard library only."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dataset import config_keys as forms
+from dataset import config_keys
 from dataset.config_keys import TableKey
 from dataset.forms import CACHES, FOLDER, FORMS, JSONL, ROWS
-from dataset.forms.contract import DataForm, FindCell, RowFormat, SharedCaches, TableRow
+from dataset.forms.contract import FindCell, RowFormat, SharedCaches, SourceFormat, TableRow
 from dataset.table import DatasetTable, declared_keys
 from modules.errors import DatasetError
 
@@ -16,35 +16,37 @@ from modules.errors import DatasetError
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
+def _list_declared_sources() -> dict[str, tuple[TableKey, SourceFormat]]:
     """Return the keys that name the source of items: keys for images, for clips, then for either kind."""
     # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
-    kind_keys: list[tuple[str, forms.ValueType, DataForm]] = []
+    kind_keys: list[tuple[str, config_keys.ValueType, SourceFormat]] = []
     # keys that are spelled alike for all kinds
-    common_keys: dict[str, tuple[TableKey, DataForm]] = {}
-    for form in FORMS:
-        record: Any = form.keys or DatasetTable
+    common_keys: dict[str, tuple[TableKey, SourceFormat]] = {}
+    for source_format in FORMS:
+        record: Any = source_format.keys or DatasetTable
         for field in fields(record):
-            if field.name == form.source and "source" in field.metadata:
-                kind_keys.append((field.name, field.metadata["source"], form))
-            elif field.name == form.source:
-                common_keys[field.name] = field.metadata["key"], form
+            if field.name == source_format.source and "source" in field.metadata:
+                kind_keys.append((field.name, field.metadata["source"], source_format))
+            elif field.name == source_format.source:
+                common_keys[field.name] = field.metadata["key"], source_format
     by_key = {}
-    for kind in forms.BOTH:
-        for name, value_type, form in kind_keys:
-            by_key[f"{kind}_{name}"] = TableKey(value_type, None, (kind,)), form
+    for kind in config_keys.BOTH:
+        for name, value_type, source_format in kind_keys:
+            by_key[f"{kind}_{name}"] = TableKey(value_type, None, (kind,)), source_format
     return by_key | common_keys
 
 
 _SOURCES = _list_declared_sources()
-FORM_OF_SOURCE: Mapping[str, DataForm] = {name: form for name, (_, form) in _SOURCES.items()}
+FORMAT_OF_SOURCE: Mapping[str, SourceFormat] = {
+    name: source_format for name, (_, source_format) in _SOURCES.items()
+}
 # a table has exactly one of these source keys; its other keys must fit that kind of source
 SOURCES = tuple(_SOURCES)
 OWN_KEYS: Mapping[str, TableKey] = {
     name: key
-    for form in FORMS
-    if form.source and form.keys is not None
-    for name, key in declared_keys(form.keys).items()
+    for source_format in FORMS
+    if source_format.source and source_format.keys is not None
+    for name, key in declared_keys(source_format.keys).items()
     if name not in SOURCES
 }
 
@@ -64,42 +66,43 @@ def _compose_keys() -> dict[str, TableKey]:
 KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
-def _list_keys_of(source: str, form: DataForm) -> frozenset[str]:
+def _list_keys_of(source: str, source_format: SourceFormat) -> frozenset[str]:
     """Return the additional keys that a table may have if its source key is `source`."""
-    own = {} if form.keys is None else declared_keys(form.keys)
+    own = {} if source_format.keys is None else declared_keys(source_format.keys)
     common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in OWN_KEYS)}
-    keys_of_form = (common | {*form.shared_keys, *own}) - {*SOURCES}
+    keys_of_format = (common | {*source_format.shared_keys, *own}) - {*SOURCES}
     kind = KEYS[source].kinds[0]
-    return frozenset(name for name in keys_of_form if kind in KEYS[name].kinds)
+    return frozenset(name for name in keys_of_format if kind in KEYS[name].kinds)
 
 
 KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
-    source: _list_keys_of(source, form) for source, form in FORM_OF_SOURCE.items()
+    source: _list_keys_of(source, source_format) for source, source_format in FORMAT_OF_SOURCE.items()
 }
-# forms whose rows, or whose source key, may name addresses
-_ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]
+# formats whose rows, or whose source key, may name addresses
+_ADDRESSING = [source_format for source_format in FORMS if "allow_urls" in source_format.shared_keys]
 # in the order in which a message lists them: JSONL last
-SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda form: form is JSONL)]
+_ADDRESSING.sort(key=lambda source_format: source_format is JSONL)
+SOURCES_WITH_ADDRESSES = [source_format.source for source_format in _ADDRESSING]
 
 
-def form_of(table: DatasetTable) -> DataForm:
-    """Return the data form of a table, which follows from the table's keys."""
+def source_format_of(table: DatasetTable) -> SourceFormat:
+    """Return the source format of a table, which follows from the table's keys."""
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
-    return next(form for form in FORMS if form.keys is type(table.own))
+    return next(source_format for source_format in FORMS if source_format.keys is type(table.own))
 
 
-def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only this form has.
+def read_own_keys(source_format: SourceFormat, source_key: str, values: Mapping[str, Any]) -> Any:
+    """Return the record of the keys that only this format has.
 
     Args:
-        form: Data form with keys of its own.
+        source_format: Source format with keys of its own.
         source_key: Key that names the source in the table, such as `video_tars`.
         values: Values of all keys of the table.
     """
-    assert form.keys is not None
-    own = {name: values[name] for name in declared_keys(form.keys)}
-    return form.keys(**{**own, form.source: values[source_key]})
+    assert source_format.keys is not None
+    own = {name: values[name] for name in declared_keys(source_format.keys)}
+    return source_format.keys(**{**own, source_format.source: values[source_key]})
 
 
 # --- rows of tables

@@ -2,8 +2,8 @@
 
 Each form is a file that imports quickly, in some cases with a second file that loads heavy libraries, and its
 lines in `dataset/forms/__init__.py`. All other code works unchanged if these are deleted. Only folders and
-JSONL lists are named elsewhere; other forms are found by the keys of a table (`DataForm`), the suffix of a
-file (`RowFormat`) or the value of `cache_format` (`SharedCaches`), see `composing.py`.
+JSONL lists are named elsewhere; other forms are found by the keys of a table (`SourceFormat`), the suffix of
+a file (`RowFormat`) or the value of `cache_format` (`SharedCaches`), see `composing.py`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,7 +30,7 @@ class TableRow:
     fault: str | None = None  # why the row has no values: "it has 3 cells, the header has 2"
 
     @property
-    def where(self) -> str:
+    def position(self) -> str:
         """Return `data.csv, line 3` for messages."""
         return f"{self.file}, {self.unit} {self.number}"
 
@@ -49,7 +49,7 @@ class InspectedColumns(NamedTuple):
     is_list: bool = False  # whether this is a JSONL list, which is written for this program
 
 
-class DataForm:
+class SourceFormat:
     """Form in which items are stored: a folder, a list, a table or tars; subclasses define the details."""
 
     name: ClassVar[str]  # name for messages
@@ -70,7 +70,7 @@ class DataForm:
         """Describe a conflict between the fields of a table; None if there is none."""
         return None
 
-    def complete(self, fields: dict[str, Any], where: str) -> None:
+    def complete(self, fields: dict[str, Any], position: str) -> None:
         """Adapt fields that depend on others, with a warning; `where` is the table's position in the file."""
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":

@@ -26,7 +26,7 @@ def header_of(path: Path) -> tuple[str, ...]:
     Raises:
         DatasetError: If the file has no header.
     """
-    names, _ = _open(path)
+    names, _ = _open_after_header(path)
     return tuple(names)
 
 
@@ -36,7 +36,7 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
     Raises:
         DatasetError: If the file cannot be read.
     """
-    header, rows = _open(path)
+    header, rows = _open_after_header(path)
     columns = [(name, index) for index, name in enumerate(header) if names is None or name in names]
     while True:  # not a `for` loop, which an error in one row would end
         number = rows.line_num + 1  # of the row's first line; after `next` it is that of the last
@@ -59,25 +59,26 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
             yield TableRow(path, "line", number, fault=fault)
 
 
-def _open(path: Path) -> tuple[list[str], Any]:
+def _open_after_header(path: Path) -> tuple[list[str], Any]:
     """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row."""
     lines = table_lines(path)
-    num_empty = 0
-    header = ""  # the line that names the columns
-    for header in lines:
-        if header.strip():
+    lines_read: list[str] = []
+    for line in lines:
+        is_blank = not line.strip()
+        lines_read.append("" if is_blank else line)
+        if not is_blank:
             break
-        num_empty += 1
-    if not header.strip():
+    header = lines_read[-1] if lines_read else ""  # the line that names the columns
+    if not header:
         raise DatasetError(f"{path} is empty; its first line names the columns")
     kind = _kind_of(path)
     delimiter = _find_delimiter(header, kind)
     separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
         delimiter = separator_line[1]
-        header = ""
-    head = [*[""] * num_empty, header]  # the lines read so far, so that the reader counts them, too
-    lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
+        lines_read[-1] = ""
+    # with the lines read so far, so that the reader counts them, too
+    lines_with_ends = (f"{line}\n" for line in itertools.chain(lines_read, lines))
     rows = csv.reader(lines_with_ends, delimiter=delimiter, strict=True)
     try:
         first_row = next(row for row in rows if row)
@@ -86,7 +87,7 @@ def _open(path: Path) -> tuple[list[str], Any]:
         raise DatasetError(f"{path} ends before the names of its columns") from None
     except csv.Error as error:
         raise DatasetError(
-            f"{path}, line {len(head)}: the names of the columns cannot be read: {error}"
+            f"{path}, line {len(lines_read)}: the names of the columns cannot be read: {error}"
         ) from None
     check_names(path, names)
     return names, rows

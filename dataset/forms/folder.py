@@ -3,10 +3,10 @@
 `dataset/listing.py` lists folders, because any program with a dataset needs that.
 """
 
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 
 
-class Folders(DataForm):
+class Folders(SourceFormat):
     """Files in a folder."""
 
     name = "folders"

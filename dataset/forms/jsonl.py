@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset.forms.contract import DataForm, InspectedColumns, RowFormat, TableRow
+from dataset.forms.contract import InspectedColumns, RowFormat, SourceFormat, TableRow
 from dataset.table import DatasetTable
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 logger = logging.getLogger(__name__)
 
 
-class JsonLists(DataForm):
+class JsonLists(SourceFormat):
     """Lists that are written for this program."""
 
     name = "JSONL"
@@ -40,12 +40,12 @@ class JsonLists(DataForm):
             return "mask_directory cannot be used here; give mask_path in the lines of the list"
         return None
 
-    def complete(self, fields: dict[str, Any], where: str) -> None:
+    def complete(self, fields: dict[str, Any], position: str) -> None:
         """Remove `control_directory` with a warning: lines of the list name control files themselves."""
         if fields["control_directory"]:
             logger.warning(
                 "%s: control_directory is ignored because a list itself names control files (control_path)",
-                where,
+                position,
             )
             fields["control_directory"] = None
 

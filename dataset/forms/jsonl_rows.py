@@ -68,24 +68,30 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         if not line.strip():
             continue
         fault = None
-        record = None
-        try:
-            record = parse_json(line, no_repeats=True)
-        except ValueError as error:
-            fault = f"invalid JSON: {error}{hint}"
-            if line.rstrip().endswith("},"):
-                fault = f"there is a comma after the object. Remove it{hint}"
-        if is_first and not isinstance(record, dict):
-            _reject_other_form(path, line)
-        is_first = False
-        if fault is None and not isinstance(record, dict):
-            fault = f"it is not an object of columns and values{hint}"
         cells: Mapping[str, Any] = {}
-        if fault is None and record is not None:
-            cells = record
+        try:
+            cells = _parse_object(line)
+        except ValueError as error:
+            fault = f"{error}{hint}"
+            if is_first:
+                _reject_other_format(path, line)
+        is_first = False
         keys = cells if names is None else names
         values = {key: cells[key] for key in keys if cells.get(key) is not None}
         yield TableRow(path, "line", number, values, fault=fault)
+
+
+def _parse_object(line: str) -> dict[str, Any]:
+    """Parse a line of a JSONL file. Raises ValueError, with a remedy, if it is not an object."""
+    try:
+        record = parse_json(line, no_repeats=True)
+    except ValueError as error:
+        if line.rstrip().endswith("},"):
+            raise ValueError("there is a comma after the object. Remove it") from None
+        raise ValueError(f"invalid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is not an object of columns and values")
+    return record
 
 
 # program for `python -c` that writes a JSON array as JSON Lines
@@ -94,7 +100,7 @@ TO_LINES = (
 )
 
 
-def _reject_other_form(path: Path, line: str) -> None:
+def _reject_other_format(path: Path, line: str) -> None:
     """Raise DatasetError if the first line of a list shows that the file has another format than JSON Lines.
 
     `line` is not empty, and not a JSON object.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 from dataset.table import DatasetTable
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -28,7 +28,7 @@ class MetadataKeys:
         return "metadata_file"
 
 
-class Metadata(DataForm):
+class Metadata(SourceFormat):
     """Images that a metadata file of image trainers names."""
 
     name = "metadata files"

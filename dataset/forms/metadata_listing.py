@@ -34,35 +34,20 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
     Raises:
         DatasetError: If the file cannot be read.
     """
-    try:
-        content = parse_json(read_text(path, MAX_METADATA_BYTES))
-    except UnicodeDecodeError:
-        raise not_utf8(path, 0) from None
-    except OSError as error:
-        raise DatasetError(
-            f"{table.name}: metadata_file = {path}: {error.strerror}{explain_lookup(path, table.config_path)}"
-        ) from error
-    except ValueError as error:
-        raise DatasetError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DatasetError(
-            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
-            '"a cat"}}'
-        )
-    # find the image of each entry; a bad entry is a fault and does not stop the others
-    listed: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
+    entries = _read_entries(table, path)
+    images_of_folders: dict[Path, dict[str, Path]] = {}  # `find_image` lists each folder once
     images: list[Path] = []
     texts: list[str | None] = []
-    for key, entry in content.items():
+    for key, entry in entries.items():
         try:
-            image = find_image(key, table.image_folder, listed)
-            text = _caption(entry, table)
-        except (ValueError, OSError) as error:
+            image = find_image(key, table.image_folder, images_of_folders)
+            text = _join_caption_and_tags(entry, table)
+        except (ValueError, OSError) as error:  # does not stop the other entries
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
             continue
         images.append(image)
         texts.append(text)
-    if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
+    if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in entries.values()):
         logger.info(
             "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
         )
@@ -78,13 +63,34 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
     return sources
 
 
-def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
+def _read_entries(table: DatasetTable, path: Path) -> dict[str, Any]:
+    """Return the entries of a metadata file by key. Raises DatasetError if the file cannot be read."""
+    try:
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
+    except UnicodeDecodeError:
+        raise not_utf8(path, 0) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{table.name}: metadata_file = {path}: {error.strerror}{explain_lookup(path, table.config_path)}"
+        ) from error
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            '"a cat"}}'
+        )
+    return content
+
+
+def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict[str, Path]]) -> Path:
     """Return the image that a key of a metadata file names.
 
     Args:
         key: Path or name of the image, with or without suffix.
         folder: Folder that relative paths refer to; None for the working folder.
-        listed: Images of the folders listed so far, by name without suffix; new folders are added.
+        images_of_folders: Images of the folders listed so far, by folder and by name without suffix; new
+            folders are added.
 
     Raises:
         ValueError: If there is no such image.
@@ -98,17 +104,18 @@ def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]
     if path.suffix.lower() in image_suffixes() and path.is_file():
         return path
     parent = path.parent
-    if parent not in listed:
+    if parent not in images_of_folders:
         # in reverse order, so that of several files with the same stem the first one stays
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
-        listed[parent] = {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
-    if path.name not in listed[parent]:
-        where = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{where}: correct the key or remove the entry")
-    return listed[parent][path.name]
+        images = [entry for entry in entries if entry.suffix.lower() in image_suffixes()]
+        images_of_folders[parent] = {image.stem: image for image in images}
+    if path.name not in images_of_folders[parent]:
+        in_folder = "" if folder is None else f" in {folder}"
+        raise ValueError(f"there is no such picture{in_folder}: correct the key or remove the entry")
+    return images_of_folders[parent][path.name]
 
 
-def _caption(entry: Any, table: DatasetTable) -> str | None:
+def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     """Return the text of an entry: its caption followed by its tags; class_tokens if it has neither.
 
     With wildcards, each line of the caption is an alternative, so the tags follow every line.

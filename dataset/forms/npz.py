@@ -17,8 +17,11 @@ def open_store(
 ) -> "NpzStore":
     """Open the npz caches of a table, which are next to its images as in sd-scripts.
 
-    `folder` is the folder of the table's images, except for those that `list_images` returns. `names` has
-    the family's latent space and the keys of its texts; None if it has no such caches.
+    Args:
+        table: Table of the dataset.
+        names: The family's latent space and keys of text caches; None for a family without npz caches.
+        folder: Folder of the table's images.
+        list_images: Returns the paths, without suffix, of images in other folders, by stem.
 
     Raises:
         DatasetError: If the family has no caches in npz files.

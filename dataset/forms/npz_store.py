@@ -3,9 +3,9 @@
 Latents of an image are in `STEM_WWWWxHHHH_TAG.npz` (W, H: size of the image). For each resolution, the file
 has the arrays `latents`, `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` with the suffix
 `_{h}x{w}` in latent pixels; without `NpzFormat.has_resolutions`, it has one resolution and no suffix. Files
-of older programs are called `STEM.npz` (`NpzFormat.has_nameless`) and are read if there is no other. Texts
-are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they fit,
-and never removed as stale. Our files have one more array for each resolution, the record of its sources,
+of older programs are called `STEM.npz` and are read if there is no other (`NpzFormat.reads_untagged_files`).
+Texts are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they
+fit, and never removed as stale. Our files have one more array for each resolution, the record of its sources,
 which other programs ignore.
 """
 
@@ -87,7 +87,7 @@ class NpzStore:
             for file in os.listdir(folder):
                 name = self._find_entry_name(file, folder, stems)
                 if name is None:
-                    name = self._find_nameless_entry(file, folder, stems)
+                    name = self._find_untagged_entry(file, folder, stems)
                 if name is not None:
                     names.append(name)
         return [*dict.fromkeys(names)]  # an entry may be in a file of each kind
@@ -138,56 +138,58 @@ class NpzStore:
 
     def _path(self, name: str) -> Path:
         """Return the path of the npz file of an entry."""
-        finished = name.removesuffix(cache_files.PART)
-        part = name[len(finished) :]  # PART or ""
-        stem = _replace_ending(finished.removesuffix(cache_files.SUFFIX), self._endings())
-        file = f"{stem}{NPZ}{part}"
-        source = self._source_stem(name)
-        image_path = self.image_paths.get(source)
+        finished_name = name.removesuffix(cache_files.PART)
+        unfinished_suffix = name[len(finished_name) :]  # PART or ""
+        npz_stem = _replace_ending(finished_name.removesuffix(cache_files.SUFFIX), self._endings())
+        npz_name = f"{npz_stem}{NPZ}{unfinished_suffix}"
+        source_stem = self._source_stem(name)
+        image_path = self.image_paths.get(source_stem)
         if image_path is None:
-            return self.folder / file
+            return self.folder / npz_name
         # the stem of an image in a list may differ from its file name
-        return image_path.with_name(image_path.name + file.removeprefix(source))
+        return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
     def _file_of(self, name: str) -> Path:
         """Return the file that has an entry: the one of its name, else `STEM.npz` of an older program."""
         path = self._path(name)
-        source = self._source_stem(name)
-        if not self.format.has_nameless or self._is_text(name) or not source or path.is_file():
+        stem = self._source_stem(name)
+        is_latents = bool(stem) and not self._is_text(name)
+        if path.is_file() or not is_latents or not self.format.reads_untagged_files:
             return path
-        image_path = self.image_paths.get(source, self.folder / source)
-        nameless = image_path.with_name(image_path.name + NPZ)
-        if not nameless.is_file():
+        image_path = self.image_paths.get(stem, self.folder / stem)
+        untagged = image_path.with_name(image_path.name + NPZ)
+        if not untagged.is_file():
             return path
         if not self._warned:  # one warning for all such files
-            self._warned.add(nameless.name)
+            self._warned.add(untagged.name)
             logger.warning(
                 "%s: latents of an older program, whose name does not say the model. Remove such files if "
                 "they are of another model than %s.",
-                nameless,
+                untagged,
                 self.tag,
             )
-        return nameless
+        return untagged
 
-    def _find_nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+    def _find_untagged_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none.
 
         Such a name lacks the image size, which the file contains.
         """
-        stem = file.removesuffix(NPZ)
-        if not self.format.has_nameless or not file.endswith(NPZ) or _STATED_CONTENT.search(stem):
+        file_stem = file.removesuffix(NPZ)
+        states_content = _STATED_CONTENT.search(file_stem) is not None
+        if not self.format.reads_untagged_files or not file.endswith(NPZ) or states_content:
             return None
-        source: str | None = stem
+        source_stem: str | None = file_stem
         if self.image_paths:
-            source = stems.get(folder / stem)
-        if source is None:
+            source_stem = stems.get(folder / file_stem)
+        if source_stem is None:
             return None
         try:
             arrays = read_arrays(folder / file, lambda array: array == "original_size")
             width, height = map(int, arrays["original_size"].tensor.tolist())
         except (CacheError, KeyError, TypeError, ValueError):
             return None
-        return cache_files.LatentName(source, (width, height)).file_name(self.tag)
+        return cache_files.LatentName(source_stem, (width, height)).file_name(self.tag)
 
     def _source_stem(self, name: str) -> str:
         """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
@@ -206,21 +208,20 @@ class NpzStore:
 
         `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
-        finished = file.removesuffix(cache_files.PART)
-        if not finished.endswith(NPZ):
+        finished_file = file.removesuffix(cache_files.PART)
+        if not finished_file.endswith(NPZ):
             return None
-        part = file[len(finished) :]  # PART or ""
-        # pairs for the opposite direction: from the ending of a file to that of its entry
-        reversed_endings = [(file_ending, entry_ending) for entry_ending, file_ending in self._endings()]
-        name = _replace_ending(finished.removesuffix(NPZ), reversed_endings) + cache_files.SUFFIX
+        unfinished_suffix = file[len(finished_file) :]  # PART or ""
+        file_to_entry = [(file_ending, entry_ending) for entry_ending, file_ending in self._endings()]
+        name = _replace_ending(finished_file.removesuffix(NPZ), file_to_entry) + cache_files.SUFFIX
         if not self._is_text(name) and cache_files.parse_latent_name(name, self.tag, "image") is None:
             return None
-        source = self._source_stem(name)
-        if folder / source in stems:
-            name = stems[folder / source] + name.removeprefix(source)
-        elif folder != self.folder or source in self.image_paths:  # the image is no longer in the list
+        file_stem = self._source_stem(name)
+        if folder / file_stem in stems:
+            name = stems[folder / file_stem] + name.removeprefix(file_stem)
+        elif folder != self.folder or file_stem in self.image_paths:  # the image is no longer in the list
             return None
-        return name + part
+        return name + unfinished_suffix
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
         """Return pairs of an ending of entry names (without suffix) and the ending of their files."""
@@ -252,30 +253,32 @@ class NpzStore:
     def _read_latents(self, name: str) -> cache_files.Entry:
         """Read the latents of one bucket from a file, which may have several buckets."""
         path, suffix = self._file_of(name), self._suffix(name)
-        members = read_arrays(path, lambda array: array.endswith(suffix))
-        arrays = {array.removesuffix(suffix): member for array, member in members.items()}
+        members = read_arrays(path, lambda array_name: array_name.endswith(suffix))
+        arrays = {array_name.removesuffix(suffix): array for array_name, array in members.items()}
         if "latents" not in arrays:
-            latents = [array for array in list_arrays(path) if array.startswith("latents_")]
-            sizes = ", ".join(sorted(array.removeprefix("latents") for array in latents))
+            cached = [array_name for array_name in list_arrays(path) if array_name.startswith("latents_")]
+            sizes = ", ".join(sorted(array_name.removeprefix("latents") for array_name in cached))
             raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
-
-        def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-            """Return a tensor in the shape that training takes."""
-            # a mask for other programs has the size of the image, training takes that of the latents
-            if key == LOSS_MASK and tensor.numel() != math.prod(shape):
-                # shrink_mask takes frames with values 0..255
-                return shrink_mask(tensor[None] * 255, self.latent.stride)
-            return tensor.reshape(shape)
-
-        entry = open_record(path, arrays, reshape)
+        entry = open_record(path, arrays, self._reshape_latents)
         if entry is not None:
             return entry
         return self._read_foreign_latents(path, arrays, self._grid(name))
 
+    def _reshape_latents(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor of an npz file in the shape that our record of it states."""
+        # a mask for other programs has the size of the image, training takes that of the latents
+        if key == LOSS_MASK and tensor.numel() != math.prod(shape):
+            # shrink_mask takes frames with values 0..255
+            return shrink_mask(tensor[None] * 255, self.latent.stride)
+        return tensor.reshape(shape)
+
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
-        """Return latents that another program wrote; raise CacheError if they do not fit the table."""
+        """Return latents that another program wrote; raise CacheError if they do not fit the table.
+
+        `arrays` are those of one resolution, by name without suffix; `grid` is the latents' height and width.
+        """
         needed_by = {"latents": ""}  # array -> key of the table that needs it; latents have been checked
         if self.table.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"

@@ -8,9 +8,9 @@ each page is read before pyarrow unpacks it. Source: github.com/apache/parquet-f
 import bisect
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,10 @@ def parquet_parts(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
+def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator[Any]:
     """Open a Parquet file as pyarrow's `ParquetFile`, and convert errors in the block to DatasetError.
 
-    `repeating` are columns whose equal texts are stored only once in memory.
+    Equal texts of `dictionary_columns` are stored only once in memory.
 
     Raises:
         DatasetError: If the file cannot be opened, or if reading it in the block fails.
@@ -74,7 +74,7 @@ def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
         raise DatasetError(f"{path} needs the package pyarrow: pip install pyarrow") from None
     try:
         require_regular_file(path)
-        with parquet.ParquetFile(path, read_dictionary=repeating) as file:
+        with parquet.ParquetFile(path, read_dictionary=dictionary_columns) as file:
             yield file
     except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -88,7 +88,7 @@ def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
 
 
 @dataclass
-class Unpacking:
+class UnpackedBytesLimit:
     """Counter of the bytes unpacked from a file."""
 
     path: Path
@@ -96,13 +96,13 @@ class Unpacking:
     num_bytes: int = 0
 
     @staticmethod
-    def of(path: Path) -> "Unpacking":
+    def of(path: Path) -> "UnpackedBytesLimit":
         """Return a counter for a file, whose limit depends on the size of the file.
 
         Raises:
             OSError: If the file does not exist.
         """
-        return Unpacking(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
+        return UnpackedBytesLimit(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
         """Count bytes that are about to be unpacked.
@@ -119,7 +119,7 @@ class Unpacking:
             )
 
 
-def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
+def largest_value(file: Any, limit: UnpackedBytesLimit, group: int, columns: Collection[str]) -> int:
     """Return an upper limit for the size of a value in some columns of a row group, in bytes.
 
     Values may refer to pages with dictionaries or prefixes, so that in a damaged or malicious file each row
@@ -127,7 +127,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
 
     Args:
         file: A `ParquetFile`.
-        pages: Counter for the pages of this row group.
+        limit: Counter for the pages of this row group.
         group: Index of the row group.
         columns: Names of columns, including nested ones.
 
@@ -142,21 +142,21 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
     chunks = file.metadata.row_group(group)
     largest = 0
     names = set(columns)
-    with pages.path.open("rb") as content:
+    with limit.path.open("rb") as content:
         for index in range(chunks.num_columns):
             chunk = chunks.column(index)
             # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
             parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
             if not names.isdisjoint(parents):
                 # each value takes memory in addition to its page
-                pages.add(chunk.num_values * VALUE_BYTES)
+                limit.add(chunk.num_values * VALUE_BYTES)
                 fixed_length = file.schema.column(index).length
-                largest = max(largest, fixed_length, _count_pages(content, chunk, pages))
+                largest = max(largest, fixed_length, _count_pages(content, chunk, limit))
     return largest
 
 
-def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Add the unpacked bytes of a column in a row group (`chunk`) to `pages`, which raises at too many.
+def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
+    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises at too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -174,14 +174,14 @@ def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
         header, header_size = _read_header(content, offset)
         unpacked_size = _read_size(header, _UNPACKED)
         packed_size = _read_size(header, _PACKED)
-        pages.add(unpacked_size)
+        limit.add(unpacked_size)
         # values refer to a dictionary, or to earlier texts of a page whose beginnings they repeat
         is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
         data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if data_page is not None:
             count = _read_size(header[data_page], _NUM_VALUES)
             # `largest_value` has counted chunk.num_values; a damaged page may have more
-            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
+            limit.add(max(0, count - chunk.num_values) * VALUE_BYTES)
             num_values += count
             encoding = header[data_page].get(_ENCODINGS[data_page])
             is_referred_to = is_referred_to or encoding == _DELTA_BYTE_ARRAY
@@ -289,8 +289,8 @@ def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     column = cell_column(parts[0], name)
     if column is None:
         return None
-    finders = {part: cells_of(part, column, finds_nulls) for part in parts}
-    return lambda row: finders[row.file](row.number)
+    finders = {part: CellFinder(part, column, finds_nulls) for part in parts}
+    return lambda row: finders[row.file].find(row.number)
 
 
 def cell_column(path: Path, name: str) -> str | None:
@@ -304,60 +304,72 @@ def cell_column(path: Path, name: str) -> str | None:
         schema = file.schema_arrow
         if name not in schema.names:
             return None
-        kind = schema.field(name).type
-        if types.is_struct(kind):
-            inner_names = [field.name for field in kind]
+        arrow_type = schema.field(name).type
+        if types.is_struct(arrow_type):
+            inner_names = [field.name for field in arrow_type]
             if "bytes" in inner_names:
                 name = f"{name}.bytes"
-                kind = kind.field(inner_names.index("bytes")).type
-        return name if types.is_binary(kind) or types.is_large_binary(kind) else None
+                arrow_type = arrow_type.field(inner_names.index("bytes")).type
+        is_of_bytes = types.is_binary(arrow_type) or types.is_large_binary(arrow_type)
+        return name if is_of_bytes else None
 
 
-def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
-    """Return a function that maps a row's number, from 1, to its cell in a Parquet file.
+class CellFinder:
+    """Finder of the cells in a column of files of a Parquet file, by the numbers of rows."""
 
-    Args:
-        path: A file, or one part of several.
-        column: Column, from `cell_column`.
-        finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
+    def __init__(self, path: Path, column: str, finds_nulls: bool = False) -> None:
+        """Read the row groups from the metadata of the file.
 
-    Raises:
-        DatasetError: If a row group is too large to be read at once.
-    """
-    may_be_null: list[bool] = []  # whether some cells may be null, by row group
-    starts = [0]  # number of rows before each row group; the last element is the number of all rows
-    leaves: set[str] = set()
-    with open_parquet(path) as file:
-        for index in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(index)
-            starts.append(starts[-1] + group.num_rows)
-            chunks = [group.column(column_index) for column_index in range(group.num_columns)]
-            leaves |= {chunk.path_in_schema for chunk in chunks}
-            cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
-            size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
-            _check_group_size(path, column, size_bytes)
-            may_be_null.append(finds_nulls and _may_have_nulls(cells))
-    # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
-    path_column = f"{column.rpartition('.')[0]}.path"
-    columns = [name for name in (column, path_column) if name in leaves]
+        Args:
+            path: A file, or one part of several.
+            column: Column, from `cell_column`.
+            finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
 
-    @cache
-    def is_filled(group: int) -> Sequence[bool]:
+        Raises:
+            DatasetError: If a row group is too large to be read at once.
+        """
+        self._path = path
+        self._column = column
+        self._may_be_null: list[bool] = []  # whether some cells may be null, by row group
+        # number of rows before each row group; the last element is the number of all rows
+        self._group_starts = [0]
+        leaf_columns: set[str] = set()
+        with open_parquet(path) as file:
+            for index in range(file.metadata.num_row_groups):
+                group = file.metadata.row_group(index)
+                self._group_starts.append(self._group_starts[-1] + group.num_rows)
+                chunks = [group.column(column_index) for column_index in range(group.num_columns)]
+                leaf_columns |= {chunk.path_in_schema for chunk in chunks}
+                cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
+                size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
+                _check_group_size(path, column, size_bytes)
+                self._may_be_null.append(finds_nulls and _may_have_nulls(cells))
+        # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
+        path_column = f"{column.rpartition('.')[0]}.path"
+        self._value_columns = [name for name in (column, path_column) if name in leaf_columns]
+        self._are_filled: dict[int, Sequence[bool]] = {}  # results of `_read_filled`, by row group
+
+    def find(self, number: int) -> ParquetCell | None:
+        """Return the cell of a row, numbered from 1; None if it has no value."""
+        # the last group that starts at or before the row
+        group = bisect.bisect_right(self._group_starts, number - 1) - 1
+        row = number - 1 - self._group_starts[group]
+        if self._may_be_null[group]:
+            if group not in self._are_filled:
+                self._are_filled[group] = self._read_filled(group)
+            if not self._are_filled[group][row]:
+                return None
+        return ParquetCell(self._path, group, row, self._column)
+
+    def _read_filled(self, group: int) -> Sequence[bool]:
         """Return for each row of a group whether its cell is not null."""
         try:
-            are_valid = [_column(path, group, name).is_valid().to_pylist() for name in columns]
+            are_valid = [
+                _column(self._path, group, name).is_valid().to_pylist() for name in self._value_columns
+            ]
             return [any(row) for row in zip(*are_valid, strict=True)]
         except (DatasetError, OSError, ValueError, IndexError):  # reported where cells are read
-            return [True] * (starts[group + 1] - starts[group])
-
-    def find_cell(number: int) -> ParquetCell | None:
-        """Return the cell of a row, numbered from 1; None if it has no value."""
-        group = bisect.bisect_right(starts, number - 1) - 1  # the last one that starts at or before the row
-        row = number - 1 - starts[group]
-        has_value = not may_be_null[group] or is_filled(group)[row]
-        return ParquetCell(path, group, row, column) if has_value else None
-
-    return find_cell
+            return [True] * (self._group_starts[group + 1] - self._group_starts[group])
 
 
 def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
@@ -385,15 +397,15 @@ def read_cell(origin: ParquetCell) -> bytes:
     Raises:
         MediaError: If the cell is empty or cannot be read.
     """
-    where = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
+    position = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
         content = _column(origin.container, origin.group, origin.column)[origin.row].as_py()
     except OSError as error:
-        raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
+        raise MediaError(f"{position}: it cannot be read: {error.strerror or error}") from error
     except (DatasetError, ValueError, IndexError) as error:
-        raise MediaError(f"{where}: it cannot be read: {error}") from error
+        raise MediaError(f"{position}: it cannot be read: {error}") from error
     if not content:
-        raise MediaError(f"{where}: {origin.column} is empty there")
+        raise MediaError(f"{position}: {origin.column} is empty there")
     return bytes(content)
 
 
@@ -401,19 +413,19 @@ def _column(path: Path, group: int, column: str) -> Any:
     """Return a column of a row group. Raises DatasetError, OSError or ValueError if it cannot be read."""
     mtime_ns = path.stat().st_mtime_ns
     with _ONE_AT_A_TIME:
-        return _group(path, group, column, mtime_ns)
+        return _read_column(path, group, column, mtime_ns)
 
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
-def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
+def _read_column(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group as an Arrow array.
 
     `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     """
     with open_parquet(path, [column]) as file:
-        pages = Unpacking.of(path)
-        pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
-        largest_value(file, pages, group, [column])  # raises DatasetError if the pages are too large
+        limit = UnpackedBytesLimit.of(path)
+        limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
+        largest_value(file, limit, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     # pyarrow returns a column of a struct as a struct with that one field
     if "." in column and hasattr(cells.type, "num_fields") and cells.type.num_fields:

@@ -35,44 +35,44 @@ def plain_columns_of(path: Path, names: Collection[str]) -> tuple[list[str], lis
     """Return those columns among `names` with small values, and those that contain files."""
     part = parquet_files.parquet_parts(path)[0]
     cells = [name for name in names if parquet_files.cell_column(part, name) is not None]
-    nested = _find_columns(part, names).nested
-    plain = [name for name in names if name not in nested and name not in cells]
+    nested_types = _find_columns(part, names).nested_types
+    plain = [name for name in names if name not in nested_types and name not in cells]
     return plain, cells
 
 
 def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     """Yield the rows of a Parquet file with the columns `names`; None means all columns."""
     columns = _find_columns(path, names)
-    if columns.nested:  # rejected, because the unpacked size of their values is unknown
-        name, kind = next(iter(columns.nested.items()))
+    if columns.nested_types:  # rejected, because the unpacked size of their values is unknown
+        name, arrow_type = next(iter(columns.nested_types.items()))
         raise DatasetError(
-            f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
+            f"{path}: the column {name!r} holds {arrow_type}, which is neither a text nor a list of them"
         )
-    with parquet_files.open_parquet(path, columns.leaves_of_lists) as file:
-        limit = parquet_files.Unpacking.of(path)  # counts unpacked bytes, and raises at too many
+    with parquet_files.open_parquet(path, columns.list_items) as file:
+        limit = parquet_files.UnpackedBytesLimit.of(path)  # counts unpacked bytes, and raises at too many
         if not columns.names:  # rows without values still have numbers
             limit.add(parquet_files.ROW_BYTES * file.metadata.num_rows)
             for number in range(1, file.metadata.num_rows + 1):
                 yield TableRow(path, "row", number)
             return
         number = 0
-        for cells in _read_batches(file, path, columns.names, limit):
-            for row in zip(*cells, strict=True):
+        for column_values in _read_batches(file, path, columns.names, limit):
+            for row in zip(*column_values, strict=True):
                 number += 1
-                pairs = zip(columns.names, row, strict=True)
-                values = {name: value for name, value in pairs if value is not None}
+                named = zip(columns.names, row, strict=True)
+                values = {name: value for name, value in named if value is not None}
                 yield TableRow(path, "row", number, values)
 
 
 def _read_batches(
-    file: Any, path: Path, names: Sequence[str], limit: parquet_files.Unpacking
+    file: Any, path: Path, names: Sequence[str], limit: parquet_files.UnpackedBytesLimit
 ) -> Iterator[list[list[Any]]]:
     """Yield the values of some rows at a time, as a list for each column.
 
     `limit` counts the memory that the values take.
     """
     for group in range(file.metadata.num_row_groups):
-        largest = parquet_files.largest_value(file, parquet_files.Unpacking.of(path), group, names)
+        largest = parquet_files.largest_value(file, parquet_files.UnpackedBytesLimit.of(path), group, names)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
         for batch in file.iter_batches(num_rows, [group], names, use_threads=False):
             limit.add(parquet_files.ROW_BYTES * len(batch))
@@ -83,32 +83,32 @@ class _ParquetColumns(NamedTuple):
     """Columns to read from a Parquet file, with the types of nested ones."""
 
     names: tuple[str, ...]
-    nested: dict[str, Any]  # types of columns with nested values, by name
-    leaves_of_lists: list[str]  # `repeating` of `open_parquet`: equal texts in lists are stored once
+    nested_types: dict[str, Any]  # Arrow types of columns with nested values, by name
+    list_items: list[str]  # `dictionary_columns` of `open_parquet`: equal texts in lists are stored once
 
 
 def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
     """Return the columns `names` of a file; None means all columns."""
     with parquet_files.open_parquet(path) as file:
         schema = file.schema_arrow
-        leaves = [file.schema.column(number).path for number in range(len(file.schema))]
+        leaf_paths = [file.schema.column(index).path for index in range(len(file.schema))]
     from pyarrow import types
 
     check_names(path, schema.names)
     columns = tuple(name for name in schema.names if names is None or name in names)
-    nested: dict[str, Any] = {}
-    leaves_of_lists: list[str] = []
+    nested_types: dict[str, Any] = {}
+    list_items: list[str] = []
     for name in columns:
-        kind = schema.field(name).type
-        if types.is_list(kind) or types.is_large_list(kind):
-            kind = kind.value_type
-            leaves_of_lists += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
-        if types.is_nested(kind):
-            nested[name] = kind
-    return _ParquetColumns(columns, nested, leaves_of_lists)
+        arrow_type = schema.field(name).type
+        if types.is_list(arrow_type) or types.is_large_list(arrow_type):
+            arrow_type = arrow_type.value_type
+            list_items += [leaf for leaf in leaf_paths if leaf.startswith(f"{name}.")]
+        if types.is_nested(arrow_type):
+            nested_types[name] = arrow_type
+    return _ParquetColumns(columns, nested_types, list_items)
 
 
-def _values(array: Any, limit: parquet_files.Unpacking) -> list[Any]:
+def _values(array: Any, limit: parquet_files.UnpackedBytesLimit) -> list[Any]:
     """Return the values of a column as Python objects; `limit` counts the memory that these take."""
     from pyarrow import compute, types
 

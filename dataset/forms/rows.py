@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
-from dataset.sources.captions import complete_captions, first_and_more, lines_of
+from dataset.sources.captions import complete_captions, lines_of, split_first_caption
 from dataset.sources.missing import explain_lookup
 from dataset.sources.numbering import GAPS, find_gap
 from dataset.table import FURTHER_TEXT, DatasetTable
@@ -33,15 +33,20 @@ FIRST_ROWS = 100  # rows that are searched for the base folder of relative paths
 # `image` or `video`, which may also contain the files themselves
 PATH_COLUMNS = ("path", "file_name", "url")
 MULTI_CAPTION = "multi_caption = true"
+AMBIGUOUS_PATH = (
+    "%s: %s is both in the working folder and in %s: the first is used. Write absolute paths, or start in "
+    "another folder, if that is wrong."
+)
 DOWNLOADS = "downloads"  # subfolder of the cache directory, if the table has no download_directory
 
-Part = tuple[Path, media_source.Origin | None]  # local path, and where its bytes are; None: in that file
+# local path of a file, and where its bytes are; None: at that path
+FileLocation = tuple[Path, media_source.Origin | None]
 
 
 class _Media(NamedTuple):
     """The image or clip of a row."""
 
-    part: Part
+    location: FileLocation
     stem: str
     identity: str  # path, address or name; differs between sources, unlike the stem
 
@@ -68,13 +73,13 @@ class RowReader:
     _gaps: list[str] = field(default_factory=list)  # messages about numbered columns that skip a number
 
     def read(
-        self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
+        self, values: Mapping[str, Any], position: str, contained: tuple[str, FileLocation] | None = None
     ) -> media_source.MediaSource:
         """Return the source that a row describes: an image or clip with its caption and companion files.
 
         Args:
             values: Cells of the row by column, or the object of a line.
-            where: Position for messages, such as `list.jsonl, line 3`.
+            position: Position for messages, such as `list.jsonl, line 3`.
             contained: Stem and location of the image or clip, if the row itself contains it.
 
         Raises:
@@ -82,23 +87,22 @@ class RowReader:
             RejectedAddress: If an address is not allowed.
         """
         if contained is None:
-            media = self._read_media(values, where)
+            media = self._read_media(values, position)
         else:
-            name, part = contained
-            media = _Media(part, stem=name, identity=name)
-        # all parts of the row
-        texts = self._read_captions(values, where)
+            stem, location = contained
+            media = _Media(location, stem=stem, identity=stem)
+        texts = self._read_captions(values, position)
         captions = complete_captions(texts, self.table) if texts else None
-        controls, references = self._read_parts(values, where)
-        mask = self._read_part("mask_path", values.get("mask_path"), where)
-        layers = self._read_layers(values, where) if self.table.multiple_target else []
-        control_mask = self._read_part("control_mask_path", values.get("control_mask_path"), where)
-        rejected = self._read_part("worse_path", values.get("worse_path"), where)
+        controls, references = self._read_controls_and_references(values, position)
+        mask = self._read_file_cell("mask_path", values.get("mask_path"), position)
+        layers = self._read_layers(values, position) if self.table.multiple_target else []
+        control_mask = self._read_file_cell("control_mask_path", values.get("control_mask_path"), position)
+        rejected = self._read_file_cell("worse_path", values.get("worse_path"), position)
         source = make_source(
             self.table,
-            where=where,
+            position=position,
             stem=media.stem,
-            media=media.part,
+            media=media.location,
             captions=captions,
             controls=controls[: self.table.control_count],
             mask=mask,
@@ -107,23 +111,23 @@ class RowReader:
             rejected=rejected,
             layers=layers,
         )
-        source = self._add_audio(source, values, where)
+        source = self._add_audio(source, values, position)
         if self.table.shows_media and values.get("references") is not None:
-            from dataset.sources.shown import read_shown  # few lists have references
+            from dataset.sources.shown import read_row_references  # few lists have references
 
-            source = replace(source, shown=read_shown(values["references"], self.file, where))
+            source = replace(source, shown=read_row_references(values["references"], self.file, position))
         if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
-            source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], where))
-        self._identities.append(media.identity)  # `finish` makes the stems unique by it
+            source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
+        self._identities.append(media.identity)  # `assign_unique_stems` uses it
         return source
 
     def _add_audio(
-        self, source: media_source.MediaSource, values: Mapping[str, Any], where: str
+        self, source: media_source.MediaSource, values: Mapping[str, Any], position: str
     ) -> media_source.MediaSource:
         """Return a source with its audio file: the one named in its row, else one next to the clip."""
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
-        audio = self._read_part("audio_path", audio_path, where)
-        if audio is None and self.table.finds_audio and not source.origins:
+        audio = self._read_file_cell("audio_path", audio_path, position)
+        if audio is None and self.table.finds_audio and not source.remote_or_packed:
             from dataset.sources.folders import find_audio_beside  # few lists have audio
 
             audio = find_audio_beside(source.path)
@@ -131,7 +135,7 @@ class RowReader:
             return source
         return replace(source, audio=cast(tuple[Path, media_source.Remote | None], audio))
 
-    def _read_media(self, values: Mapping[str, Any], where: str) -> "_Media":
+    def _read_media(self, values: Mapping[str, Any], position: str) -> "_Media":
         """Return the image or clip that a row names, with its stem and the text that identifies it."""
         text = values.get(self.path_column)
         if text is None and self.table.multiple_target:  # image_path_0 is the image, image_path_1 a layer
@@ -140,9 +144,9 @@ class RowReader:
             hint = self._explain_list(values) if self.is_list else ""
             is_missing = self.is_list or text is None or text == ""
             error = "is missing" if is_missing else "is not a path"
-            raise DatasetError(f"{where}: {self.path_column} {error}{hint}")
-        check_text(text, f"{where}: {self.path_column}")
-        path, remote = self._locate(text, where)
+            raise DatasetError(f"{position}: {self.path_column} {error}{hint}")
+        check_text(text, f"{position}: {self.path_column}")
+        path, remote = self._locate(text, position)
         if remote is None:
             return _Media((path, None), stem=path.stem, identity=text)
         stem, _ = media_source.split_name(text)
@@ -154,83 +158,90 @@ class RowReader:
         if f"{name}_0" in values:
             layers = f"{name}_0, {name}_1, ... are a picture and its layers"
             return f", and {layers}: give the table multiple_target = true"
-        others = [name for name in (*PATH_COLUMNS, self.table.kind) if isinstance(values.get(name), str)]
-        if others and not self.table.is_of_audio:
+        columns_of_tables = (*PATH_COLUMNS, self.table.kind)
+        text_columns = [name for name in columns_of_tables if isinstance(values.get(name), str)]
+        if text_columns and not self.table.is_of_audio:
             kind = self.table.kind
             return (
-                f". {others[0]} is read from tables: give the file to {kind}_table_file in place of "
+                f". {text_columns[0]} is read from tables: give the file to {kind}_table_file in place of "
                 f"{kind}_jsonl_file"
             )
         example = f'{{"{name}": "...", "caption": "..."}}'
         return f". Each line is one object such as {example}"
 
-    def _read_layers(self, values: Mapping[str, Any], where: str) -> list[Part]:
+    def _read_layers(self, values: Mapping[str, Any], position: str) -> list[FileLocation]:
         """Return the layers of a row, ordered by number. The full image has the number 0 or no number."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
-            raise DatasetError(f"{where}: {column} and {column}_0 both name the image; leave out one")
-        layers: dict[int, Part] = {}
+            raise DatasetError(f"{position}: {column} and {column}_0 both name the image; leave out one")
+        layers: dict[int, FileLocation] = {}
         for name, value in values.items():
             number = control_number(name, column)
             if not number:  # another column, or the full image
                 continue
-            part = self._read_part(name, value, where)
-            if part is not None:
-                layers[number] = part
-        self._note_gap(layers, column, where)
+            layer = self._read_file_cell(name, value, position)
+            if layer is not None:
+                layers[number] = layer
+        self._note_gap(layers, column, position)
         return [layers[number] for number in sorted(layers)]
 
-    def _note_gap(self, parts: Mapping[int, Part], column: str, where: str) -> None:
+    def _note_gap(self, files: Mapping[int, FileLocation], column: str, position: str) -> None:
         """Remember, for a later warning, a row whose numbered columns skip a number."""
-        gap = find_gap(parts)
+        gap = find_gap(files)
         if gap is not None:
-            self._gaps.append(f"{where}: there is no {column}_{gap}, but {column}_{max(parts)}")
+            self._gaps.append(f"{position}: there is no {column}_{gap}, but {column}_{max(files)}")
 
-    def _read_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
+    def _read_controls_and_references(
+        self, values: Mapping[str, Any], position: str
+    ) -> tuple[list[FileLocation], list[FileLocation]]:
         """Return the control media and the references of a row, each ordered by number."""
-        controls: dict[int, Part] = {}
-        references: dict[int, Part] = {}
+        controls: dict[int, FileLocation] = {}
+        references: dict[int, FileLocation] = {}
         for name, value in values.items():
             control_index = control_number(name)
             if name == self.table.control_column:
                 control_index = 0
             if control_index is not None:
-                self._add_parts(controls, "control_path", name, value, first=control_index, where=where)
+                self._add_numbered_files(
+                    controls, "control_path", name, value, first=control_index, position=position
+                )
             reference_index = control_number(name, "reference_path")
             if reference_index is not None:
-                self._add_parts(references, "reference_path", name, value, first=reference_index, where=where)
-        self._note_gap(controls, "control_path", where)
-        self._note_gap(references, "reference_path", where)
+                self._add_numbered_files(
+                    references, "reference_path", name, value, first=reference_index, position=position
+                )
+        self._note_gap(controls, "control_path", position)
+        self._note_gap(references, "reference_path", position)
         ordered_controls = [controls[number] for number in sorted(controls)]
         ordered_references = [references[number] for number in sorted(references)]
         return ordered_controls, ordered_references
 
-    def _add_parts(
-        self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
+    def _add_numbered_files(
+        self, files: dict[int, FileLocation], column: str, name: str, value: Any, first: int, position: str
     ) -> None:
-        """Add the files in a column to `parts`, by their numbers.
+        """Add the files in a column to `files`, by their numbers.
 
         Args:
-            parts: Control media, or references, of the row so far.
+            files: Control media, or references, of the row so far.
             column: Default name of such columns, for messages.
             name: Name of the column.
             value: A path, or a list of paths.
             first: Number of the first path.
-            where: Position of the row, for messages.
+            position: Position of the row, for messages.
         """
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
-            part = self._read_part(name, path, where)
-            if part is None:
+            file = self._read_file_cell(name, path, position)
+            if file is None:
                 continue
-            if number in parts:
+            if number in files:
                 names = f"{column} and control_column are" if column == "control_path" else f"{column} is"
                 raise DatasetError(
-                    f"{where}: {name} repeats the number of another {column}; {names} {column}_0"
+                    f"{position}: {name} repeats the number of another {column}; {names} {column}_0"
                 )
-            parts[number] = part
+            files[number] = file
 
-    def finish(
+    def assign_unique_stems(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
     ) -> list[media_source.MediaSource]:
         """Return all sources of the rows with unique stems; add errors about several rows to `faults`.
@@ -241,26 +252,27 @@ class RowReader:
         named = []
         for source, stem in zip(sources, stems, strict=True):
             # equal file names in a list are an error, which is reported later; tables get a hash in the stem
-            keeps_stem = stem == source.stem or (self.is_list and not source.origins)
+            keeps_stem = stem == source.stem or (self.is_list and not source.remote_or_packed)
             named.append(source if keeps_stem else replace(source, stem=stem))
         numbered = media_source.number_repeats(named)
         if self._gaps:
             logger.warning("%s %s, such as %s", len(self._gaps), f"{self.unit}s {GAPS}", self._gaps[0])
-        return check_controls(self.table, numbered, faults, where=f"{self.unit}s of {self.file}")
+        faults += find_missing_companions(self.table, numbered, f"{self.unit}s of {self.file}")
+        return numbered
 
     @property
     def unit(self) -> str:
         """Word for a row in messages."""
         return "line" if self.is_list else "row"
 
-    def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
+    def _locate(self, text: str, position: str) -> tuple[Path, media_source.Remote | None]:
         """Return the local path of a file, and its address; None for a local file."""
         if not is_address(text):
-            return locate(text, self.base, where), None
+            return locate(text, self.base, position), None
         protocol = protocol_of(text)
         error = self._find_address_error(text, protocol)
         if error is not None:
-            raise RejectedAddress(error, f"{where}: {hide_secrets(text)}")
+            raise RejectedAddress(error, f"{position}: {hide_secrets(text)}")
         if protocol == "file":
             # equivalent to a path; like a path, it is only opened as an image or clip
             return Path(url2pathname(split_address(text).path)), None
@@ -279,7 +291,7 @@ class RowReader:
 
         return protocol_error(protocol)
 
-    def _read_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+    def _read_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
         """Return the caption of a row; with multi_caption, the texts of its list `captions` follow."""
         name = self.caption_column
         caption = None
@@ -289,13 +301,13 @@ class RowReader:
             hint = ""
             if isinstance(caption, list):
                 hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
-            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text{hint}")
+            raise DatasetError(f"{position}: {name} = {_show(caption)} is not a text{hint}")
         captions = []
         if caption is not None:
             captions.append(caption)
-        captions += self._further_captions(values, where)
+        captions += self._further_captions(values, position)
         for text in captions:
-            check_text(text, f"{where}: {name or 'captions'}")
+            check_text(text, f"{position}: {name or 'captions'}")
         if self.is_list:  # captions of a JSONL list are used unchanged
             return captions
         stripped = [text.strip() for text in captions]
@@ -304,78 +316,80 @@ class RowReader:
         first_lines = lines_of(stripped[0]) or [""]  # with multi_caption, each line is a caption
         return [*first_lines, *stripped[1:]]
 
-    def _read_further_text(self, value: Any, where: str) -> str:
+    def _read_further_text(self, value: Any, position: str) -> str:
         """Return the `FURTHER_TEXT` of a row. Raises DatasetError if it is not a text."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
-                f"{where}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
+                f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
                 f"{FURTHER_TEXT.reader} reads, or leave it out"
             )
-        check_text(value, f"{where}: {FURTHER_TEXT.key}")
+        check_text(value, f"{position}: {FURTHER_TEXT.key}")
         return value
 
-    def _further_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+    def _further_captions(self, values: Mapping[str, Any], position: str) -> list[str]:
         """Return the list `captions` of a row, which only tables with multi_caption have."""
         texts = values.get("captions") if self.table.multi_caption else None
         if texts is None:
             return []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DatasetError(f"{where}: captions = {_show(texts)} is not a list of texts")
+            raise DatasetError(f"{position}: captions = {_show(texts)} is not a list of texts")
         return texts
 
-    def _read_part(self, name: str, value: Any, where: str) -> Part | None:
-        """Return the file in a column of control media, masks or audio; None if there is none.
+    def _read_file_cell(self, name: str, value: Any, position: str) -> FileLocation | None:
+        """Return the file in a cell of control media, masks or audio; None if there is none.
 
-        `value` is a path, or the `Part` of a file that the row contains.
+        `value` is a path, or the `FileLocation` of a file that the row contains.
         """
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and not self.is_list):  # an empty cell of a CSV table means no file
             return None
         if is_blank:
-            raise DatasetError(f"{where}: {name} is empty. Write a path, or leave it out")
+            raise DatasetError(f"{position}: {name} is empty. Write a path, or leave it out")
         if isinstance(value, tuple):
             return value
         if not isinstance(value, str):
-            raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
-        check_text(value, f"{where}: {name}")
-        return self._locate(value, where)
+            raise DatasetError(f"{position}: {name} = {_show(value)} is not a path in quotes")
+        check_text(value, f"{position}: {name}")
+        return self._locate(value, position)
 
 
 def list_rows(
     reader: RowReader,
     rows: Iterable[TableRow],
     faults: list[media_source.Fault],
-    cells: Mapping[str, FindCell] = MappingProxyType({}),
+    cell_finders: Mapping[str, FindCell] = MappingProxyType({}),
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
 
-    `cells` has a function for each column with files, which locates the file in the cell of a row.
+    `cell_finders` has a function for each column with files, which locates the file in the cell of a row.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
     for row in rows:
         try:
-            sources.append(_read_row(reader, row, cells))
+            sources.append(_read_row(reader, row, cell_finders))
         except RejectedAddress as refused:
             faults.append(media_source.Fault(f"{kind}: {refused.reason}", refused.shown))
         except DatasetError as error:
             faults.append(media_source.Fault(kind, f"{str(error).rstrip('.')}."))
-    return reader.finish(sources, faults)
+    return reader.assign_unique_stems(sources, faults)
 
 
-def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row; `cells` has a function for each column of files, which finds a row's file.
+def _read_row(
+    reader: RowReader, row: TableRow, cell_finders: Mapping[str, FindCell]
+) -> media_source.MediaSource:
+    """Return the source of a row, whose files may be in its own cells (`cell_finders`).
 
     Raises:
         DatasetError: If the row has a fault, or a cell is invalid.
     """
     if row.fault is not None:
-        raise DatasetError(f"{row.where}: {row.fault}")
-    if not cells:
-        return reader.read(row.values, row.where)
-    media: tuple[str, Part] | None = None
+        raise DatasetError(f"{row.position}: {row.fault}")
+    if not cell_finders:
+        return reader.read(row.values, row.position)
+    media: tuple[str, FileLocation] | None = None
     values = {**row.values}
-    for column, find_cell in cells.items():
+    for column, find_cell in cell_finders.items():
         origin = find_cell(row)
         if origin is None:  # null: the row has no file in this column
             continue
@@ -386,31 +400,31 @@ def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -
             media = stem, (row.file / number, origin)
         else:
             values[column] = row.file / f"{number} {media_source.readable_stem(column)}", origin
-    return reader.read(values, row.where, media)
+    return reader.read(values, row.position, media)
 
 
 def make_source(
     table: DatasetTable,
-    where: Path | str,
+    position: Path | str,
     stem: str,
-    media: Part,
+    media: FileLocation,
     captions: tuple[str, ...] | None,
-    controls: Sequence[Part] = (),
-    mask: Part | None = None,
-    references: Sequence[Part] = (),
-    control_mask: Part | None = None,
-    rejected: Part | None = None,
-    layers: Sequence[Part] = (),
+    controls: Sequence[FileLocation] = (),
+    mask: FileLocation | None = None,
+    references: Sequence[FileLocation] = (),
+    control_mask: FileLocation | None = None,
+    rejected: FileLocation | None = None,
+    layers: Sequence[FileLocation] = (),
 ) -> media_source.MediaSource:
-    """Make a source from a row, or from a sample of a tar; `where` is its position, for messages."""
+    """Make a source from a row, or from a sample of a tar; `position` is for messages."""
     if mask is not None and table.alpha_mask:
-        raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
-    caption, more_captions = first_and_more(captions, where)
-    masks = [part for part in (mask, control_mask) if part is not None]
+        raise DatasetError(f"{position}: its mask and alpha_mask = true exclude each other; leave out one.")
+    caption, more_captions = split_first_caption(captions, position)
+    masks = [file for file in (mask, control_mask) if file is not None]
     all_rejected = [] if rejected is None else [rejected]
     # in the order of `MediaSource.parts`
-    parts = (media, *controls, *masks, *references, *all_rejected, *layers)
-    origins = tuple(origin for _, origin in parts)
+    files = (media, *controls, *masks, *references, *all_rejected, *layers)
+    remote_or_packed = tuple(origin for _, origin in files)
     media_path, _ = media
     return media_source.MediaSource(
         path=media_path,
@@ -421,7 +435,7 @@ def make_source(
         table=table,
         more_captions=more_captions,
         mask=None if mask is None else mask[0],
-        origins=origins if any(origins) else (),
+        remote_or_packed=remote_or_packed if any(remote_or_packed) else (),
         references=tuple(path for path, _ in references),
         control_mask=None if control_mask is None else control_mask[0],
         rejected=None if rejected is None else rejected[0],
@@ -442,7 +456,7 @@ def download_folder(table: DatasetTable) -> Path:
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 
-def locate(text: str, base: Path | None, where: str) -> Path:
+def locate(text: str, base: Path | None, position: str) -> Path:
     """Return the path written in a field of a row.
 
     `base` is the base folder of relative paths; None means the working folder.
@@ -453,38 +467,39 @@ def locate(text: str, base: Path | None, where: str) -> Path:
     try:
         return expand_path(text, base)
     except ValueError as error:
-        raise DatasetError(f"{where}: {shorten(text, MAX_SHOWN)!r}: {error}.") from None
+        raise DatasetError(f"{position}: {shorten(text, MAX_SHOWN)!r}: {error}.") from None
 
 
-def check_text(text: str, where: str) -> None:
+def check_text(text: str, position: str) -> None:
     """Raise DatasetError if a text has invalid characters or is too long for a path or caption."""
     bad = bad_character(text)
     if bad is not None:
-        raise DatasetError(f"{where} holds {bad}. Correct the line.")
+        raise DatasetError(f"{position} holds {bad}. Correct the line.")
     if len(text) > MAX_CAPTION_BYTES:
         raise DatasetError(
-            f"{where} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+            f"{position} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
         )
 
 
-def check_controls(
-    table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
-) -> list[media_source.MediaSource]:
-    """Add a fault for each source without control media or a rejected item if other sources have some.
+def find_missing_companions(
+    table: DatasetTable, sources: Sequence[media_source.MediaSource], plural: str
+) -> list[media_source.Fault]:
+    """Return a fault for each source without control media or a rejected item if other sources have some.
 
-    Returns `sources` unchanged. `where` names the rows or samples in messages.
+    `plural` names the rows or samples in messages: `lines of data.jsonl`.
     """
+    faults: list[media_source.Fault] = []
     count = table.control_count  # None: any number
     if count is not None and any(source.control for source in sources):
-        lacking = [source for source in sources if len(source.control) < count]
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
-        kind = f"{where} have no {needed}, while others have"
+        kind = f"{plural} have no {needed}, while others have"
+        lacking = [source for source in sources if len(source.control) < count]
         faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
     if any(source.rejected for source in sources):
-        kind = f"{where} have no worse_path, while others have"
+        kind = f"{plural} have no worse_path, while others have"
         lacking = [source for source in sources if source.rejected is None]
         faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
-    return sources
+    return faults
 
 
 def _show(value: Any) -> str:
@@ -552,14 +567,9 @@ def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
                 continue
             next_to_list = expand_path(text, folder)
             if in_working_folder.exists():
-                if next_to_list.exists() and not in_working_folder.samefile(next_to_list):
-                    logger.warning(
-                        "%s: %s is both in the working folder and in %s: the first is used. Write absolute "
-                        "paths, or start in another folder, if that is wrong.",
-                        path,
-                        text,
-                        folder,
-                    )
+                is_ambiguous = next_to_list.exists() and not in_working_folder.samefile(next_to_list)
+                if is_ambiguous:
+                    logger.warning(AMBIGUOUS_PATH, path, text, folder)
                 return None
             if next_to_list.exists():
                 return folder

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
 from dataset.config_keys import NOTHING, key, of_kind
-from dataset.forms.contract import DataForm, InspectedColumns
+from dataset.forms.contract import InspectedColumns, SourceFormat
 from dataset.table import DatasetTable
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -31,7 +31,7 @@ class TableKeys:
         return f"{kind}_table_file"
 
 
-class Tables(DataForm):
+class Tables(SourceFormat):
     """Rows of a table that names files or addresses, or contains files."""
 
     name = "tables"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
 from dataset.config_keys import of_kind
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import SourceFormat
 from dataset.table import DatasetTable
 from modules.paths import hide_secrets, is_address
 
@@ -31,7 +31,7 @@ class TarKeys:
         return f"{kind}_tars"
 
 
-class Tars(DataForm):
+class Tars(SourceFormat):
     """Samples in tars, on disk or at addresses."""
 
     name = "tars"

@@ -86,8 +86,8 @@ class TarIndex:
 
     samples: list[TarSample] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, and its error
-    others: list[str] = field(default_factory=list)  # the first key without media, if there is any
-    num_others: int = 0  # number of keys without media
+    keys_without_media: list[str] = field(default_factory=list)  # at most the first one
+    num_without_media: int = 0  # number of keys without media
     damage: str | None = None  # why the tar cannot be read to its end
 
 
@@ -101,29 +101,31 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     require_regular_file(tar)
     stat = tar.stat()
     # a stored index is valid only for this version of the code, this state of the tar and these rules
-    made_for = json.dumps(
+    validity_key = json.dumps(
         [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
     )
     tar_hash = short_hash(str(real_path(tar)))
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # no index, or a damaged one
-        stored_for, others, num_others, rows = json.loads(path.read_text("utf-8"))
-        if stored_for == made_for:
+        stored_for, keys_without_media, num_without_media, rows = json.loads(path.read_text("utf-8"))
+        if stored_for == validity_key:
             samples = [_unpack_sample(*row) for row in rows]
-            return TarIndex(samples, others=others, num_others=num_others)
+            return TarIndex(
+                samples, keys_without_media=keys_without_media, num_without_media=num_without_media
+            )
     with tar.open("rb", buffering=0) as file:
-        index = _scan(file, stat.st_size, rules, tar)
+        index = _scan_tar(file, stat.st_size, rules, tar)
     # no index of a damaged tar: another process may still be writing it without a change of size or time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
-        _write_index(path, index, made_for)
+        _write_index(path, index, validity_key)
     return index
 
 
-def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
+def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
     """Store an index for the next run; `made_for` is a text that must be equal for the index to be valid."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
-        write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
+        write_text(path, json.dumps([validity_key, index.keys_without_media, index.num_without_media, rows]))
     except OutputError as error:  # the tar is read again next time
         logger.info("the index of a tar is not kept: %s", error)
 
@@ -134,56 +136,63 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
     return TarSample(key, Member(*media), caption, members)
 
 
-def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
+def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
     """Return the samples and the errors of an opened tar, up to its end or its first damage."""
     _reject_compressed(file, tar)
     index = TarIndex()
     # a sample is all files with an equal name before the first dot, its key
-    groups: dict[str, _Group] = {}  # files of each sample, by key
-    last_key = ""  # of the last member read: a damage may have cut its group
+    files_by_key: dict[str, _SampleFiles] = {}
+    last_key = ""  # of the last member read: a damage may have cut its sample
     try:
         for member in read_members(file, size_bytes):
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
-            start, _, ending = base.partition(".")
-            if not ending or not start:  # without a suffix, or a hidden file
+            start, _, extension = base.partition(".")
+            if not extension or not start:  # without a suffix, or a hidden file
                 continue
-            ending = ending.lower()
+            extension = extension.lower()
             key = f"{folder}{slash}{start}"
             last_key = key
-            group = groups.setdefault(key, {})
-            if ending in group:
+            sample_files = files_by_key.setdefault(key, {})
+            if extension in sample_files:
                 index.faults.append((key, f"{member.name} is there twice"))
-            elif f".{ending}" in (rules.caption_suffix, ".json"):
-                group[ending] = _read_text(file, member)
+            elif f".{extension}" in (rules.caption_suffix, ".json"):
+                sample_files[extension] = _read_text(file, member)
             else:
-                group[ending] = member
+                sample_files[extension] = member
     except TarDamage as damage:
         if damage.is_no_tar:
             raise DatasetError(
                 f"{tar} is no tar, or it is damaged at its beginning. Make it again."
             ) from None
-        index.damage = _describe_damage(damage, groups, last_key)
-    _add_samples(index, groups, rules)
+        index.damage = _describe_damage(damage, files_by_key, last_key)
+    _add_samples(index, files_by_key, rules)
     return index
 
 
-_Group = dict[str, Member | str]  # files of a sample: name after the first dot -> member, or its text
+class _MemberText(NamedTuple):
+    """The text of a caption or JSON file in a tar."""
+
+    text: str
+    error: str = ""  # end of a message if the member is not a text; then `text` is empty
 
 
-def _add_samples(index: TarIndex, groups: Mapping[str, _Group], rules: TarRules) -> None:
-    """Make a sample of each group of files, and add it, or its error, to the index."""
-    for key, group in groups.items():
+_SampleFiles = dict[str, Member | _MemberText]  # files of a sample, by the name after the first dot
+
+
+def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rules: TarRules) -> None:
+    """Make a sample of the files with each key, and add it, or its error, to the index."""
+    for key, sample_files in files_by_key.items():
         try:
-            sample = _make_sample(key, group, rules)
+            sample = _make_sample(key, sample_files, rules)
         except ValueError as error:
             index.faults.append((key, str(error)))
             continue
         if sample is not None:
             index.samples.append(sample)
-        else:  # a group without an image or clip: one is named in messages
-            index.num_others += 1
-            if not index.others:
-                index.others.append(key)
+        else:  # no image or clip: one such key is named in messages
+            index.num_without_media += 1
+            if not index.keys_without_media:
+                index.keys_without_media.append(key)
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:
@@ -198,76 +207,73 @@ def _reject_compressed(file: BinaryIO, tar: Path) -> None:
             )
 
 
-def _describe_damage(damage: TarDamage, groups: dict[str, _Group], last_key: str) -> str:
-    """Describe the usable part of a damaged tar. The last group is removed unless it seems complete."""
-    last_group = groups.pop(last_key, {})
+def _describe_damage(damage: TarDamage, files_by_key: dict[str, _SampleFiles], last_key: str) -> str:
+    """Describe the usable part of a damaged tar. The last sample is removed unless it seems complete."""
+    last_files = files_by_key.pop(last_key, {})
     lost = f"{last_key} and what follows"
-    # it is complete if it has the same kinds of files as another group
-    if any(group.keys() == last_group.keys() for group in groups.values()):
-        groups[last_key] = last_group
+    # it is complete if it has the same kinds of files as another sample
+    if any(sample_files.keys() == last_files.keys() for sample_files in files_by_key.values()):
+        files_by_key[last_key] = last_files
         lost = "what follows"
-    return f"{damage}. {len(groups)} samples before that are used, {lost} cannot be read"
+    return f"{damage}. {len(files_by_key)} samples before that are used, {lost} cannot be read"
 
 
-def _read_text(file: BinaryIO, member: Member) -> str:
-    """Return the text of a member.
-
-    If it is not a text, the result is NUL and the end of an error message. A text contains no NUL.
-    """
+def _read_text(file: BinaryIO, member: Member) -> _MemberText:
+    """Return the text of a member, or the reason why it has none."""
     if member.size_bytes > MAX_CAPTION_BYTES:
-        return f"\0has {member.size_bytes:,} bytes, at most {MAX_CAPTION_BYTES:,} are read"
+        return _MemberText("", f"has {member.size_bytes:,} bytes, at most {MAX_CAPTION_BYTES:,} are read")
     file.seek(member.offset)
     try:
         text = file.read(member.size_bytes).decode("utf-8-sig")
     except UnicodeDecodeError:
-        return "\0is not UTF-8 text"
+        return _MemberText("", "is not UTF-8 text")
     bad = bad_character(text)
     if bad:
-        return f"\0holds {bad}"
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        return _MemberText("", f"holds {bad}")
+    return _MemberText(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def _make_sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
-    """Make a sample from the files of a group, by ending; None if none of them is an image or clip.
+def _make_sample(key: str, sample_files: _SampleFiles, rules: TarRules) -> TarSample | None:
+    """Make a sample from files with the same key, by extension; None if none of them is an image or clip.
 
-    Texts in the group are the caption or JSON; all other files are media.
+    Texts are the caption or JSON; all other files are media.
 
     Raises:
         ValueError: If several files have the same role, or the caption cannot be used.
     """
-    texts: dict[str, str] = {}
+    texts: dict[str, _MemberText] = {}
     files: dict[str, Member] = {}
-    for ending, content in group.items():
-        if isinstance(content, str):
-            texts[ending] = content
+    for extension, content in sample_files.items():
+        if isinstance(content, _MemberText):
+            texts[extension] = content
         else:
-            files[ending] = content
-    by_role: dict[tuple[str, int], list[str]] = {}  # endings such as `mask.png` or `control_1.png`
-    candidates = []  # endings of files that may be what is learned
-    for ending in files:
-        role = _find_role(ending, rules)
+            files[extension] = content
+    by_role: dict[tuple[str, int], list[str]] = {}  # extensions such as `mask.png` or `control_1.png`
+    candidates = []  # extensions of files that may be what is learned
+    for extension in files:
+        role = _find_role(extension, rules)
         if role is None:
-            candidates.append(ending)
+            candidates.append(extension)
         else:
-            by_role.setdefault(role, []).append(ending)
+            by_role.setdefault(role, []).append(extension)
     # formats of the second set may be previews, so they count only if the first set has no file
     media = _select_media(candidates, rules.media) or _select_media(candidates, rules.spare)
     if not media:
         return None
     if len(media) > 1:
         raise ValueError(f"it has several files to learn: {', '.join(media)}; keep one")
-    caption = _caption(texts, rules)
+    caption = _select_caption(texts, rules)
     extras = []
-    for (role_name, number), endings in sorted(by_role.items()):
-        if len(endings) > 1:
-            raise ValueError(f"it has two files of one kind among {', '.join(endings)}; keep one")
-        extras.append((role_name, number, files[endings[0]]))
+    for (role_name, number), extensions in sorted(by_role.items()):
+        if len(extensions) > 1:
+            raise ValueError(f"it has two files of one kind among {', '.join(extensions)}; keep one")
+        extras.append((role_name, number, files[extensions[0]]))
     return TarSample(key, files[media[0]], caption, tuple(extras))
 
 
-def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
+def _find_role(extension: str, rules: TarRules) -> tuple[str, int] | None:
     """Return the role, MASK or CONTROL, and the number of a companion file; None for other names."""
-    match = _ROLE.fullmatch(ending)
+    match = _ROLE.fullmatch(extension)
     if match is None:
         return None
     role, number, suffix = match.groups()
@@ -278,15 +284,15 @@ def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
     return role, int(number or 0)
 
 
-def _select_media(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
-    """Return the endings of media to train on: plain suffixes such as `png`, else ones such as `crop.png`."""
-    exact = [ending for ending in endings if f".{ending}" in suffixes]
+def _select_media(extensions: Sequence[str], suffixes: Container[str]) -> list[str]:
+    """Return the extensions of media to train on: plain ones such as `png`, else ones such as `crop.png`."""
+    exact = [extension for extension in extensions if f".{extension}" in suffixes]
     if exact:
         return sorted(exact)
-    return sorted([ending for ending in endings if f".{ending.rpartition('.')[2]}" in suffixes])
+    return sorted([extension for extension in extensions if f".{extension.rpartition('.')[2]}" in suffixes])
 
 
-def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
+def _select_caption(texts: Mapping[str, _MemberText], rules: TarRules) -> str | None:
     """Return the caption in the texts of a sample; None if there is none.
 
     With multi_caption, each line of the result is a caption.
@@ -294,16 +300,17 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
     Raises:
         ValueError: If the caption cannot be used.
     """
-    for ending, text in texts.items():
-        if text.startswith("\0"):  # `_read_text` stores an error like this
-            raise ValueError(f"its .{ending} {text[1:]}")
-    caption_text = texts.get(rules.caption_suffix[1:])
-    json_text = texts.get("json")
-    if caption_text is not None and not (rules.json_first and json_text is not None):
-        return caption_text.strip()
-    if json_text is None:
+    for extension, content in texts.items():
+        if content.error:
+            raise ValueError(f"its .{extension} {content.error}")
+    caption_file = texts.get(rules.caption_suffix[1:])
+    json_file = texts.get("json")
+    is_json_preferred = rules.json_first and json_file is not None
+    if caption_file is not None and not is_json_preferred:
+        return caption_file.text.strip()
+    if json_file is None:
         return None
-    captions = _captions_in_json(json_text, rules)
+    captions = _read_json_captions(json_file.text, rules)
     if not captions:
         return None
     if not rules.multi_caption:
@@ -313,7 +320,7 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
     return "\n".join([captions[0], *further]).strip()
 
 
-def _captions_in_json(text: str, rules: TarRules) -> list[str]:
+def _read_json_captions(text: str, rules: TarRules) -> list[str]:
     """Return the captions in the .json of a sample.
 
     Raises:

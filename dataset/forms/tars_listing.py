@@ -9,10 +9,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import url2pathname
 
-from dataset.forms.rows import CAPTION_COLUMNS, Part, check_controls, download_folder, make_source
+from dataset.forms.rows import (
+    CAPTION_COLUMNS,
+    FileLocation,
+    download_folder,
+    find_missing_companions,
+    make_source,
+)
 from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
@@ -72,7 +78,7 @@ class TarMember:
 def list_tars(
     table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources of a table of tars, in any order, and add errors to `faults`.
+    """Return the sources in a table's tars (WebDataset), in any order, and add errors to `faults`.
 
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that does not
     end the run.
@@ -85,9 +91,17 @@ def list_tars(
     Raises:
         DatasetError: If no tar is named.
     """
-    samples: list[tuple[Path, TarSample]] = []
+    tars = _find_tars(table, patterns, faults)
+    samples = _read_samples(table, tars, faults)
+    sources = _make_sources(table, samples, faults)
+    faults += find_missing_companions(table, sources, f"samples of {table.name}")
+    return sources
+
+
+def _make_rules(table: DatasetTable) -> TarRules:
+    """Return which files of a sample are its media, caption and companions, by the keys of a table."""
     suffixes, spare_suffixes = media_suffixes(table.kind)
-    rules = TarRules(
+    return TarRules(
         media=tuple(sorted(suffixes)),
         spare=tuple(sorted(spare_suffixes)),
         companions=tuple(sorted(mask_suffixes(table.kind))),
@@ -96,42 +110,48 @@ def list_tars(
         json_first=table.caption_column is not None,  # a key of the .json that the table names
         multi_caption=table.multi_caption,
     )
-    # read each tar's list of samples
-    num_others = 0  # samples without media
-    example = ""  # one of them
+
+
+def _read_samples(
+    table: DatasetTable, tars: Sequence[Path], faults: list[media_source.Fault]
+) -> list[tuple[Path, TarSample]]:
+    """Return the samples of tars, each with its tar; add errors to `faults`, log samples without media."""
+    rules = _make_rules(table)
+    samples: list[tuple[Path, TarSample]] = []
+    num_without_media = 0
+    example_without_media = ""
     unusable = f"tars of {table.name} cannot be used"
     incomplete = f"tars of {table.name} cannot be read to their end"
     unusable_sample = f"samples of {table.name} cannot be used"
-    for tar in _find_tars(table, patterns, faults):
+    for tar in tars:
         try:
             index = read_index(tar, rules, table.cache_directory)
         except DatasetError as error:
             faults.append(media_source.Fault(unusable, str(error)))
             continue
         except OSError as error:
-            faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", ends_run=False))
+            faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", is_fatal=False))
             continue
         samples += [(tar, sample) for sample in index.samples]
         for key, error_text in index.faults:
             faults.append(media_source.Fault(unusable_sample, f"{name_parts(tar, key)}: {error_text}."))
         if index.damage is not None:
-            faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", ends_run=False))
-        num_others += index.num_others
-        if index.others and not example:
-            example = str(name_parts(tar, index.others[0]))
-    if num_others:
+            faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", is_fatal=False))
+        num_without_media += index.num_without_media
+        if index.keys_without_media and not example_without_media:
+            example_without_media = str(name_parts(tar, index.keys_without_media[0]))
+    if num_without_media:
         logger.warning(
             "%s: %d samples, such as %s, hold no %s and are not used.",
             table.name,
-            num_others,
-            example,
+            num_without_media,
+            example_without_media,
             table.kind,
         )
-    sources = _sources(table, samples, faults)
-    return check_controls(table, sources, faults, where=f"samples of {table.name}")
+    return samples
 
 
-def _sources(
+def _make_sources(
     table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
     """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
@@ -159,13 +179,13 @@ def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -
     Raises:
         DatasetError: If the sample cannot be used.
     """
-    media = _part(tar, sample.media)
-    controls = [_part(tar, member) for role, _, member in sample.extras if role == CONTROL]
-    masks = [_part(tar, member) for role, _, member in sample.extras if role == MASK]
+    media = _locate_member(tar, sample.media)
+    controls = [_locate_member(tar, member) for role, _, member in sample.extras if role == CONTROL]
+    masks = [_locate_member(tar, member) for role, _, member in sample.extras if role == MASK]
     path, _ = media
     return make_source(
         table,
-        where=path,
+        position=path,
         stem=stem,
         media=media,
         captions=None if sample.caption is None else captions_in(sample.caption, table),
@@ -174,7 +194,7 @@ def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -
     )
 
 
-def _part(tar: Path, member: Member) -> Part:
+def _locate_member(tar: Path, member: Member) -> FileLocation:
     """Return a path that names a member in messages, and where its bytes are."""
     origin = TarMember(tar, member.offset, member.size_bytes)
     return name_parts(tar, readable_path(member.name)), origin
@@ -211,7 +231,7 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 tars |= dict.fromkeys(_list_tars(table, name))
             except MediaError as error:
                 faults.append(
-                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False)
+                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), is_fatal=False)
                 )
             except DatasetError as error:
                 faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
@@ -294,7 +314,7 @@ def has_wildcard(name: str) -> bool:
     return any(wildcard in name for wildcard in "*?[")
 
 
-def expand_braces(pattern: str, where: str) -> list[str]:
+def expand_braces(pattern: str, table_name: str) -> list[str]:
     """Expand `{000..012}` and `{a,b}` in a name, in order; numbers keep their leading zeros.
 
     Raises:
@@ -306,23 +326,31 @@ def expand_braces(pattern: str, where: str) -> list[str]:
         for name in names:
             braces = _BRACES.search(name)
             assert braces is not None  # all names have the same remaining braces
-            options: Sequence[Any] = braces[1].split(",")
-            width = 0  # digits of numbers with leading zeros; 0: no padding
-            limits = _RANGE.fullmatch(braces[1])
-            if limits is not None:
-                options = _range_of(int(limits[1]), int(limits[2]))
-                width = len(limits[1]) if limits[1].startswith("0") else 0
-            if len(expanded) + len(options) > MAX_PATTERN_NAMES:
+            options = _BraceOptions.parse(braces[1])
+            if len(expanded) + len(options.values) > MAX_PATTERN_NAMES:
                 raise DatasetError(
-                    f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
+                    f"{table_name}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
                 )
             before = name[: braces.start()]
             after = name[braces.end() :]
-            expanded += [f"{before}{option:0>{width}}{after}" for option in options]
+            expanded += [f"{before}{value:0>{options.num_digits}}{after}" for value in options.values]
         names = expanded
     return names
 
 
-def _range_of(first: int, last: int) -> range:
-    """Return the numbers from `first` to `last`, up or down."""
-    return range(first, last + 1) if first <= last else range(first, last - 1, -1)
+class _BraceOptions(NamedTuple):
+    """What a pair of braces stands for."""
+
+    values: Sequence[Any]  # texts, or numbers
+    num_digits: int  # digits of numbers that are padded with zeros; 0: no padding
+
+    @staticmethod
+    def parse(content: str) -> "_BraceOptions":
+        """Parse the content of braces: `000..012`, up or down, or `a,b`."""
+        limits = _RANGE.fullmatch(content)
+        if limits is None:
+            return _BraceOptions(content.split(","), 0)
+        first = int(limits[1])
+        last = int(limits[2])
+        numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+        return _BraceOptions(numbers, len(limits[1]) if limits[1].startswith("0") else 0)

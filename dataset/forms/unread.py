@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import KEYS, find_cells, form_of
+from dataset.forms.composing import KEYS, find_cells, source_format_of
+from dataset.forms.contract import InspectedColumns, TableRow
 from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
 from dataset.table import FURTHER_TEXT, DatasetTable
@@ -48,39 +49,49 @@ def find_unused(table: DatasetTable) -> list[Fault]:
         DatasetError: If the table cannot be listed.
     """
     path = table.source
-    if not form_of(table).has_columns or not path.exists():  # reported by the listing
+    source_format = source_format_of(table)
+    if not source_format.has_columns or not path.exists():  # reported by the listing
         return []
-    columns = form_of(table).inspect_columns(table)
-    control_cells = [name for name in columns.cells if is_control(table, name)]
-    unread: dict[str, str] = {}  # end of the warning, by column
+    columns = source_format.inspect_columns(table)
+    explanations: dict[str, str] = {}  # end of the warning about a column, by name
+    control_cell_columns = []
     for name in columns.cells:
-        if name not in control_cells:
-            unread[name] = f", which holds files{_make_hint(name, table) or ''}"
-    # what each of the first rows has in columns that are not read
-    finders = {name: find_cells(path, name, finds_nulls=True) for name in control_cells}
+        if is_control(table, name):
+            control_cell_columns.append(name)
+        else:
+            explanations[name] = f", which holds files{_make_hint(name, table) or ''}"
+    cell_finders = {name: find_cells(path, name, finds_nulls=True) for name in control_cell_columns}
     for row in itertools.islice(columns.rows, MAX_ROWS):
         values: dict[str, Any] = {}
-        for name, finder in finders.items():
-            if finder is not None and finder(row) is not None:
+        for name, find_cell in cell_finders.items():
+            if find_cell is not None and find_cell(row) is not None:
                 values[name] = True  # stands for one file
         values |= row.values
         for name in _list_surplus(values, table):
-            unread[name] = f": of such files the model takes {table.control_count} an item"
+            explanations[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in row.values.items():
             is_read = name in columns.read or is_companion(name) or is_layer(table, name)
-            if is_read or name in unread:
+            if is_read or name in explanations:
                 continue
-            lacks_caption = columns.is_list and not row.values.get("caption")
-            text = _explain_by_name(name, value, table, lacks_caption)
-            if text is None:
-                media = row.values.get(columns.media)
-                text = _explain_by_value(name, value, table=table, path=path, media=media)
-            # other programs' tables have columns with names of keys, such as `resolution`; lists do not
-            if text is None and columns.is_list and name in KEYS:
-                text = OF_TABLE
-            if text is not None:
-                unread[name] = text
-    return _as_faults(path, unread)
+            explanation = _explain_unused(name, value, row, table, columns)
+            if explanation is not None:
+                explanations[name] = explanation
+    return _as_faults(path, explanations)
+
+
+def _explain_unused(
+    name: str, value: Any, row: TableRow, table: DatasetTable, columns: InspectedColumns
+) -> str | None:
+    """Return the end of a warning about an unused column with this value in a row; None if it needs none."""
+    lacks_caption = columns.is_list and not row.values.get("caption")
+    explanation = _explain_by_name(name, value, table, lacks_caption)
+    if explanation is None:
+        media = row.values.get(columns.media)
+        explanation = _explain_by_value(name, value, table=table, path=table.source, media=media)
+    # other programs' tables have columns with names of keys, such as `resolution`; lists do not
+    if explanation is None and columns.is_list and name in KEYS:
+        explanation = OF_TABLE
+    return explanation
 
 
 def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
@@ -99,10 +110,11 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
     return None
 
 
-def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
-    """Return the warnings about a file; `unread` has the end of each warning, by column."""
-    kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
-    lines = [f"{name!r}{text}" for name, text in unread.items()]
+def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
+    """Return the warnings about a file; `explanations` has the end of each warning, by column."""
+    is_one = len(explanations) == 1
+    kind = f"column of {path} is not read" if is_one else f"columns of {path} are not read"
+    lines = [f"{name!r}{explanation}" for name, explanation in explanations.items()]
     return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
 
 

@@ -65,10 +65,10 @@ class SpanAudios:
     """The audio of each span of a clip, C S; silence with its reason if there is none."""
 
     samples: tuple[Tensor, ...]  # audio of each span, C S
-    silent: str | None = None  # why the samples are zeros; None: the clip has audio
+    silence_reason: str | None = None  # why the samples are zeros; None: the clip has audio
 
 
-def audios_of(local: MediaSource, spans: Sequence[Span], fps: float, spec: AudioSpec) -> SpanAudios:
+def read_span_audios(local: MediaSource, spans: Sequence[Span], fps: float, spec: AudioSpec) -> SpanAudios:
     """Return the audio of spans of a clip, or silence if the clip has none.
 
     Args:
@@ -82,7 +82,7 @@ def audios_of(local: MediaSource, spans: Sequence[Span], fps: float, spec: Audio
             track.
     """
     rate = kept_rate(local, fps)
-    silent = 'audio = "ignore"'  # the reason for silence, shown to the user
+    silence_reason = 'audio = "ignore"'
     if local.table.audio != IGNORE:
         try:
             return SpanAudios(tuple(read_audios(find_audio(local), spans, rate, spec)))
@@ -91,9 +91,9 @@ def audios_of(local: MediaSource, spans: Sequence[Span], fps: float, spec: Audio
                 raise MediaError(f'{reason}; audio = "required" asks for it') from None
             if local.audio is not None:
                 raise MediaError(f"{reason}. Give another file, or take it out") from None
-            silent = str(reason)
+            silence_reason = str(reason)
     counts = [round(frames / rate * spec.rate) for _, frames in spans]
-    return SpanAudios(tuple(torch.zeros(spec.channels, count) for count in counts), silent)
+    return SpanAudios(tuple(torch.zeros(spec.channels, count) for count in counts), silence_reason)
 
 
 def count_frames(path: Path, fps: float) -> int:
@@ -126,7 +126,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
     At most MAX_OPENED files are opened; files that are not on disk, or unreadable, are skipped. `silent` are
     the stems of clips without cached audio.
     """
-    on_disk = (source for source in sources if source.stem in silent and not any(source.origins))
+    on_disk = (source for source in sources if source.stem in silent and not any(source.remote_or_packed))
     uncached = []
     for source in itertools.islice(on_disk, MAX_OPENED):
         with contextlib.suppress(MediaError, OSError):
@@ -156,14 +156,16 @@ def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec)
         NoAudio: If there is no audio track.
         MediaError: If the file cannot be read or its audio is damaged.
     """
-    ranges = []  # first and last sample of each span
+    sample_ranges = []  # first sample of each span, and the one after its last
     for first_frame, num_frames in spans:
         start = round(first_frame / rate * spec.rate)
-        ranges.append((start, start + round(num_frames / rate * spec.rate)))
-    begin = min(start for start, _ in ranges)
-    length = max(end for _, end in ranges) - begin
-    samples = read_track(path, Fraction(begin, spec.rate), length, rate=spec.rate, channels=spec.channels)
+        sample_ranges.append((start, start + round(num_frames / rate * spec.rate)))
+    offset = min(start for start, _ in sample_ranges)
+    length = max(end for _, end in sample_ranges) - offset
+    samples = read_track(path, Fraction(offset, spec.rate), length, rate=spec.rate, channels=spec.channels)
     if samples is None:
         raise NoAudio(f"{path}: it has no track of sound")
     # copied, so that the samples between the spans are freed
-    return [torch.from_numpy(samples[:, start - begin : end - begin].copy()) for start, end in ranges]
+    return [
+        torch.from_numpy(samples[:, start - offset : end - offset].copy()) for start, end in sample_ranges
+    ]

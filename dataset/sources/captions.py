@@ -64,7 +64,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
         try:
             caption = read_text(path, MAX_CAPTION_BYTES).strip()
         except UnicodeDecodeError as error:
-            guess = guess_of_editor(error.object)
+            guess = guess_windows_encoding(error.object)
             if guess is None:
                 raise DatasetError(
                     f"{path}: this caption is not UTF-8 text (byte {error.start}). Save it as UTF-8."
@@ -88,7 +88,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     return CaptionContent(caption, encoding)
 
 
-def guess_of_editor(content: bytes) -> "EncodingGuess | None":
+def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
     """Return the text of a file that Windows' editor may have saved; None if it is in another encoding."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 
@@ -128,8 +128,8 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     return (join_parts(caption, table.changes),)
 
 
-def first_and_more(
-    captions: tuple[str, ...] | None, where: Path | str | None
+def split_first_caption(
+    captions: tuple[str, ...] | None, position: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
     """Split captions into the first and the remaining ones.
 
@@ -138,8 +138,8 @@ def first_and_more(
     """
     if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
-            f"{where}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = true "
-            "each line is one; leave it out if the lines are one text."
+            f"{position}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = "
+            "true each line is one; leave it out if the lines are one text."
         )
     return (captions[0], captions[1:]) if captions else (None, ())
 
@@ -258,11 +258,11 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
     return explained
 
 
-def describe_cut(where: Path | str, encoder: str, count: TokenCount) -> str:
+def describe_cut(position: Path | str, encoder: str, count: TokenCount) -> str:
     """Return the message about a caption that an encoder cuts, with the text that is lost.
 
-    `where` is the caption file, or the name of the source.
+    `position` is the caption file, or the name of the source.
     """
     cut_text = " ".join(count.cut_text.split())
     lost = cut_text if len(cut_text) <= SHOWN else f"{cut_text[:SHOWN]}... ({len(cut_text)} characters)"
-    return f"{where}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"
+    return f"{position}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

@@ -16,13 +16,13 @@ from pathlib import Path
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
-    LOOKED_AT,
+    MAX_CHECKED_FILES,
     TOLERANCE,
     Mask,
-    frames_wanted,
     keep_pattern,
-    read_moving,
-    read_still,
+    max_decoded_frames,
+    read_mask_clip,
+    read_mask_image,
 )
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
@@ -34,13 +34,13 @@ from modules.media.decoding import animation_durations, is_animation
 from modules.media.reading import is_still
 
 # a frame, its index in the file, and the time in seconds at which companions show the same moment
-KeptFrame = tuple[reading.Frame, int, float]
+SampledFrame = tuple[reading.Frame, int, float]
 SAME_RATE = 1e-4  # relative difference of rates that count as equal
 UNEVEN = 0.011  # seconds; durations of frames that differ by less are equal, but rounded to 10 ms
 MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many frames it has
 
 
-def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[KeptFrame]:
+def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[SampledFrame]:
     """Yield the frames of a clip that training uses at the frame rate `fps`, in their original size.
 
     With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
@@ -51,9 +51,9 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     if table.is_of_audio:
         from dataset.sources.audio import black_frames  # only with sounds
 
-        return itertools.islice(black_frames(path, fps), frames_wanted(table))
+        return itertools.islice(black_frames(path, fps), max_decoded_frames(table))
     rate = table.declared_fps or fps
-    frames: Iterable[KeptFrame]
+    frames: Iterable[SampledFrame]
     if _is_timed(path, table):
         frames = reading.frames_at(path, reading.slots(rate), alpha)
     elif path.is_dir():
@@ -62,10 +62,10 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = _all_frames(path, alpha)
     if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
         frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
-    return itertools.islice(frames, frames_wanted(table))
+    return itertools.islice(frames, max_decoded_frames(table))
 
 
-def _all_frames(path: Path, alpha: bool) -> Iterator[KeptFrame]:
+def _all_frames(path: Path, alpha: bool) -> Iterator[SampledFrame]:
     """Yield all frames of a clip; times count from the first frame."""
     first_start = None
     for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
@@ -80,7 +80,7 @@ def companion_frames(
     clip: Path,
     table: DatasetTable,
     fps: float,
-    clock: Sequence[tuple[int, float]],
+    frame_times: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
     """Yield a frame of a control clip or mask for each kept frame of its clip.
@@ -92,16 +92,16 @@ def companion_frames(
         clip: Clip that it belongs to.
         table: Table of both.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
         alpha: Whether frames have an alpha channel, as in `kept_frames`.
 
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    if _Pair(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
-        indices = [index for index, _ in clock]
+    if _TimingComparison(path, clip, table, fps).is_matched_by_index:  # of equal rate, or equally many frames
+        indices = [index for index, _ in frame_times]
         return _select_frames(reading.video_frames(path, alpha), indices)
-    seconds = [second for _, second in clock]
+    seconds = [second for _, second in frame_times]
     if not path.is_dir():
         return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
     # the images of a folder have no times; they are taken to have the table's rate
@@ -115,7 +115,7 @@ def read_mask(
     sizes: tuple[Size, Size],
     count: int,
     fps: float,
-    clock: Sequence[tuple[int, float]],
+    frame_times: Sequence[tuple[int, float]],
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
@@ -125,7 +125,7 @@ def read_mask(
         sizes: Size of the clip, and of its bucket.
         count: Number of kept frames.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
 
     Raises:
         MediaError: If the mask cannot be used.
@@ -133,9 +133,11 @@ def read_mask(
     size, bucket = sizes
     fit_image = functools.partial(reading.resize_cover, bucket=bucket)
     if is_still(path):
-        return read_still(path, fit_image, size, count)
-    frames = companion_frames(path, local.path, table=local.table, fps=fps, clock=clock, alpha=True)
-    return read_moving(path, frames, fit_image=fit_image, size=size, num_frames=count)
+        return read_mask_image(path, fit_image, size, count)
+    frames = companion_frames(
+        path, local.path, table=local.table, fps=fps, frame_times=frame_times, alpha=True
+    )
+    return read_mask_clip(path, frames, fit_image=fit_image, size=size, num_frames=count)
 
 
 def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
@@ -169,15 +171,19 @@ class _Timing:
     seconds: float  # duration; 0: unknown
 
     @property
-    def likely(self) -> int:
+    def estimated_frames(self) -> int:
         """Number of frames, computed from the duration if the header does not have it; 0 if unknown."""
         if self.frames:
             return self.frames
         return round(self.seconds * self.rate) if self.rate > 0 else 0  # False for NaN
 
+    def describe(self) -> str:
+        """Return the length for a message: `48 frames, 2.00 s`."""
+        return f"{self.estimated_frames} frames, {self.seconds:.2f} s"
 
-class _Pair:
-    """Comparison of a clip with its control clip or mask, by their headers."""
+
+class _TimingComparison:
+    """Comparison of the timing of a clip and its companion (control clip or mask), by their headers."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -211,26 +217,30 @@ class _Pair:
         return num_frames == (self.clip.frames or reading.count_frames(self._clip_path))
 
     @property
-    def was_so_before(self) -> bool:
+    def matched_earlier_versions(self) -> bool:
         """Return whether earlier versions, which timed each clip separately, selected the same frames."""
         companion_rate = self.companion.rate if self._is_timed else self._default_rate
         clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
         former_ratio = companion_rate / clip_rate
         current_ratio = 1.0 if self.is_matched_by_index else self.companion.rate / self.clip.rate
         drift = abs(former_ratio / current_ratio - 1)
-        frames_apart = drift * (self.clip.likely or MANY_FRAMES)  # at the end of the clip
+        frames_apart = drift * (self.clip.estimated_frames or MANY_FRAMES)  # at the end of the clip
         return frames_apart < reading.PLACE_IN_FRAME  # False for NaN, too
 
     @property
-    def differs(self) -> bool:
+    def differs_in_length(self) -> bool:
         """Return whether both the numbers of frames and the durations in the headers differ."""
-        companion, clip = self.companion, self.clip
-        if not companion.likely or not clip.likely or companion.likely in (1, clip.likely):
+        companion_frames = self.companion.estimated_frames
+        clip_frames = self.clip.estimated_frames
+        is_unknown = not companion_frames or not clip_frames
+        if is_unknown or companion_frames in (1, clip_frames):
             return False
-        frame_seconds = max(companion.seconds / companion.likely, clip.seconds / clip.likely)
+        companion_seconds = self.companion.seconds
+        clip_seconds = self.clip.seconds
+        longest_frame = max(companion_seconds / companion_frames, clip_seconds / clip_frames)
         # durations in headers may be wrong by one frame, and are rounded
-        tolerance = max(1.5 * frame_seconds, TOLERANCE * clip.seconds)
-        return abs(companion.seconds - clip.seconds) > tolerance
+        tolerance = max(1.5 * longest_frame, TOLERANCE * clip_seconds)
+        return abs(companion_seconds - clip_seconds) > tolerance
 
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
@@ -248,7 +258,7 @@ def has_companions(source: MediaSource) -> bool:
     return source.table.kind == "video" and source.tensors is None and has_any
 
 
-def has_one_clock(source: MediaSource, fps: float) -> bool:
+def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
     """Return whether earlier versions, which timed companions separately, selected the same frames of them.
 
     Only headers are read, also those of files at addresses and in tars.
@@ -258,7 +268,9 @@ def has_one_clock(source: MediaSource, fps: float) -> bool:
     """
     with fetch(source) as local:
         paths = _list_moving_companions(local)
-        return all(_Pair(path, local.path, local.table, fps).was_so_before for path in paths)
+        return all(
+            _TimingComparison(path, local.path, local.table, fps).matched_earlier_versions for path in paths
+        )
 
 
 OTHER_LENGTHS = (
@@ -270,18 +282,16 @@ OTHER_LENGTHS = (
 def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Warn of each control clip or mask that differs from its clip in both number of frames and duration.
 
-    Only headers of local files are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
+    Only headers of at most MAX_CHECKED_FILES local clips are read. Unreadable files are reported elsewhere.
     """
-    clips = [source for source in sources if has_companions(source) and not source.origins]
+    clips = [source for source in sources if has_companions(source) and not source.remote_or_packed]
     warnings = []
-    step = ceil_div(len(clips), LOOKED_AT) or 1  # evenly spaced among all clips
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):
-                pair = _Pair(path, source.path, source.table, fps)
-                if pair.differs:  # neither as many frames nor as many seconds
-                    companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
-                    clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
-                    text = f"{path}: {companion}; its clip {clip}"
-                    warnings.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
+                timing = _TimingComparison(path, source.path, source.table, fps)
+                if timing.differs_in_length:
+                    text = f"{path}: {timing.companion.describe()}; its clip {timing.clip.describe()}"
+                    warnings.append(Fault(OTHER_LENGTHS, text, source.stem, is_fatal=False))
     return warnings

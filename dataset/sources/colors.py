@@ -15,7 +15,7 @@ REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
     "numbers count"
 )
-LOOKED_AT = 10_000  # images and clips of a dataset that are checked
+MAX_CHECKED_FILES = 10_000  # images and clips of a dataset that are checked
 CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
@@ -32,37 +32,40 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
     return for_family or source.table.alpha_mask, for_family
 
 
-def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
+def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: int) -> str | None:
     """Describe a file of a source that an earlier version read differently; None if there is none.
 
-    Files that still have to be downloaded count as equal. `as_shown` is the version of reading that the
-    cache's record states.
+    Files that still have to be downloaded count as equal. `decoder_version` is the version of the decoder
+    that the cache's record states.
     """
-    if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
+    if source.tensors is not None or not any(_may_differ(path, decoder_version) for path, _ in source.parts):
         return None
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as local:
-        # pairs of a file and whether its transparency is kept
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-        parts = [(local.path, source_keeps)]
-        parts += [(path, control_keeps) for path in local.control]
-        parts += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
-        parts += [(path, False) for path in local.references]
-        parts += [(path, source_keeps) for path in (local.rejected, *local.layers) if path is not None]
-        return _find_changed(parts, as_shown)
+        keeps_by_file = [(local.path, source_keeps)]
+        keeps_by_file += [(path, control_keeps) for path in local.control]
+        keeps_by_file += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
+        keeps_by_file += [(path, False) for path in local.references]
+        keeps_by_file += [
+            (path, source_keeps) for path in (local.rejected, *local.layers) if path is not None
+        ]
+        return _find_changed(keeps_by_file, decoder_version)
 
 
-def find_changed_reading(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
+def find_changed_reading(
+    references: Sequence[tuple[Path, Origin | None]], decoder_version: int
+) -> str | None:
     """Describe the first reference image that is decoded differently now than when it was cached.
 
     Only files on disk are checked. Returns None if there is no such image.
 
     Args:
         references: Path of each image, and its origin if it is not a file on disk.
-        as_shown: Version of the decoding that the cache records; 0 in caches without one.
+        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
     """
-    return _find_changed([(path, False) for path, origin in references if origin is None], as_shown)
+    return _find_changed([(path, False) for path, origin in references if origin is None], decoder_version)
 
 
 def has_codes(path: Path) -> bool:
@@ -75,20 +78,20 @@ def has_codes(path: Path) -> bool:
     return suffix == ".avif" or suffix not in image_suffixes()
 
 
-def _may_differ(path: Path, as_shown: int) -> bool:
+def _may_differ(path: Path, decoder_version: int) -> bool:
     """Return whether a version may have read a file differently, without opening the file."""
-    return as_shown == 0 or (as_shown < AS_SHOWN and has_codes(path))
+    return decoder_version == 0 or (decoder_version < AS_SHOWN and has_codes(path))
 
 
-def _find_changed(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
+def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: int) -> str | None:
     """Describe the first file that an earlier version read differently; None if there is none.
 
     Args:
-        parts: Path of each file, and whether the colors of its transparent pixels are used.
-        as_shown: Version of the decoding that the cache records; 0 in caches without one.
+        keeps_by_file: Path of each file, and whether the colors of its transparent pixels are used.
+        decoder_version: Version of the decoding that the cache records; 0 in caches without one.
     """
-    for path, keeps_transparent in parts:
-        if not _may_differ(path, as_shown):
+    for path, keeps_transparent in keeps_by_file:
+        if not _may_differ(path, decoder_version):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
             pair = reordered_images(path) if path.is_dir() else None
@@ -98,9 +101,11 @@ def _find_changed(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | No
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if is_laid_otherwise(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
-            if as_shown > 1:  # since version 2, colors and pixel shapes are respected
+            if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue
-            ignored = _formerly_ignored(media_colors(path), keeps_transparent, had_profiles=as_shown > 0)
+            ignored = _formerly_ignored(
+                media_colors(path), keeps_transparent, had_profiles=decoder_version > 0
+            )
             if ignored is not None:
                 return f"{path.name} was read without {ignored}, now with it"
     return None
@@ -126,34 +131,34 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
     """Warn of files with transparency, a color profile, HDR, interlacing or, in image tables, animation.
 
-    At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
+    At most MAX_CHECKED_FILES local files are checked. Unreadable files are reported elsewhere.
     """
-    warnings: dict[tuple[Path, str], Fault] = {}
-    read: dict[Path, Colors] = {}
+    warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
+    colors_of_files: dict[Path, Colors] = {}
     for source in sources:
-        if source.origins or source.tensors is not None:
+        if source.remote_or_packed or source.tensors is not None:
             continue
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         for path in (source.path, *source.control):
-            if len(read) == LOOKED_AT and path not in read:
+            if len(colors_of_files) == MAX_CHECKED_FILES and path not in colors_of_files:
                 return list(warnings.values())
             try:
-                colors = read.get(path) or media_colors(path)
+                colors = colors_of_files.get(path) or media_colors(path)
             except (MediaError, OSError):
                 continue
-            read[path] = colors
-            kinds = _describe(colors, source_keeps if path is source.path else control_keeps)
+            colors_of_files[path] = colors
+            problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
             # GIF and WebP files in a folder of images are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
-                kinds[MOVING] = ""
-            for kind, text in kinds.items():
-                warnings.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+                problems[MOVING] = ""
+            for kind, detail in problems.items():
+                warnings.setdefault((path, kind), Fault(kind, f"{path}{detail}", source.stem))
     return list(warnings.values())
 
 
-def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return the kinds of warnings about the colors of a file, each with the text that follows the path."""
+def _find_problems(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
+    """Return the problems with a file's colors: kind of the warning -> detail after the path, or ""."""
     warnings = {}
     if colors.is_transparent and not keeps_transparency:
         warnings["are transparent and filled with white"] = ""
@@ -171,14 +176,14 @@ def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
     """Warn of each folder of frames in which sorting by number and sorting as text differ.
 
-    At most LOOKED_AT local folders are listed. Unreadable folders are reported elsewhere.
+    At most MAX_CHECKED_FILES local folders are listed. Unreadable folders are reported elsewhere.
     """
     warnings: dict[Path, Fault | None] = {}  # by folder; None: no warning
     for source in sources:
-        if source.origins or source.table.kind == "image":
+        if source.remote_or_packed or source.table.kind == "image":
             continue
         for path, _ in source.parts:
-            if path in warnings or not path.is_dir() or len(warnings) == LOOKED_AT:
+            if path in warnings or not path.is_dir() or len(warnings) == MAX_CHECKED_FILES:
                 continue
             warnings[path] = None
             with contextlib.suppress(MediaError, OSError):

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,10 @@ Clip = NDArray[np.uint8]  # F H W C
 
 logger = logging.getLogger(__name__)
 REFERENCE, MASK = "reference_directory", "control_mask_directory"
-NONE = {REFERENCE: "have no reference, while others have", MASK: "have no control mask, while others have"}
+LACKS_COMPANION = {
+    REFERENCE: "have no reference, while others have",
+    MASK: "have no control mask, while others have",
+}
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
@@ -50,19 +53,16 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         folder = getattr(table, key)
         if folder is None:
             continue
-        try:
-            paired, alone = pair_by_name(table, folder, key, stems)
-            if not paired:
-                raise DatasetError(explain_unpaired(table, folder, key, stems))  # caught below
-        except DatasetError as error:
-            faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+        paired = pair_or_report(table, folder, key, stems, faults)
+        if paired is None:
             continue
-        lacking = [source.path for source in sources if source.stem not in paired]
-        warn_of_paths(table, f"of {len(sources)} {table.kind}s {NONE[key]}", lacking)
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", alone)
+        companions, unmatched = paired
+        lacking = [source.path for source in sources if source.stem not in companions]
+        warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
         completed = []
         for source in sources:
-            paths = paired.get(source.stem, ())
+            paths = companions.get(source.stem, ())
             if key == REFERENCE:
                 completed.append(replace(source, references=paths))
             else:
@@ -71,7 +71,21 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     return sources
 
 
-def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
+def pair_or_report(
+    table: DatasetTable, folder: Path, key: str, stems: Collection[str], faults: list[Fault]
+) -> tuple[dict[str, tuple[Path, ...]], list[Path]] | None:
+    """Return the result of `pair_by_name`; None, with an error in `faults`, if it fails or no file fits."""
+    try:
+        companions, unmatched = pair_by_name(table, folder, key, stems)
+        if not companions:
+            raise DatasetError(_explain_unpaired(table, folder, key, stems))  # caught below
+    except DatasetError as error:
+        faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+        return None
+    return companions, unmatched
+
+
+def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
     """Explain how to name the files of a folder in which no file belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
@@ -106,29 +120,24 @@ def pair_by_name(
     """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}  # stem -> (number -> path)
-    alone = []
+    unmatched = []
     for entry in list_entries(folder, key, table.config_path):
         path = folder / entry.name
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:
             continue
-        owner = _parse_name(entry.name if is_folder else path.stem, key, stems)
-        if owner is None:
-            alone.append(path)
+        stem_and_number = _parse_name(entry.name if is_folder else path.stem, key, stems)
+        if stem_and_number is None:
+            unmatched.append(path)
             continue
-        stem, number = owner
+        stem, number = stem_and_number
         first = numbered.setdefault(stem, {}).setdefault(number, path)
         if first != path:
             raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
-    return _in_order(numbered), alone
-
-
-def _in_order(numbered: Mapping[str, Mapping[int, Path]]) -> dict[str, tuple[Path, ...]]:
-    """Return the paths of each stem, ordered by number."""
-    paths: dict[str, tuple[Path, ...]] = {}
+    companions: dict[str, tuple[Path, ...]] = {}
     for stem, by_number in numbered.items():
-        paths[stem] = tuple(by_number[number] for number in sorted(by_number))
-    return paths
+        companions[stem] = tuple(by_number[number] for number in sorted(by_number))
+    return companions, unmatched
 
 
 def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
@@ -175,7 +184,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
     """
     warnings: dict[Path, Fault] = {}
     for source in sources:
-        if source.origins:
+        if source.remote_or_packed:
             continue
         for path in _single_references(source):
             with contextlib.suppress(MediaError, OSError):
@@ -209,7 +218,7 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
         yield f"{title}: {', '.join(parts)}"
         for source, count in zip(sources, counts, strict=True):
             if not count:
-                faults.append(Fault(NONE[key], str(source.path), source.stem))
+                faults.append(Fault(LACKS_COMPANION[key], str(source.path), source.stem))
 
 
 def read_companions(
@@ -218,15 +227,15 @@ def read_companions(
     bucket: Size,
     count: int,
     fps: float = 0.0,
-    clock: Sequence[tuple[int, float]] = (),
+    frame_times: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
     """Read the references, guides and control mask of a fetched source.
 
     In the result, guides (images for single frames) follow the references.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. An image has
-    one frame. A reference clip has `count` frames, those at the times of `clock`; if it ends earlier, its
-    last frame is repeated.
+    one frame. A reference clip has `count` frames, those at `frame_times`; if it ends earlier, its last
+    frame is repeated.
 
     Args:
         local: The fetched source.
@@ -234,7 +243,7 @@ def read_companions(
         bucket: Size of the source's bucket.
         count: Number of kept frames of the source.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
 
     Raises:
         MediaError: If a reference or the mask cannot be read.
@@ -249,27 +258,36 @@ def read_companions(
             f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
     reference_size = width // factor, height // factor
+    on_white = rules is not None and rules.on_white
     references: list[Clip] = []
     size_changes: list[str] = []
     for path in local.references:
-        if rules is not None and rules.on_white:
-            from modules.media.canvas import on_white  # only few models need white canvases
-
-            references.append(pixels_to_uint8(on_white(first_frame(path), *reference_size)))
-            continue
-        if is_still(path) or local.table.kind == "image":
-            references.append(resize_cover(read_image(path), reference_size)[None])
+        if on_white or is_still(path) or local.table.kind == "image":
+            references.append(_read_reference_image(path, reference_size, on_white))
             continue
         sizes = FrameSizes()
-        frames = sizes.watch(companion_frames(path, local.path, table=local.table, fps=fps, clock=clock))
+        frames = sizes.watch(
+            companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
+        )
         references.append(_fit_reference_clip(frames, reference_size, count))
         if sizes.change is not None:
             size_changes.append(f"{path.name}: {sizes.change}")
     control_mask = None
     if local.control_mask is not None:
-        control_mask = read_mask(local.control_mask, local, (size, bucket), count=count, fps=fps, clock=clock)
+        control_mask = read_mask(
+            local.control_mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times
+        )
     references += [resize_cover(first_frame(path), bucket)[None] for path in local.guides]
     return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
+
+
+def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
+    """Read a reference image, 1 H W 3: cropped to a size, or padded with white to it."""
+    if not on_white:
+        return resize_cover(read_image(path), size)[None]
+    from modules.media.canvas import on_white as put_on_white  # only few models need white canvases
+
+    return pixels_to_uint8(put_on_white(first_frame(path), *size))
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:

@@ -22,8 +22,8 @@ from dataset.sources.frames import (
     Mask,
     Span,
     bucket_of,
-    frames_wanted,
-    read_still,
+    max_decoded_frames,
+    read_mask_image,
     resample_indices,
     spans,
 )
@@ -219,47 +219,37 @@ def _decode_clip(
     Control media are read only if the clip has a span, at the times of the clip's kept frames.
     """
     table = source.table
-    clock: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
+    frame_times: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
 
     def read_frames() -> Iterator[Frame]:
-        """Yield the kept frames; `clock` is complete when all of them have been taken."""
+        """Yield the kept frames; `frame_times` is complete when all of them have been taken."""
         for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
-            clock.append((index, second))
+            frame_times.append((index, second))
             yield frame
 
     sizes = FrameSizes()
     size_changes: list[str] = []
-    frames_in = sizes.watch(read_frames())
-    first = next(frames_in)  # the size of the first frame selects the bucket
+    original_frames = sizes.watch(read_frames())
+    first = next(original_frames)  # the size of the first frame selects the bucket
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, local.path)
-    max_frames = frames_wanted(table)
-    frames_in = itertools.chain([first], frames_in)
+    max_frames = max_decoded_frames(table)
+    original_frames = itertools.chain([first], original_frames)
     mask: Mask | None = None
     if table.is_of_audio:  # frames are black; only their number matters
-        frames = _repeat_first(frames_in)
+        frames = _repeat_first(original_frames)
     else:
-        frames, mask = _collect_frames(frames_in, bucket, max_frames)
+        frames, mask = _collect_frames(original_frames, bucket, max_frames)
     if sizes.change is not None:
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
     if local.mask is not None:  # one image for all frames, or a clip
-        mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, clock=clock)
+        mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, frame_times=frame_times)
     found_spans, reason = spans_or_reason(table, count, lengths)
-    control: list[Clip] = []
     companions = ClipCompanions()
-    rejected: Clip | None = None
-    if found_spans:
-        if local.control:
-            control = _read_control_clips(
-                local, bucket, count=count, fps=fps, clock=clock, changes=size_changes
-            )
-        if local.references or local.guides or local.control_mask is not None:
-            companions = _read_companions(local, size, bucket, count=count, fps=fps, clock=clock)
-        if local.rejected is not None:
-            from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
-
-            rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, clock=clock)
+    has_companions = any((local.control, local.references, local.guides, local.control_mask, local.rejected))
+    if found_spans and has_companions:
+        companions = _read_clip_companions(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
     return DecodedMedia(
         source=source,
         size=size,
@@ -267,11 +257,11 @@ def _decode_clip(
         frames=frames,
         spans=found_spans,
         reason=reason,
-        control=tuple(control),
+        control=companions.control,
         mask=mask,
         references=companions.references,
         control_mask=companions.control_mask,
-        rejected=rejected,
+        rejected=companions.rejected,
         clip=ClipInfo(
             size,
             count,
@@ -282,14 +272,50 @@ def _decode_clip(
     )
 
 
+def _read_clip_companions(
+    local: MediaSource,
+    size: Size,
+    bucket: Size,
+    count: int,
+    fps: float,
+    frame_times: Sequence[tuple[int, float]],
+) -> ClipCompanions:
+    """Read the control clips, references, guides, control mask and rejected clip of a fetched clip.
+
+    `count`, `fps` and `frame_times` are the number, the rate and the times of the clip's kept frames.
+    """
+    control: list[Clip] = []
+    control_changes: list[str] = []
+    if local.control:
+        control, control_changes = _read_control_clips(
+            local, bucket, count=count, fps=fps, frame_times=frame_times
+        )
+    companions = ClipCompanions()
+    if local.references or local.guides or local.control_mask is not None:
+        from dataset.sources.companions import read_companions  # few clips have any
+
+        companions = read_companions(
+            local, size, bucket=bucket, count=count, fps=fps, frame_times=frame_times
+        )
+    rejected: Clip | None = None
+    if local.rejected is not None:
+        from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
+
+        rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, frame_times=frame_times)
+    return companions._replace(
+        control=tuple(control),
+        rejected=rejected,
+        size_changes=(*control_changes, *companions.size_changes),
+    )
+
+
 def _read_control_clips(
     local: MediaSource,
     bucket: Size,
     count: int,
     fps: float,
-    clock: Sequence[tuple[int, float]],
-    changes: list[str],
-) -> list[Clip]:
+    frame_times: Sequence[tuple[int, float]],
+) -> tuple[list[Clip], list[str]]:
     """Read the control clips of a fetched clip, each with `count` frames.
 
     Args:
@@ -297,21 +323,26 @@ def _read_control_clips(
         bucket: Size of the source's bucket.
         count: Number of kept frames of the source.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
-        changes: List to which a line is added for each control clip whose frames change size.
+        frame_times: Index and time of each kept frame.
+
+    Returns:
+        The control clips, and a line for each whose frames change size.
 
     Raises:
         MediaError: If a control clip cannot be read.
     """
     clips = []
+    size_changes = []
     for path in local.control:
         sizes = FrameSizes()
-        frames = sizes.watch(companion_frames(path, local.path, table=local.table, fps=fps, clock=clock))
+        frames = sizes.watch(
+            companion_frames(path, local.path, table=local.table, fps=fps, frame_times=frame_times)
+        )
         clip, _ = _collect_frames(frames, bucket, count)
         if sizes.change is not None:
-            changes.append(f"{path.name}: {sizes.change}")
+            size_changes.append(f"{path.name}: {sizes.change}")
         clips.append(_lengthen(clip, count))  # of a longer control clip, only `count` frames were read
-    return clips
+    return clips, size_changes
 
 
 def _lengthen(clip: Clip, count: int) -> Clip:
@@ -355,35 +386,21 @@ def _fit_alpha_and_mask(
     if alpha is not None and alpha.min() < 255:
         fitted_alpha = fit_to_bucket(alpha)
     if not source.table.alpha_mask:
-        mask = None if source.mask is None else read_still(source.mask, fit_to_bucket, size, 1)
+        mask = None if source.mask is None else read_mask_image(source.mask, fit_to_bucket, size, 1)
         return fitted_alpha, mask
     if fitted_alpha is None or fitted_alpha.min() == 255:  # the crop may be opaque
         return None, None
     return None, fitted_alpha[None]
 
 
-def _read_companions(
-    local: MediaSource,
-    size: Size,
-    bucket: Size,
-    *,
-    count: int = 1,
-    fps: float = 0.0,
-    clock: Sequence[tuple[int, float]] = (),
-) -> ClipCompanions:
-    """Read the references, the guides and the control mask of a fetched source.
-
-    `count` frames are read at the times in `clock`, at the rate `fps`; the defaults are for an image.
-    """
-    from dataset.sources.companions import read_companions  # few sources have any
-
-    return read_companions(local, size, bucket=bucket, count=count, fps=fps, clock=clock)
-
-
 def _decode_image(
     source: MediaSource, step: int, generator: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
-    """Read an image and its control images.
+    """Read an image with its control images, mask, layers, references and rejected image.
+
+    1. Choose how the image is resized and cropped, at random if it is augmented.
+    2. Resize, crop and mirror its control images, mask and layers in the same way.
+    3. Resize references and the control mask to the bucket on their own.
 
     Args:
         source: The fetched source.
@@ -436,7 +453,9 @@ def _decode_image(
             mask = np.repeat(mask, len(frames), axis=0)
     companions = ClipCompanions()
     if source.references or source.control_mask is not None:
-        companions = _read_companions(source, size, fit.bucket)
+        from dataset.sources.companions import read_companions  # few images have any
+
+        companions = read_companions(source, size, bucket=fit.bucket, count=1)
     rejected: Clip | None = None
     if source.rejected is not None:
         rejected = _read_rejected(source, size, fit_image=fit_to_bucket, has_alpha=has_alpha)
@@ -514,19 +533,19 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) ->
 
     `fit` is the crop without augmentation.
     """
-    changes = source.table.augmentation
-    if changes.face_crop_range is not None:
+    augmentation = source.table.augmentation
+    if augmentation.face_crop_range is not None:
         face = face_in_name(source.stem)
         if face is not None:
             return fit_face(
                 size,
                 fit.bucket,
                 face=face,
-                sides=changes.face_crop_range,
+                sides=augmentation.face_crop_range,
                 rng=rng,
-                anywhere=changes.random_crop,
+                anywhere=augmentation.random_crop,
             )
-    return crop_anywhere(fit, rng) if changes.random_crop else fit
+    return crop_anywhere(fit, rng) if augmentation.random_crop else fit
 
 
 def _read_control(path: Path, fit_image: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
@@ -562,23 +581,23 @@ def plan_source(
             size = image_size(local.path)
         elif table.is_of_audio:
             size = table.resolution
-            num_kept = _count_kept(local, fps)
-            found_spans, reason = spans_or_reason(table, num_kept, lengths)
+            num_frames = _count_kept_frames(local, fps)
+            found_spans, reason = spans_or_reason(table, num_frames, lengths)
         else:
             info = video_info(local.path)
             size = (info.width, info.height)
             if info.frames is None or table.source_fps == AUTO or is_animation(local.path):
-                num_kept = _count_kept(local, fps)
+                num_frames = _count_kept_frames(local, fps)
             else:
-                num_kept = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
-            found_spans, reason = spans_or_reason(table, num_kept, lengths)
+                num_frames = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
+            found_spans, reason = spans_or_reason(table, num_frames, lengths)
         bucket = bucket_of(table, size, step, local.path)
     return DecodedMedia(
         source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
     )
 
 
-def _count_kept(source: MediaSource, fps: float) -> int:
+def _count_kept_frames(source: MediaSource, fps: float) -> int:
     """Decode a fetched clip to count its kept frames."""
     return sum(1 for _ in kept_frames(source.path, source.table, fps))
 
@@ -604,17 +623,17 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
         DatasetError: If the resolution does not fit `step`.
     """
     bucket = bucket_of(table, size, step, path)
-    rule = table.buckets  # None: the table is not in the layout of sd-scripts
-    if rule is None:
+    sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
+    if sd_scripts_buckets is None:
         return fit_cover(size, bucket)
     if table.bucket_no_upscale:
         width, height = table.resolution
-        fit = fit_without_enlarging(size, width * height, rule.step)
+        fit = fit_without_enlarging(size, width * height, sd_scripts_buckets.step)
     else:
         fit = fit_cover(size, bucket)
     interpolation = how_to_resize(size, fit.resized)  # "none" if the size stays
-    if interpolation != "none" and rule.interpolation:
-        interpolation = rule.interpolation
+    if interpolation != "none" and sd_scripts_buckets.interpolation:
+        interpolation = sd_scripts_buckets.interpolation
     return dataclasses.replace(fit, interpolation=interpolation)
 
 
@@ -644,7 +663,7 @@ def _collect_frames(
     capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for
     clip = np.empty((capacity, height, width, 3), np.uint8)
     count = 0
-    alphas = []
+    alphas: list[NDArray[np.uint8] | None] = []
     for frame in frames:
         if count == len(clip):
             capacity = count + max(GROWTH, count // 4)
@@ -654,22 +673,14 @@ def _collect_frames(
         clip[count] = resize_cover(colors, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)  # gives back the memory that is not used
-    present = [alpha for alpha in alphas if alpha is not None]
-    return clip, _stack_alphas(alphas, present) if present else None
+    has_transparency = any(alpha is not None and alpha.min() < 255 for alpha in alphas)
+    return clip, _stack_alphas(alphas) if has_transparency else None
 
 
-def _stack_alphas(
-    alphas: Sequence[NDArray[np.uint8] | None], present: Sequence[NDArray[np.uint8]]
-) -> Mask | None:
-    """Return the alpha of all frames, F H W; None if all frames are opaque.
-
-    Args:
-        alphas: Alpha of each frame, H W; None for frames without alpha.
-        present: Those of `alphas` that are not None; at least one.
-    """
-    if all(alpha.min() == 255 for alpha in present):
-        return None
-    opaque = np.full_like(present[0], 255)
+def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask:
+    """Return the alpha of all frames, F H W; frames without alpha (None) are opaque."""
+    template = next(alpha for alpha in alphas if alpha is not None)
+    opaque = np.full_like(template, 255)
     return np.stack([opaque if alpha is None else alpha for alpha in alphas])
 
 

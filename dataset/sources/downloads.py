@@ -72,11 +72,9 @@ def download(
     """
     if target.is_file():
         return
-    protocol, shown = protocol_of(address), hide_secrets(address)
-    problem = protocol_error(protocol)
+    problem = protocol_error(protocol_of(address))
     if problem is not None:
-        raise MediaError(f"{shown}: {problem}")
-    ask = functools.partial(ask_http if protocol in HTTP else _ask_filesystem, address)
+        raise MediaError(f"{hide_secrets(address)}: {problem}")
     target.parent.mkdir(parents=True, exist_ok=True)
     # a few locks serve all files; the system frees one even if its process is killed
     lock_index = int(short_hash(target.name), 16) % NUM_LOCKS
@@ -84,39 +82,44 @@ def download(
         if target.is_file():  # another process has just finished it
             return
         with atomic_path(target) as temporary:
-
-            def check_size(answer: Answer) -> None:
-                """Reject a file for which the disk has no room, before it is downloaded."""
-                if answer.size_bytes is None:
-                    return
-                try:
-                    check_space(temporary, answer.size_bytes - answer.start)
-                except OutputError:  # only reported: another file may have room
-                    size = f"{answer.size_bytes / 1e9:,.1f} GB"
-                    raise DownloadRejected(
-                        f"it says that it has {size}, for which the disk has no room"
-                    ) from None
-
-            try:
-                receive(
-                    ask,
-                    temporary,
-                    tries=TRIES,
-                    wait=wait,
-                    first_wait=FIRST_WAIT,
-                    max_bytes=MAX_DOWNLOAD_BYTES,
-                    check=check_size,
-                )
-            except DownloadRejected as refused:
-                raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
-            except RetryableError as error:
-                raise MediaError(f"{shown} cannot be downloaded: {error} ({TRIES} tries)") from None
-            if temporary.stat().st_size > MAX_DOWNLOAD_BYTES:
-                raise MediaError(
-                    f"{shown} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
-                )
+            _download_to(temporary, address, wait)
             if check is not None:
-                _check_downloaded(check, temporary, shown)
+                _check_downloaded(check, temporary, hide_secrets(address))
+
+
+def _download_to(path: Path, address: str, wait: Callable[[float], None]) -> None:
+    """Download `address` to `path`, in several attempts; raise MediaError if it fails or is too large."""
+    open_address = ask_http if protocol_of(address) in HTTP else _open_with_fsspec
+    safe_address = hide_secrets(address)
+    try:
+        receive(
+            functools.partial(open_address, address),
+            path,
+            tries=TRIES,
+            wait=wait,
+            first_wait=FIRST_WAIT,
+            max_bytes=MAX_DOWNLOAD_BYTES,
+            check=functools.partial(_reject_if_disk_is_full, path),
+        )
+    except DownloadRejected as refused:
+        raise MediaError(f"{safe_address} cannot be downloaded: {refused}") from None
+    except RetryableError as error:
+        raise MediaError(f"{safe_address} cannot be downloaded: {error} ({TRIES} tries)") from None
+    if path.stat().st_size > MAX_DOWNLOAD_BYTES:
+        raise MediaError(
+            f"{safe_address} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
+        )
+
+
+def _reject_if_disk_is_full(path: Path, answer: Answer) -> None:
+    """Raise DownloadRejected before a file is downloaded to `path` if the disk has no room for it."""
+    if answer.size_bytes is None:
+        return
+    try:
+        check_space(path, answer.size_bytes - answer.start)
+    except OutputError:  # only reported: another file may have room
+        size = f"{answer.size_bytes / 1e9:,.1f} GB"
+        raise DownloadRejected(f"it says that it has {size}, for which the disk has no room") from None
 
 
 def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -> None:
@@ -140,8 +143,8 @@ def check_media(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ask_filesystem(address: str, num_received: int, version: str | None) -> Iterator[Answer]:
-    """Open a file through fsspec, to continue a download.
+def _open_with_fsspec(address: str, num_received: int, version: str | None) -> Iterator[Answer]:
+    """Open a file through fsspec, from its beginning or where an earlier attempt ended.
 
     Args:
         address: Address of the file.
@@ -150,15 +153,15 @@ def _ask_filesystem(address: str, num_received: int, version: str | None) -> Ite
     """
     import fsspec
 
-    with _explain_filesystem():
+    with _convert_fsspec_errors():
         file_system, path = fsspec.core.url_to_fs(address)
         info = file_system.info(path)
         if info.get("type") == "directory":
             raise DownloadRejected("it is a folder, not a file")
         size = info.get("size")
         # storages have different keys for the version of a file
-        stamps = [info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated")]
-        current_version = str([size, *stamps])
+        version_stamps = [info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated")]
+        current_version = str([size, *version_stamps])
         start = num_received if current_version == version else 0
         file = file_system.open(path, "rb")
         file.seek(start)
@@ -171,7 +174,7 @@ def _ask_filesystem(address: str, num_received: int, version: str | None) -> Ite
 def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
     """Yield the rest of a file in pieces."""
     while True:
-        with _explain_filesystem():
+        with _convert_fsspec_errors():
             piece = file.read(PIECE)
         if not piece:
             return
@@ -179,7 +182,7 @@ def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _explain_filesystem() -> Iterator[None]:
+def _convert_fsspec_errors() -> Iterator[None]:
     """Convert errors of fsspec to DownloadRejected, or to RetryableError if another attempt may help."""
     try:
         yield

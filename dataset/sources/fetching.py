@@ -33,13 +33,13 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
     Raises:
         MediaError: If a file is unavailable.
     """
-    if not source.origins:
+    if not source.remote_or_packed:
         yield source
         return
     with contextlib.ExitStack() as stack:
-        path_of_copy: dict[Path, Path] = {}  # copy -> the path that errors name
+        original_paths: dict[Path, Path] = {}  # copy -> the path that errors name
         folder: Path | None = None  # temporary folder, made for the first copy
-        paths = []
+        local_paths = []
         for path, origin in source.parts:
             if isinstance(origin, Remote):
                 from dataset.sources.downloads import check_media, download  # only at addresses
@@ -48,12 +48,12 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             elif origin is not None:
                 if folder is None:
                     folder = _make_temporary_folder(stack)
-                copy = _extract(origin, path, folder / str(len(path_of_copy)))
-                path_of_copy[copy] = path
+                copy = _extract(origin, path, folder / str(len(original_paths)))
+                original_paths[copy] = path
                 path = copy
-            paths.append(path)
+            local_paths.append(path)
         try:
-            remaining = iter(paths)  # in the order of `source.parts`
+            remaining = iter(local_paths)  # in the order of `source.parts`
             yield dataclasses.replace(
                 source,
                 path=next(remaining),
@@ -64,13 +64,13 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 guides=tuple(islice(remaining, len(source.guides))),
                 rejected=None if source.rejected is None else next(remaining),
                 layers=tuple(remaining),
-                origins=(),
+                remote_or_packed=(),
             )
         except MediaError as error:
-            text = str(error)
-            for copy, path in path_of_copy.items():
-                text = text.replace(str(copy), str(path))
-            raise type(error)(text) from error
+            message = str(error)
+            for copy, path in original_paths.items():
+                message = message.replace(str(copy), str(path))
+            raise type(error)(message) from error
 
 
 @lru_cache(maxsize=4)  # once for each folder

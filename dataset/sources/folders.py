@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.config_keys import IGNORE
-from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
+from dataset.sources.captions import captions_in, explain_captions, read_caption_file, split_first_caption
 from dataset.sources.mask_files import files_by_stem, masks_by_stem
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.missing import explain_lookup
@@ -33,7 +33,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     Raises:
         DatasetError: If the folder cannot be listed.
     """
-    paths = _leave_out_results(table, _list_media(table, faults))
+    paths = _leave_out_tool_outputs(table, _list_media(table, faults))
     if not all(path.name.isascii() for path in paths):
         paths = _leave_out_bad_names(table, paths, faults)
     layers: Mapping[Path, tuple[Path, ...]] = {}
@@ -54,9 +54,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     if table.audio_directory is not None and table.audio != IGNORE:
         audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
     assert table.directory is not None
-    # captions, and the sources
     extension = table.caption_extension
-    errors: dict[Path, str] = {}  # by caption file
+    caption_errors: dict[Path, str] = {}  # by caption file
     stems_with_error: list[str] = []  # stems of the items whose caption file has an error
     sources = []
     for path, control in zip(paths, controls, strict=True):
@@ -66,7 +65,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         if captions and caption_path is not None:
             content = _read_captions(caption_path, table)
             if content.error:
-                errors[caption_path] = content.error
+                caption_errors[caption_path] = content.error
                 stems_with_error.append(stem)
         audio = None
         if audios or table.finds_audio:
@@ -85,9 +84,9 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             layers=layers.get(path, ()),
         )
         sources.append(source)
-    if errors:
+    if caption_errors:
         kind = "have a caption that cannot be used"
-        messages = explain_captions(list(errors), list(errors.values()))
+        messages = explain_captions(list(caption_errors), list(caption_errors.values()))
         for message, stem in zip(messages, stems_with_error, strict=True):
             faults.append(Fault(kind, message, stem))
     return sources
@@ -157,7 +156,7 @@ def _read_captions(path: Path, table: DatasetTable) -> _Captions:
         if file is not None:
             text, encoding = file.text, file.encoding
         captions = None if text is None else captions_in(text, table)
-        first, further = first_and_more(captions, path)
+        first, further = split_first_caption(captions, path)
     except DatasetError as error:
         return _Captions(encoding=encoding, error=str(error))
     return _Captions(first, further, encoding)
@@ -236,7 +235,7 @@ def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         else:
             kind = f"{table.holds}s of {table.name} cannot be opened"
             text = f"{path}: {_explain(path)}"
-            faults.append(Fault(kind, text, path.stem, ends_run=False))
+            faults.append(Fault(kind, text, path.stem, is_fatal=False))
     # the usual case: no possible animations and no spare files (GIF, TIFF), so nothing has to be opened
     if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
@@ -310,7 +309,7 @@ def _warn_unused_controls(
     """Log the control images of each image that are not used because they come after the first `count`."""
     unused: list[Path] = []
     for path in paths:
-        unused += folder.beyond(path.stem, count)
+        unused += folder.list_surplus(path.stem, count)
     if unused:
         logger.warning(
             "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
@@ -327,20 +326,20 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 
     `sources` are the sources of all tables, because tables may share a folder.
     """
-    stems: dict[Path, set[str]] = {}
-    names: dict[Path, str] = {}  # name of the first table with the folder
+    image_stems: dict[Path, set[str]] = {}  # by control folder
+    table_names: dict[Path, str] = {}  # name of the first table with the folder
     for source in sources:
         folder = source.table.control_directory
         if source.table.kind == "image" and folder is not None:
-            stems.setdefault(folder, set()).add(source.stem)
-            names.setdefault(folder, source.table.name)
-    for folder, owners in stems.items():
+            image_stems.setdefault(folder, set()).add(source.stem)
+            table_names.setdefault(folder, source.table.name)
+    for folder, stems in image_stems.items():
         with contextlib.suppress(DatasetError):  # already reported when the folder was listed
-            lone = ControlFolder(folder, owners).alone
-            if lone:
-                count = count_of(len(lone), "control image")
+            unmatched = ControlFolder(folder, stems).unmatched
+            if unmatched:
+                count = count_of(len(unmatched), "control image")
                 text = "%s: %s without an image of that name, such as %s: not read"
-                logger.info(text, names[folder], count, lone[0])
+                logger.info(text, table_names[folder], count, unmatched[0])
 
 
 class ControlFolder:
@@ -367,16 +366,16 @@ class ControlFolder:
         self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
         for path in entries:
             if _ends_in(path, image_suffixes()) and label_of(path.stem) != MASK_LABEL:
-                for owner in self._owners(path.stem):
-                    self._images.setdefault(owner, []).append(path)
-        self.alone = self._images.get("", [])  # control images that belong to no image
+                for image_stem in self._find_image_stems(path.stem):
+                    self._images.setdefault(image_stem, []).append(path)
+        self.unmatched = self._images.get("", [])  # control images that belong to no image
 
-    def _owners(self, name: str) -> set[str]:
+    def _find_image_stems(self, name: str) -> set[str]:
         """Return the stems of the images that a control image may belong to; "" stands for none.
 
-        The owner is the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
-        belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, the text before them
-        is an owner, too: `pic_1` belongs to `pic_1` and to `pic`.
+        It belongs to the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
+        belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, it also belongs to
+        the text before them: `pic_1` belongs to `pic_1` and to `pic`.
         """
         longest = ""
         for length in range(len(name), 0, -1):
@@ -396,22 +395,23 @@ class ControlFolder:
         Raises:
             DatasetError: If there are fewer than `count`, or if a name that begins with `stem` has no number.
         """
-        ranked = self._images_of(stem)
+        images = self._list_numbered_images(stem)
         if count is None:
-            return tuple(path for path in ranked if path.stem == stem or path.stem not in self._stems)
-        if len(ranked) < count:
+            return tuple(path for path in images if path.stem == stem or path.stem not in self._stems)
+        if len(images) < count:
             needed = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(
-                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {needed} (or another "
+                f"{self._folder} has {len(images)} control images for {stem}; needed: {needed} (or another "
                 "image type)"
             )
-        return tuple(ranked[:count])
+        return tuple(images[:count])
 
-    def beyond(self, stem: str, count: int) -> list[Path]:
+    def list_surplus(self, stem: str, count: int) -> list[Path]:
         """Return the control images after the first `count`, except files with the stem of another image."""
-        return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
+        surplus = self._list_numbered_images(stem)[count:]
+        return [path for path in surplus if path.stem not in self._stems]
 
-    def _images_of(self, stem: str) -> list[Path]:
+    def _list_numbered_images(self, stem: str) -> list[Path]:
         """Return the control images of an item: NAME.png, then NAME_0.png, NAME_1.png, ..."""
         ranked = []
         for path in self._images.get(stem, ()):
@@ -507,27 +507,34 @@ def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Seque
     """
     files = [path for path in spare_files if path.is_file()]
     if table.kind == "image":
-        with_several = [path for path in (*media, *files) if _has_several(path, table)]
-        animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
-        _warn_of_files(
-            table,
-            animations,
-            "animated: only the first frame of each is used. video_directory takes clips",
-        )
-        with_pages = [path for path in with_several if path not in animations]
-        _warn_of_files(table, with_pages, "of several pages: only the first of each is used")
+        _warn_of_unused_frames(table, [*media, *files])
     else:
-        files = [path for path in files if _has_several(path, table)]
+        files = [path for path in files if _has_several_images(path, table)]
     media_names = {os.path.normcase(path.stem) for path in media}
-    hidden = [path for path in files if os.path.normcase(path.stem) in media_names]
+    same_named = [path for path in files if os.path.normcase(path.stem) in media_names]
     _warn_of_files(
-        table, hidden, "ignored, because another file of the folder has the same name except for its suffix"
+        table,
+        same_named,
+        "ignored, because another file of the folder has the same name except for its suffix",
     )
-    return [path for path in files if os.path.normcase(path.stem) not in media_names]
+    return [path for path in files if path not in same_named]
 
 
-def _has_several(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file has several images."""
+def _warn_of_unused_frames(table: DatasetTable, paths: Sequence[Path]) -> None:
+    """Log the animations and TIFF files of several pages in an image table, which uses their first image."""
+    with_several = [path for path in paths if _has_several_images(path, table)]
+    animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
+    _warn_of_files(
+        table,
+        animations,
+        "animated: only the first frame of each is used. video_directory takes clips",
+    )
+    with_pages = [path for path in with_several if path not in animations]
+    _warn_of_files(table, with_pages, "of several pages: only the first of each is used")
+
+
+def _has_several_images(path: Path, table: DatasetTable) -> bool:
+    """Return whether a file is an animation or a TIFF of several pages."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
     except MediaError:  # damaged: it stays in the table, and decoding reports the error
@@ -557,27 +564,28 @@ def _explain(path: Path) -> str:
     return "it can be read now"
 
 
-def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without results of our own tools, such as clip_SWINIR.mkv next to clip.mp4.
+def _leave_out_tool_outputs(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
+    """Return the paths without outputs of our own tools, such as clip_SWINIR.mkv next to clip.mp4.
 
-    Results that are left out are logged as a warning. Only files whose names begin with the stem of another
-    file are opened.
+    An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
+    files with such names are opened. A warning says how many are left out.
     """
     stems = {path.stem for path in paths}
-    results = set()
+    tool_outputs = set()
     for path in paths:
-        parts = path.stem.split("_")[:-1]
-        beginnings = itertools.accumulate(parts, "{}_{}".format)  # of a_b_c: a, a_b
-        if not stems.isdisjoint(beginnings):
-            with contextlib.suppress(MediaError, OSError):  # decoding reports errors
-                if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):
-                    results.add(path)
-    if results:
+        stem_parts = path.stem.split("_")[:-1]
+        shorter_stems = itertools.accumulate(stem_parts, "{}_{}".format)  # of a_b_c: a, a_b
+        if stems.isdisjoint(shorter_stems):
+            continue
+        with contextlib.suppress(MediaError, OSError):  # decoding reports errors
+            if any(TOOL_TAG.fullmatch(metadata_key) for metadata_key in read_tags(path)):
+                tool_outputs.add(path)
+    if tool_outputs:
         logger.warning(
             "%s: %d files, such as %s, are left out: a tool made them of other files of this folder. Move "
             "the ones to train on into a folder of their own.",
             table.name,
-            len(results),
-            min(results),
+            len(tool_outputs),
+            min(tool_outputs),
         )
-    return [path for path in paths if path not in results] if results else list(paths)
+    return [path for path in paths if path not in tool_outputs]

@@ -35,7 +35,7 @@ from protocols.rules import ReferenceMedium
 Span = tuple[int, int]  # index of the first frame, and number of frames, counted in kept frames
 
 TOLERANCE = 0.02  # relative difference of frame rates that count as equal: 29.97 is 30
-LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read for their frame rates
+MAX_CHECKED_FILES = 1000  # maximum number of clips of a dataset whose headers are read for their frame rates
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
@@ -84,7 +84,7 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
     return f"{count_of(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
 
 
-def frames_wanted(table: DatasetTable) -> int | None:
+def max_decoded_frames(table: DatasetTable) -> int | None:
     """Return the number of kept frames after which decoding can stop; None if all frames are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
@@ -236,10 +236,12 @@ def compare_rates(rate: float | None, declared: object, fps: float) -> str | Non
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     """Return an error for each clip whose frame rate differs from its table's source_fps.
 
-    Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
+    Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
-    clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
-    step = ceil_div(len(clips), LOOKED_AT) or 1  # evenly spaced among all clips
+    clips = [
+        clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.remote_or_packed
+    ]
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1  # evenly spaced among all clips
     kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
     errors = []
     for source in clips[::step]:
@@ -260,16 +262,16 @@ FAR = 2.0  # warn if a frame rate differs from the model's by more than this fac
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return a warning for each clip without source_fps whose frame rate is far from the model's, `fps`.
 
-    Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
+    Reads the headers of at most MAX_CHECKED_FILES local clips. Unreadable files are reported elsewhere.
     """
     clips = []
     for source in sources:
         table = source.table
         has_rate = table.kind == "video" and not table.is_of_audio and source.tensors is None
-        if has_rate and table.source_fps is None and not source.origins:
+        if has_rate and table.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []
-    step = ceil_div(len(clips), LOOKED_AT) or 1
+    step = ceil_div(len(clips), MAX_CHECKED_FILES) or 1
     for source in clips[::step]:
         try:
             rate = file_rate(source.path)
@@ -286,17 +288,20 @@ Mask = NDArray[np.uint8]  # F H W
 
 
 class ClipCompanions(NamedTuple):
-    """References and guides, and the control mask of a source, resized to their buckets."""
+    """Files that belong to a source, decoded and resized to their buckets."""
 
-    references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3
+    references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3; guides follow
     control_mask: Mask | None = None
-    size_changes: tuple[str, ...] = ()  # a line for each reference whose frames change size
+    size_changes: tuple[str, ...] = ()  # a line for each control clip or reference whose frames change size
+    # set only for clips
+    control: tuple[NDArray[np.uint8], ...] = ()  # each F H W 3
+    rejected: NDArray[np.uint8] | None = None  # F H W 3
 
 
 FitImage = Callable[[Frame], Frame]  # resizes and crops an image
 
 
-def read_still(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
+def read_mask_image(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames.
 
     Args:
@@ -309,7 +314,7 @@ def read_still(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: 
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
-def read_moving(
+def read_mask_clip(
     path: Path, frames: Iterator[Frame], fit_image: FitImage, size: buckets.Size, num_frames: int
 ) -> Mask:
     """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks, F H W in 0..255.
@@ -323,17 +328,18 @@ def read_moving(
         size: Size of the clip; the mask must have the same aspect ratio.
         num_frames: Number of frames of the clip.
     """
-    look = MaskLook()  # finds out whether the mask is in the colors or in the alpha of the frames
-    masks: list[Frame] = []
-    opacities: list[Frame] = []
+    # only after the last frame it is known whether the mask is in the colors or in the alpha channel
+    mask_look = MaskLook()
+    color_masks: list[Frame] = []
+    alpha_masks: list[Frame] = []
     for frame in itertools.islice(frames, num_frames):
-        on_white, opacity = look.add(frame)
-        masks.append(_gray(path, on_white, fit_image, size))
-        opacities.append(fit_image(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
-    if look.is_drawn:  # the mask is in the alpha
-        masks = opacities
-    masks += [masks[-1]] * (num_frames - len(masks))
-    return np.stack(masks)
+        frame_on_white, alpha = mask_look.add(frame)
+        color_masks.append(_gray(path, frame_on_white, fit_image, size))
+        has_alpha = frame.shape[2] == 4
+        alpha_masks.append(fit_image(alpha) if has_alpha else np.full_like(color_masks[-1], 255))
+    masks = alpha_masks if mask_look.is_drawn else color_masks
+    num_missing = num_frames - len(masks)
+    return np.stack([*masks, *[masks[-1]] * num_missing])
 
 
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
@@ -378,20 +384,20 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
     if not table.enable_bucket:
         _check_multiple(table, step)
         return table.resolution
-    rule = table.buckets
-    if rule is not None and rule.step % step:
+    sd_scripts_buckets = table.buckets
+    if sd_scripts_buckets is not None and sd_scripts_buckets.step % step:
         raise DatasetError(
-            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
-            f"needs. Use {round_up(rule.step, step)}."
+            f"{table.name}: bucket_reso_steps = {sd_scripts_buckets.step} is not a multiple of {step}, which "
+            f"this model needs. Use {round_up(sd_scripts_buckets.step, step)}."
         )
     width, height = table.resolution
     area = width * height
     sizes = _sizes_of_buckets(table, step)
     try:
-        if rule is None:
+        if sd_scripts_buckets is None:
             return buckets.select_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
         if table.bucket_no_upscale:
-            return buckets.fit_without_enlarging(size, area, rule.step).bucket
+            return buckets.fit_without_enlarging(size, area, sd_scripts_buckets.step).bucket
         return buckets.select_image_bucket(size, sizes)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
@@ -416,14 +422,16 @@ def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...
 
     Raises DatasetError if the table's sizes are invalid.
     """
-    rule = table.buckets
+    sd_scripts_buckets = table.buckets  # None: the table is not in the layout of sd-scripts
     width, height = table.resolution
     try:
-        if rule is None:
+        if sd_scripts_buckets is None:
             return _bucket_sizes(width, height, step)
         if table.bucket_no_upscale:
             return ()
-        return _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+        return _image_sizes(
+            table.resolution, sd_scripts_buckets.minimum, sd_scripts_buckets.maximum, sd_scripts_buckets.step
+        )
     except ValueError as error:
         raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
 

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.sources.companions import explain_unpaired, pair_by_name, warn_of_paths
+from dataset.sources.companions import pair_or_report, warn_of_paths
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-from modules.errors import DatasetError
 
-KEYFRAMES, REPLACED = "keyframe_guide_directory", "latent_idx_guide_directory"
+KEYFRAMES, LATENT_GUIDES = "keyframe_guide_directory", "latent_idx_guide_directory"
 LACKING = "clips without a guide, while their table has guides. Add these images, or use another table"
 
 
@@ -21,24 +20,21 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     file fits, are errors, which are added to `faults`.
     """
     stems = frozenset(source.stem for source in sources)
-    by_guide: list[Mapping[str, tuple[Path, ...]]] = []  # for each guide: its files by stem of the clip
+    files_of_guides: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
     for guide in table.guides:
-        key = KEYFRAMES if guide.is_keyframe else REPLACED
-        try:
-            paired, alone = pair_by_name(table, guide.directory, key, stems)
-            if not paired:
-                raise DatasetError(explain_unpaired(table, guide.directory, key, stems))
-        except DatasetError as error:
-            faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+        key = KEYFRAMES if guide.is_keyframe else LATENT_GUIDES
+        paired = pair_or_report(table, guide.directory, key, stems, faults)
+        if paired is None:
             return sources
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", alone)
-        lacking = [source for source in sources if source.stem not in paired]
+        files_by_stem, unmatched = paired
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
+        lacking = [source for source in sources if source.stem not in files_by_stem]
         faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
         if lacking:
             return sources
-        by_guide.append(paired)
+        files_of_guides.append(files_by_stem)
     completed = []
     for source in sources:
-        guides = tuple(paired[source.stem][0] for paired in by_guide)
+        guides = tuple(files_by_stem[source.stem][0] for files_by_stem in files_of_guides)
         completed.append(replace(source, guides=guides))
     return completed

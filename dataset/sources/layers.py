@@ -1,6 +1,6 @@
 """Images with layers (`multiple_target`): find the layers of each image by their names, and read them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dataset.sources.media_source import Fault, MediaSource
@@ -13,27 +13,27 @@ from modules.option_values import as_shape
 Layers = Mapping[Path, tuple[Path, ...]]  # layers of each full image, from back to front
 
 
-def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
+def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
     """Raise DatasetError if a model is trained on layers and a table has none, or the reverse.
 
-    `has_layers` says whether the model's latents have layers. `who` names the model in messages.
+    `has_layers` says whether the model's latents have layers. `model` is for messages.
     """
     errors = []
     for table in config.datasets:
         if table.multiple_target and not has_layers:
             errors.append(
-                f"{table.name}: multiple_target = true: {who} learns no layers. Leave it out, or train "
+                f"{table.name}: multiple_target = true: {model} learns no layers. Leave it out, or train "
                 "Qwen-Image with --model_version layered"
             )
         elif has_layers and not table.multiple_target:
             errors.append(
-                f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
+                f"{table.name}: {model} learns pictures with their layers. Give the table multiple_target = "
                 "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
         elif has_layers and table.control_directory is not None:
             # without this message, missing control images would be reported
             errors.append(
-                f"{table.name}: control_directory: {who} takes no control images, as the picture itself is "
+                f"{table.name}: control_directory: {model} takes no control images, as the picture itself is "
                 "taken apart. Leave it out"
             )
     if errors:
@@ -47,22 +47,12 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
     caption files.
     """
     stems = {path.stem for path in paths}
-
-    def has_caption(path: Path) -> bool:
-        """Return whether an image has a caption of its own: then it is no layer."""
-        return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
-
-    def is_numbered(path: Path) -> bool:
-        """Return whether a file is named like a layer: an image's name and a number."""
-        owner, _, number = path.stem.rpartition("_")
-        return owner in stems and number.isdecimal()
-
-    layers = {path for path in paths if is_numbered(path) and not has_caption(path)}
+    layers = {path for path in paths if _is_numbered(path, stems) and not _has_caption(path, extension)}
     layers_by_stem: dict[str, list[Path]] = {path.stem: [] for path in paths if path not in layers}
     for layer in layers:
-        owner = layer.stem.rpartition("_")[0]
-        if owner in layers_by_stem:
-            layers_by_stem[owner].append(layer)
+        image_stem = layer.stem.rpartition("_")[0]
+        if image_stem in layers_by_stem:
+            layers_by_stem[image_stem].append(layer)
         else:  # a layer of a layer counts as a full image, which is then reported to have no layers
             layers_by_stem.setdefault(layer.stem, [])
     grouped = {}
@@ -70,6 +60,17 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
         if path.stem in layers_by_stem:
             grouped[path] = tuple(sorted(layers_by_stem[path.stem], key=_number_of))
     return grouped
+
+
+def _is_numbered(path: Path, stems: Collection[str]) -> bool:
+    """Return whether a file is named like a layer: one of the stems and a number."""
+    image_stem, _, number = path.stem.rpartition("_")
+    return image_stem in stems and number.isdecimal()
+
+
+def _has_caption(path: Path, extension: str | None) -> bool:
+    """Return whether an image has a caption of its own: then it is no layer."""
+    return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
 
 
 def _number_of(layer: Path) -> int:

@@ -17,7 +17,7 @@ from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.remedies import remedy_of
 
-LOOKED_INTO = 1000  # maximum number of names of a subfolder that are searched
+MAX_SEARCHED_NAMES = 1000  # maximum number of names of a subfolder that are searched
 # files that are often next to media and are not reported: files of runs and caches, captions of other
 # programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
@@ -27,7 +27,7 @@ _EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
 CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
 FOLDERS_OF_RUNS = {"cache", "output"}  # subfolders of a folder with run.toml, which are not reported
 _KINDS = ("image", "video")
-_Named = tuple["os.DirEntry[str]", str, str]  # entry of a folder, and its name split into stem and suffix
+_SplitEntry = tuple["os.DirEntry[str]", str, str]  # entry of a folder, and its stem and suffix
 
 
 class TableFolders:
@@ -35,13 +35,13 @@ class TableFolders:
 
     def __init__(self, config: DatasetConfig) -> None:
         """Find which tables share a folder, and which other folders tables read or write."""
-        self._ids: dict[int, str] = {}  # `folder_id` by index of the table
-        self._sharing: dict[str, list[DatasetTable]] = {}  # tables by `folder_id`
+        self._folder_ids: dict[int, str] = {}  # `folder_id` by index of the table
+        self._tables_by_folder: dict[str, list[DatasetTable]] = {}  # tables by `folder_id`
         for table in config.datasets:
             if table.directory is not None:
                 identity = folder_id(table.directory)
-                self._ids[table.index] = identity
-                self._sharing.setdefault(identity, []).append(table)
+                self._folder_ids[table.index] = identity
+                self._tables_by_folder.setdefault(identity, []).append(table)
         # other folders that tables read or write
         keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
         keys += ["reference_directory", "reference_audio_directory", "control_mask_directory"]
@@ -50,7 +50,7 @@ class TableFolders:
         folders += [
             guide.directory for table in config.datasets if table.has_guides for guide in table.guides
         ]
-        self._others = {folder_id(folder) for folder in folders if folder}
+        self._other_folders = {folder_id(folder) for folder in folders if folder}
 
     def left_out_files(self, table: DatasetTable) -> str | None:
         """Return a warning with the number of unread files in a table's folder, by suffix.
@@ -61,25 +61,24 @@ class TableFolders:
         Raises:
             DatasetError: If the folder cannot be listed.
         """
-        folder_key = self._ids.get(table.index)
+        folder_key = self._folder_ids.get(table.index)
         if folder_key is None or table.directory is None:
             return None
-        sharing = self._sharing[folder_key]
-        if sharing[0].index != table.index:
+        tables = self._tables_by_folder[folder_key]
+        if tables[0].index != table.index:
             return None
-        # what the tables of this folder read, together
-        kinds = {str(sharing_table.holds) for sharing_table in sharing}
-        captions = {
-            sharing_table.caption_extension for sharing_table in sharing if sharing_table.caption_extension
+        kinds = {str(folder_table.holds) for folder_table in tables}
+        caption_suffixes = {
+            folder_table.caption_extension for folder_table in tables if folder_table.caption_extension
         }
-        read = _all_suffixes(kinds)
-        if folder_key in self._others:  # the folder also has masks, control media or audio
-            read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
+        suffixes_read = _all_suffixes(kinds)
+        if folder_key in self._other_folders:  # the folder also has masks, control media or audio
+            suffixes_read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
         # plain strings, because making a million Path objects is slow
         entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
-        stems = {stem for _, stem, suffix in entries if suffix.lower() in read}
-        with_caption = {stem for _, stem, suffix in entries if suffix in captions}
-        if stems == with_caption and len(entries) == 2 * len(stems):
+        media_stems = {stem for _, stem, suffix in entries if suffix.lower() in suffixes_read}
+        caption_stems = {stem for _, stem, suffix in entries if suffix in caption_suffixes}
+        if media_stems == caption_stems and len(entries) == 2 * len(media_stems):
             # fast path: each image or clip has a caption, and there is nothing else
             needs_check = (
                 suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries
@@ -87,24 +86,24 @@ class TableFolders:
             if not any(needs_check):
                 return None
         mask_folders = {
-            folder_id(sharing_table.mask_directory)
-            for sharing_table in sharing
-            if sharing_table.mask_directory is not None
+            folder_id(folder_table.mask_directory)
+            for folder_table in tables
+            if folder_table.mask_directory is not None
         }
-        read_labels = {MASK_LABEL} if folder_key in mask_folders else set()
-        rules = _UnusedRules(
+        labels_read = {MASK_LABEL} if folder_key in mask_folders else set()
+        rules = _FolderRules(
             kinds,
-            read,
-            caption_suffixes=captions,
-            caption_endings={suffix.lower() for suffix in captions},
-            read_labels=frozenset(read_labels),
+            suffixes_read,
+            caption_suffixes=caption_suffixes,
+            lower_caption_suffixes={suffix.lower() for suffix in caption_suffixes},
+            labels_read=frozenset(labels_read),
         )
-        counts = _count_unused(table, table.directory, rules, entries=entries, stems=stems)
-        return f"{table.directory}: {_describe(counts)}" if counts else None
+        counts = _count_unused(table, table.directory, rules, entries=entries, stems=media_stems)
+        return f"{table.directory}: {_describe_counts(counts)}" if counts else None
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
         """Yield a line for each unread subfolder of a table's folder with media of the table's kind."""
-        used = self._others | {*self._sharing}
+        used = self._other_folders | {*self._tables_by_folder}
         for table in tables:
             if table.directory is None or not table.directory.is_dir():
                 continue
@@ -117,7 +116,7 @@ class TableFolders:
                 if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
                     continue
                 suffixes = _all_suffixes([table.holds])
-                if folder_id(folder) in used or not _holds(folder, suffixes, used):
+                if folder_id(folder) in used or not _contains_media(folder, suffixes, used):
                     continue
                 if Path(folder).name.lower() in MASK_FOLDERS:
                     key = f'mask_directory = "{Path(folder).name}"'
@@ -128,7 +127,7 @@ class TableFolders:
                     yield f"{folder}: {unused}. Give it a table"
 
 
-def _describe(counts: Mapping[str, Counter[str]]) -> str:
+def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
     """Return the counts of `_count_unused` as a text, largest first."""
     num_files = sum(by_suffix.total() for by_suffix in counts.values())
     verb = "file is" if num_files == 1 else "files are"
@@ -140,7 +139,12 @@ def _describe(counts: Mapping[str, Counter[str]]) -> str:
 
 
 def _count_unused(
-    table: DatasetTable, folder: Path, rules: "_UnusedRules", *, entries: Sequence[_Named], stems: set[str]
+    table: DatasetTable,
+    folder: Path,
+    rules: "_FolderRules",
+    *,
+    entries: Sequence[_SplitEntry],
+    stems: set[str],
 ) -> dict[str, Counter[str]]:
     """Count the files of a folder that are not read, grouped by hint and suffix.
 
@@ -148,34 +152,35 @@ def _count_unused(
     stems of its media files.
     """
     image_suffixes = _all_suffixes(["image"])
-    captions = _find_captions(table, entries, rules)
-    counted = {name for names in captions.values() for name in names}  # in `captions` already
-    # hint -> number of files by suffix
-    counts = {hint: Counter(split_name(name)[1] for name in names) for hint, names in captions.items()}
+    unread_captions = _find_unread_captions(table, entries, rules)
+    caption_names = {name for names in unread_captions.values() for name in names}
+    counts: dict[str, Counter[str]] = {}  # hint -> number of files by suffix
+    for hint, names in unread_captions.items():
+        counts[hint] = Counter(split_name(name)[1] for name in names)
     for entry, stem, suffix in entries:
-        if entry.name in counted:
+        if entry.name in caption_names:
             continue
         label = label_of(stem) if suffix.lower() in image_suffixes else None
-        if label is not None and label not in rules.read_labels:  # masks and the like
+        if label is not None and label not in rules.labels_read:  # masks and the like
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
-        if _is_used(entry, suffix.lower(), folder, rules):
+        if _is_read_or_folder(entry, suffix.lower(), folder, rules):
             continue
-        if suffix.lower() in rules.caption_endings:
+        if suffix.lower() in rules.lower_caption_suffixes:
             hint = f"captions of no {table.holds}"
             displayed = suffix
         else:
             displayed = suffix.lower()
-            hint = _explain(displayed, rules.kinds)
+            hint = _explain_suffix(displayed, rules.kinds)
         counts.setdefault(hint, Counter())[displayed or "no suffix"] += 1
     return counts
 
 
-def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
+def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_FolderRules") -> bool:
     """Return whether an entry is used media, or a folder or part of a shard, which are never reported."""
-    if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
+    if ending in rules.media_suffixes:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
             return True
@@ -209,8 +214,8 @@ def _normalize(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _find_captions(
-    table: DatasetTable, entries: Sequence[_Named], rules: "_UnusedRules"
+def _find_unread_captions(
+    table: DatasetTable, entries: Sequence[_SplitEntry], rules: "_FolderRules"
 ) -> dict[str, list[str]]:
     """Find caption files that are probably unread by mistake, and return their names by the hint to show.
 
@@ -220,24 +225,25 @@ def _find_captions(
     if not rules.caption_suffixes:
         return {}
     names = {entry.name for entry, _, _ in entries}
-    # images and clips without a caption
-    owners = CaptionOwners(
+    uncaptioned_media = CaptionOwners(
         entry.name
         for entry, stem, suffix in entries
-        if suffix.lower() in rules.read
+        if suffix.lower() in rules.media_suffixes
         and label_of(stem) is None
         and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
     )
     by_suffix: dict[str, list[str]] = {}  # caption files that differ from the wanted ones in the suffix alone
     misnamed: list[tuple[str, str]] = []  # (caption file, its media file)
     for entry, stem, suffix in entries:
-        if suffix.lower() not in rules.caption_endings | CAPTION_ENDINGS or entry.name.lower() in NO_MEDIA:
+        is_caption = suffix.lower() in rules.lower_caption_suffixes | CAPTION_ENDINGS
+        if not is_caption or entry.name.lower() in NO_MEDIA:
             continue
-        owner = owners.find(stem)
-        if owner is None or not is_file(entry):
+        media_name = uncaptioned_media.find(stem)
+        if media_name is None or not is_file(entry):
             continue
-        if split_name(owner)[0] != stem:
-            misnamed.append((entry.name, owner))
+        media_stem, _ = split_name(media_name)
+        if media_stem != stem:
+            misnamed.append((entry.name, media_name))
         elif suffix not in rules.caption_suffixes:
             by_suffix.setdefault(suffix, []).append(entry.name)
     return _describe_captions(table, by_suffix, misnamed, wanted_suffix=min(rules.caption_suffixes))
@@ -278,14 +284,14 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 
 @dataclass(frozen=True)
-class _UnusedRules:
+class _FolderRules:
     """Rules for which files of a folder are read, or are expected next to media."""
 
     kinds: set[str]  # kinds of media of the tables with this folder
-    read: frozenset[str]  # suffixes of media that are read, in lower case
+    media_suffixes: frozenset[str]  # suffixes of media that are read, in lower case
     caption_suffixes: set[str]  # as written in the tables
-    caption_endings: set[str]  # the same in lower case
-    read_labels: frozenset[str]  # labels in file names, such as that of masks, that are read
+    lower_caption_suffixes: set[str]  # the same in lower case
+    labels_read: frozenset[str]  # labels in file names, such as that of masks, that are read
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
         """Return whether a file is expected next to media, such as a caption, and not worth reporting.
@@ -295,7 +301,7 @@ class _UnusedRules:
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True
         ending = suffix.lower()
-        return ending not in self.caption_endings and ending in _EXPECTED
+        return ending not in self.lower_caption_suffixes and ending in _EXPECTED
 
     def may_be_still(self, ending: str) -> bool:
         """Return whether files with this suffix may be still images, which no table of the folder reads."""
@@ -325,7 +331,7 @@ def _explain_label(label: str, folder: Path) -> str:
     return "conditioning images of OneTrainer; models with control read them from a folder of their own"
 
 
-def _explain(ending: str, kinds: set[str]) -> str:
+def _explain_suffix(ending: str, kinds: set[str]) -> str:
     """Return the hint for unread files with a suffix, or "". `kinds` are those of the tables."""
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
@@ -358,20 +364,20 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
     return f"only folders, such as {folders[0]}" if folders else "it is empty"
 
 
-def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
+def _contains_media(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
     """Return whether a folder or its subfolders have files with these suffixes.
 
     Subfolders in `used`, the ids of folders of other tables, do not count. The search ends after
-    `LOOKED_INTO` names.
+    `MAX_SEARCHED_NAMES` names.
     """
     num_names = 0
     for path, folders, all_names in os.walk(folder):
-        names = list(itertools.islice(all_names, LOOKED_INTO))
+        names = list(itertools.islice(all_names, MAX_SEARCHED_NAMES))
         if any(Path(name).suffix.lower() in suffixes for name in names):
             return True
         num_names += len(names) + len(folders)
         # os.walk descends only into the remaining folders
         folders[:] = [name for name in folders if name[0] != "." and folder_id(Path(path, name)) not in used]
-        if num_names > LOOKED_INTO:
+        if num_names > MAX_SEARCHED_NAMES:
             break
     return False

@@ -74,7 +74,7 @@ class Remote:
 Origin = PackedFile | Remote
 
 
-class GivenTensors(Protocol):
+class PrecomputedTensors(Protocol):
     """Files of precomputed tensors of a clip. There may be millions, so they are not opened here."""
 
     @property
@@ -93,7 +93,7 @@ class GivenTensors(Protocol):
     def embeds(self) -> Path | None:
         """File of the precomputed embedding of the caption; None if there is none."""
 
-    def without_image(self) -> "GivenTensors":
+    def without_image(self) -> "PrecomputedTensors":
         """Return the tensors without moments of the first frame."""
 
 
@@ -112,8 +112,8 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # captions after the first one
     mask: Path | None = None  # an image, clip or folder of images: white is learned
-    tensors: GivenTensors | None = None  # precomputed; then the file at `path` may be missing
-    origins: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
+    tensors: PrecomputedTensors | None = None  # precomputed; then the file at `path` may be missing
+    remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
     reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
@@ -147,7 +147,7 @@ class MediaSource:
             *filter(None, (self.rejected,)),  # none or one
             *self.layers,
         )
-        return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
+        return tuple(zip(paths, self.remote_or_packed or (None,) * len(paths), strict=True))
 
     @property
     def num_images(self) -> int:
@@ -185,7 +185,7 @@ class ClipInfo:
 
 
 @contextlib.contextmanager
-def pause_collection() -> Iterator[None]:
+def pause_garbage_collection() -> Iterator[None]:
     """Pause Python's cycle collection during the block, unless it was off before.
 
     While a list of a million objects grows, the collector would visit all of them again and again, which
@@ -240,42 +240,48 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     They may differ in captions, control media, masks or audio. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows still have equal stems, which the listing reports.
     """
-    rows_by_file = Counter((source.path, source.origins[:1]) for source in sources)
-    if not rows_by_file or max(rows_by_file.values()) == 1:
+    num_rows = Counter((source.path, source.remote_or_packed[:1]) for source in sources)  # by file
+    if not num_rows or max(num_rows.values()) == 1:
         return list(sources)
-    used = {source.stem.casefold() for source in sources}
-    by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
+    used_stems = {source.stem.casefold() for source in sources}
+    stems_of_files: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
     numbered = []
     for source in sources:
-        file = source.path, source.origins[:1]
-        row = (
-            source.caption,
-            source.more_captions,
-            source.control,
-            source.mask,
-            source.audio,
-            source.references,
-            source.control_mask,
-            source.rejected,
-            source.shown,
-            source.further_text,
-            source.layers,
-        )
-        stems: dict[object, str] = {}
-        if rows_by_file[file] > 1:
-            stems = by_file.setdefault(file, {})
-        if row not in stems:
+        file = source.path, source.remote_or_packed[:1]
+        if num_rows[file] == 1:
+            numbered.append(source)
+            continue
+        other_values = _list_other_values(source)
+        stems = stems_of_files.setdefault(file, {})
+        if other_values not in stems:
             stem = source.stem
             number = len(stems) + 1
             # the first row of a file keeps the file's stem, further rows get a free number
-            while stems and stem.casefold() in used:
+            while stems and stem.casefold() in used_stems:
                 stem = f"{source.stem}-{number}"
                 number += 1
-            used.add(stem.casefold())
-            stems[row] = stem
-        stem = stems[row]
+            used_stems.add(stem.casefold())
+            stems[other_values] = stem
+        stem = stems[other_values]
         numbered.append(source if stem == source.stem else replace(source, stem=stem))
     return numbered
+
+
+def _list_other_values(source: MediaSource) -> tuple[object, ...]:
+    """Return what a row says about a file in addition to its path."""
+    return (
+        source.caption,
+        source.more_captions,
+        source.control,
+        source.mask,
+        source.audio,
+        source.references,
+        source.control_mask,
+        source.rejected,
+        source.shown,
+        source.further_text,
+        source.layers,
+    )
 
 
 # suffixes of images, clips, audio and tars. Downloads get no other suffix, because it could make a system
@@ -327,12 +333,12 @@ class Fault:
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is
     stem: str | None = None  # stem of the source with the problem
-    ends_run: bool = True  # False: the source is skipped, and counted at the end
+    is_fatal: bool = True  # False: the source is skipped, and counted at the end
 
 
 def raise_errors(faults: Sequence[Fault]) -> None:
     """Raise DatasetError with all faults that end a run, by kind; do nothing if there are none."""
-    errors = [fault for fault in faults if fault.ends_run]
+    errors = [fault for fault in faults if fault.is_fatal]
     if len(errors) == 1 and errors[0].text.endswith("."):  # a sentence needs no heading
         raise DatasetError(errors[0].text)
     if errors:

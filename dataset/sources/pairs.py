@@ -74,7 +74,12 @@ def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> 
 
 
 def read_rejected_clip(
-    local: MediaSource, size: Size, bucket: Size, count: int, fps: float, clock: Sequence[tuple[int, float]]
+    local: MediaSource,
+    size: Size,
+    bucket: Size,
+    count: int,
+    fps: float,
+    frame_times: Sequence[tuple[int, float]],
 ) -> Clip:
     """Read the rejected clip of a pair at the times of the chosen clip's frames: F H W 3.
 
@@ -84,14 +89,16 @@ def read_rejected_clip(
         bucket: Size of the source's bucket.
         count: Number of kept frames of the chosen clip.
         fps: Frame rate of the kept frames.
-        clock: Index and time of each kept frame.
+        frame_times: Index and time of each kept frame.
 
     Raises:
         MediaError: If the rejected clip has another size or is shorter.
     """
     assert local.rejected is not None
     frames: list[Clip] = []
-    for frame in companion_frames(local.rejected, local.path, table=local.table, fps=fps, clock=clock):
+    for frame in companion_frames(
+        local.rejected, local.path, table=local.table, fps=fps, frame_times=frame_times
+    ):
         if not frames:
             require_equal_size(local, size, (frame.shape[1], frame.shape[0]))
         frames.append(resize_cover(np.ascontiguousarray(frame[..., :3]), bucket))

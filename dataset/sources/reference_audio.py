@@ -41,8 +41,8 @@ def add_reference_audio(
             faults.append(Fault(kind, text, stem))
     lacking = [source.path for source in sources if source.stem not in by_stem]
     warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", lacking)
-    alone = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
-    warn_of_paths(table, f"files in {KEY} belong to no clip by their name, and are not read", alone)
+    unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
+    warn_of_paths(table, f"files in {KEY} belong to no clip by their name, and are not read", unmatched)
     completed = []
     for source in sources:
         paths = by_stem.get(source.stem)

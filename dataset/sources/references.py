@@ -40,7 +40,7 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
     return [
         Fault(kind, str(source.path), source.stem)
         for source in sources
-        if not source.origins and source.table.references is not None and _is_equal(source)
+        if not source.remote_or_packed and source.table.references is not None and _is_equal(source)
     ]
 
 
@@ -96,8 +96,8 @@ def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
         return source
     # the first origin is that of the image; those of the control images follow
     end_of_controls = 1 + len(source.control)
-    origins = source.origins[: 1 + maximum] + source.origins[end_of_controls:]
-    return replace(source, control=source.control[:maximum], origins=origins)
+    remote_or_packed = source.remote_or_packed[: 1 + maximum] + source.remote_or_packed[end_of_controls:]
+    return replace(source, control=source.control[:maximum], remote_or_packed=remote_or_packed)
 
 
 def read_reference(
@@ -159,7 +159,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
     Raises:
         MediaError: If a reference cannot be used.
     """
-    if source.origins:
+    if source.remote_or_packed:
         return ()
     try:
         fits = [fit_reference(source.table, image_size(path), path, bucket) for path in source.control]
@@ -177,8 +177,12 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
     """Return how a reference of a size is resized and cropped; None if it is treated like its image.
 
-    `bucket` is the bucket of the image, or None if it is unknown yet. A reference that keeps its size loses
-    pixels only at the right and bottom, as in caches of other trainers.
+    1. With no_resize_control, a reference of at most control_resolution keeps its size, and only loses pixels
+       at the right and bottom, as in caches of other trainers.
+    2. Without control_resolution, the rules of the model decide.
+    3. Otherwise it gets a bucket of control_resolution.
+
+    `bucket` is the bucket of the image, or None if it is unknown yet.
 
     Raises:
         MediaError: If the reference is too small.
@@ -192,12 +196,10 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
     is_small = resolution is None or width * height <= resolution[0] * resolution[1]
-    # the reference keeps its pixels; only surplus ones at the right and bottom are cut off
     if table.no_resize_control and is_small:
         cropped = (width // step * step, height // step * step)
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:
-        # control_resolution is not set: the model's rules decide
         if not rules.own_shape or bucket is None:
             return None
         area = bucket[0] * bucket[1] if rules.area is None else rules.area

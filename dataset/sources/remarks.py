@@ -79,7 +79,7 @@ def find_media_warnings(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def whole_texts(source: MediaSource) -> Iterator[str]:
+def unvaried_captions(source: MediaSource) -> Iterator[str]:
     """Yield the captions of a source as an encoder gets them when nothing is dropped or shuffled.
 
     One alternative of each choice `{a|b}` is drawn, always the same.
@@ -134,7 +134,7 @@ def find_cut_captions(
     sizes_bytes: dict[str, list[int]] = {}
     for source in sources:
         path = source.caption_path or source.path
-        for caption in whole_texts(source):
+        for caption in unvaried_captions(source):
             for name, count_tokens in counters.items():
                 count = count_tokens(caption)
                 sizes_bytes.setdefault(name, []).append(count.size_bytes)

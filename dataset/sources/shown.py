@@ -19,7 +19,7 @@ KEYS = {"type", "path", "audio_path"}
 MAX_SHOWN = 80  # characters of a value in a message
 
 
-def read_shown(value: Any, file: Path, where: str) -> tuple[ReferenceMedium, ...]:
+def read_row_references(value: Any, file: Path, position: str) -> tuple[ReferenceMedium, ...]:
     """Parse the references of a row.
 
     A relative path is looked up in the working folder, then in the folder of the list.
@@ -27,55 +27,55 @@ def read_shown(value: Any, file: Path, where: str) -> tuple[ReferenceMedium, ...
     Args:
         value: `references` of the row.
         file: The list.
-        where: Position of the row for messages, such as `list.jsonl, line 3`.
+        position: Position of the row for messages, such as `list.jsonl, line 3`.
 
     Raises:
         DatasetError: If the value is not a list of references, or if a file does not exist.
     """
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         example = '[{"type": "image", "path": "a.png"}]'
-        raise DatasetError(f"{where}: references = {_show(value)} is not a list such as {example}")
+        raise DatasetError(f"{position}: references = {_show(value)} is not a list such as {example}")
     return tuple(
-        _read_medium(entry, file, f"{where}: references[{number}]") for number, entry in enumerate(value)
+        _read_medium(entry, file, f"{position}: references[{number}]") for number, entry in enumerate(value)
     )
 
 
-def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ReferenceMedium:
+def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> ReferenceMedium:
     """Read an entry of `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
-        raise DatasetError(f"{where}: type = {_show(kind)}: write one of {', '.join(KINDS)}")
+        raise DatasetError(f"{position}: type = {_show(kind)}: write one of {', '.join(KINDS)}")
     unknown = sorted(entry.keys() - KEYS)
     if unknown:
-        raise DatasetError(f"{where}: unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}")
+        raise DatasetError(f"{position}: unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}")
     if "audio_path" in entry and kind != "video":
-        raise DatasetError(f"{where}: audio_path is for references of type video. Leave it out")
-    path = _locate(entry.get("path"), file, f"{where}: path")
+        raise DatasetError(f"{position}: audio_path is for references of type video. Leave it out")
+    path = _locate(entry.get("path"), file, f"{position}: path")
     if entry.get("audio_path") is None:
         return ReferenceMedium(kind, path, is_silent="audio_path" in entry)
-    return ReferenceMedium(kind, path, audio=_locate(entry["audio_path"], file, f"{where}: audio_path"))
+    return ReferenceMedium(kind, path, audio=_locate(entry["audio_path"], file, f"{position}: audio_path"))
 
 
-def _locate(text: Any, file: Path, where: str) -> Path:
+def _locate(text: Any, file: Path, position: str) -> Path:
     """Return the path of a reference: relative to the working folder, or to the folder of its list.
 
     Raises:
         DatasetError: If neither file exists.
     """
     if not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{where} = {_show(text)} is not a path in quotes")
+        raise DatasetError(f"{position} = {_show(text)} is not a path in quotes")
     if is_address(text):
-        raise DatasetError(f"{where}: references are read from disk alone. Download it, and name the file")
+        raise DatasetError(f"{position}: references are read from disk alone. Download it, and name the file")
     try:
         in_working_folder = expand_path(text, None)
         in_folder_of_list = expand_path(text, file.parent)
     except ValueError as error:
-        raise DatasetError(f"{where} = {_show(text)}: {error}.") from None
+        raise DatasetError(f"{position} = {_show(text)}: {error}.") from None
     for path in (in_working_folder, in_folder_of_list):
         if path.exists():
             return path
     raise DatasetError(
-        f"{where}: {in_working_folder}: no such file, nor in the folder of {file.name}. Correct it"
+        f"{position}: {in_working_folder}: no such file, nor in the folder of {file.name}. Correct it"
     )
 
 

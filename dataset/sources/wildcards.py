@@ -14,7 +14,7 @@ _BAR = "\0"  # stands for a literal bar; no caption contains this character
 class _OpenChoice:
     """Opening braces at one position, and the text that follows them."""
 
-    opened: int  # number of braces that have not been closed
+    num_braces: int  # number of braces that have not been closed
     pieces: list[str] = field(default_factory=list)  # the text so far, in which inner choices are drawn
 
 
@@ -29,26 +29,30 @@ class FilledText:
 def fill_wildcards(text: str, generator: random.Random) -> FilledText:
     """Draw one alternative of each `{a|b}`, from the inside out.
 
+    1. An opening brace puts an open choice on a stack; texts are added to the innermost one.
+    2. A closing brace takes it off the stack, and adds the drawn alternative to the one around it.
+    3. Braces that are still open at the end are added as text.
+
     `{{` and `}}` stand for the braces themselves, as in sd-scripts, unless one of the two braces closes or
     opens a choice around another one: `{{a|b} c|d}`, `{a|b {c|d}}`.
     """
-    groups = [_OpenChoice(0)]  # a stack; the first element is the text outside of all braces
+    open_choices = [_OpenChoice(0)]  # a stack; the first element is the text outside of all braces
     num_lone = 0
     for piece in _BRACES.split(text):  # runs of equal braces, and the texts between them
-        if piece.startswith("{") and len(groups) > _MAX_NESTED:
+        if piece.startswith("{") and len(open_choices) > _MAX_NESTED:
             num_lone += 1
-            groups[-1].pieces.append(piece)
+            open_choices[-1].pieces.append(piece)
         elif piece.startswith("{"):
-            groups.append(_OpenChoice(len(piece)))
+            open_choices.append(_OpenChoice(len(piece)))
         elif piece.startswith("}"):
-            num_lone += _close(groups, len(piece), generator)
+            num_lone += _close_choices(open_choices, len(piece), generator)
         else:
-            groups[-1].pieces.append(piece)
-    while len(groups) > 1:  # braces that are never closed: no choice is drawn
-        group = groups.pop()
-        num_lone += group.opened % 2  # two braces are a literal one, an odd brace is alone
-        groups[-1].pieces += ["{" * _count_literal(group.opened), *group.pieces]
-    return FilledText("".join(groups[0].pieces).replace(_BAR, "|"), num_lone > 0)
+            open_choices[-1].pieces.append(piece)
+    while len(open_choices) > 1:  # braces that are never closed: no choice is drawn
+        choice = open_choices.pop()
+        num_lone += choice.num_braces % 2  # two braces are a literal one, an odd brace is alone
+        open_choices[-1].pieces += ["{" * _count_literal(choice.num_braces), *choice.pieces]
+    return FilledText("".join(open_choices[0].pieces).replace(_BAR, "|"), num_lone > 0)
 
 
 def has_choice(text: str) -> bool:
@@ -56,26 +60,26 @@ def has_choice(text: str) -> bool:
     return _CHOICE.search(text) is not None
 
 
-def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
-    """Draw the choices that `closed` closing braces end; return the number of braces left over."""
+def _close_choices(open_choices: list[_OpenChoice], num_closing: int, generator: random.Random) -> int:
+    """Draw the choices that `num_closing` closing braces end; return the number of braces left over."""
     # each run of opening braces takes as many of the closing ones as it has
-    while closed and len(groups) > 1:
-        group = groups[-1]
-        matched = min(group.opened, closed)  # braces on both ends of this content
-        content = "".join(group.pieces)
-        if matched % 2:  # each pair of braces is literal; the odd one encloses a choice
+    while num_closing and len(open_choices) > 1:
+        choice = open_choices[-1]
+        num_matched = min(choice.num_braces, num_closing)  # braces on both sides of the choice's content
+        content = "".join(choice.pieces)
+        if num_matched % 2:  # each pair of braces is literal; the odd one encloses a choice
             content = generator.choice(content.split("|"))
         else:  # no choice: its bars must not divide a choice around it
             content = content.replace("|", _BAR)
-        num_pairs = matched // 2
-        group.pieces = ["{" * num_pairs, content, "}" * num_pairs]
-        group.opened -= matched
-        closed -= matched
-        if not group.opened:
-            groups.pop()
-            groups[-1].pieces += group.pieces
-    groups[-1].pieces.append("}" * _count_literal(closed))
-    return closed % 2
+        num_pairs = num_matched // 2
+        choice.pieces = ["{" * num_pairs, content, "}" * num_pairs]
+        choice.num_braces -= num_matched
+        num_closing -= num_matched
+        if not choice.num_braces:
+            open_choices.pop()
+            open_choices[-1].pieces += choice.pieces
+    open_choices[-1].pieces.append("}" * _count_literal(num_closing))
+    return num_closing % 2
 
 
 def _count_literal(num_braces: int) -> int:

@@ -159,7 +159,7 @@ def test_sound_of_files_in_a_folder_takes_the_place_of_the_clips_own(tmp_path: P
 
     assert [[round(p / RATE * 25) for p in clicks_in(one[0, 0])] for one in family.heard] == [[3], [5]]
     assert [failure.path.name for failure in report.silent] == ["c.mp4"]
-    assert (find(config).items[0].has_sound, find(config).items[2].has_sound) == (True, False)
+    assert (find(config).items[0].has_cached_audio, find(config).items[2].has_cached_audio) == (True, False)
     # the clip's own track instead: the other sound is stale
     own = make_set(tmp_path / "clips")
     with pytest.raises(CacheError, match="made from a file of audio_directory"):
@@ -212,8 +212,8 @@ def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> 
 def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) -> None:
     """And what cannot be learned of them is told by name."""
     bells, clips = tmp_path / "bells", tmp_path / "clips"
-    alone = AudioSpec(RATE, 2, audio_shape, is_alone=True)
-    family = hearing(audio=alone, media_identity={"vae": "sound alone"})
+    unmatched = AudioSpec(RATE, 2, audio_shape, is_alone=True)
+    family = hearing(audio=unmatched, media_identity={"vae": "sound alone"})
     for folder in (bells, clips):
         folder.mkdir()
     for name, seconds in (("long", 2.0), ("short", 0.03)):
@@ -448,7 +448,7 @@ def test_sound_that_a_kill_left_out_is_told_of(tmp_path: Path, caplog: pytest.Lo
 
     def told() -> tuple[bool, bool]:
         caplog.clear()
-        compare_sources(config.datasets, find(config), NO_COMMANDS, "toy", hears=True)
+        compare_sources(config.datasets, find(config), NO_COMMANDS, "toy", trains_audio=True)
         checked = "\n".join(check_training(config, "toy", PLAIN, audio=hearing().audio).lines)
         words = said.format(tmp_path / "a.mp4")
         return words in caplog.text, "a.mp4" in checked and "has sound that is not cached" in checked

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dataset.batches.given_parts import add_given_parts
+from dataset.batches.given_parts import add_clean_conditions
 from dataset.config import load_dataset_config
 from ltx_2.given import Extension, GivenRules, put_guides_in
 from modules.errors import DatasetError
@@ -131,7 +131,7 @@ def test_caches_without_guides_are_not_trained(project: Project) -> None:
     batch = batch_of(tensors={"latents_keyframe_0": torch.zeros(2, 8, 1, 2, 3)})
 
     with pytest.raises(DatasetError, match="its cache has 1 guides.* 3. Cache again"):
-        add_given_parts(batch, [item, item])
+        add_clean_conditions(batch, [item, item])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataset.batches.items import ItemKind, TrainingItem
+from dataset.batches.items import TableCacheInfo, TrainingItem
 from dataset.batches.order import BatchOrder
 from ltx_2.options import Ltx2TrainingOptions
 from modules.errors import CheckpointError, OptionError
@@ -185,7 +185,7 @@ def test_the_batches_are_told_from_others_as_in_states_of_before(
 ) -> None:
     table = dataclasses.replace(make_table(tmp_path), batch_size=batch_size)
     order = BatchOrder(
-        [TrainingItem(f"clip{index}", 4, table, (32, 32), ItemKind("toy")) for index in range(count)], 3
+        [TrainingItem(f"clip{index}", 4, table, (32, 32), TableCacheInfo("toy")) for index in range(count)], 3
     )
     names = "\n".join(",".join(item.key for item in batch) for batch in order.epoch(0))
     assert epoch_digest(order) == hashlib.sha256(names.encode()).hexdigest()[:12]

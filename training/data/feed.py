@@ -26,11 +26,11 @@ from dataset.batches.checks import SameEncoders
 from dataset.batches.items import LiveTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
-    RunPlace,
+    RunPosition,
     change_captions,
-    drops_references,
     select_captions,
-    select_sides,
+    select_mirrored,
+    should_drop_references,
 )
 from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
@@ -424,7 +424,7 @@ class Feed:
         captions = select_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
-            flips = select_sides(items, seed, number)
+            flips = select_mirrored(items, seed, number)
         undropped: Sequence[int] = ()
         if self.reads_undropped:
             undropped = select_captions(items, seed, number, epoch, drops=False)
@@ -438,12 +438,12 @@ class Feed:
             reads_empty=self.reads_empty,
             reads_rejected=self.reads_rejected,
         )
-        if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
+        if items[0].table.reference_dropout_rate and should_drop_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions are encoded during training: shuffle and drop their tags now
             first_of_step = index - index % plan.group_size
             step = plan.steps_until(epoch, first_of_step)
-            place = RunPlace(seed, number, step, plan.total_steps)
+            place = RunPosition(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
         noise_sampler, first_sample = self._sampler_of_batch(key)
         return noise_sampler.add_noise(batch, number, first_sample)
@@ -463,7 +463,7 @@ class Feed:
     def has_sound(self, key: Key) -> bool:
         """Return whether any clip of a micro-batch has audio, without reading files."""
         epoch, index = key
-        return any(item.has_sound for item in self.order.epoch(epoch)[index])
+        return any(item.has_cached_audio for item in self.order.epoch(epoch)[index])
 
     def find_expert(self, key: Key) -> int:
         """Return the index of the expert that a micro-batch trains, without reading any file."""

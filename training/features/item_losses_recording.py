@@ -286,9 +286,9 @@ def _read_first_frame(source: MediaSource) -> Frame:
 
     Raises MediaError or OSError if it cannot be read.
     """
-    if any(isinstance(origin, Remote) for origin in source.origins[:1]) and not source.path.exists():
+    if any(isinstance(origin, Remote) for origin in source.remote_or_packed[:1]) and not source.path.exists():
         raise MediaError(f"{source.path} is not downloaded")
-    media_only = replace(source, control=(), mask=None, origins=source.origins[:1])
+    media_only = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])
     with fetch(media_only) as fetched:
         if source.table.kind == "image":
             return read_image(fetched.path)

@@ -64,7 +64,10 @@ def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
     from protocols.data import LOSS_MASK  # torch: only with this target
 
     for item in items:  # in lists, each line may name a mask
-        if item.kind.sizes is None and LOSS_MASK in stores.of(item.table).read(item.file_name, False).keys:
+        if (
+            item.cache_info.live_buckets is None
+            and LOSS_MASK in stores.of(item.table).read(item.file_name, False).keys
+        ):
             return True
     return False
 

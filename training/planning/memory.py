@@ -285,20 +285,20 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
     Args:
         items: Items of the dataset.
-        latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
+        latent_side: Number of pixels on a side of the unit of `TrainingItem.reference_latent_sizes`.
     """
     batches = []
     for pool in repeat_items(list(items)).values():
-        with_audio_first = sorted(pool, key=lambda item: not item.has_sound)
+        with_audio_first = sorted(pool, key=lambda item: not item.has_cached_audio)
         batches.append(with_audio_first[: with_audio_first[0].table.batch_size])
     return tuple(max(batches, key=partial(_count_pixels, latent_side=latent_side)))
 
 
 def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
     """Return the pixels of a batch with its references, and whether it has audio, to find the largest one."""
-    sides = batch[0].references  # height and width of each reference in turn, in units of `latent_side`
+    sides = batch[0].reference_latent_sizes  # height and width of each reference in turn, in units of `latent_side`
     references = sum(map(operator.mul, sides[::2], sides[1::2]))
-    return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_sound
+    return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_cached_audio
 
 
 def read_largest(

@@ -114,7 +114,7 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
 
 @contextmanager
 def _open_source(source: MediaSource) -> Iterator[Path]:
-    media_only = replace(source, control=(), mask=None, origins=source.origins[:1])
+    media_only = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])
     with fetch(media_only) as fetched:
         yield fetched.path
 

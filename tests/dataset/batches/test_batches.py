@@ -10,7 +10,7 @@ from data_tools.report.check import check_training
 from dataset.batches import reading, starting
 from dataset.batches.checks import SameEncoders
 from dataset.batches.finding import find_items, require_items
-from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
+from dataset.batches.items import CachingCommands, TableCacheInfo, TrainingItem
 from dataset.batches.order import BatchOrder, repeat_regularization, split_validation
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import check_caches, compare_sources
@@ -39,7 +39,7 @@ def make_items(
 ) -> list[TrainingItem]:
     """Items without files."""
     stems = [f"clip{index:03d}" for index in range(start, start + count)]
-    return [TrainingItem(f"{stem}_{table.index}", 7, table, bucket, ItemKind("toy")) for stem in stems]
+    return [TrainingItem(f"{stem}_{table.index}", 7, table, bucket, TableCacheInfo("toy")) for stem in stems]
 
 
 def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_whole_clips_beside_sections_are_one_part_each(tmp_path: Path) -> None:
     for stem in "ab":
         (table.cache_directory / f"{stem}_toy_te.safetensors").touch()
     found = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT)
-    assert [item.parts for item in found.items] == [1, 2, 2]
+    assert [item.num_latent_files for item in found.items] == [1, 2, 2]
 
 
 def test_images_get_the_bucket_of_their_original_size(tmp_path: Path) -> None:
@@ -310,12 +310,12 @@ def test_processes_share_the_check_and_the_first_captions_come_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int, captions: tuple[list[int], ...]
 ) -> None:
     (item, other) = require_items(find_items(cached(tmp_path), "toy", LATENT), COMMANDS)[:2]
-    items = [replace(one, captions=3) for one in (item, other)]
+    items = [replace(one, num_captions=3) for one in (item, other)]
     looked: list[tuple[str, int]] = []
 
     def read(batch: list[TrainingItem], *given: Any, **more: Any) -> Any:
         looked.append((batch[0].key, more["captions"][0]))
-        return read_batch([replace(batch[0], captions=1)], LATENT)
+        return read_batch([replace(batch[0], num_captions=1)], LATENT)
 
     monkeypatch.setattr(starting, "read_batch", read)
     monkeypatch.setattr(starting, "MAX_READ_BYTES", max_bytes)

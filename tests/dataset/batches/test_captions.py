@@ -10,8 +10,8 @@ import torch
 
 from data_tools.report.check import check_training
 from dataset.batches.finding import find_items
-from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
-from dataset.batches.order import RunPlace, change_captions, changed_caption, select_captions
+from dataset.batches.items import CachingCommands, TableCacheInfo, TrainingItem
+from dataset.batches.order import RunPosition, change_captions, changed_caption, select_captions
 from dataset.batches.reading import read_batch
 from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
@@ -82,7 +82,7 @@ def test_left_out_parts_are_as_many_as_the_rate_says_and_never_the_kept_one(tmp_
 
 def test_captions_are_dropped_in_every_nth_epoch(tmp_path: Path) -> None:
     table = subset_table(tmp_path, caption_dropout_every_n_epochs=3)
-    item = TrainingItem("a_0064x0064_toy", 1, table, (64, 64), ItemKind("toy"))
+    item = TrainingItem("a_0064x0064_toy", 1, table, (64, 64), TableCacheInfo("toy"))
 
     chosen = [select_captions([item], 3, 0, epoch=epoch)[0] for epoch in range(1, 6)]
 
@@ -91,15 +91,17 @@ def test_captions_are_dropped_in_every_nth_epoch(tmp_path: Path) -> None:
 
 def test_a_dropped_caption_stays_empty_and_another_is_a_function_of_its_place(tmp_path: Path) -> None:
     table = subset_table(tmp_path, shuffle_caption=True, caption_prefix="photo")
-    items = [TrainingItem(f"{stem}_0064x0064_toy", 1, table, (64, 64), ItemKind("toy")) for stem in "abc"]
+    items = [
+        TrainingItem(f"{stem}_0064x0064_toy", 1, table, (64, 64), TableCacheInfo("toy")) for stem in "abc"
+    ]
     texts = ["a, b, c, d, e, f"] * 3
 
-    first = change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 1, 0, 10))
+    first = change_captions(items, texts, (0, EMPTY, 0), RunPosition(7, 1, 0, 10))
 
     assert first[1] == ""
     assert first[0] != first[2]
-    assert first == change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 1, 5, 10))
-    assert first != change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 2, 0, 10))
+    assert first == change_captions(items, texts, (0, EMPTY, 0), RunPosition(7, 1, 5, 10))
+    assert first != change_captions(items, texts, (0, EMPTY, 0), RunPosition(7, 2, 0, 10))
 
 
 COMMANDS = CachingCommands(lambda: ("latents again", "texts again"))

@@ -112,6 +112,6 @@ def test_mirrored_references_are_cached_and_chosen_too(tmp_path: Path) -> None:
 
     (item,) = find_items(config, "toy", family.latent).items
 
-    assert item.references == (4, 4)  # once, though both sides are there
+    assert item.reference_latent_sizes == (4, 4)  # once, though both sides are there
     assert read_batch([item], family.latent, flips=[True]).tensors["latents_control_0"].shape[-2:] == (4, 4)
     assert torch.equal(family.media[1].control[0], family.media[0].control[0].flip(3))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.items import ItemKind, TrainingItem
+from dataset.batches.items import TableCacheInfo, TrainingItem
 from dataset.batches.reading import _size_conditions
 from dataset.config import load_dataset_config
 
@@ -28,6 +28,6 @@ def test_sizes_of_a_picture(
     data = tmp_path / "data.toml"
     data.write_text(f'[[datasets]]\nresolution = 64\nimage_directory = "{tmp_path / "pictures"}"\n')
     (table,) = load_dataset_config(data).datasets
-    item = TrainingItem("cat_0300x0100_sdxl.safetensors", 3, table, (192, 128), ItemKind("sdxl"))
+    item = TrainingItem("cat_0300x0100_sdxl.safetensors", 3, table, (192, 128), TableCacheInfo("sdxl"))
 
     assert _size_conditions(item, said, flip).tolist() == expected

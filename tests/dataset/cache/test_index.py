@@ -78,7 +78,7 @@ def calls_of(run: Callable[[], object], *names: str) -> set[str]:
 
 
 def without_index(item: TrainingItem) -> TrainingItem:
-    return replace(item, kind=replace(item.kind, compared={}))
+    return replace(item, cache_info=replace(item.cache_info, indexed_checksums={}))
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_items_and_batches_of_the_index_are_those_of_the_caches(
     found = find(config)
     listed = find_items(config, "toy", LATENT)
 
-    assert all(item.kind.compared for item in found.items)
+    assert all(item.cache_info.indexed_checksums for item in found.items)
     assert [without_index(item) for item in found.items] == listed.items
-    assert len({item.captions for item in found.items}) == (2 if "multi_caption" in changes else 1)
+    assert len({item.num_captions for item in found.items}) == (2 if "multi_caption" in changes else 1)
     for item, other in zip(found.items, listed.items, strict=True):
         batch, batch_of_caches = read_batch([item], LATENT), read_batch([other], LATENT)
         assert batch.made_by == batch_of_caches.made_by
@@ -202,7 +202,7 @@ def test_a_changed_key_is_told_as_without_an_index(
 def test_caches_may_be_next_to_their_sources(tmp_path: Path, folder: str) -> None:
     config = make_config(tmp_path, cache_directory=tmp_path / folder)
     cache(config)
-    assert all(item.kind.compared for item in find(config).items)
+    assert all(item.cache_info.indexed_checksums for item in find(config).items)
 
 
 def test_how_items_are_learned_may_change(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_how_items_are_learned_may_change(tmp_path: Path) -> None:
     learned = replace(config.datasets[0], num_repeats=3, prior_loss_weight=0.5, min_timestep=10)
     found = find(replace(config, datasets=(learned,)))
     assert [item.table.num_repeats for item in found.items] == [3, 3]
-    assert all(item.kind.compared for item in found.items)
+    assert all(item.cache_info.indexed_checksums for item in found.items)
 
 
 def test_a_clip_that_gives_nothing_is_told_at_each_start(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_damaged_index_is_no_index_and_is_made_again(tmp_path: Path, damage: s
 
     found = find(config)
     assert len(found.items) == 2
-    assert not any(item.kind.compared for item in found.items)
+    assert not any(item.cache_info.indexed_checksums for item in found.items)
     assert start(config) == []
     cache(config)
 
@@ -305,7 +305,7 @@ def test_a_shard_of_the_work_writes_no_index(tmp_path: Path) -> None:
         run_caching(kind, family, config, options(shard=shard), None, FOLLOWING)
     assert not (tmp_path / "cache" / NAME).exists()
     cache(config)
-    assert all(item.kind.compared for item in find(config).items)
+    assert all(item.cache_info.indexed_checksums for item in find(config).items)
 
 
 def test_two_families_share_the_index_of_a_folder(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_two_families_share_the_index_of_a_folder(tmp_path: Path) -> None:
     for tag in ("toy", "other"):
         items = find_items(config, tag, LATENT, trusts_index=True).items
         assert len(items) == 2
-        assert all(item.kind.compared for item in items)
+        assert all(item.cache_info.indexed_checksums for item in items)
 
 
 def test_a_failed_source_leaves_an_index_of_the_others(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_failed_source_leaves_an_index_of_the_others(tmp_path: Path) -> None:
         cache(config, LATENTS)
     cache(config, TEXT_WORK)
     said = start(config)
-    assert all(item.kind.compared for item in find(config).items)
+    assert all(item.cache_info.indexed_checksums for item in find(config).items)
     (tmp_path / "cache" / NAME).unlink()
     assert start(config) == said
     assert "bad.mp4: not cached" in "\n".join(said)

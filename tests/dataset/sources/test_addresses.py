@@ -173,7 +173,7 @@ def test_an_address_of_a_file_is_its_path(tmp_path: Path) -> None:
     row = {"image_path": (tmp_path / "a b.png").as_uri()}
     (tmp_path / "list.jsonl").write_text(json.dumps(row), encoding="utf-8")
     (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
-    assert (one.path, one.origins) == (tmp_path / "a b.png", ())
+    assert (one.path, one.remote_or_packed) == (tmp_path / "a b.png", ())
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -
     for size in range(0, 4 * SAMPLE + 1, 256):
         (tmp_path / "t.tar").write_bytes(full[:size])
         sources, errors = listed(tmp_path, tmp_path / "t.tar")
-        assert [error.ends_run for error in errors] == [False], size
+        assert [error.is_fatal for error in errors] == [False], size
         assert all(content_of(one) == bytes([int(one.stem)]) * 700 for one in sources)
         # whether the first one is whole is not known before the second begins
         expected = 0 if size < SAMPLE + 512 + 700 else (size + PADDING) // SAMPLE

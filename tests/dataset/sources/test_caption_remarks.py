@@ -15,7 +15,7 @@ from dataset.sources.remarks import (
     TORN,
     find_caption_warnings,
     find_cut_captions,
-    whole_texts,
+    unvaried_captions,
 )
 from dataset.subsets import folders_config
 from dataset.table import DatasetTable
@@ -121,7 +121,7 @@ def test_tokens_of_captions_that_vary_are_those_of_the_whole_texts(tmp_path: Pat
 
     remarks, _ = find_cut_captions(sources, {"t5": ToyText().token_counter()})
 
-    assert list(whole_texts(sources[0])) == ["ohwx, a b c", "ohwx, d e f g"]
+    assert list(unvaried_captions(sources[0])) == ["ohwx, a b c", "ohwx, d e f g"]
     assert [remark.kind for remark in remarks] == ["have a caption longer than t5 reads"]
     assert "5 tokens, t5 reads 4; lost: g" in remarks[0].text
 

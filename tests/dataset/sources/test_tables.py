@@ -20,7 +20,7 @@ from dataset.config import DatasetTable
 from dataset.forms import parquet_files as parquet
 from dataset.forms.composing import column_names, read_columns
 from dataset.forms.jsonl_rows import read_jsonl
-from dataset.forms.parquet_files import cells_of, read_cell
+from dataset.forms.parquet_files import CellFinder, read_cell
 from dataset.forms.unread import find_unused
 from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
@@ -245,7 +245,7 @@ def pool() -> Iterator[pa.MemoryPool]:
     counted = pa.proxy_memory_pool(before)
     pa.set_memory_pool(counted)
     yield counted
-    parquet._group.cache_clear()  # what it holds is of this pool
+    parquet._read_column.cache_clear()  # what it holds is of this pool
     pa.set_memory_pool(before)
 
 
@@ -307,7 +307,7 @@ def test_pages_decide_where_the_metadata_lie(tmp_path: Path, request: pytest.Fix
     understate(path)
     pool: pa.MemoryPool = request.getfixturevalue("pool")  # after writing
 
-    for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(1))):
+    for read in (lambda: list(read_columns(path)), lambda: read_cell(CellFinder(path, "image").find(1))):
         with pytest.raises((DatasetError, MediaError), match=r"unpacks to more than \d+ MiB"):
             read()
         assert pool.max_memory() < 10 * MIB
@@ -331,7 +331,7 @@ def test_damaged_pages_are_one_message(tmp_path: Path) -> None:
         for place in numbers.integers(4, end, 3):
             damaged[place] = numbers.integers(0, 256)
         path.write_bytes(bytes(damaged))
-        for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(7))):
+        for read in (lambda: list(read_columns(path)), lambda: read_cell(CellFinder(path, "image").find(7))):
             with contextlib.suppress(DatasetError, MediaError):
                 read()
 

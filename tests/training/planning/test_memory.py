@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataset.batches.items import ItemKind, TrainingItem
+from dataset.batches.items import TableCacheInfo, TrainingItem
 from dataset.config import load_dataset_config
 from modules.devices import GIB
 from protocols.family import Family
@@ -45,15 +45,16 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
 
     def items(bucket: tuple[int, ...], count: int) -> list[TrainingItem]:
         return [
-            TrainingItem(f"{bucket} {index}", 0, table, bucket, ItemKind("toy")) for index in range(count)
+            TrainingItem(f"{bucket} {index}", 0, table, bucket, TableCacheInfo("toy"))
+            for index in range(count)
         ]
 
     few_large, many_small = items((64, 64), 1), items((48, 48), 7)
     assert largest_batch([*few_large, *many_small]) == tuple(many_small[:4])
     assert largest_batch([*few_large, *many_small[:1]]) == tuple(few_large)
-    sounding = replace(many_small[6], has_sound=True)  # then its batch has sound for all
+    sounding = replace(many_small[6], has_cached_audio=True)  # then its batch has sound for all
     assert largest_batch([*many_small[:6], sounding]) == (sounding, *many_small[:3])
-    others = [replace(item, bucket=(72, 32), has_sound=False) for item in many_small]
+    others = [replace(item, bucket=(72, 32), has_cached_audio=False) for item in many_small]
     assert largest_batch([*others, *many_small[:6], sounding])[0] is sounding
 
 
