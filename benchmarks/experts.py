@@ -45,7 +45,7 @@ class Device:
     def __init__(self) -> None:
         self._plain = Transfer(HOST)
         self.weights = self.maximum = 0
-        self.mark, self.copy, self.wait, self.finish = (
+        self.record_event, self.copy, self.wait, self.finish = (
             getattr(self._plain, name) for name in ("mark", "copy", "wait", "finish")
         )
 

@@ -47,10 +47,10 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 class WaitingNetwork(Protocol):
     """Network with weights that can be moved to host memory, such as `runtime.offload.turns.HostCopy`."""
 
-    def bring(self) -> None:
+    def to_device(self) -> None:
         """Copy the weights from host memory to the device."""
 
-    def leave(self) -> None:
+    def free_device_memory(self) -> None:
         """Free the device memory of the weights, which stay in host memory."""
 
 
@@ -171,7 +171,7 @@ class DitTurns:
                 if copy is None:
                     move_network(dit, CPU)
                 else:
-                    copy.leave()
+                    copy.free_device_memory()
             free_memory(self.device)
             yield
         finally:
@@ -260,7 +260,7 @@ class DitTurns:
         weights = bytes_on(dit, self.device)
         room = self.host_room()
         if copy is not None:  # the host has the weights already: only the device's memory is freed
-            copy.leave()
+            copy.free_device_memory()
         elif self.device.type == "cpu" or (room is not None and weights > room):
             logger.info(
                 "The host has no room for a transformer that waits: it is loaded again when it is needed"
@@ -351,6 +351,6 @@ class DitTurns:
 
 def _move_to_device(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:
     if copy is not None:
-        copy.bring()
+        copy.to_device()
     elif device.type != "cpu":  # where it was loaded
         move_network(dit, device)

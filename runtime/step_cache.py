@@ -128,7 +128,7 @@ def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     assert spec.modulated_input is not None
     swap = swap_of(dit)
     if swap is not None:
-        swap.bring(0, overrides.skip_blocks)
+        swap.fetch(0, overrides.skip_blocks)
     first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
     if is_sharded(dit):
         gather_block(first_block)

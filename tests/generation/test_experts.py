@@ -74,10 +74,10 @@ class ToyCopy:
         if dit.stage.places[dit.number] != "cpu":
             dit.put("copy", "cpu")
 
-    def bring(self) -> None:
+    def to_device(self) -> None:
         self.dit.put("bring", "cuda")
 
-    def leave(self) -> None:
+    def free_device_memory(self) -> None:
         self.dit.put("leave", "cpu")
 
 
@@ -202,13 +202,13 @@ def test_an_expert_that_found_no_room_on_the_device_is_brought_again(monkeypatch
     def fail(_: ToyCopy) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    stage, bring = Stage(), ToyCopy.bring
+    stage, to_device = Stage(), ToyCopy.to_device
     with stage.turns.phase(PLAN) as dit_at:
         dit_at(999.0)
-        monkeypatch.setattr(ToyCopy, "bring", fail)
+        monkeypatch.setattr(ToyCopy, "to_device", fail)
         with pytest.raises(torch.OutOfMemoryError):
             dit_at(899.0)
-        monkeypatch.setattr(ToyCopy, "bring", bring)
+        monkeypatch.setattr(ToyCopy, "to_device", to_device)
         for timestep in VIDEO:
             assert stage.places[dit_at(timestep).number] == "cuda"
 
@@ -259,7 +259,7 @@ def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules:
 
     def load(expert: int) -> nn.Module:
         dit, copy = aside(expert, lambda: None)
-        copy.bring()
+        copy.to_device()
         return dit
 
     turns = DitTurns(

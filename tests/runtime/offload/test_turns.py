@@ -65,11 +65,11 @@ def test_the_output_is_that_of_a_network_that_stays(case: Case, blocks: int) -> 
     before = {name: (id(each), each.dtype, each.shape) for name, each in dit.named_parameters()}
 
     for _ in range(2):
-        assert not copy.is_here
-        copy.bring()
-        assert copy.is_here
+        assert not copy.is_on_device
+        copy.to_device()
+        assert copy.is_on_device
         assert same(output_of(case, dit), expected)
-        copy.leave()
+        copy.free_device_memory()
         assert device.used == 0
 
     assert "out" not in device.log
@@ -90,7 +90,7 @@ def test_weights_are_read_straight_to_where_they_wait(
 
     assert {weight.data_ptr() for weight in dit.parameters()} <= addresses
     assert (len(list(dit.buffers())) > 0) == (quantization is not None)  # scales, which move too
-    copy.bring()
+    copy.to_device()
     assert addresses.isdisjoint({each.data_ptr() for each in [*dit.parameters(), *dit.buffers()]})
     assert same(output_of(WAN, dit), output_of(WAN, plain))
 
@@ -105,10 +105,10 @@ def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
     for tensor in held.values():
         hide(tensor)
     copy = taking_turns(dit, device, host)
-    copy.bring()
+    copy.to_device()
 
     assert same(output_of(WAN, dit), output_of(WAN, load_dit(path, Placement(CPU)).eval()))
-    copy.leave()
+    copy.free_device_memory()
     full, swapped_away = (sum(each.nbytes for each in some) for some in (dit.parameters(), held.values()))
     assert copy.size_bytes == full - swapped_away
     assert all(dit.get_parameter(name).data_ptr() == each.data_ptr() for name, each in held.items())
@@ -125,7 +125,7 @@ def test_a_network_that_has_worked_on_the_device_frees_all_it_has_there() -> Non
     assert device.used == 0
 
 
-@pytest.mark.parametrize("name", ["mark", "memory", "copy", "wait"])
+@pytest.mark.parametrize("name", ["record_event", "memory", "copy", "wait"])
 def test_after_an_interruption_the_network_can_be_brought_again(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,10 +140,10 @@ def test_after_an_interruption_the_network_can_be_brought_again(
 
     monkeypatch.setattr(device, name, interrupted)
     with pytest.raises(Interruption):
-        copy.bring()
+        copy.to_device()
     device.finish()
-    assert not copy.is_here
-    copy.bring()
+    assert not copy.is_on_device
+    copy.to_device()
     assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
 
 
@@ -161,9 +161,9 @@ def test_compiled_blocks_are_not_compiled_again_when_a_network_comes_back() -> N
     copy = taking_turns(dit, device)
     counts = []
     for _ in range(3):
-        copy.bring()
+        copy.to_device()
         assert same(output_of(WAN, dit), expected)
-        copy.leave()
+        copy.free_device_memory()
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[1:] == counts[:1] * 2
@@ -229,7 +229,7 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     first, second = sorted(seen, key=lambda one: one["rank"])
     assert (first["fills"], second["fills"]) == (True, False)
-    assert first["mark"] == second["mark"] == 1234
+    assert first["record_event"] == second["record_event"] == 1234
     assert first["files"] == second["files"]
     assert [ending for _, ending in first["files"]] == ["(deleted)"]
     assert first["unused"] == second["unused"] == []
