@@ -229,7 +229,7 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     first, second = sorted(seen, key=lambda one: one["rank"])
     assert (first["fills"], second["fills"]) == (True, False)
-    assert first["record_event"] == second["record_event"] == 1234
+    assert first["mark"] == second["mark"] == 1234
     assert first["files"] == second["files"]
     assert [ending for _, ending in first["files"]] == ["(deleted)"]
     assert first["unused"] == second["unused"] == []
@@ -288,7 +288,7 @@ def test_memory_is_locked_in_pieces_whose_borders_no_tensor_and_no_page_crosses(
         assert sum(first in each and last in each for each in ranges) == 1
     pages = [range(each.start // 4096, (each.stop - 1) // 4096 + 1) for each in ranges]
     assert all(one.stop <= other.start for one, other in pairwise(pages))
-    assert held.unlocked_bytes == 0
+    assert held.unpinned_bytes == 0
 
     del held, tensor
     gc.collect()
@@ -304,7 +304,7 @@ def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
     held = allocate(infos, pinned=True)
 
     assert list(driver.locked.values()) == [200 * MB]  # and not 400: others need some too
-    assert held.unlocked_bytes == 600 * MB
+    assert held.unpinned_bytes == 600 * MB
     assert "refused to lock 0.6 of 0.8 GB" in caplog.text
     driver.start_kernel()  # raises nothing
     held.tensors["c"][-1] = 3
