@@ -117,7 +117,7 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
     turns = DitTurns(
         *(family.experts, CUDA, load, aside),
         one_at_a_time=True,
-        host_room=lambda: None,
+        free_host_memory=lambda: None,
         make_copy=copy,
     )
     text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}

@@ -22,7 +22,7 @@ from benchmarks.noise import NoisyFamily
 from checkpoints.stored.forms import prepare
 from generation.denoise import make_latents
 from generation.experts import DitTurns, plan_turns
-from generation.memory import rehearse_denoising
+from generation.memory import predict_denoising
 from generation.network_setup import dit_loader
 from networks.adapter import make_network
 from protocols.data import HAS_AUDIO, SOUND, Batch, Joint
@@ -141,7 +141,7 @@ def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: 
     """Return the bytes of the device that the plan predicts for denoising with the network in `path`."""
     prepared, prompts, inputs = random_request(row, family)
     extra = workspace(device, is_training=False)
-    plan = rehearse_denoising(family, options, prepared, prompts, inputs, extra)
+    plan = predict_denoising(family, options, prepared, prompts, inputs, extra)
     further = (len(family.experts) - 1) * bytes_of(path)
     return plan.phase(options.speed.swap.number).device + further
 

@@ -47,7 +47,7 @@ from protocols.family import Family
 from protocols.rules import Expert
 from protocols.steps import DitAt, EncodedPrompts
 from runtime.compile import check_compilation
-from runtime.planning.device_memory import room_on
+from runtime.planning.device_memory import device_memory_to_plan
 
 SEED = "0"  # default seed, because all columns need the same one
 FIRST_TIMESTEP = 1000.0
@@ -135,7 +135,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
     """Return the run that generates all clips of the comparison; networks are loaded for each column."""
-    options, predicted = resolve_options(family, options, device, room_on(device))
+    options, predicted = resolve_options(family, options, device, device_memory_to_plan(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
     return GenerationRun(family, options, session, predicted)

@@ -25,7 +25,7 @@ from protocols.family import Family
 from protocols.requests import Prepared
 from protocols.rules import Expert, expert_at, noisiest
 from runtime.offload.block_swap import move_network
-from runtime.planning.device_memory import bytes_on, host_room, spare_bytes
+from runtime.planning.device_memory import bytes_on, free_host_memory, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class DitTurns:
     lazy: bool = False  # whether to load each when its steps begin, and free it afterwards (--lazy_loading)
     together: bool = False  # whether all stay on the device, because each process holds only a part of them
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
-    host_room: Callable[[], int | None] = host_room
+    free_host_memory: Callable[[], int | None] = free_host_memory
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host
     # largest expected device memory, in bytes, of the experts together with other work, such as previews
     max_shared_bytes: int = field(default=0, init=False)
@@ -160,7 +160,7 @@ class DitTurns:
         """
         working = [(self._dits[expert], self._copies.get(expert)) for expert in self._working]
         weights = sum(bytes_on(dit, self.device) for dit, copy in working if copy is None)
-        room = self.host_room()
+        room = self.free_host_memory()
         if room is not None and weights > room:
             raise MemoryPlanError(
                 f"the transformer would have to wait in host memory, which has {gib(room)} GiB free; it "
@@ -240,7 +240,7 @@ class DitTurns:
             return False
         weights = bytes_on(self._dits[working], self.device)
         if self.device.type == "cpu":
-            room = self.host_room()
+            room = self.free_host_memory()
             is_loaded = coming in self._dits  # needs no more memory
             return is_loaded or room is None or weights <= room
         if self.device.type != "cuda" or self.one_at_a_time:
@@ -258,7 +258,7 @@ class DitTurns:
         dit = self._dits[expert]
         copy = self._copies.get(expert)
         weights = bytes_on(dit, self.device)
-        room = self.host_room()
+        room = self.free_host_memory()
         if copy is not None:  # the host has the weights already: only the device's memory is freed
             copy.free_device_memory()
         elif self.device.type == "cpu" or (room is not None and weights > room):
@@ -313,7 +313,7 @@ class DitTurns:
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
             return f": {self.device.type} cannot prepare it while it works"
         dit = self._dits[present]  # the next one is as large
-        room = self.host_room()
+        room = self.free_host_memory()
         needed = sum(tensor.nbytes for tensor in chain(dit.parameters(), dit.buffers()))
         if room is not None and needed > room:
             return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"

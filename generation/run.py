@@ -47,7 +47,7 @@ from protocols.loading import Placement
 from protocols.requests import Box
 from runtime.offload.joining import have_joined, launched_processes
 from runtime.offload.swap_plan import check_swap
-from runtime.planning.device_memory import room_on, too_little
+from runtime.planning.device_memory import device_memory_to_plan, too_little
 from runtime.ways.composing import (
     count_shared_passes,
     make_block_place,
@@ -299,28 +299,28 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     if options.post.tools:
         logger.warning("--plan does not count what the networks of --post take in addition to the VAE")
     cards, card_size = options.speed.plan.cards
-    room = room_on(device, card_size)
+    device_memory = device_memory_to_plan(device, card_size)
     if cards > 1:
         from generation.multi_process import plan_ways  # only with --plan
 
-        assert room is not None, "several cards have a size, as --plan is read"
-        plan_ways(family, options, device, cards=cards, room=room)
+        assert device_memory is not None, "several cards have a size, as --plan is read"
+        plan_ways(family, options, device, cards=cards, device_memory=device_memory)
     else:
         from generation.memory import plan_generation  # only with --plan
 
-        plan_generation(family, options, device, room)
+        plan_generation(family, options, device, device_memory)
 
 
 def _make_run(
     family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
 ) -> GenerationRun:
     """Return the run for these options, without previews and without loading the family's networks."""
-    room = room_on(device) if device.type == "cuda" else None
+    device_memory = device_memory_to_plan(device) if device.type == "cuda" else None
     predicted = None
-    if room is not None or options.speed.swap.is_auto:
+    if device_memory is not None or options.speed.swap.is_auto:
         from generation.memory import resolve_options  # only where memory is planned
 
-        options, predicted = resolve_options(family, options, device, room)
+        options, predicted = resolve_options(family, options, device, device_memory)
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
     post = make_post(options, device) if options.post.post else None
     rewriter = None

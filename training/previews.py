@@ -20,7 +20,7 @@ from modules.console import count_of
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from protocols.family import Family, audio_of
-from runtime.planning.device_memory import room_on
+from runtime.planning.device_memory import device_memory_to_plan
 from training.caching_inside import (
     TablePlan,
     TensorLocation,
@@ -238,7 +238,7 @@ def _plan(
     device = select_device(None)
     sampled = len({*sample_files} - {*family.dit_files})  # number of transformers that only samples use
     cards, size = options.speed.plan.cards
-    room = room_on(device, size)
+    room = device_memory_to_plan(device, size)
     if cards == 1:
         plan_one_card(
             family,

@@ -23,9 +23,9 @@ from protocols.loading import Placement
 from protocols.rules import Expert
 from runtime.offload.host_memory import Transfer
 from runtime.offload.turns import HostCopy
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.dry_run import WEIGHTS
-from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
+from runtime.planning.memory_plan import PART_NAMES, MemoryPart, MemoryPlan, Phase
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.waiting import PATIENCE
@@ -106,7 +106,7 @@ class Stage:
             self.aside,
             **rules,
             spare_bytes=lambda _: spare,
-            host_room=lambda: host,
+            free_host_memory=lambda: host,
             make_copy=ToyCopy,
         )
 
@@ -269,7 +269,7 @@ def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules:
         aside,
         **rules,
         spare_bytes=lambda _: -1,
-        host_room=lambda: None,
+        free_host_memory=lambda: None,
         make_copy=copy_of,  # type: ignore[arg-type]
     )
     inputs = tiny_inputs("t2v", batch=1, frames=1)
@@ -316,11 +316,11 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     def phase_of(turns: ExpertTurns) -> Phase:
         swap = SimpleNamespace(host=SWAPPED)
         parts = turns.parts(SIZE, swap)  # type: ignore[arg-type]
-        return Phase("x", (MemoryPart(NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
+        return Phase("x", (MemoryPart(PART_NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
 
     def remarks(turns: ExpertTurns, room: int, host: int) -> str:
-        phase, free = phase_of(turns), Room("a card", room, room)
-        return "\n".join(turns.remarks(MemoryPlan((phase,)), phase, free, host))
+        phase, free = phase_of(turns), DeviceMemory("a card", room, room)
+        return "\n".join(turns.note_fit(MemoryPlan((phase,)), phase, free, host))
 
     one, two, large = ExpertTurns((1, 1)), ExpertTurns((2, 0)), 1 << 40
     assert phase_of(one).host == SWAPPED

@@ -50,7 +50,7 @@ def session(family: ToyFamily, device: str = "cpu", spare: int = 0, host: int | 
         return family.load_dit(Placement(torch.device(device)), expert)
 
     there = torch.device(device)
-    dits = DitTurns(family.experts, there, load, spare_bytes=lambda _: spare, host_room=lambda: host)
+    dits = DitTurns(family.experts, there, load, spare_bytes=lambda _: spare, free_host_memory=lambda: host)
     return Session(family, there, dits)
 
 

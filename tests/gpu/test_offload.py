@@ -208,7 +208,7 @@ def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, sl
 
 def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
     size, mapping = 1 << 24, mmap.mmap(-1, 1 << 24)
-    full, unlocked = host_memory._as_tensor(mapping, [range(size // 2), range(size // 2, size)])
+    full, unlocked = host_memory._pin_as_tensor(mapping, [range(size // 2), range(size // 2, size)])
     part, address = full[4096:8192], full.data_ptr()
     assert unlocked == 0
     assert part.is_pinned()

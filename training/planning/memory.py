@@ -26,7 +26,7 @@ from protocols.rules import AudioLearning
 from runtime.options import SwapOptions
 from runtime.planning import dry_run as dry
 from runtime.planning import memory_plan
-from runtime.planning.device_memory import MemoryWatch, Room, host_room, room_on
+from runtime.planning.device_memory import DeviceMemory, MemoryWatch, device_memory_to_plan, free_host_memory
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
@@ -54,10 +54,10 @@ class StepPrediction:
     batch: str  # the size of the batch, in words
     size: int  # number of elements in the latents of the batch
     shape: Shape  # shape of these latents
-    moments: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
+    moments: Mapping[str, dry.BytesByKind]  # bytes on the device by kind, at each part of a step
     waiting: int  # bytes of activations in host memory
     weights: str  # dtypes of the weights
-    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the maximum
+    swaps: Sequence[memory_plan.OffloadedWeights]  # by --blocks_to_swap, from 0 to the maximum
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
     offloaded: int = 0  # bytes of the optimizer's states in host memory
@@ -73,10 +73,10 @@ class StepPrediction:
         (phase_name, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
-            dry.WORKING: phase_name,
+            dry.TEMPORARY: phase_name,
         }
         if self.waiting:
-            notes[dry.KEPT] = "the rest waits in host memory"
+            notes[dry.ACTIVATIONS] = "the rest waits in host memory"
         parts = [*memory_plan.parts_of(moment, swap, notes, self.waiting, self.network)]
         has_more = self.further + self.sampled > 0
         if has_more:
@@ -101,7 +101,9 @@ class StepPrediction:
             parts.append(memory_plan.MemoryPart(name, 0, self.average))
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
-    def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
+    def _further_transformers(
+        self, weights: int, swap: memory_plan.OffloadedWeights
+    ) -> memory_plan.MemoryPart:
         """Return the memory of the transformers that were not rehearsed.
 
         Args:
@@ -123,9 +125,9 @@ class StepPrediction:
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
 
-        def part(place: str, moment: dry.Moment) -> dry.Moment:
+        def part(place: str, moment: dry.BytesByKind) -> dry.BytesByKind:
             # memory of the optimizer step does not depend on the batch
-            scales = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
+            scales = () if place == STEP else (dry.ACTIVATIONS, dry.TEMPORARY, dry.BATCH)
             return {kind: round(size * share) if kind in scales else size for kind, size in moment.items()}
 
         moments = {place: part(place, moment) for place, moment in self.moments.items()}
@@ -140,7 +142,7 @@ class StepPrediction:
         return self.phase(blocks).device
 
     @property
-    def maximum(self) -> int:
+    def max_swapped_blocks(self) -> int:
         """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
@@ -158,7 +160,7 @@ def predict(
     device: torch.device,
     sampled: int = 0,
     texts: LiveTexts | None = None,
-    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
     """Rehearse a step of the largest batch on empty tensors and measure its memory.
@@ -230,7 +232,9 @@ def predict(
     )
 
 
-def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
+def _offload_states(
+    moments: Mapping[str, dry.BytesByKind], share: float
+) -> tuple[dict[str, dry.BytesByKind], int]:
     """Reduce the device's optimizer states to those of one weight; return the moments and the host's bytes.
 
     Args:
@@ -302,7 +306,7 @@ def plan_one_card(
     noisy_batch: NoisyBatch,
     *,
     device: torch.device,
-    room: Room | None,
+    room: DeviceMemory | None,
     sampled: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
@@ -328,19 +332,19 @@ def plan_one_card(
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase = prediction.phase(blocks)
-        host = host_room()
+        host = free_host_memory()
         remarks = (*remarks, *compiled, *larger_batch(prediction, blocks, room))
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_warning(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
-    def advise(known_room: Room) -> list[str]:
+    def advise(known_room: DeviceMemory) -> list[str]:
         return advice(family, prediction, noisy_batch, room=known_room, device=device)
 
     memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
 
 
-def larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
+def larger_batch(prediction: StepPrediction, blocks: int, room: DeviceMemory | None) -> list[str]:
     """Return the largest batch that fits, as a line of `--plan`; nothing if the batch cannot be larger.
 
     Args:
@@ -393,7 +397,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     """
     family, options, accelerator = plan.family, plan.options, plan.accelerator
     device = accelerator.device
-    room = room_on(accelerator.device)
+    room = device_memory_to_plan(accelerator.device)
 
     def rehearse_largest() -> StepPrediction:
         noisy_batch = read_largest(family, options, plan.training, plan.sources)
@@ -421,7 +425,11 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
 
 
 def advice(
-    family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains,
+    prediction: StepPrediction,
+    noisy_batch: NoisyBatch,
+    room: DeviceMemory,
+    device: torch.device,
 ) -> list[str]:
     """Return changes that make the run fit, cheapest first.
 
@@ -477,7 +485,7 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
     return savings
 
 
-def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
+def smaller(latent: LatentSpec, before: StepPrediction, room: DeviceMemory) -> list[str]:
     """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
     Args:
@@ -486,7 +494,7 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
         room: Available memory.
     """
     can_swap = before.options.can_swap
-    blocks = before.maximum if can_swap else before.blocks
+    blocks = before.max_swapped_blocks if can_swap else before.blocks
     swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
     for name, size, shape in shrunk(latent, before.shape):
         # memory is taken to grow with the number of latents

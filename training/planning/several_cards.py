@@ -8,10 +8,10 @@ import torch
 
 from dataset.table import DatasetTable
 from protocols.family import Family
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.division import TokenCounter, divide_tokens
 from runtime.planning.memory_plan import share_blocks
-from runtime.planning.several_cards import Rehearsed, print_ways, with_division
+from runtime.planning.several_cards import SingleGpuRun, print_layouts, with_division
 from runtime.ways.contract import Division
 from training.checks import uses_of
 from training.data.live import LiveTexts
@@ -27,7 +27,7 @@ def plan_ways(
     noisy_batch: NoisyBatch,
     device: torch.device,
     cards: int,
-    room: Room,
+    room: DeviceMemory,
     sampled: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
@@ -46,7 +46,7 @@ def plan_ways(
         tables: Tables of the dataset.
     """
 
-    def estimate_on_one_gpu(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
+    def estimate_on_one_gpu(options: TrainingOptions, words: tuple[str, ...]) -> SingleGpuRun:
         """Predict the memory of a step on one card; the result has a function to divide it over cards.
 
         `words` are the flags that were added to the command for these options.
@@ -63,10 +63,10 @@ def plan_ways(
             tables=tables,
         )
         divide = partial(_divide_prediction, family, options, prediction, counter, cards)
-        return Rehearsed(words, counter.heads, options.can_swap, divide)
+        return SingleGpuRun(words, counter.heads, options.can_swap, divide)
 
     # the run as it is, then with one more option that saves memory at a time
-    def runs() -> Iterator[Rehearsed]:
+    def runs() -> Iterator[SingleGpuRun]:
         alone = replace(options, speed=with_division(options.speed, Division(1)))
         yield estimate_on_one_gpu(alone, ())
         flags: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def plan_ways(
             flags = (*flags, *line.split())
             yield estimate_on_one_gpu(changed, flags)
 
-    print_ways(runs(), cards, room, is_training=True)
+    print_layouts(runs(), cards, room, is_training=True)
 
 
 def _divide_prediction(

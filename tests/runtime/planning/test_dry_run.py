@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from modules.devices import GIB
 from modules.layers.convolution import compute_piece
-from runtime.planning.device_memory import MemoryWatch, bytes_on, host_room, spills
+from runtime.planning.device_memory import MemoryWatch, bytes_on, free_host_memory, spills
 from runtime.planning.dry_run import (
     ACCELERATOR,
+    ACTIVATIONS,
     ATTENTION,
     GRANULE,
-    KEPT,
+    TEMPORARY,
     WEIGHTS,
-    WORKING,
+    BytesByKind,
     Counts,
-    Moment,
     dry_run,
     extrapolate,
-    keep_blocks,
     largest,
     place,
-    watch_blocks,
+    track_blocks,
+    truncate_blocks,
 )
 
 SIZE = 1 << 20  # elements
@@ -34,13 +34,13 @@ def test_storages_count_while_they_live_and_rounded_up() -> None:
     with dry_run() as ledger:
         first = torch.empty(SIZE, device=ACCELERATOR)
         view = first[:10]
-        assert ledger.moment[WORKING] == 4 * SIZE
+        assert ledger.moment[TEMPORARY] == 4 * SIZE
         del first
-        assert ledger.moment[WORKING] == 4 * SIZE  # its view holds it
+        assert ledger.moment[TEMPORARY] == 4 * SIZE  # its view holds it
         del view
-        assert ledger.moment[WORKING] == 0
+        assert ledger.moment[TEMPORARY] == 0
         small = torch.empty(1, device=ACCELERATOR)
-        assert ledger.moment[WORKING] == GRANULE
+        assert ledger.moment[TEMPORARY] == GRANULE
         del small
 
 
@@ -49,7 +49,7 @@ def test_the_host_does_not_count() -> None:
         host = torch.empty(SIZE)
         assert sum(ledger.moment.values()) == 0
         device = host.to(ACCELERATOR)
-        assert ledger.moment[WORKING] == 4 * SIZE
+        assert ledger.moment[TEMPORARY] == 4 * SIZE
         assert device.cpu().device != device.device
 
 
@@ -60,8 +60,8 @@ def test_each_place_has_its_own_peak() -> None:
         more = torch.empty(2 * SIZE, device=ACCELERATOR)
         del more
         ledger.enter("there")
-        assert ledger.peaks["here"] == {KEPT: 4 * SIZE, WORKING: 8 * SIZE}
-        assert ledger.peaks["there"] == {KEPT: 4 * SIZE, WORKING: 0}
+        assert ledger.peaks["here"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 8 * SIZE}
+        assert ledger.peaks["there"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 0}
         assert largest(ledger.peaks)[0] == "here"
         del kept
 
@@ -86,12 +86,12 @@ def test_attention_takes_what_flash_attention_takes() -> None:
         tensors = [tensor.requires_grad_() for tensor in made]
         ledger.enter("forward")
         result = functional.scaled_dot_product_attention(*tensors)
-        assert ledger.peaks["forward"][WORKING] == pytest.approx(size + of_rows, abs=2 * GRANULE)
+        assert ledger.peaks["forward"][TEMPORARY] == pytest.approx(size + of_rows, abs=2 * GRANULE)
         gradient = torch.empty_like(result)
         ledger.enter("backward")
         torch.autograd.grad(result, tensors, gradient)
         peak = ledger.peaks["backward"]
-        assert peak[WORKING] == pytest.approx(3 * size, abs=8 * GRANULE)
+        assert peak[TEMPORARY] == pytest.approx(3 * size, abs=8 * GRANULE)
         assert peak[ATTENTION] == pytest.approx(of_rows * (width + 1), abs=8 * GRANULE)
 
 
@@ -116,17 +116,17 @@ class Model(nn.Module):
         return x
 
 
-def measured(counts: Counts, is_direct: bool) -> dict[str, Moment]:
+def measured(counts: Counts, is_direct: bool) -> dict[str, BytesByKind]:
     """The moments of a forward and backward pass, all blocks run or most of them extrapolated."""
     with torch.device("meta"):
         model = Model(*counts)
     blocks = {"firsts": list(model.firsts), "seconds": list(model.seconds)}
     with dry_run() as ledger:
         place(model, ledger)
-        watch_blocks(blocks, ledger)
+        track_blocks(blocks, ledger)
 
-        def measure(some: Counts) -> dict[str, Moment]:
-            keep_blocks(model, blocks, some, ledger)
+        def measure(some: Counts) -> dict[str, BytesByKind]:
+            truncate_blocks(model, blocks, some, ledger)
             ledger.enter("outside")
             ledger.forget_peaks()
             ledger.is_backward = False
@@ -217,8 +217,8 @@ def test_the_bytes_of_a_network_are_those_on_that_device() -> None:
 
 def test_the_room_of_the_host_is_what_linux_says_or_not_known(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:     2000 kB\n", encoding="ascii")
-    assert host_room(tmp_path / "meminfo") == 2000 * 1024
-    assert host_room(tmp_path / "none") is None
+    assert free_host_memory(tmp_path / "meminfo") == 2000 * 1024
+    assert free_host_memory(tmp_path / "none") is None
 
 
 class Counter:
