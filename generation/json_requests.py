@@ -31,7 +31,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from generation.making import make_outputs
-from generation.prompt_lines import find_option, store
+from generation.prompt_lines import find_option, store_value
 from generation.request import GenerationRun, make_job
 from modules.devices import Failures
 from modules.errors import OptionError
@@ -238,7 +238,7 @@ def read_request(line: str, run: GenerationRun) -> DrivenRequest:
             raise OptionError(f"this script has no option --{word} for a prompt")
         for text in texts if isinstance(texts, list) else [texts]:
             try:
-                store(values, option, option.read(str(text)))
+                store_value(values, option, option.read(str(text)))
             except ValueError as error:
                 raise OptionError(f"--{word}: {error}") from None
     return DrivenRequest(values, strengths)

@@ -340,8 +340,8 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             """Advance the bar, and save the mask of changes in a masked section; return False to continue."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
-            if step.section.anchor is not None and output.output_type != NOTHING:
-                from generation.latent_masks import save_changes  # few sections have an anchor
+            if step.section.edit_reference is not None and output.output_type != NOTHING:
+                from generation.latent_masks import save_changes
 
                 save_changes(step, output.save_path, stem)
             return False

@@ -319,7 +319,7 @@ class UnetPasses:
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
-        turn = overrides.turn  # index of this step, number of steps, and timestep
+        turn = overrides.step_position  # index of this step, number of steps, and timestep
         assert turn is not None  # the loop sets it
         call = UnetCall(
             step=turn.step,

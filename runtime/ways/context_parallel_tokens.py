@@ -47,7 +47,7 @@ def _run_part(
 ) -> None:
     """Run the blocks on this process's part of the tokens with the previous runner."""
     # the blocks' other inputs; for each block, what is added to its result
-    tokens, added = hidden.tokens, hidden.added
+    tokens, block_residuals = hidden.tokens, hidden.block_residuals
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
@@ -57,14 +57,14 @@ def _run_part(
     hidden.x = torch.cat(own_parts, dim=1)
     hidden.tokens = tokens.cut(*parts)
     added_here: list[Tensor | None] = []
-    for tensor in added:
+    for tensor in block_residuals:
         added_here.append(None if tensor is None else parts[0].take(tensor))
-    hidden.added = added_here
-    if hidden.side is not None:  # input of the side blocks: tokens of the first stream
-        hidden.side = parts[0].take(hidden.side)
+    hidden.block_residuals = added_here
+    if hidden.control_tokens is not None:  # input of the side blocks: tokens of the first stream
+        hidden.control_tokens = parts[0].take(hidden.control_tokens)
     inner(dit, hidden, overrides)
     # the layers after the blocks compute on complete tokens again
-    hidden.added = added
+    hidden.block_residuals = block_residuals
     lengths_here = [part.of_first(part.length) for part in parts]
     joined = []
     for part, stream in zip(parts, hidden.x.split(lengths_here, dim=1), strict=True):

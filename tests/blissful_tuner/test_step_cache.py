@@ -36,7 +36,7 @@ def test_nothing_is_kept_behind_a_section_by_those_who_still_hold_its_networks(
     others = branches()
     inside = StepCaches(prepared, spec_of(dit)).section(lambda _: dit)
     with inside as dit_at, torch.no_grad():
-        dit_at(0.0)(**tiny.inputs((2, 4, 4, 6), 1), overrides=Overrides(turn=turn(0, 4)))
+        dit_at(0.0)(**tiny.inputs((2, 4, 4, 6), 1), overrides=Overrides(step_position=turn(0, 4)))
         kept = [weakref.ref(each) for each in branches() if each not in others]
 
     gc.collect()

@@ -61,9 +61,9 @@ def routed(dit: nn.Module, route: Route) -> Iterator[None]:
 
 def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     count = sum(len(blocks) for blocks in spec_of(dit).blocks(dit).values())
-    hidden.between = _Parting(route, route.blocks_of(count)).at
+    hidden.before_block = _Parting(route, route.blocks_of(count)).at
     inner(dit, hidden, overrides)
-    hidden.between = None
+    hidden.before_block = None
 
 
 class _Parting:

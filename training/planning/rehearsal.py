@@ -155,7 +155,7 @@ class Rehearsal:
                 stepping.finish()
             self.know_states()
             self.clear_gradients()
-            states = self.ledger.moment.get(dry.OPTIMIZER, 0)
+            states = self.ledger.bytes_by_kind.get(dry.OPTIMIZER, 0)
             peak = self.ledger.peaks[STEP]
             # the states were allocated during the step, and counted as working memory
             working = peak[dry.TEMPORARY] - states

@@ -34,22 +34,22 @@ def test_storages_count_while_they_live_and_rounded_up() -> None:
     with dry_run() as ledger:
         first = torch.empty(SIZE, device=ACCELERATOR)
         view = first[:10]
-        assert ledger.moment[TEMPORARY] == 4 * SIZE
+        assert ledger.bytes_by_kind[TEMPORARY] == 4 * SIZE
         del first
-        assert ledger.moment[TEMPORARY] == 4 * SIZE  # its view holds it
+        assert ledger.bytes_by_kind[TEMPORARY] == 4 * SIZE  # its view holds it
         del view
-        assert ledger.moment[TEMPORARY] == 0
+        assert ledger.bytes_by_kind[TEMPORARY] == 0
         small = torch.empty(1, device=ACCELERATOR)
-        assert ledger.moment[TEMPORARY] == GRANULE
+        assert ledger.bytes_by_kind[TEMPORARY] == GRANULE
         del small
 
 
 def test_the_host_does_not_count() -> None:
     with dry_run() as ledger:
         host = torch.empty(SIZE)
-        assert sum(ledger.moment.values()) == 0
+        assert sum(ledger.bytes_by_kind.values()) == 0
         device = host.to(ACCELERATOR)
-        assert ledger.moment[TEMPORARY] == 4 * SIZE
+        assert ledger.bytes_by_kind[TEMPORARY] == 4 * SIZE
         assert device.cpu().device != device.device
 
 
@@ -153,7 +153,7 @@ def test_a_network_has_its_weights_once() -> None:
     tied[1].weight = layer.weight
     with dry_run() as ledger:
         place(tied, ledger)
-        assert ledger.moment[WEIGHTS] == 4 * (512 * 512 + 2 * 512)
+        assert ledger.bytes_by_kind[WEIGHTS] == 4 * (512 * 512 + 2 * 512)
         assert tied[0].weight is tied[1].weight
 
 

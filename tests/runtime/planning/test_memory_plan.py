@@ -47,7 +47,7 @@ def model(blocks: int = 6) -> nn.Module:
 def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
     found = plan_swapped_bytes(model(), SwapPlan(SPEC, 3))
     # as much device memory as three blocks take
-    assert found == OffloadedWeights(host=5 << 20, ring=2 << 20)
+    assert found == OffloadedWeights(host=5 << 20, slot_bytes=2 << 20)
     assert found.saved == 3 << 20
     saved = [each.saved for each in swaps_of(model(), SPEC, SwapOptions(blocks_to_swap=0))]
     assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed

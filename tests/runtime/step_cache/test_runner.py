@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from protocols.steps import Overrides, Turn
+from protocols.steps import Overrides, StepPosition
 from runtime.run_blocks import Hidden, run_in_order, runner_of, set_runner
 from runtime.step_cache import (
     Changes,
@@ -35,7 +35,7 @@ STEPS = 6
 
 
 def at(step: int, which: str = "positive", **overrides: Any) -> Overrides:
-    return Overrides(turn=turn(step, STEPS, which), **overrides)
+    return Overrides(step_position=turn(step, STEPS, which), **overrides)
 
 
 def steps_of(tiny: TinyDit, count: int = STEPS) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class Skips(NamedTuple):
 
     steps: frozenset[int]
 
-    def skips(self, turn: Turn, signal: Signal) -> bool:
+    def skips(self, turn: StepPosition, signal: Signal) -> bool:
         return turn.step in self.steps
 
 
@@ -324,7 +324,7 @@ def test_passes_that_skip_layers_do_not_count() -> None:
     def add(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         hidden.x = hidden.x + 1
 
-    def see(turn: Turn, signal: Signal, residual: Tensor) -> None:
+    def see(turn: StepPosition, signal: Signal, residual: Tensor) -> None:
         seen.append(int(residual.mean()))
 
     for overrides in (at(0), at(0, skip_blocks=frozenset({0})), Overrides()):
@@ -333,8 +333,8 @@ def test_passes_that_skip_layers_do_not_count() -> None:
     assert seen == [1]
 
 
-def turn(step: int, num_steps: int, which: str = "positive") -> Turn:
-    return Turn(
+def turn(step: int, num_steps: int, which: str = "positive") -> StepPosition:
+    return StepPosition(
         step, num_steps, 1000.0 * (1 - step / num_steps), 1000.0 * (1 - (step + 1) / num_steps), which
     )
 
