@@ -20,7 +20,7 @@ import torch  # noqa: E402  # found from here on
 from torch import Tensor, nn  # noqa: E402
 
 from generation.denoise import predictor  # noqa: E402
-from generation.experts import Check, DitTurns  # noqa: E402
+from generation.experts import Check, ExpertOffloader  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from protocols.loading import Placement  # noqa: E402
 from protocols.steps import Step  # noqa: E402
@@ -114,7 +114,7 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
         dit = read(expert)
         return dit, copy(dit, HOST)
 
-    turns = DitTurns(
+    turns = ExpertOffloader(
         *(family.experts, CUDA, load, aside),
         one_at_a_time=True,
         free_host_memory=lambda: None,

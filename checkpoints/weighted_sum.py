@@ -152,12 +152,12 @@ class _Term:
     share: float
 
 
-def _add_up(name: str, of_first: Tensor, terms: Sequence[_Term]) -> Tensor:
+def _add_up(name: str, count_among_first: Tensor, terms: Sequence[_Term]) -> Tensor:
     """Return the weighted sum of one tensor over all models, in float32.
 
     Where a model lacks the tensor, or some of its input channels, the values of the first model are used.
     """
-    first = of_first.float()
+    first = count_among_first.float()
     total = first * terms[0].share
     for term in terms[1:]:
         values = first  # if this model lacks the tensor

@@ -1,6 +1,6 @@
 """Plan a run: the requests it makes, and the host memory of experts that wait for their turn.
 
-The rules are those of `generation.experts.DitTurns`, counted here without loading anything.
+The rules are those of `generation.experts.ExpertOffloader`, counted here without loading anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from math import prod
 from torch import nn
 
 from checkpoints.stored.forms import stored_in
-from generation.experts import plan_turns
+from generation.experts import list_expert_order
 from generation.grid_options import list_cells
 from generation.loaded_networks import needs_media
 from generation.network_setup import expert_loras
@@ -41,7 +41,7 @@ from runtime.planning.memory_plan import (
 
 
 @dataclass(frozen=True)
-class ExpertTurns:
+class ExpertSchedule:
     """Order in which the experts of a run are used.
 
     Attributes:
@@ -49,11 +49,11 @@ class ExpertTurns:
     """
 
     order: tuple[int, ...] = ()
-    # see `DitTurns`
+    # see `ExpertOffloader`
     keep: bool = False
     one_at_a_time: bool = False
     lazy: bool = False
-    together: bool = False
+    all_stay_on_device: bool = False
     in_fp8: bool = False  # so that nothing makes them smaller
 
     @property
@@ -100,7 +100,9 @@ class ExpertTurns:
         """
         if self.count < 2:
             return ()
-        if self.together:  # all experts stay on the device, without the weights that other processes hold
+        if (
+            self.all_stay_on_device
+        ):  # all experts stay on the device, without the weights that other processes hold
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.on_other_processes)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:
@@ -122,7 +124,7 @@ class ExpertTurns:
             device_memory: Memory of the device; None if unknown.
             free_host_bytes: None if unknown.
         """
-        if self.count < 2 or self.together:
+        if self.count < 2 or self.all_stay_on_device:
             return []
         notes = []
         weight_bytes = sum(part.device for part in denoising.parts if part.name == PART_NAMES[WEIGHTS])
@@ -142,17 +144,19 @@ class ExpertTurns:
         return notes
 
 
-ALONE = ExpertTurns()  # of a model with one transformer
+SINGLE_EXPERT = ExpertSchedule()  # of a model with one transformer
 
 
-def order_turns(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
+def make_expert_schedule(
+    family: Family, options: GenerationOptions, requests: Sequence[Prepared]
+) -> ExpertSchedule:
     """Return how the experts alternate when all requests run in sequence, each --num_videos times."""
-    return ExpertTurns(
-        tuple(plan_turns(family, [*requests] * options.num_videos)),
+    return ExpertSchedule(
+        tuple(list_expert_order(family, [*requests] * options.num_videos)),
         keep=options.interactive,
         one_at_a_time=options.experts.offload_inactive_dit,
         lazy=options.experts.lazy_loading,
-        together=sharing_processes(options.speed) > 1,
+        all_stay_on_device=sharing_processes(options.speed) > 1,
         in_fp8=options.speed.fp8.quantization is not None,
     )
 

@@ -171,10 +171,10 @@ def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
 
     The run is returned unchanged if its latents have no preview, or if a tool is there to hide content.
     """
-    hides = run.post is not None and run.post.hides
+    hides_content = run.post is not None and run.post.hides_content
     if run.previews is not None:
         return replace(run, previews=replace(run.previews, folder=folder))
-    if hides or not run.family.latent.preview_factors:
+    if hides_content or not run.family.latent.preview_factors:
         return run
     from blissful_tuner.latent_preview import LatentPreviews  # only from the browser
 

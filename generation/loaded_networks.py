@@ -16,7 +16,7 @@ from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from checkpoints.finite import is_finite
 from generation.denoise import SOURCE, conditions_to
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from modules.bars import track
 from modules.console import quiet
 from modules.devices import free_memory
@@ -68,7 +68,7 @@ class Session:
 
     family: Family
     device: torch.device
-    dits: DitTurns  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
+    dits: ExpertOffloader  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
     text_loras: "TextLoras | None" = None
     blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
     _encoded: Texts = field(default_factory=dict)
@@ -179,7 +179,7 @@ class Session:
         free_memory(self.device)
 
 
-def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
+def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
     # "positive", "negative" and "blank", as the guidance passes of any step use them
     needed: set[str] = set()

@@ -13,20 +13,20 @@ from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import (
-    ALONE,
-    ExpertTurns,
+    SINGLE_EXPERT,
+    ExpertSchedule,
     all_requests,
     find_largest,
     load_dit_with_unmerged_loras,
-    order_turns,
+    make_expert_schedule,
 )
 from generation.loaded_networks import (
     NO_ENCODERS,
     encode_inputs,
     gather_encoded,
     needs_media,
+    select_prompts,
     texts_of,
-    wanted_texts,
 )
 from generation.options import GenerationOptions
 from generation.request import Peaks
@@ -66,7 +66,7 @@ class PhasePrediction:
     work_between_steps: Sequence[
         tuple[int, str]
     ]  # bytes and name of each network that runs between two steps
-    turns: ExpertTurns
+    expert_schedule: ExpertSchedule
     cublas_workspace: memory_plan.MemoryPart  # other memory in use on the device
     before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
     after: tuple[memory_plan.Phase, ...] = ()  # decoding
@@ -90,7 +90,7 @@ class PhasePrediction:
         note = self.weights + swap.words(count, "of buffers")
         parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: where})
         return memory_plan.Phase(
-            "denoising", (*parts, *self.turns.parts(weights, swap), self.cublas_workspace)
+            "denoising", (*parts, *self.expert_schedule.parts(weights, swap), self.cublas_workspace)
         )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
@@ -107,7 +107,7 @@ def predict_request(
     options: GenerationOptions,
     prepared: Prepared,
     device: torch.device,
-    turns: ExpertTurns | None = None,
+    expert_schedule: ExpertSchedule | None = None,
     device_memory: DeviceMemory | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
 ) -> PhasePrediction:
@@ -121,7 +121,7 @@ def predict_request(
         options: Options of the run.
         prepared: The request.
         device: Device of the run; nothing is allocated on it.
-        turns: Order of the experts over the whole run; None computes that of this request alone.
+        expert_schedule: Order of the experts over the whole run; None computes that of this request alone.
         device_memory: Memory of the device; layers of text encoders that do not fit wait on the host.
         watch: Returns, for a network, the function that extrapolates from runs with few blocks to all;
             `TokenCounter.watch` if several devices share the step.
@@ -131,7 +131,7 @@ def predict_request(
         family, options, prepared, cublas_workspace=cublas_workspace, device_memory=device_memory
     )
     input_phases, inputs = _predict_input_encoding(family, prepared, cublas_workspace)
-    turns = turns or order_turns(family, options, [prepared])
+    expert_schedule = expert_schedule or make_expert_schedule(family, options, [prepared])
     denoising = predict_denoising(
         family,
         options,
@@ -139,7 +139,7 @@ def predict_request(
         encoded=encoded,
         inputs=inputs,
         cublas_workspace=cublas_workspace,
-        turns=turns,
+        expert_schedule=expert_schedule,
         watch=watch,
     )
     after = _predict_all_decoding(family, options, prepared, cublas_workspace)
@@ -197,7 +197,7 @@ def predict_text_encoding(
     An encoder's blocks may be split over the processes that share the transformer, or some layers may stay in
     host memory if they do not fit on the device.
     """
-    prompts = wanted_texts(prepared, options.guidance)
+    prompts = select_prompts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
@@ -242,7 +242,7 @@ def predict_denoising(
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
     cublas_workspace: memory_plan.MemoryPart,
-    turns: ExpertTurns = ALONE,
+    expert_schedule: ExpertSchedule = SINGLE_EXPERT,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
 ) -> PhasePrediction:
     """Predict the peak memory of denoising.
@@ -258,7 +258,7 @@ def predict_denoising(
         encoded: Encoded prompts by section.
         inputs: Conditions from input media, by section.
         cublas_workspace: Other memory in use on the device.
-        turns: Turns of the experts over the run.
+        expert_schedule: Order of the experts over the run.
         watch: Returns, for a network, the function that extrapolates from runs with few blocks to all.
     """
     speed = options.speed
@@ -290,7 +290,7 @@ def predict_denoising(
         swaps=swaps,
         weights=weights,
         work_between_steps=_list_work_between_steps(family, options, prepared),
-        turns=turns,
+        expert_schedule=expert_schedule,
         cublas_workspace=cublas_workspace,
     )
 
@@ -466,7 +466,7 @@ def plan_generation(
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         plan_of_blocks = prediction.plan(blocks)
         denoising = prediction.phase(blocks)
-        expert_warnings = prediction.turns.note_fit(
+        expert_warnings = prediction.expert_schedule.note_fit(
             plan_of_blocks, denoising, device_memory, free_host_memory()
         )
         return replace(plan_of_blocks, remarks=(*remarks, *expert_warnings))
@@ -489,12 +489,17 @@ def predict_largest_request(
     device_memory: DeviceMemory | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
     """Return the request (or one stage of it) that needs the most memory to denoise, and its prediction."""
-    turns = order_turns(family, options, requests)
+    expert_schedule = make_expert_schedule(family, options, requests)
     predictions: list[tuple[Prepared, PhasePrediction]] = []
     for request in find_largest(family, requests):
         for stage in request.stages or (request,):
             prediction = predict_request(
-                family, options, stage, device=device, turns=turns, device_memory=device_memory
+                family,
+                options,
+                stage,
+                device=device,
+                expert_schedule=expert_schedule,
+                device_memory=device_memory,
             )
             predictions.append((stage, prediction))
     # by the bytes on the device with 0 swapped blocks
@@ -519,7 +524,12 @@ def suggest_options(
         fp8 = replace(options, speed=override_options(speed, {"fp8_scaled": True}))
         with quiet():
             return predict_request(
-                family, fp8, prepared, device=device, turns=prediction.turns, device_memory=device_memory
+                family,
+                fp8,
+                prepared,
+                device=device,
+                expert_schedule=prediction.expert_schedule,
+                device_memory=device_memory,
             )
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantization is None else []

@@ -138,7 +138,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     if not runs_no_transformer:
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
-        flags = " and ".join(speed.modes.typed)
+        flags = " and ".join(speed.modes.flags)
         logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
         generate(family, options, select_device(options.device))
         return
@@ -148,7 +148,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             generate(family, options, select_device(options.device))
         return
     meet_anew()  # at a new port, if torchrun has restarted the processes
-    device = join_processes(options.device, speed.modes.typed[0])
+    device = join_processes(options.device, speed.modes.flags[0])
     rank = distributed.get_rank()
     if rank > 0:
         # only the first process logs and writes files
@@ -202,10 +202,10 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
 def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError if options do not work with several processes that generate a prompt together."""
     speed = options.speed
-    flags = " and ".join(speed.modes.typed)
+    flags = " and ".join(speed.modes.flags)
     count_shared_passes(speed, launched_processes())
     uses = _uses_of(family, options)
-    for check in speed.modes.on.check:  # of each kind of division over processes that is in use
+    for check in speed.modes.hooks.check_uses:  # of each kind of division over processes that is in use
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(

@@ -48,7 +48,7 @@ class FrameTools(Protocol):
     """Post-processing tools of --post that change decoded frames before they are written."""
 
     @property
-    def hides(self) -> bool:
+    def hides_content(self) -> bool:
         """Whether a tool hides content such as faces, so that unprocessed frames must not be shown."""
 
     def check(self) -> None:
@@ -211,15 +211,15 @@ def save_pixels(
     del first_frames  # a frame takes megabytes
     is_image = options.is_image(is_single)
     saves_last = options.save_last_frame and not is_image
-    hides = post is not None and post.hides
+    hides_content = post is not None and post.hides_content
     last = deque[Frame](maxlen=1)
     # the last frame is taken before the tools, so that another video can continue from it, or after a tool
     # that hides something
-    if saves_last and not hides:
+    if saves_last and not hides_content:
         playing = remember(playing, last)
     if post is not None:
         playing, fps = post.process(playing, fps, is_single)
-    if saves_last and hides:
+    if saves_last and hides_content:
         playing = remember(playing, last)
     if is_image:
         return _save_image(options, stem, playing, metadata)

@@ -160,7 +160,7 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
     show_box("Generation is finished", rows)
 
 
-def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
+def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
     """Log which of several requests is next, such as "3 of 40, about 2 h left".
 
     Args:

@@ -122,7 +122,7 @@ class QwenImage21Tokens:
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        return replace(self, part=part, split=part.of_first(self.num_image))
+        return replace(self, part=part, split=part.count_among_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.

@@ -17,6 +17,7 @@ Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocitie
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,29 +77,27 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """
     spec = spec_of(dit)
     lists = spec.blocks(dit)
-    blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
-    in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
+    blocks = list(chain.from_iterable(lists.values()))
+    num_main_blocks = len(blocks) - len(lists.get(spec.side_list, ()))  # the side list is the last one
     hint = None  # what the last side block adds to `x` after the next block
     counts = [len(blocks_of_list) for blocks_of_list in lists.values()]
     for index in spec.order(counts) if spec.side_list else range(len(blocks)):
         block = blocks[index]
-        if in_side_list[index]:
-            if hidden.control_tokens is not None:  # this call uses the side stream
-                # blocks are numbered over both lists, and the main list comes first
-                side_index = index - len(lists[spec.block_lists[0]])
-                hint = _run_side_block(block, hidden, side_index)
+        if index >= num_main_blocks:
+            if hidden.control_tokens is not None:
+                hint = _run_side_block(block, hidden, index - num_main_blocks)
             continue
         if hidden.before_block is not None:
-            hidden.before_block(index, hidden)  # a callback before each block of the main list
+            hidden.before_block(index, hidden)
         if index not in overrides.skip_blocks:
             skips = index in overrides.skip_self_attention
             tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
             hidden.x = block(hidden.x, tokens)
-        addition = hidden.block_residuals[index] if hidden.block_residuals else None
-        if addition is not None:
-            # additions are for the first tokens; the remaining ones get zeros
-            missing = hidden.x.shape[1] - addition.shape[1]
-            hidden.x = hidden.x + pad(addition.to(hidden.x.dtype), (0, 0, 0, missing))
+        residual = hidden.block_residuals[index] if hidden.block_residuals else None
+        if residual is not None:
+            # residuals are for the first tokens; the remaining ones get zeros
+            num_other_tokens = hidden.x.shape[1] - residual.shape[1]
+            hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, 0, num_other_tokens))
         if hint is not None:
             hidden.x = hidden.x + hint
             hint = None

@@ -72,9 +72,9 @@ def check_before_loading(
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     # the options: experts, division over GPUs, block swap, features, schedule
     check_experts(family, options)
-    if options.speed.modes.on.check:
+    if options.speed.modes.hooks.check_uses:
         uses = uses_of(family, options, others)
-        for check_way in options.speed.modes.on.check:
+        for check_way in options.speed.modes.hooks.check_uses:
             check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from generation.loaded_networks import wanted_texts
+from generation.loaded_networks import select_prompts
 from generation.sample_lines import read_sample_file
 from modules.console import count_of
 from modules.control_codes import shorten
@@ -111,7 +111,7 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
             earlier[number] = replace(unchanged[0], index=number)
         else:
             requests[number] = all_prepared[number]
-    new_texts = session.count_new(wanted_texts(prepared) for prepared in requests.values())
+    new_texts = session.count_new(select_prompts(prepared) for prepared in requests.values())
     if new_texts and session.blocks is not None:
         # a process that fails alone would leave the others waiting
         raise OptionError(

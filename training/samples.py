@@ -20,14 +20,14 @@ from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
 from generation.embedding_marks import warn_of_embeddings
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from generation.loaded_networks import (
     NO_ENCODERS,
     Session,
     decode_tracks,
     encode_inputs,
     needs_media,
-    wanted_texts,
+    select_prompts,
 )
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import (
@@ -345,7 +345,7 @@ def prepare_samples(
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
     # `_no_dit`: the session loads no transformer, as samples use the one that is trained
-    session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
+    session = Session(family, device, ExpertOffloader(family.experts, device, _no_dit), blocks=blocks)
     indices = source.prompt_indices(len(entries))
     requests = {index: all_prepared[index] for index in indices}
     writes = not together or process == 0
@@ -394,7 +394,7 @@ def encode_samples(
         decodes: Whether this process decodes samples.
         loads_media: Whether to load the VAE even if no sample has an image.
     """
-    texts = [wanted_texts(prepared) for prepared in requests.values()]
+    texts = [select_prompts(prepared) for prepared in requests.values()]
     encoded = session.texts(texts)
     inputs = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
     samples: list[Sample] = []

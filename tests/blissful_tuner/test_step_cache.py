@@ -12,14 +12,14 @@ from protocols.requests import Request
 from protocols.rules import MagCache, StepCaching, TeaCache
 from protocols.steps import Overrides
 from runtime.run_blocks import spec_of
-from runtime.step_cache import Branch
+from runtime.step_cache import PassState
 from tests.preparing import prepare
 from tests.runtime.step_cache.test_runner import turn
 from tests.tiny.dits import ONE_OF_EACH, TinyDit
 
 
-def branches() -> list[Branch]:
-    return [each for each in gc.get_objects() if isinstance(each, Branch)]
+def branches() -> list[PassState]:
+    return [each for each in gc.get_objects() if isinstance(each, PassState)]
 
 
 CACHES = [MagCache((1.0,), 0.0, 1.0, 6), TeaCache(1.0, (1.0, 0.0))]

@@ -103,7 +103,7 @@ def _divide_prediction(
         check_fused_backward(options.optimizer.optimizer_type, cards)
     if division != Division(cards):  # more than plain data parallelism: the ways may not support it
         uses = uses_of(family, options)
-        for check in with_division(options.speed, division).modes.on.check:
+        for check in with_division(options.speed, division).modes.hooks.check_uses:
             check(uses)
     if division.context > 1:  # so many cards share the tokens of a clip
         moments = divide_tokens(moments, division.context, counter)
