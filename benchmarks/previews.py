@@ -80,7 +80,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     run = GenerationRun(family, options, session).with_previews()
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     job = make_job(run, "the prompt", {})
-    (texts,) = session.texts([select_prompts(job.prepared, options.guidance)])
+    (texts,) = session.encode_texts([select_prompts(job.prepared, options.guidance)])
     inputs = encode_all_inputs(run, [job], Failures())[job.label]
 
     def make(previews: Any) -> float:

@@ -103,7 +103,7 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
     def make(prompt: str, seed: int, arguments: Sequence[str]) -> Made:
         asked = read("--prompt", prompt, "--seed", str(seed), *arguments)[0]
         prepared = prepare_line(family, asked, {})
-        (texts,) = session.texts([select_prompts(prepared, asked.guidance)])
+        (texts,) = session.encode_texts([select_prompts(prepared, asked.guidance)])
         with heard() as lines, dits.phase() as dit_at:
             start = time.process_time()
             latents = make_latents(family, dit_at, prepared, texts, {0: {}}, device)
@@ -112,7 +112,7 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
         print(f"seed {seed}: {' '.join(arguments[-2:])} {seconds:.1f} s", file=sys.stderr, flush=True)
         if "calibration" in " ".join(arguments):
             return Made(latents, None, seconds, said)
-        with session.media(images=False, again=True) as encoders:
+        with session.media(with_image_encoder=False, needed_again=True) as encoders:
             pixels = torch.cat([*family.decode(encoders, latents)], dim=2)[0]
         frames = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
         return Made(latents, frames.numpy(), seconds, said)

@@ -374,7 +374,7 @@ def _encode_texts(
         Label of the column -> label of the job -> encoded texts by section.
     """
     prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
-    texts_without_loras = dict(zip(jobs, run.session.texts(prompts), strict=True))
+    texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))
     texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
     for variant in variants:
         texts[variant.label] = texts_without_loras

@@ -279,7 +279,7 @@ def make_latents(
         family: The model family.
         dit_at: Returns the network to call at a timestep; the caller sets evaluation mode and device.
         prepared: The request with all values resolved.
-        prompts: Encoded prompts by section, from `Session.texts`, on the CPU.
+        prompts: Encoded prompts by section, from `Session.encode_texts`, on the CPU.
         inputs: Conditions from input media by section, from `session.encode_inputs`, on the CPU.
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.

@@ -35,7 +35,7 @@ from generation.progress import (
     show_end,
     show_start,
 )
-from generation.request import GenerationJob, GenerationRun
+from generation.request import GenerationJob, GenerationRun, Peaks
 from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED, OutputOptions
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
@@ -90,6 +90,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """
     options = run.options
     output = options.output
+    device = run.session.device
     has_media = any(needs_media(run.family, job.prepared) for job in jobs)
     if has_media:
         run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
@@ -108,10 +109,10 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             [job.prepared for job in jobs],
             loras=run.loras,
             folder=output.save_path,
-            device=run.session.device,
+            device=device,
         )
     run.on_phase("reading the prompt")
-    texts = run.session.texts([select_prompts(job.prepared, options.guidance) for job in jobs])
+    texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
     if has_media:
         run.on_phase("reading the pictures")
     inputs = encode_all_inputs(run, jobs, failures)
@@ -122,9 +123,9 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     ]
     denoised: list[GenerationJob] = []
     if encoded_jobs:
-        turns = list_expert_order(run.family, [job.prepared for job, _, _ in encoded_jobs])
         run.on_phase("loading the transformer")
-        with run.session.dits.phase(turns) as dit_at:
+        requests = [job.prepared for job, _, _ in encoded_jobs]
+        with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
             denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
     del texts, inputs, encoded_jobs  # free the memory for decoding
     clips: Mapping[str, Path] = {}
@@ -132,16 +133,21 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         run.on_phase("decoding")
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
-    latent_paths: list[Path] = []
+    written: list[Path] = []
     if output.output_type in LATENT_OUTPUTS:
-        latent_paths = [job.latent_path for job in denoised if job.latent_path is not None]
-    if not options.interactive and (latent_paths or clips):
-        seconds = time.monotonic() - start
-        show_end([*latent_paths, *clips.values()], seconds, run.session.device, len(failures.reasons))
-    if denoised and run.predicted is not None and run.session.device.type == "cuda":
-        predicted = max(run.predicted.maximum, run.session.dits.max_shared_bytes)
-        logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
+        written = [job.latent_path for job in denoised if job.latent_path is not None]
+    written += clips.values()
+    if written and not options.interactive:
+        show_end(written, time.monotonic() - start, device, len(failures.reasons))
+    if denoised and run.predicted is not None and device.type == "cuda":
+        _compare_memory(run, run.predicted)
     return clips
+
+
+def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
+    """Log the predicted and the measured peak of a run on a CUDA device."""
+    predicted_bytes = max(predicted.maximum, run.session.dits.max_shared_bytes)
+    logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
@@ -200,7 +206,7 @@ def encode_all_inputs(
     if with_media:
         # the VAE is needed again if the results are decoded
         again = run.options.output.output_type not in UNDECODED
-        with run.session.media(images=True, again=again) as encoders:
+        with run.session.media(with_image_encoder=True, needed_again=again) as encoders:
             for job in with_media:
                 with failures.note_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
@@ -406,7 +412,7 @@ def decode_all(
         tracks = _decode_audio(run, jobs, failures)
         # without jobs whose audio could not be decoded
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
-    with run.session.media(images=False, again=False) as encoders:
+    with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for job in denoised:
             with failures.note_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"

@@ -295,7 +295,7 @@ class GrowingVideo:
 
     def _decode(self, piece: Piece) -> Tensor:
         """Decode a piece to pixels, 1 3 F H W, in host memory."""
-        with self.session.media(images=False, again=True) as encoders:
+        with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:

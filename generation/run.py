@@ -4,13 +4,12 @@ import contextlib
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from generation.network_setup import (
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, reserve_stem, save_pixels
 from generation.progress import show_end
-from generation.prompt_lines import find_option, is_blank, lines_of
+from generation.prompt_lines import find_option, lines_of
 from generation.request import GenerationRun, make_job, map_lines, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from modules.atomic_write import make_folder
@@ -61,8 +60,6 @@ if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
 
 logger = logging.getLogger(__name__)
 
-STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
-
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; outputs have the files' metadata and the settings of this decoding."""
@@ -74,7 +71,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     audios = {str(path): files[path].audio for path in paths}
     tracks = make_tracks(run, audios, failures.note_errors)
     decoded: list[Path] = []
-    with run.session.media(images=False, again=False) as encoders:
+    with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for path in paths:
             label = str(path)
             if label in failures.reasons:  # its audio could not be decoded
@@ -287,7 +284,9 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 
         serve_requests(run, change_strengths, Path(os.environ[DRIVEN]))
     elif options.interactive:
-        converse(run)
+        from generation.conversation import converse  # only with --interactive
+
+        converse(run, change_strengths)
     elif options.from_file is not None or options.sheet.sheet is not None:
         make_lines(run)
     else:
@@ -372,28 +371,6 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
             " and ".join(options.post.tools.labels),
         )
     return post
-
-
-def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with new LoRA strengths; if they differ, its networks are freed and loaded again.
-
-    Args:
-        run: The run.
-        text: Numbers separated by commas, one for each LoRA; None leaves the run unchanged.
-
-    Raises:
-        OptionError: If the text cannot be parsed.
-    """
-    if text is None:
-        return run
-    try:
-        numbers = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise OptionError(f"--m {text}: give numbers separated by commas, such as 1,0.5") from None
-    count = len(run.options.lora.lora_weight or ())
-    if len(numbers) != count:
-        raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
-    return change_strengths(run, {"": numbers})  # "" is the only or low-noise expert
 
 
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
@@ -554,18 +531,18 @@ def save_merged_model(
     """
     files = family.dit_files
     experts = family.experts
-    has_names = len(files) > 1
-    targets = [
-        path.with_name(f"{path.stem}_{expert.name}{path.suffix}") if has_names else path for expert in experts
-    ]
+    has_several_experts = len(files) > 1
+    targets = [path]
+    if has_several_experts:
+        targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
     # an expert without LoRAs is left out; a model of one network is written even without LoRAs
-    changed = [index for index in range(len(files)) if loras_by_expert[index] or not has_names]
-    if not changed:
+    merged = [index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts]
+    if not merged:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
     from networks.apply import check_loras_fit  # only with --save_merged_model
     from networks.merging import merge_into_file
 
-    for index in changed:
+    for index in merged:
         sources = [*files, *(lora_use.lora.path for lora_use in loras_by_expert[index])]
         reject_replacing("--save_merged_model", targets[index], sources)
         second_file = family.file_beside(files[index])
@@ -576,7 +553,7 @@ def save_merged_model(
             )
         check_loras_fit(files[index], loras_by_expert[index])
     for index, expert in enumerate(experts):
-        if index in changed:
+        if index in merged:
             merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
             logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
@@ -597,49 +574,3 @@ def make_lines(run: GenerationRun) -> None:
         if jobs:
             make_outputs(run, jobs, failures)
     failures.raise_if_any(count, "" if path is None else f"{path}: ")
-
-
-def converse(run: GenerationRun) -> None:
-    """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    from generation.asking import line_reader, ring_after  # only with --interactive
-
-    remembers = run.options.remembers_lines  # options of a line hold for the lines after it
-    ask = line_reader(
-        ((character, option.key) for character, option in run.options.line_options.items()),
-        " Options hold for the prompts after it; an empty line quits." if remembers else "",
-    )
-    is_shared = have_joined()  # several processes generate each prompt together
-    if is_shared:
-        from generation.multi_process import read_together  # only with several processes
-
-        ask = read_together(ask)
-    remembered: dict[str, Any] = {}
-    while True:
-        try:
-            line = ask()
-            if remembers and not line.strip():
-                return
-            if is_blank(line):
-                continue
-            failures = Failures()
-            with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
-                if run.options.sheet.sheet is not None:
-                    from generation.sheets import make_sheets  # only with --sheet
-
-                    make_sheets(run, {"the prompt": line}, failures)
-                    continue
-                values = dict(run.read_line(line))
-                if remembers:
-                    values = {**remembered, **values}
-                run = with_strengths(run, values.get(STRENGTHS))
-                job = make_job(run, "the prompt", values)
-                remembered = values  # set after `make_job`, so that an invalid line changes nothing
-                make_outputs(run, [job], failures)
-        except EOFError:
-            sys.stdout.write("\n")
-            return
-        except KeyboardInterrupt:
-            if is_shared:  # the other processes are still generating the prompt and cannot be cancelled
-                raise
-            sys.stdout.write("\n")
-            logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

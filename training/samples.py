@@ -224,7 +224,7 @@ class Sampler:
             latents, audio = prepared.joint.split(latents)
             assert trains_audio(family)
             (track,) = decode_tracks(family, {stem: audio}, self.session.device, nullcontext).values()
-        with self.session.media(images=False, again=True) as encoders:
+        with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             pixels = family.decode(encoders, latents)
             if prepared.shown is not None:
                 pixels = map(prepared.shown.of, pixels)
@@ -395,7 +395,7 @@ def encode_samples(
         loads_media: Whether to load the VAE even if no sample has an image.
     """
     texts = [select_prompts(prepared) for prepared in requests.values()]
-    encoded = session.texts(texts)
+    encoded = session.encode_texts(texts)
     inputs = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
     samples: list[Sample] = []
     for position, (entry_index, prepared) in enumerate(requests.items()):
@@ -422,7 +422,7 @@ def _encode_media(
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
-            encoders = stack.enter_context(session.media(images=True, again=decodes))
+            encoders = stack.enter_context(session.media(with_image_encoder=True, needed_again=decodes))
         inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     return inputs

@@ -314,7 +314,7 @@ def session(family: ToyFamily, keep: bool) -> Session:
 
 def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
     requests = [Request("cat", 0, steps=3, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
-    found = session(ToyFamily(), keep=False).texts(
+    found = session(ToyFamily(), keep=False).encode_texts(
         [select_prompts(ToyFamily().prepare(request)) for request in requests]
     )
     negatives = [by_section[0].negative for by_section in found]
@@ -328,7 +328,7 @@ def test_a_freed_network_is_really_gone() -> None:
         dit = weakref.ref(dit_at(500.0))
     gc.collect()
     assert dit() is None
-    with freeing.media(images=True, again=True) as encoders:
+    with freeing.media(with_image_encoder=True, needed_again=True) as encoders:
         vae = weakref.ref(encoders.vae)
     del encoders  # on a CPU it does not wait
     gc.collect()
