@@ -324,7 +324,7 @@ class _HeaviestStep:
         overrides = self._section.overrides
         if overrides.section_cache is not None:
             overrides.section_cache.clear()  # its tensors belong to blocks of another run
-        self._ledger.enter("forward outside the blocks")
+        self._ledger.begin_phase("forward outside the blocks")
         self._ledger.forget_peaks()
         with _cached_dit(self._family, self._prepared, self._dit) as dit_at:
             predict_velocity = predictor(

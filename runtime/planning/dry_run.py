@@ -61,7 +61,7 @@ class _Allocation:
 class Ledger(TorchDispatchMode):
     """Tracks the bytes in use by kind, and the peak in each phase of the run.
 
-    `enter` begins a phase, such as the backward pass through a block.
+    `begin_phase` begins one, such as the backward pass through a block.
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
@@ -98,12 +98,12 @@ class Ledger(TorchDispatchMode):
                 self.track(leaf, kind)
         return result
 
-    def enter(self, place: str) -> None:
-        """Enter another part of the run.
+    def begin_phase(self, phase: str) -> None:
+        """Begin another phase of the run.
 
-        From now on, live tensors without another kind count as kept from an earlier part.
+        From now on, live tensors without another kind count as kept from an earlier phase.
         """
-        self._phase = place
+        self._phase = phase
         self._phase_index += 1
         self._bytes_of_phase = 0
         self._update_peaks()
@@ -400,7 +400,7 @@ def _track_forward(
 
     def enter_hook(phase: str) -> Callable[[Tensor], None]:
         """Return a gradient hook that begins a phase of the ledger."""
-        return lambda _: ledger.enter(phase)
+        return lambda _: ledger.begin_phase(phase)
 
     def tracked_forward(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         if ledger.is_backward:  # checkpointing recomputes the block, which counts as its backward pass
@@ -410,9 +410,9 @@ def _track_forward(
             x.register_hook(enter_hook("backward before the blocks"))
         ledger.inputs[name] = round_up_bytes(x.nbytes)
         position = _name_position(index, ledger.counts[name])
-        ledger.enter(f"forward of {name}, {position}")
+        ledger.begin_phase(f"forward of {name}, {position}")
         result = forward(x, *inputs, **named)
-        ledger.enter("forward outside the blocks")
+        ledger.begin_phase("forward outside the blocks")
         # a block of the side stream returns two tensors
         last_output = result[-1] if isinstance(result, tuple) else result
         if last_output.requires_grad:

@@ -96,14 +96,14 @@ class Rehearsal:
         dry.truncate_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
             self.fill_gradients()  # of the previous micro-batches
-        self.ledger.enter("text encoders")
+        self.ledger.begin_phase("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
         if self.texts is not None:
             with autocast_of(self.options, self.ledger.device)():
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
-        self.ledger.enter("forward outside the blocks")
+        self.ledger.begin_phase("forward outside the blocks")
         features = begin_run(self.options, self.family, self.tables)
         rule = LossRule(
             self.options.loss,
@@ -122,7 +122,7 @@ class Rehearsal:
         ):  # families may read noise levels, whose values change no sizes
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
-        self.ledger.enter("backward outside the blocks")
+        self.ledger.begin_phase("backward outside the blocks")
         # with --fused_backward_pass optimizers run in the backward pass, and may read values
         with self.ledger.reading_unknown_as_one() if self.fused else contextlib.nullcontext():
             loss.backward()
@@ -147,7 +147,7 @@ class Rehearsal:
         # by package: only some optimizers run on tensors without values; of others the states are estimated
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
             self.fill_gradients()
-            self.ledger.enter(STEP)
+            self.ledger.begin_phase(STEP)
             self.ledger.forget_peaks()
             scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
             stepping = StepAfterBackward(self.optimizer, self.parameters, max_norm, scaler, alone=self.steps)

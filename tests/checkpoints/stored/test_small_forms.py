@@ -51,7 +51,7 @@ def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() ->
             for each in form.empty(shape).tensors
             if each is not None
         )
-        ledger.enter("value")
+        ledger.begin_phase("value")
         value = form.value(tensors, shape, torch.bfloat16)
         peak = ledger.peaks["value"][TEMPORARY]
 

@@ -56,10 +56,10 @@ def test_the_host_does_not_count() -> None:
 def test_each_place_has_its_own_peak() -> None:
     with dry_run() as ledger:
         kept = torch.empty(SIZE, device=ACCELERATOR)
-        ledger.enter("here")
+        ledger.begin_phase("here")
         more = torch.empty(2 * SIZE, device=ACCELERATOR)
         del more
-        ledger.enter("there")
+        ledger.begin_phase("there")
         assert ledger.peaks["here"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 8 * SIZE}
         assert ledger.peaks["there"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 0}
         assert largest(ledger.peaks)[0] == "here"
@@ -84,11 +84,11 @@ def test_attention_takes_what_flash_attention_takes() -> None:
     with dry_run() as ledger:
         made = [torch.empty(shape, dtype=torch.bfloat16, device=ACCELERATOR) for _ in range(3)]
         tensors = [tensor.requires_grad_() for tensor in made]
-        ledger.enter("forward")
+        ledger.begin_phase("forward")
         result = functional.scaled_dot_product_attention(*tensors)
         assert ledger.peaks["forward"][TEMPORARY] == pytest.approx(size + of_rows, abs=2 * GRANULE)
         gradient = torch.empty_like(result)
-        ledger.enter("backward")
+        ledger.begin_phase("backward")
         torch.autograd.grad(result, tensors, gradient)
         peak = ledger.peaks["backward"]
         assert peak[TEMPORARY] == pytest.approx(3 * size, abs=8 * GRANULE)
@@ -127,7 +127,7 @@ def measured(counts: Counts, is_direct: bool) -> dict[str, BytesByKind]:
 
         def measure(some: Counts) -> dict[str, BytesByKind]:
             truncate_blocks(model, blocks, some, ledger)
-            ledger.enter("outside")
+            ledger.begin_phase("outside")
             ledger.forget_peaks()
             ledger.is_backward = False
             loss = model(torch.empty(4, 1000, 64, device=ACCELERATOR)).sum()
@@ -186,7 +186,7 @@ def test_a_piece_that_is_not_computed_takes_its_share() -> None:
         with dry_run() as ledger:
             if not is_first:
                 compute_piece(compute, torch.empty(64, 32, 32, device=ACCELERATOR))
-            ledger.enter("here")
+            ledger.begin_phase("here")
             given = torch.empty(64, 32, 16, device=ACCELERATOR)
             compute_piece(compute, given)
             assert len(compute.shapes) == 1
