@@ -24,7 +24,7 @@ def _shift_options() -> dict[str, LineOption]:
     options = {}
     for name, replaced in REPLACED.items():
         key = "flow_shift" if name == "fs" else name
-        options[name] = LineOption(key, read_number, instead_of=replaced)
+        options[name] = LineOption(key, read_number, replaced_keys=replaced)
     return options
 
 

@@ -20,7 +20,7 @@ import torch  # noqa: E402  # found from here on
 from torch import Tensor, nn  # noqa: E402
 
 from generation.denoise import predictor  # noqa: E402
-from generation.experts import Check, DitTurns  # noqa: E402
+from generation.experts import Check, ExpertOffloader  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from protocols.loading import Placement  # noqa: E402
 from protocols.steps import Step  # noqa: E402
@@ -45,7 +45,7 @@ class Device:
     def __init__(self) -> None:
         self._plain = Transfer(HOST)
         self.weights = self.maximum = 0
-        self.mark, self.copy, self.wait, self.finish = (
+        self.record_event, self.copy, self.wait, self.finish = (
             getattr(self._plain, name) for name in ("mark", "copy", "wait", "finish")
         )
 
@@ -114,10 +114,10 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
         dit = read(expert)
         return dit, copy(dit, HOST)
 
-    turns = DitTurns(
+    turns = ExpertOffloader(
         *(family.experts, CUDA, load, aside),
         one_at_a_time=True,
-        host_room=lambda: None,
+        free_host_memory=lambda: None,
         make_copy=copy,
     )
     text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}

@@ -214,7 +214,7 @@ def page_locked(device: torch.device) -> Figures:
     begun = time.perf_counter()
     held = allocate(infos, pinned=is_cuda)
     seconds = time.perf_counter() - begun
-    return {"GB": size / 1e9, "GB a second": round(size / 1e9 / seconds, 2), "unlocked": held.unlocked_bytes}
+    return {"GB": size / 1e9, "GB a second": round(size / 1e9 / seconds, 2), "unlocked": held.unpinned_bytes}
 
 
 def product_peaks(device: torch.device) -> Figures:

@@ -21,8 +21,8 @@ from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
 from checkpoints.stored.forms import prepare
 from generation.denoise import make_latents
-from generation.experts import DitTurns, plan_turns
-from generation.memory import rehearse_denoising
+from generation.experts import ExpertOffloader, list_expert_order
+from generation.memory import predict_denoising
 from generation.network_setup import dit_loader
 from networks.adapter import make_network
 from protocols.data import HAS_AUDIO, SOUND, Batch, Joint
@@ -111,10 +111,10 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
     planned = row.planned or plan_of_generation(row, options, family, path, device)
     noisy: Any = NoisyFamily(family)
     loader = dit_loader(noisy, (), device, options)
-    dits = DitTurns(family.experts, device, loader, loader.load_to_host, keep=True)
+    dits = ExpertOffloader(family.experts, device, loader, loader.load_to_host, keep=True)
     begun = time.monotonic()
     phase = ExitStack()  # stays open
-    dit_at = phase.enter_context(dits.phase(plan_turns(noisy, [prepared] * 2)))
+    dit_at = phase.enter_context(dits.phase(list_expert_order(noisy, [prepared] * 2)))
     loading = time.monotonic() - begun
 
     def make(asked: Prepared) -> Callable[[], Tensor]:
@@ -141,7 +141,7 @@ def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: 
     """Return the bytes of the device that the plan predicts for denoising with the network in `path`."""
     prepared, prompts, inputs = random_request(row, family)
     extra = workspace(device, is_training=False)
-    plan = rehearse_denoising(family, options, prepared, prompts, inputs, extra)
+    plan = predict_denoising(family, options, prepared, prompts, inputs, extra)
     further = (len(family.experts) - 1) * bytes_of(path)
     return plan.phase(options.speed.swap.number).device + further
 

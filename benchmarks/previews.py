@@ -57,8 +57,8 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     import wan_generate_video
     from blissful_tuner.latent_preview import preview_clip
     from generation.denoise import make_latents
-    from generation.experts import DitTurns
-    from generation.loaded_networks import Session, wanted_texts
+    from generation.experts import ExpertOffloader
+    from generation.loaded_networks import Session, select_prompts
     from generation.making import encode_all_inputs
     from generation.network_setup import dit_loader
     from generation.options import read_generation
@@ -75,12 +75,12 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     options, own = read_generation(None, wan_generate_video.DEFAULTS, WanGenerationOptions, words)
     device, family = select_device(args.device), family_for_generation(own)
     session = Session(
-        family, device, DitTurns(family.experts, device, dit_loader(family, (), device, options))
+        family, device, ExpertOffloader(family.experts, device, dit_loader(family, (), device, options))
     )
     run = GenerationRun(family, options, session).with_previews()
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     job = make_job(run, "the prompt", {})
-    (texts,) = session.texts([wanted_texts(job.prepared, options.guidance)])
+    (texts,) = session.encode_texts([select_prompts(job.prepared, options.guidance)])
     inputs = encode_all_inputs(run, [job], Failures())[job.label]
 
     def make(previews: Any) -> float:

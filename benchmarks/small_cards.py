@@ -51,7 +51,7 @@ from modules.devices import GIB  # noqa: E402
 from modules.options import Options, option, read_options  # noqa: E402
 from modules.parser import Parser, add_options  # noqa: E402
 from protocols.data import Batch  # noqa: E402
-from runtime.planning.device_memory import Room  # noqa: E402
+from runtime.planning.device_memory import DeviceMemory  # noqa: E402
 from runtime.planning.memory_plan import smallest_swap  # noqa: E402
 from training.experts import placement_of  # noqa: E402
 from training.planning.memory import StepPrediction, predict  # noqa: E402
@@ -116,7 +116,7 @@ def cells(row: Row) -> Iterator[str]:
                 made[way] = predict(family, options, random_batch(row, family), CPU)
         return made[way]
 
-    found = [choose(plan, Room("", card * GIB, card * GIB).usable) for card in reversed(CARDS)]
+    found = [choose(plan, DeviceMemory("", card * GIB, card * GIB).usable) for card in reversed(CARDS)]
     yield from reversed(found)
 
 

@@ -79,8 +79,8 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
     import torch
 
     from generation.denoise import make_latents
-    from generation.experts import DitTurns
-    from generation.loaded_networks import Session, wanted_texts
+    from generation.experts import ExpertOffloader
+    from generation.loaded_networks import Session, select_prompts
     from generation.network_setup import dit_loader
     from generation.options import read_generation
     from generation.request import prepare_line
@@ -97,13 +97,13 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
 
     options, own = read("--prompt", "x")
     family = family_for_generation(own)
-    dits = DitTurns(family.experts, device, dit_loader(family, [], device, options), keep=True)
+    dits = ExpertOffloader(family.experts, device, dit_loader(family, [], device, options), keep=True)
     session = Session(family, device, dits)
 
     def make(prompt: str, seed: int, arguments: Sequence[str]) -> Made:
         asked = read("--prompt", prompt, "--seed", str(seed), *arguments)[0]
         prepared = prepare_line(family, asked, {})
-        (texts,) = session.texts([wanted_texts(prepared, asked.guidance)])
+        (texts,) = session.encode_texts([select_prompts(prepared, asked.guidance)])
         with heard() as lines, dits.phase() as dit_at:
             start = time.process_time()
             latents = make_latents(family, dit_at, prepared, texts, {0: {}}, device)
@@ -112,7 +112,7 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
         print(f"seed {seed}: {' '.join(arguments[-2:])} {seconds:.1f} s", file=sys.stderr, flush=True)
         if "calibration" in " ".join(arguments):
             return Made(latents, None, seconds, said)
-        with session.media(images=False, again=True) as encoders:
+        with session.media(with_image_encoder=False, needed_again=True) as encoders:
             pixels = torch.cat([*family.decode(encoders, latents)], dim=2)[0]
         frames = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
         return Made(latents, frames.numpy(), seconds, said)

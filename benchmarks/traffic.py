@@ -40,7 +40,7 @@ from benchmarks.traffic_count import (  # noqa: E402
     fused,
 )
 from modules.console import quiet  # noqa: E402
-from runtime.planning.dry_run import Counts, dry_run, keep_blocks, place, watch_blocks  # noqa: E402
+from runtime.planning.dry_run import Counts, dry_run, place, track_blocks, truncate_blocks  # noqa: E402
 
 META = torch.device("meta")
 MIN = 2  # blocks of a list that are run; one more tells what each further block adds
@@ -180,16 +180,16 @@ def count_denoising(
     blocks = family.dit.blocks(dit)
     with quiet(), dry_run() as ledger, torch.no_grad():
         place(dit, ledger)
-        watch_blocks(blocks, ledger)
+        track_blocks(blocks, ledger)
         noise = SeededNoise(0, ledger.device)
         section = on_device(next(sections_of(family, prepared, prompts, inputs, noise)), ledger.device)
         guidance = make_guidance(prepared, options.guidance, family.experts)
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def run(numbers: Counts) -> list[Operation]:
-            keep_blocks(dit, blocks, numbers, ledger)
+            truncate_blocks(dit, blocks, numbers, ledger)
             predict = predictor(family, lambda _: dit, step, options.splits_guidance, section.overrides)
-            with Counting(ledger.device) as counting, ledger.guessing():
+            with Counting(ledger.device) as counting, ledger.reading_unknown_as_one():
                 guidance(step, predict, section)
             return counting.operations
 

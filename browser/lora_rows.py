@@ -243,7 +243,9 @@ def check_family(path: Path, family: str) -> None:
     trained_on = read_family(texts)
     if trained_on is None:
         return
-    names_of_family = {name for names in families_of_scripts(family) for name in (names.name, *names.compatible_families)}
+    names_of_family = {
+        name for names in families_of_scripts(family) for name in (names.name, *names.compatible_families)
+    }
     if trained_on.name not in names_of_family:
         raise OptionError(
             say(

@@ -265,7 +265,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     config = with_lengths(config, family.latent.lengths)
     tables = []
     for table in config.datasets:
-        if table.kind == "video" and family.can.keep_time and table.source_fps is None:
+        if table.kind == "video" and family.can.match_audio_schedule and table.source_fps is None:
             table = replace(table, source_fps=forms.AUTO)  # the frame rate of each file counts
         finds_audio = family.latent.holds_audio and table.kind == "video"
         tables.append(replace(table, finds_audio=finds_audio, shows_media=family.can.show_media))

@@ -68,7 +68,7 @@ class Fibo2Tokens(LuminaTokens):
 
     def cut(self, part: "TokenPart") -> "Fibo2Tokens":
         """Return the inputs for the tokens that one process computes."""
-        return replace(super().cut(part), split=part.of_first(self.split))
+        return replace(super().cut(part), split=part.count_among_first(self.split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
         """Return the block inputs for the tokens at the ascending indices `kept`, B K.
@@ -90,8 +90,8 @@ class Fibo2Tokens(LuminaTokens):
         num_image = self.second.before
         num_second_gist = self.second.count
         if self.part is not None:  # of these, the tokens that this process has
-            num_image = self.part.of_first(num_image)
-            num_second_gist = self.part.of_last(num_second_gist)
+            num_image = self.part.count_among_first(num_image)
+            num_second_gist = self.part.count_among_last(num_second_gist)
         second_start = first.shape[1] - num_second_gist
         steered = self.second.steer(first[:, :num_image], other[:, :num_image])
         return torch.cat([steered, first[:, num_image:second_start], other[:, second_start:]], dim=1)

@@ -124,7 +124,7 @@ class FluxModel(BlockNetwork):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FluxFinalLayer(config)
-        # returns `Hidden.added` for a control image: FluxControl, or a ControlNet that is trained
+        # returns `Hidden.block_residuals` for a control image: FluxControl, or a ControlNet that is trained
         self.controlnet: Callable[..., list[Tensor | None]] | None = None
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
@@ -198,7 +198,7 @@ class FluxModel(BlockNetwork):
         )
         del images, texts  # their tokens were copied into `hidden`: free the originals for the ControlNet
         if control is not None and self.controlnet is not None:
-            hidden.added = self.controlnet(
+            hidden.block_residuals = self.controlnet(
                 noisy,
                 timesteps,
                 t5,

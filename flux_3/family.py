@@ -133,13 +133,14 @@ class Flux3(pictures.ModelOfImages):
         """Predict the velocity, B C 1 H W float32.
 
         The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
-        distilled transformer predicts the mean velocity up to the step's end, which `overrides.turn` has.
+        distilled transformer predicts the mean velocity up to the step's end, which
+        `overrides.step_position` has.
         """
         # a flow map also takes the time at which the step ends
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
-            assert overrides.turn is not None, "trainings of the distilled model are refused"
-            next_timesteps = torch.full_like(timesteps.float(), overrides.turn.next_timestep)
+            assert overrides.step_position is not None, "trainings of the distilled model are refused"
+            next_timesteps = torch.full_like(timesteps.float(), overrides.step_position.next_timestep)
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),

@@ -80,7 +80,7 @@ class Flux3Tokens:
         """Return the inputs for one process, which has a part of each modality's tokens."""
         tables = self.rotary.split(self.counts, dim=-4)
         rotary = torch.cat([part.rows(table) for part, table in zip(parts, tables, strict=True)], dim=-4)
-        counts = tuple(part.of_first(part.length) for part in parts)
+        counts = tuple(part.count_among_first(part.length) for part in parts)
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":

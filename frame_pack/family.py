@@ -234,7 +234,9 @@ class FramePack(OneTransformer):
         guidance = data.send_tensor(cond, "guidance", device)
         # the timestep sets how far rotary positions are scaled; that of `turn` is on the host, which need
         # not wait for the device
-        on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
+        on_host = (
+            timesteps if overrides.step_position is None else torch.tensor([overrides.step_position.timestep])
+        )
         # round to the dtype of the guidance
         timesteps = timesteps.to(guidance.dtype).float()
         scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)

@@ -75,7 +75,7 @@ def video_sections(
         to_denoise = prompts[section.index].section(drawn, conditions)
         latents = yield replace(
             to_denoise,
-            place=1 + section.index * window,  # after the start image
+            first_latent_frame=1 + section.index * window,  # after the start image
             previous=piece,
             label=f"section {number + 1} of {len(plan)}",
             count=len(plan),

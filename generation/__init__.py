@@ -3,6 +3,7 @@
 latent_masks: hold parts of a picture to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
+conversation: the prompts that a user types at the console
 denoise: the denoising loop over sections: passes, guidance, solver
 network_setup: how networks and LoRAs are loaded, and features around them
 json_requests: requests as JSON, for a page that drives it

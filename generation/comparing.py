@@ -21,9 +21,9 @@ from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from checkpoints.model_files import load_latents
 from generation import making, network_setup
 from generation.embedding_marks import with_embeddings
-from generation.experts import plan_turns
+from generation.experts import list_expert_order
 from generation.grid_options import CompareOptions
-from generation.loaded_networks import wanted_texts
+from generation.loaded_networks import select_prompts
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, reserve_stem, words_of
@@ -47,7 +47,7 @@ from protocols.family import Family
 from protocols.rules import Expert
 from protocols.steps import DitAt, EncodedPrompts
 from runtime.compile import check_compilation
-from runtime.planning.device_memory import room_on
+from runtime.planning.device_memory import device_memory_to_plan
 
 SEED = "0"  # default seed, because all columns need the same one
 FIRST_TIMESTEP = 1000.0
@@ -135,7 +135,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
     """Return the run that generates all clips of the comparison; networks are loaded for each column."""
-    options, predicted = resolve_options(family, options, device, room_on(device))
+    options, predicted = resolve_options(family, options, device, device_memory_to_plan(device))
     loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
     return GenerationRun(family, options, session, predicted)
@@ -220,7 +220,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_planning,
-        **dict.fromkeys(options.speed.modes.typed, True),  # options that use several processes
+        **dict.fromkeys(options.speed.modes.flags, True),  # options that use several processes
         f"--output_type {output.output_type}": output.output_type not in output_types,
         "--no_metadata": output.no_metadata,
         "--keep_pngs": output.format.keep_pngs,
@@ -353,13 +353,15 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
     texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
-    ready: list[tuple[Variant, list[making.Ready]]] = []
+    encoded_jobs: list[tuple[Variant, list[making.EncodedJob]]] = []
     for variant, cells in columns:
         variant_texts = texts[variant.label]
-        cells_ready = [making.Ready(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells]
-        ready.append((variant, cells_ready))
-    all_ready = [cell for _, cells_ready in ready for cell in cells_ready]
-    for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_columns(run, ready)):
+        cells_ready = [
+            making.EncodedJob(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells
+        ]
+        encoded_jobs.append((variant, cells_ready))
+    all_ready = [cell for _, cells_ready in encoded_jobs for cell in cells_ready]
+    for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_columns(run, encoded_jobs)):
         pass  # `decode_cells` reads the latents from the files
 
 
@@ -371,8 +373,8 @@ def _encode_texts(
     Returns:
         Label of the column -> label of the job -> encoded texts by section.
     """
-    prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
-    texts_without_loras = dict(zip(jobs, run.session.texts(prompts), strict=True))
+    prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
+    texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))
     texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
     for variant in variants:
         texts[variant.label] = texts_without_loras
@@ -384,8 +386,8 @@ def _encode_texts(
 
 
 def load_for_columns(
-    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
-) -> making.Networks:
+    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
+) -> making.JobsWithNetworks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
     A network is loaded once, and its weights are switched for each column. It is loaded again for each column
@@ -399,28 +401,28 @@ def load_for_columns(
     if is_plain and not has_masked and len(run.family.experts) <= 1:
         yield from _load_switched_networks(run, columns)
         return
-    for variant, ready in columns:
-        with _begin_phase(run, ready, variant.uses) as dit_at:
-            yield ready, dit_at
+    for variant, encoded_jobs in columns:
+        with _begin_phase(run, encoded_jobs, variant.uses) as dit_at:
+            yield encoded_jobs, dit_at
 
 
 def _load_switched_networks(
-    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
-) -> making.Networks:
+    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.EncodedJob]]]
+) -> making.JobsWithNetworks:
     """Load the network once and change its weights for each column; yield the clips of each column."""
     dit_uses = [on_side(variant.uses[0], False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
-    all_ready = [cell for _, ready in columns for cell in ready]
+    all_ready = [cell for _, encoded_jobs in columns for cell in encoded_jobs]
     with _begin_phase(run, all_ready, (), [originals]) as dit_at:
-        for (_, ready), uses in zip(columns, dit_uses, strict=True):
+        for (_, encoded_jobs), uses in zip(columns, dit_uses, strict=True):
             originals.switch(dit_at(FIRST_TIMESTEP), uses)
-            yield ready, dit_at
+            yield encoded_jobs, dit_at
 
 
 def _begin_phase(
     run: GenerationRun,
-    ready: Sequence[making.Ready],
+    encoded_jobs: Sequence[making.EncodedJob],
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
@@ -429,7 +431,7 @@ def _begin_phase(
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
     dits.load_to_host = loader.load_to_host
-    return dits.phase(plan_turns(run.family, [cell.job.prepared for cell in ready]))
+    return dits.phase(list_expert_order(run.family, [cell.job.prepared for cell in encoded_jobs]))
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:

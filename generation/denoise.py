@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from protocols import steps
 from protocols.data import Conditions
 from protocols.family import Family, NoiseSource, Passes
 from protocols.requests import Prepared
+
+if TYPE_CHECKING:  # only with a step cache
+    from blissful_tuner.step_cache import StepCaches
 
 
 @torch.no_grad()
@@ -50,21 +54,20 @@ def denoise(
     Returns:
         The latents in the shape of the section's noise, float32, on its device.
     """
-    # What is fixed is inserted into the noisy latents before the first step and after each one:
-    # `given` are clean first frames or audio, `held` are other clean latents, and `anchor` is the original
-    # of an edited image, to which its unchanged regions are reset
     schedule = solver.schedule
-    is_anchored = section.anchor is not None
-    assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
+    has_edit_reference = section.edit_reference is not None
+    assert not (has_edit_reference and section.overrides.joint), "an anchor holds a picture alone"
     is_joint = section.overrides.joint is not None  # latents are video and audio in one tensor, B N
-    has_given = is_joint or section.given is not None or section.held is not None
+    has_fixed = is_joint or section.clean_first_frames is not None or section.fixed_latents is not None
     latents = latents.float()
-    if has_given:
-        latents = hold_given(section, latents)
-    if is_anchored:
-        from generation.latent_masks import hold_consistent, hold_masked  # few sections have an anchor
+    # clean latents and unchanged regions of an edited image are inserted before the first step and after
+    # each step
+    if has_fixed:
+        latents = insert_fixed_latents(section, latents)
+    if has_edit_reference:
+        from generation.latent_masks import restore_outside_mask, restore_unchanged_regions
 
-        latents = hold_masked(section, latents, schedule, first_step)
+        latents = restore_outside_mask(section, latents, schedule, first_step)
     # whether all images are fixed, and whether all audio is
     clean_streams = section.clean_streams if is_joint else (False, False)
     num_steps = schedule.num_steps - first_step
@@ -86,25 +89,25 @@ def denoise(
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.overrides, clean_streams), section
         ).float()
-        if section.held is not None:  # so that the prediction of held latents is their value
-            velocity = section.held.mix_prediction(step, velocity)
+        if section.fixed_latents is not None:  # so that the prediction of fixed latents is their value
+            velocity = section.fixed_latents.mix_prediction(step, velocity)
         done = steps.StepDone(step, velocity, section)
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
             return done.clean
-        if is_anchored:  # undo small deviations from the original image, which would add up
-            latents = hold_consistent(section, latents, schedule, index)
+        if has_edit_reference:  # undo small deviations from the original image, which would add up
+            latents = restore_unchanged_regions(section, latents, schedule, index)
         if audio_sigmas is not None:
-            velocity = keep_time(section, schedule, index, velocity)
+            velocity = match_audio_schedule(section, schedule, index, velocity)
         latents = solver.step(index, velocity, latents)
-        if has_given:  # insert again what is fixed
-            latents = hold_given(section, latents)
-        if is_anchored:
-            latents = hold_masked(section, latents, schedule, index + 1)
+        if has_fixed:
+            latents = insert_fixed_latents(section, latents)
+        if has_edit_reference:
+            latents = restore_outside_mask(section, latents, schedule, index + 1)
     return latents
 
 
-def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
+def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
     """Rescale the audio's velocity so that an Euler step with the image's noise levels fits the audio's.
 
     Without audio, or without a separate schedule for it, the velocity is returned unchanged.
@@ -124,7 +127,7 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
     return joint.join(image, audio * float(audio_change / image_change))
 
 
-def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
+def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
     """Return the latents with the section's fixed values inserted: first frames, audio, other held latents.
 
     Fixed parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance that
@@ -134,15 +137,19 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
         section: The section to denoise.
         latents: Latents, B C F H W, or B N for video with audio.
     """
-    if section.held is not None:
-        latents = section.held.put_whole(latents)
+    if section.fixed_latents is not None:
+        latents = section.fixed_latents.insert_clean(latents)
     joint = section.overrides.joint
     if joint is None:
-        return latents if section.given is None else _put_first_frames(latents, section.given)
+        return (
+            latents
+            if section.clean_first_frames is None
+            else _put_first_frames(latents, section.clean_first_frames)
+        )
     image, audio = joint.split(latents)
-    if section.given is not None:
-        image = _put_first_frames(image, section.given)
-    return joint.join(image, audio if section.given_audio is None else section.given_audio)
+    if section.clean_first_frames is not None:
+        image = _put_first_frames(image, section.clean_first_frames)
+    return joint.join(image, audio if section.clean_audio is None else section.clean_audio)
 
 
 def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
@@ -189,25 +196,24 @@ def predictor(
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
-            rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
-            timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
+            noisy_batch = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
+            timesteps = torch.full((len(group) * len(noisy),), step.timestep, device=noisy.device)
             # images and audio have timesteps of their own, which are 0 for a stream without noise
             if step.audio_sigma is not None or any(clean_streams):
                 timesteps = _split_timesteps(timesteps, step, clean_streams)
-            # identifies the pass across steps: all steps of a section use the same objects
-            which = (*map(id, group), id(overrides))
-            turn = steps.Turn(
+            # for code in the network that keeps state between steps, such as a step cache
+            step_position = steps.StepPosition(
                 step.index,
                 step.num_steps,
                 timestep=step.timestep,
                 next_timestep=step.next_timestep,
-                which=which,
+                pass_key=(*map(id, group), id(overrides)),  # all steps of a section use the same objects
             )
-            # `turn` tells code in the network that keeps state between steps where it is
-            group_overrides = replace(overrides.within(all_passes), turn=turn)
-            batch = stack(group) if len(group) > 1 else group[0]
+            group_overrides = replace(overrides.within(all_passes), step_position=step_position)
+            condition_batch = stack(group) if len(group) > 1 else group[0]
             set_level(dit, step.sigma, noisy.device)  # T-LoRAs mask their ranks by the noise level
-            velocities += family.predict(dit, rows, timesteps, batch, group_overrides).chunk(len(group))
+            velocity = family.predict(dit, noisy_batch, timesteps, condition_batch, group_overrides)
+            velocities += velocity.chunk(len(group))
         return tuple(velocities)
 
     return predict
@@ -273,7 +279,7 @@ def make_latents(
         family: The model family.
         dit_at: Returns the network to call at a timestep; the caller sets evaluation mode and device.
         prepared: The request with all values resolved.
-        prompts: Encoded prompts by section, from `Session.texts`, on the CPU.
+        prompts: Encoded prompts by section, from `Session.encode_texts`, on the CPU.
         inputs: Conditions from input media by section, from `session.encode_inputs`, on the CPU.
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.
@@ -288,12 +294,12 @@ def make_latents(
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
+    source = prepared.request.source
     extra_noise = None
-    if prepared.request.source is not None and prepared.request.source.extra_noise:
+    if source is not None and source.extra_noise:
         # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     # a generator that yields the sections of a clip, and is sent the latents of each
-    # `sections_of` adds to each section its part of the source's latents, and what the request overrides
     has_source = SOURCE in inputs.get(0, {})
     if has_source or prepared.slow_frames is not None or prepared.joint is not None:
         sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
@@ -304,55 +310,87 @@ def make_latents(
         from blissful_tuner.step_cache import StepCaches  # only with a step cache
 
         caches = StepCaches(prepared, family.dit)
+    denoiser = _SectionDenoiser(
+        family,
+        dit_at,
+        prepared,
+        noise=noise,
+        extra_noise=extra_noise,
+        step_caches=caches,
+        guidance_options=guidance_options,
+        watchers=watchers,
+        split=split,
+        run=run,
+    )
     try:
         section = next(sections)
         while True:
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, previous=None), device)  # `previous` is for `on_section`
-            # stages: requests that run one after another, each from the result of the previous one
-            stage = prepared.stages[section.stage] if prepared.stages else prepared
-            if section.solver is not None:  # a family's own solver may count several steps for one
-                stage = replace(stage, steps=section.solver.schedule.num_steps)
-            # a solver that adds noise continues the generator of the section's start
-            solver = section.solver or solver_for(
-                stage.solver,
-                stage.steps,
-                stage.flow_shift,
-                family.noise.table,
-                draw=noise.draw,
-                levels=stage.levels,
-                audio_shift=stage.audio_shift,
-            )
-            stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options  # only the first stage
-            guidance = make_guidance(stage, stage_guidance, family.experts, run)
-            start, first_step = section.noise, 0
-            if section.source is not None and prepared.request.source is not None:
-                start, first_step = _find_start(section, prepared, solver.schedule, extra_noise)
-            with ExitStack() as stack:
-                if stage.added:
-                    dit = dit_at(float(solver.schedule.timesteps[0]))
-                    stack.enter_context(_switch_on_stage_loras(dit, stage.added, device))
-                cached_at = dit_at
-                # like guidance, the step cache is for the first stage only
-                if caches is not None and not section.stage:
-                    cached_at = stack.enter_context(caches.section(dit_at))
-                latents = denoise(
-                    family,
-                    cached_at,
-                    section,
-                    latents=start,
-                    solver=solver,
-                    guidance=guidance,
-                    watchers=watchers,
-                    split=split and not family.defaults.one_batch,
-                    first_step=first_step,
-                )
-            section = sections.send(latents)
+            section = sections.send(denoiser.denoise_section(section, device))
     except StopIteration as end:  # no more sections: the generator returns the latents of the clip
         if caches is not None:
             caches.report()
         return end.value
+
+
+@dataclass(frozen=True)
+class _SectionDenoiser:
+    """Denoises the sections of a request: chooses solver, guidance and start of each; see `make_latents`."""
+
+    family: Family
+    dit_at: steps.DitAt
+    prepared: Prepared
+    noise: SeededNoise
+    extra_noise: SeededNoise | None  # added to the noisy source latents
+    step_caches: "StepCaches | None"
+    guidance_options: GuidanceOptions
+    watchers: Sequence[steps.Watcher]
+    split: bool
+    run: steps.RunPasses
+
+    def denoise_section(self, section: steps.Section, device: torch.device) -> Tensor:
+        """Return the latents of a section, whose inputs are on the device."""
+        prepared, family = self.prepared, self.family
+        # stages: requests that run one after another, each from the result of the previous one
+        stage = prepared.stages[section.stage] if prepared.stages else prepared
+        if section.solver is not None:  # a family's own solver may count several steps for one
+            stage = replace(stage, steps=section.solver.schedule.num_steps)
+        # a solver that adds noise continues the generator of the section's start
+        solver = section.solver or solver_for(
+            stage.solver,
+            stage.steps,
+            stage.flow_shift,
+            family.noise.table,
+            draw=self.noise.draw,
+            levels=stage.levels,
+            audio_shift=stage.audio_shift,
+        )
+        # options of guidance and the step cache are for the first stage only
+        guidance_options = PLAIN_GUIDANCE if section.stage else self.guidance_options
+        guidance = make_guidance(stage, guidance_options, family.experts, self.run)
+        start, first_step = section.noise, 0
+        if section.source is not None and prepared.request.source is not None:
+            start, first_step = _find_start(section, prepared, solver.schedule, self.extra_noise)
+        with ExitStack() as stack:
+            if stage.added:
+                dit = self.dit_at(float(solver.schedule.timesteps[0]))
+                stack.enter_context(_switch_on_stage_loras(dit, stage.added, device))
+            dit_at = self.dit_at
+            if self.step_caches is not None and not section.stage:
+                dit_at = stack.enter_context(self.step_caches.section(dit_at))
+            return denoise(
+                family,
+                dit_at,
+                section,
+                latents=start,
+                solver=solver,
+                guidance=guidance,
+                watchers=self.watchers,
+                split=self.split and not family.defaults.one_batch,
+                first_step=first_step,
+            )
 
 
 def sections_of(
@@ -382,7 +420,9 @@ def sections_of(
                 from blissful_tuner.video_to_video import fit_frames  # only with a source
 
                 # a section may end after the source, with the frame of an end image: repeat the last frame
-                source_frames = source[:, :, section.place :]  # from the section's first latent frame on
+                source_frames = source[
+                    :, :, section.first_latent_frame :
+                ]  # from the section's first latent frame on
                 section_source = fit_frames(source_frames, section.noise.shape[2], "end")
                 section = replace(section, source=section_source)
             section = sections.send((yield section))
@@ -438,10 +478,12 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         negative=moved.get(id(section.negative)),
         blank=moved.get(id(section.blank)),
         source=None if section.source is None else section.source.to(device),
-        given=None if section.given is None else section.given.to(device),
-        given_audio=None if section.given_audio is None else section.given_audio.to(device),
-        held=None if section.held is None else section.held.to(device),
-        anchor=None if section.anchor is None else section.anchor.to(device),
+        clean_first_frames=None
+        if section.clean_first_frames is None
+        else section.clean_first_frames.to(device),
+        clean_audio=None if section.clean_audio is None else section.clean_audio.to(device),
+        fixed_latents=None if section.fixed_latents is None else section.fixed_latents.to(device),
+        edit_reference=None if section.edit_reference is None else section.edit_reference.to(device),
         nag=moved.get(id(section.nag)),
     )
 

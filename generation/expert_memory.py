@@ -1,6 +1,6 @@
 """Plan a run: the requests it makes, and the host memory of experts that wait for their turn.
 
-The rules are those of `generation.experts.DitTurns`, counted here without loading anything.
+The rules are those of `generation.experts.ExpertOffloader`, counted here without loading anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from math import prod
 from torch import nn
 
 from checkpoints.stored.forms import quantized_weight_of
-from generation.experts import plan_turns
+from generation.experts import list_expert_order
 from generation.grid_options import list_cells
 from generation.loaded_networks import needs_media
 from generation.network_setup import expert_loras
@@ -28,13 +28,20 @@ from networks.unmerged_loras import masked_changes, split_masked
 from protocols.family import Family
 from protocols.loading import Placement
 from protocols.requests import Prepared
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.dry_run import WEIGHTS
-from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
+from runtime.planning.memory_plan import (
+    PART_NAMES,
+    MemoryPart,
+    MemoryPlan,
+    OffloadedWeights,
+    Phase,
+    sharing_processes,
+)
 
 
 @dataclass(frozen=True)
-class ExpertTurns:
+class ExpertSchedule:
     """Order in which the experts of a run are used.
 
     Attributes:
@@ -42,11 +49,11 @@ class ExpertTurns:
     """
 
     order: tuple[int, ...] = ()
-    # see `DitTurns`
+    # see `ExpertOffloader`
     keep: bool = False
     one_at_a_time: bool = False
     lazy: bool = False
-    together: bool = False
+    all_stay_on_device: bool = False
     in_fp8: bool = False  # so that nothing makes them smaller
 
     @property
@@ -55,31 +62,34 @@ class ExpertTurns:
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
-        """Return the peak host memory of the experts in bytes, if the host has enough memory for all of it.
+        """Return the peak of the bytes that all experts take in host memory, if the host has enough.
+
+        Replays `order`. While an expert denoises, the next one is read into host memory. Afterwards the
+        expert waits in host memory if it is needed again; otherwise it is freed.
 
         Args:
             weights: Bytes of a full expert.
-            swapped: Bytes of the part that is in host memory even while the expert works.
+            swapped: Bytes of the part that is in host memory even while the expert denoises.
         """
-        if self.lazy:  # each expert is freed after its turn, and none is read ahead
+        if self.lazy:  # each expert is freed after its steps, and none is read ahead
             return swapped
-        host_bytes: dict[int, int] = {}  # by expert
+        host_bytes_by_expert: dict[int, int] = {}
         peak = 0
-        for turn, expert in enumerate(self.order):
-            later = self.order[turn + 1 :]
-            # unless it was read ahead, the expert is loaded to the device, apart from its swapped blocks
-            host_bytes.setdefault(expert, swapped)
-            if later:
-                host_bytes.setdefault(later[0], weights)  # read ahead while this one works
-            peak = max(peak, sum(host_bytes.values()))
-            if self.keep or expert in later:  # `keep`: for the next prompt
-                host_bytes[expert] = weights  # it waits for its next turn
+        for index, expert in enumerate(self.order):
+            later_experts = self.order[index + 1 :]
+            host_bytes_by_expert.setdefault(expert, swapped)
+            if later_experts:
+                host_bytes_by_expert.setdefault(later_experts[0], weights)
+            peak = max(peak, sum(host_bytes_by_expert.values()))
+            is_needed_again = self.keep or expert in later_experts  # `keep`: for the next prompt
+            if is_needed_again:
+                host_bytes_by_expert[expert] = weights
             else:
-                del host_bytes[expert]
-            peak = max(peak, sum(host_bytes.values()))
+                del host_bytes_by_expert[expert]
+            peak = max(peak, sum(host_bytes_by_expert.values()))
         return peak
 
-    def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
+    def parts(self, weights: int, swap: OffloadedWeights) -> tuple[MemoryPart, ...]:
         """Return the memory of the experts that do not denoise at the moment; () if there is one expert.
 
         Swapped weights of the expert that denoises are in host memory too, but count in its own line.
@@ -90,53 +100,63 @@ class ExpertTurns:
         """
         if self.count < 2:
             return ()
-        if self.together:  # all experts stay on the device, without the weights that other processes hold
-            return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.elsewhere)),)
+        if (
+            self.all_stay_on_device
+        ):  # all experts stay on the device, without the weights that other processes hold
+            return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.on_other_processes)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:
             note = "in host memory, if it has room; else they are loaded again"
         return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
 
-    def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
-        """Return notes about the memory that the experts find free.
+    def note_fit(
+        self,
+        plan: MemoryPlan,
+        denoising: Phase,
+        device_memory: DeviceMemory | None,
+        free_host_bytes: int | None,
+    ) -> list[str]:
+        """Return notes for a memory plan: whether all experts fit on the device, or too few on the host.
 
         Args:
             plan: The memory plan.
             denoising: Phase of denoising.
-            room: Memory of the device; None if unknown.
-            host: Bytes of free host memory; None if unknown.
+            device_memory: Memory of the device; None if unknown.
+            free_host_bytes: None if unknown.
         """
-        if self.count < 2 or self.together:
+        if self.count < 2 or self.all_stay_on_device:
             return []
-        lines = []
-        weight_bytes = sum(part.device for part in denoising.parts if part.name == NAMES[WEIGHTS])
-        bytes_of_all = denoising.device + (self.count - 1) * weight_bytes
+        notes = []
+        weight_bytes = sum(part.device for part in denoising.parts if part.name == PART_NAMES[WEIGHTS])
+        bytes_with_all_experts = denoising.device + (self.count - 1) * weight_bytes
         may_stay = not (self.lazy or self.one_at_a_time)
-        if may_stay and room is not None and bytes_of_all <= room.usable:
-            lines.append(
-                f"The device has room for all experts at once, {gib(bytes_of_all)} GiB: they stay there. "
-                "--offload_inactive_dit keeps one at a time."
+        if may_stay and device_memory is not None and bytes_with_all_experts <= device_memory.usable:
+            notes.append(
+                f"The device has room for all experts at once, {gib(bytes_with_all_experts)} GiB: they stay "
+                "there. --offload_inactive_dit keeps one at a time."
             )
-        if host is not None and plan.host > host:
+        if free_host_bytes is not None and plan.host > free_host_bytes:
             smaller = "" if self.in_fp8 else " --fp8_scaled halves what they take."
-            lines.append(
-                f"The host has {gib(host)} GiB free, and {gib(plan.host)} are asked for: experts will be "
-                f"loaded again instead of waiting.{smaller}"
+            notes.append(
+                f"The host has {gib(free_host_bytes)} GiB free, and {gib(plan.host)} are asked for: experts "
+                f"will be loaded again instead of waiting.{smaller}"
             )
-        return lines
+        return notes
 
 
-ALONE = ExpertTurns()  # of a model with one transformer
+SINGLE_EXPERT = ExpertSchedule()  # of a model with one transformer
 
 
-def order_turns(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
+def make_expert_schedule(
+    family: Family, options: GenerationOptions, requests: Sequence[Prepared]
+) -> ExpertSchedule:
     """Return how the experts alternate when all requests run in sequence, each --num_videos times."""
-    return ExpertTurns(
-        tuple(plan_turns(family, [*requests] * options.num_videos)),
+    return ExpertSchedule(
+        tuple(list_expert_order(family, [*requests] * options.num_videos)),
         keep=options.interactive,
         one_at_a_time=options.experts.offload_inactive_dit,
         lazy=options.experts.lazy_loading,
-        together=sharing_processes(options.speed) > 1,
+        all_stay_on_device=sharing_processes(options.speed) > 1,
         in_fp8=options.speed.fp8.quantization is not None,
     )
 
@@ -185,7 +205,7 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
     return [prepared for size, prepared in request_by_size.items() if not is_exceeded(size)]
 
 
-def load_with_loras(
+def load_dit_with_unmerged_loras(
     family: Family, options: GenerationOptions, placement: Placement
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
     """Load the first expert on the meta device, with the LoRAs that stay separate from its weights.

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from generation.prompt_lines import LineOption, Value, find_option, store
+from generation.prompt_lines import LineOption, Value, find_option, store_value
 from modules.errors import OptionError
 from modules.options import Options, option
 from modules.paths import explain_missing, sort_by_numbers
@@ -143,9 +143,9 @@ def list_cells(
         values = {key: value for key, value in line.items() if key not in axis_keys}
         # unset the options that an axis replaces; if such an option is an axis too, it is set below
         for axis in axes:
-            values.update(dict.fromkeys(axis.option.instead_of))
+            values.update(dict.fromkeys(axis.option.replaced_keys))
         for axis, index in zip(axes, indices, strict=True):
-            store(values, axis.option, axis.values[index])
+            store_value(values, axis.option, axis.values[index])
         yield indices, values
 
 

@@ -31,7 +31,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from generation.making import make_outputs
-from generation.prompt_lines import find_option, store
+from generation.prompt_lines import find_option, store_value
 from generation.request import GenerationRun, make_job
 from modules.devices import Failures
 from modules.errors import OptionError
@@ -171,10 +171,10 @@ def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
 
     The run is returned unchanged if its latents have no preview, or if a tool is there to hide content.
     """
-    hides = run.post is not None and run.post.hides
+    hides_content = run.post is not None and run.post.hides_content
     if run.previews is not None:
         return replace(run, previews=replace(run.previews, folder=folder))
-    if hides or not run.family.latent.preview_factors:
+    if hides_content or not run.family.latent.preview_factors:
         return run
     from blissful_tuner.latent_preview import LatentPreviews  # only from the browser
 
@@ -216,7 +216,7 @@ class DrivenRequest(NamedTuple):
 
 
 def read_request(line: str, run: GenerationRun) -> DrivenRequest:
-    """Parse a line into a request.
+    """Parse a JSON object with the prompt, its options and LoRA strengths.
 
     Raises:
         OptionError: If the line cannot be parsed.
@@ -232,13 +232,13 @@ def read_request(line: str, run: GenerationRun) -> DrivenRequest:
     except (ValueError, TypeError, KeyError) as error:
         raise OptionError(f"a request is a JSON object with prompt and options: {error}") from None
     values: dict[str, Any] = {"prompt": prompt}
-    for word, texts in options.items():
-        option = find_option(word, run.options.line_options)
+    for name, value in options.items():
+        option = find_option(name, run.options.line_options)
         if option is None:
-            raise OptionError(f"this script has no option --{word} for a prompt")
-        for text in texts if isinstance(texts, list) else [texts]:
+            raise OptionError(f"this script has no option --{name} for a prompt")
+        for item in value if isinstance(value, list) else [value]:
             try:
-                store(values, option, option.read(str(text)))
+                store_value(values, option, option.read(str(item)))
             except ValueError as error:
-                raise OptionError(f"--{word}: {error}") from None
+                raise OptionError(f"--{name}: {error}") from None
     return DrivenRequest(values, strengths)

@@ -13,7 +13,7 @@ from protocols.rules import ConsistencyRules
 from protocols.steps import Section, StepDone
 
 
-def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
+def restore_outside_mask(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
     """Reset latents to the noisy original image wherever the section's mask does not let it change.
 
     Call it after each step. Without a mask the latents are returned unchanged.
@@ -24,14 +24,14 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
         schedule: Schedule of noise levels.
         step: Index in the schedule of the latents' noise level.
     """
-    anchor = section.anchor  # the original image and its mask
-    if anchor is None or anchor.changed is None:
+    edit_reference = section.edit_reference  # the original image and its mask
+    if edit_reference is None or edit_reference.changed is None:
         return latents
-    noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
-    return torch.where(anchor.changed > 0, latents, noisy_reference)
+    noisy_reference = noisy_source(edit_reference.latents, section.noise, schedule, step)
+    return torch.where(edit_reference.changed > 0, latents, noisy_reference)
 
 
-def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
+def restore_unchanged_regions(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
     """Reset latents to the noisy original image in the regions where they hardly differ from it.
 
     Call before each step, once its velocity is known, so that small deviations do not accumulate.
@@ -42,11 +42,13 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
         schedule: Schedule of noise levels.
         step: Index in the schedule of the latents' noise level.
     """
-    anchor = section.anchor  # the original image and the rules that find changes
-    if anchor is None or anchor.rules is None:
+    edit_reference = section.edit_reference  # the original image and the rules that find changes
+    if edit_reference is None or edit_reference.rules is None:
         return latents
-    noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
-    return torch.where(find_changes(latents - noisy_reference, anchor.rules), latents, noisy_reference)
+    noisy_reference = noisy_source(edit_reference.latents, section.noise, schedule, step)
+    return torch.where(
+        find_changes(latents - noisy_reference, edit_reference.rules), latents, noisy_reference
+    )
 
 
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
@@ -95,10 +97,10 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:
     """Write the mask of changed latents at a step as an image, if the options ask for it."""
-    anchor = done.section.anchor
+    edit_reference = done.section.edit_reference
     sigma = done.step.sigma
-    if anchor is not None and anchor.rules is not None and anchor.rules.saves:
-        noisy_reference = (1 - sigma) * anchor.latents + sigma * done.section.noise
-        changed = find_changes(done.step.noisy - noisy_reference, anchor.rules)[0, 0, 0]
+    if edit_reference is not None and edit_reference.rules is not None and edit_reference.rules.saves:
+        noisy_reference = (1 - sigma) * edit_reference.latents + sigma * done.section.noise
+        changed = find_changes(done.step.noisy - noisy_reference, edit_reference.rules)[0, 0, 0]
         path = folder / f"{stem}_rcm_{done.step.index:03d}.png"
         Image.fromarray(changed.mul(255).byte().cpu().numpy()).save(path)

@@ -16,7 +16,7 @@ from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from checkpoints.finite import is_finite
 from generation.denoise import SOURCE, conditions_to
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from modules.bars import track
 from modules.console import quiet
 from modules.devices import free_memory
@@ -68,7 +68,7 @@ class Session:
 
     family: Family
     device: torch.device
-    dits: DitTurns  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
+    dits: ExpertOffloader  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
     text_loras: "TextLoras | None" = None
     blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
     _encoded: Texts = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Session:
     _has_image_encoder: bool = False
     _logged_media: set[bool] = field(default_factory=set)  # values of `images` whose load was logged
 
-    def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
+    def encode_texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
         """Encode the prompts of each section, as listed by `wanted_texts`.
 
         Each text encoder is loaded once and encodes each new prompt alone, because its conditions must not
@@ -130,34 +130,34 @@ class Session:
         self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
         self.text_loras = loras
         try:
-            return self.texts(prompts)
+            return self.encode_texts(prompts)
         finally:
             self._encoded, self.text_loras = before
 
     @contextmanager
-    def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
+    def media(self, with_image_encoder: bool, needed_again: bool) -> Iterator[MediaEncoders]:
         """Yield the media encoders on the device.
 
         Args:
-            images: Whether to include the image encoder.
-            again: Whether the encoders are needed again later. They then wait on the CPU; if the CPU is the
-                device, they are freed and loaded again.
+            with_image_encoder: Whether to include the image encoder.
+            needed_again: Whether the encoders are needed again later. They then wait on the CPU; if the CPU
+                is the device, they are freed and loaded again.
         """
         try:
-            if self._media is None or (images and not self._has_image_encoder):
+            if self._media is None or (with_image_encoder and not self._has_image_encoder):
                 # the VAE is loaded again with the image encoder, which is rare; two VAEs would not fit
                 self._media = None
                 # a VAE that is loaded repeatedly, as for each sample of CPU training, is logged once
-                with quiet() if images in self._logged_media else nullcontext():
-                    self._media = self.family.media_encoders(self.device, images)
-                self._has_image_encoder = images
-                self._logged_media.add(images)
+                with quiet() if with_image_encoder in self._logged_media else nullcontext():
+                    self._media = self.family.media_encoders(self.device, with_image_encoder)
+                self._has_image_encoder = with_image_encoder
+                self._logged_media.add(with_image_encoder)
             else:
-                _move(self._media, self.device, images)
+                _move(self._media, self.device, with_image_encoder)
             with torch.no_grad():
                 yield self._media
         finally:  # also if Ctrl-C interrupts a move
-            stays_in_host_memory = self.dits.keep or (again and self.device != CPU)
+            stays_in_host_memory = self.dits.keep or (needed_again and self.device != CPU)
             if self._media is not None and stays_in_host_memory:
                 _move(self._media, CPU, images=True)
             else:
@@ -179,7 +179,7 @@ class Session:
         free_memory(self.device)
 
 
-def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
+def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
     # "positive", "negative" and "blank", as the guidance passes of any step use them
     needed: set[str] = set()

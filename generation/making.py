@@ -18,24 +18,24 @@ from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from checkpoints.finite import is_finite
 from generation import outputs
 from generation.denoise import OnSection, make_latents
-from generation.experts import plan_turns
+from generation.experts import list_expert_order
 from generation.loaded_networks import (
     CPU,
     NO_ENCODERS,
     decode_tracks,
     encode_inputs,
     needs_media,
-    wanted_texts,
+    select_prompts,
 )
 from generation.progress import (
     GrowingVideo,
-    log_turn,
+    log_job_progress,
     name_preview_on_failure,
     remove_preview,
     show_end,
     show_start,
 )
-from generation.request import GenerationJob, GenerationRun
+from generation.request import GenerationJob, GenerationRun, Peaks
 from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED, OutputOptions
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
@@ -90,6 +90,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """
     options = run.options
     output = options.output
+    device = run.session.device
     has_media = any(needs_media(run.family, job.prepared) for job in jobs)
     if has_media:
         run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
@@ -108,36 +109,45 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
             [job.prepared for job in jobs],
             loras=run.loras,
             folder=output.save_path,
-            device=run.session.device,
+            device=device,
         )
     run.on_phase("reading the prompt")
-    texts = run.session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
+    texts = run.session.encode_texts([select_prompts(job.prepared, options.guidance) for job in jobs])
     if has_media:
         run.on_phase("reading the pictures")
     inputs = encode_all_inputs(run, jobs, failures)
-    ready = [
-        Ready(job, job_texts, inputs[job.label])
+    encoded_jobs = [
+        EncodedJob(job, job_texts, inputs[job.label])
         for job, job_texts in zip(jobs, texts, strict=True)
         if job.label in inputs
     ]
     denoised: list[GenerationJob] = []
-    if ready:
-        turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
+    if encoded_jobs:
         run.on_phase("loading the transformer")
-        with run.session.dits.phase(turns) as dit_at:
-            denoised += denoise_all(run, ready, failures, [(ready, dit_at)])
-    del texts, inputs, ready  # free the memory for decoding
+        requests = [job.prepared for job, _, _ in encoded_jobs]
+        with run.session.dits.phase(list_expert_order(run.family, requests)) as dit_at:
+            denoised += denoise_all(run, encoded_jobs, failures, [(encoded_jobs, dit_at)])
+    del texts, inputs, encoded_jobs  # free the memory for decoding
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
-    if not options.interactive:
-        _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
-    if denoised and run.predicted is not None and run.session.device.type == "cuda":
-        predicted = max(run.predicted.maximum, run.session.dits.max_shared_bytes)
-        logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
+    written: list[Path] = []
+    if output.output_type in LATENT_OUTPUTS:
+        written = [job.latent_path for job in denoised if job.latent_path is not None]
+    written += clips.values()
+    if written and not options.interactive:
+        show_end(written, time.monotonic() - start, device, len(failures.reasons))
+    if denoised and run.predicted is not None and device.type == "cuda":
+        _compare_memory(run, run.predicted)
     return clips
+
+
+def _compare_memory(run: GenerationRun, predicted: Peaks) -> None:
+    """Log the predicted and the measured peak of a run on a CUDA device."""
+    predicted_bytes = max(predicted.maximum, run.session.dits.max_shared_bytes)
+    logger.info(comparison(predicted_bytes, torch.cuda.max_memory_allocated(run.session.device)))
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
@@ -182,22 +192,6 @@ def _rewrite_prompts(
         free_memory(device)
 
 
-def _show_end(
-    run: GenerationRun,
-    denoised: Sequence[GenerationJob],
-    clips: Mapping[str, Path],
-    seconds: float,
-    num_failed: int,
-) -> None:
-    """Log the files that a run wrote, if any, latent files first."""
-    paths: list[Path] = []
-    if run.options.output.output_type in LATENT_OUTPUTS:
-        paths = [job.latent_path for job in denoised if job.latent_path is not None]
-    paths += clips.values()
-    if paths:
-        show_end(paths, seconds, run.session.device, num_failed)
-
-
 def encode_all_inputs(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
@@ -212,7 +206,7 @@ def encode_all_inputs(
     if with_media:
         # the VAE is needed again if the results are decoded
         again = run.options.output.output_type not in UNDECODED
-        with run.session.media(images=True, again=again) as encoders:
+        with run.session.media(with_image_encoder=True, needed_again=again) as encoders:
             for job in with_media:
                 with failures.note_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
@@ -220,7 +214,7 @@ def encode_all_inputs(
     return inputs
 
 
-class Ready(NamedTuple):
+class EncodedJob(NamedTuple):
     """A job with its encoded prompts and inputs, by section index."""
 
     job: GenerationJob
@@ -228,11 +222,13 @@ class Ready(NamedTuple):
     inputs: Mapping[int, Conditions]
 
 
-Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # groups of jobs, each with the networks to denoise it
+JobsWithNetworks = Iterable[
+    tuple[Sequence[EncodedJob], DitAt]
+]  # groups of jobs, each with the networks to denoise it
 
 
 def denoise_all(
-    run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks
+    run: GenerationRun, encoded_jobs: Sequence[EncodedJob], failures: Failures, networks: JobsWithNetworks
 ) -> Iterator[GenerationJob]:
     """Denoise the jobs, write each job's latents, and yield the job with them.
 
@@ -240,13 +236,13 @@ def denoise_all(
 
     Args:
         run: The run.
-        ready: Jobs whose texts and inputs are encoded.
+        encoded_jobs: Jobs whose texts and inputs are encoded.
         failures: Collects the errors of single files or lines.
-        networks: Yields the jobs of `ready` in groups, in the same order, each with the function that returns
-            the network for a timestep.
+        networks: Yields the jobs of `encoded_jobs` in groups, in the same order, each with the function that
+            returns the network for a timestep.
     """
     output = run.options.output
-    requests = [job.prepared for job, _, _ in ready]
+    requests = [job.prepared for job, _, _ in encoded_jobs]
     start: float | None = None
     num_begun = 0
     for group, dit_at in networks:
@@ -255,11 +251,11 @@ def denoise_all(
         for job, texts, job_inputs in group:
             with failures.note_errors(job.label, run.fatal):
                 if len(requests) > 1:
-                    log_turn(job.label, requests, num_begun, time.monotonic() - start)
+                    log_job_progress(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
                 with _reserve_stem(output, job) as stem:
                     # callbacks after each step and before each section, for progress and previews
-                    with watch(run, job, stem) as (watchers, on_section):
+                    with progress_callbacks(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
                             dit_at,
@@ -318,7 +314,9 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
 
 
 @contextmanager
-def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
+def progress_callbacks(
+    run: GenerationRun, job: GenerationJob, stem: str
+) -> Iterator[tuple[list[Watcher], OnSection]]:
     """Yield the callbacks of one job for each step and each section: progress bars and previews."""
     prepared = job.prepared
     output = run.options.output
@@ -340,8 +338,8 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             """Advance the bar, and save the mask of changes in a masked section; return False to continue."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
-            if step.section.anchor is not None and output.output_type != NOTHING:
-                from generation.latent_masks import save_changes  # few sections have an anchor
+            if step.section.edit_reference is not None and output.output_type != NOTHING:
+                from generation.latent_masks import save_changes
 
                 save_changes(step, output.save_path, stem)
             return False
@@ -373,14 +371,15 @@ class _SectionPreview:
     def add_previous(self, section: Section) -> None:
         """Append the section before `section` to the preview, if there is one."""
         run = self.run
-        hides = run.post is not None and run.post.hides  # a tool of --post removes what must not be seen
+        # a tool of --post removes what must not be seen
+        hides_content = run.post is not None and run.post.hides_content
         if not run.options.output.shows_progress:
             return
         if section.previous is None:  # `section` is the first one
-            if hides and section.count > 1:
+            if hides_content and section.count > 1:
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
             return
-        if hides:
+        if hides_content:
             return
         if self.video is None:  # the first section is done: begin the preview
             prepared = self.job.prepared
@@ -413,7 +412,7 @@ def decode_all(
         tracks = _decode_audio(run, jobs, failures)
         # without jobs whose audio could not be decoded
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
-    with run.session.media(images=False, again=False) as encoders:
+    with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for job in denoised:
             with failures.note_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"

@@ -13,20 +13,20 @@ from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import (
-    ALONE,
-    ExpertTurns,
+    SINGLE_EXPERT,
+    ExpertSchedule,
     all_requests,
     find_largest,
-    load_with_loras,
-    order_turns,
+    load_dit_with_unmerged_loras,
+    make_expert_schedule,
 )
 from generation.loaded_networks import (
     NO_ENCODERS,
     encode_inputs,
     gather_encoded,
     needs_media,
+    select_prompts,
     texts_of,
-    wanted_texts,
 )
 from generation.options import GenerationOptions
 from generation.request import Peaks
@@ -44,10 +44,10 @@ from protocols.family import Family, TextEncoder, can_divide, can_see, is_layere
 from protocols.loading import Placement
 from protocols.requests import Prepared, Prompt
 from protocols.rules import Expert, noisiest
-from protocols.steps import DitAt, EncodedPrompts, Step
+from protocols.steps import DitAt, EncodedPrompts, Section, Step
 from runtime.planning import dry_run as dry
 from runtime.planning import memory_plan
-from runtime.planning.device_memory import Room, host_room
+from runtime.planning.device_memory import DeviceMemory, free_host_memory
 from runtime.run_blocks import spec_of
 
 META = torch.device("meta")
@@ -60,32 +60,38 @@ DECODED = 13
 class PhasePrediction:
     """Predicted memory of a request's denoising, of block swap's effect on it, and of other phases."""
 
-    moments: Mapping[str, dry.Moment]  # place in the step -> its peak
-    swaps: Sequence[memory_plan.Swapped]  # the item at index n is the effect of --blocks_to_swap n
+    peaks_by_phase: Mapping[str, dry.BytesByKind]  # place in the step -> its peak
+    swaps: Sequence[memory_plan.OffloadedWeights]  # the item at index n is the effect of --blocks_to_swap n
     weights: str  # description of the weights' dtypes
-    between: Sequence[tuple[int, str]]  # bytes and name of each network that runs between two steps
-    turns: ExpertTurns
-    extra: memory_plan.MemoryPart  # other memory in use on the device
+    work_between_steps: Sequence[
+        tuple[int, str]
+    ]  # bytes and name of each network that runs between two steps
+    expert_schedule: ExpertSchedule
+    cublas_workspace: memory_plan.MemoryPart  # other memory in use on the device
     before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
     after: tuple[memory_plan.Phase, ...] = ()  # decoding
 
     @property
-    def maximum(self) -> int:
+    def max_swapped_blocks(self) -> int:
         """Largest possible number of swapped blocks."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
         """Return the denoising phase with its peak memory for a number of swapped blocks."""
         swap = self.swaps[count]
-        where, moment = dry.largest(self.moments)
-        weights = moment[dry.WEIGHTS]
-        work_between, name = max(self.between, default=(0, ""))
-        if work_between > sum(moment.values()) - weights:  # between steps only the weights are in memory
+        where, bytes_by_kind = dry.largest(self.peaks_by_phase)
+        weights = bytes_by_kind[dry.WEIGHTS]
+        work_between, name = max(self.work_between_steps, default=(0, ""))
+        if (
+            work_between > sum(bytes_by_kind.values()) - weights
+        ):  # between steps only the weights are in memory
             where = name
-            moment = {dry.WEIGHTS: weights, dry.WORKING: work_between}
+            bytes_by_kind = {dry.WEIGHTS: weights, dry.TEMPORARY: work_between}
         note = self.weights + swap.words(count, "of buffers")
-        parts = memory_plan.parts_of(moment, swap, {dry.WEIGHTS: note, dry.WORKING: where})
-        return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
+        parts = memory_plan.parts_of(bytes_by_kind, swap, {dry.WEIGHTS: note, dry.TEMPORARY: where})
+        return memory_plan.Phase(
+            "denoising", (*parts, *self.expert_schedule.parts(weights, swap), self.cublas_workspace)
+        )
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
         """Return the memory plan of all phases with a number of swapped blocks."""
@@ -96,16 +102,16 @@ class PhasePrediction:
         return self.phase(blocks).device
 
 
-def predict(
+def predict_request(
     family: Family,
     options: GenerationOptions,
     prepared: Prepared,
     device: torch.device,
-    turns: ExpertTurns | None = None,
-    room: Room | None = None,
-    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    expert_schedule: ExpertSchedule | None = None,
+    device_memory: DeviceMemory | None = None,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
 ) -> PhasePrediction:
-    """Run all phases of a generation on tensors without values, and measure their memory.
+    """Predict the memory of all phases of a generation by running them on tensors without values.
 
     Nothing is counted for LoRAs that are merged while loading. Products in 8 bits are counted as 16-bit
     products of the same weights. Loading raises the same errors as in a real run.
@@ -115,43 +121,59 @@ def predict(
         options: Options of the run.
         prepared: The request.
         device: Device of the run; nothing is allocated on it.
-        turns: Order of the experts over the whole run; None computes that of this request alone.
-        room: Memory of the device; layers of text encoders that do not fit wait on the host.
+        expert_schedule: Order of the experts over the whole run; None computes that of this request alone.
+        device_memory: Memory of the device; layers of text encoders that do not fit wait on the host.
         watch: Returns, for a network, the function that extrapolates from runs with few blocks to all;
             `TokenCounter.watch` if several devices share the step.
     """
-    extra = memory_plan.workspace(device, is_training=False)
-    before, encoded = rehearse_texts(family, options, prepared, extra=extra, room=room)
-    if needs_media(family, prepared):
-        encoders = family.media_encoders(META)
-        with rehearsing(encoders) as ledger:
-            conditions = encode_inputs(family, encoders, prepared)
-            before.append(make_phase("images and videos", ledger, extra))
-        inputs = {section: make_solid(tensors) for section, tensors in conditions.items()}
-    else:
-        inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
-    turns = turns or order_turns(family, options, [prepared])
-    denoising = rehearse_denoising(
+    cublas_workspace = memory_plan.workspace(device, is_training=False)
+    text_phases, encoded = predict_text_encoding(
+        family, options, prepared, cublas_workspace=cublas_workspace, device_memory=device_memory
+    )
+    input_phases, inputs = _predict_input_encoding(family, prepared, cublas_workspace)
+    expert_schedule = expert_schedule or make_expert_schedule(family, options, [prepared])
+    denoising = predict_denoising(
         family,
         options,
         prepared,
         encoded=encoded,
         inputs=inputs,
-        extra=extra,
-        turns=turns,
+        cublas_workspace=cublas_workspace,
+        expert_schedule=expert_schedule,
         watch=watch,
     )
-    # after denoising: audio, which is decoded first, and pixels
-    after: list[memory_plan.Phase] = []
+    after = _predict_all_decoding(family, options, prepared, cublas_workspace)
+    return replace(denoising, before=(*text_phases, *input_phases), after=tuple(after))
+
+
+def _predict_input_encoding(
+    family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
+) -> tuple[list[memory_plan.Phase], Mapping[int, Conditions]]:
+    """Predict the memory of encoding input media; also return the conditions, by section."""
+    if not needs_media(family, prepared):
+        return [], dict(encode_inputs(family, NO_ENCODERS, prepared))
+    encoders = family.media_encoders(META)
+    with rehearsing(encoders) as ledger:
+        conditions = encode_inputs(family, encoders, prepared)
+        phase = make_phase("images and videos", ledger, cublas_workspace)
+    return [phase], {section: make_real_tensors(tensors) for section, tensors in conditions.items()}
+
+
+def _predict_all_decoding(
+    family: Family, options: GenerationOptions, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
+) -> list[memory_plan.Phase]:
+    """Predict the memory of decoding the audio, then the pixels, as far as the run writes them."""
+    pixels: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
-        after.append(rehearse_decoding(family, prepared, extra))
-    joint = None if prepared.is_still else prepared.joint
+        pixels.append(predict_decoding(family, prepared, cublas_workspace))
+    audio: list[memory_plan.Phase] = []
+    joint = None if prepared.is_still else prepared.joint  # sizes of image and audio latents
     if joint is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
             family.decode_audio(networks, torch.empty(1, *joint.audio))
-            after.insert(0, make_phase("decoding sound", ledger, extra))
-    return replace(denoising, before=tuple(before), after=tuple(after))
+            audio.append(make_phase("decoding sound", ledger, cublas_workspace))
+    return [*audio, *pixels]
 
 
 @contextmanager
@@ -163,19 +185,19 @@ def rehearsing(networks: object) -> Iterator[dry.Ledger]:
         yield ledger
 
 
-def rehearse_texts(
+def predict_text_encoding(
     family: Family,
     options: GenerationOptions,
     prepared: Prepared,
-    extra: memory_plan.MemoryPart,
-    room: Room | None,
+    cublas_workspace: memory_plan.MemoryPart,
+    device_memory: DeviceMemory | None,
 ) -> tuple[list[memory_plan.Phase], Mapping[int, EncodedPrompts]]:
     """Predict the memory of each text encoder; also return the encoded prompts, as uninitialized tensors.
 
     An encoder's blocks may be split over the processes that share the transformer, or some layers may stay in
     host memory if they do not fit on the device.
     """
-    prompts = wanted_texts(prepared, options.guidance)
+    prompts = select_prompts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
@@ -184,15 +206,18 @@ def rehearse_texts(
             encoder.load_tower(META)  # the image encoder; before the dry run, which must not load anything
         with rehearsing(encoder) as ledger:
             encoded = [encoder.encode([text])[0] for text in outputs]
-            phase = make_phase(f"text encoder {encoder.name}", ledger, extra)
-        phases.append(_with_fewer_weights(phase, encoder, options, room))
+            phase = make_phase(f"text encoder {encoder.name}", ledger, cublas_workspace)
+        phases.append(_with_fewer_weights(phase, encoder, options, device_memory))
         for text, conditions in zip(outputs, encoded, strict=True):
-            outputs[text].update(make_solid(conditions))  # real tensors, which later dry runs accept
+            outputs[text].update(make_real_tensors(conditions))  # real tensors, which later dry runs accept
     return phases, gather_encoded(prompts, outputs)
 
 
 def _with_fewer_weights(
-    phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
+    phase: memory_plan.Phase,
+    encoder: TextEncoder,
+    options: GenerationOptions,
+    device_memory: DeviceMemory | None,
 ) -> memory_plan.Phase:
     """Reduce the weights in a text encoder's phase by those on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
@@ -202,25 +227,29 @@ def _with_fewer_weights(
         (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
         note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
         weights = replace(weights, device=weights.device - split.saved, note=note)
-    elif room is not None and phase.device > room.usable and is_layered(encoder):
-        waiting = encoder.waiting_bytes(room.usable)
+    elif device_memory is not None and phase.device > device_memory.usable and is_layered(encoder):
+        waiting = encoder.waiting_bytes(device_memory.usable)
         if waiting:
             on_device = weights.device - waiting
             weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")
     return memory_plan.Phase(phase.name, (weights, *phase.parts[1:]))
 
 
-def rehearse_denoising(
+def predict_denoising(
     family: Family,
     options: GenerationOptions,
     prepared: Prepared,
     encoded: Mapping[int, EncodedPrompts],
     inputs: Mapping[int, Conditions],
-    extra: memory_plan.MemoryPart,
-    turns: ExpertTurns = ALONE,
-    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    cublas_workspace: memory_plan.MemoryPart,
+    expert_schedule: ExpertSchedule = SINGLE_EXPERT,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
 ) -> PhasePrediction:
-    """Predict the peak memory of denoising: run its heaviest step on tensors without values.
+    """Predict the peak memory of denoising.
+
+    1. Load the transformer without values.
+    2. Run the step that needs the most memory with a few blocks, and count the bytes of all tensors.
+    3. Extrapolate to all blocks.
 
     Args:
         family: The model family.
@@ -228,15 +257,14 @@ def rehearse_denoising(
         prepared: The request with all values resolved.
         encoded: Encoded prompts by section.
         inputs: Conditions from input media, by section.
-        extra: Other memory in use on the device.
-        turns: Turns of the experts over the run.
+        cublas_workspace: Other memory in use on the device.
+        expert_schedule: Order of the experts over the run.
         watch: Returns, for a network, the function that extrapolates from runs with few blocks to all.
     """
     speed = options.speed
-    # load the transformer without values
     sdpa = replace(speed.attention.choice, mode="sdpa")  # represents all kernels, some of which need a GPU
     placement = Placement(META, attention=sdpa, quantization=rehearsed(speed.fp8.quantization))
-    dit, lora_changes = load_with_loras(family, options, placement)
+    dit, lora_changes = load_dit_with_unmerged_loras(family, options, placement)
     dit.eval().requires_grad_(False)
     weights = memory_plan.dtypes_of(dit)
     processes = memory_plan.sharing_processes(speed)
@@ -245,49 +273,71 @@ def rehearse_denoising(
     extrapolate = watch(dit)
     if prepared.added:
         add_stage_loras(dit)
-    # run one step with a few blocks, and extrapolate to all blocks
-    with rehearsing(dit) as ledger:  # the ledger counts the bytes of tensors that exist
-        dry.watch_blocks(blocks, ledger)
+    with rehearsing(dit) as ledger:
+        dry.track_blocks(blocks, ledger)
         _place_loras(dit, lora_changes, prepared, ledger)
         noise = SeededNoise(0, dry.ACCELERATOR)
         sections = sections_of(family, prepared, prompts=encoded, inputs=inputs, noise=noise)
         section = on_device(next(sections), dry.ACCELERATOR)
-        guidance = make_guidance(prepared, options.guidance, family.experts)
-        step = heaviest_step(prepared, options, family.experts, section.noise)
-
-        def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
-            """Dry-run the step with these numbers of blocks; return the memory peaks by place in the step."""
-            dry.keep_blocks(dit, blocks, counts, ledger)
-            if section.overrides.section_cache is not None:
-                section.overrides.section_cache.clear()  # its tensors belong to blocks of another run
-            ledger.enter("forward outside the blocks")
-            ledger.forget_peaks()
-            with _cached_dit(family, prepared, dit) as dit_at:
-                predict_at = predictor(
-                    family,
-                    dit_at,
-                    step,
-                    split=options.splits_guidance and not family.defaults.one_batch,
-                    all_passes=section.overrides,
-                    clean_streams=section.clean_streams,
-                )
-                with ledger.guessing():  # a family may branch on the value of the timestep
-                    guidance(step, predict_at, section)
-            return dict(ledger.peaks)
-
+        heaviest = _HeaviestStep(family, options, prepared, dit=dit, ledger=ledger, section=section)
         if section.overrides.section_cache is not None:
             # The pass that fills it has the peak, and comes before layers outside of the blocks have computed
             # what they keep for all steps. Without it, its bytes would seem to be those of one more block.
-            measure((1,) * len(blocks))  # one block of each list
-        moments = extrapolate(measure, tuple(map(len, blocks.values())))
+            heaviest.measure((1,) * len(blocks))  # one block of each list
+        peaks_by_phase = extrapolate(heaviest.measure, tuple(map(len, blocks.values())))
     return PhasePrediction(
-        moments=moments,
+        peaks_by_phase=peaks_by_phase,
         swaps=swaps,
         weights=weights,
-        between=_list_work_between_steps(family, options, prepared),
-        turns=turns,
-        extra=extra,
+        work_between_steps=_list_work_between_steps(family, options, prepared),
+        expert_schedule=expert_schedule,
+        cublas_workspace=cublas_workspace,
     )
+
+
+class _HeaviestStep:
+    """The denoising step of a section that needs the most memory, as a dry run."""
+
+    def __init__(
+        self,
+        family: Family,
+        options: GenerationOptions,
+        prepared: Prepared,
+        *,
+        dit: nn.Module,
+        ledger: dry.Ledger,
+        section: Section,
+    ) -> None:
+        self._family = family
+        self._prepared = prepared
+        self._dit = dit
+        self._ledger = ledger
+        self._section = section
+        self._blocks = family.dit.blocks(dit)  # all blocks by list; the network is truncated to a few
+        self._guidance = make_guidance(prepared, options.guidance, family.experts)
+        self._step = heaviest_step(prepared, options, family.experts, section.noise)
+        self._splits_passes = options.splits_guidance and not family.defaults.one_batch
+
+    def measure(self, counts: dry.Counts) -> Mapping[str, dry.BytesByKind]:
+        """Run the step with these numbers of blocks in each list; return the peak of each of its phases."""
+        dry.truncate_blocks(self._dit, self._blocks, counts, self._ledger)
+        overrides = self._section.overrides
+        if overrides.section_cache is not None:
+            overrides.section_cache.clear()  # its tensors belong to blocks of another run
+        self._ledger.begin_phase("forward outside the blocks")
+        self._ledger.forget_peaks()
+        with _cached_dit(self._family, self._prepared, self._dit) as dit_at:
+            predict_velocity = predictor(
+                self._family,
+                dit_at,
+                self._step,
+                split=self._splits_passes,
+                all_passes=overrides,
+                clean_streams=self._section.clean_streams,
+            )
+            with self._ledger.reading_unknown_as_one():  # a family may branch on the timestep's value
+                self._guidance(self._step, predict_velocity, self._section)
+        return dict(self._ledger.peaks)
 
 
 def _place_loras(
@@ -318,21 +368,21 @@ def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
     """Return bytes and name of each network that runs between steps, for previews or to start a stage."""
-    between: list[tuple[int, str]] = []
+    work_between_steps: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
         decoder = check_taehv(preview_vae, family.latent)
         preview_bytes = decoding_bytes(decoder, torch.float16, height, width)
-        between.append((preview_bytes, "decoding a preview"))
+        work_between_steps.append((preview_bytes, "decoding a preview"))
     # networks that make the input of the request's next stage, each with the shape of its input
     for load, shape in prepared.begun_by:
         network = load(META)
         with rehearsing(network) as ledger:
             network(torch.empty(shape, dtype=dtype_of(network), device=dry.ACCELERATOR))
-        _, moment = dry.largest(ledger.peaks)
-        between.append((sum(moment.values()), type(network).__name__))
-    return between
+        _, bytes_by_kind = dry.largest(ledger.peaks)
+        work_between_steps.append((sum(bytes_by_kind.values()), type(network).__name__))
+    return work_between_steps
 
 
 def heaviest_step(
@@ -343,17 +393,16 @@ def heaviest_step(
     This is the step with the most passes in one batch. Ties are broken by the total number of passes, then by
     the noisier expert, then by the earlier step.
     """
-    candidates = []
+    sort_keys = []
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
         for index, plan in enumerate(plans):
-            # sort key; the negative index prefers the first of equal steps
-            key = (plan.max_together, len(plan.passes), expert.lowest, -index)
-            candidates.append((key, index, expert.lowest))
-    _, index, lowest = max(candidates)
+            # the negative index prefers the first of equal steps
+            sort_keys.append((plan.max_together, len(plan.passes), expert.lowest, -index))
+    _, _, lowest, negative_index = max(sort_keys)
     # a timestep of the expert that runs this step
     timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
     return Step(
-        index,
+        -negative_index,
         prepared.num_steps,
         sigma=1.0,
         timestep=timestep,
@@ -362,7 +411,9 @@ def heaviest_step(
     )
 
 
-def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
+def predict_decoding(
+    family: Family, prepared: Prepared, cublas_workspace: memory_plan.MemoryPart
+) -> memory_plan.Phase:
     """Predict the memory of decoding from a dry run of `DECODED` frames, which suffices to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -372,19 +423,23 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
             decoded += chunk.shape[2]
             if decoded >= DECODED:
                 break
-        return make_phase("decoding", ledger, extra)
+        return make_phase("decoding", ledger, cublas_workspace)
 
 
-def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return a phase whose memory is the peak of a dry run, plus `extra`, which torch needs in any case."""
-    _, moment = dry.largest(ledger.peaks)
-    weights = moment.get(dry.WEIGHTS, 0)
-    work = sum(moment.values()) - weights
-    parts = (memory_plan.MemoryPart("weights", weights), memory_plan.MemoryPart("work", work), extra)
+def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
+    """Return a phase whose memory is the peak of a dry run, plus cuBLAS's workspace."""
+    _, bytes_by_kind = dry.largest(ledger.peaks)
+    weights = bytes_by_kind.get(dry.WEIGHTS, 0)
+    work = sum(bytes_by_kind.values()) - weights
+    parts = (
+        memory_plan.MemoryPart("weights", weights),
+        memory_plan.MemoryPart("work", work),
+        cublas_workspace,
+    )
     return memory_plan.Phase(name, parts)
 
 
-def make_solid(conditions: Conditions) -> Conditions:
+def make_real_tensors(conditions: Conditions) -> Conditions:
     """Replace fake tensors of a dry run by real, uninitialized tensors, which later dry runs accept.
 
     Integer tensors are real already and keep their values.
@@ -400,89 +455,114 @@ def make_solid(conditions: Conditions) -> Conditions:
 
 
 def plan_generation(
-    family: Family, options: GenerationOptions, device: torch.device, room: Room | None
+    family: Family, options: GenerationOptions, device: torch.device, device_memory: DeviceMemory | None
 ) -> None:
     """Print the memory plan of the largest request, without loading weights and without a GPU."""
     with quiet():
-        prepared, prediction = predict_largest(
-            family, options, all_requests(family, options), device=device, room=room
+        prepared, prediction = predict_largest_request(
+            family, options, all_requests(family, options), device=device, device_memory=device_memory
         )
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         plan_of_blocks = prediction.plan(blocks)
         denoising = prediction.phase(blocks)
-        expert_warnings = prediction.turns.remarks(plan_of_blocks, denoising, room, host_room())
+        expert_warnings = prediction.expert_schedule.note_fit(
+            plan_of_blocks, denoising, device_memory, free_host_memory()
+        )
         return replace(plan_of_blocks, remarks=(*remarks, *expert_warnings))
 
-    def advise(room: Room) -> list[str]:
-        return advice(family, options, prepared, prediction=prediction, room=room, device=device)
+    def advise(device_memory: DeviceMemory) -> list[str]:
+        return suggest_options(
+            family, options, prepared, prediction=prediction, device_memory=device_memory, device=device
+        )
 
-    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
+    memory_plan.print_plan(prediction, options.speed.swap, device_memory, plan_of=plan, advice=advise)
 
 
-def predict_largest(
+def predict_largest_request(
     family: Family,
     options: GenerationOptions,
     requests: Sequence[Prepared],
     device: torch.device,
-    room: Room | None = None,
+    device_memory: DeviceMemory | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
     """Return the request (or one stage of it) that needs the most memory to denoise, and its prediction."""
-    turns = order_turns(family, options, requests)
+    expert_schedule = make_expert_schedule(family, options, requests)
     predictions: list[tuple[Prepared, PhasePrediction]] = []
     for request in find_largest(family, requests):
         for stage in request.stages or (request,):
-            prediction = predict(family, options, stage, device=device, turns=turns, room=room)
+            prediction = predict_request(
+                family,
+                options,
+                stage,
+                device=device,
+                expert_schedule=expert_schedule,
+                device_memory=device_memory,
+            )
             predictions.append((stage, prediction))
     # by the bytes on the device with 0 swapped blocks
     return max(predictions, key=lambda candidate: candidate[1].device(0))
 
 
-def advice(
+def suggest_options(
     family: Family,
     options: GenerationOptions,
     prepared: Prepared,
     prediction: PhasePrediction,
-    room: Room,
+    device_memory: DeviceMemory,
     device: torch.device,
 ) -> list[str]:
     """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
-    lines: list[str] = []
-    for phase in (*prediction.before, *prediction.after):
-        if phase.device > room.usable:
-            smaller = SMALLER.get(
-                phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
-            )
-            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {smaller}")
-    if prediction.device(0) <= room.usable:  # denoising fits without swapped blocks
+    lines = _suggest_for_other_phases(prediction, device_memory.usable)
+    if prediction.device(0) <= device_memory.usable:  # denoising fits without swapped blocks
         return lines
     speed = options.speed
 
     def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=override_options(speed, {"fp8_scaled": True}))
         with quiet():
-            return predict(family, fp8, prepared, device=device, turns=prediction.turns, room=room)
+            return predict_request(
+                family,
+                fp8,
+                prepared,
+                device=device,
+                expert_schedule=prediction.expert_schedule,
+                device_memory=device_memory,
+            )
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantization is None else []
     can_swap = not speed.modes.splits_weights
     changes, cheapest = memory_plan.advise(
-        prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"
+        prediction, cheaper, device_memory.usable, can_swap=can_swap, phase=" while denoising"
     )
     lines += changes
     if cheapest is not None:
-        limit = f"even --blocks_to_swap {cheapest.maximum} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {limit} {gib(cheapest.device(cheapest.maximum))}")
+        maximum = cheapest.max_swapped_blocks
+        limit = f"even --blocks_to_swap {maximum} leaves" if can_swap else "what is above leaves"
+        lines.append(f"fewer frames or a smaller size: {limit} {gib(cheapest.device(maximum))}")
     return lines
 
 
-SMALLER = {
+def _suggest_for_other_phases(prediction: PhasePrediction, usable: int) -> list[str]:
+    """Return what to change for each phase before or after denoising that does not fit by itself."""
+    lines: list[str] = []
+    for phase in (*prediction.before, *prediction.after):
+        if phase.device > usable:
+            remedy = REMEDIES.get(
+                phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
+            )
+            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {remedy}")
+    return lines
+
+
+REMEDIES = {
     "decoding": "tiles of the VAE, such as --vae_spatial_tile_sample_min_size 128",
     "images and videos": "tiles of the VAE",
 }
 
 
 def resolve_options(
-    family: Family, options: GenerationOptions, device: torch.device, room: Room | None
+    family: Family, options: GenerationOptions, device: torch.device, device_memory: DeviceMemory | None
 ) -> tuple[GenerationOptions, Peaks | None]:
     """Replace --blocks_to_swap auto by a number; return the options and the predicted peaks.
 
@@ -490,7 +570,7 @@ def resolve_options(
         family: The model family.
         options: Options of the run.
         device: Device of the run.
-        room: Memory of a CUDA device; None on other devices, where no peaks are predicted.
+        device_memory: Memory of a CUDA device; None on other devices, where no peaks are predicted.
 
     Returns:
         The options, and the predicted peaks; None if nothing was predicted.
@@ -500,7 +580,7 @@ def resolve_options(
     """
     requests: Sequence[Prepared] = ()  # empty: no prediction, such as for latents that are only decoded
     try:
-        if room is not None and not options.latent_path:
+        if device_memory is not None and not options.latent_path:
             requests = all_requests(family, options)
     except OptionError as error:
         if not options.interactive:
@@ -516,10 +596,14 @@ def resolve_options(
 
     def predict_peaks() -> PhasePrediction:
         with quiet():
-            _, prediction = predict_largest(family, options, requests, device=device, room=room)
+            _, prediction = predict_largest_request(
+                family, options, requests, device=device, device_memory=device_memory
+            )
         return prediction
 
-    speed, prediction = memory_plan.resolve_swap(options.speed, room if requests else None, predict_peaks)
+    speed, prediction = memory_plan.resolve_swap(
+        options.speed, device_memory if requests else None, predict_peaks
+    )
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None

@@ -17,7 +17,7 @@ from torch import distributed
 
 from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
 from generation.expert_memory import all_requests
-from generation.memory import PhasePrediction, predict, predict_largest
+from generation.memory import PhasePrediction, predict_largest_request, predict_request
 from generation.options import GenerationOptions
 from generation.script_options import NOTHING
 from modules.command import LAUNCH
@@ -29,15 +29,15 @@ from modules.options import override_options
 from protocols.family import Family
 from protocols.requests import Prepared
 from runtime.offload.joining import agree, join_processes, launched_processes
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.division import TokenCounter, divide_tokens
-from runtime.planning.several_cards import Rehearsed, print_ways, with_division
+from runtime.planning.several_cards import SingleGpuRun, print_layouts, with_division
 from runtime.ways.composing import check_launch, count_shared_passes
 from runtime.ways.contract import Division, RunUses
 
 
 def plan_ways(
-    family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
+    family: Family, options: GenerationOptions, device: torch.device, cards: int, device_memory: DeviceMemory
 ) -> None:
     """Print how a clip can be divided over several GPUs, what memory each takes, and the cheapest that fits.
 
@@ -46,22 +46,24 @@ def plan_ways(
         options: Options of the run.
         device: Device of the run.
         cards: Number of GPUs.
-        room: Memory of each GPU.
+        device_memory: Memory of each GPU.
     """
     alone = replace(options, speed=with_division(options.speed, Division(1)))
     with quiet():
-        prepared, _ = predict_largest(family, alone, all_requests(family, alone), device=device, room=room)
+        prepared, _ = predict_largest_request(
+            family, alone, all_requests(family, alone), device=device, device_memory=device_memory
+        )
 
-    def runs() -> Iterator[Rehearsed]:
+    def runs() -> Iterator[SingleGpuRun]:
         """Yield the prediction for the given options, then that for fp8 weights if they are in 16 bits."""
-        run = _DividedRun(family, alone, prepared, device=device, cards=cards, room=room)
-        yield Rehearsed((), run.counter.heads, can_swap=True, divide=run.divide)
+        run = _DividedRun(family, alone, prepared, device=device, cards=cards, device_memory=device_memory)
+        yield SingleGpuRun((), run.counter.heads, can_swap=True, divide=run.divide)
         if alone.speed.fp8.quantization is None:
             fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
-            run = _DividedRun(family, fp8, prepared, device=device, cards=cards, room=room)
-            yield Rehearsed(("--fp8_scaled",), run.counter.heads, can_swap=True, divide=run.divide)
+            run = _DividedRun(family, fp8, prepared, device=device, cards=cards, device_memory=device_memory)
+            yield SingleGpuRun(("--fp8_scaled",), run.counter.heads, can_swap=True, divide=run.divide)
 
-    print_ways(runs(), cards, room, is_training=False)
+    print_layouts(runs(), cards, device_memory, is_training=False)
 
 
 class _DividedRun:
@@ -75,7 +77,7 @@ class _DividedRun:
         *,
         device: torch.device,
         cards: int,
-        room: Room,
+        device_memory: DeviceMemory,
     ) -> None:
         """Predict the memory of the full network, and count the tokens of a step."""
         self.family = family
@@ -83,11 +85,11 @@ class _DividedRun:
         self.prepared = prepared
         self.device = device
         self.cards = cards
-        self.room = room
+        self.device_memory = device_memory
         self.counter = TokenCounter()
         with quiet():
-            self.full_network = predict(
-                family, options, prepared, device, room=room, watch=self.counter.watch
+            self.full_network = predict_request(
+                family, options, prepared, device, device_memory=device_memory, watch=self.counter.watch
             )
 
     @cached_property
@@ -95,7 +97,9 @@ class _DividedRun:
         """Predict memory from a dry run with the network split over all GPUs."""
         options = self._set_division(Division(self.cards, shards=True))
         with quiet():
-            return predict(self.family, options, self.prepared, self.device, room=self.room)
+            return predict_request(
+                self.family, options, self.prepared, self.device, device_memory=self.device_memory
+            )
 
     def divide(self, division: Division) -> PhasePrediction:
         """Predict the memory of one GPU for a way of dividing the run.
@@ -108,7 +112,10 @@ class _DividedRun:
         prediction = self.shards if division.shards else self.full_network
         if division.context == 1:
             return prediction
-        return replace(prediction, moments=divide_tokens(prediction.moments, division.context, self.counter))
+        return replace(
+            prediction,
+            peaks_by_phase=divide_tokens(prediction.peaks_by_phase, division.context, self.counter),
+        )
 
     def _set_division(self, division: Division) -> GenerationOptions:
         return replace(self.options, speed=with_division(self.options.speed, division))
@@ -131,7 +138,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     if not runs_no_transformer:
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
-        flags = " and ".join(speed.modes.typed)
+        flags = " and ".join(speed.modes.flags)
         logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
         generate(family, options, select_device(options.device))
         return
@@ -141,7 +148,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             generate(family, options, select_device(options.device))
         return
     meet_anew()  # at a new port, if torchrun has restarted the processes
-    device = join_processes(options.device, speed.modes.typed[0])
+    device = join_processes(options.device, speed.modes.flags[0])
     rank = distributed.get_rank()
     if rank > 0:
         # only the first process logs and writes files
@@ -195,10 +202,10 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
 def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError if options do not work with several processes that generate a prompt together."""
     speed = options.speed
-    flags = " and ".join(speed.modes.typed)
+    flags = " and ".join(speed.modes.flags)
     count_shared_passes(speed, launched_processes())
     uses = _uses_of(family, options)
-    for check in speed.modes.on.check:  # of each kind of division over processes that is in use
+    for check in speed.modes.hooks.check_uses:  # of each kind of division over processes that is in use
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(

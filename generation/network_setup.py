@@ -46,7 +46,7 @@ class DitLoader:
     """Load an expert with its LoRAs merged, its blocks compiled and swapped, to the device."""
 
     family: Family
-    uses: LorasByExpert
+    loras_by_expert: LorasByExpert
     device: torch.device
     options: GenerationOptions
     quantization: Quantization | None
@@ -91,23 +91,23 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         # T-LoRAs mask ranks by timestep, so they are not merged but wrap the layers
-        uses, masked = self._split(self.uses[expert] if self.uses else ())
-        merged: LoraPatch | None = None
-        if uses and not self.originals:
+        loras, t_loras = self._split(self.loras_by_expert[expert] if self.loras_by_expert else ())
+        merging: LoraPatch | None = None
+        if loras and not self.originals:
             from networks import apply, rounding  # only with LoRAs
 
             rule = rounding.LoraRounding(self.options.lora_rounding)
-            merged = apply.LoraPatch(uses, rounding=rule, family=family.name)
+            merging = apply.LoraPatch(loras, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
-        patch = self.originals[expert] if self.originals else merged
+        patch = self.originals[expert] if self.originals else merging
         host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
         # of several processes, each may load only some of the blocks
-        blocks = make_block_place(speed, self.device) if speed.modes.on.place else None
+        blocks = make_block_place(speed, self.device) if speed.modes.hooks.make_block_place else None
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            leave_unmerged=merged.leave_unmerged if merged else None,
+            leave_unmerged=merging.leave_unmerged if merging else None,
             quantization=self.quantization,
             host=host,
             blocks=blocks,
@@ -117,14 +117,14 @@ class DitLoader:
         warn_if_emulated(self.device, dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
-        if merged is not None and merged.unmerged:
+        if merging is not None and merging.unmerged:
             from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers
 
-            add_unmerged(dit, merged.unmerged, self.device, dtype_of(dit))
-        if masked:
+            add_unmerged(dit, merging.unmerged, self.device, dtype_of(dit))
+        if t_loras:
             from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
 
-            add_unmerged(dit, masked_changes(dit, masked), self.device, dtype_of(dit))
+            add_unmerged(dit, masked_changes(dit, t_loras), self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
@@ -133,7 +133,7 @@ class DitLoader:
         set_up_network(
             dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks
         )
-        if speed.modes.on.finish:
+        if speed.modes.hooks.finish_network:
             finish_network(dit, speed, self.device)
         return dit
 
@@ -155,7 +155,7 @@ class DitLoader:
 
 def dit_loader(
     family: Family,
-    uses: LorasByExpert,
+    loras_by_expert: LorasByExpert,
     device: torch.device,
     options: GenerationOptions,
     originals: "Sequence[OriginalWeights] | None" = None,
@@ -164,7 +164,7 @@ def dit_loader(
 
     Args:
         family: The model family.
-        uses: LoRA files by expert; empty if no expert has any.
+        loras_by_expert: LoRA files by expert; empty if no expert has any.
         device: Device of the run.
         options: Options of the run.
         originals: Original weights by expert, for switching LoRAs.
@@ -175,7 +175,9 @@ def dit_loader(
     quantization = options.speed.fp8.quantization
     if quantization is not None:
         quantization = prepare(quantization, device)
-    return DitLoader(family, uses, device, options=options, quantization=quantization, originals=originals)
+    return DitLoader(
+        family, loras_by_expert, device, options=options, quantization=quantization, originals=originals
+    )
 
 
 logger = logging.getLogger(__name__)
@@ -197,12 +199,6 @@ def key_of(expert: Expert) -> str:
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
-def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]") -> "list[LoraUse]":
-    """Return LoRA files with one LoRA per expert that only other experts' options name."""
-    own_paths = {use.lora.path for use in own_uses}
-    return [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
-
-
 def expert_loras(
     family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
@@ -221,76 +217,83 @@ def expert_loras(
         OptionError: If LoRAs are given for an expert that the run does not have.
         CheckpointError: If a LoRA file is not valid or does not fit the model.
     """
-    experts = family.experts
     files_by_key = list_loras(options)
-    files = [*chain(*files_by_key.values())]
+    all_files = [*chain(*files_by_key.values())]
     patterns = options.lora_patterns
-    if not (files or patterns.include_patterns or patterns.exclude_patterns):
-        return ((),) * len(experts)
+    if not (all_files or patterns.include_patterns or patterns.exclude_patterns):
+        return ((),) * len(family.experts)
     from networks.loading import lora_uses  # only with LoRAs
 
-    # read the files, and deal them out to the options that name them
-    uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
-    uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
-    keys = [key_of(expert) for expert in experts]
-    if len(keys) > 1 or any(uses for key, uses in uses_by_key.items() if key not in keys):
-        _check_experts(uses_by_key, keys)
-        _warn_of_missing_experts(uses_by_key, keys)
-    # collect the LoRAs of each expert, also from files with a LoRA per expert that another option names
-    expert_uses = []
-    for expert, key in zip(experts, keys, strict=True):
-        uses_of_expert = [*uses_by_key[key]]
-        other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
-        if other_uses:
-            uses_of_expert += _select_shared(other_uses, uses_by_key[key])
-        # of files with a LoRA for each expert, only this expert's part is used
-        if expert.name or any(use.lora.parts for use in uses_of_expert):
-            uses_of_expert = [use.for_expert(expert.name) for use in uses_of_expert]
-        expert_uses.append(tuple(uses_of_expert))
+    all_loras = iter(lora_uses(all_files, patterns, with_texts, with_words=with_texts))
+    loras_by_key = {key: list(islice(all_loras, len(files))) for key, files in files_by_key.items()}
+    expert_keys = [key_of(expert) for expert in family.experts]
+    is_for_missing_expert = any(loras for key, loras in loras_by_key.items() if key not in expert_keys)
+    if len(expert_keys) > 1 or is_for_missing_expert:
+        _check_experts(loras_by_key, expert_keys)
+        _warn_of_missing_experts(loras_by_key, expert_keys)
+    loras_by_expert = [_select_loras(expert, loras_by_key) for expert in family.experts]
     # decoding latents runs no transformer
-    if options.latent_path or not any(use.lora.grown for use in chain(*expert_uses)):
-        return tuple(expert_uses)
+    if options.latent_path or not any(lora_use.lora.grown for lora_use in chain(*loras_by_expert)):
+        return tuple(map(tuple, loras_by_expert))
     from networks.depth_variants import fit_to_file  # only for models with deeper variants
 
     return tuple(
-        tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)
+        tuple(fit_to_file(loras, file)) for loras, file in zip(loras_by_expert, family.dit_files, strict=True)
     )
 
 
-def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
+def _select_loras(expert: Expert, loras_by_key: "Mapping[str, Sequence[LoraUse]]") -> "list[LoraUse]":
+    """Return an expert's LoRAs: its own files, and its parts of other experts' files with a LoRA for each."""
+    own_key = key_of(expert)
+    loras = [*loras_by_key[own_key]]
+    own_paths = {lora_use.lora.path for lora_use in loras}
+    for key, other_loras in loras_by_key.items():
+        if key != own_key:
+            for lora_use in other_loras:
+                if lora_use.lora.parts and lora_use.lora.path not in own_paths:
+                    loras.append(lora_use)
+    # of files with a LoRA for each expert, only this expert's part is used
+    if expert.name or any(lora_use.lora.parts for lora_use in loras):
+        return [lora_use.for_expert(expert.name) for lora_use in loras]
+    return loras
+
+
+def _check_experts(loras_by_key: "Mapping[str, Sequence[LoraUse]]", expert_keys: Sequence[str]) -> None:
     """Raise OptionError if LoRAs are given for an expert that the run does not have.
 
     Args:
-        uses_by_key: LoRA files by key of the expert.
-        keys: Keys of the run's experts.
+        loras_by_key: LoRA files by the key of the expert whose option names them.
+        expert_keys: Keys of the run's experts.
     """
-    for key, uses in uses_by_key.items():
-        if key in keys:
+    for key, loras in loras_by_key.items():
+        if key in expert_keys:
             continue
-        has_single = any(not use.lora.parts for use in uses)  # files that are not split by expert
-        is_of_named_expert = bool(key and uses)
-        if has_single or is_of_named_expert:
+        has_single_lora = any(not lora_use.lora.parts for lora_use in loras)  # not one for each expert
+        is_of_named_expert = bool(key and loras)
+        if has_single_lora or is_of_named_expert:
             dit = f"--dit_{key}" if key else "--dit"
             remedy = "add it, or leave the option out"
-            if keys[0]:
-                remedy = f"use {LORA_OPTIONS[keys[0]]}, or add {dit}"
+            if expert_keys[0]:
+                remedy = f"use {LORA_OPTIONS[expert_keys[0]]}, or add {dit}"
             raise OptionError(f"{LORA_OPTIONS[key]} is for {dit}, which is not given: {remedy}")
 
 
-def _warn_of_missing_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
+def _warn_of_missing_experts(
+    loras_by_key: "Mapping[str, Sequence[LoraUse]]", expert_keys: Sequence[str]
+) -> None:
     """Warn about LoRAs that were trained for all experts but are used in only some of them."""
-    paths = {key: {use.lora.path for use in uses} for key, uses in uses_by_key.items()}
-    for key, uses in uses_by_key.items():
-        for use in uses:
+    paths = {key: {lora_use.lora.path for lora_use in loras} for key, loras in loras_by_key.items()}
+    for key, loras in loras_by_key.items():
+        for lora_use in loras:
             missing = [
                 LORA_OPTIONS[expert_key]
-                for expert_key in keys
-                if expert_key != key and use.lora.path not in paths[expert_key]
+                for expert_key in expert_keys
+                if expert_key != key and lora_use.lora.path not in paths[expert_key]
             ]
-            if missing and use.lora.expert == FOR_BOTH:
+            if missing and lora_use.lora.expert == FOR_BOTH:
                 logger.warning(
                     "%s was trained for both experts and is used in one of them: give it to %s too",
-                    use.lora.path,
+                    lora_use.lora.path,
                     " and ".join(missing),
                 )
 

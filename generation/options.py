@@ -358,9 +358,10 @@ def read_generation(
 
     # parse the command line into the records of shared options and of the family's own
     parser, parsed = read_command_line(argv, build_parser)
-    values = {**script_values(parser, defaults), **vars(parsed), "extras": request_extras(record)}
-    args = fill_arguments(parser, argparse.Namespace(**values))
     info = info_of(GenerationOptions) | info_of(record)
+    extras = {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
+    values = {**script_values(parser, defaults), **vars(parsed), "extras": extras}
+    args = fill_arguments(parser, argparse.Namespace(**values))
     with name_as_typed(typed_names(args)):
         options = read_options(GenerationOptions, args)
         family_options = read_options(record, args)

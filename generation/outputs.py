@@ -48,7 +48,7 @@ class FrameTools(Protocol):
     """Post-processing tools of --post that change decoded frames before they are written."""
 
     @property
-    def hides(self) -> bool:
+    def hides_content(self) -> bool:
         """Whether a tool hides content such as faces, so that unprocessed frames must not be shown."""
 
     def check(self) -> None:
@@ -197,47 +197,46 @@ def save_pixels(
         latent: Latent space of the family, whose frames may be layers of an image that are written
             separately.
     """
-    frames = frames_of(chunks)
+    frames: Iterator[Frame] = frames_of(chunks)
     if latent is not None and latent.has_layers:
         return _save_layers(options, stem, frames, has_full=latent.has_full, metadata=metadata)
-    # find out whether it is a video, an image, or audio alone
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
     first_frames = list(islice(frames, 2))  # two frames show whether there is only one
     if not first_frames:
         return _save_audio(options, stem, track, metadata)
-    playing: Iterator[Frame] = chain(first_frames, frames)
     is_single = len(first_frames) == 1
+    frames = chain(first_frames, frames)
     del first_frames  # a frame takes megabytes
     is_image = options.is_image(is_single)
-    saves_last = options.save_last_frame and not is_image
-    hides = post is not None and post.hides
-    last = deque[Frame](maxlen=1)
+    saves_last_frame = options.save_last_frame and not is_image
+    hides_content = post is not None and post.hides_content
+    last_frame = deque[Frame](maxlen=1)  # filled while the frames are written
     # the last frame is taken before the tools, so that another video can continue from it, or after a tool
     # that hides something
-    if saves_last and not hides:
-        playing = remember(playing, last)
+    if saves_last_frame and not hides_content:
+        frames = remember(frames, last_frame)
     if post is not None:
-        playing, fps = post.process(playing, fps, is_single)
-    if saves_last and hides:
-        playing = remember(playing, last)
+        frames, fps = post.process(frames, fps, is_single)
+    if saves_last_frame and hides_content:
+        frames = remember(frames, last_frame)
     if is_image:
-        return _save_image(options, stem, playing, metadata)
+        return _save_image(options, stem, frames, metadata)
     # write the frames, and the files next to them under the same name
     saves_audio = options.save_audio is not None and track is not None
     side_suffixes = []
-    if saves_last:
+    if saves_last_frame:
         side_suffixes.append(LAST_FRAME_SUFFIX)
     if saves_audio:
         side_suffixes.append(AUDIO_SUFFIX)
     if options.output_type in IMAGE_OUTPUTS:
-        path = _save_frames(options, stem, playing, metadata=metadata, side_suffixes=side_suffixes)
+        path = _save_frames(options, stem, frames, metadata=metadata, side_suffixes=side_suffixes)
         name = path.name
     else:
         path = _save_video(
             options,
             stem,
-            playing,
+            frames,
             fps=fps,
             metadata=metadata,
             side_suffixes=side_suffixes,
@@ -246,9 +245,9 @@ def save_pixels(
         name = path.stem
     if track is not None and saves_audio:
         write_wav(path.with_name(f"{name}{AUDIO_SUFFIX}"), track)
-    if last:
+    if last_frame:
         last_path = path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
-        write_png(last_path, last[0], as_png_texts(metadata or {}))
+        write_png(last_path, last_frame[0], as_png_texts(metadata or {}))
         logger.info("Last frame: %s", last_path)
     return path
 
@@ -320,7 +319,7 @@ def _save_audio(
 def _save_video(
     options: OutputOptions,
     stem: str,
-    playing: Iterator[Frame],
+    frames: Iterator[Frame],
     fps: float,
     metadata: Mapping[str, str] | None,
     side_suffixes: Sequence[str],
@@ -331,7 +330,7 @@ def _save_video(
     Args:
         options: Options of the run.
         stem: Name of the output without its suffix.
-        playing: Frames in playing order.
+        frames: Frames in playing order.
         fps: Frames per second.
         metadata: Metadata of the file.
         side_suffixes: Suffixes of files that are written next to the video.
@@ -342,16 +341,16 @@ def _save_video(
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
     name = options.file_name or free_stem(options.save_path, stem, [suffix, *side_suffixes]) + suffix
     path = options.save_path / name
-    first_frames = list(islice(playing, 1))  # read ahead for the size
+    first_frames = list(islice(frames, 1))  # read ahead for the size
     height, width = first_frames[0].shape[:2]
     codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
-    playing = chain(first_frames, playing)
+    frames = chain(first_frames, frames)
     with ExitStack() as opened:
         if options.format.keep_pngs:
             pngs = options.save_path / free_stem(options.save_path, "frames", [""])
             folder = opened.enter_context(atomic_folder(pngs))
-            playing = write_frames(playing, folder, "{:06d}.png", as_png_texts(metadata or {}))
-        write_video(path, playing, fps, codec=codec, tags=as_tags(metadata or {}), track=track)
+            frames = write_frames(frames, folder, "{:06d}.png", as_png_texts(metadata or {}))
+        write_video(path, frames, fps, codec=codec, tags=as_tags(metadata or {}), track=track)
     if options.format.keep_pngs:
         logger.info("Frames: %s", pngs)
     return path

@@ -160,7 +160,7 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
     show_box("Generation is finished", rows)
 
 
-def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
+def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
     """Log which of several requests is next, such as "3 of 40, about 2 h left".
 
     Args:
@@ -295,7 +295,7 @@ class GrowingVideo:
 
     def _decode(self, piece: Piece) -> Tensor:
         """Decode a piece to pixels, 1 3 F H W, in host memory."""
-        with self.session.media(images=False, again=True) as encoders:
+        with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:

@@ -53,10 +53,10 @@ class LineOption:
 
     key: str
     read: Callable[[str], Value]
-    empty: tuple[str, ...] = ()  # accepted empty values, which unset the option
+    unset_values: tuple[str, ...] = ()  # accepted empty values, which unset the option
     repeats: bool = False  # whether each use adds to a list; otherwise the last use wins
     # keys of the command line that the option replaces, unless the line gives them too
-    instead_of: tuple[str, ...] = ()
+    replaced_keys: tuple[str, ...] = ()
 
 
 def read_seed(text: str) -> int:
@@ -180,7 +180,7 @@ REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats
 # and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
-    "f": LineOption("video_seconds", read_number, instead_of=("video_sections",)),
+    "f": LineOption("video_seconds", read_number, replaced_keys=("video_sections",)),
     "vs": LineOption("video_sections", read_full),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     **REFERENCES,
@@ -238,7 +238,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
     return None if key is None else by_name[key]
 
 
-def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
+def store_value(values: dict[str, Any], option: LineOption, value: Value) -> None:
     """Store an option's value, and remove the options that it replaces."""
     if isinstance(value, Mapping):
         values.update(value)
@@ -246,7 +246,7 @@ def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
         values.setdefault(option.key, []).append(value)
     else:
         values[option.key] = value
-    for key in option.instead_of:
+    for key in option.replaced_keys:
         values.setdefault(key, None)
 
 
@@ -265,7 +265,7 @@ def parse_generation_line(
     Raises:
         OptionError: If a value cannot be parsed.
     """
-    return parse_words(line, options, where, lambda word: find_option(word, options))
+    return parse_option_line(line, options, where, lambda word: find_option(word, options))
 
 
 @dataclass(frozen=True)
@@ -349,14 +349,14 @@ def _check_count(options: int) -> None:
         )
 
 
-def parse_words(
+def parse_option_line(
     line: str,
     options: Mapping[str, LineOption],
     where: str,
     find: Callable[[str], LineOption | None],
     no_use: str = "Lines of this script have no use for it",
 ) -> dict[str, Any]:
-    """Parse a line into `prompt` and its options by key.
+    """Parse a prompt line, `a cat --w 832 --d 7`, into its prompt and the values of its options, by key.
 
     Args:
         line: The prompt line.
@@ -370,62 +370,70 @@ def parse_words(
     """
     line = _ONE_DASH.sub("--rcfg ", line)
     split = split_line(line)
-    parts = split.options
-    _check_count(len(parts))
-    shown_line = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
+    _check_count(len(split.options))
+    displayed_line = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     if split.prompt.startswith("--"):
         logger.warning(
             "%s begins with --%s, which is taken as its text. Write the prompt first, or as --%s TEXT",
-            shown_line,
+            displayed_line,
             split.prompt.removeprefix("--").partition(" ")[0],
             PROMPT,
         )
-    # errors of all options are collected and raised together
     values: dict[str, Any] = {"prompt": split.prompt.strip()}
-    words = [part.partition(" ")[0] for part in parts]
-    spellings_by_key = _list_spellings(words, find)
-    errors = _find_odd_options(line, find)
-
-    @functools.cache  # computed once, and only if an option is unknown
-    def usable_names() -> list[str]:
-        keys = [option.key for option in options.values()]
-        return known_names(options, keys, find)
-
-    for part in parts:
-        word, _, text = part.partition(" ")
+    spellings_by_key = _list_spellings(split.options, find)
+    usable_names = functools.cache(functools.partial(_list_usable_names, options, find))
+    errors = _find_odd_options(line, find)  # all errors of the line are raised together
+    for name_and_value in split.options:
+        name, _, text = name_and_value.partition(" ")
         text = text.strip()
-        option = find(word)
+        option = find(name)
         if option is None:
-            is_of_other_script = find_option(word, OF_ALL_SCRIPTS) is not None
-            hint = no_use if is_of_other_script else suggest(word, options, usable_names())
-            unknown = shorten(part.strip(), MAX_LINE_SHOWN)
-            logger.warning("%s: the unknown option --%s is ignored. %s", shown_line, unknown, hint)
+            is_of_other_script = find_option(name, OF_ALL_SCRIPTS) is not None
+            hint = no_use if is_of_other_script else suggest(name, options, usable_names())
+            unknown = shorten(name_and_value.strip(), MAX_LINE_SHOWN)
+            logger.warning("%s: the unknown option --%s is ignored. %s", displayed_line, unknown, hint)
             continue
-        if not read_path(text) and text not in option.empty:
-            errors.append(f"--{word} has no value. Write it, or leave --{word} out")
+        if not read_path(text) and text not in option.unset_values:
+            errors.append(f"--{name} has no value. Write it, or leave --{name} out")
             continue
-        spellings = spellings_by_key[option.key]
-        if len(spellings) > 1 and not option.repeats and option.key not in values:
-            options_typed = " and --".join(dict.fromkeys(spellings))
-            logger.warning("%s: --%s: given more than once, the last counts", shown_line, options_typed)
-        # paths keep their backslashes
-        text = unquote(text) if option.read is str else read_path(text)
+        if not option.repeats and option.key not in values:
+            _warn_of_repetition(displayed_line, spellings_by_key[option.key])
         try:
-            store(values, option, option.read(text))
+            store_value(values, option, _read_value(option, text))
         except ValueError as error:
-            errors.append(f"--{word}: {error}")
+            errors.append(f"--{name}: {error}")
     if errors:
         raise OptionError("; ".join(errors))
     return values
 
 
-def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
+def _list_usable_names(
+    options: Mapping[str, LineOption], find: Callable[[str], LineOption | None]
+) -> list[str]:
+    return known_names(options, [option.key for option in options.values()], find)
+
+
+def _warn_of_repetition(displayed_line: str, spellings: Sequence[str]) -> None:
+    if len(spellings) > 1:
+        typed = " and --".join(dict.fromkeys(spellings))
+        logger.warning("%s: --%s: given more than once, the last counts", displayed_line, typed)
+
+
+def _read_value(option: LineOption, text: str) -> Value:
+    """Parse an option's text; only texts have escapes, so that paths keep their backslashes."""
+    return option.read(unquote(text) if option.read is str else read_path(text))
+
+
+def _list_spellings(
+    names_and_values: Sequence[str], find: Callable[[str], LineOption | None]
+) -> dict[str, list[str]]:
     """Return how each option was spelled in a line, in order, by its key."""
     spellings: dict[str, list[str]] = {}
-    for word in words:
-        option = find(word)
+    for name_and_value in names_and_values:
+        name = name_and_value.partition(" ")[0]
+        option = find(name)
         if option is not None:
-            spellings.setdefault(option.key, []).append(word)
+            spellings.setdefault(option.key, []).append(name)
     return spellings
 
 

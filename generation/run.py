@@ -4,19 +4,18 @@ import contextlib
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from generation.loaded_networks import Session
 from generation.making import decode, make_outputs, make_tracks
 from generation.network_setup import (
@@ -30,7 +29,7 @@ from generation.network_setup import (
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, reserve_stem, save_pixels
 from generation.progress import show_end
-from generation.prompt_lines import find_option, is_blank, lines_of
+from generation.prompt_lines import find_option, lines_of
 from generation.request import GenerationRun, make_job, map_lines, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from modules.atomic_write import make_folder
@@ -47,7 +46,7 @@ from protocols.loading import Placement
 from protocols.requests import Box
 from runtime.offload.joining import have_joined, launched_processes
 from runtime.offload.swap_plan import check_swap
-from runtime.planning.device_memory import room_on, too_little
+from runtime.planning.device_memory import device_memory_to_plan, too_little
 from runtime.ways.composing import (
     count_shared_passes,
     make_block_place,
@@ -61,8 +60,6 @@ if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
 
 logger = logging.getLogger(__name__)
 
-STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
-
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; outputs have the files' metadata and the settings of this decoding."""
@@ -74,7 +71,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     audios = {str(path): files[path].audio for path in paths}
     tracks = make_tracks(run, audios, failures.note_errors)
     decoded: list[Path] = []
-    with run.session.media(images=False, again=False) as encoders:
+    with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for path in paths:
             label = str(path)
             if label in failures.reasons:  # its audio could not be decoded
@@ -243,7 +240,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     """
     freeze_libraries()
     reject_other_splits()
-    if device is None and options.speed.modes.typed:
+    if device is None and options.speed.modes.flags:
         from generation.multi_process import generate_together  # only with several processes
 
         generate_together(generate, family, options)
@@ -255,17 +252,17 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         allow_fp16_accumulation(device)
     # LoRAs are read first, so that a wrong file is reported immediately. --save_merged_model writes only the
     # DiT and needs no changes of text encoders
-    uses = expert_loras(family, options, with_texts=options.save_merged_model is None)
-    if any(use.lora.words for expert_uses in uses for use in expert_uses):
+    loras_by_expert = expert_loras(family, options, with_texts=options.save_merged_model is None)
+    if any(lora_use.lora.words for loras in loras_by_expert for lora_use in loras):
         from networks.text_loras import with_words_of  # only with words in LoRA files
 
-        family = with_words_of(family, uses)
+        family = with_words_of(family, loras_by_expert)
     if options.textual_inversion_embeddings:
         from generation.embedding_marks import with_embeddings  # only with embeddings
 
         family = with_embeddings(family, options.textual_inversion_embeddings)
     if options.save_merged_model is not None:
-        save_merged_model(family, uses, options.save_merged_model, device, options.lora_rounding)
+        save_merged_model(family, loras_by_expert, options.save_merged_model, device, options.lora_rounding)
         return
     if options.speed.compilation.choice is not None:
         from runtime.compile import check_compilation  # only with --compile
@@ -274,12 +271,12 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if options.speed.plan.is_planning:
         _print_plan(family, options, device)
         return
-    run = _make_run(family, options, uses, device)
+    run = _make_run(family, options, loras_by_expert, device)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
     check_models(run)
-    _check_loras(family, uses)
+    _check_loras(family, loras_by_expert)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive and os.environ.get(DRIVEN):
@@ -287,7 +284,9 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 
         serve_requests(run, change_strengths, Path(os.environ[DRIVEN]))
     elif options.interactive:
-        converse(run)
+        from generation.conversation import converse  # only with --interactive
+
+        converse(run, change_strengths)
     elif options.from_file is not None or options.sheet.sheet is not None:
         make_lines(run)
     else:
@@ -299,29 +298,31 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     if options.post.tools:
         logger.warning("--plan does not count what the networks of --post take in addition to the VAE")
     cards, card_size = options.speed.plan.cards
-    room = room_on(device, card_size)
+    device_memory = device_memory_to_plan(device, card_size)
     if cards > 1:
         from generation.multi_process import plan_ways  # only with --plan
 
-        assert room is not None, "several cards have a size, as --plan is read"
-        plan_ways(family, options, device, cards=cards, room=room)
+        assert device_memory is not None, "several cards have a size, as --plan is read"
+        plan_ways(family, options, device, cards=cards, device_memory=device_memory)
     else:
         from generation.memory import plan_generation  # only with --plan
 
-        plan_generation(family, options, device, room)
+        plan_generation(family, options, device, device_memory)
 
 
 def _make_run(
-    family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
+    family: Family, options: GenerationOptions, loras_by_expert: LorasByExpert, device: torch.device
 ) -> GenerationRun:
     """Return the run for these options, without previews and without loading the family's networks."""
-    room = room_on(device) if device.type == "cuda" else None
+    device_memory = device_memory_to_plan(device) if device.type == "cuda" else None
     predicted = None
-    if room is not None or options.speed.swap.is_auto:
+    if device_memory is not None or options.speed.swap.is_auto:
         from generation.memory import resolve_options  # only where memory is planned
 
-        options, predicted = resolve_options(family, options, device, room)
-    session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
+        options, predicted = resolve_options(family, options, device, device_memory)
+    session = make_session(
+        family, options, dit_loader(family, loras_by_expert, device, options), options.interactive
+    )
     post = make_post(options, device) if options.post.post else None
     rewriter = None
     rewriting = options.rewriting
@@ -330,7 +331,7 @@ def _make_run(
 
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
-    if options.speed.modes.typed:
+    if options.speed.modes.flags:
         # these errors may occur in a single process. They must end the run, because the other processes would
         # wait forever for this one's blocks or passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
@@ -341,18 +342,20 @@ def _make_run(
     return run
 
 
-def _check_loras(family: Family, uses: LorasByExpert) -> None:
+def _check_loras(family: Family, loras_by_expert: LorasByExpert) -> None:
     """Raise CheckpointError if LoRAs do not fit the transformer's files, before the transformer is loaded."""
-    if family.noise.keeps_variance and any(uses):
+    if family.noise.keeps_variance and any(loras_by_expert):
         from networks.predictions import compare_predictions  # only with LoRAs
 
-        loras = {use.lora.path: use.lora.metadata for expert_uses in uses for use in expert_uses}
-        compare_predictions(loras, family.noise.predicts_v)
-    for file, expert_uses in zip(family.dit_files, uses, strict=False):
-        if expert_uses:
+        metadata_by_path = {
+            lora_use.lora.path: lora_use.lora.metadata for loras in loras_by_expert for lora_use in loras
+        }
+        compare_predictions(metadata_by_path, family.noise.predicts_v)
+    for file, loras in zip(family.dit_files, loras_by_expert, strict=False):
+        if loras:
             from networks.apply import check_loras_fit  # only with LoRAs
 
-            check_loras_fit(file, expert_uses, family.file_beside(file), family.name)
+            check_loras_fit(file, loras, family.file_beside(file), family.name)
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
@@ -361,35 +364,13 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 
     post: FrameTools = PostTools(options.post.tools, device)
     post.check()
-    if post.hides and options.output.output_type in LATENT_OUTPUTS:
+    if post.hides_content and options.output.output_type in LATENT_OUTPUTS:
         logger.warning(
             "The latents of --output_type %s hold the video as it is before %s.",
             options.output.output_type,
             " and ".join(options.post.tools.labels),
         )
     return post
-
-
-def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with new LoRA strengths; if they differ, its networks are freed and loaded again.
-
-    Args:
-        run: The run.
-        text: Numbers separated by commas, one for each LoRA; None leaves the run unchanged.
-
-    Raises:
-        OptionError: If the text cannot be parsed.
-    """
-    if text is None:
-        return run
-    try:
-        numbers = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise OptionError(f"--m {text}: give numbers separated by commas, such as 1,0.5") from None
-    count = len(run.options.lora.lora_weight or ())
-    if len(numbers) != count:
-        raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
-    return change_strengths(run, {"": numbers})  # "" is the only or low-noise expert
 
 
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
@@ -414,8 +395,8 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
     lora = replace(options.lora, lora_multiplier=tuple(new[""]))  # "": the only or the low-noise expert
     experts = replace(options.experts, lora_multiplier_high_noise=tuple(new[HIGH_NOISE]))
     options = replace(options, lora=lora, experts=experts)
-    uses = expert_loras(run.family, options, with_texts=True)
-    loader = dit_loader(run.family, uses, run.session.device, options)
+    loras_by_expert = expert_loras(run.family, options, with_texts=True)
+    loader = dit_loader(run.family, loras_by_expert, run.session.device, options)
     run.session.free()  # callers may still hold the old run
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
@@ -439,8 +420,10 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         one_at_a_time = False
         lazy = False
     # several processes may each hold some of the blocks of every network
-    blocks = make_block_place(options.speed, loader.device) if options.speed.modes.on.place else None
-    dits = DitTurns(
+    blocks = (
+        make_block_place(options.speed, loader.device) if options.speed.modes.hooks.make_block_place else None
+    )
+    dits = ExpertOffloader(
         family.experts,
         loader.device,
         loader,
@@ -448,34 +431,34 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         keep=keep,
         one_at_a_time=one_at_a_time,
         lazy=lazy,
-        together=blocks is not None,
+        all_stay_on_device=blocks is not None,
     )
     return Session(
         family,
         loader.device,
         dits,
-        text_loras=_make_text_loras(loader.uses, options.lora_rounding),
+        text_loras=_make_text_loras(loader.loras_by_expert, options.lora_rounding),
         blocks=blocks,
     )
 
 
-def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
+def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLoras | None":
     """Return the LoRAs of text encoders and of networks that are loaded with these; None if there are none.
 
     Args:
-        uses: LoRA files by expert; those of the first expert bring the text encoders.
+        loras_by_expert: LoRA files by expert; those of the first expert bring the text encoders.
         rounding: Value of --lora_rounding.
     """
-    if not uses or not uses[0]:
+    if not loras_by_expert or not loras_by_expert[0]:
         return None
     from networks.loading import on_side  # only with LoRAs
 
-    first_uses = uses[0]
-    if not any(use.lora.text_tensors for use in first_uses) and not on_side(first_uses, True):
+    first_loras = loras_by_expert[0]
+    if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not on_side(first_loras, True):
         return None
     from networks.text_loras import TextLoras  # only with LoRAs of texts
 
-    return TextLoras(first_uses, rounding)
+    return TextLoras(first_loras, rounding)
 
 
 def make_prompt(run: GenerationRun) -> None:
@@ -532,7 +515,7 @@ def check_models(run: GenerationRun) -> None:
 
 
 def save_merged_model(
-    family: Family, uses: LorasByExpert, path: Path, device: torch.device, rounding: str
+    family: Family, loras_by_expert: LorasByExpert, path: Path, device: torch.device, rounding: str
 ) -> None:
     """Write the transformer with the LoRAs merged in, one file per expert.
 
@@ -541,26 +524,26 @@ def save_merged_model(
 
     Args:
         family: The model family.
-        uses: LoRA files by expert.
+        loras_by_expert: LoRA files by expert.
         path: Path of the file.
         device: Device of the run.
         rounding: Value of --lora_rounding.
     """
     files = family.dit_files
     experts = family.experts
-    has_names = len(files) > 1
-    targets = [
-        path.with_name(f"{path.stem}_{expert.name}{path.suffix}") if has_names else path for expert in experts
-    ]
+    has_several_experts = len(files) > 1
+    targets = [path]
+    if has_several_experts:
+        targets = [path.with_name(f"{path.stem}_{expert.name}{path.suffix}") for expert in experts]
     # an expert without LoRAs is left out; a model of one network is written even without LoRAs
-    changed = [index for index in range(len(files)) if uses[index] or not has_names]
-    if not changed:
+    merged = [index for index in range(len(files)) if loras_by_expert[index] or not has_several_experts]
+    if not merged:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
     from networks.apply import check_loras_fit  # only with --save_merged_model
     from networks.merging import merge_into_file
 
-    for index in changed:
-        sources = [*files, *(use.lora.path for use in uses[index])]
+    for index in merged:
+        sources = [*files, *(lora_use.lora.path for lora_use in loras_by_expert[index])]
         reject_replacing("--save_merged_model", targets[index], sources)
         second_file = family.file_beside(files[index])
         if second_file is not None:
@@ -568,10 +551,10 @@ def save_merged_model(
                 f"--save_merged_model {path}: the model is in two files, {files[index]} and {second_file}. "
                 "Use merge_lora.py --dit FILE for each of them; it warns of what the other one has"
             )
-        check_loras_fit(files[index], uses[index])
+        check_loras_fit(files[index], loras_by_expert[index])
     for index, expert in enumerate(experts):
-        if index in changed:
-            merge_into_file(files[index], uses[index], targets[index], device, rounding=rounding)
+        if index in merged:
+            merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
             logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
 
@@ -591,49 +574,3 @@ def make_lines(run: GenerationRun) -> None:
         if jobs:
             make_outputs(run, jobs, failures)
     failures.raise_if_any(count, "" if path is None else f"{path}: ")
-
-
-def converse(run: GenerationRun) -> None:
-    """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    from generation.asking import line_reader, ring_after  # only with --interactive
-
-    remembers = run.options.remembers_lines  # options of a line hold for the lines after it
-    ask = line_reader(
-        ((character, option.key) for character, option in run.options.line_options.items()),
-        " Options hold for the prompts after it; an empty line quits." if remembers else "",
-    )
-    is_shared = have_joined()  # several processes generate each prompt together
-    if is_shared:
-        from generation.multi_process import read_together  # only with several processes
-
-        ask = read_together(ask)
-    remembered: dict[str, Any] = {}
-    while True:
-        try:
-            line = ask()
-            if remembers and not line.strip():
-                return
-            if is_blank(line):
-                continue
-            failures = Failures()
-            with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
-                if run.options.sheet.sheet is not None:
-                    from generation.sheets import make_sheets  # only with --sheet
-
-                    make_sheets(run, {"the prompt": line}, failures)
-                    continue
-                values = dict(run.read_line(line))
-                if remembers:
-                    values = {**remembered, **values}
-                run = with_strengths(run, values.get(STRENGTHS))
-                job = make_job(run, "the prompt", values)
-                remembered = values  # set after `make_job`, so that an invalid line changes nothing
-                make_outputs(run, [job], failures)
-        except EOFError:
-            sys.stdout.write("\n")
-            return
-        except KeyboardInterrupt:
-            if is_shared:  # the other processes are still generating the prompt and cannot be cancelled
-                raise
-            sys.stdout.write("\n")
-            logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

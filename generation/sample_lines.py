@@ -159,7 +159,7 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
         OptionError: If a value cannot be parsed.
     """
     try:
-        return prompt_lines.parse_words(
+        return prompt_lines.parse_option_line(
             line,
             SAMPLE_OPTIONS,
             where,

@@ -33,13 +33,21 @@ from modules.pages.page import embed_clip, write_page
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "compare.html"
-CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: longer side of a cell, its minimum; width of a grid
+MAX_CELL_SIDE, NARROWEST_CELL, WIDEST = (
+    256,
+    64,
+    3840,
+)  # pixels: longer side of a cell, its minimum; width of a grid
 BACKGROUND, EMPTY = "white", (225, 225, 225)
-HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: height of column labels and of row labels, size of letters
+HEADING_HEIGHT, TEXT_HEIGHT, FONT_SIZE = (
+    20,
+    24,
+    13,
+)  # pixels: height of column labels and of row labels, size of letters
 SQUARE, SQUARE_SHADES = 10, (187, 238)  # size in pixels and grays of the checkerboard behind transparency
 NARROWEST_COLUMN = 128  # pixels, so that the label is readable
 MAX_FRAMES = 2000  # maximum number of frames shown of a clip
-MAX_PLAYING, TALLEST = 100, 4096  # limits of a video: files open at once, height in pixels
+MAX_OPEN_VIDEOS, MAX_VIDEO_HEIGHT = 100, 4096  # limits of a video: files open at once, height in pixels
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class ClipGrid:
     columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]
     title: str = ""  # a line above the columns
-    cell: int = CELL  # maximum length of a cell's longer side in pixels; smaller clips are not enlarged
+    max_cell_side: int = (
+        MAX_CELL_SIDE  # maximum length of a cell's longer side in pixels; smaller clips are not enlarged
+    )
 
     @property
     def clips(self) -> list[Path]:
@@ -72,6 +82,23 @@ class ClipGrid:
 def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Path]:
     """Write `stem`.html with a title, .png and, unless all cells are images, .mp4; return the paths."""
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
+    _write_page(page, grid, title)
+    write_png(sheet, compose(grid, _read_middle_frames(grid)))
+    if all(map(is_image, grid.clips)):
+        return [page, sheet]
+    # limited by the number of videos that can be open at once, and by the height of the frame
+    rows_to_open = MAX_OPEN_VIDEOS // len(grid.columns)
+    rows_in_height = MAX_VIDEO_HEIGHT // (MAX_CELL_SIDE + TEXT_HEIGHT)
+    max_rows = max(1, min(rows_to_open, rows_in_height))
+    if max_rows < len(grid.rows):
+        logger.warning("%s shows the first %d of %d prompts", video.name, max_rows, len(grid.rows))
+    shorter_grid = replace(grid, rows=grid.rows[:max_rows])
+    write_video(video, play_side_by_side(shorter_grid), grid.rows[0].fps, crf=18, preset="medium")
+    return [page, sheet, video]
+
+
+def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
+    """Write an HTML page with the clips of a grid; rows with the same prompt stand below each other."""
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
         rows_of_prompt = []
@@ -79,19 +106,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
             cells = [*_embed_cells(grid.columns, row, is_lower=index > 0)]
             rows_of_prompt.append((row, cells))
         prompts.append({"rows": rows_of_prompt})
-    write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
-    write_png(sheet, compose(grid, _read_middle_frames(grid)))
-    if all(map(is_image, grid.clips)):
-        return [page, sheet]
-    # limited by the number of videos that can be open at once, and by the height of the frame
-    rows_to_open = MAX_PLAYING // len(grid.columns)
-    rows_in_height = TALLEST // (CELL + LINE)
-    max_rows = max(1, min(rows_to_open, rows_in_height))
-    if max_rows < len(grid.rows):
-        logger.warning("%s shows the first %d of %d prompts", video.name, max_rows, len(grid.rows))
-    playing = replace(grid, rows=grid.rows[:max_rows])
-    write_video(video, play(playing), grid.rows[0].fps, crf=18, preset="medium")
-    return [page, sheet, video]
+    write_page(path, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
@@ -142,21 +157,20 @@ def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
     return [[read_middle_frame(path) for path in row.paths] for row in grid.rows]
 
 
-def play(grid: ClipGrid) -> Iterator[Frame]:
+def play_side_by_side(grid: ClipGrid) -> Iterator[Frame]:
     """Yield frames of all clips side by side; a clip that has ended repeats its last frame."""
-    playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
-    current_frames = [[next(frames, None) for frames in row] for row in playing]
-    while True:
+    readers = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
+    current_frames = [[next(reader, None) for reader in row] for row in readers]
+    has_more = True
+    while has_more:
         yield compose(grid, current_frames)
         has_more = False
-        for row, frames_in_row in enumerate(playing):
-            for column, frames in enumerate(frames_in_row):
-                frame = next(frames, None)
-                if frame is not None:
-                    current_frames[row][column] = frame
+        for row, readers_of_row in enumerate(readers):
+            for column, reader in enumerate(readers_of_row):
+                next_frame = next(reader, None)
+                if next_frame is not None:
+                    current_frames[row][column] = next_frame
                     has_more = True
-        if not has_more:
-            return
 
 
 def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
@@ -167,14 +181,14 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     sizes = _measure_cells(grid, frames)
     widths = [width for row in sizes for width, _ in row]
     column_width = max(NARROWEST_COLUMN, *widths)
-    row_heights = [LINE + max(height for _, height in row) for row in sizes]
-    top = HEAD + LINE if grid.title else HEAD
+    row_heights = [TEXT_HEIGHT + max(height for _, height in row) for row in sizes]
+    top = HEADING_HEIGHT + TEXT_HEIGHT if grid.title else HEADING_HEIGHT
     sheet = _make_blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
     left = 0
     for heading in grid.columns:
-        pen.write((left, top - HEAD), heading, column_width)
+        pen.write((left, top - HEADING_HEIGHT), heading, column_width)
         left += column_width
     for row, row_frames, row_sizes, height in zip(grid.rows, frames, sizes, row_heights, strict=True):
         label = f"{row.strength} {row.prompt}".strip()
@@ -184,7 +198,7 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
             _draw_cell(
                 sheet,
                 pen,
-                corner=(left, top + LINE),
+                corner=(left, top + TEXT_HEIGHT),
                 frame=frame,
                 size=size,
             )
@@ -200,7 +214,7 @@ def _make_blank_sheet(width: int, height: int) -> Image.Image:
 
 def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
     """Return the width and height of each frame on the sheet, in pixels."""
-    side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
+    side = max(NARROWEST_CELL, min(grid.max_cell_side, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
     return [[empty_size if frame is None else _fit_side(frame, side) for frame in row] for row in frames]
@@ -245,13 +259,13 @@ class _Pen:
         self.draw.text((left + 2, top + 2), line, "black", self.font)
 
 
-CELL_OF_SHEET = 512  # pixels: the longer side of a clip in a sheet, if there is room
-MAX_OF_TITLE = 300  # characters
+MAX_CELL_SIDE_OF_SHEET = 512  # pixels: the longer side of a clip in a sheet, if there is room
+MAX_TITLE_LENGTH = 300  # characters
 
-Place = tuple[int, int]  # column, row
+CellIndex = tuple[int, int]  # column, row
 
 
-Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot be made
+JobByCell = Mapping[CellIndex, GenerationJob]  # of one sheet, without cells that cannot be made
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
@@ -262,7 +276,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
         lines: Prompt lines by label; None for the prompt of the command line.
         failures: Collects the errors of single lines.
     """
-    sheets = map_lines(run, lines, failures, partial(lay_out, failures=failures))
+    sheets = map_lines(run, lines, failures, partial(make_cell_jobs, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
     clips = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
@@ -273,14 +287,16 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
     return cells_of_sheet * len(lines)
 
 
-def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
+def make_cell_jobs(
+    run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures
+) -> JobByCell:
     """Make the jobs for the cells of a prompt line's sheet, by column and row.
 
     No network is loaded. Without a seed in the line, all cells share a drawn one. Cells that are not possible
     are recorded as failures.
     """
     axes = run.options.axes
-    jobs: dict[Place, GenerationJob] = {}
+    jobs: dict[CellIndex, GenerationJob] = {}
     if run.options.request.seed is None:
         line = {"seed": draw_seed(), **line}
     for indices, values in list_cells(axes, line):
@@ -292,14 +308,14 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
     return jobs
 
 
-def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> Path:
+def write_sheet(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, Path]) -> Path:
     """Draw the sheet of finished cells: a PNG if all are images, else a video. Returns its path.
 
     Rows and columns are labeled with the values of the axes; the prompt is the title, unless it is an axis.
     """
     output = run.options.output
-    first_place = next(iter(paths))
-    first = cells[first_place].prepared
+    first_index = next(iter(paths))
+    first = cells[first_index].prepared
     prompt = first.request.prompt
     grid = _make_grid(run.options.axes, paths, prompt, first.fps)
     metadata = {} if output.no_metadata else _make_metadata(run, cells, paths)
@@ -313,11 +329,13 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
             write_png(path, compose(grid, _read_middle_frames(grid)), as_png_texts(metadata))
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
-            write_video(path, play(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata))
+            write_video(
+                path, play_side_by_side(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata)
+            )
     return path
 
 
-def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
+def _make_grid(axes: Sequence[Axis], paths: Mapping[CellIndex, Path], prompt: str, fps: float) -> ClipGrid:
     """Arrange clips in a grid: the first axis gives its columns, the second one its rows."""
     horizontal = axes[0]
     vertical = axes[1] if len(axes) > 1 else None
@@ -332,14 +350,16 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
     return ClipGrid(
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
-        title="" if has_prompts else shorten_prompt(prompt, MAX_OF_TITLE),
-        cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),  # all rows, each with a line of text, fit
+        title="" if has_prompts else shorten_prompt(prompt, MAX_TITLE_LENGTH),
+        max_cell_side=min(
+            MAX_CELL_SIDE_OF_SHEET, MAX_VIDEO_HEIGHT // num_rows - TEXT_HEIGHT
+        ),  # all rows, each with a line of text, fit
     )
 
 
-def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
+def _make_metadata(run: GenerationRun, cells: JobByCell, paths: Mapping[CellIndex, Path]) -> dict[str, str]:
     """Return a sheet's metadata: entries that all cells share, the --sheet axes, and each cell's file."""
-    cell_metadata = [run.metadata(cells[place].prepared) or {} for place in paths]
+    cell_metadata = [run.metadata(cells[cell_index].prepared) or {} for cell_index in paths]
     # entries that are equal in all cells
     metadata = {
         key: text
@@ -347,7 +367,7 @@ def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]
         if all(of_cell.get(key) == text for of_cell in cell_metadata)
     }
     metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
-    row_by_row = sorted(paths, key=lambda place: place[::-1])  # places are (column, row)
+    row_by_row = sorted(paths, key=lambda cell_index: cell_index[::-1])  # places are (column, row)
     for column, row in row_by_row:
         indices = zip(run.options.axes, (column, row), strict=False)  # with one axis, the row is always 0
         axis_values = ", ".join(axis.describe(index) for axis, index in indices)

@@ -78,7 +78,7 @@ class HunyuanTokens:
             return 0
         if self.part is None:
             return -self.second.count
-        return -self.part.of_last(self.second.count) or NOWHERE
+        return -self.part.count_among_last(self.second.count) or NOWHERE
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:

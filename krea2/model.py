@@ -53,7 +53,7 @@ class Krea2Tokens(LuminaTokens):
 
     def cut(self, part: "TokenPart") -> "Krea2Tokens":
         """Return the inputs for the tokens that one process computes."""
-        return replace(super().cut(part), split=part.of_first(self.references))
+        return replace(super().cut(part), split=part.count_among_first(self.references))
 
     @property
     def first_image(self) -> int:

@@ -61,7 +61,7 @@ class AudioReferenceRules:
         latents = conditions.get(REFERENCE_AUDIO)
         if not isinstance(latents, Tensor) or overrides.drops_audio_reference:
             return LtxAudioReferences()
-        trains = overrides.turn is None  # the denoising loop sets it, in which nothing is hidden
+        trains = overrides.step_position is None  # the denoising loop sets it, in which nothing is hidden
         return LtxAudioReferences(
             (latents,),
             is_before=self.is_before,

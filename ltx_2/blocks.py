@@ -109,8 +109,8 @@ class Stream:
             self,
             rotary=part.rows(self.rotary),
             cross=cross,
-            split=part.take(split) if isinstance(split, Tensor) else part.of_first(split),
-            num_without_text=part.of_first(self.num_without_text),
+            split=part.take(split) if isinstance(split, Tensor) else part.count_among_first(split),
+            num_without_text=part.count_among_first(self.num_without_text),
             part=part,
         )
 

@@ -771,7 +771,9 @@ class Ltx2(Ltx2Media):
                 keyframes = add_generated(keyframes, count, stage.frames, shape)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
-                section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
+                section = replace(
+                    section, clean_first_frames=first, overrides=Overrides(given_frames=first.shape[2])
+                )
             if given:
                 section = hold_given_parts(section, given, stage.joint)
             if not keyframes:

@@ -33,7 +33,7 @@ from modules.options import override_options
 from protocols.data import AudioSpec, Conditions, Joint, LatentSpec
 from protocols.requests import Prepared, Request, check_frames, check_opens, count_frames_up_to
 from protocols.rules import ReferenceRules
-from protocols.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_fraction
+from protocols.steps import WHOLE, FixedLatents, GivenTokens, Section, clean_fraction
 
 logger = logging.getLogger(__name__)
 # names of conditions: clean latents, and the share of each latent that is kept, as in `GivenTokens`
@@ -441,7 +441,7 @@ def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -
     return replace(
         section,
         noise=shares * clean + (1 - shares) * start,
-        held=HeldLatents(clean, shares),
+        fixed_latents=FixedLatents(clean, shares),
         overrides=replace(section.overrides, given=tokens),
     )
 

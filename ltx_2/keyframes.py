@@ -20,7 +20,7 @@ from modules.media.pixels import image_pixels
 from protocols.data import Conditions, Joint
 from protocols.family import NoiseSource
 from protocols.requests import Prepared, check_opens
-from protocols.steps import GivenTokens, HeldLatents, Section, clean_fraction
+from protocols.steps import FixedLatents, GivenTokens, Section, clean_fraction
 
 # names of conditions: clean latents 1 C K H W, their frame indices in the video 1 K int64, and how much of
 # each is kept, as in `GivenTokens`, 1 K int16
@@ -129,7 +129,7 @@ def append_keyframes(
         image, audio = joint.split(latents)
         return joint.join(torch.cat([image, keyframes], dim=2), audio)
 
-    held = section.held or HeldLatents(torch.zeros_like(start), torch.zeros_like(start))
+    held = section.fixed_latents or FixedLatents(torch.zeros_like(start), torch.zeros_like(start))
     given = append_shares(section.overrides.given, image, shares)
     overrides = replace(
         section.overrides,
@@ -142,7 +142,7 @@ def append_keyframes(
     return replace(
         section,
         noise=append(start, noisy),
-        held=HeldLatents(append(held.clean, clean), append(held.shares, clean_share)),
+        fixed_latents=FixedLatents(append(held.clean, clean), append(held.shares, clean_share)),
         overrides=overrides,
         shown=image.shape[2],
     )

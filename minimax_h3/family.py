@@ -140,7 +140,7 @@ class MiniMaxH3(OneTransformer):
     can: ClassVar = Abilities(
         hear=True,
         tell_few_steps=True,
-        keep_time=True,
+        match_audio_schedule=True,
         show_media=True,
         one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
         bring_empty=True,

@@ -92,7 +92,7 @@ class H3Tokens:
 
     def cut(self, part: "TokenPart") -> "H3Tokens":
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        starts = tuple(part.of_first(start) for start in self.starts)
+        starts = tuple(part.count_among_first(start) for start in self.starts)
         return replace(self, part=part, starts=starts)
 
     @property

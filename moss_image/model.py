@@ -266,11 +266,13 @@ class MossImageModel(BlockNetwork):
         cache = overrides.section_cache if isolated and references else None
         # without a cache, references are computed in this call; so they are with NAG, whose second text would
         # need other positions
-        if cache is None or overrides.turn is None or overrides.nag is not None:
+        if cache is None or overrides.step_position is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        pass_name = overrides.turn.which  # identifies the pass, such as the negative one, in all steps
+        pass_name = (
+            overrides.step_position.pass_key
+        )  # identifies the pass, such as the negative one, in all steps
         if pass_name not in cache:
             # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)

@@ -153,7 +153,7 @@ class PostTools:
     _stages: list[NamedStage] | None = field(default=None, init=False)
 
     @property
-    def hides(self) -> bool:
+    def hides_content(self) -> bool:
         """Whether a tool hides image content, so that unprocessed frames must not be shown."""
         return self.selected.hiding is not None
 

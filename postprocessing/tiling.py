@@ -18,7 +18,7 @@ from modules.errors import CheckpointError, MemoryPlanError
 from modules.integers import ceil_div, round_up
 from postprocessing.options import ToolNetworkOptions
 from runtime.compile import check_compilation, compile_each
-from runtime.planning.device_memory import host_room, spare_bytes
+from runtime.planning.device_memory import free_host_memory, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def room_on(device: torch.device) -> int | None:
     """Return the free memory of a device in bytes, minus a safety margin; None if unknown."""
     if device.type == "cuda":
         return spare_bytes(device)
-    room = host_room() if device.type == "cpu" else None
+    room = free_host_memory() if device.type == "cpu" else None
     return None if room is None else round(SHARE * room)
 
 

@@ -152,10 +152,10 @@ class DitSpec:
     """Names inside a DiT, for code that changes it from outside."""
 
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
-    # the second of two lists, if its blocks process a second stream (`Hidden.side`). They are spread evenly:
-    # each runs before the first block of its share of the other list
+    # the second of two lists, if its blocks process a second stream (`Hidden.control_tokens`). They are
+    # spread evenly: each runs before the first block of its share of the other list
     side_list: str = ""
-    has_additions: bool = False  # whether a ControlNet adds to all tokens (`Hidden.added`)
+    has_additions: bool = False  # whether a ControlNet adds to all tokens (`Hidden.block_residuals`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names that are never stored in fp8
     # storage form -> parts of parameter names, for other forms with different exclusions
     form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
@@ -409,7 +409,9 @@ class Abilities:
     hear: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
     rate: bool = False  # the frame rate is an input of the model, in runs without audio too
     tell_few_steps: bool = False  # the family is a `KnowsFewSteps`
-    keep_time: bool = False  # clips are read by their timestamps by default, as with source_fps = "auto"
+    match_audio_schedule: bool = (
+        False  # clips are read by their timestamps by default, as with source_fps = "auto"
+    )
     show_media: bool = False  # rows of lists may have `references` (`MediaBatch.shown`)
     sample_apart: str = ""  # option that names a separate, frozen transformer for training samples
     guide: bool = False  # clips are trained with images that guide them (`data.GUIDES`)

@@ -68,14 +68,14 @@ class NagText:
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepPosition:
     """The step and the pass of a network call, for code that keeps state between steps."""
 
     step: int  # index among the steps that are run, from 0
     num_steps: int
     timestep: float  # timestep that the network gets
     next_timestep: float  # timestep of the next step; 0 in the last step
-    which: Hashable  # identifies the pass: the same in all steps of a section, different for other passes
+    pass_key: Hashable  # identifies the pass: the same in all steps of a section, different for other passes
 
 
 WHOLE = 1000  # value in `GivenTokens` for a latent that is entirely clean
@@ -136,7 +136,7 @@ class Overrides:
     joint: Joint | None = None  # set if the latents are video and audio, B N; timesteps are then B or B 2
     # results that a network may cache between the passes of a section; None: it must not cache
     section_cache: dict[Any, Any] | None = None
-    turn: Turn | None = None  # set by the denoising loop
+    step_position: StepPosition | None = None  # set by the denoising loop
 
     @property
     def leaves_out(self) -> bool:
@@ -194,31 +194,31 @@ NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True)
-class Anchor:
+class EditReference:
     """A clean image to which the unchanged parts of an edited image are reset at each step."""
 
     latents: Tensor  # B C F H W
     changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: `rules` decide at each step
     rules: ConsistencyRules | None = None
 
-    def to(self, device: torch.device) -> "Anchor":
-        """Return the anchor with its tensors on `device`."""
+    def to(self, device: torch.device) -> "EditReference":
+        """Return the record with its tensors on `device`."""
         changed = None if self.changed is None else self.changed.to(device)
         return replace(self, latents=self.latents.to(device), changed=changed)
 
 
 @dataclass(frozen=True, eq=False)
-class HeldLatents:
+class FixedLatents:
     """Clean latents that are kept, in part or entirely, while denoising; shaped like the noisy latents."""
 
     clean: Tensor
     shares: Tensor  # float32, 0..1: fraction of `clean` in the clean prediction of each latent
 
-    def to(self, device: torch.device) -> "HeldLatents":
+    def to(self, device: torch.device) -> "FixedLatents":
         """Return the record with its tensors on `device`."""
-        return HeldLatents(self.clean.to(device), self.shares.to(device))
+        return FixedLatents(self.clean.to(device), self.shares.to(device))
 
-    def put_whole(self, latents: Tensor) -> Tensor:
+    def insert_clean(self, latents: Tensor) -> Tensor:
         """Return the latents with `clean` inserted wherever the share is 1."""
         return torch.where(self.shares == 1, self.clean, latents)
 
@@ -235,16 +235,17 @@ class Section:
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
-    place: int = 0  # index of its first latent frame in the video
+    first_latent_frame: int = 0  # index in the video
     source: Tensor | None = None  # clean latents of a source video, B C F H W; set by the shared loop
     nag: Conditions | None = None  # conditions of the NAG text alone, without media
     overrides: Overrides = NO_OVERRIDES  # for every pass
     # clean latents of its first frames, B C f H W, which the loop keeps fixed; the network is told by
     # `overrides.given_frames`
-    given: Tensor | None = None
-    given_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
-    held: HeldLatents | None = None  # other fixed latents; the network is told by `overrides.given`
-    anchor: Anchor | None = None  # original of an edited image; None: the image may change everywhere
+    clean_first_frames: Tensor | None = None
+    clean_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
+    fixed_latents: FixedLatents | None = None  # other fixed latents; the network is told by `overrides.given`
+    # original of an edited image; None: the image may change everywhere
+    edit_reference: EditReference | None = None
     previous: Piece | None = None  # what the previous section added to the video
     label: str = ""  # such as "section 2 of 4", for the progress bar
     count: int = 1  # number of sections of the clip
@@ -256,9 +257,9 @@ class Section:
     @property
     def clean_streams(self) -> tuple[bool, bool]:
         """Return whether all images are fixed instead of denoised, and whether all audio is."""
-        joint, frames = self.overrides.joint, self.given
+        joint, frames = self.overrides.joint, self.clean_first_frames
         has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
-        return has_image, self.given_audio is not None
+        return has_image, self.clean_audio is not None
 
 
 # predict(*conditions, overrides=...) -> one velocity per condition

@@ -228,7 +228,7 @@ class QwenImage(ModelOfImages):
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
-            section = replace(section, anchor=read_anchor(prepared, first, self.edit))
+            section = replace(section, edit_reference=read_anchor(prepared, first, self.edit))
         return (yield section)
 
 

@@ -17,7 +17,7 @@ from modules.option_values import to_path
 from modules.paths import explain_missing
 from protocols.requests import Prepared, Request, check_opens
 from protocols.rules import ConsistencyRules
-from protocols.steps import Anchor
+from protocols.steps import EditReference
 from qwen_image.options import MASK, QwenImageReferenceOptions
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,9 @@ def check_mask(path: Path, has_image: bool) -> None:
     check_opens(MASK, path, is_image=True)
 
 
-def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
+def read_anchor(
+    prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions
+) -> EditReference | None:
     """Return what holds the result close to the first control image: a mask, or rules by a threshold.
 
     None without either.
@@ -163,7 +165,7 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
     if mask is not None:
         step = prepared.width // latents.shape[-1]  # pixels of a latent along an edge
         path = to_path(f"--{MASK}", mask)
-        return Anchor(latents, read_mask(path, (prepared.width, prepared.height), step))
+        return EditReference(latents, read_mask(path, (prepared.width, prepared.height), step))
     if threshold is None:
         return None
     rules = ConsistencyRules(
@@ -173,7 +175,7 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
         dilate_size=options.rcm_dilate_size,
         saves=options.rcm_debug_save,
     )
-    return Anchor(latents, rules=rules)
+    return EditReference(latents, rules=rules)
 
 
 def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:

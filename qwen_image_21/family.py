@@ -230,7 +230,7 @@ class QwenImage21(pictures.ModelOfImages):
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
-            section = replace(section, anchor=read_anchor(prepared, first))
+            section = replace(section, edit_reference=read_anchor(prepared, first))
         if self.keeps_prefix:
             # an empty cache, which the network fills in the first step
             section = replace(section, overrides=Overrides(section_cache={}))

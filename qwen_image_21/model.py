@@ -122,7 +122,7 @@ class QwenImage21Tokens:
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        return replace(self, part=part, split=part.of_first(self.num_image))
+        return replace(self, part=part, split=part.count_among_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
@@ -383,9 +383,14 @@ class QwenImage21Model(BlockNetwork):
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict the velocity from `embed`'s arguments; with a section cache, keep each pass's prefix."""
         memory = overrides.section_cache
-        if memory is None or overrides.turn is None or overrides.nag is not None or overrides.leaves_out:
+        if (
+            memory is None
+            or overrides.step_position is None
+            or overrides.nag is not None
+            or overrides.leaves_out
+        ):
             return super().forward(*inputs, overrides=overrides, **named_inputs)
-        which = overrides.turn.which
+        which = overrides.step_position.pass_key
         if which not in memory:
             memory[which] = self.remember(*inputs, **named_inputs)
         with remembering(memory[which], self.attentions()):

@@ -18,7 +18,7 @@ from modules.errors import MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size, read_image, resize_cover, resize_frame
 from protocols.requests import Prepared
-from protocols.steps import Anchor
+from protocols.steps import EditReference
 from qwen_image.options import MASK
 from qwen_image.references import (
     MEGAPIXEL,
@@ -85,7 +85,7 @@ def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prep
     return replace(show_references(prepared, target), own_metadata=metadata)
 
 
-def read_anchor(prepared: Prepared, latents: Tensor) -> Anchor | None:
+def read_anchor(prepared: Prepared, latents: Tensor) -> EditReference | None:
     """Return the anchor that keeps the result equal to the first image outside the mask; None without a mask.
 
     `latents` are those of the first image, 1 C 1 h w.
@@ -94,4 +94,4 @@ def read_anchor(prepared: Prepared, latents: Tensor) -> Anchor | None:
     if mask is None:
         return None
     step = prepared.width // latents.shape[-1]
-    return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))
+    return EditReference(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))

@@ -4,7 +4,7 @@ import importlib.util
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +53,18 @@ def _examine_packages() -> Iterator[Finding]:
     except InstallationError as error:
         yield Finding("packages", " ".join(str(error).split()), is_fit=False)
         return
+    yield _examine_versions()
+    namesake = find_namesake()
+    if namesake is not None:
+        # only an installed Reelsmith has files that the other distribution may have replaced
+        yield Finding("name", namesake, is_fit=not PREFIX)
+    yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    yield _examine_bitsandbytes()
+    yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
+
+
+def _examine_versions() -> Finding:
+    """Compare the versions of the installed packages with those of requirements.txt."""
     from packaging.requirements import Requirement  # accelerate brings it
 
     mismatches = []
@@ -66,21 +78,15 @@ def _examine_packages() -> Iterator[Finding]:
     if mismatches:
         remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
         verdict = ", ".join(mismatches) + remedy
-    yield Finding("packages", verdict, is_fit=not mismatches)
-    namesake = find_namesake()
-    if namesake is not None:
-        # only an installed Reelsmith has files that the other distribution may have replaced
-        yield Finding("name", namesake, is_fit=not PREFIX)
-    yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    return Finding("packages", verdict, is_fit=not mismatches)
+
+
+def _examine_bitsandbytes() -> Finding:
     if importlib.util.find_spec("bitsandbytes") is not None:
-        yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
-    else:
-        consequence = (
-            "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
-        )
-        remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
-        yield Finding("bitsandbytes", consequence + remedy)
-    yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
+        return Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
+    consequence = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
+    remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
+    return Finding("bitsandbytes", consequence + remedy)
 
 
 def _examine_torch() -> Iterator[Finding]:
@@ -101,27 +107,38 @@ def _examine_torch() -> Iterator[Finding]:
     build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     yield Finding("torch", f"{torch.__version__}, {build}")
     if device.type == "cuda":
-        for number in range(torch.cuda.device_count()):
-            info = torch.cuda.get_device_properties(number)
-            dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
-            size = f"{info.total_memory / GIB:.0f} GB, capability {info.major}.{info.minor}"
-            yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
+        yield from _examine_gpus()
     else:
         yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))
     missing = missing_for_inductor(device)
     verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
     yield Finding("compile", verdict)
+    package_by_backend = {backend.name: backend.module for backend in BACKENDS.values() if backend.module}
+    yield _examine_attention(package_by_backend)
+
+
+def _examine_gpus() -> Iterator[Finding]:
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        info = torch.cuda.get_device_properties(number)
+        dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
+        size = f"{info.total_memory / GIB:.0f} GB, capability {info.major}.{info.minor}"
+        yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
+
+
+def _examine_attention(package_by_backend: Mapping[str, str]) -> Finding:
+    """Return the finding about the packages of attention: which are installed, and which are not."""
     installed = ["torch's own"]
     not_installed: list[str] = []
-    for backend in BACKENDS.values():
-        if backend.module:
-            has_package = importlib.util.find_spec(backend.module) is not None
-            (installed if has_package else not_installed).append(backend.name)
+    for name, package in package_by_backend.items():
+        has_package = importlib.util.find_spec(package) is not None
+        (installed if has_package else not_installed).append(name)
     verdict = ", ".join(installed)
     if not_installed:
         names = ", ".join(not_installed)
         verdict += f"; not installed: {names}. Their options are refused, torch's own needs none"
-    yield Finding("attention", verdict)
+    return Finding("attention", verdict)
 
 
 def _without_cuda(kind: str, reason: str | None) -> Finding:

@@ -231,7 +231,7 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
         "--blocks_to_swap": swap.blocks_to_swap or None,
         "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         "--block_swap_ring_size": None if ring == SLOTS else ring,
-        **speed.modes.for_generation,
+        **speed.modes.flags_for_generation,
     }
 
 

@@ -17,6 +17,7 @@ Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocitie
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,11 +43,13 @@ class Hidden:
     x: Tensor  # B L C
     tokens: Any  # the model's own record
     # for each block B L' C, added to the first L' tokens of its result; None: nothing is added
-    added: Sequence[Tensor | None] = ()
-    side: Tensor | None = None  # B L C, input of the blocks of `DitSpec.side_list`; None: they do not run
-    side_scales: Tensor | None = None  # B blocks: factor on the hint of each side block
+    block_residuals: Sequence[Tensor | None] = ()
+    control_tokens: Tensor | None = (
+        None  # B L C, input of the blocks of `DitSpec.side_list`; None: they do not run
+    )
+    control_scales: Tensor | None = None  # B blocks: factor on the hint of each side block
     # called with its number before each block of the main stream, and after the last one; may change `x`
-    between: Callable[[int, "Hidden"], None] | None = None
+    before_block: Callable[[int, "Hidden"], None] | None = None
 
 
 Runner = Callable[[nn.Module, Hidden, Overrides], None]  # runs the network's blocks, which change `hidden.x`
@@ -59,9 +62,9 @@ def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
 
 def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
     """Run a block of the side stream; return the hint to add to `x` after the next block."""
-    hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
-    if hidden.side_scales is not None:
-        hint = hint * hidden.side_scales[:, number, None, None]
+    hidden.control_tokens, hint = block(hidden.control_tokens, hidden.x, hidden.tokens)
+    if hidden.control_scales is not None:
+        hint = hint * hidden.control_scales[:, number, None, None]
     return hint
 
 
@@ -74,34 +77,32 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """
     spec = spec_of(dit)
     lists = spec.blocks(dit)
-    blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
-    in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
+    blocks = list(chain.from_iterable(lists.values()))
+    num_main_blocks = len(blocks) - len(lists.get(spec.side_list, ()))  # the side list is the last one
     hint = None  # what the last side block adds to `x` after the next block
     counts = [len(blocks_of_list) for blocks_of_list in lists.values()]
     for index in spec.order(counts) if spec.side_list else range(len(blocks)):
         block = blocks[index]
-        if in_side_list[index]:
-            if hidden.side is not None:  # this call uses the side stream
-                # blocks are numbered over both lists, and the main list comes first
-                side_index = index - len(lists[spec.block_lists[0]])
-                hint = _run_side_block(block, hidden, side_index)
+        if index >= num_main_blocks:
+            if hidden.control_tokens is not None:
+                hint = _run_side_block(block, hidden, index - num_main_blocks)
             continue
-        if hidden.between is not None:
-            hidden.between(index, hidden)  # a callback before each block of the main list
+        if hidden.before_block is not None:
+            hidden.before_block(index, hidden)
         if index not in overrides.skip_blocks:
             skips = index in overrides.skip_self_attention
             tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
             hidden.x = block(hidden.x, tokens)
-        addition = hidden.added[index] if hidden.added else None
-        if addition is not None:
-            # additions are for the first tokens; the remaining ones get zeros
-            missing = hidden.x.shape[1] - addition.shape[1]
-            hidden.x = hidden.x + pad(addition.to(hidden.x.dtype), (0, 0, 0, missing))
+        residual = hidden.block_residuals[index] if hidden.block_residuals else None
+        if residual is not None:
+            # residuals are for the first tokens; the remaining ones get zeros
+            num_other_tokens = hidden.x.shape[1] - residual.shape[1]
+            hidden.x = hidden.x + pad(residual.to(hidden.x.dtype), (0, 0, 0, num_other_tokens))
         if hint is not None:
             hidden.x = hidden.x + hint
             hint = None
-    if hidden.between is not None:
-        hidden.between(len(blocks), hidden)
+    if hidden.before_block is not None:
+        hidden.before_block(len(blocks), hidden)
 
 
 class BlockNetwork(nn.Module):

@@ -37,7 +37,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from protocols.steps import DitAt, Overrides, Turn
+from protocols.steps import DitAt, Overrides, StepPosition
 from runtime.offload.block_swap import swap_of
 from runtime.offload.sharding import agree_among, gather_block, is_sharded
 from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
@@ -45,13 +45,13 @@ from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 # Letters: B batch, L tokens, C width
 
 
-Signal = Callable[[], Tensor]  # the input of the first block's attention, B L C
+FirstBlockInput = Callable[[], Tensor]  # the input of the first block's attention, B L C
 
 
 class Rule(Protocol):
     """Rule that decides at each step whether a network pass is skipped; it keeps state between steps."""
 
-    def skips(self, turn: Turn, signal: Signal) -> bool:
+    def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether to skip the pass. Called once at every step that has this pass.
 
         The first answer is no, because there is no residual to add yet.
@@ -60,7 +60,7 @@ class Rule(Protocol):
 
 
 @dataclass(eq=False)
-class Branch:
+class PassState:
     """The state of one pass of a step: the rule that may skip it, and what its last run added to `x`."""
 
     rule: Rule
@@ -77,34 +77,36 @@ class StepCache:
 
     def __post_init__(self) -> None:
         # by network, as each expert has residuals of its own; weak, so that one may be freed between steps
-        self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
+        self._states = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, PassState]]()
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         """Run the blocks with `inner`, or add to `hidden.x` what their last run added (the residual)."""
-        turn = overrides.turn  # step and pass of this call; None: nothing is cached
-        if turn is None:
+        step_position = overrides.step_position  # step and pass of this call; None: nothing is cached
+        if step_position is None:
             inner(dit, hidden, overrides)
             return
-        branches = self._branches.setdefault(dit, {})
-        if turn.which not in branches:
-            branches[turn.which] = Branch(self.make_rule())
-        branch = branches[turn.which]
+        states = self._states.setdefault(dit, {})
+        if step_position.pass_key not in states:
+            states[step_position.pass_key] = PassState(self.make_rule())
+        state = states[step_position.pass_key]
         self.passes += 1
-        skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, overrides))
+        should_skip = state.rule.should_skip(
+            step_position, functools.partial(compute_first_block_input, dit, hidden, overrides)
+        )
         # all processes must make the same decision, but their signals may differ in the last digit
-        if agree_among(dit, skips):
-            assert branch.residual is not None
+        if agree_among(dit, should_skip):
+            assert state.residual is not None
             self.skipped += 1
-            hidden.x = hidden.x + branch.residual
+            hidden.x = hidden.x + state.residual
             return
-        branch.residual = None  # frees memory for the input, which is kept while the blocks run
+        state.residual = None  # frees memory for the input, which is kept while the blocks run
         before = hidden.x
         inner(dit, hidden, overrides)
-        branch.residual = residual_of(dit, hidden.x, before)
+        state.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
         """Drop the residuals, so that the next pass is computed."""
-        self._branches.clear()
+        self._states.clear()
 
 
 def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
     return (after - before).to(torch.bfloat16 if computes_in == torch.bfloat16 else after.dtype)
 
 
-def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
+def compute_first_block_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     """Return the modulated input of the first block's attention, B L C, without running the block.
 
     If the block is swapped, its weights are brought to the device. Usually they are there already, because
@@ -128,7 +130,7 @@ def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     assert spec.modulated_input is not None
     swap = swap_of(dit)
     if swap is not None:
-        swap.bring(0, overrides.skip_blocks)
+        swap.fetch(0, overrides.skip_blocks)
     first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
     if is_sharded(dit):
         gather_block(first_block)
@@ -185,22 +187,22 @@ class MagCacheRule:
         self._last: int | None = None  # step of the last call
         self._forget()
 
-    def skips(self, turn: Turn, signal: Signal) -> bool:
+    def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the error accumulated since the last computed pass allows another skip.
 
         The first steps (the fraction `retention`, at least one) and the last step are never skipped.
         `signal`, which other rules compare, is not needed.
         """
         last_step = self._last
-        self._last = turn.step
-        first_skippable = max(int(self._retention * turn.num_steps), 1)
-        may_skip = first_skippable <= turn.step < turn.num_steps - 1
+        self._last = step_position.step
+        first_skippable = max(int(self._retention * step_position.num_steps), 1)
+        may_skip = first_skippable <= step_position.step < step_position.num_steps - 1
         if last_step is None or not may_skip:
             self._forget()
             return False
         # the product of the ratios is the predicted change in size of the residual; 1 means no error. There
         # are several ratios to multiply if some steps did not have this pass
-        for step in range(last_step + 1, turn.step + 1):
+        for step in range(last_step + 1, step_position.step + 1):
             self._ratio *= self._ratios[step]
             self._error += abs(1 - self._ratio)
             self._skipped += 1
@@ -234,17 +236,17 @@ class TeaCacheRule:
         self._distance = 0.0
         self._before: Tensor | None = None
 
-    def skips(self, turn: Turn, signal: Signal) -> bool:
+    def should_skip(self, step_position: StepPosition, first_block_input: FirstBlockInput) -> bool:
         """Return whether the changes since the last computed pass add up to less than the threshold.
 
         `signal` computes what is compared: the input of the first block's attention.
         """
-        if turn.step == turn.num_steps - 1:  # the last step is computed
+        if step_position.step == step_position.num_steps - 1:  # the last step is computed
             self._before = None
             return False
         before = self._before
-        self._before = signal()
-        if before is None or turn.step == 0:
+        self._before = first_block_input()
+        if before is None or step_position.step == 0:
             self._distance = 0.0
             return False
         change = polynomial(self._coefficients, float(relative_change(before, self._before)))
@@ -280,7 +282,7 @@ POINTS_EACH = 3  # required measurements per coefficient
 MIN_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
 
 # called for each pass with the input of the first block's attention and what the blocks added
-Measure = Callable[[Turn, Signal, Tensor], None]
+Measure = Callable[[StepPosition, FirstBlockInput, Tensor], None]
 
 
 def measure_pass(
@@ -292,11 +294,15 @@ def measure_pass(
     """
     before = hidden.x
     inner(dit, hidden, overrides)
-    if overrides.turn is not None and not overrides.leaves_out:
-        signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), overrides)
+    if overrides.step_position is not None and not overrides.leaves_out:
+        first_block_input = functools.partial(
+            compute_first_block_input, dit, Hidden(before, hidden.tokens), overrides
+        )
         # each expert is measured against itself; weak, so that one may be freed between steps
-        turn = replace(overrides.turn, which=(weakref.ref(dit), overrides.turn.which))
-        measure(turn, signal, residual_of(dit, hidden.x, before))
+        step_position = replace(
+            overrides.step_position, pass_key=(weakref.ref(dit), overrides.step_position.pass_key)
+        )
+        measure(step_position, first_block_input, residual_of(dit, hidden.x, before))
 
 
 class Ratios:
@@ -310,14 +316,16 @@ class Ratios:
         """Drop the residual sizes of earlier steps."""
         self._sizes.clear()
 
-    def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+    def measure(
+        self, step_position: StepPosition, first_block_input: FirstBlockInput, residual: Tensor
+    ) -> None:
         """Record the ratio of sizes to the previous step, averaged over all tokens."""
         sizes = residual.norm(dim=-1, dtype=torch.float32)
-        step, before = self._sizes.get(turn.which, (None, sizes))
-        if step == turn.step - 1:
+        step, before = self._sizes.get(step_position.pass_key, (None, sizes))
+        if step == step_position.step - 1:
             ratio = (sizes / before.clamp(min=torch.finfo(torch.float32).tiny)).mean()
-            self._found.setdefault(turn.step, []).append(ratio)
-        self._sizes[turn.which] = turn.step, sizes
+            self._found.setdefault(step_position.step, []).append(ratio)
+        self._sizes[step_position.pass_key] = step_position.step, sizes
 
     def result(self, num_steps: int) -> list[float]:
         """Return the mean ratio of each step; the first step and steps without a measurement have 1."""
@@ -339,13 +347,15 @@ class Changes:
         """Forget the tensors of earlier steps."""
         self._before.clear()
 
-    def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+    def measure(
+        self, step_position: StepPosition, first_block_input: FirstBlockInput, residual: Tensor
+    ) -> None:
         """Record the relative changes since the previous step of the same pass; the first step has none."""
-        entered = signal()
-        step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
-        if step == turn.step - 1:
+        entered = first_block_input()
+        step, before, residual_before = self._before.get(step_position.pass_key, (None, entered, residual))
+        if step == step_position.step - 1:
             self._found.append((relative_change(before, entered), relative_change(residual_before, residual)))
-        self._before[turn.which] = turn.step, entered, residual
+        self._before[step_position.pass_key] = step_position.step, entered, residual
 
     @property
     def points(self) -> list[tuple[float, float]]:

@@ -123,7 +123,7 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     Raises:
         OptionError: If a value cannot be read, or if --f is not a valid file name on every system.
     """
-    values = prompt_lines.parse_words(line, LINE_OPTIONS, where, find_option)
+    values = prompt_lines.parse_option_line(line, LINE_OPTIONS, where, find_option)
     file_name = values.get("file_name")
     if file_name is not None:
         _check_file_name(file_name)

@@ -321,7 +321,7 @@ class UnetPasses:
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Call the U-Net; return noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
-        step = overrides.turn  # index of this step, number of steps, and timestep
+        step = overrides.step_position  # index of this step, number of steps, and timestep
         assert step is not None  # the loop sets it
         call = UnetCall(
             step=step.step,

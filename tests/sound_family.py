@@ -115,7 +115,7 @@ class AudioWan(Wan):
             return (yield section)
         full = joint.join(section.noise, noise.draw((1, *joint.audio)))
         given = None if self.given_audio is None else self.given_audio[None]
-        return (yield replace(section, noise=full, given_audio=given))
+        return (yield replace(section, noise=full, clean_audio=given))
 
     def predict(
         self,

@@ -111,12 +111,12 @@ def test_each_token_has_one_place_whatever_the_segments(length: int, count: int)
 
     assert torch.equal(torch.cat([part.take(x) for part in parts], dim=1), x)
     for some in range(length + 1):
-        assert sum(part.of_first(some) for part in parts) == some
-        assert sum(part.of_last(some) for part in parts) == some
+        assert sum(part.count_among_first(some) for part in parts) == some
+        assert sum(part.count_among_last(some) for part in parts) == some
         behind = torch.cat([part.rows(table[some:], some) for part in parts])
         assert torch.equal(behind, table[some:])
         for part in parts:
-            assert len(part.rows(table[:some])) == part.of_first(some)
+            assert len(part.rows(table[:some])) == part.count_among_first(some)
 
 
 WAYS = {

@@ -159,7 +159,7 @@ def test_a_plan_counts_small_forms_and_loras_beside_them(
     gguf_file(dit, "Q8_0").replace(dit)
     _, small = planned("--lora_weight", lora)
 
-    weights, beside = memory_plan.NAMES[WEIGHTS], f"{memory_plan.NAMES[NETWORK]} (LoRA)"
+    weights, beside = memory_plan.PART_NAMES[WEIGHTS], f"{memory_plan.PART_NAMES[NETWORK]} (LoRA)"
     factors = sum(one.nbytes for name, one in load_file(lora).items() if name.endswith(".weight"))
     assert small_texts < 0.7 * texts  # embeddings stay
     assert small[weights] < 0.5 * plain[weights]

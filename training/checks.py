@@ -77,9 +77,9 @@ def check_before_loading(
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
 
     check_experts(family, options)
-    if options.speed.modes.on.check:
+    if options.speed.modes.hooks.check_uses:
         uses = list_run_uses(family, options, others)
-        for check_mode in options.speed.modes.on.check:
+        for check_mode in options.speed.modes.hooks.check_uses:
             check_mode(uses)
     counts = family.block_counts()
     swap = options.speed.swap

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from generation.loaded_networks import wanted_texts
+from generation.loaded_networks import select_prompts
 from generation.sample_lines import read_sample_file
 from modules.console import count_of
 from modules.control_codes import shorten
@@ -119,7 +119,7 @@ def _encode_edited(sampler: Sampler, log_activity: Callable[[str], None]) -> Sam
             unchanged_samples[index] = replace(unchanged[0], index=index)
         else:
             edited_requests[index] = all_prepared[index]
-    num_new_texts = session.count_new(wanted_texts(prepared) for prepared in edited_requests.values())
+    num_new_texts = session.count_new(select_prompts(prepared) for prepared in edited_requests.values())
     if num_new_texts and session.blocks is not None:
         # a process that fails alone would leave the others waiting
         raise OptionError(

@@ -62,10 +62,10 @@ class ExpertNetworks:
         nothing is copied back to the host.
         """
         network = self.networks[expert]
-        if self.copies and not self.copies[network].is_here:
+        if self.copies and not self.copies[network].is_on_device:
             for copy in self.copies.values():
-                copy.leave()
-            self.copies[network].bring()
+                copy.free_device_memory()
+            self.copies[network].to_device()
         return network
 
 

@@ -309,7 +309,9 @@ class Loading:
         expert = family.experts[index]
         # where the weights are kept: in host memory if they are swapped, or split over processes
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = make_block_place(options.speed, device) if options.speed.modes.on.place else None
+        blocks = (
+            make_block_place(options.speed, device) if options.speed.modes.hooks.make_block_place else None
+        )
         # LoRAs that are merged into the weights while these are read, and T-LoRAs, which wrap layers later
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
@@ -390,7 +392,7 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        if options.speed.modes.on.finish:
+        if options.speed.modes.hooks.finish_network:
             finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:

@@ -269,7 +269,7 @@ class NextSteps:
         """Return the command that generates with a trained file, with the first sample's settings if any."""
         shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
-        launcher = self._launcher() if self.plan.options.speed.modes.for_generation else ["python"]
+        launcher = self._launcher() if self.plan.options.speed.modes.flags_for_generation else ["python"]
         arguments = self._generation_words
         assert self.command.entry is not None
         spellings = self.command.entry.spellings

@@ -221,7 +221,7 @@ class TrainingOptions(Options, must_give=True):
                 "for both"
             )
         # some ways to divide a run over GPUs take no whole transformer
-        for reject_full in self.speed.modes.on.whole:
+        for reject_full in self.speed.modes.hooks.check_full_training:
             reject_full(precision)
         stored = self.speed.fp8.quantization
         if stored is not None:

@@ -342,7 +342,7 @@ def join_processes(
     """
     accelerator = make_accelerator(options.accelerator)
     # an option that divides work over processes has no effect in one
-    if accelerator.num_processes == 1 and options.speed.modes.alone:
+    if accelerator.num_processes == 1 and options.speed.modes.single_process_effects:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process logs for all

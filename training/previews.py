@@ -20,7 +20,7 @@ from modules.console import count_of
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from protocols.family import Family, audio_of
-from runtime.planning.device_memory import room_on
+from runtime.planning.device_memory import device_memory_to_plan
 from training.caching_inside import (
     TablePlan,
     TensorLocation,
@@ -252,7 +252,7 @@ def _plan(
     device = select_device(None)
     num_sample_only_dits = len({*sample_files} - {*family.dit_files})
     num_gpus, size = options.speed.plan.cards
-    room = room_on(device, size)
+    room = device_memory_to_plan(device, size)
     if num_gpus == 1:
         plan_one_card(
             family,

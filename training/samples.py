@@ -21,14 +21,14 @@ from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import OnSection, make_latents
 from generation.embedding_marks import warn_of_embeddings
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from generation.loaded_networks import (
     NO_ENCODERS,
     Session,
     decode_tracks,
     encode_inputs,
     needs_media,
-    wanted_texts,
+    select_prompts,
 )
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import (
@@ -228,7 +228,7 @@ class Sampler:
             latents, audio = prepared.joint.split(latents)
             assert trains_audio(family)
             (track,) = decode_tracks(family, {stem: audio}, self.session.device, nullcontext).values()
-        with self.session.media(images=False, again=True) as encoders:
+        with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             pixels = family.decode(encoders, latents)
             if prepared.shown is not None:
                 pixels = map(prepared.shown.of, pixels)
@@ -354,7 +354,7 @@ def prepare_samples(
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
-    session = Session(family, device, DitTurns(family.experts, device, _refuse_dit), blocks=blocks)
+    session = Session(family, device, ExpertOffloader(family.experts, device, _refuse_dit), blocks=blocks)
     requests = {index: all_prepared[index] for index in source.prompt_indices(len(entries))}
     writes = not together or process == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
@@ -402,8 +402,8 @@ def encode_samples(
         decodes: Whether this process decodes samples.
         loads_media: Whether to load the VAE even if no sample has an image.
     """
-    texts = [wanted_texts(prepared) for prepared in requests.values()]
-    encoded = session.texts(texts)
+    texts = [select_prompts(prepared) for prepared in requests.values()]
+    encoded = session.encode_texts(texts)
     inputs = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
     samples: list[Sample] = []
     for position, (entry_index, prepared) in enumerate(requests.items()):
@@ -430,7 +430,7 @@ def _encode_media(
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
-            encoders = stack.enter_context(session.media(images=True, again=decodes))
+            encoders = stack.enter_context(session.media(with_image_encoder=True, needed_again=decodes))
         inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     return inputs

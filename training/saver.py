@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
-from runtime.offload.block_swap import resolve_all
+from runtime.offload.block_swap import write_back_all
 from runtime.offload.sharding import as_split
 from training.data.table_times import list_timestep_options
 from training.experts import expert_metadata
@@ -126,7 +126,7 @@ class _ModelWriter:
     def write_file(self, part: str, path: Path) -> None:
         """Write the current weights of a part of the model, such as an expert, to a file."""
         model = self.model
-        resolve_all(model.dits.networks)
+        write_back_all(model.dits.networks)
         written = model.trainable.written_files[part]
         with averaged_weights(model.optimizer, model.trainable.parameters):
             written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
@@ -197,7 +197,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
 
     Call between steps, while the training weights (not their average) are in the networks.
     """
-    resolve_all(model.dits.networks)  # swapped blocks get their weights back
+    write_back_all(model.dits.networks)  # swapped blocks get their weights back
     plan = model.plan
     parts: dict[str, Mapping[str, Tensor]] = {
         name: module.state_dict() for name, module in model.trainable.modules.items()

@@ -432,7 +432,9 @@ class Wan(OneTransformer):
         section = prompts[0].section(start, conditions)
         if isinstance(first_latents, Tensor):
             section = replace(
-                section, given=first_latents, overrides=Overrides(given_frames=first_latents.shape[2])
+                section,
+                clean_first_frames=first_latents,
+                overrides=Overrides(given_frames=first_latents.shape[2]),
             )
         latents = yield section
         if is_image:

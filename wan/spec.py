@@ -124,7 +124,7 @@ class WanTokens:
         return replace(
             self,
             rotary=part.rows(self.rotary),
-            num_given=part.of_first(self.num_given),
+            num_given=part.count_among_first(self.num_given),
             part=part,
         )
 

@@ -69,6 +69,6 @@ class WanVaceModel(WanModel):
         if control is not None:
             # the stream through VACE's blocks, which turn it into hints for Wan's blocks
             patches = in_own_dtype(self.vace_patch_embedding, control).float()
-            hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
-            hidden.side_scales = hint_scales
+            hidden.control_tokens = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
+            hidden.control_scales = hint_scales
         return hidden

@@ -19,7 +19,7 @@ import functools
 import math
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -78,15 +78,15 @@ class HostMemory:
 
 
 @dataclass(eq=False)
-class _Away:
+class _OffloadedInput:
     """A block's input in host memory, which is freed when autograd drops it after the backward pass."""
 
     host: Tensor  # with the input's shape and dtype
     device: torch.device
     # the input before this one in the forward pass, which the backward pass needs next
-    before: "weakref.ref[_Away] | None"
-    # at most one running copy to the device, with the moment at which it is done
-    coming: list[tuple[Tensor, Any]] = field(default_factory=list)
+    previous: "weakref.ref[_OffloadedInput] | None"
+    # at most one running copy to the device: the target, and the event of the copy's end
+    running_copies: list[tuple[Tensor, Any]] = field(default_factory=list)
 
 
 class Offload:
@@ -101,10 +101,10 @@ class Offload:
         """
         self._transfer = transfer
         self.memory = HostMemory(make)
-        self._last: weakref.ref[_Away] | None = None
-        self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
+        self._last: weakref.ref[_OffloadedInput] | None = None
+        self._running_offload: tuple[Tensor, Any] | None = None  # source, and event of the copy's end
 
-    def begin(self) -> None:
+    def begin_forward(self) -> None:
         """Start a new forward pass; its inputs are prefetched separately from earlier passes."""
         self._last = None
 
@@ -112,50 +112,52 @@ class Offload:
         """Return hooks for autograd that move saved tensors to the host and back."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
-    def _pack(self, tensor: Tensor) -> "Tensor | _Away":
+    def _pack(self, tensor: Tensor) -> "Tensor | _OffloadedInput":
         """Begin to move a saved input to the host, and return what stands for it in autograd's graph."""
-        self._let_go()
+        self._release_offloaded_source()
         # the copy back would have other strides, and compiled code relies on strides
         if not tensor.is_contiguous():
             return tensor
         piece = self.memory.take(tensor.nbytes)
         host = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         source = tensor.detach()
-        self._leaving = source, self._transfer.copy([(host, source)], self._transfer.mark())
-        away = _Away(host, tensor.device, self._last)
-        weakref.finalize(away, self._forget, piece, away.coming).atexit = False
-        self._last = weakref.ref(away)
-        return away
+        self._running_offload = source, self._transfer.copy([(host, source)], self._transfer.record_event())
+        offloaded = _OffloadedInput(host, tensor.device, self._last)
+        weakref.finalize(offloaded, self._recycle, piece, offloaded.running_copies).atexit = False
+        self._last = weakref.ref(offloaded)
+        return offloaded
 
-    def _unpack(self, packed: "Tensor | _Away") -> Tensor:
+    def _unpack(self, packed: "Tensor | _OffloadedInput") -> Tensor:
         """Return a saved input on the device, and begin to copy the one that the backward pass needs next."""
-        self._let_go()
+        self._release_offloaded_source()
         if isinstance(packed, Tensor):
             return packed
-        self._send_for(packed)
-        tensor, moment = packed.coming.pop()
-        self._transfer.wait(moment)
-        before = None if packed.before is None else packed.before()
-        if before is not None:
-            self._send_for(before)
+        self._start_fetch(packed)
+        tensor, done = packed.running_copies.pop()
+        self._transfer.wait(done)
+        previous = None if packed.previous is None else packed.previous()
+        if previous is not None:
+            self._start_fetch(previous)
         return tensor
 
-    def _send_for(self, away: _Away) -> None:
+    def _start_fetch(self, offloaded: _OffloadedInput) -> None:
         """Start copying an input back to the device, unless the copy is already running."""
-        if not away.coming:
+        if not offloaded.running_copies:
             # allocated on the computing stream, which also frees it; record_stream would hold it for longer
-            target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
-            away.coming.append((target, self._transfer.copy([(target, away.host)], self._transfer.mark())))
+            target = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=offloaded.device)
+            offloaded.running_copies.append(
+                (target, self._transfer.copy([(target, offloaded.host)], self._transfer.record_event()))
+            )
 
-    def _let_go(self) -> None:
-        if self._leaving is not None:
-            self._transfer.wait(self._leaving[1])
-            self._leaving = None
+    def _release_offloaded_source(self) -> None:
+        if self._running_offload is not None:
+            self._transfer.wait(self._running_offload[1])
+            self._running_offload = None
 
-    def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
+    def _recycle(self, piece: Tensor, running_copies: list[tuple[Tensor, Any]]) -> None:
         # fetched but never used: its memory must not be reused before the copy is done
-        for _, moment in coming:
-            self._transfer.wait(moment)
+        for _, done in running_copies:
+            self._transfer.wait(done)
         self.memory.put(piece)  # safe: later copies into it run after those out of it
 
 
@@ -194,7 +196,7 @@ SHORT = 4
 
 
 @dataclass(frozen=True)
-class _Block:
+class _CheckpointedForward:
     """The forward of one checkpointed block, which keeps only its inputs for the backward pass."""
 
     module: nn.Module
@@ -208,19 +210,19 @@ class _Block:
         if not (self.module.training and torch.is_grad_enabled()):
             return self.forward(*inputs, **named)
         if self.offload is not None and self.is_first:
-            self.offload.begin()
+            self.offload.begin_forward()
         # autograd does not keep results that need no gradient, and compiled code may then overwrite them
         keeps_attention = self.keeps_attention and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         )
-        # a pair of contexts: the second one, for the recomputation, reuses attention's results
-        selective = functools.partial(create_selective_checkpoint_contexts, _policy)
-        contexts = selective if keeps_attention else noop_context_fn
-        hooks: AbstractContextManager[object] = (
+        context_fn = noop_context_fn
+        if keeps_attention:
+            context_fn = functools.partial(create_selective_checkpoint_contexts, _choose_saved_results)
+        offload: AbstractContextManager[object] = (
             nullcontext() if self.offload is None else self.offload.hooks()
         )
-        with hooks:
-            return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+        with offload:
+            return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=context_fn, **named)
 
 
 def checkpoint_blocks(
@@ -242,7 +244,9 @@ def checkpoint_blocks(
     for index, block in enumerate(blocks):
         # the backward pass starts with the last block, so that moving its inputs would only cost time
         block_offload = None if block is blocks[-1] else offload
-        block.forward = _Block(block, block.forward, keep_attention, block_offload, is_first=index == 0)
+        block.forward = _CheckpointedForward(
+            block, block.forward, keep_attention, block_offload, is_first=index == 0
+        )
 
 
 def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
@@ -254,7 +258,9 @@ def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
     return parts
 
 
-def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
+def _choose_saved_results(
+    _: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any
+) -> CheckpointPolicy:
     """Save the result of an attention that is expensive to recompute, and recompute other operators."""
     name = operator.name()
     tensors = (*inputs, *named.values())
@@ -271,7 +277,7 @@ def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named:
 # enough tokens to keep a GPU busy, although every piece reads (and dequantizes) the weights again
 TOKENS = 4096
 # attribute of a layer: if it is true, the layer's block is not computed in pieces
-FULL = "sees_whole_input"
+WHOLE_INPUT_FLAG = "sees_whole_input"
 
 Method = Callable[..., Tensor]
 
@@ -286,7 +292,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
     for block in chain.from_iterable(spec.blocks(dit).values()):
-        if any(getattr(layer, FULL, False) for layer in block.modules()):
+        if any(getattr(layer, WHOLE_INPUT_FLAG, False) for layer in block.modules()):
             continue
         for name in spec.token_wise:
             method = getattr(type(block), name, None)
@@ -304,28 +310,38 @@ def _in_pieces(method: Method, tokens: int) -> Method:
             return method(block, x, *inputs)
         # compiled code chooses by itself which inputs to save, so they need not be shared here
         if torch.compiler.is_compiling():
-
-            def compute(piece: Tensor) -> Tensor:
-                return method(block, piece, *inputs)
-
-            pieces = x.chunk(num_pieces, dim=1)
-            outputs = [checkpoint(compute, piece, use_reentrant=False) for piece in pieces]
-            return torch.cat(outputs, dim=1)
-        common = _CommonInputs(method, block, num_pieces, inputs=(x, *inputs))
-        # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
-        # which would happen only after its piece was computed
-        device_tensor = (x.new_empty(0),)
-        outputs = [
-            checkpoint(common.compute, index, device_tensor, use_reentrant=False)
-            for index in range(num_pieces)
-        ]
-        common.forget()
-        return torch.cat(outputs, dim=1)
+            return _checkpoint_compiled_pieces(method, block, x.chunk(num_pieces, dim=1), inputs)
+        return _checkpoint_pieces(method, block, num_pieces, x, inputs)
 
     return run
 
 
-class _Keep(torch.autograd.Function):
+def _checkpoint_compiled_pieces(
+    method: Method, block: nn.Module, pieces: Sequence[Tensor], inputs: tuple[Any, ...]
+) -> Tensor:
+    def compute(piece: Tensor) -> Tensor:
+        return method(block, piece, *inputs)
+
+    return torch.cat([checkpoint(compute, piece, use_reentrant=False) for piece in pieces], dim=1)
+
+
+def _checkpoint_pieces(
+    method: Method, block: nn.Module, num_pieces: int, x: Tensor, inputs: tuple[Any, ...]
+) -> Tensor:
+    """Checkpoint each piece of x, B L C, while all pieces share one saved copy of the inputs."""
+    shared = _SharedInputs(method, block, num_pieces, inputs=(x, *inputs))
+    # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
+    # which would happen only after its piece was computed
+    device_tensor = (x.new_empty(0),)
+    outputs = [
+        checkpoint(shared.compute_piece, index, device_tensor, use_reentrant=False)
+        for index in range(num_pieces)
+    ]
+    shared.release()
+    return torch.cat(outputs, dim=1)
+
+
+class _SaveTensors(torch.autograd.Function):
     """A node of the autograd graph that only saves tensors, so that the backward pass can read them."""
 
     @staticmethod
@@ -338,12 +354,12 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("this node only saves tensors")
 
 
-class _CommonInputs:
+class _SharedInputs:
     """The inputs that all pieces of a call share.
 
-    This object holds them during the forward pass, until `forget`. After that, they are only saved in a node
-    of the autograd graph (`_Keep`); the backward pass reads them from there, which makes torch recompute the
-    block.
+    This object holds them during the forward pass, until `release`. After that, they are only saved in a node
+    of the autograd graph (`_SaveTensors`); the backward pass reads them from there, which makes torch
+    recompute the block.
     """
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
@@ -358,13 +374,13 @@ class _CommonInputs:
         self._method = method
         self._block = block
         self._count = count
-        # inputs that are no tensors; each tensor's position in the list is free
-        self._fixed = [None if isinstance(value, Tensor) else value for value in inputs]
+        # inputs that are no tensors; None at the positions of tensors
+        self._non_tensor_inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         self._tensor_indices = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
         tensors = [inputs[index] for index in self._tensor_indices]
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
         # the output, not its node: before torch 2.13 a node frees what it saved when its output is gone
-        self._saver: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
+        self._saved_output: Any = _SaveTensors.apply(torch.empty(0, requires_grad=True), *tensors)
         self._tensors: list[Tensor] | None = tensors
         # split once, so that the pieces' gradients are joined once
         self._pieces = inputs[0].chunk(count, dim=1)
@@ -372,33 +388,42 @@ class _CommonInputs:
         # modes of a run on tensors without values (a memory plan), which torch turns off during `backward`
         self._modes = function_modes()
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Release the inputs after all pieces have been computed, until the backward pass."""
         self._tensors = None
         self._pieces = ()
         self._num_recomputed = 0
 
-    def compute(self, index: int, device: object) -> Tensor:
-        """Compute one piece; each piece is recomputed once in the backward pass."""
-        # the forward pass ends with `forget`, so that only the backward pass finds no tensors
-        is_recomputing = self._tensors is None or self._num_recomputed > 0
+    def compute_piece(self, index: int, _: object) -> Tensor:
+        """Compute one piece; `checkpoint` calls it in the forward pass, and again in the backward pass."""
+        # the forward pass ends with `release`, so that only the backward pass finds no tensors
+        if self._tensors is not None and self._num_recomputed == 0:
+            return self._method(self._block, *self._gather_inputs(index, self._tensors))
         if self._tensors is None:
-            saved = self._saver.grad_fn.saved_tensors  # read only once: this makes torch recompute the block
-            self._tensors = [
-                tensor.detach().requires_grad_(requires_grad)
-                for tensor, requires_grad in zip(saved, self._requires_grad, strict=True)
-            ]
+            self._tensors = self._restore_tensors()
             self._pieces = self._tensors[0].chunk(self._count, dim=1)
-        inputs = list(self._fixed)
-        for input_index, tensor in zip(self._tensor_indices, self._tensors, strict=True):
-            inputs[input_index] = tensor
-        inputs[0] = self._pieces[index]
-        if is_recomputing:
-            self._num_recomputed += 1
-            if self._num_recomputed == self._count:
-                self.forget()
+        inputs = self._gather_inputs(index, self._tensors)
+        self._num_recomputed += 1
+        if self._num_recomputed == self._count:
+            self.release()
         with ExitStack() as stack:
             # torch turns its modes off during the backward pass: enter those of the forward pass again
-            for mode in self._modes if is_recomputing else ():
+            for mode in self._modes:
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)
+
+    def _restore_tensors(self) -> list[Tensor]:
+        """Read the saved inputs from the graph; once only, because this makes torch recompute the block."""
+        saved = self._saved_output.grad_fn.saved_tensors
+        return [
+            tensor.detach().requires_grad_(requires_grad)
+            for tensor, requires_grad in zip(saved, self._requires_grad, strict=True)
+        ]
+
+    def _gather_inputs(self, index: int, tensors: Sequence[Tensor]) -> list[Any]:
+        """Return the method's inputs for one piece: the piece instead of the first input, else all inputs."""
+        inputs = list(self._non_tensor_inputs)
+        for input_index, tensor in zip(self._tensor_indices, tensors, strict=True):
+            inputs[input_index] = tensor
+        inputs[0] = self._pieces[index]
+        return inputs

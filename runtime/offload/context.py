@@ -71,13 +71,13 @@ class TokenPart:
         """Range of this process's tokens among all tokens of the clip."""
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
-    def of_first(self, count: int) -> int:
+    def count_among_first(self, count: int) -> int:
         """Return the number of tokens of this process among the clip's first `count` tokens."""
         return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
 
-    def of_last(self, count: int) -> int:
+    def count_among_last(self, count: int) -> int:
         """Return the number of tokens of this process among the clip's last `count` tokens."""
-        return self.run.stop - self.run.start - self.of_first(self.length - count)
+        return self.run.stop - self.run.start - self.count_among_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:
         """Return the rotary embeddings of this part's tokens; tokens after the table's end are not rotated.
@@ -132,7 +132,7 @@ class TokenPart:
         # all heads of this process's tokens
         all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))
         all_second = self.gather_heads(torch.cat([with_second[:, :num_image_tokens], texts], dim=1))
-        num_here = self.of_first(num_image_tokens)  # image tokens of this process
+        num_here = self.count_among_first(num_image_tokens)  # image tokens of this process
         steered = second.steer(all_first[:, :num_here], all_second[:, :num_here])
         return torch.cat([steered, all_first[:, num_here:]], dim=1)
 

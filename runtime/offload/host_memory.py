@@ -32,18 +32,18 @@ from protocols.loading import TensorInfo
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; tensors begin at multiples of it
-PIECE = 256 << 20  # bytes that are locked at once, if a tensor is not larger
+PIN_CHUNK = 256 << 20  # bytes that are pinned at once, if a tensor is not larger
 
 
 @dataclass(frozen=True)
-class Machine:
+class LocalProcesses:
     """The processes of one run on this machine, if there are several."""
 
-    rank: int  # rank of this process on this machine
-    first: int  # global rank of this machine's first process
+    rank: int  # rank of this process among them
+    first_global_rank: int  # global rank of this machine's first process
 
 
-def machine_of(environment: Mapping[str, str]) -> Machine | None:
+def find_local_processes(environment: Mapping[str, str]) -> LocalProcesses | None:
     """Read the environment of the launcher (accelerate, torchrun) after the processes have joined.
 
     Returns:
@@ -54,7 +54,7 @@ def machine_of(environment: Mapping[str, str]) -> Machine | None:
         return None
     rank = torch.distributed.get_rank()
     local = int(environment.get("LOCAL_RANK", "0"))
-    return Machine(local, rank - local)
+    return LocalProcesses(local, rank - local)
 
 
 @dataclass(frozen=True)
@@ -63,36 +63,38 @@ class HostTensors:
 
     tensors: Mapping[str, Tensor]
     is_written_by_this_process: bool = True
-    unlocked_bytes: int = 0  # bytes that should be pinned but are not
+    unpinned_bytes: int = 0  # bytes that should be pinned but are not
 
 
-def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
+def allocate(
+    infos: Mapping[str, TensorInfo], pinned: bool, local_processes: LocalProcesses | None = None
+) -> HostTensors:
     """Allocate uninitialized memory for tensors.
 
     Args:
         infos: Dtype and shape of each tensor, by name.
         pinned: Whether to lock as much of the memory as the driver allows, for copies to a CUDA device.
-        machine: Processes that share the memory; all must call this with the same tensors, and call
+        local_processes: Processes that share the memory; all must call this with the same tensors, and call
             `wait_for_all` before reading. None allocates memory for this process alone.
     """
-    starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
-    size = pieces[-1].stop
-    # None: nothing is shared, or the machine cannot share it; then each process fills its own memory
-    shared = None if machine is None else _share(size, machine)
-    mapping = _private(size) if shared is None else shared
-    memory, unlocked = _as_tensor(mapping, pieces if pinned else ())
+    starts, pin_ranges = _plan_offsets([info.size_bytes for info in infos.values()])
+    size = pin_ranges[-1].stop
+    # None: nothing is shared, or the system cannot share it; then each process fills its own memory
+    shared = None if local_processes is None else _map_shared_memory(size, local_processes)
+    mapping = _map_private_memory(size) if shared is None else shared
+    memory, num_unpinned = _pin_as_tensor(mapping, pin_ranges if pinned else ())
     tensors = {}
     for start, (name, info) in zip(starts, infos.items(), strict=True):
         content = memory[start : start + info.size_bytes]
         tensors[name] = content.view(info.dtype).view(info.shape)
-    if unlocked:
-        _warn_of_unlocked(unlocked, sum(tensor.nbytes for tensor in tensors.values()))
-    is_written_by_this_process = machine is None or shared is None or machine.rank == 0
-    return HostTensors(tensors, is_written_by_this_process, unlocked)
+    if num_unpinned:
+        _warn_of_unpinned(num_unpinned, sum(tensor.nbytes for tensor in tensors.values()))
+    is_written_by_this_process = local_processes is None or shared is None or local_processes.rank == 0
+    return HostTensors(tensors, is_written_by_this_process, num_unpinned)
 
 
 @functools.cache  # called with the same size for the inputs of many blocks
-def _warn_of_unlocked(size: int, total: int) -> None:
+def _warn_of_unpinned(size: int, total: int) -> None:
     logger.warning(
         "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the device are "
         "slower, and the host waits for them. Windows locks about half of a machine's memory at most, WSL "
@@ -102,35 +104,35 @@ def _warn_of_unlocked(size: int, total: int) -> None:
     )
 
 
-def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
-    """Return the byte offset of each tensor, and the pieces of memory to lock one by one.
+def _plan_offsets(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
+    """Return the byte offset of each tensor, and the ranges of bytes to pin one by one.
 
-    No tensor and no page is in two pieces, because a copy must not cross the border between pieces.
+    No tensor and no page is in two ranges, because a copy must not cross the border between ranges.
     """
     offsets: list[int] = []
-    pieces: list[range] = []
-    piece_start = 0
+    pin_ranges: list[range] = []
+    range_start = 0
     end = 0
     for size in sizes:
-        is_piece_full = end + size > piece_start + PIECE
-        # the driver cannot lock an empty piece, and an empty tensor fits into any
-        if size and piece_start < end and is_piece_full:
-            pieces.append(range(piece_start, end))
-            end = round_up(end, mmap.ALLOCATIONGRANULARITY)  # the next piece starts on a new page
-            piece_start = end
+        is_range_full = end + size > range_start + PIN_CHUNK
+        # the driver cannot pin an empty range, and an empty tensor fits into any
+        if size and range_start < end and is_range_full:
+            pin_ranges.append(range(range_start, end))
+            end = round_up(end, mmap.ALLOCATIONGRANULARITY)  # the next range starts on a new page
+            range_start = end
         offsets.append(end)
         end += round_up(size, ALIGNMENT)
     # one byte at least, because an empty mapping is an error
-    return offsets, [*pieces, range(piece_start, max(end, 1))]
+    return offsets, [*pin_ranges, range(range_start, max(end, 1))]
 
 
-def wait_for_all(machine: Machine | None) -> None:
+def wait_for_all(local_processes: LocalProcesses | None) -> None:
     """Wait until every process has arrived here; with None, there is only one, which goes on at once."""
-    if machine is not None:
+    if local_processes is not None:
         torch.distributed.barrier()
 
 
-def _private(size: int) -> mmap.mmap:
+def _map_private_memory(size: int) -> mmap.mmap:
     mapping = (
         mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if sys.platform != "win32"
@@ -140,43 +142,31 @@ def _private(size: int) -> mmap.mmap:
     return mapping
 
 
-def _share(size: int, machine: Machine) -> mmap.mmap | None:
+def _map_shared_memory(size: int, local_processes: LocalProcesses) -> mmap.mmap | None:
     """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
 
     The first process creates an anonymous file; the other processes open it through the first process's list
     of open files.
     """
-    descriptor = None  # of the file, in the first process only
-    if machine.rank == 0 and hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("swapped weights")
-        try:
-            # fails here if memory is short, instead of crashing when it is written
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            os.close(descriptor)
-            logger.debug("no shared memory: %s", error)
-            descriptor = None
-    offers = _gather((os.getpid(), descriptor))
-    first_pid, first_descriptor = offers[machine.first]
+    is_first = local_processes.rank == 0
+    own_file = _create_anonymous_file(size) if is_first else None
+    process_files = _all_gather((os.getpid(), own_file))
+    first_pid, first_file = process_files[local_processes.first_global_rank]
     mapping = None
-    if first_descriptor is not None:
+    if first_file is not None:
         try:
-            opened = descriptor
-            if opened is None:
-                opened = os.open(f"/proc/{first_pid}/fd/{first_descriptor}", os.O_RDWR)
-            try:
-                mapping = mmap.mmap(opened, size)
-            finally:
-                if descriptor is None:
-                    os.close(opened)
+            if is_first:
+                mapping = mmap.mmap(first_file, size)
+            else:
+                mapping = _map_file_of_process(first_pid, first_file, size)
         except OSError as error:
             logger.debug("no shared memory: %s", error)
-    all_have = all(_gather(mapping is not None))
-    if descriptor is not None:
-        os.close(descriptor)  # the mapping keeps it alive
-    if all_have:
+    is_mapped_everywhere = all(_all_gather(mapping is not None))
+    if own_file is not None:
+        os.close(own_file)  # the mapping keeps it alive
+    if is_mapped_everywhere:
         return mapping
-    if machine.rank == 0:
+    if is_first:
         logger.warning(
             "Each process keeps its own copy of the swapped weights: this system does not let them share "
             "memory."
@@ -184,7 +174,31 @@ def _share(size: int, machine: Machine) -> mmap.mmap | None:
     return None
 
 
-def _gather(value: Any) -> list[Any]:
+def _create_anonymous_file(size: int) -> int | None:
+    """Return the descriptor of a file in memory; None if the system has none or memory is short."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    descriptor = os.memfd_create("swapped weights")
+    try:
+        # fails here if memory is short, instead of crashing when it is written
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        os.close(descriptor)
+        logger.debug("no shared memory: %s", error)
+        return None
+    return descriptor
+
+
+def _map_file_of_process(pid: int, descriptor: int, size: int) -> mmap.mmap:
+    """Map a file that another process has open."""
+    opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+    try:
+        return mmap.mmap(opened, size)
+    finally:
+        os.close(opened)
+
+
+def _all_gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
@@ -200,28 +214,28 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
                 logger.debug("%s: %s", name, error)
 
 
-def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
-    """Return the bytes of a mapping as a tensor that keeps it alive, and the number of bytes not locked.
+def _pin_as_tensor(mapping: mmap.mmap, pin_ranges: Sequence[range]) -> tuple[Tensor, int]:
+    """Pin memory for copies to the device; return it as a tensor, and the number of bytes not pinned.
 
     Args:
-        mapping: The mapping.
-        pieces: Pieces to lock one by one until the driver refuses; then the last locked one is unlocked
+        mapping: The memory, which the tensor keeps alive.
+        pin_ranges: Ranges to pin one by one until the driver refuses; then the last pinned one is unpinned
             again.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
-    locked: list[int] = []  # addresses of locked pieces
-    if pieces:
+    pinned_addresses: list[int] = []
+    if pin_ranges:
         # a forked process must not take over the pages that are registered with the device
         _advise(mapping, "MADV_DONTFORK")
-        weakref.finalize(array, _unregister, locked).atexit = False
-    for piece in pieces:
-        address = array.ctypes.data + piece.start
-        if not _register(address, len(piece)):
+        weakref.finalize(array, _unregister, pinned_addresses).atexit = False
+    for pin_range in pin_ranges:
+        address = array.ctypes.data + pin_range.start
+        if not _register(address, len(pin_range)):
             # leave some pinned memory to batches and to small copies of each step
-            if len(locked) > 1:
-                torch.cuda.cudart().cudaHostUnregister(locked.pop())
-            return torch.from_numpy(array), sum(map(len, pieces[len(locked) :]))
-        locked.append(address)
+            if len(pinned_addresses) > 1:
+                torch.cuda.cudart().cudaHostUnregister(pinned_addresses.pop())
+            return torch.from_numpy(array), sum(map(len, pin_ranges[len(pinned_addresses) :]))
+        pinned_addresses.append(address)
     return torch.from_numpy(array), 0
 
 
@@ -250,8 +264,8 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 class Transfer:
     """Copy between host and device in the order of the requests; this class copies at once.
 
-    It serves devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return moments,
-    whose type the subclass chooses.
+    It serves devices whose copies need no separate stream, such as the CPU. `record_event` and `copy` return
+    events, whose type the subclass chooses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -261,23 +275,23 @@ class Transfer:
         """Allocate bytes on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
-    def mark(self) -> Any:
-        """Return the moment at which all computation queued so far is done."""
+    def record_event(self) -> Any:
+        """Return an event after which all computation queued so far is done."""
 
     def copy(self, pairs: Pairs, after: Any) -> Any:
-        """Copy pairs (target, source) after the moment `after`; return the moment when they are done."""
+        """Copy pairs (target, source) after the event `after`; return the event of their end."""
         for target, source in pairs:
             target.copy_(source)
 
-    def wait(self, moment: Any) -> None:
-        """Make computation that is queued from now on start after a moment."""
+    def wait(self, event: Any) -> None:
+        """Make computation that is queued from now on start after an event."""
 
     def finish(self) -> None:
         """Wait until all copies are done."""
 
 
 class CudaTransfer(Transfer):
-    """Copy between host and CUDA device in a separate stream; moments are CUDA events."""
+    """Copy between host and CUDA device in a separate stream, ordered by CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -290,7 +304,7 @@ class CudaTransfer(Transfer):
         memory.record_stream(self._stream)
         return memory
 
-    def mark(self) -> torch.cuda.Event:
+    def record_event(self) -> torch.cuda.Event:
         """Record an event in the compute stream."""
         return torch.cuda.current_stream(self._device).record_event()
 
@@ -302,9 +316,9 @@ class CudaTransfer(Transfer):
                 target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
-    def wait(self, moment: torch.cuda.Event) -> None:
-        """Make the compute stream wait for a moment; the host does not wait."""
-        torch.cuda.current_stream(self._device).wait_event(moment)
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Make the compute stream wait for an event; the host does not wait."""
+        torch.cuda.current_stream(self._device).wait_event(event)
 
     def finish(self) -> None:
         """Block the host until all copies are done."""
@@ -351,18 +365,18 @@ def _run_moved(
 
 
 Network = TypeVar("Network", bound=nn.Module)
-Beside = TypeVar("Beside")
+Companion = TypeVar("Companion")
 
 
-class LoadedNetwork(Generic[Network, Beside]):
+class LoadedNetwork(Generic[Network, Companion]):
     """A network and its companion, such as a tokenizer; both are in memory only between `load` and `free`."""
 
-    _pair: tuple[Network, Beside] | None = None
+    _pair: tuple[Network, Companion] | None = None
 
     def load(
         self,
         device: torch.device,
-        make: Callable[[torch.device], tuple[Network, Beside]],
+        make: Callable[[torch.device], tuple[Network, Companion]],
         move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
     ) -> None:
         """Make network and companion (such as a tokenizer); if loaded already, move the network."""
@@ -371,7 +385,7 @@ class LoadedNetwork(Generic[Network, Beside]):
         else:
             move(self._pair[0], device)
 
-    def get(self) -> tuple[Network, Beside]:
+    def get(self) -> tuple[Network, Companion]:
         """Return the network and its companion. Call `load` first."""
         assert self._pair is not None, "call load() first"
         return self._pair

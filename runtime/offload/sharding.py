@@ -20,6 +20,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -95,18 +96,12 @@ class ShardedBlocks:
         runner = runner_of(network)
         if any(parameter.requires_grad for parameter in root.parameters()):
             runner = functools.partial(_keep_no_copies, runner)
-            # sum the gradients: the loss is already divided by the micro-batches of all processes
-            for block in blocks:
-                block.register_forward_pre_hook(_fill_gradients, with_kwargs=True)
-                block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-                block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-        is_cpu = self._mesh.device_type == "cpu"
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            if is_cpu:  # a CPU gathers and computes by turns: prefetched blocks would only take memory
-                block.register_forward_pre_hook(_gather_alone, prepend=True)
-                block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
-            elif following is not None:
-                block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+            _sum_gradients(blocks)
+        if self._mesh.device_type == "cpu":
+            _gather_without_prefetch(blocks)
+        else:
+            for block, next_block in pairwise(blocks):
+                block.set_modules_to_forward_prefetch([next_block])  # type: ignore[operator]
         network.forward = functools.partial(_run_inside, root, network.forward)
         set_runner(network, functools.partial(_run_all, runner))
         setattr(network, _NAME, self)
@@ -125,6 +120,21 @@ class ShardedBlocks:
         # split with the weights, because gloo gathers 8-bit weights only together with another dtype
         vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
+
+
+def _sum_gradients(blocks: Sequence[nn.Module]) -> None:
+    """Add up the gradients of all processes; the loss is already divided by their micro-batches."""
+    for block in blocks:
+        block.register_forward_pre_hook(_fill_gradients, with_kwargs=True)
+        block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def _gather_without_prefetch(blocks: Sequence[nn.Module]) -> None:
+    """Gather each block right before it runs: a CPU gathers and computes by turns."""
+    for block in blocks:
+        block.register_forward_pre_hook(_gather_alone, prepend=True)
+        block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
 
 
 class _Root(nn.Module):

@@ -16,7 +16,13 @@ from modules.errors import OptionError
 from modules.speed_options import SLOTS
 from protocols.family import DitSpec
 from protocols.loading import TensorInfo
-from runtime.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
+from runtime.offload.host_memory import (
+    HostTensors,
+    LocalProcesses,
+    allocate,
+    find_local_processes,
+    wait_for_all,
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,12 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     resident = max(num_blocks - swapped - slots, 0)
     num_streamed = num_blocks - resident
     # spread the streamed blocks evenly over the list, so that copies overlap with computation
-    streamed = tuple(
-        index
-        for index in range(num_blocks)
-        if (index + 1) * num_streamed // num_blocks > index * num_streamed // num_blocks
-    )
-    return ListPlan(name, num_blocks, streamed, min(slots, num_streamed))
+    streamed: list[int] = []
+    for index in range(num_blocks):
+        num_streamed_so_far = (index + 1) * num_streamed // num_blocks
+        if num_streamed_so_far > len(streamed):
+            streamed.append(index)
+    return ListPlan(name, num_blocks, tuple(streamed), min(slots, num_streamed))
 
 
 def max_blocks(
@@ -121,7 +127,7 @@ class SwapPlan:
 
 
 def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
-    """Return the number of blocks of each list that are swapped.
+    """Distribute --blocks_to_swap over a network's lists of blocks; return the number for each list.
 
     Args:
         spec: Names of the network's blocks.
@@ -138,7 +144,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
             f"--blocks_to_swap {blocks}: this model runs its blocks by itself, so none can be swapped. Leave "
             "it out"
         )
-    swapped = spec.swap_counts(blocks)  # the option's number as one for each list
+    swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.unswapped):
         maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))
@@ -166,20 +172,24 @@ class HostWeights:
     """The weights of one network that are in host memory while it computes on a device."""
 
     def __init__(
-        self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False
+        self,
+        plan: SwapPlan,
+        pinned: bool,
+        local_processes: LocalProcesses | None = None,
+        all_weights: bool = False,
     ) -> None:
         """Prepare host memory for a network; `hold` allocates it.
 
         Args:
             plan: The plan of the swap.
             pinned: Whether the memory is locked, for a CUDA device.
-            machine: Processes that share the memory; None if there is only one.
+            local_processes: Processes that share the memory; None if there is only one.
             all_weights: Whether to hold all tensors instead of only the swapped ones, as for networks that
                 take turns on one device.
         """
         self.plan = plan
-        self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
-        self._held: HostTensors | None = None  # allocated by `hold`
+        self._pinned, self._local_processes, self._all_weights = pinned, local_processes, all_weights
+        self._host_tensors: HostTensors | None = None  # allocated by `hold`
 
     def allocate_on_host(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Allocate memory for the weights that the plan keeps there, or for all `tensors`; return it by name.
@@ -188,38 +198,41 @@ class HostWeights:
             OptionError: If the network has too few blocks.
         """
         names = tensors if self._all_weights else self.plan.names(network)
-        self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
-        return self._held.tensors
+        self._host_tensors = allocate(
+            {name: tensors[name] for name in names}, self._pinned, self._local_processes
+        )
+        return self._host_tensors.tensors
 
     @property
     def is_written_by_this_process(self) -> bool:
         """Whether this process reads the weights; otherwise another process reads them into shared memory."""
-        return self._held is None or self._held.is_written_by_this_process
+        return self._host_tensors is None or self._host_tensors.is_written_by_this_process
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
         """Weights in memory that processes share, by name; empty if nothing is shared."""
-        return {} if self._held is None else self._held.tensors
+        return {} if self._host_tensors is None else self._host_tensors.tensors
 
     def finish(self) -> None:
         """Wait until all processes of the machine have read their weights."""
-        wait_for_all(self._machine)
+        wait_for_all(self._local_processes)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
         """Return the swapped weights by name; move them to host memory if they were not loaded into it."""
         names = self.plan.names(network)
-        if self._held is None:
-            weights = {name: network.get_parameter(name) for name in names}
-            tensors = self.allocate_on_host(
-                network,
-                {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
-            )
-            for name, weight in weights.items():
-                if self.is_written_by_this_process:  # else another process fills the shared memory
-                    tensors[name].copy_(weight.data)
-                weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
-            self.finish()
+        if self._host_tensors is None:
+            self._move_to_host({name: network.get_parameter(name) for name in names}, network)
         return {name: self.tensors[name] for name in names}
+
+    def _move_to_host(self, weights: Mapping[str, nn.Parameter], network: nn.Module) -> None:
+        """Allocate host memory for a network's weights and make it their `.data`."""
+        infos = {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+        tensors = self.allocate_on_host(network, infos)
+        for name, weight in weights.items():
+            if self.is_written_by_this_process:  # else another process fills the shared memory
+                tensors[name].copy_(weight.data)
+            weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
+        self.finish()
 
 
 def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
@@ -232,4 +245,4 @@ def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False
     """
     if not (plan or all_weights):
         return None
-    return HostWeights(plan, device.type == "cuda", machine_of(os.environ), all_weights)
+    return HostWeights(plan, device.type == "cuda", find_local_processes(os.environ), all_weights)

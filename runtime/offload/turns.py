@@ -1,18 +1,20 @@
 """Let networks take turns on a device: keep frozen weights in host memory, and copy them to run.
 
-    place = swapped_weights(..., device, all_weights=True)  # to load from disk straight into host memory
-    dit = family.load_dit(Placement(device, host=place), expert)
+    host_weights = swapped_weights(..., device, all_weights=True)  # to load from disk to host memory
+    dit = family.load_dit(Placement(device, host=host_weights), expert)
     ...                                                   # LoRA, compilation, checkpointing, swap
-    copy = HostCopy(dit, device, place)                   # call last; None: it was loaded without a place
-    copy.bring()                                          # on the device
-    copy.leave()                                          # off it: nothing is copied back
+    copy = HostCopy(dit, device, host_weights)            # call last; None: it was loaded to the device
+    copy.to_device()
+    copy.free_device_memory()                             # nothing is copied back
 
 A parameter stays the same object; only its `.data` switches between the host's copy and the device's. Frozen
 weights never change, so that leaving only frees memory. Parameters that learn stay where they are. Swapped
 weights stay in host memory, and the buffers of the swap are freed on leaving.
 """
 
+from collections.abc import Mapping
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,13 @@ from protocols.loading import TensorInfo
 from runtime.offload.block_swap import swap_of
 from runtime.offload.host_memory import Transfer, allocate, transfer_to
 from runtime.offload.swap_plan import HostWeights
+
+
+class _HostPair(NamedTuple):
+    """A weight or buffer of a network, and its copy in host memory."""
+
+    tensor: Tensor
+    host: Tensor
 
 
 class HostCopy:
@@ -33,102 +42,113 @@ class HostCopy:
         self,
         network: nn.Module,
         device: torch.device,
-        place: HostWeights | None = None,
+        host_weights: HostWeights | None = None,
         transfer: Transfer | None = None,
     ) -> None:
         """Move the frozen tensors of a network to host memory.
 
         Call it when the network is ready to run. The network may be on the host or on the device before, and
-        is on the host afterwards. Tensors outside of `place` are copied to host memory one by one.
+        is on the host afterwards. Tensors outside of `host_weights` are copied to host memory one by one.
 
         Args:
             network: The network.
             device: Device on which the network works.
-            place: Host memory that the network was loaded with; None if there is none.
+            host_weights: Host memory that the network was loaded with; None if there is none.
             transfer: Copies between host and device; by default the kind that suits the device.
         """
         self._network = network
-        self._is_here = False
-        # (tensor, its copy in host memory)
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._is_on_device = False
+        self._pairs: list[_HostPair] = []
         if device.type == "cpu" and transfer is None:
             self._transfer: Transfer | None = None
             return
         self._transfer = transfer or transfer_to(device)
-        # tensors that block swap keeps in host memory are moved by the swap
-        swap = swap_of(network)
-        swapped = frozenset() if swap is None else swap.in_host_memory
-        moving = {
-            name: tensor
-            for name, tensor in chain(network.named_parameters(), network.named_buffers())
-            if not tensor.requires_grad and tensor not in swapped
+        moving = _list_frozen_tensors(network)
+        on_host = _find_loaded_on_host(moving, {} if host_weights is None else host_weights.tensors)
+        infos = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in moving.items()
+            if name not in on_host
         }
-        # find the tensors that are in host memory already, and allocate memory for the remaining ones
-        loaded = {} if place is None else place.tensors
-        on_host: dict[str, Tensor] = {}
-        remaining: dict[str, TensorInfo] = {}
-        for name, tensor in moving.items():
-            host = loaded.get(name)
-            # a weight that was replaced after loading is no longer in the memory of `place`
-            if host is not None and tensor.data_ptr() == host.data_ptr() and tensor.dtype == host.dtype:
-                on_host[name] = host
-            else:
-                remaining[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        allocated = allocate(remaining, device.type == "cuda").tensors
+        allocated = allocate(infos, device.type == "cuda").tensors
         for name, tensor in moving.items():
             host = on_host.get(name)
             if host is None:
                 host = allocated[name]
                 host.copy_(tensor.data)
                 tensor.data = host  # at once, so that there is never a second copy of all weights
-            self._pairs.append((tensor, host))
-        self.leave()  # frees the slots of a block swap that has run
+            self._pairs.append(_HostPair(tensor, host))
+        self.free_device_memory()  # frees the slots of a block swap that has run
 
     @property
-    def is_here(self) -> bool:
+    def is_on_device(self) -> bool:
         """Whether the network is on the device; always true on a CPU."""
-        return self._transfer is None or self._is_here
+        return self._transfer is None or self._is_on_device
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes that `bring` takes on the device, in addition to those that always stay there."""
+        """Return the bytes that `to_device` takes, in addition to those that always stay on the device."""
         return sum(host.nbytes for _, host in self._pairs)
 
-    def bring(self) -> None:
+    def to_device(self) -> None:
         """Copy the weights to the device asynchronously; work that is queued later finds them there.
 
-        If it is interrupted, the weights are on the host: call `bring` again.
+        If it is interrupted, the weights are on the host: call `to_device` again.
         """
-        if self._transfer is None or self._is_here:
+        if self._transfer is None or self._is_on_device:
             return
         try:
             # not in inference mode, in which samples are made: training cannot use tensors made in that mode
             with torch.inference_mode(False), torch.no_grad():
-                copies: list[tuple[Tensor, Tensor]] = []  # memory on the device, and its source on the host
+                copies: list[tuple[Tensor, Tensor]] = []  # (target on the device, source on the host)
                 for _, host in self._pairs:
                     memory = self._transfer.memory(host.nbytes)
                     copies.append((memory.view(host.dtype).view(host.shape), host))
                 if copies:
                     # the copies start only after `allocated`: in a deterministic run PyTorch fills new
                     # memory, and would otherwise overwrite copied weights
-                    allocated = self._transfer.mark()
+                    allocated = self._transfer.record_event()
                     self._transfer.wait(self._transfer.copy(copies, allocated))
-            for (tensor, _), (on_device, _) in zip(self._pairs, copies, strict=True):
-                tensor.data = on_device
-            self._is_here = True
+            for pair, (on_device, _) in zip(self._pairs, copies, strict=True):
+                pair.tensor.data = on_device
+            self._is_on_device = True
         except BaseException:
-            self.leave()
+            self.free_device_memory()
             raise
 
-    def leave(self) -> None:
+    def free_device_memory(self) -> None:
         """Point the weights at the host's copy, and free the device's memory. Nothing is copied.
 
         Queued work can still read the freed memory, because it is reused in the order of the queue. If this
         call is interrupted, repeat it before anything else.
         """
-        self._is_here = False
+        self._is_on_device = False
         swap = swap_of(self._network)
         if swap is not None:
-            swap.park()
+            swap.free_slots()
         for tensor, host in self._pairs:
             tensor.data = host
+
+
+def _list_frozen_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen weights and buffers by name, without those that block swap moves by itself."""
+    swap = swap_of(network)
+    swapped = frozenset() if swap is None else swap.in_host_memory
+    return {
+        name: tensor
+        for name, tensor in chain(network.named_parameters(), network.named_buffers())
+        if not tensor.requires_grad and tensor not in swapped
+    }
+
+
+def _find_loaded_on_host(
+    tensors: Mapping[str, Tensor], host_tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the memory of those tensors of a network that already are in the host memory of its loading."""
+    on_host = {}
+    for name, tensor in tensors.items():
+        host = host_tensors.get(name)
+        # a weight that was replaced after loading is no longer in this memory
+        if host is not None and tensor.data_ptr() == host.data_ptr() and tensor.dtype == host.dtype:
+            on_host[name] = host
+    return on_host

@@ -24,7 +24,7 @@ FULL = 0.97  # fraction of the device's memory from which on the driver may spil
 
 
 @dataclass(frozen=True)
-class Room:
+class DeviceMemory:
     """The memory of a device, in bytes: of the GPU in use, or of one to plan for."""
 
     name: str
@@ -38,7 +38,7 @@ class Room:
         return max(0, round(self.free * (1 - MARGIN)) - CONTEXT)
 
 
-def room_on(device: torch.device, planned_gib: float | None = None) -> Room | None:
+def device_memory_to_plan(device: torch.device, planned_gib: float | None = None) -> DeviceMemory | None:
     """Return the memory to plan for; None without a CUDA device to plan for.
 
     Args:
@@ -47,11 +47,11 @@ def room_on(device: torch.device, planned_gib: float | None = None) -> Room | No
     """
     if planned_gib:
         size = round(planned_gib * GIB)
-        return Room(f"A card of {planned_gib:g} GiB", size, size, is_planned=True)
+        return DeviceMemory(f"A card of {planned_gib:g} GiB", size, size, is_planned=True)
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return Room(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
+    return DeviceMemory(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
 
 
 def spills(total: int, free: int, reserved: int) -> bool:
@@ -79,7 +79,7 @@ def bytes_on(network: nn.Module, device: torch.device) -> int:
     return sum(tensor.nbytes for tensor in here if tensor.device.type == device.type)
 
 
-def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+def free_host_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     """Return the bytes of host memory available without swapping; None if unknown, as outside of Linux."""
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)

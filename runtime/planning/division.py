@@ -9,13 +9,13 @@ from torch import nn
 from modules.private_torch import TorchDispatchMode
 from protocols.steps import Overrides
 from runtime.planning.dry_run import (
+    ACTIVATIONS,
     ATTENTION,
     IN_BLOCKS,
-    KEPT,
-    WORKING,
+    TEMPORARY,
+    BytesByKind,
     Counts,
     Extrapolate,
-    Moment,
     extrapolate,
 )
 from runtime.run_blocks import Hidden, runner_of, set_runner
@@ -40,7 +40,9 @@ class TokenCounter(TorchDispatchMode):
             inner(dit, hidden, overrides)
             self.tokens = max(self.tokens, hidden.x.nbytes)
 
-        def watched(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+        def watched(
+            measure: Callable[[Counts], Mapping[str, BytesByKind]], counts: Counts
+        ) -> dict[str, BytesByKind]:
             with self:
                 return extrapolate(measure, counts)
 
@@ -56,26 +58,30 @@ class TokenCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenCounter) -> dict[str, Moment]:
+def divide_tokens(
+    peaks_by_phase: Mapping[str, BytesByKind], context: int, undivided: TokenCounter
+) -> dict[str, BytesByKind]:
     """Return the memory of a dry run, by phase, for a GPU that has 1 / `context` of the tokens in the blocks.
 
     Outside of the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that no GPU
     divides, such as those of a text used only as keys and values, are few and counted as divided.
 
     Args:
-        moments: Bytes by kind in each phase of the dry run.
+        peaks_by_phase: Bytes by kind in each phase of the dry run.
         context: Number of GPUs that share the tokens.
         undivided: Bytes of queries and of tokens in the dry run, which divided nothing.
     """
     # the GPUs exchange parts of a self-attention's queries through this many buffers
     exchange_buffers = EXCHANGED * undivided.largest // context
-    divided: dict[str, Moment] = {}
-    for phase, moment in moments.items():
+    divided: dict[str, BytesByKind] = {}
+    for phase, bytes_by_kind in peaks_by_phase.items():
         if phase.startswith(IN_BLOCKS):
-            parts = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
-            parts[WORKING] += exchange_buffers
+            parts = {
+                kind: bytes_by_kind.get(kind, 0) // context for kind in (ACTIVATIONS, ATTENTION, TEMPORARY)
+            }
+            parts[TEMPORARY] += exchange_buffers
         else:
             # what the blocks keep for the backward pass is divided; the gathered tokens are complete
-            parts = {KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
-        divided[phase] = {**moment, **parts}
+            parts = {ACTIVATIONS: bytes_by_kind.get(ACTIVATIONS, 0) // context + undivided.tokens}
+        divided[phase] = {**bytes_by_kind, **parts}
     return divided

@@ -34,15 +34,15 @@ from runtime.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 ACCELERATOR = torch.device("cpu:0")
 HOST = torch.device("cpu")
 GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this
-SMALL = 1 << 16  # integer tensors with at most this many elements keep their values
+MAX_REAL_ELEMENTS = 1 << 16  # integer tensors with at most this many elements keep their values
 
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
 ATTENTION = "attention"  # workspace of attention
 TEXTS = "texts"  # weights of text encoders
 ADAPTER = "adapter"  # trained LoRAs; those of all transformers stay on the device
-# all other tensors: allocated before the current place of the run, or in it
-KEPT, WORKING = "kept", "working"
-Moment = Mapping[str, int]  # bytes by kind
+# all other tensors: allocated before the current phase of the run, or in it
+ACTIVATIONS, TEMPORARY = "kept", "working"
+BytesByKind = Mapping[str, int]  # bytes by kind
 
 
 def round_up_bytes(size: int) -> int:
@@ -54,14 +54,14 @@ def round_up_bytes(size: int) -> int:
 class _Allocation:
     size: int
     kind: str
-    place: int  # number of the place in which it was allocated
+    phase_index: int  # phase in which it was allocated
     on_device: bool
 
 
 class Ledger(TorchDispatchMode):
     """Tracks the bytes in use by kind, and the peak in each phase of the run.
 
-    `enter` begins a phase, such as the backward pass through a block.
+    `begin_phase` begins one, such as the backward pass through a block.
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
@@ -73,47 +73,50 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.is_backward = False
-        self.peaks: dict[str, Moment] = {}  # place of the run -> bytes by kind when it took most
-        self._place, self._number = "start", 0  # name and number of the current place
-        self._kind = WORKING  # kind of new tensors
-        self._live: Counter[str] = Counter()  # live bytes by kind; WORKING includes KEPT
-        self._here = 0  # bytes of WORKING that were allocated in the current place
+        self.peaks: dict[str, BytesByKind] = {}  # phase of the run -> bytes by kind when it took most
+        self._phase = "start"
+        self._phase_index = 0
+        self._kind = TEMPORARY  # kind of new tensors
+        self._live_bytes: Counter[str] = Counter()  # TEMPORARY includes ACTIVATIONS
+        self._bytes_of_phase = 0  # of TEMPORARY, allocated in this phase
         self._total = 0
-        self._most = 0  # highest total since the latest call of `rise`
-        self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
-        self._guesses = False  # whether unknown numbers are read as 1
-        self.counts: dict[str, int] = {}  # blocks of each list that run
-        self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list gets
+        self._highest_total = 0  # highest total since the latest call of `rise`
+        self._allocations: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
+        self._reads_unknown_as_one = (
+            False  # whether code that reads a number of a tensor without values gets 1
+        )
+        self.counts: dict[str, int] = {}  # name of a list of blocks -> number of its blocks that run
+        self.inputs: dict[str, int] = {}  # name of a list of blocks -> bytes of the tokens that a block gets
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._guesses and func is READ_NUMBER and isinstance(args[0], FakeTensor):
-            return _guess_number(args[0])
+        if self._reads_unknown_as_one and func is READ_NUMBER and isinstance(args[0], FakeTensor):
+            return _read_as_one(args[0])
         result = _compute(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.see(leaf, kind)
+                self.track(leaf, kind)
         return result
 
-    def enter(self, place: str) -> None:
-        """Enter another part of the run.
+    def begin_phase(self, phase: str) -> None:
+        """Begin another phase of the run.
 
-        From now on, live tensors without another kind count as kept from an earlier part.
+        From now on, live tensors without another kind count as kept from an earlier phase.
         """
-        self._place = place
-        self._number += 1
-        self._here = 0
-        self._compare()
+        self._phase = phase
+        self._phase_index += 1
+        self._bytes_of_phase = 0
+        self._update_peaks()
 
     def forget_peaks(self) -> None:
         """Forget the peaks before another phase is measured."""
         self.peaks = {}
 
-    def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    def peak_increase(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
         """Call `run`; return its result and the largest increase of the device's total, in bytes."""
-        before, self._most = self._total, self._total
+        before, self._highest_total = self._total, self._total
         result = run()
-        return result, self._most - before
+        return result, self._highest_total - before
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
@@ -125,98 +128,117 @@ class Ledger(TorchDispatchMode):
             self._kind = before
 
     @contextmanager
-    def guessing(self) -> Iterator[None]:
+    def reading_unknown_as_one(self) -> Iterator[None]:
         """Let code inside read unknown numbers as 1; only for code whose memory does not depend on them."""
-        before, self._guesses = self._guesses, True
+        before, self._reads_unknown_as_one = self._reads_unknown_as_one, True
         try:
             yield
         finally:
-            self._guesses = before
+            self._reads_unknown_as_one = before
 
-    def see(self, tensor: Tensor, kind: str | None = None) -> None:
+    def track(self, tensor: Tensor, kind: str | None = None) -> None:
         """Count a tensor's storage; if `kind` is given and the storage is known, change its kind."""
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self._known:
-            reference, allocation = self._known[key]
-            if reference() is storage:  # else a new storage has the id of a freed one
-                if kind is not None and allocation.kind != kind:
-                    self._add(allocation, -1)
-                    allocation.kind = kind
-                    self._add(allocation, 1)
+        if key in self._allocations:
+            reference, known_allocation = self._allocations[key]
+            is_same_storage = reference() is storage  # a new storage may have the id of a freed one
+            if is_same_storage and kind is not None:
+                self._change_kind(known_allocation, kind)
+            if is_same_storage:
                 return
         allocation = _Allocation(
             round_up_bytes(storage.nbytes()),
             kind or self._kind,
-            self._number,
+            self._phase_index,
             tensor.device == self.device,
         )
 
         def forget(_: Any) -> None:
-            self._add(self._known.pop(key)[1], -1)
+            self._add(self._allocations.pop(key)[1], -1)
 
-        self._known[key] = (weakref.ref(storage, forget), allocation)
+        self._allocations[key] = (weakref.ref(storage, forget), allocation)
         self._add(allocation, 1)
-        self._compare()
+        self._update_peaks()
+
+    def _change_kind(self, allocation: _Allocation, kind: str) -> None:
+        self._add(allocation, -1)
+        allocation.kind = kind
+        self._add(allocation, 1)
 
     @property
-    def moment(self) -> Moment:
+    def bytes_by_kind(self) -> BytesByKind:
         """Return the device's current bytes by kind."""
-        moment = {kind: size for kind, size in self._live.items() if kind != WORKING}
-        return {**moment, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
+        bytes_by_kind = {kind: size for kind, size in self._live_bytes.items() if kind != TEMPORARY}
+        return {
+            **bytes_by_kind,
+            ACTIVATIONS: self._live_bytes[TEMPORARY] - self._bytes_of_phase,
+            TEMPORARY: self._bytes_of_phase,
+        }
 
     def _add(self, allocation: _Allocation, sign: int) -> None:
         if not allocation.on_device:
             return
-        self._live[allocation.kind] += sign * allocation.size
+        self._live_bytes[allocation.kind] += sign * allocation.size
         self._total += sign * allocation.size
-        if allocation.kind == WORKING and allocation.place == self._number:
-            self._here += sign * allocation.size
+        if allocation.kind == TEMPORARY and allocation.phase_index == self._phase_index:
+            self._bytes_of_phase += sign * allocation.size
 
-    def _compare(self) -> None:
-        self._most = max(self._most, self._total)
-        if self._total > sum(self.peaks.get(self._place, {}).values()):
-            self.peaks[self._place] = self.moment
+    def _update_peaks(self) -> None:
+        self._highest_total = max(self._highest_total, self._total)
+        if self._total > sum(self.peaks.get(self._phase, {}).values()):
+            self.peaks[self._phase] = self.bytes_by_kind
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator on fake tensors, which have no values, and on real tensors.
+    """Run an operator on tensors of which some are fake: they have no values.
 
-    The result is real if all inputs are real, unless floating-point data are copied to the device; also if an
-    operator without inputs creates a small tensor of integers.
+    1. Real inputs give a real result, except for floating-point data that are copied to the device.
+    2. Real and fake inputs give a fake result.
+    3. An operator without inputs gives a real result if that is a small tensor of integers.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-    if tensors and not fakes:  # all inputs have values
-        # a copy of floating-point data on the device needs only its size: values would take real memory
-        goes_to_device = device != HOST and kwargs.get("device") == device
-        if goes_to_device and any(tensor.is_floating_point() for tensor in tensors):
-            dtype = kwargs.get("dtype") or tensors[0].dtype
-            return torch.empty(tensors[0].shape, dtype=dtype, device=device)
-        with unset_fake_temporarily():
-            return func(*args, **kwargs)
-    if len(fakes) < len(tensors):  # only some inputs have values, which are not needed then
-        fake_device = fakes[0].device
-
-        def without_values(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, FakeTensor):
-                return tensor
-            return torch.empty_like(tensor, device=fake_device if tensor.ndim else HOST)
-
+    if not tensors:
+        return _create(func, args, kwargs)
+    if not fakes:
+        return _compute_real(func, args, kwargs, tensors, device)
+    if len(fakes) < len(tensors):
+        without_values = functools.partial(_drop_values, device=fakes[0].device)
         args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _compute_real(func: Any, args: Any, kwargs: Any, tensors: list[Tensor], device: torch.device) -> Any:
+    # a copy of floating-point data on the device needs only its size: values would take real memory
+    goes_to_device = device != HOST and kwargs.get("device") == device
+    if goes_to_device and any(tensor.is_floating_point() for tensor in tensors):
+        dtype = kwargs.get("dtype") or tensors[0].dtype
+        return torch.empty(tensors[0].shape, dtype=dtype, device=device)
+    with unset_fake_temporarily():
+        return func(*args, **kwargs)
+
+
+def _drop_values(tensor: Tensor, device: torch.device) -> Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    return torch.empty_like(tensor, device=device if tensor.ndim else HOST)
+
+
+def _create(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator that creates a tensor; small masks and lengths get values, because code reads them."""
     result = func(*args, **kwargs)
-    # without tensors as inputs the operator creates one; code may read small masks and lengths later
-    if (
-        not tensors
-        and isinstance(result, FakeTensor)
+    is_small_integer_tensor = (
+        isinstance(result, FakeTensor)
         and not result.dtype.is_floating_point
-        and result.numel() <= SMALL
-    ):
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": HOST}  # values can only be on the host
-        with unset_fake_temporarily():
-            return func(*args, **kwargs)
-    return result
+        and result.numel() <= MAX_REAL_ELEMENTS
+    )
+    if not is_small_integer_tensor:
+        return result
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": HOST}  # values can only be on the host
+    with unset_fake_temporarily():
+        return func(*args, **kwargs)
 
 
 def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
@@ -236,7 +258,7 @@ class _ComputedPiece(NamedTuple):
     result_shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    rise: int  # bytes
+    peak_increase: int  # bytes
 
 
 class OneOfManyPieces(TorchFunctionMode):
@@ -256,21 +278,21 @@ class OneOfManyPieces(TorchFunctionMode):
         largest_piece = self._computed.get(kind)
         # only a piece larger than all before is computed; smaller ones get a share of its memory
         if largest_piece is None or piece.shape[-2:].numel() > largest_piece.shape[-2:].numel():
-            result, rise = self._ledger.rise(lambda: compute(piece))
+            result, peak_increase = self._ledger.peak_increase(lambda: compute(piece))
             self._computed[kind] = _ComputedPiece(
                 shape=piece.shape,
                 result_shape=result.shape,
                 dtype=result.dtype,
                 device=result.device,
-                rise=rise,
+                peak_increase=peak_increase,
             )
             return result
         return self._allocate_share(piece.shape, largest_piece)
 
     def _allocate_share(self, shape: torch.Size, computed: _ComputedPiece) -> Tensor:
         """Allocate and free what computing a piece of this shape takes; return an empty result."""
-        rise = computed.rise * shape.numel() // computed.shape.numel()
-        memory = torch.empty(rise, dtype=torch.uint8, device=self._ledger.device)
+        peak_increase = computed.peak_increase * shape.numel() // computed.shape.numel()
+        memory = torch.empty(peak_increase, dtype=torch.uint8, device=self._ledger.device)
         del memory
         rows, columns = shape[-2:]
         computed_rows, computed_columns = computed.shape[-2:]
@@ -298,34 +320,35 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
 
 def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
     """Replace the tensors of a module by empty ones on the ledger's device, inside a dry run."""
-    stand_ins: dict[int, Tensor] = {}  # a tensor may have several names
+    empty_tensors: dict[int, Tensor] = {}  # a tensor may have several names
     with ledger.allocating(kind):
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in stand_ins:
-                        # a dry run keeps small integer tensors, with values, on the host: so 8-bit codes of
-                        # stored weights are allocated as floats and viewed as integers
-                        dtype = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
-                        empty = torch.empty(tensor.shape, dtype=dtype, device=ledger.device)
-                        empty = empty.view(tensor.dtype)
-                        if isinstance(tensor, nn.Parameter):
-                            empty = nn.Parameter(empty, tensor.requires_grad)
-                        stand_ins[id(tensor)] = empty
-                    tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
+                    if id(tensor) not in empty_tensors:
+                        empty_tensors[id(tensor)] = _empty_like(tensor, ledger.device)
+                    tensors[name] = empty_tensors[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
 
 
-def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    # a dry run keeps small integer tensors, with values, on the host: so 8-bit codes of stored weights are
+    # allocated as floats and viewed as integers
+    dtype = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
+    empty = torch.empty(tensor.shape, dtype=dtype, device=device).view(tensor.dtype)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def track_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
     """Record the forward and backward pass of the first and last blocks of each list as places in the ledger.
 
     Call after LoRA and before checkpointing: a block's recomputation counts as its backward pass.
     """
     is_first = True
-    for name, all_of_them in blocks.items():
-        for index, block in enumerate(all_of_them):
-            block.forward = _watch(block.forward, name, index, ledger=ledger, is_first=is_first)
+    for name, all_blocks in blocks.items():
+        for index, block in enumerate(all_blocks):
+            block.forward = _track_forward(block.forward, name, index, ledger=ledger, is_first=is_first)
             is_first = False
 
 
@@ -346,7 +369,7 @@ def _run_planned(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> 
         return forward(*inputs, **named)
 
 
-def _guess_number(tensor: Tensor) -> bool | int | float:
+def _read_as_one(tensor: Tensor) -> bool | int | float:
     """Return 1 as a Python number of the tensor's kind: bool, int or float."""
     if tensor.dtype == torch.bool:
         return True
@@ -370,16 +393,16 @@ def _name_position(index: int, count: int) -> str:
     return "between"
 
 
-def _watch(
+def _track_forward(
     forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
     """Return a block's `forward` that names the block in the ledger while it and its backward pass run."""
 
     def enter_hook(phase: str) -> Callable[[Tensor], None]:
         """Return a gradient hook that begins a phase of the ledger."""
-        return lambda _: ledger.enter(phase)
+        return lambda _: ledger.begin_phase(phase)
 
-    def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+    def tracked_forward(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         if ledger.is_backward:  # checkpointing recomputes the block, which counts as its backward pass
             return forward(x, *inputs, **named)
         # the gradient of the first block's input is ready when the backward pass leaves the blocks
@@ -387,16 +410,16 @@ def _watch(
             x.register_hook(enter_hook("backward before the blocks"))
         ledger.inputs[name] = round_up_bytes(x.nbytes)
         position = _name_position(index, ledger.counts[name])
-        ledger.enter(f"forward of {name}, {position}")
+        ledger.begin_phase(f"forward of {name}, {position}")
         result = forward(x, *inputs, **named)
-        ledger.enter("forward outside the blocks")
+        ledger.begin_phase("forward outside the blocks")
         # a block of the side stream returns two tensors
         last_output = result[-1] if isinstance(result, tuple) else result
         if last_output.requires_grad:
             last_output.register_hook(enter_hook(f"backward of {name}, {position}"))
         return result
 
-    return run
+    return tracked_forward
 
 
 SECOND, BEFORE_LAST = "second", "last but one"
@@ -404,10 +427,10 @@ IN_BLOCKS = "forward of ", "backward of "  # prefixes of the names of places ins
 
 
 Counts = tuple[int, ...]  # blocks in each list
-MIN = 3  # both ends of a list, and one block in between
+FEW_BLOCKS = 3  # both ends of a list, and one block in between
 
 
-def keep_blocks(
+def truncate_blocks(
     dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
 ) -> None:
     """Keep only the first `counts` blocks of each list in a network.
@@ -418,54 +441,56 @@ def keep_blocks(
         counts: Number of blocks to keep in each list.
         ledger: Counts the memory.
     """
-    for (name, all_of_them), count in zip(blocks.items(), counts, strict=True):
+    for (name, all_blocks), count in zip(blocks.items(), counts, strict=True):
         parent, _, leaf = name.rpartition(".")
-        setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_of_them[:count]))
+        setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_blocks[:count]))
         ledger.counts[name] = count
 
 
-def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+def extrapolate(
+    measure: Callable[[Counts], Mapping[str, BytesByKind]], counts: Counts
+) -> dict[str, BytesByKind]:
     """Extrapolate the memory that `measure` reports for few blocks to `counts` blocks in each list.
 
     The bytes in use while a block runs grow linearly with the block's index in its list, so the maximum is
     at the first or the last block.
     """
-    few_counts = tuple(min(count, MIN) for count in counts)
+    few_counts = tuple(min(count, FEW_BLOCKS) for count in counts)
     # of three blocks, the second is also the last but one: its entry is copied under that name
     with_few = _with_both_ends(measure(few_counts))
-    moments = {name: Counter(moment) for name, moment in with_few.items()}
+    peaks_by_phase = {name: Counter(bytes_by_kind) for name, bytes_by_kind in with_few.items()}
     for index, count in enumerate(counts):
         num_missing = count - few_counts[index]
         if num_missing > 0:
             # one more block in this list shows how many bytes each of its blocks adds
             one_more = (*few_counts[:index], few_counts[index] + 1, *few_counts[index + 1 :])
             with_one_more = _with_both_ends(measure(one_more))
-            for name, moment in moments.items():
+            for name, bytes_by_kind in peaks_by_phase.items():
                 for kind in {*with_one_more[name], *with_few[name]}:
                     growth = with_one_more[name].get(kind, 0) - with_few[name].get(kind, 0)
-                    moment[kind] += num_missing * growth
-    return {name: dict(moment) for name, moment in moments.items()}
+                    bytes_by_kind[kind] += num_missing * growth
+    return {name: dict(bytes_by_kind) for name, bytes_by_kind in peaks_by_phase.items()}
 
 
-Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[str, Moment]]
+Extrapolate = Callable[[Callable[[Counts], Mapping[str, BytesByKind]], Counts], dict[str, BytesByKind]]
 
 
-def plainly(_: nn.Module) -> Extrapolate:
+def extrapolate_on_one_device(_: nn.Module) -> Extrapolate:
     """Return `extrapolate`, which extends the measured memory to all blocks, for runs on one device."""
     return extrapolate
 
 
-def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
+def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, BytesByKind]:
     """Add entries of the last block but one, equal to the second's: both are the middle one of three."""
     ends = {
-        name.removesuffix(SECOND) + BEFORE_LAST: moment
-        for name, moment in moments.items()
+        name.removesuffix(SECOND) + BEFORE_LAST: bytes_by_kind
+        for name, bytes_by_kind in peaks_by_phase.items()
         if name.endswith(SECOND)
     }
-    return {**ends, **moments}
+    return {**ends, **peaks_by_phase}
 
 
-def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
+def largest(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
     """Return the phase in which the device holds the most memory, and its bytes by kind."""
-    name = max(moments, key=lambda place: sum(moments[place].values()))
-    return name, moments[name]
+    name = max(peaks_by_phase, key=lambda place: sum(peaks_by_phase[place].values()))
+    return name, peaks_by_phase[name]

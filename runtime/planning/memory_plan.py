@@ -25,7 +25,7 @@ from runtime.options import (
     set_blocks_to_swap,
 )
 from runtime.planning import dry_run
-from runtime.planning.device_memory import CONTEXT, Room
+from runtime.planning.device_memory import CONTEXT, DeviceMemory
 
 # cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
 # allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
@@ -92,32 +92,34 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 
 
 @dataclass(frozen=True)
-class Swapped:
+class OffloadedWeights:
     """Bytes of weights that leave the device if blocks are swapped or split over processes."""
 
     host: int  # bytes of weights that move to host memory
-    ring: int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
-    elsewhere: int = 0  # bytes of weights that other processes hold
+    slot_bytes: (
+        int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
+    )
+    on_other_processes: int = 0  # bytes of weights that other processes hold
     processes: int = 1  # number of processes that share the weights
 
     @property
     def saved(self) -> int:
         """Bytes of device memory that the swap saves: the moved weights minus the slots for streaming."""
-        return self.host + self.elsewhere - self.ring
+        return self.host + self.on_other_processes - self.slot_bytes
 
-    def words(self, blocks: int, ring: str) -> str:
+    def words(self, blocks: int, use_of_slots: str) -> str:
         """Return the note of a memory plan about the swapped or split weights.
 
         Args:
             blocks: Number of swapped blocks.
-            ring: Text that describes the slots, the device memory through which blocks are streamed.
+            use_of_slots: Text behind the size of the slots, through which blocks are streamed.
         """
         if self.processes > 1:
-            return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
-        return f"; {blocks} blocks swapped, {gib(self.ring)} {ring}" if self.host else ""
+            return f"; blocks split over {self.processes} processes, {gib(self.slot_bytes)} to gather them"
+        return f"; {blocks} blocks swapped, {gib(self.slot_bytes)} {use_of_slots}" if self.host else ""
 
 
-def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
+def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> OffloadedWeights:
     """Return the byte counts of a swap plan for a network on any device.
 
     Raises:
@@ -132,7 +134,7 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     for list_plan in plan.lists(dit):
         blocks = [size(big_weights(dit, f"{list_plan.name}.{index}")) for index in list_plan.streamed]
         slot_bytes += list_plan.slots * max(blocks, default=0)
-    return Swapped(size(plan.names(dit)), slot_bytes)
+    return OffloadedWeights(size(plan.names(dit)), slot_bytes)
 
 
 GATHERED = 3  # blocks on the device: one computes, one is gathered, one is the receive buffer
@@ -148,7 +150,7 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
     return launched
 
 
-def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
+def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[OffloadedWeights]:
     """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
 
     Args:
@@ -162,9 +164,10 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     moves_layers = swap.img_in_txt_in_offloading
     slots = swap.block_swap_ring_size
-    maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
+    max_swapped_blocks = max_blocks(totals, spec.swap_counts, spec.unswapped)
     return [
-        plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots)) for count in range(maximum + 1)
+        plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots))
+        for count in range(max_swapped_blocks + 1)
     ]
 
 
@@ -186,14 +189,14 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
     return tuple(by_block)
 
 
-def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
+def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> OffloadedWeights:
     """Return the bytes of weights that leave each device if blocks are split over processes."""
     block_bytes = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
     total = sum(block_bytes)
-    return Swapped(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)
+    return OffloadedWeights(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)
 
 
-NAMES = {
+PART_NAMES = {
     dry_run.WEIGHTS: "weights of the transformer",
     dry_run.TEXTS: "weights of text encoders",
     dry_run.ADAPTER: "LoRA in training steps only",
@@ -201,36 +204,38 @@ NAMES = {
     dry_run.GRADIENTS: "gradients",
     dry_run.OPTIMIZER: "optimizer",
     dry_run.BATCH: "batch",
-    dry_run.KEPT: "kept activations",
+    dry_run.ACTIVATIONS: "kept activations",
     dry_run.ATTENTION: "attention workspace",
-    dry_run.WORKING: "work on one block",
+    dry_run.TEMPORARY: "work on one block",
 }
 
 
 def parts_of(
-    moment: dry_run.Moment,
-    swap: Swapped,
+    bytes_by_kind: dry_run.BytesByKind,
+    swap: OffloadedWeights,
     notes: Mapping[str, str],
     waiting: int = 0,
     network: str = "LoRA",
 ) -> tuple[MemoryPart, ...]:
-    """Format a moment as lines of a plan.
+    """Return the lines of a memory plan for the peak of one phase.
 
     Args:
-        moment: Device bytes by kind, at one moment of the run.
+        bytes_by_kind: Device bytes at the peak, with all weights on the device.
         swap: Effect of swapping.
         notes: Notes by kind.
         waiting: Bytes of activations in host memory.
         network: What is trained or added to the transformer.
     """
     parts = []
-    for kind, name in NAMES.items():
-        size = moment.get(kind, 0)
+    for kind, name in PART_NAMES.items():
+        size = bytes_by_kind.get(kind, 0)
         host = 0
         if kind == dry_run.WEIGHTS:
             size -= swap.saved
             host = swap.host
-        elif kind == dry_run.KEPT:  # activations, some of which wait in host memory for the backward pass
+        elif (
+            kind == dry_run.ACTIVATIONS
+        ):  # activations, some of which wait in host memory for the backward pass
             host = waiting
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"
@@ -251,17 +256,17 @@ def dtypes_of(dit: nn.Module) -> str:
     return ", ".join(f"{gib(size)} {name}" for name, size in listed)
 
 
-def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:
+def verdict(plan: MemoryPlan, device_memory: DeviceMemory | None, advice: Sequence[str] = ()) -> str:
     """Return the last line of a plan: whether it fits, and if not, what to change."""
     needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
-    if room is None:
+    if device_memory is None:
         return (
             f"Needs {needed}. There is no CUDA device to compare with; --plan 24 plans for a card of 24 GiB."
         )
-    free = f"{room.name}: {gib(room.free)} of {gib(room.total)} GiB are free"
-    if room.is_planned:
-        free = f"{room.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
-    if plan.device <= room.usable:
+    free = f"{device_memory.name}: {gib(device_memory.free)} of {gib(device_memory.total)} GiB are free"
+    if device_memory.is_planned:
+        free = f"{device_memory.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
+    if plan.device <= device_memory.usable:
         return f"Fits: {needed}. {free}."
     lines = "\n".join(f"  {line}" for line in advice)
     return f"Does not fit: {needed}. {free}." + (
@@ -298,7 +303,7 @@ class Swappable(Protocol):
     """Prediction of device bytes by number of swapped blocks, which is at most `maximum`."""
 
     @property
-    def maximum(self) -> int:
+    def max_swapped_blocks(self) -> int:
         """Largest number of blocks that can be swapped."""
 
     def device(self, blocks: int, /) -> int:
@@ -308,11 +313,14 @@ class Swappable(Protocol):
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:
     """Return the smallest number of swapped blocks that fits into `usable` bytes; None if no number does."""
     return next(
-        (count for count in range(prediction.maximum + 1) if prediction.device(count) <= usable), None
+        (count for count in range(prediction.max_swapped_blocks + 1) if prediction.device(count) <= usable),
+        None,
     )
 
 
-def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
+def swap_for(
+    prediction: Swappable, swap: SwapOptions, device_memory: DeviceMemory | None
+) -> tuple[int, str | None]:
     """Return the number of blocks to swap, and its reason if --blocks_to_swap is `auto`.
 
     With `auto`, the number is the smallest that fits the device, or the largest possible if none fits. It is
@@ -321,7 +329,7 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
     Raises:
         OptionError: If there are too few blocks.
     """
-    maximum = prediction.maximum
+    maximum = prediction.max_swapped_blocks
     if not swap.is_auto:
         if swap.number > maximum:
             raise OptionError(
@@ -329,10 +337,10 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
                 f"swapped. Use {maximum} or less"
             )
         return swap.number, None
-    if room is None:
+    if device_memory is None:
         return 0, "--blocks_to_swap auto: 0, because there is no CUDA device to fit."
-    count = smallest_swap(prediction, room.usable)
-    usable = f"{gib(room.usable)} of {room.name} can be used"
+    count = smallest_swap(prediction, device_memory.usable)
+    usable = f"{gib(device_memory.usable)} of {device_memory.name} can be used"
     if count is None:
         return maximum, (
             f"--blocks_to_swap auto: {maximum}, the largest possible number; even so "
@@ -347,23 +355,23 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
 def print_plan(
     prediction: Swappable,
     swap: SwapOptions,
-    room: Room | None,
+    device_memory: DeviceMemory | None,
     plan_of: Callable[[int, Sequence[str]], MemoryPlan],
-    advice: Callable[[Room], Sequence[str]],
+    advice: Callable[[DeviceMemory], Sequence[str]],
 ) -> None:
     """Print the memory plan of a run, and whether it fits into the available memory.
 
     Args:
         prediction: Prediction of the device bytes.
         swap: Options of block swap.
-        room: Available memory.
+        device_memory: Available memory.
         plan_of: Makes the plan from the number of swapped blocks and a list of notes.
         advice: Returns lines of advice if the plan does not fit.
     """
-    blocks, reason = swap_for(prediction, swap, room)
+    blocks, reason = swap_for(prediction, swap, device_memory)
     plan = plan_of(blocks, [] if reason is None else [reason])
-    fits = room is None or plan.device <= room.usable
-    show(plan, verdict(plan, room, () if fits or room is None else advice(room)))
+    fits = device_memory is None or plan.device <= device_memory.usable
+    show(plan, verdict(plan, device_memory, () if fits or device_memory is None else advice(device_memory)))
 
 
 logger = logging.getLogger(__name__)
@@ -372,7 +380,7 @@ Predicted = TypeVar("Predicted", bound=Swappable)
 
 
 def resolve_swap(
-    speed: Speed, room: Room | None, predict: Callable[[], Predicted]
+    speed: Speed, device_memory: DeviceMemory | None, predict: Callable[[], Predicted]
 ) -> tuple[Speed, Predicted | None]:
     """Replace --blocks_to_swap auto by a number; return the options and the prediction.
 
@@ -381,7 +389,7 @@ def resolve_swap(
 
     Args:
         speed: Options of memory and speed.
-        room: Memory of a CUDA device; without one nothing is rehearsed, and auto becomes 0.
+        device_memory: Memory of a CUDA device; without one nothing is rehearsed, and auto becomes 0.
         predict: Rehearses the run.
 
     Raises:
@@ -389,7 +397,7 @@ def resolve_swap(
         MemoryPlanError: If the rehearsal fails and auto depends on it.
         OptionError: If the network has fewer blocks than are to be swapped.
     """
-    if room is None:
+    if device_memory is None:
         return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None
     try:
         prediction = predict()
@@ -402,7 +410,7 @@ def resolve_swap(
             ) from error
         logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
         return speed, None
-    blocks, reason = swap_for(prediction, speed.swap, room)
+    blocks, reason = swap_for(prediction, speed.swap, device_memory)
     if reason is not None:
         logger.info(reason)
         speed = set_blocks_to_swap(speed, blocks)
@@ -431,17 +439,26 @@ def advise(
         The lines, and the last prediction if even that one does not fit.
     """
     lines: list[str] = []
-    unchanged = [("", lambda: prediction)]  # without unused options only a swap can be advised
-    for name, predict in cheaper or unchanged:
+    for name, predict in cheaper:
         prediction = predict()
-        if name:
-            needed = prediction.device(swapped)
-            if needed <= usable:
-                return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
-            remark = SMALL_FORMS if "fp8" in name else ""
-            lines.append(f"{name}: {gib(needed)} GiB{phase}{remark}")
-        count = smallest_swap(prediction, usable) if can_swap else None
-        if count is not None:
-            needed = prediction.device(count)
-            return [*lines, f"--blocks_to_swap {count}: {gib(needed)} GiB{phase} fits"], None
+        needed = prediction.device(swapped)
+        if needed <= usable:
+            return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
+        remark = SMALL_FORMS if "fp8" in name else ""
+        lines.append(f"{name}: {gib(needed)} GiB{phase}{remark}")
+        fitting_swap = _describe_fitting_swap(prediction, usable, phase) if can_swap else None
+        if fitting_swap is not None:
+            return [*lines, fitting_swap], None
+    if not cheaper and can_swap:
+        fitting_swap = _describe_fitting_swap(prediction, usable, phase)
+        if fitting_swap is not None:
+            return [fitting_swap], None
     return lines, prediction
+
+
+def _describe_fitting_swap(prediction: Swappable, usable: int, phase: str) -> str | None:
+    """Return the line about the smallest --blocks_to_swap that fits; None if no number fits."""
+    count = smallest_swap(prediction, usable)
+    if count is None:
+        return None
+    return f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB{phase} fits"

@@ -49,10 +49,10 @@ def _make_passes(grid: "ProcessGrid", in_lockstep: bool, device: "torch.device")
 
 
 def _join(run: RunModes, options: CfgParallelOptions) -> None:
-    run.typed.append("--cfg_parallel")
+    run.flags.append("--cfg_parallel")
     run.divides_passes = "--cfg_parallel"
-    run.on.check.append(partial(_check, run))
-    run.on.passes.append(_make_passes)
+    run.hooks.check_uses.append(partial(_check, run))
+    run.hooks.make_pass_runner.append(_make_passes)
 
 
 CFG_PARALLEL = WayToRun(

@@ -5,7 +5,6 @@ Standard library only.
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from modules.command import LAUNCH
 from modules.errors import OptionError
 from modules.options import NO_PIXELS, Options, info_of, option
 from runtime.ways import WAYS
-from runtime.ways.contract import Division, RunModes, RunUses, SpeedOptions
+from runtime.ways.contract import Division, RunModes, RunUses, SpeedOptions, WayOptions
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,7 @@ def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
     times = count_groups(speed, processes)
     if speed.modes.divides_passes:
         times = 1
-    for check in speed.modes.on.launch:
+    for check in speed.modes.hooks.check_launch:
         check(processes, times, uses)
 
 
@@ -75,7 +74,7 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     """
     group_size = speed.modes.num_peers * passes  # peers share a micro-batch
     if processes % group_size:
-        typed = " ".join(speed.modes.peers)
+        typed = " ".join(speed.modes.peer_counts)
         raise OptionError(
             f"{typed}: {processes} processes make no groups of {group_size}. Start a multiple of "
             f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
@@ -112,7 +111,7 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
 
 def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace | None":
     """Return the place to load a network's blocks into; None if this process holds complete blocks."""
-    places = [make_place(device) for make_place in speed.modes.on.place]
+    places = [make_place(device) for make_place in speed.modes.hooks.make_block_place]
     return next(filter(None, places), None)
 
 
@@ -122,7 +121,7 @@ def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.dev
     Raises:
         OptionError: If an active mode does not support this network.
     """
-    for finish in speed.modes.on.finish:
+    for finish in speed.modes.hooks.finish_network:
         finish(network, lay_out(speed, False), device)
 
 
@@ -132,13 +131,13 @@ def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | Non
     The processes have joined before.
     """
     in_lockstep = bool(speed.modes.splits_weights)
-    made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.modes.on.passes]
+    made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.modes.hooks.make_pass_runner]
     return next(iter(made), None)
 
 
 def warn_if_alone(speed: SpeedOptions) -> None:
     """Warn of active options that have no effect in a single process."""
-    for typed, alone in speed.modes.alone.items():
+    for typed, alone in speed.modes.single_process_effects.items():
         logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
 
 
@@ -171,18 +170,24 @@ def reject_other_splits() -> None:
     """
     if not any(name.startswith(OF_LAUNCHER) for name in os.environ):
         return
-    # each way is a mode of running the model here that replaces some of the launcher's variables
-    num_ways = Counter(variable for way in WAYS for variable in way.options.replaces)
-    # variables that several ways replace come last: they are set together with a more specific one
-    for variable in sorted(num_ways, key=lambda variable: num_ways[variable]):
-        value = os.environ.get(variable, "0").lower()
-        # a switch is on with 1; a number of processes splits the model only if it is 2 or more
-        min_value = 1 if "_USE_" in variable else 2
-        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= min_value):
-            answering = [way.options for way in WAYS if variable in way.options.replaces]
+    options_by_variable: dict[str, list[type[WayOptions]]] = {}
+    for way in WAYS:
+        for variable in way.options.replaces:
+            options_by_variable.setdefault(variable, []).append(way.options)
+    # a variable with several remedies comes last, because it is set together with a more specific one
+    for variable, options in sorted(options_by_variable.items(), key=lambda item: len(item[1])):
+        if _asks_for_split(variable):
             raise OptionError(
-                f"accelerate launch asks for {answering[0].replaces[variable]} "
+                f"accelerate launch asks for {options[0].replaces[variable]} "
                 f"({variable}={os.environ[variable]}): the loops here never hand it the model. Choose plain "
                 f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
-                f"{', or '.join(way.answer for way in answering)} over those processes"
+                f"{', or '.join(record.answer for record in options)} over those processes"
             )
+
+
+def _asks_for_split(variable: str) -> bool:
+    """Return whether an environment variable of accelerate's launcher is set so that it splits the model."""
+    value = os.environ.get(variable, "0").lower()
+    # a switch is on with 1; a number of processes splits the model only if it is 2 or more
+    min_value = 1 if "_USE_" in variable else 2
+    return value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= min_value)

@@ -63,11 +63,11 @@ def _finish(network: "nn.Module", grid: "ProcessGrid", device: "torch.device") -
 
 def _join(run: RunModes, options: ContextParallelOptions) -> None:
     typed = f"--context_parallel {options.context_parallel}"
-    run.typed.append(typed)
+    run.flags.append(typed)
     run.divides_tokens = typed
-    run.peers[typed] = options.context_parallel
-    run.on.launch.append(partial(_check_launch, options))
-    run.on.finish.append(_finish)
+    run.peer_counts[typed] = options.context_parallel
+    run.hooks.check_launch.append(partial(_check_launch, options))
+    run.hooks.finish_network.append(_finish)
 
 
 CONTEXT_PARALLEL = WayToRun(

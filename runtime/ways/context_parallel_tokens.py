@@ -4,6 +4,7 @@ How tokens are exchanged is in `runtime/offload/context.py`.
 """
 
 import functools
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -45,29 +46,39 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
 def _run_part(
     inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, overrides: Overrides
 ) -> None:
-    """Run the blocks on this process's part of the tokens with the previous runner."""
-    # the blocks' other inputs; for each block, what is added to its result
-    tokens, added = hidden.tokens, hidden.added
+    """Run the blocks on this process's part of the tokens; before and after, `hidden` has all tokens.
+
+    Args:
+        inner: The network's previous runner.
+        group: Processes that share the tokens.
+        dit: The transformer.
+        hidden: Input of the blocks; control tokens and residuals belong to the first stream of tokens.
+        overrides: Changes to this call.
+    """
+    all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
     # lengths of the streams of tokens; if there are several, the record of tokens states them
-    lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
+    lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
-    own_parts = []
-    for part, stream in zip(parts, hidden.x.split(lengths, dim=1), strict=True):
-        own_parts.append(part.take(stream))
-    hidden.x = torch.cat(own_parts, dim=1)
-    hidden.tokens = tokens.cut(*parts)
-    added_here: list[Tensor | None] = []
-    for tensor in added:
-        added_here.append(None if tensor is None else parts[0].take(tensor))
-    hidden.added = added_here
-    if hidden.side is not None:  # input of the side blocks: tokens of the first stream
-        hidden.side = parts[0].take(hidden.side)
+    hidden.x = _take_parts(parts, hidden.x, lengths)
+    hidden.tokens = all_tokens.cut(*parts)
+    hidden.block_residuals = [None if tensor is None else parts[0].take(tensor) for tensor in all_residuals]
+    if hidden.control_tokens is not None:
+        hidden.control_tokens = parts[0].take(hidden.control_tokens)
     inner(dit, hidden, overrides)
     # the layers after the blocks compute on complete tokens again
-    hidden.added = added
-    lengths_here = [part.of_first(part.length) for part in parts]
-    joined = []
-    for part, stream in zip(parts, hidden.x.split(lengths_here, dim=1), strict=True):
-        joined.append(part.join(stream))
-    hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
-    hidden.tokens = tokens
+    hidden.x = _join_parts(parts, hidden.x)
+    hidden.tokens = all_tokens
+    hidden.block_residuals = all_residuals
+
+
+def _take_parts(parts: Sequence[TokenPart], x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return this process's tokens of each stream in x, B L C."""
+    streams = x.split(list(lengths), dim=1)
+    return torch.cat([part.take(stream) for part, stream in zip(parts, streams, strict=True)], dim=1)
+
+
+def _join_parts(parts: Sequence[TokenPart], x: Tensor) -> Tensor:
+    """Gather each stream's tokens of all processes; x has those of this process, B l C."""
+    streams = x.split([part.count_among_first(part.length) for part in parts], dim=1)
+    joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]
+    return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)

@@ -111,21 +111,27 @@ class WayOptions(Options):
 
 
 @dataclass(frozen=True)
-class WayHooks:
+class ModeHooks:
     """Functions that modes of running call at points of a run, in the order of the modes."""
 
     # check full training: takes --mixed_precision, raises OptionError
-    whole: list[Callable[[str], None]] = field(default_factory=list)
-    check: list[Callable[[RunUses], None]] = field(default_factory=list)  # takes the run, raises OptionError
+    check_full_training: list[Callable[[str], None]] = field(default_factory=list)
+    check_uses: list[Callable[[RunUses], None]] = field(
+        default_factory=list
+    )  # takes the run, raises OptionError
     # takes the number of processes, how often they would repeat each prompt, and the run; raises OptionError
-    launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
+    check_launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
     # takes the device; returns the place into which blocks are loaded, None if this process holds all blocks
-    place: "list[Callable[[torch.device], BlockPlace | None]]" = field(default_factory=list)
+    make_block_place: "list[Callable[[torch.device], BlockPlace | None]]" = field(default_factory=list)
     # takes a network, the grid of processes and the device; changes the network after all other changes
-    finish: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(default_factory=list)
+    finish_network: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(
+        default_factory=list
+    )
     # takes the grid of processes, whether weights are split, and the device; returns what runs a step's
     # passes
-    passes: "list[Callable[[ProcessGrid, bool, torch.device], RunPasses]]" = field(default_factory=list)
+    make_pass_runner: "list[Callable[[ProcessGrid, bool, torch.device], RunPasses]]" = field(
+        default_factory=list
+    )
 
 
 @dataclass
@@ -133,22 +139,26 @@ class RunModes:
     """The contributions of the active modes to a run; options in it are spelled as a user types them."""
 
     speed: SpeedOptions
-    typed: list[str] = field(default_factory=list)  # options of all active modes
+    flags: list[str] = field(default_factory=list)  # options of all active modes
     # option that splits each block over processes: all run the same passes at the same time, and swap no
     # block
     splits_weights: str = ""
     divides_tokens: str = ""  # option by which each process has some of the tokens of a clip; "" without
     divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" without
     # option -> number of processes that share a micro-batch, or a pass of a step
-    peers: dict[str, int] = field(default_factory=dict)
-    alone: dict[str, str] = field(default_factory=dict)  # option -> what a single process does with it
-    for_generation: dict[str, bool] = field(default_factory=dict)  # those that a LoRA needs in generation
-    on: WayHooks = field(default_factory=WayHooks)
+    peer_counts: dict[str, int] = field(default_factory=dict)
+    single_process_effects: dict[str, str] = field(
+        default_factory=dict
+    )  # option -> what a single process does with it
+    flags_for_generation: dict[str, bool] = field(
+        default_factory=dict
+    )  # those that a LoRA needs in generation
+    hooks: ModeHooks = field(default_factory=ModeHooks)
 
     @property
     def num_peers(self) -> int:
         """Number of processes that work together on one model."""
-        return prod(self.peers.values())
+        return prod(self.peer_counts.values())
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed

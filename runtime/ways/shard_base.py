@@ -39,7 +39,7 @@ class ShardBaseOptions(
     )
 
 
-def _reject_full(precision: str) -> None:
+def _reject_fp16(precision: str) -> None:
     if precision == "fp16":
         raise OptionError(
             "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and cannot "
@@ -47,7 +47,7 @@ def _reject_full(precision: str) -> None:
         )
 
 
-def _check(uses: RunUses) -> None:
+def _check_uses(uses: RunUses) -> None:
     """Raise OptionError if a run has a use that --shard_base does not support."""
     for model in uses.further_models:
         raise OptionError(
@@ -72,7 +72,7 @@ def _check(uses: RunUses) -> None:
         )
 
 
-def _make_place(device: "torch.device") -> "BlockPlace | None":
+def _make_sharded_blocks(device: "torch.device") -> "BlockPlace | None":
     from runtime.offload.joining import have_joined  # torch: only where networks are loaded
 
     if not have_joined():
@@ -83,23 +83,22 @@ def _make_place(device: "torch.device") -> "BlockPlace | None":
 
 
 def _join(run: RunModes, options: ShardBaseOptions) -> None:
-    """Enter --shard_base and its hooks in the modes of a run; raise OptionError if blocks are swapped too."""
-    swapping = run.speed.swap.typed
-    if swapping:
+    """Add --shard_base to the modes of a run; raise OptionError if blocks are swapped too."""
+    swap_flag = run.speed.swap.typed
+    if swap_flag:
         raise OptionError(
-            f"--shard_base and {swapping} both say where the weights wait: in the other processes, "
+            f"--shard_base and {swap_flag} both say where the weights wait: in the other processes, "
             "or in host memory. Give one of them; fp8 and more processes save memory together with "
             "--shard_base"
         )
-    run.typed.append("--shard_base")
+    run.flags.append("--shard_base")
     run.splits_weights = "--shard_base"
-    run.alone["--shard_base"] = "holds the whole model"  # in the warning for a single process
+    run.single_process_effects["--shard_base"] = "holds the whole model"
     # a model that needs several GPUs in training needs them in generation too
-    run.for_generation["--shard_base"] = True
-    # hooks, which the run calls: to check full training, to check its uses, to place the blocks
-    run.on.whole.append(_reject_full)
-    run.on.check.append(_check)
-    run.on.place.append(_make_place)
+    run.flags_for_generation["--shard_base"] = True
+    run.hooks.check_full_training.append(_reject_fp16)
+    run.hooks.check_uses.append(_check_uses)
+    run.hooks.make_block_place.append(_make_sharded_blocks)
 
 
 SHARD_BASE = WayToRun(

@@ -15,7 +15,7 @@ from blissful_tuner.guidance import (
     warn_of_low_scales,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from generation.loaded_networks import wanted_texts
+from generation.loaded_networks import select_prompts
 from modules.errors import OptionError
 from protocols.requests import Request
 from protocols.rules import GuidanceRules, StreamGuidance
@@ -70,7 +70,7 @@ def test_a_negative_text_is_needed_if_any_step_has_guidance(
     options = replace(
         PLAIN_GUIDANCE, cfg_skip_mode="none" if ratio is None else "late", cfg_apply_ratio=ratio
     )
-    (texts,) = wanted_texts(request, options).values()
+    (texts,) = select_prompts(request, options).values()
     assert (texts.negative is not None, texts.blank, texts.nag) == (negative, None, None)
 
 
@@ -250,5 +250,5 @@ def test_late_steps_have_no_guidance(sigma: float, passes: int) -> None:
 def test_a_share_of_zero_needs_no_negative_text() -> None:
     prepared = prepare(Request("p", 0, steps=3, guidance_scale=3.5))
     late = replace(prepared, rules=GuidanceRules(below_share=0.0))
-    assert wanted_texts(prepared)[0].negative is not None
-    assert wanted_texts(late)[0].negative is None
+    assert select_prompts(prepared)[0].negative is not None
+    assert select_prompts(late)[0].negative is None

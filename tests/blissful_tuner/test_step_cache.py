@@ -12,14 +12,14 @@ from protocols.requests import Request
 from protocols.rules import MagCache, StepCaching, TeaCache
 from protocols.steps import Overrides
 from runtime.run_blocks import spec_of
-from runtime.step_cache import Branch
+from runtime.step_cache import PassState
 from tests.preparing import prepare
 from tests.runtime.step_cache.test_runner import turn
 from tests.tiny.dits import ONE_OF_EACH, TinyDit
 
 
-def branches() -> list[Branch]:
-    return [each for each in gc.get_objects() if isinstance(each, Branch)]
+def branches() -> list[PassState]:
+    return [each for each in gc.get_objects() if isinstance(each, PassState)]
 
 
 CACHES = [MagCache((1.0,), 0.0, 1.0, 6), TeaCache(1.0, (1.0, 0.0))]
@@ -36,7 +36,7 @@ def test_nothing_is_kept_behind_a_section_by_those_who_still_hold_its_networks(
     others = branches()
     inside = StepCaches(prepared, spec_of(dit)).section(lambda _: dit)
     with inside as dit_at, torch.no_grad():
-        dit_at(0.0)(**tiny.inputs((2, 4, 4, 6), 1), overrides=Overrides(turn=turn(0, 4)))
+        dit_at(0.0)(**tiny.inputs((2, 4, 4, 6), 1), overrides=Overrides(step_position=turn(0, 4)))
         kept = [weakref.ref(each) for each in branches() if each not in others]
 
     gc.collect()

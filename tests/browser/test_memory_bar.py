@@ -19,7 +19,7 @@ from browser.draft_changes import describe_difference, read_keys
 from browser.folder_settings import read_settings
 from browser.memory_plan import ReadPlan, edit_switches, read_plan, read_size, read_switches
 from modules.errors import OptionError
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict
 from tests.browser.drafts import RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
@@ -32,7 +32,7 @@ SCRIPT = "wan_train_network.py"
 PLANNED_WITHIN = 300_000  # milliseconds
 
 
-def printed(plan: MemoryPlan, room: Room | None = None, advice: tuple[str, ...] = ()) -> ReadPlan:
+def printed(plan: MemoryPlan, room: DeviceMemory | None = None, advice: tuple[str, ...] = ()) -> ReadPlan:
     """What the page reads of a plan that a script prints."""
     text = io.StringIO()
     with redirect_stdout(text):
@@ -71,7 +71,7 @@ def post(served: Served, what: str, folder: Path, run: str = RUN, **fields: str)
 
 
 def test_the_bar_has_the_parts_that_the_script_prints() -> None:
-    room = Room("A card of 24 GiB", 24 * GIB, 24 * GIB, is_planned=True)
+    room = DeviceMemory("A card of 24 GiB", 24 * GIB, 24 * GIB, is_planned=True)
     plan = printed(
         plan_of(("training step, 832x480, 81 frames, batch 1", PARTS), remarks=("a remark",)), room
     )
@@ -94,7 +94,7 @@ def test_the_bar_has_the_parts_that_the_script_prints() -> None:
 
 
 def test_what_does_not_fit_is_longer_than_the_card() -> None:
-    room = Room("A card of 12 GiB", 12 * GIB, 12 * GIB, is_planned=True)
+    room = DeviceMemory("A card of 12 GiB", 12 * GIB, 12 * GIB, is_planned=True)
     plan = printed(plan_of(("training step", PARTS)), room, ("--blocks_to_swap 30: 9.10 GiB fits",))
     assert plan.fits is False
     assert "--blocks_to_swap 30: 9.10 GiB fits" in plan.remarks

@@ -19,7 +19,7 @@ from flux_3.files import Flux3Files
 from modules.errors import CacheError, OptionError
 from protocols.data import Batch
 from protocols.requests import Request
-from protocols.steps import Overrides, Turn
+from protocols.steps import Overrides, StepPosition
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny import flux_2
 from tests.tiny.families import OUTPUT, family_called
@@ -235,10 +235,12 @@ def test_the_distilled_model_is_told_when_its_step_ends(folder: Path, is_distill
             seen.update(inputs, timesteps=timesteps)
             return noisy
 
-    turn = Turn(step=1, num_steps=4, timestep=750.0, next_timestep=500.0, which="positive")
+    turn = StepPosition(step=1, num_steps=4, timestep=750.0, next_timestep=500.0, pass_key="positive")
     texts = {"ctx_vec": [torch.zeros(80, CONFIG.text_dim)] * 2}
     noisy = torch.zeros(2, 128, 1, 3, 3)
-    family_of(folder).predict(Noting(), noisy, torch.tensor([750.0, 750.0]), texts, Overrides(turn=turn))
+    family_of(folder).predict(
+        Noting(), noisy, torch.tensor([750.0, 750.0]), texts, Overrides(step_position=turn)
+    )
 
     assert seen["timesteps"].tolist() == [750.0, 750.0]
     ends = seen["next_timesteps"]

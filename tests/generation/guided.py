@@ -55,9 +55,9 @@ class Watched:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        assert overrides.turn is not None
+        assert overrides.step_position is not None
         self.calls.append(
-            Call(overrides.turn.step, len(noisy), overrides.skip_blocks, overrides.embedded_guidance)
+            Call(overrides.step_position.step, len(noisy), overrides.skip_blocks, overrides.embedded_guidance)
         )
         return self.family.predict(dit, noisy, timesteps, cond, overrides)
 

@@ -314,9 +314,11 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
     frames = {"one frame": 1, "picture": 3, "both": 3}.get(given, 0)
     image, audio = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.audio), 5.0)
     if frames:
-        section = replace(section, given=image, overrides=replace(section.overrides, given_frames=frames))
+        section = replace(
+            section, clean_first_frames=image, overrides=replace(section.overrides, given_frames=frames)
+        )
     if given in {"sound", "both"}:
-        section = replace(section, given_audio=audio)
+        section = replace(section, clean_audio=audio)
     shown, network = list[Tensor](), Answers()
 
     def watch(done: StepDone) -> bool:

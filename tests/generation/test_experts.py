@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import nn
 
-from generation.expert_memory import ExpertTurns
-from generation.experts import Check, DitTurns
+from generation.expert_memory import ExpertSchedule
+from generation.experts import Check, ExpertOffloader
 from modules.errors import CheckpointError
 from protocols.families import HIGH_NOISE, LOW_NOISE
 from protocols.loading import Placement
 from protocols.rules import Expert
 from runtime.offload.host_memory import Transfer
 from runtime.offload.turns import HostCopy
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.dry_run import WEIGHTS
-from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
+from runtime.planning.memory_plan import PART_NAMES, MemoryPart, MemoryPlan, Phase
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.waiting import PATIENCE
@@ -74,10 +74,10 @@ class ToyCopy:
         if dit.stage.places[dit.number] != "cpu":
             dit.put("copy", "cpu")
 
-    def bring(self) -> None:
+    def to_device(self) -> None:
         self.dit.put("bring", "cuda")
 
-    def leave(self) -> None:
+    def free_device_memory(self) -> None:
         self.dit.put("leave", "cpu")
 
 
@@ -99,14 +99,14 @@ class Stage:
         self.device, self.may_read = device, threading.Event()
         self.may_read.set()
         self.broken: dict[int, Exception] = {}
-        self.turns = DitTurns(
+        self.turns = ExpertOffloader(
             tuple(experts),
             device,
             self.load,
             self.aside,
             **rules,
             spare_bytes=lambda _: spare,
-            host_room=lambda: host,
+            free_host_memory=lambda: host,
             make_copy=ToyCopy,
         )
 
@@ -139,8 +139,8 @@ class Stage:
             for timesteps in videos:
                 for timestep in timesteps:
                     assert self.places[dit_at(timestep).number] == self.device.type
-                    if self.turns._ahead is not None and timestep < 999:  # by now it is read
-                        self.turns._ahead.join()
+                    if self.turns._prefetch is not None and timestep < 999:  # by now it is read
+                        self.turns._prefetch.join()
         gc.collect()
         return [*self.diary]
 
@@ -202,13 +202,13 @@ def test_an_expert_that_found_no_room_on_the_device_is_brought_again(monkeypatch
     def fail(_: ToyCopy) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    stage, bring = Stage(), ToyCopy.bring
+    stage, to_device = Stage(), ToyCopy.to_device
     with stage.turns.phase(PLAN) as dit_at:
         dit_at(999.0)
-        monkeypatch.setattr(ToyCopy, "bring", fail)
+        monkeypatch.setattr(ToyCopy, "to_device", fail)
         with pytest.raises(torch.OutOfMemoryError):
             dit_at(899.0)
-        monkeypatch.setattr(ToyCopy, "bring", bring)
+        monkeypatch.setattr(ToyCopy, "to_device", to_device)
         for timestep in VIDEO:
             assert stage.places[dit_at(timestep).number] == "cuda"
 
@@ -216,19 +216,19 @@ def test_an_expert_that_found_no_room_on_the_device_is_brought_again(monkeypatch
 def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
     stage = Stage(keep=True)
     stage.may_read.clear()
-    reading: list[Future[Any]] = []
+    future: list[Future[Any]] = []
 
     def press() -> None:
         with stage.turns.phase((1, 0)) as dit_at:
             dit_at(999.0)
-            assert stage.turns._ahead is not None
-            reading.append(stage.turns._ahead.reading)
+            assert stage.turns._prefetch is not None
+            future.append(stage.turns._prefetch.future)
             stage.may_read.set()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         press()
-    assert reading[0].done()
+    assert future[0].done()
     assert stage.places == {1: "cpu"}
     assert "bring 1" in stage.denoise((1, 0), [VIDEO])
 
@@ -259,17 +259,17 @@ def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules:
 
     def load(expert: int) -> nn.Module:
         dit, copy = aside(expert, lambda: None)
-        copy.bring()
+        copy.to_device()
         return dit
 
-    turns = DitTurns(
+    turns = ExpertOffloader(
         (LOW, HIGH),
         CUDA,
         load,
         aside,
         **rules,
         spare_bytes=lambda _: -1,
-        host_room=lambda: None,
+        free_host_memory=lambda: None,
         make_copy=copy_of,  # type: ignore[arg-type]
     )
     inputs = tiny_inputs("t2v", batch=1, frames=1)
@@ -307,27 +307,27 @@ def test_the_host_holds_what_was_counted(rule: dict[str, Any]) -> None:
         with stage.turns.phase(order) as dit_at:
             for expert in order:
                 dit_at(TIMESTEPS[expert])
-                if stage.turns._ahead is not None:
-                    stage.turns._ahead.join()
-        assert ExpertTurns(order, **rule).host_peak(SIZE, SWAPPED) == stage.max_on_host, order
+                if stage.turns._prefetch is not None:
+                    stage.turns._prefetch.join()
+        assert ExpertSchedule(order, **rule).host_peak(SIZE, SWAPPED) == stage.max_on_host, order
 
 
 def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
-    def phase_of(turns: ExpertTurns) -> Phase:
+    def phase_of(turns: ExpertSchedule) -> Phase:
         swap = SimpleNamespace(host=SWAPPED)
         parts = turns.parts(SIZE, swap)  # type: ignore[arg-type]
-        return Phase("x", (MemoryPart(NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
+        return Phase("x", (MemoryPart(PART_NAMES[WEIGHTS], SIZE, SWAPPED), *parts))
 
-    def remarks(turns: ExpertTurns, room: int, host: int) -> str:
-        phase, free = phase_of(turns), Room("a card", room, room)
-        return "\n".join(turns.remarks(MemoryPlan((phase,)), phase, free, host))
+    def remarks(turns: ExpertSchedule, room: int, host: int) -> str:
+        phase, free = phase_of(turns), DeviceMemory("a card", room, room)
+        return "\n".join(turns.note_fit(MemoryPlan((phase,)), phase, free, host))
 
-    one, two, large = ExpertTurns((1, 1)), ExpertTurns((2, 0)), 1 << 40
+    one, two, large = ExpertSchedule((1, 1)), ExpertSchedule((2, 0)), 1 << 40
     assert phase_of(one).host == SWAPPED
     assert remarks(one, large, 1) == ""
     assert (phase_of(two).device, phase_of(two).host) == (SIZE, SIZE + SWAPPED)
     assert "they stay there" in remarks(two, large, large)
-    assert "they stay there" not in remarks(ExpertTurns((2, 0), one_at_a_time=True), large, large)
+    assert "they stay there" not in remarks(ExpertSchedule((2, 0), one_at_a_time=True), large, large)
     assert remarks(two, 1 << 20, large) == ""
     assert "loaded again instead of waiting" in remarks(two, 1 << 20, SIZE)
-    assert phase_of(ExpertTurns((2, 0), lazy=True)).host == SWAPPED
+    assert phase_of(ExpertSchedule((2, 0), lazy=True)).host == SWAPPED

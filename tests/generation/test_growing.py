@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from generation.loaded_networks import CPU, Session
 from generation.options import GenerationOptions
 from generation.progress import GrowingVideo, fade_in_clip
@@ -50,7 +50,9 @@ def session(family: ToyFamily, device: str = "cpu", spare: int = 0, host: int | 
         return family.load_dit(Placement(torch.device(device)), expert)
 
     there = torch.device(device)
-    dits = DitTurns(family.experts, there, load, spare_bytes=lambda _: spare, host_room=lambda: host)
+    dits = ExpertOffloader(
+        family.experts, there, load, spare_bytes=lambda _: spare, free_host_memory=lambda: host
+    )
     return Session(family, there, dits)
 
 

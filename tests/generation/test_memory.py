@@ -19,7 +19,7 @@ from frame_pack.family import family_for_generation as framepack_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
 from generation.denoise import SeededNoise, on_device, predictor
-from generation.memory import rehearse_decoding, rehearse_denoising, resolve_options
+from generation.memory import predict_decoding, predict_denoising, resolve_options
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.devices import GIB
@@ -29,7 +29,7 @@ from protocols.loading import Placement
 from protocols.requests import Request
 from protocols.rules import MagCache, TeaCache
 from protocols.steps import DitAt, EncodedPrompts, Step
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from runtime.planning.kernels import PlannedKernels
 from runtime.planning.memory_plan import MemoryPart
@@ -118,15 +118,15 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
     """Of both passes of a step, also later, when each finds what the step before has left."""
     family, options = tiny_generation(tmp_path)
     texts, extra = {0: EncodedPrompts(TEXT, dict(TEXT))}, MemoryPart("more", 0)
-    plain = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
+    plain = predict_denoising(family, options, REQUEST, texts, {0: {}}, extra)
     request = replace(REQUEST, request=replace(REQUEST.request, step_cache=cache))
-    predicted = rehearse_denoising(family, options, request, texts, {0: {}}, extra)
+    predicted = predict_denoising(family, options, request, texts, {0: {}}, extra)
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     noise, other = torch.zeros(1, 16, 3, 8, 12), dict(TEXT)
     with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
         for tensor in dit.parameters():
-            ledger.see(tensor, WEIGHTS)
+            ledger.track(tensor, WEIGHTS)
         caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)
         if cache is not None:
             caches = StepCaches(request, family.dit).section(lambda _: dit)
@@ -136,7 +136,7 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
                 _ = predict(TEXT), predict(other)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
-    assert predicted.phase(predicted.maximum).device < predicted.phase(0).device
+    assert predicted.phase(predicted.max_swapped_blocks).device < predicted.phase(0).device
     if cache is None:
         return
     tokens = 3 * 4 * 6 * family.files.dit_header().config.dim
@@ -178,7 +178,7 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     }
     inputs = dict.fromkeys(range(SECTIONS), image)
 
-    predicted = rehearse_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
+    predicted = predict_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     section = on_device(next(family.sections(request, encoded, inputs, SeededNoise(0, HOST))), HOST)
@@ -186,21 +186,21 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     given += [tensor for tensor in (section.negative or {}).values() if torch.is_tensor(tensor)]
     with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
         for tensor in dit.parameters():
-            ledger.see(tensor, WEIGHTS)
+            ledger.track(tensor, WEIGHTS)
         for tensor in given:
-            ledger.see(tensor)
+            ledger.track(tensor)
         step = Step(0, 4, 1.0, 1000.0, section.noise)
         predict = predictor(family, lambda _: dit, step, options.split_uncond)
         make_guidance(request, options.guidance)(step, predict, section)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
-    assert predicted.maximum == 4  # both lists keep a block: 2 and 5 are swapped
-    assert predicted.phase(predicted.maximum).device < predicted.phase(0).device
+    assert predicted.max_swapped_blocks == 4  # both lists keep a block: 2 and 5 are swapped
+    assert predicted.phase(predicted.max_swapped_blocks).device < predicted.phase(0).device
 
 
 def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path) -> None:
     """Images come with the lines; auto has to know before."""
-    files, room = write_tiny_framepack(tmp_path / "models"), Room("some GPU", 8 * GIB, 8 * GIB)
+    files, room = write_tiny_framepack(tmp_path / "models"), DeviceMemory("some GPU", 8 * GIB, 8 * GIB)
     words = (*files.models, "--latent_window_size", 2, "--save_path", tmp_path / "out", "--interactive")
     options, own = options_of(DEFAULTS, FramePackGenerationOptions, *words)
     family = framepack_for_generation(own)
@@ -236,5 +236,5 @@ def test_of_a_video_no_more_is_decoded_than_shows_what_decoding_holds(
 ) -> None:
     """FramePack's pieces are two sections each; a long video has many."""
     family: Any = Decoding(sizes)
-    rehearse_decoding(family, Request("x", 0, 64, 64, 145), MemoryPart("more", 0))
+    predict_decoding(family, Request("x", 0, 64, 64, 145), MemoryPart("more", 0))
     assert family.made == made

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoints.model_files import load_latents
 from generation.outputs import drop_tail, output_stem, reserve_stem, save_latents, save_pixels
-from generation.progress import log_turn, show_end, show_start
+from generation.progress import log_job_progress, show_end, show_start
 from generation.script_options import OutputOptions
 from modules.errors import CheckpointError, OptionError
 from modules.media.options import FormatOptions
@@ -222,7 +222,7 @@ def test_a_file_of_prompts_says_where_it_is_and_how_long_it_takes(caplog: pytest
     requests = [PREPARED, replace(PREPARED, frames=10), PREPARED]
 
     for begun, (line, seconds) in enumerate([(1, 0.0), (2, 120.0), (4, 360.0)]):
-        log_turn(f"line {line}", requests, begun, seconds)
+        log_job_progress(f"line {line}", requests, begun, seconds)
 
     size = "48 x 32 (width x height), 5 frames, 10 steps, seed 7: a [red]cat[/] runs"
     assert caplog.messages[0] == f"1 of 3 (line 1): {size}"

@@ -15,7 +15,7 @@ import hv_generate_video
 import ltx2_generate_video
 import wan_generate_video
 from frame_pack import options as frame_pack
-from generation.experts import DitTurns
+from generation.experts import ExpertOffloader
 from generation.loaded_networks import Session
 from generation.options import GenerationOptions, generation_parser, read_generation
 from generation.request import GenerationRun, make_request
@@ -159,7 +159,7 @@ def recorded(options: GenerationOptions) -> Mapping[str, str]:
     are.
     """
     device = torch.device("cpu")
-    dits = DitTurns(ToyFamily().experts, device, lambda expert: torch.nn.Identity())
+    dits = ExpertOffloader(ToyFamily().experts, device, lambda expert: torch.nn.Identity())
     run = GenerationRun(ToyFamily(), options, Session(ToyFamily(), device, dits))
     request = make_request(options.request)
     metadata = run.metadata(replace(prepare(request), own_metadata=request.extra))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import wan_generate_video
 from generation import making
 from generation.asking import line_reader
-from generation.experts import DitTurns
-from generation.loaded_networks import Session, wanted_texts
+from generation.experts import ExpertOffloader
+from generation.loaded_networks import Session, select_prompts
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
 from generation.script_options import ScriptDefaults
@@ -309,13 +309,13 @@ def session(family: ToyFamily, keep: bool) -> Session:
     def load(expert: int) -> nn.Module:
         return family.load_dit(Placement(CPU), expert)
 
-    return Session(family, CPU, DitTurns(family.experts, CPU, load, keep=keep))
+    return Session(family, CPU, ExpertOffloader(family.experts, CPU, load, keep=keep))
 
 
 def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
     requests = [Request("cat", 0, steps=3, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
-    found = session(ToyFamily(), keep=False).texts(
-        [wanted_texts(ToyFamily().prepare(request)) for request in requests]
+    found = session(ToyFamily(), keep=False).encode_texts(
+        [select_prompts(ToyFamily().prepare(request)) for request in requests]
     )
     negatives = [by_section[0].negative for by_section in found]
     assert [float(negative["letters"][0]) for negative in negatives if negative is not None] == [1.0, 2.0]
@@ -328,7 +328,7 @@ def test_a_freed_network_is_really_gone() -> None:
         dit = weakref.ref(dit_at(500.0))
     gc.collect()
     assert dit() is None
-    with freeing.media(images=True, again=True) as encoders:
+    with freeing.media(with_image_encoder=True, needed_again=True) as encoders:
         vae = weakref.ref(encoders.vae)
     del encoders  # on a CPU it does not wait
     gc.collect()

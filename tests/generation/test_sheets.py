@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import wan_generate_video
 from generation.grid_options import family_of, split_values
 from generation.run import generate
-from generation.sheets import EMPTY, HEAD, LINE, frames_of
+from generation.sheets import EMPTY, HEADING_HEIGHT, TEXT_HEIGHT, frames_of
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
 from tests.chromium import open_page
@@ -89,7 +89,7 @@ def test_a_sheet_of_videos_plays_them_together_and_holds_last_frames(tmp_path: P
     assert sheet.suffix == ".mp4"
     frames = np.stack(list(video_frames(sheet)))
     assert len(frames) == 9
-    top = HEAD + LINE + LINE
+    top = HEADING_HEIGHT + TEXT_HEIGHT + TEXT_HEIGHT
     one, two, three = (frames[:, top : top + 32, left : left + 48].astype(int) for left in (0, 128, 256))
     assert abs(one - one[0]).max() < 8  # a picture
     assert abs(two[5:] - two[4]).max() < 8
@@ -106,13 +106,13 @@ def test_a_sheet_of_pictures_is_a_picture_of_their_very_pixels(tmp_path: Path) -
     pixels = read_image(sheet)
     for place, file in cells_in(sheet).items():
         row, column = (int(number) - 1 for number in place.split("_"))
-        top, left = HEAD + LINE + (32 + LINE) * row + LINE, 128 * column
+        top, left = HEADING_HEIGHT + TEXT_HEIGHT + (32 + TEXT_HEIGHT) * row + TEXT_HEIGHT, 128 * column
         assert np.array_equal(pixels[top : top + 32, left : left + 48], read_image(tmp_path / file))
     labels = pixels[:, :, 0] < 128
-    assert labels[:LINE].any()  # the prompt
-    assert labels[LINE : LINE + HEAD, :128].any()
-    assert labels[LINE : LINE + HEAD, 128:].any()
-    assert labels[LINE + HEAD : LINE + HEAD + LINE].any()
+    assert labels[:TEXT_HEIGHT].any()  # the prompt
+    assert labels[TEXT_HEIGHT : TEXT_HEIGHT + HEADING_HEIGHT, :128].any()
+    assert labels[TEXT_HEIGHT : TEXT_HEIGHT + HEADING_HEIGHT, 128:].any()
+    assert labels[TEXT_HEIGHT + HEADING_HEIGHT : TEXT_HEIGHT + HEADING_HEIGHT + TEXT_HEIGHT].any()
 
 
 def test_metadata_tell_what_all_cells_share_the_axes_and_the_files(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_cell_that_fails_is_empty_and_the_others_are_made(tmp_path: Path) -> N
         generate(family, options(tmp_path, *more))
     sheet = sheet_in(tmp_path)
     assert list(cells_in(sheet)) == ["1_1", "2_1"]
-    empty = read_image(sheet)[LINE + HEAD + LINE :][:32, 128 : 128 + 48]
+    empty = read_image(sheet)[TEXT_HEIGHT + HEADING_HEIGHT + TEXT_HEIGHT :][:32, 128 : 128 + 48]
     assert tuple(empty[-1, -1]) == EMPTY
     assert (empty[:, :, 0] < 128).any()  # it says so
 

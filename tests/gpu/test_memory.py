@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints.stored.forms import prepare
 from checkpoints.stored.fp8_products import supports_fp8
 from generation.denoise import make_latents
-from generation.memory import rehearse_denoising
+from generation.memory import predict_denoising
 from generation.network_setup import dit_loader
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
@@ -131,7 +131,7 @@ def passes(
 def planned(work: Work) -> list[int]:
     """The same of the plan's stand-ins."""
     with dry_run() as ledger:
-        return passes(work, ACCELERATOR, lambda call: ledger.rise(call))
+        return passes(work, ACCELERATOR, lambda call: ledger.peak_increase(call))
 
 
 SIZE = 2 * LENGTH * HEADS * WIDTH  # bytes of the tokens in 16 bits
@@ -257,7 +257,7 @@ def test_a_generation_takes_what_the_plan_says(
     prepared = settle(request, family.defaults, (832, 480, 33), flow_shift=3.0, default_negative="")
     texts: list[Any] = [{"t5": [torch.randn(256, config.text_dim)]} for _ in range(2)]
     prompts = {0: EncodedPrompts(*texts)}
-    plan = rehearse_denoising(family, options, prepared, prompts, {0: {}}, workspace(cuda, is_training=False))
+    plan = predict_denoising(family, options, prepared, prompts, {0: {}}, workspace(cuda, is_training=False))
     dit = dit_loader(family, (), cuda, options)(0)
     with torch.no_grad():
         for _ in range(2):

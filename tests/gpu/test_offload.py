@@ -23,9 +23,9 @@ from protocols.family import DitSpec
 from protocols.loading import Placement, TensorInfo
 from protocols.steps import Overrides
 from runtime.offload import host_memory
-from runtime.offload.block_swap import move_network, resolve_all, swap_blocks
+from runtime.offload.block_swap import move_network, swap_blocks, write_back_all
 from runtime.offload.checkpointing import checkpoint_blocks, offload_to_host
-from runtime.offload.host_memory import PIECE, CudaTransfer, Pairs, allocate
+from runtime.offload.host_memory import PIN_CHUNK, CudaTransfer, Pairs, allocate
 from runtime.offload.swap_plan import SwapPlan, host_weights
 from runtime.offload.turns import HostCopy
 from runtime.planning.memory_plan import plan_swapped_bytes
@@ -149,7 +149,7 @@ def test_weights_that_learn_are_copied_back(cuda: torch.device, deterministic: N
         stack = stack_on(cuda, blocks, late=late, learns=True)
         step_in_backward(stack)
         passes(stack, cuda, 3, spoil=False, count=1)
-        resolve_all([stack])
+        write_back_all([stack])
         results.append([weight.detach().cpu().clone() for weight in stack.parameters()])
     assert same(*results)
     untrained = next(stack_on(cuda, learns=True).parameters())
@@ -169,10 +169,10 @@ def test_networks_that_take_turns(cuda: torch.device, deterministic: None, block
             copies.append(HostCopy(dit, cuda, None, transfer))
             dits.append(dit)
         for turn in (0, 1, 0, 1):
-            copies[1 - turn].leave()
+            copies[1 - turn].free_device_memory()
             poison(cuda, 1 << 22)
-            copies[turn].bring()
-            assert copies[turn].is_here
+            copies[turn].to_device()
+            assert copies[turn].is_on_device
             assert same([dits[turn](**inputs)], expected)
 
 
@@ -183,9 +183,9 @@ def test_a_network_that_left_has_freed_its_memory(cuda: torch.device) -> None:
     copy = HostCopy(stack, cuda)
     assert all(weight.is_pinned() for weight in stack.parameters())
     for _ in range(2):
-        copy.bring()
+        copy.to_device()
         assert torch.cuda.memory_allocated() - before == copy.size_bytes == 8 << 22
-        copy.leave()
+        copy.free_device_memory()
         assert torch.cuda.memory_allocated() == before
 
 
@@ -208,7 +208,7 @@ def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, sl
 
 def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
     size, mapping = 1 << 24, mmap.mmap(-1, 1 << 24)
-    full, unlocked = host_memory._as_tensor(mapping, [range(size // 2), range(size // 2, size)])
+    full, unlocked = host_memory._pin_as_tensor(mapping, [range(size // 2), range(size // 2, size)])
     part, address = full[4096:8192], full.data_ptr()
     assert unlocked == 0
     assert part.is_pinned()
@@ -262,10 +262,10 @@ MB = 1 << 20
 
 
 def test_tensors_of_several_pieces_are_copied_both_ways(cuda: torch.device) -> None:
-    infos = {name: TensorInfo(torch.int32, (PIECE // 16,)) for name in "abcdef"}
+    infos = {name: TensorInfo(torch.int32, (PIN_CHUNK // 16,)) for name in "abcdef"}
     held = allocate(infos, pinned=True)
 
-    assert held.unlocked_bytes == 0
+    assert held.unpinned_bytes == 0
     for number, host in enumerate(held.tensors.values()):
         assert host.is_pinned()
         there = torch.full(host.shape, number, dtype=torch.int32, device=cuda)

@@ -7,7 +7,7 @@ import torch
 
 from blissful_tuner.guidance import make_guidance
 from generation.denoise import SeededNoise, on_device, predictor
-from generation.memory import rehearse_denoising
+from generation.memory import predict_denoising
 from krea2.family import family_for_generation
 from krea2.options import Krea2GenerationOptions
 from krea2_generate_image import DEFAULTS
@@ -37,13 +37,13 @@ def test_a_plan_counts_the_keys_and_values_of_references(tmp_path: Path) -> None
     for more in ((), ("--kv_cache",)):
         options, own = options_of(DEFAULTS, Krea2GenerationOptions, *words, *more)
         family, request = family_for_generation(own), prepare(asked)
-        predicted = rehearse_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
+        predicted = predict_denoising(family, options, request, encoded, inputs, MemoryPart("more", 0))
 
         dit = family.load_dit(Placement(HOST)).requires_grad_(False)
         section = on_device(next(family.sections(request, encoded, inputs, SeededNoise(0, HOST))), HOST)
         with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
             for tensor in (*dit.parameters(), section.noise, section.positive["latents_control_0"]):
-                ledger.see(tensor, WEIGHTS if isinstance(tensor, torch.nn.Parameter) else None)
+                ledger.track(tensor, WEIGHTS if isinstance(tensor, torch.nn.Parameter) else None)
             for number in range(2):
                 step = Step(number, 4, 1.0, 1000.0 - number, section.noise)
                 predict = predictor(

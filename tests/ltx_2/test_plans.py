@@ -11,7 +11,7 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
-from generation.memory import heaviest_step, rehearse_denoising
+from generation.memory import heaviest_step, predict_denoising
 from generation.options import GenerationOptions, generation_parser
 from generation.options import read_arguments as read_generation
 from ltx2_generate_video import DEFAULTS
@@ -110,7 +110,7 @@ def measured(
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
     with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
         for tensor in dit.parameters():
-            ledger.see(tensor, WEIGHTS)
+            ledger.track(tensor, WEIGHTS)
         section = on_device(next(sections_of(family, prepared, encoded, {0: {}}, SeededNoise(0, HOST))), HOST)
         step = heaviest_step(prepared, options, family.experts, section.noise)
         guidance = make_guidance(prepared, options.guidance)
@@ -133,7 +133,7 @@ def test_denoising_with_sound_takes_what_was_predicted(release: TinyRelease, cac
         family, options = generation(release, "--ltx2_mode", mode, "--attn_mode", "torch")
         prepared = family.prepare(request)
 
-        predicted = rehearse_denoising(family, options, prepared, encoded, {0: {}}, extra).phase(0).device
+        predicted = predict_denoising(family, options, prepared, encoded, {0: {}}, extra).phase(0).device
 
         assert predicted == pytest.approx(measured(family, options, prepared, encoded), rel=0.03)
         found.append(predicted)

@@ -67,7 +67,7 @@ class FakeDevice(Transfer):
         self._memory[memory.untyped_storage().data_ptr()] = self._queued
         return memory
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         self.log.append("mark")
         return self._queued
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moss_image import model as network
 from moss_image.configs import AXES, DIT
 from moss_image.model import MossImageModel
-from protocols.steps import Overrides, Turn
+from protocols.steps import Overrides, StepPosition
 from tests.moss_image.making import (
     CONFIG,
     GOLDEN,
@@ -82,13 +82,15 @@ def test_references_that_are_remembered_give_the_same_in_each_pass() -> None:
     memory: dict[Any, Any] = {}
     for which, name in (("positive", "references"), ("negative", "references, skip 1")) * 2:
         skips = SKIPS.skip_blocks if which == "negative" else frozenset()
-        overrides = Overrides(skip_blocks=skips, section_cache=memory, turn=Turn(0, 2, 640.0, 0.0, which))
+        overrides = Overrides(
+            skip_blocks=skips, section_cache=memory, step_position=StepPosition(0, 2, 640.0, 0.0, which)
+        )
         assert error_of(predict(model, has_references=True, overrides=overrides), name) < NEAR
 
     assert set(memory) == {"positive", "negative"}
     kept = memory["positive"]
     changed = [2 * latents for latents in draw_references()]
-    overrides = Overrides(section_cache=memory, turn=Turn(1, 2, 640.0, 0.0, "positive"))
+    overrides = Overrides(section_cache=memory, step_position=StepPosition(1, 2, 640.0, 0.0, "positive"))
     assert (
         error_of(predict(model, references=changed, overrides=overrides), "references") < NEAR
     )  # not read again

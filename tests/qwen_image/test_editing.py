@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 import qwen_image_generate_image
 from dataset.cache.records import latent_record, record_metadata
 from dataset.cache_files import read_entry
-from generation.latent_masks import blur, find_changes, hold_consistent, hold_masked
+from generation.latent_masks import blur, find_changes, restore_outside_mask, restore_unchanged_regions
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
 from protocols.data import Batch, MadeBy
 from protocols.requests import Prepared, Request
 from protocols.rules import ConsistencyRules
-from protocols.steps import Anchor, Section
+from protocols.steps import EditReference, Section
 from qwen_image.family import QwenImage, family_for_generation
 from qwen_image.files import EDIT_USE, PLUS_USE, QWEN_USE
 from qwen_image.options import (
@@ -204,17 +204,21 @@ def test_what_hardly_differs_is_set_back_before_a_step_and_what_a_mask_keeps_beh
     mask[..., 3] = 1
 
     def section(**anchor: Any) -> Section:
-        return Section(noise, {}, anchor=Anchor(clean, **anchor))
+        return Section(noise, {}, edit_reference=EditReference(clean, **anchor))
 
-    kept = hold_consistent(section(rules=ConsistencyRules(0.1, kernel_size=1)), latents, schedule, 1)
-    masked = hold_masked(section(changed=mask), latents, schedule, 1)
+    kept = restore_unchanged_regions(
+        section(rules=ConsistencyRules(0.1, kernel_size=1)), latents, schedule, 1
+    )
+    masked = restore_outside_mask(section(changed=mask), latents, schedule, 1)
 
     assert torch.allclose(kept[..., 1:, :], held[..., 1:, :])
     assert torch.equal(kept[..., 0, 0], latents[..., 0, 0])
     assert torch.equal(masked[..., 3], latents[..., 3])
     assert torch.allclose(masked[..., :3], held[..., :3])
-    assert torch.equal(hold_masked(section(changed=mask), latents, schedule, 4)[..., :3], clean[..., :3])
-    assert hold_consistent(Section(noise, {}), latents, schedule, 1) is latents
+    assert torch.equal(
+        restore_outside_mask(section(changed=mask), latents, schedule, 4)[..., :3], clean[..., :3]
+    )
+    assert restore_unchanged_regions(Section(noise, {}), latents, schedule, 1) is latents
 
 
 def test_changed_parts_are_written_and_results_named_after_their_picture(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.compile_options import Compilation
-from protocols.steps import Overrides, Turn
+from protocols.steps import Overrides, StepPosition
 from qwen_image_21.configs import default_axes
 from qwen_image_21.model import Prefix, QwenImage21Model, order_prefixes
 from runtime.compile import compile_blocks
@@ -98,13 +98,16 @@ def test_what_precedes_the_picture_is_computed_once_for_all_steps() -> None:
         plain = model(**asked, references=references)
         counts.clear()
         overrides = Overrides(
-            section_cache=memory, turn=Turn(step, 2, 1.0, next_timestep=0.0, which="a pass")
+            section_cache=memory,
+            step_position=StepPosition(step, 2, 1.0, next_timestep=0.0, pass_key="a pass"),
         )
         assert_equal(model(**asked, references=references, overrides=overrides), plain, "velocity", 1e-5)
         prefix = 9 + 8 + 12
         assert counts == [prefix, 24][step:]
     skipping = Overrides(
-        section_cache=memory, turn=Turn(2, 3, 1.0, next_timestep=0.0, which="b"), skip_blocks=frozenset({1})
+        section_cache=memory,
+        step_position=StepPosition(2, 3, 1.0, next_timestep=0.0, pass_key="b"),
+        skip_blocks=frozenset({1}),
     )
     counts.clear()
     model(**given, references=references, overrides=skipping)

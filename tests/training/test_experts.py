@@ -205,7 +205,7 @@ def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[obje
             feed = run.feed.start(0, 0)
             for index in range(4):
                 take_step(run, range(index, index + 1), feed)
-                assert sum(copy.is_here for copy in copies.values()) == takes_turns
+                assert sum(copy.is_on_device for copy in copies.values()) == takes_turns
             found.append([one.detach().clone() for one in run.parameters])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 

@@ -213,7 +213,7 @@ def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
     assert swap is not None
 
     def in_slots() -> list[int | None]:
-        return [slot.unit and slot.unit.position for ring in swap.rings for slot in ring.slots]
+        return [slot.block and slot.block.position for pool in swap.pools for slot in pool.slots]
 
     gradients(CASES[0], dit, network)
     before = in_slots()

@@ -271,7 +271,7 @@ def section_of(frames: int, given: bool) -> Section:
     section = Section(noise, *answers)
     if not given:
         return section
-    return replace(section, given=GIVEN_LATENTS, overrides=Overrides(given_frames=1))
+    return replace(section, clean_first_frames=GIVEN_LATENTS, overrides=Overrides(given_frames=1))
 
 
 GUIDED: dict[str, dict[str, Any]] = {

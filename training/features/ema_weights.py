@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from modules.errors import OptionError
 from modules.private_torch import lerp_each
-from runtime.offload.block_swap import resolve_all
+from runtime.offload.block_swap import write_back_all
 from runtime.offload.sharding import as_split
 from training.optimizers.optimizer import find_averaging_optimizer
 from training.saving.states import AVERAGE, SavedState
@@ -53,7 +53,7 @@ class WeightAverage:
         """Restart the average from the current weights, as float32 copies."""
         self.steps = 0  # number of averaged steps
         self.values.clear()  # first, so that memory never holds two averages
-        resolve_all(self._dits)
+        write_back_all(self._dits)
         for weight in self._parameters:
             device = "cpu" if self.on_host else weight.device
             self.values.append(weight.detach().to(device, torch.float32, copy=True))
@@ -64,7 +64,7 @@ class WeightAverage:
         self.steps += 1
         if self.steps % self.every:
             return
-        resolve_all(self._dits)
+        write_back_all(self._dits)
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         share = 1 - decay**self.every
         if not self.on_host:
@@ -76,7 +76,7 @@ class WeightAverage:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Make the parameters hold the average during the block: float32, on the average's own device."""
-        resolve_all(self._dits)
+        write_back_all(self._dits)
         trained = [weight.data for weight in self._parameters]
         try:
             for weight, value in zip(self._parameters, self.values, strict=True):

@@ -61,9 +61,9 @@ def bypassing_blocks(dit: nn.Module, route: Route) -> Iterator[None]:
 
 def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     count = sum(len(blocks) for blocks in spec_of(dit).blocks(dit).values())
-    hidden.between = _TokenBypass(route, route.blocks_of(count)).before_block
+    hidden.before_block = _TokenBypass(route, route.blocks_of(count)).before_block
     inner(dit, hidden, overrides)
-    hidden.between = None
+    hidden.before_block = None
 
 
 class _TokenBypass:

@@ -26,7 +26,7 @@ from protocols.rules import AudioLearning
 from runtime.options import SwapOptions
 from runtime.planning import dry_run as dry
 from runtime.planning import memory_plan
-from runtime.planning.device_memory import MemoryWatch, Room, host_room, room_on
+from runtime.planning.device_memory import DeviceMemory, MemoryWatch, device_memory_to_plan, free_host_memory
 from training.data.feed import BatchSources, NoiseSampler
 from training.data.live import LiveTexts
 from training.experts import placement_of
@@ -54,10 +54,10 @@ class StepPrediction:
     batch_description: str  # size of the images or clips, and their number
     num_elements: int  # elements in the latents of the batch
     shape: Shape  # shape of these latents
-    phase_peaks: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
+    phase_peaks: Mapping[str, dry.BytesByKind]  # bytes on the device by kind, at each part of a step
     host_activation_bytes: int  # bytes of activations in host memory
     weight_dtypes: str  # dtypes of the weights, as text
-    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the maximum
+    swaps: Sequence[memory_plan.OffloadedWeights]  # by --blocks_to_swap, from 0 to the maximum
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
     host_optimizer_bytes: int = 0  # bytes of the optimizer's states in host memory
@@ -74,17 +74,17 @@ class StepPrediction:
         phase_name, moment = dry.largest(self.phase_peaks)
         notes = {
             dry.WEIGHTS: self.weight_dtypes + swap.words(blocks, "to pass through"),
-            dry.WORKING: phase_name,
+            dry.TEMPORARY: phase_name,
         }
         if self.host_activation_bytes:
-            notes[dry.KEPT] = "the rest waits in host memory"
+            notes[dry.ACTIVATIONS] = "the rest waits in host memory"
         parts = [*memory_plan.parts_of(moment, swap, notes, self.host_activation_bytes, self.network)]
         parts += self._list_other_models(moment, swap)
         parts += self._list_host_parts()
         return memory_plan.Phase(f"training step, {self.batch_description}", (*parts, self.workspace))
 
     def _list_other_models(
-        self, moment: dry.Moment, swap: memory_plan.Swapped
+        self, moment: dry.BytesByKind, swap: memory_plan.OffloadedWeights
     ) -> list[memory_plan.MemoryPart]:
         """Return the memory of the transformers that were not rehearsed, and of what is trained in them.
 
@@ -123,7 +123,9 @@ class StepPrediction:
             parts.append(memory_plan.MemoryPart(name, 0, self.host_average_bytes))
         return parts
 
-    def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
+    def _further_transformers(
+        self, weights: int, swap: memory_plan.OffloadedWeights
+    ) -> memory_plan.MemoryPart:
         """Return the memory of the transformers that were not rehearsed.
 
         Args:
@@ -146,10 +148,10 @@ class StepPrediction:
 
     def scaled(self, share: float) -> "StepPrediction":
         """Return the prediction for a smaller batch, whose activations shrink by the factor `share`."""
-        phase_peaks: dict[str, dry.Moment] = {}
+        phase_peaks: dict[str, dry.BytesByKind] = {}
         for phase, moment in self.phase_peaks.items():
             # memory of the optimizer step does not depend on the batch
-            scaled_kinds = () if phase == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
+            scaled_kinds = () if phase == STEP else (dry.ACTIVATIONS, dry.TEMPORARY, dry.BATCH)
             phase_peaks[phase] = {
                 kind: round(size * share) if kind in scaled_kinds else size for kind, size in moment.items()
             }
@@ -166,7 +168,7 @@ class StepPrediction:
         return self.phase(blocks).device
 
     @property
-    def maximum(self) -> int:
+    def max_swapped_blocks(self) -> int:
         """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
@@ -184,7 +186,7 @@ def predict(
     device: torch.device,
     num_sample_only_dits: int = 0,
     texts: LiveTexts | None = None,
-    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
     """Rehearse a step of the largest batch on empty tensors and measure its memory.
@@ -268,7 +270,9 @@ def _list_trained_sizes(networks: Sequence[nn.Module]) -> list[int]:
     return sizes
 
 
-def _offload_states(phase_peaks: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
+def _offload_states(
+    phase_peaks: Mapping[str, dry.BytesByKind], share: float
+) -> tuple[dict[str, dry.BytesByKind], int]:
     """Reduce the device's optimizer states to those of one weight; return the peaks and the host's bytes.
 
     Args:
@@ -296,7 +300,9 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
 
 def _count_pixels(batch: Sequence[TrainingItem], latent_side: int) -> tuple[int, bool]:
     """Return the pixels of a batch with its references, and whether it has audio, to find the largest one."""
-    sides = batch[0].reference_latent_sizes  # height and width of each reference in turn, in units of `latent_side`
+    sides = batch[
+        0
+    ].reference_latent_sizes  # height and width of each reference in turn, in units of `latent_side`
     references = sum(map(operator.mul, sides[::2], sides[1::2]))
     return (prod(batch[0].bucket) + references * latent_side**2) * len(batch), batch[0].has_cached_audio
 
@@ -341,7 +347,7 @@ def plan_one_card(
     noisy_batch: NoisyBatch,
     *,
     device: torch.device,
-    room: Room | None,
+    room: DeviceMemory | None,
     num_sample_only_dits: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
@@ -373,19 +379,19 @@ def plan_one_card(
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase = prediction.phase(blocks)
-        host = host_room()
+        host = free_host_memory()
         remarks = (*remarks, *compiled, *suggest_larger_batch(prediction, blocks, room))
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_warning(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
-    def suggest(known_room: Room) -> list[str]:
+    def suggest(known_room: DeviceMemory) -> list[str]:
         return suggest_changes(family, prediction, noisy_batch, room=known_room, device=device)
 
     memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=suggest)
 
 
-def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
+def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: DeviceMemory | None) -> list[str]:
     """Return the largest batch that fits, as a line of `--plan`; nothing if the batch cannot be larger.
 
     Args:
@@ -438,7 +444,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     """
     options, accelerator = plan.options, plan.accelerator
     device = accelerator.device
-    room = room_on(device)
+    room = device_memory_to_plan(device)
     speed, prediction = memory_plan.resolve_swap(options.speed, room, partial(_rehearse_largest, plan))
     swap = speed.swap
     watch: MemoryWatch | None = None
@@ -476,7 +482,11 @@ def _rehearse_largest(plan: TrainingPlan) -> StepPrediction:
 
 
 def suggest_changes(
-    family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
+    family: Trains,
+    prediction: StepPrediction,
+    noisy_batch: NoisyBatch,
+    room: DeviceMemory,
+    device: torch.device,
 ) -> list[str]:
     """Return changes that make the run fit, cheapest first.
 
@@ -538,7 +548,7 @@ def list_memory_savings(
     return savings
 
 
-def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: Room) -> list[str]:
+def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: DeviceMemory) -> list[str]:
     """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
     Args:
@@ -547,7 +557,7 @@ def suggest_smaller_items(latent: LatentSpec, too_large: StepPrediction, room: R
         room: Available memory.
     """
     can_swap = too_large.options.can_swap
-    swapped_blocks = too_large.maximum if can_swap else too_large.blocks
+    swapped_blocks = too_large.max_swapped_blocks if can_swap else too_large.blocks
     swap_flag = f" with --blocks_to_swap {swapped_blocks}" if can_swap else ""
     for key, value, shape in list_smaller_shapes(latent, too_large.shape):
         scale = prod(shape) / prod(too_large.shape)  # memory is taken to grow with the number of latents

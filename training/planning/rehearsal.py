@@ -89,38 +89,40 @@ class Rehearsal:
         inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
         return sum(inputs[:-1])
 
-    def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.Moment]:
+    def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.BytesByKind]:
         """Run forward and backward with `counts` blocks of each list; return the peak memory of each phase.
 
         Tensors have sizes but no values, and the ledger counts their bytes. The optimizer's step is not
         included. Afterwards the DiT has all the blocks that it had before the call.
         """
-        dry.keep_blocks(self.dit, self.blocks, counts, self.ledger)
+        dry.truncate_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
             self.fill_gradients()  # of the previous micro-batches
-        self.ledger.enter("text encoders")
+        self.ledger.begin_phase("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
         if self.texts is not None:
             with autocast_of(self.options, self.ledger.device)():
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
-        self.ledger.enter("forward outside the blocks")
+        self.ledger.begin_phase("forward outside the blocks")
         autocast = autocast_of(self.options, self.ledger.device)
         rule = self._make_loss_rule()
-        with self.ledger.guessing():  # families may read noise levels, whose values change no sizes
+        with (
+            self.ledger.reading_unknown_as_one()
+        ):  # families may read noise levels, whose values change no sizes
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
-        self.ledger.enter("backward outside the blocks")
+        self.ledger.begin_phase("backward outside the blocks")
         # with --fused_backward_pass optimizers run in the backward pass, and may read values
-        with self.ledger.guessing() if self.fused else contextlib.nullcontext():
+        with self.ledger.reading_unknown_as_one() if self.fused else contextlib.nullcontext():
             loss.backward()
             peaks = dict(self.ledger.peaks)
             if self.fused is not None:
                 self.fused.finish()
         self.register_optimizer_states()
         self.clear_gradients()
-        dry.keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
+        dry.truncate_blocks(self.dit, self.blocks, self.counts, self.ledger)
         return peaks
 
     def _make_loss_rule(self) -> LossRule:
@@ -138,7 +140,7 @@ class Rehearsal:
             learning_pass=self.learning_pass,
         )
 
-    def measure_step(self) -> dict[str, dry.Moment]:
+    def measure_step(self) -> dict[str, dry.BytesByKind]:
         """Clip the gradients and make an optimizer step, which creates the optimizer's states.
 
         Returns:
@@ -146,7 +148,7 @@ class Rehearsal:
                 rehearsed, or if weights are stepped during the backward pass.
         """
         full_dit = self.options.full_dit
-        phase_peaks: dict[str, dry.Moment] = {}
+        phase_peaks: dict[str, dry.BytesByKind] = {}
         # by package: only some optimizers run on tensors without values; of others the states are estimated
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
             phase_peaks = {STEP: self._rehearse_optimizer_step()}
@@ -162,30 +164,30 @@ class Rehearsal:
             self.fused = FusedBackward(self.steps, self.parameters, self.options.optimizer.max_grad_norm)
         return {}
 
-    def _rehearse_optimizer_step(self) -> dry.Moment:
+    def _rehearse_optimizer_step(self) -> dry.BytesByKind:
         """Step all weights on tensors without values; return the bytes by kind at the peak of the step."""
         self.fill_gradients()
-        self.ledger.enter(STEP)
+        self.ledger.begin_phase(STEP)
         self.ledger.forget_peaks()
         scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
         max_norm = self.options.optimizer.max_grad_norm
         stepping = StepAfterBackward(
             self.optimizer, self.parameters, max_norm, scaler, parameter_steps=self.steps
         )
-        with self.ledger.guessing():  # the norm of tensors without values reads as 1
+        with self.ledger.reading_unknown_as_one():  # the norm of tensors without values reads as 1
             stepping.finish()
         self.register_optimizer_states()
         self.clear_gradients()
-        states = self.ledger.moment.get(dry.OPTIMIZER, 0)
+        states = self.ledger.bytes_by_kind.get(dry.OPTIMIZER, 0)
         peak = self.ledger.peaks[STEP]
         # the states were allocated during the step, and counted as working memory
-        working = peak[dry.WORKING] - states
-        return {**peak, dry.OPTIMIZER: states, dry.WORKING: working}
+        working = peak[dry.TEMPORARY] - states
+        return {**peak, dry.OPTIMIZER: states, dry.TEMPORARY: working}
 
     def register_optimizer_states(self) -> None:
         """Register the optimizer's tensors as optimizer states, because a step may have replaced them."""
         for value in list_states(self.optimizer):
-            self.ledger.see(value, dry.OPTIMIZER)
+            self.ledger.track(value, dry.OPTIMIZER)
 
     def fill_gradients(self) -> None:
         """Give every weight a gradient, as it has after the backward pass."""
@@ -204,9 +206,9 @@ def rehearse(
     dit: nn.Module,
     noisy_batch: NoisyBatch,
     texts: LiveTexts | None = None,
-    watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
+    watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
-) -> tuple[dict[str, dry.Moment], int]:
+) -> tuple[dict[str, dry.BytesByKind], int]:
     """Return the peak memory of each phase of a training step, and the bytes of activations on the host.
 
     The optimizer has its states already, as in every step after the first one.
@@ -229,7 +231,7 @@ def rehearse(
             functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
         ]
         # gets the number of blocks in each list, of which few are run
-        measure: Callable[[dry.Counts], Mapping[str, dry.Moment]]
+        measure: Callable[[dry.Counts], Mapping[str, dry.BytesByKind]]
         measure = functools.partial(rehearsal.measure, device_batch)
         if rehearsal.learning_pass:
             # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
@@ -246,7 +248,7 @@ def _enter_with(
     return enter(dit, noisy_batch, seed)
 
 
-def _as_measured(phase_peaks: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
+def _as_measured(phase_peaks: Mapping[str, dry.BytesByKind], _: dry.Counts) -> Mapping[str, dry.BytesByKind]:
     """Return `moments`, measured with all blocks; ignore the number of blocks."""
     return phase_peaks
 
@@ -284,14 +286,14 @@ def set_up_trainable(
     groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
     dry.keep_kernels(recomputed_parts(dit, family.dit))
-    dry.watch_blocks(blocks, ledger)
+    dry.track_blocks(blocks, ledger)
     set_up_network(dit, family.dit, options.loop, ledger.device)
     optimizer = _make_optimizer_as_on_gpu(options, groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
         # a layer that is skipped by its dropout has no gradient
         parameter.register_post_accumulate_grad_hook(
-            lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
+            lambda weight: None if weight.grad is None else ledger.track(weight.grad, dry.GRADIENTS)
         )
     # the average of a LoRA is on the device; that of a whole model in host memory
     average: list[Tensor] = []

@@ -8,10 +8,10 @@ import torch
 
 from dataset.table import DatasetTable
 from protocols.family import Family
-from runtime.planning.device_memory import Room
+from runtime.planning.device_memory import DeviceMemory
 from runtime.planning.division import TokenCounter, divide_tokens
 from runtime.planning.memory_plan import share_blocks
-from runtime.planning.several_cards import Rehearsed, print_ways, with_division
+from runtime.planning.several_cards import SingleGpuRun, print_layouts, with_division
 from runtime.ways.contract import Division
 from training.checks import list_run_uses
 from training.data.live import LiveTexts
@@ -27,7 +27,7 @@ def plan_several_cards(
     noisy_batch: NoisyBatch,
     device: torch.device,
     num_gpus: int,
-    room: Room,
+    room: DeviceMemory,
     num_sample_only_dits: int,
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
@@ -46,7 +46,7 @@ def plan_several_cards(
         tables: Tables of the dataset.
     """
 
-    def estimate_on_one_gpu(options: TrainingOptions, added_flags: tuple[str, ...]) -> Rehearsed:
+    def estimate_on_one_gpu(options: TrainingOptions, added_flags: tuple[str, ...]) -> SingleGpuRun:
         """Predict the memory of a step on one card; the result has a function to divide it over cards."""
         counter = TokenCounter()
         prediction = predict(
@@ -60,9 +60,9 @@ def plan_several_cards(
             tables=tables,
         )
         divide = partial(_divide_prediction, family, options, prediction, counter, num_gpus)
-        return Rehearsed(added_flags, counter.heads, options.can_swap, divide)
+        return SingleGpuRun(added_flags, counter.heads, options.can_swap, divide)
 
-    def rehearse_runs() -> Iterator[Rehearsed]:
+    def rehearse_runs() -> Iterator[SingleGpuRun]:
         """Yield the run with its own options, then with one more option that saves memory at a time."""
         undivided = replace(options, speed=with_division(options.speed, Division(1)))
         yield estimate_on_one_gpu(undivided, ())
@@ -71,7 +71,7 @@ def plan_several_cards(
             added_flags = (*added_flags, *flags.split())
             yield estimate_on_one_gpu(changed_options, added_flags)
 
-    print_ways(rehearse_runs(), num_gpus, room, is_training=True)
+    print_layouts(rehearse_runs(), num_gpus, room, is_training=True)
 
 
 def _divide_prediction(
@@ -99,7 +99,7 @@ def _divide_prediction(
         check_fused_backward(options.optimizer.optimizer_type, num_gpus)
     if division != Division(num_gpus):  # more than plain data parallelism: the ways may not support it
         uses = list_run_uses(family, options)
-        for check in with_division(options.speed, division).modes.on.check:
+        for check in with_division(options.speed, division).modes.hooks.check_uses:
             check(uses)
     if division.context > 1:  # so many cards share the tokens of a clip
         prediction = replace(

@@ -12,7 +12,7 @@ from checkpoints.stored.int8 import Int8, rotate
 from checkpoints.stored.nf4 import LEVELS, Nf4, form_of, rehearsed
 from checkpoints.stored.packed import four_bits
 from modules.speed_options import Quantization
-from runtime.planning.dry_run import ACCELERATOR, WORKING, dry_run
+from runtime.planning.dry_run import ACCELERATOR, TEMPORARY, dry_run
 
 # the numbers come from comfy-kitchen 0.2.40 and bitsandbytes 0.50.2 on a CPU
 ROWS, COLUMNS = torch.arange(4)[:, None], torch.arange(256)
@@ -51,9 +51,9 @@ def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() ->
             for each in form.empty(shape).tensors
             if each is not None
         )
-        ledger.enter("value")
+        ledger.begin_phase("value")
         value = form.dequantize(tensors, shape, torch.bfloat16)
-        peak = ledger.peaks["value"][WORKING]
+        peak = ledger.peaks["value"][TEMPORARY]
 
     assert (value.shape, value.dtype) == (shape, torch.bfloat16)
     of_blocks = 4 * 512 * 512 // 64  # the maxima of blocks in float32, some of them at a time

@@ -18,7 +18,7 @@ from modules.errors import OptionError
 from modules.script_options import parse_options
 from protocols.family import DitSpec
 from protocols.steps import Overrides
-from runtime.offload.block_swap import move_network, resolve_all, swap_of
+from runtime.offload.block_swap import move_network, swap_of, write_back_all
 from runtime.offload.checkpointing import checkpoint_blocks
 from runtime.offload.swap_plan import SwapPlan, check_swap, max_blocks, plan_list
 from runtime.options import SwapOptions
@@ -114,7 +114,7 @@ def interrupt_at(device: FakeDevice, count: int) -> None:
 
         return call
 
-    for name in ("mark", "copy", "wait"):
+    for name in ("record_event", "copy", "wait"):
         setattr(device, name, watched(getattr(device, name)))
 
 
@@ -194,7 +194,7 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
         step_in_backward(dit.train())
         for seed in range(3):
             dit(**case.inputs(seed)).square().mean().backward()
-        resolve_all([dit])
+        write_back_all([dit])
         for tensor in () if host is None else host.adopt(dit).values():
             hide(tensor)
         results.append([weight.detach().clone() for weight in dit.parameters()])

@@ -156,7 +156,7 @@ class LateTransfer(Transfer):
     def memory(self, size_bytes: int) -> Tensor:
         raise AssertionError("such memory is held back by the stream of the copies")
 
-    def mark(self) -> str:
+    def record_event(self) -> str:
         return "now"
 
     def copy(self, pairs: Pairs, after: Any) -> int:

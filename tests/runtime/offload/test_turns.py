@@ -65,11 +65,11 @@ def test_the_output_is_that_of_a_network_that_stays(case: Case, blocks: int) -> 
     before = {name: (id(each), each.dtype, each.shape) for name, each in dit.named_parameters()}
 
     for _ in range(2):
-        assert not copy.is_here
-        copy.bring()
-        assert copy.is_here
+        assert not copy.is_on_device
+        copy.to_device()
+        assert copy.is_on_device
         assert same(output_of(case, dit), expected)
-        copy.leave()
+        copy.free_device_memory()
         assert device.used == 0
 
     assert "out" not in device.log
@@ -90,7 +90,7 @@ def test_weights_are_read_straight_to_where_they_wait(
 
     assert {weight.data_ptr() for weight in dit.parameters()} <= addresses
     assert (len(list(dit.buffers())) > 0) == (quantization is not None)  # scales, which move too
-    copy.bring()
+    copy.to_device()
     assert addresses.isdisjoint({each.data_ptr() for each in [*dit.parameters(), *dit.buffers()]})
     assert same(output_of(WAN, dit), output_of(WAN, plain))
 
@@ -105,10 +105,10 @@ def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
     for tensor in held.values():
         hide(tensor)
     copy = taking_turns(dit, device, host)
-    copy.bring()
+    copy.to_device()
 
     assert same(output_of(WAN, dit), output_of(WAN, load_dit(path, Placement(CPU)).eval()))
-    copy.leave()
+    copy.free_device_memory()
     full, swapped_away = (sum(each.nbytes for each in some) for some in (dit.parameters(), held.values()))
     assert copy.size_bytes == full - swapped_away
     assert all(dit.get_parameter(name).data_ptr() == each.data_ptr() for name, each in held.items())
@@ -125,7 +125,7 @@ def test_a_network_that_has_worked_on_the_device_frees_all_it_has_there() -> Non
     assert device.used == 0
 
 
-@pytest.mark.parametrize("name", ["mark", "memory", "copy", "wait"])
+@pytest.mark.parametrize("name", ["record_event", "memory", "copy", "wait"])
 def test_after_an_interruption_the_network_can_be_brought_again(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,10 +140,10 @@ def test_after_an_interruption_the_network_can_be_brought_again(
 
     monkeypatch.setattr(device, name, interrupted)
     with pytest.raises(Interruption):
-        copy.bring()
+        copy.to_device()
     device.finish()
-    assert not copy.is_here
-    copy.bring()
+    assert not copy.is_on_device
+    copy.to_device()
     assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
 
 
@@ -161,9 +161,9 @@ def test_compiled_blocks_are_not_compiled_again_when_a_network_comes_back() -> N
     copy = taking_turns(dit, device)
     counts = []
     for _ in range(3):
-        copy.bring()
+        copy.to_device()
         assert same(output_of(WAN, dit), expected)
-        copy.leave()
+        copy.free_device_memory()
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[1:] == counts[:1] * 2
@@ -292,7 +292,7 @@ def test_memory_is_locked_in_pieces_whose_borders_no_tensor_and_no_page_crosses(
         assert sum(first in each and last in each for each in ranges) == 1
     pages = [range(each.start // 4096, (each.stop - 1) // 4096 + 1) for each in ranges]
     assert all(one.stop <= other.start for one, other in pairwise(pages))
-    assert held.unlocked_bytes == 0
+    assert held.unpinned_bytes == 0
 
     del held, tensor
     gc.collect()
@@ -308,7 +308,7 @@ def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
     held = allocate(infos, pinned=True)
 
     assert list(driver.locked.values()) == [200 * MB]  # and not 400: others need some too
-    assert held.unlocked_bytes == 600 * MB
+    assert held.unpinned_bytes == 600 * MB
     assert "refused to lock 0.6 of 0.8 GB" in caplog.text
     driver.start_kernel()  # raises nothing
     held.tensors["c"][-1] = 3

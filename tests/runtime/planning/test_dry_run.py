@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from modules.devices import GIB
 from modules.layers.convolution import compute_piece
-from runtime.planning.device_memory import MemoryWatch, bytes_on, host_room, spills
+from runtime.planning.device_memory import MemoryWatch, bytes_on, free_host_memory, spills
 from runtime.planning.dry_run import (
     ACCELERATOR,
+    ACTIVATIONS,
     ATTENTION,
     GRANULE,
-    KEPT,
+    TEMPORARY,
     WEIGHTS,
-    WORKING,
+    BytesByKind,
     Counts,
-    Moment,
     dry_run,
     extrapolate,
-    keep_blocks,
     largest,
     place,
-    watch_blocks,
+    track_blocks,
+    truncate_blocks,
 )
 
 SIZE = 1 << 20  # elements
@@ -34,34 +34,34 @@ def test_storages_count_while_they_live_and_rounded_up() -> None:
     with dry_run() as ledger:
         first = torch.empty(SIZE, device=ACCELERATOR)
         view = first[:10]
-        assert ledger.moment[WORKING] == 4 * SIZE
+        assert ledger.bytes_by_kind[TEMPORARY] == 4 * SIZE
         del first
-        assert ledger.moment[WORKING] == 4 * SIZE  # its view holds it
+        assert ledger.bytes_by_kind[TEMPORARY] == 4 * SIZE  # its view holds it
         del view
-        assert ledger.moment[WORKING] == 0
+        assert ledger.bytes_by_kind[TEMPORARY] == 0
         small = torch.empty(1, device=ACCELERATOR)
-        assert ledger.moment[WORKING] == GRANULE
+        assert ledger.bytes_by_kind[TEMPORARY] == GRANULE
         del small
 
 
 def test_the_host_does_not_count() -> None:
     with dry_run() as ledger:
         host = torch.empty(SIZE)
-        assert sum(ledger.moment.values()) == 0
+        assert sum(ledger.bytes_by_kind.values()) == 0
         device = host.to(ACCELERATOR)
-        assert ledger.moment[WORKING] == 4 * SIZE
+        assert ledger.bytes_by_kind[TEMPORARY] == 4 * SIZE
         assert device.cpu().device != device.device
 
 
 def test_each_place_has_its_own_peak() -> None:
     with dry_run() as ledger:
         kept = torch.empty(SIZE, device=ACCELERATOR)
-        ledger.enter("here")
+        ledger.begin_phase("here")
         more = torch.empty(2 * SIZE, device=ACCELERATOR)
         del more
-        ledger.enter("there")
-        assert ledger.peaks["here"] == {KEPT: 4 * SIZE, WORKING: 8 * SIZE}
-        assert ledger.peaks["there"] == {KEPT: 4 * SIZE, WORKING: 0}
+        ledger.begin_phase("there")
+        assert ledger.peaks["here"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 8 * SIZE}
+        assert ledger.peaks["there"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 0}
         assert largest(ledger.peaks)[0] == "here"
         del kept
 
@@ -84,14 +84,14 @@ def test_attention_takes_what_flash_attention_takes() -> None:
     with dry_run() as ledger:
         made = [torch.empty(shape, dtype=torch.bfloat16, device=ACCELERATOR) for _ in range(3)]
         tensors = [tensor.requires_grad_() for tensor in made]
-        ledger.enter("forward")
+        ledger.begin_phase("forward")
         result = functional.scaled_dot_product_attention(*tensors)
-        assert ledger.peaks["forward"][WORKING] == pytest.approx(size + of_rows, abs=2 * GRANULE)
+        assert ledger.peaks["forward"][TEMPORARY] == pytest.approx(size + of_rows, abs=2 * GRANULE)
         gradient = torch.empty_like(result)
-        ledger.enter("backward")
+        ledger.begin_phase("backward")
         torch.autograd.grad(result, tensors, gradient)
         peak = ledger.peaks["backward"]
-        assert peak[WORKING] == pytest.approx(3 * size, abs=8 * GRANULE)
+        assert peak[TEMPORARY] == pytest.approx(3 * size, abs=8 * GRANULE)
         assert peak[ATTENTION] == pytest.approx(of_rows * (width + 1), abs=8 * GRANULE)
 
 
@@ -116,18 +116,18 @@ class Model(nn.Module):
         return x
 
 
-def measured(counts: Counts, is_direct: bool) -> dict[str, Moment]:
+def measured(counts: Counts, is_direct: bool) -> dict[str, BytesByKind]:
     """The moments of a forward and backward pass, all blocks run or most of them extrapolated."""
     with torch.device("meta"):
         model = Model(*counts)
     blocks = {"firsts": list(model.firsts), "seconds": list(model.seconds)}
     with dry_run() as ledger:
         place(model, ledger)
-        watch_blocks(blocks, ledger)
+        track_blocks(blocks, ledger)
 
-        def measure(some: Counts) -> dict[str, Moment]:
-            keep_blocks(model, blocks, some, ledger)
-            ledger.enter("outside")
+        def measure(some: Counts) -> dict[str, BytesByKind]:
+            truncate_blocks(model, blocks, some, ledger)
+            ledger.begin_phase("outside")
             ledger.forget_peaks()
             ledger.is_backward = False
             loss = model(torch.empty(4, 1000, 64, device=ACCELERATOR)).sum()
@@ -153,7 +153,7 @@ def test_a_network_has_its_weights_once() -> None:
     tied[1].weight = layer.weight
     with dry_run() as ledger:
         place(tied, ledger)
-        assert ledger.moment[WEIGHTS] == 4 * (512 * 512 + 2 * 512)
+        assert ledger.bytes_by_kind[WEIGHTS] == 4 * (512 * 512 + 2 * 512)
         assert tied[0].weight is tied[1].weight
 
 
@@ -186,7 +186,7 @@ def test_a_piece_that_is_not_computed_takes_its_share() -> None:
         with dry_run() as ledger:
             if not is_first:
                 compute_piece(compute, torch.empty(64, 32, 32, device=ACCELERATOR))
-            ledger.enter("here")
+            ledger.begin_phase("here")
             given = torch.empty(64, 32, 16, device=ACCELERATOR)
             compute_piece(compute, given)
             assert len(compute.shapes) == 1
@@ -217,8 +217,8 @@ def test_the_bytes_of_a_network_are_those_on_that_device() -> None:
 
 def test_the_room_of_the_host_is_what_linux_says_or_not_known(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:     2000 kB\n", encoding="ascii")
-    assert host_room(tmp_path / "meminfo") == 2000 * 1024
-    assert host_room(tmp_path / "none") is None
+    assert free_host_memory(tmp_path / "meminfo") == 2000 * 1024
+    assert free_host_memory(tmp_path / "none") is None
 
 
 class Counter:

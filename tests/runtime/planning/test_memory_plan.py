@@ -14,13 +14,13 @@ from modules.errors import MemoryPlanError, OptionError
 from protocols.family import DitSpec
 from runtime.offload.swap_plan import SwapPlan
 from runtime.options import AUTO, SwapOptions, TrainingSpeedOptions
-from runtime.planning.device_memory import CONTEXT, MARGIN, Room, comparison
-from runtime.planning.dry_run import KEPT, WEIGHTS, WORKING
+from runtime.planning.device_memory import CONTEXT, MARGIN, DeviceMemory, comparison
+from runtime.planning.dry_run import ACTIVATIONS, TEMPORARY, WEIGHTS
 from runtime.planning.memory_plan import (
     MemoryPart,
     MemoryPlan,
+    OffloadedWeights,
     Phase,
-    Swapped,
     advise,
     parts_of,
     plan_swapped_bytes,
@@ -47,15 +47,15 @@ def model(blocks: int = 6) -> nn.Module:
 def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
     found = plan_swapped_bytes(model(), SwapPlan(SPEC, 3))
     # as much device memory as three blocks take
-    assert found == Swapped(host=5 << 20, ring=2 << 20)
+    assert found == OffloadedWeights(host=5 << 20, slot_bytes=2 << 20)
     assert found.saved == 3 << 20
     saved = [each.saved for each in swaps_of(model(), SPEC, SwapOptions(blocks_to_swap=0))]
     assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed
 
 
 def plan(size: int) -> MemoryPlan:
-    moment = {WEIGHTS: 8 * GIB, KEPT: GIB, WORKING: size - 6 * GIB}
-    parts = parts_of(moment, Swapped(4 * GIB, GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
+    moment = {WEIGHTS: 8 * GIB, ACTIVATIONS: GIB, TEMPORARY: size - 6 * GIB}
+    parts = parts_of(moment, OffloadedWeights(4 * GIB, GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
     return MemoryPlan((Phase("text", (MemoryPart("weights", GIB),)), Phase("training step", parts)))
 
 
@@ -72,7 +72,7 @@ def test_the_table_holds_all_parts_of_device_and_host(capsys: pytest.CaptureFixt
 
 
 def test_the_last_line_judges_and_says_what_to_change() -> None:
-    room = Room("a card", 24 * GIB, 24 * GIB)
+    room = DeviceMemory("a card", 24 * GIB, 24 * GIB)
     assert verdict(plan(10 * GIB), room).startswith("Fits: 10.00 GiB")
     too_much = verdict(plan(23 * GIB), room, ["--blocks_to_swap 4: 20.00 GiB fits"])
     assert too_much.startswith("Does not fit: 23.00 GiB")
@@ -90,18 +90,18 @@ class Known:
     """So many GiB, of which every swapped block saves one."""
 
     gib: float
-    maximum: int = 3
+    max_swapped_blocks: int = 3
 
     def device(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
 
 
-EVEN = Known(20, maximum=12)
+EVEN = Known(20, max_swapped_blocks=12)
 
 
 def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
     auto = SwapOptions(blocks_to_swap="auto")
-    room = Room("a card", 18 * GIB, 16 * GIB)
+    room = DeviceMemory("a card", 18 * GIB, 16 * GIB)
     count, reason = swap_for(EVEN, auto, room)
     assert count == 6
     assert EVEN.device(count) <= room.usable < EVEN.device(count - 1)
@@ -125,10 +125,10 @@ def test_a_plan_is_shown_with_the_blocks_of_auto_or_with_advice(
         phase = Phase("training step", (MemoryPart("weights", EVEN.device(blocks)),))
         return MemoryPlan((phase,), tuple(remarks))
 
-    def advice(room: Room) -> list[str]:
+    def advice(room: DeviceMemory) -> list[str]:
         return [f"a card of more than {room.total // GIB}"]
 
-    card = Room("a card of 16 GiB", 16 * GIB, 16 * GIB)
+    card = DeviceMemory("a card of 16 GiB", 16 * GIB, 16 * GIB)
     print_plan(EVEN, SwapOptions(blocks_to_swap=number), card, plan_of, advice)
 
     text = capsys.readouterr().out
@@ -179,9 +179,9 @@ def test_what_cannot_swap_is_not_told_to(cheaper: Cheaper, expected: list[str]) 
     assert advise(Known(6), cheaper, 5 * GIB, can_swap=False) == (expected, Known(6))
 
 
-def room(gib: float) -> Room:
+def room(gib: float) -> DeviceMemory:
     """Of which so much can be used."""
-    return Room("a card", 100 * GIB, math.ceil((gib * GIB + CONTEXT) / (1 - MARGIN)))
+    return DeviceMemory("a card", 100 * GIB, math.ceil((gib * GIB + CONTEXT) / (1 - MARGIN)))
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import pytest
 from modules.devices import GIB
 from modules.errors import OptionError
 from runtime.options import PlanOptions, cards_or_size
-from runtime.planning.device_memory import Room
-from runtime.planning.memory_plan import MemoryPart, MemoryPlan, Phase, Swapped, share_blocks
-from runtime.planning.several_cards import Rehearsed, Way, command_of, find_ways, print_ways
+from runtime.planning.device_memory import DeviceMemory
+from runtime.planning.memory_plan import MemoryPart, MemoryPlan, OffloadedWeights, Phase, share_blocks
+from runtime.planning.several_cards import GpuLayout, SingleGpuRun, command_of, plan_layouts, print_layouts
 from runtime.ways.contract import Division
 
 
 def test_a_part_of_every_block_stays_and_three_blocks_are_gathered() -> None:
     blocks = (((1024, 1 << 20),),) * 8
-    assert share_blocks(blocks, 4) == Swapped(0, 3 << 20, 6 << 20, 4)
+    assert share_blocks(blocks, 4) == OffloadedWeights(0, 3 << 20, 6 << 20, 4)
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Card:
     """So many GiB, of which every swapped block saves one."""
 
     gib: float
-    maximum: int = 3
+    max_swapped_blocks: int = 3
 
     @property
-    def swaps(self) -> Sequence[Swapped]:
-        return [Swapped(blocks * GIB, 0) for blocks in range(self.maximum + 1)]
+    def swaps(self) -> Sequence[OffloadedWeights]:
+        return [OffloadedWeights(blocks * GIB, 0) for blocks in range(self.max_swapped_blocks + 1)]
 
     def device(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
@@ -39,7 +39,7 @@ class Card:
         return MemoryPlan((Phase("training step", (part,)),))
 
 
-def run(gib: float, *words: str, heads: int = 12, is_full: bool = False) -> Rehearsed:
+def run(gib: float, *extra_options: str, heads: int = 12, is_full: bool = False) -> SingleGpuRun:
     """Of which half is weights, and half is tokens."""
 
     def divide(division: Division) -> Card:
@@ -48,40 +48,48 @@ def run(gib: float, *words: str, heads: int = 12, is_full: bool = False) -> Rehe
         weights = 1 / division.processes if division.shards else 1
         return Card(gib / 2 * (weights + 1 / division.context))
 
-    return Rehearsed(words, heads, not is_full, divide)
+    return SingleGpuRun(extra_options, heads, not is_full, divide)
 
 
-def room(gib: float) -> Room:
+def room(gib: float) -> DeviceMemory:
     """Of which nearly so much can be used."""
-    return Room("a card", int((gib + 0.6) / 0.97 * GIB), int((gib + 0.6) / 0.97 * GIB))
+    return DeviceMemory("a card", int((gib + 0.6) / 0.97 * GIB), int((gib + 0.6) / 0.97 * GIB))
 
 
 def test_every_way_has_its_memory_on_card_and_host() -> None:
-    found = {" ".join(way.words): way for way in find_ways(run(20), 4, room(18.5), is_training=True)}
+    found = {
+        " ".join(layout.extra_options): layout
+        for layout in plan_layouts(run(20), 4, room(18.5), is_training=True)
+    }
 
     both = "--shard_base --context_parallel 4"
-    sizes = {words: way.memory.device / GIB for words, way in found.items() if way.memory}
+    sizes = {
+        extra_options: layout.memory.device / GIB for extra_options, layout in found.items() if layout.memory
+    }
     assert sizes == {
         **{"": 20, "--context_parallel 2": 15, "--context_parallel 4": 12.5, "--blocks_to_swap 2": 18},
         **{"--shard_base": 12.5, "--shard_base --context_parallel 2": 7.5, both: 5},
     }
-    assert [words for words, way in found.items() if not way.fits] == [""]
+    assert [extra_options for extra_options, layout in found.items() if not layout.fits] == [""]
     assert found["--blocks_to_swap 2"].host == (4 * 2 + 2) * GIB  # a copy of the blocks for all
-    assert {words: way.at_once for words, way in found.items()}[both] == 1
-    assert found["--context_parallel 2"].at_once == 2
+    assert {extra_options: layout.num_parallel for extra_options, layout in found.items()}[both] == 1
+    assert found["--context_parallel 2"].num_parallel == 2
 
 
 def test_a_generation_that_shares_anything_makes_one_clip_at_a_time() -> None:
-    found = {" ".join(way.words): way for way in find_ways(run(20), 4, room(18.5), is_training=False)}
+    found = {
+        " ".join(layout.extra_options): layout
+        for layout in plan_layouts(run(20), 4, room(18.5), is_training=False)
+    }
 
     sharing = ("--shard_base", "--context_parallel 4", "--shard_base --context_parallel 4")
-    at_once = {"": 4, "--blocks_to_swap 2": 4, **dict.fromkeys(sharing, 1)}
-    assert {words: way.at_once for words, way in found.items()} == at_once
+    num_parallel = {"": 4, "--blocks_to_swap 2": 4, **dict.fromkeys(sharing, 1)}
+    assert {extra_options: layout.num_parallel for extra_options, layout in found.items()} == num_parallel
     assert found["--blocks_to_swap 2"].host == 4 * (2 + 2) * GIB
 
 
 @pytest.mark.parametrize(
-    ("runs", "gib", "words", "said"),
+    ("runs", "gib", "extra_options", "said"),
     [
         ([run(20)], 30, "", ""),
         ([run(20)], 18.5, " --blocks_to_swap 2", ""),
@@ -94,21 +102,21 @@ def test_a_generation_that_shares_anything_makes_one_clip_at_a_time() -> None:
     ],
 )
 def test_the_cheapest_that_fits_is_shown_with_its_command(
-    runs: list[Rehearsed],
+    runs: list[SingleGpuRun],
     gib: float,
-    words: str | None,
+    extra_options: str | None,
     said: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["wan_train_network.py", "--dit", "x", "--plan", "2x24", "--seed=1"])
 
-    print_ways(runs, 2, room(gib), is_training=True)
+    print_layouts(runs, 2, room(gib), is_training=True)
 
     text = capsys.readouterr().out
     assert said in text
     command = "accelerate launch --multi_gpu --num_processes 2 wan_train_network.py --dit x --seed=1"
-    assert text.rstrip().endswith(command + words if words is not None else "larger cards.")
+    assert text.rstrip().endswith(command + extra_options if extra_options is not None else "larger cards.")
 
 
 def test_a_run_of_one_process_is_refused() -> None:
@@ -116,14 +124,14 @@ def test_a_run_of_one_process_is_refused() -> None:
         raise OptionError("--fused_backward_pass with 2 processes")
 
     with pytest.raises(OptionError, match="with 2 processes"):
-        print_ways([Rehearsed((), 12, False, divide)], 2, room(20), is_training=True)
+        print_layouts([SingleGpuRun((), 12, False, divide)], 2, room(20), is_training=True)
 
 
 @pytest.mark.parametrize("asked", ["--plan 2x24", "--plan=2x24", "--shard_base --blocks_to_swap 4 --plan"])
 def test_a_command_keeps_what_no_way_decides(asked: str) -> None:
-    way = Way((), Division(2), at_once=2)
+    layout = GpuLayout((), Division(2), num_parallel=2)
     argv = ["wan_generate_video.py", *asked.split(), "--prompt", "a cat"]
-    typed = command_of(way, (), argv, is_training=False)
+    typed = command_of(layout, (), argv, is_training=False)
     assert typed == "python wan_generate_video.py --prompt 'a cat'"
 
 

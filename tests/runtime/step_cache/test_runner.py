@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from protocols.steps import Overrides, Turn
+from protocols.steps import Overrides, StepPosition
 from runtime.run_blocks import Hidden, run_in_order, runner_of, set_runner
 from runtime.step_cache import (
     Changes,
+    FirstBlockInput,
     MagCacheRule,
     Ratios,
     Rule,
-    Signal,
     StepCache,
     TeaCacheRule,
-    first_input,
+    compute_first_block_input,
     measure_pass,
     polynomial,
     resample,
@@ -35,7 +35,7 @@ STEPS = 6
 
 
 def at(step: int, which: str = "positive", **overrides: Any) -> Overrides:
-    return Overrides(turn=turn(step, STEPS, which), **overrides)
+    return Overrides(step_position=turn(step, STEPS, which), **overrides)
 
 
 def steps_of(tiny: TinyDit, count: int = STEPS) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class Skips(NamedTuple):
 
     steps: frozenset[int]
 
-    def skips(self, turn: Turn, signal: Signal) -> bool:
+    def should_skip(self, turn: StepPosition, first_block_input: FirstBlockInput) -> bool:
         return turn.step in self.steps
 
 
@@ -143,7 +143,7 @@ def test_teacache_compares_what_the_first_attention_gets(tiny: TinyDit, attentio
     first.get_submodule(attention).register_forward_pre_hook(lambda _, args: expected.append(args[0]))
 
     def note(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-        found.append(first_input(dit, hidden, overrides))
+        found.append(compute_first_block_input(dit, hidden, overrides))
         run_in_order(dit, hidden, overrides)
 
     set_runner(dit, note)
@@ -214,9 +214,9 @@ def test_magcaches_rule_step_by_step(
 
 def test_steps_that_lack_the_pass_age_it_too() -> None:
     rule = MagCacheRule([1.0, 0.9, 0.9, 0.9, 0.9, 1.0], 0.0, 0.25, 6)
-    assert not rule.skips(turn(0, 6), nothing)
-    assert not rule.skips(turn(2, 6), nothing)  # 0.1, then 0.1 + 0.19 for the step without guidance
-    assert rule.skips(turn(3, 6), nothing)
+    assert not rule.should_skip(turn(0, 6), nothing)
+    assert not rule.should_skip(turn(2, 6), nothing)  # 0.1, then 0.1 + 0.19 for the step without guidance
+    assert rule.should_skip(turn(3, 6), nothing)
 
 
 def test_ratios_are_resampled_by_the_nearest() -> None:
@@ -234,8 +234,8 @@ LEVELS = [1.0, 1.1, 1.21, 1.331, 1.4641, 1.4641, 2.0, 1.0]  # 0.1 four times, 0,
 
 def answers_at(rule: TeaCacheRule, levels: list[float]) -> str:
     inputs = [torch.full((1, 3, 4), level) for level in levels]
-    asked = [rule.skips(turn(step, len(levels)), lambda x=x: x) for step, x in enumerate(inputs)]
-    return "".join("s" if skips else "c" for skips in asked)
+    asked = [rule.should_skip(turn(step, len(levels)), lambda x=x: x) for step, x in enumerate(inputs)]
+    return "".join("s" if should_skip else "c" for should_skip in asked)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_teacaches_rule_step_by_step(
 
 
 def test_teacache_computes_the_last_step_and_inputs_that_are_not_numbers() -> None:
-    assert not TeaCacheRule(100.0, (1.0, 0.0)).skips(turn(4, 5), nothing)  # without a look at its input
+    assert not TeaCacheRule(100.0, (1.0, 0.0)).should_skip(turn(4, 5), nothing)  # without a look at its input
     assert answers_at(TeaCacheRule(100.0, (1.0, 0.0)), [1.0, math.nan, 1.0, 1.0, 1.0, 1.0]) == "cccssc"
 
 
@@ -324,7 +324,7 @@ def test_passes_that_skip_layers_do_not_count() -> None:
     def add(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         hidden.x = hidden.x + 1
 
-    def see(turn: Turn, signal: Signal, residual: Tensor) -> None:
+    def see(turn: StepPosition, first_block_input: FirstBlockInput, residual: Tensor) -> None:
         seen.append(int(residual.mean()))
 
     for overrides in (at(0), at(0, skip_blocks=frozenset({0})), Overrides()):
@@ -333,8 +333,8 @@ def test_passes_that_skip_layers_do_not_count() -> None:
     assert seen == [1]
 
 
-def turn(step: int, num_steps: int, which: str = "positive") -> Turn:
-    return Turn(
+def turn(step: int, num_steps: int, which: str = "positive") -> StepPosition:
+    return StepPosition(
         step, num_steps, 1000.0 * (1 - step / num_steps), 1000.0 * (1 - (step + 1) / num_steps), which
     )
 
@@ -345,4 +345,6 @@ def nothing() -> Tensor:
 
 def answers(rule: Rule, num_steps: int) -> str:
     """One letter a step: c for computed, s for skipped."""
-    return "".join("s" if rule.skips(turn(step, num_steps), nothing) else "c" for step in range(num_steps))
+    return "".join(
+        "s" if rule.should_skip(turn(step, num_steps), nothing) else "c" for step in range(num_steps)
+    )

@@ -24,7 +24,7 @@ def generation(words: str) -> GenerationSpeedOptions:
 
 
 def check_ways(speed: TrainingSpeedOptions | GenerationSpeedOptions, uses: RunUses) -> None:
-    for check in speed.modes.on.check:
+    for check in speed.modes.hooks.check_uses:
         check(uses)
 
 
@@ -79,10 +79,10 @@ def test_processes_that_would_repeat_a_prompt_are_refused_unless_they_share_its_
 
 
 def test_ways_are_named_as_they_are_typed_and_those_of_blocks_are_known() -> None:
-    assert generation("--cfg_parallel --shard_base").modes.typed == ["--shard_base", "--cfg_parallel"]
-    assert training("--context_parallel 1").modes.typed == []
+    assert generation("--cfg_parallel --shard_base").modes.flags == ["--shard_base", "--cfg_parallel"]
+    assert training("--context_parallel 1").modes.flags == []
     assert list_block_options() == ["shard_base", "context_parallel"]
-    assert training("--shard_base --context_parallel 2").modes.for_generation == {"--shard_base": True}
+    assert training("--shard_base --context_parallel 2").modes.flags_for_generation == {"--shard_base": True}
 
 
 def test_a_division_sets_the_options_that_divide() -> None:

@@ -13,7 +13,7 @@ from dataset.batches.items import TableCacheInfo, TrainingItem
 from dataset.config import load_dataset_config
 from modules.devices import GIB
 from protocols.family import Family
-from runtime.planning.device_memory import CONTEXT, Room
+from runtime.planning.device_memory import CONTEXT, DeviceMemory
 from runtime.planning.dry_run import largest
 from runtime.planning.memory_plan import Phase
 from tests.tiny import wan_dit
@@ -125,7 +125,7 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepPrediction) -> None:
-    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.maximum - 1)}
+    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.max_swapped_blocks - 1)}
     assert len(steps) == 1
     assert steps.pop() > 0
     assert whole.phase(1).host > whole.phase(0).host == 0
@@ -144,10 +144,10 @@ def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     assert line.endswith("fits")
 
 
-def room_for(size: int) -> Room:
+def room_for(size: int) -> DeviceMemory:
     """A card on which exactly so many bytes can be used."""
     totals = range(size + CONTEXT, size + CONTEXT + GIB, 1 << 20)
-    return next(room for total in totals if (room := Room("a card", total, total)).usable >= size)
+    return next(room for total in totals if (room := DeviceMemory("a card", total, total)).usable >= size)
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
     both, turns = (predict(family, each, wan_batch(), CPU) for each in (options, apart))
 
     device, host = size_of(both.phase(0), "weights")
-    for blocks in range(1, both.maximum + 1):
+    for blocks in range(1, both.max_swapped_blocks + 1):
         here, away = size_of(both.phase(blocks), "weights")
         assert size_of(both.phase(blocks), "further") == (here, away)
         assert turns.phase(blocks).host == 2 * device > away > host

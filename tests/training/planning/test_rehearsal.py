@@ -21,7 +21,7 @@ from protocols.data import Batch
 from protocols.family import Family
 from protocols.loading import Placement
 from runtime.offload import checkpointing
-from runtime.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
+from runtime.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, BytesByKind, Ledger, largest
 from runtime.planning.kernels import PlannedKernels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
@@ -77,19 +77,19 @@ def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
     return NoisyBatch(batch, torch.zeros(latents.shape), times, 1000 * times, torch.ones(count))
 
 
-def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> dict[str, Moment]:
+def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> dict[str, BytesByKind]:
     found, *_ = rehearse(family, options, family.load_dit(placement(options, "meta")), batch)
     return found
 
 
 def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
     for tensor in [*module.parameters(), *module.buffers()]:
-        ledger.see(tensor, kind)
+        ledger.track(tensor, kind)
 
 
 def counted(
     family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Moment]:
+) -> dict[str, BytesByKind]:
     """The same step with real tensors on the CPU and all blocks; of a second expert its weights, and its own
     LoRA too.
     """
@@ -119,7 +119,9 @@ def placement(options: TrainingOptions, device: str) -> Placement:
     return Placement(torch.device(device), storage_dtype=dtype)
 
 
-def assert_alike(found: Mapping[str, Moment], real: Mapping[str, Moment], tolerance: float = 0.02) -> None:
+def assert_alike(
+    found: Mapping[str, BytesByKind], real: Mapping[str, BytesByKind], tolerance: float = 0.02
+) -> None:
     """tolerance: 2 % of the total; the host, with tables of positions and counts of steps, is the device of
     the real run.
     """
@@ -134,7 +136,7 @@ def assert_alike(found: Mapping[str, Moment], real: Mapping[str, Moment], tolera
 
 def assert_takes_what_was_predicted(
     family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
-) -> Mapping[str, Moment]:
+) -> Mapping[str, BytesByKind]:
     """Returns what was predicted."""
     with monkeypatch.context() as patch:
         real = counted(family, options, batch, patch)
