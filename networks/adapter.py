@@ -403,12 +403,12 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
             f"so that two transformers cannot share it. {OWN_NETWORKS}"
         )
     for name, tensor in state.items():
-        path, _, leaf = name.rpartition(".")
+        path, _, parameter_name = name.rpartition(".")
         module = twin.get_submodule(path)
-        if leaf in module._parameters:
-            module.register_parameter(leaf, network.get_parameter(name))
+        if parameter_name in module._parameters:
+            module.register_parameter(parameter_name, network.get_parameter(name))
         else:
-            module._buffers[leaf] = tensor
+            module._buffers[parameter_name] = tensor
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -464,10 +464,10 @@ def _build_foreign(
     # because the model reads dtypes from its layers
     for model, parameters in zip(models, parameters_by_model, strict=True):
         for name, parameter in parameters.items():
-            path, _, leaf = name.rpartition(".")
+            path, _, parameter_name = name.rpartition(".")
             layer = model.get_submodule(path)
-            if layer._parameters.get(leaf) is None:
-                layer.register_parameter(leaf, parameter)
+            if layer._parameters.get(parameter_name) is None:
+                layer.register_parameter(parameter_name, parameter)
     return module
 
 

@@ -102,7 +102,7 @@ def find_alphas(
     modules: Mapping[str, Factors],
     paths: Mapping[str, str],
     start: str,
-    stacked: Mapping[str, int],
+    joined_lora_counts: Mapping[str, int],
 ) -> FoundAlphas:
     """Find alphas for modules without an alpha tensor, in the metadata or in PEFT's settings.
 
@@ -114,13 +114,13 @@ def find_alphas(
         modules: Factors by module name.
         paths: Paths of these modules, as in the file.
         start: Prefix of their network in diffusers' pipelines; "" if it has none.
-        stacked: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
+        joined_lora_counts: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
 
     Raises:
         CheckpointError: If two sources of alphas contradict each other.
         ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
     """
-    ranks = _ranks_without_alpha(modules, stacked)
+    ranks = _ranks_without_alpha(modules, joined_lora_counts)
     # every module has an alpha of its own
     if not ranks:
         return FoundAlphas({}, "")
@@ -143,7 +143,7 @@ def find_alphas(
             "  Take the wrong one out: the strength of the LoRA depends on it.",
             path,
         )
-    tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
+    tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), joined_lora_counts)
     # say for the log where the alphas come from, and how many modules have none
     descriptions: list[str] = []
     if alphas:
@@ -171,13 +171,15 @@ def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[
     return warnings
 
 
-def _ranks_without_alpha(modules: Mapping[str, Factors], stacked: Mapping[str, int]) -> dict[str, int]:
+def _ranks_without_alpha(
+    modules: Mapping[str, Factors], joined_lora_counts: Mapping[str, int]
+) -> dict[str, int]:
     """Return the trained rank of each module that has a rank but no alpha."""
     ranks: dict[str, int] = {}
     for name, factors in modules.items():
         rank = None if "alpha" in factors else rank_of(factors)
         if rank is not None:
-            ranks[name] = rank // stacked.get(name, 1)
+            ranks[name] = rank // joined_lora_counts.get(name, 1)
     return ranks
 
 
@@ -449,12 +451,12 @@ def read_alphas(
             modules=group_by_module(native.tensors),
             paths=native.paths,
             start=prefix,
-            stacked=native.stacked,
+            joined_lora_counts=native.joined_lora_counts,
         )
         in_texts: list[FoundAlphas] = []
         for encoder_prefix, paths in _paths_by_encoder(text_modules).items():
             modules = {name: text_modules[name] for name in paths}
-            in_texts.append(find(modules=modules, paths=paths, start=encoder_prefix, stacked={}))
+            in_texts.append(find(modules=modules, paths=paths, start=encoder_prefix, joined_lora_counts={}))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
@@ -531,7 +533,7 @@ def peft_alphas(
     modules: Mapping[str, Factors],
     paths: Mapping[str, str],
     config: Mapping[str, Any],
-    stacked: Mapping[str, int],
+    joined_lora_counts: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Return the alphas that PEFT settings give to modules without an alpha of their own.
 
@@ -539,7 +541,7 @@ def peft_alphas(
         modules: Factors by module name.
         paths: Paths of these modules, as in the file.
         config: Content of PEFT's adapter_config.json.
-        stacked: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
+        joined_lora_counts: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
 
     Raises:
         ValueError: If the settings cannot be used.
@@ -554,7 +556,7 @@ def peft_alphas(
         alpha = rules.alpha_of(paths[module])
         if alpha is None:
             continue
-        num_joined = stacked.get(module, 1)
+        num_joined = joined_lora_counts.get(module, 1)
         if config.get("use_rslora"):
             # rank-stabilized LoRA scales by alpha / sqrt(rank), we by alpha / rank
             alpha = alpha * (rank // num_joined) ** 0.5

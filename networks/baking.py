@@ -25,7 +25,7 @@ from networks.extracting import decompose_change, lora_of_shape
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
 from networks.kinds import LORA
-from networks.kinds.composing import MAGNITUDES, MARKS, NEEDING_WEIGHT, kinds_of_parts
+from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDES, NEEDING_WEIGHT, kinds_of_parts
 from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, LoraUse
@@ -38,7 +38,7 @@ from protocols.loading import TensorSource
 
 logger = getLogger(__name__)
 # names of factors that show that a module is not a plain LoRA
-OTHER_KINDS = {MAGNITUDES, MID, *(mark for mark, kind in MARKS.items() if kind is not LORA)}
+OTHER_KINDS = {MAGNITUDES, MID, *(mark for mark, kind in KIND_BY_FACTOR.items() if kind is not LORA)}
 _PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of those of single families
 HIGH_LOSS = 0.1  # lost fraction of the change above which messages advise a higher rank
 
@@ -179,7 +179,7 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
     change_norm = float(flat.norm())
     remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
     lora = lora_of_shape(down, up, change.shape)
-    bias = read_delta(factors).bias(CPU)
+    bias = read_delta(factors).compute_bias_change(CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
     return lora, Loss(change_norm, lost=float(remainder.norm()))
@@ -200,13 +200,13 @@ def _compute_change(
     delta = read_delta(factors)
     # the factors alone show the change
     if not delta.depends_on_weight:
-        dense = delta.dense(device)
+        dense = delta.compute_change(device)
         assert dense is not None
         return dense
     # a rotation of inputs does not show how many rows (outputs) its weight has
     num_rows: int | None = None
     if delta.rotation is None:
-        shape = delta.shape()
+        shape = delta.change_shape()
         assert shape is not None
         num_rows = shape[0]
     weight, path = weight_of(name, num_rows, lora, weights)

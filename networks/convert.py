@@ -26,7 +26,7 @@ from networks.formats import TARGETS
 from networks.fused_parts import fuse
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, PRODUCTS, in_series, kind_of_files
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, PRODUCTS, in_series, kind_of_files
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
@@ -58,7 +58,7 @@ ANIMA, FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(
 )
 DIALECTS = ("sd-scripts", "ai-toolkit")
 # names of the kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
-_BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
+_BAKED = (*PRODUCTS, *filter(None, (MAGNITUDE_KIND_NAME,)))
 _UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")  # for help texts
 # arguments of the options that name a file to write
 _OUTPUT_FILE: Mapping[str, Any] = {

@@ -17,11 +17,11 @@ from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import Delta, read_delta
-from networks.deltas import LORA, ROWS, strength
-from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
+from networks.deltas import LORA_FACTORS, ROW_RANGE, strength
+from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_sizes
-from networks.module_names import FAMILIES, Relative, relatives
+from networks.module_names import FAMILIES, RelatedModule, find_related_modules
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
 logger = getLogger(__name__)
@@ -43,7 +43,7 @@ class PlacedFactors(NamedTuple):
     factors: Factors
 
 
-def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
+def find_rows_of_part(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
     """Return the rows of a part in a fused weight.
 
     Args:
@@ -68,29 +68,31 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
     return slice(start, start + height) if 0 <= start <= full_height - height else None
 
 
-def default_rows(part: WeightPart, full_height: int) -> slice | None:
+def find_default_rows(part: WeightPart, full_height: int) -> slice | None:
     """Return the rows of a part if the fused weight has the proportions of the published model; else None.
 
     This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
     weight are swapped, all rows are returned, because the rotation is the same for each row.
     """
-    if not is_cut(part):  # all rows, possibly with swapped halves
+    if not is_row_slice(part):  # all rows, possibly with swapped halves
         return slice(0, full_height)
-    siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
+    siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_row_slice(sibling)]
     # heights of parts are multiples of a unit
     unit, remainder = divmod(full_height, sum(sibling.default_height for sibling in siblings))
     if remainder:
         return None
-    rows = part_rows(part, unit * part.default_height, full_height)
+    rows = find_rows_of_part(part, unit * part.default_height, full_height)
     return rows if isinstance(rows, slice) else None
 
 
-def is_cut(part: WeightPart) -> bool:
+def is_row_slice(part: WeightPart) -> bool:
     """Return whether a part is a slice of the fused weight, not all of its rows (possibly swapped)."""
     return part.index is not None and part.index != SWAPPED
 
 
-def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
+def convert_fused_layers(
+    tensors: Mapping[str, Tensor], height: Callable[[str], int | None]
+) -> dict[str, Tensor]:
     """Fit LoRAs of another layout to the modules of a model: split fused modules and join parts.
 
     Args:
@@ -131,7 +133,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
 def _count_rows_of_parts(
     name: str, modules: Collection[str], height: Callable[[str], int | None]
-) -> dict[Relative, int | None]:
+) -> dict[RelatedModule, int | None]:
     """Return the parts of a module that have no LoRA of their own, with their numbers of rows.
 
     The number is None for a part that the model does not have.
@@ -141,29 +143,29 @@ def _count_rows_of_parts(
         modules: Modules with LoRAs.
         height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    row_counts: dict[Relative, int | None] = {}
-    for relative in relatives(name.removeprefix(OURS)):
-        part_name = OURS + relative.name
+    row_counts: dict[RelatedModule, int | None] = {}
+    for related in find_related_modules(name.removeprefix(OURS)):
+        part_name = OURS + related.name
         # also not a part with a LoRA of its own in the file
-        if not relative.is_part or part_name in modules:
+        if not related.is_part or part_name in modules:
             continue
         num_rows = height(part_name)
         # Families split modules differently. A part with all rows that the model lacks is just another name
         # of the module, not a missing part.
-        if num_rows is not None or is_cut(relative.part):
-            row_counts[relative] = num_rows
+        if num_rows is not None or is_row_slice(related.part):
+            row_counts[related] = num_rows
     return row_counts
 
 
-def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
+def _cut(factors: Factors, row_counts: Mapping[RelatedModule, int | None]) -> dict[str, Factors] | str:
     """Cut the factors of a fused weight; return those of each part, or the reason why it cannot be cut.
 
     `row_counts` is the number of rows of each part; None for a part that the model does not have.
     """
-    heights = {relative: rows for relative, rows in row_counts.items() if rows is not None}
+    heights = {related: rows for related, rows in row_counts.items() if rows is not None}
     delta = read_delta(factors)
     if delta.rotation is not None:  # it rotates the input, which all parts share
-        return {OURS + relative.name: factors for relative in heights}
+        return {OURS + related.name: factors for related in heights}
     num_rows = _height_to_cut(delta)
     if num_rows is None:
         return "its change is no matrix"
@@ -175,17 +177,17 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
         part_heights = " + ".join(map(str, heights.values()))
         return f"its {num_rows} rows are not those of its parts, which have {part_heights}"
     if delta.has_input_magnitudes:
-        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
-    ordered = sorted(rows_by_part, key=lambda relative: _start_of(rows_by_part[relative]))
-    separate_loras = joined_blocks(factors, [heights[relative] for relative in ordered])
+        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the whole weight"
+    ordered = sorted(rows_by_part, key=lambda related: _start_of(rows_by_part[related]))
+    separate_loras = joined_blocks(factors, [heights[related] for related in ordered])
     if separate_loras:  # the LoRA was joined from LoRAs of the parts, which are restored with their own ranks
-        return {OURS + relative.name: lora for relative, lora in zip(ordered, separate_loras, strict=True)}
+        return {OURS + related.name: lora for related, lora in zip(ordered, separate_loras, strict=True)}
     pieces: dict[str, Factors] = {}
-    for relative, rows in rows_by_part.items():
+    for related, rows in rows_by_part.items():
         piece = _part_of(delta, rows)
         if piece is None:
             return f"its halves are to be swapped, which {delta.name_indivisible()} has no form for"
-        pieces[OURS + relative.name] = piece.factors
+        pieces[OURS + related.name] = piece.factors
     return pieces
 
 
@@ -198,7 +200,7 @@ def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]
         factors: Factors of the module, by name of the part.
         split_sizes: Numbers of rows of the parts.
     """
-    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
+    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA_FACTORS}
     if not is_plain or len(split_sizes) < 2:
         return []
     blocks = diagonal_blocks(factors[UP], split_sizes)
@@ -218,19 +220,19 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
 
 def _height_to_cut(delta: Delta) -> int | None:
     """Return the number of rows of a change; None if it is not a matrix."""
-    size = delta.size()
+    size = delta.matrix_size()
     if size is not None:
         return size[0]
     return len(delta.factors[UP]) if UP in delta.factors else None
 
 
-def _find_rows(heights: Mapping[Relative, int], full_height: int) -> dict[Relative, slice | Tensor]:
+def _find_rows(heights: Mapping[RelatedModule, int], full_height: int) -> dict[RelatedModule, slice | Tensor]:
     """Return the rows of each part in the full weight; parts whose rows do not fit are left out."""
-    rows_by_part: dict[Relative, slice | Tensor] = {}
-    for relative, height in heights.items():
-        rows = part_rows(relative.part, height, full_height)
+    rows_by_part: dict[RelatedModule, slice | Tensor] = {}
+    for related, height in heights.items():
+        rows = find_rows_of_part(related.part, height, full_height)
         if rows is not None:
-            rows_by_part[relative] = rows
+            rows_by_part[related] = rows
     return rows_by_part
 
 
@@ -242,8 +244,8 @@ def _start_of(rows: slice | Tensor) -> int:
 def _part_of(delta: Delta, rows: slice | Tensor) -> Delta | None:
     """Return the delta for these rows; None if a kind cannot swap its halves."""
     if isinstance(rows, slice):
-        return delta.part(rows.start, rows.stop)
-    return delta.rows(rows)
+        return delta.slice_rows(rows.start, rows.stop)
+    return delta.select_rows(rows)
 
 
 def fuse(
@@ -291,11 +293,11 @@ def fuse(
 
 def _find_fused(
     name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
-) -> Relative | None:
+) -> RelatedModule | None:
     """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
-    for relative in relatives(name.removeprefix(OURS), family):
-        if not relative.is_part and (height is None or height(OURS + relative.name) is not None):
-            return relative
+    for related in find_related_modules(name.removeprefix(OURS), family):
+        if not related.is_part and (height is None or height(OURS + related.name) is not None):
+            return related
     return None
 
 
@@ -308,7 +310,7 @@ def _estimate_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
         part_paths.add(piece.part.theirs)
         heights = heights_by_path.setdefault(piece.part.ours, {})
         # None for an input rotation, whose tensors do not show it
-        height = read_delta(piece.factors).height()
+        height = read_delta(piece.factors).count_rows()
         if height is not None:
             heights[piece.part.index] = height
     estimates = {}
@@ -343,13 +345,13 @@ def _estimate_height(siblings: Sequence[WeightPart], known_heights: Mapping[int 
     reference = next((part for part in siblings if known_heights.get(part.index)), None)
     if reference is None:
         return 0
-    if not is_cut(reference):  # it covers the whole weight
+    if not is_row_slice(reference):  # it covers the whole weight
         return known_heights[reference.index]
     # default heights are relative: scale them so that the known part has its real height
     unit = known_heights[reference.index] // reference.default_height
     height = 0
     for part in siblings:
-        if not is_cut(part):
+        if not is_row_slice(part):
             continue
         part_height = known_heights.get(part.index)
         height += part_height or unit * part.default_height
@@ -381,10 +383,10 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, num_rows, is_for_model)
     # the rows of the weight that each part stands for
-    all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
+    all_rows = [find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
     if isinstance(all_rows[0], Tensor):  # a weight with swapped halves is its only part
-        swapped = read_delta(first.factors).rows(all_rows[0])
-        return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped.factors
+        swapped = read_delta(first.factors).select_rows(all_rows[0])
+        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input" if swapped is None else swapped.factors
     slices = [rows for rows in all_rows if isinstance(rows, slice)]
     if len(slices) < len(all_rows):
         return f"its parts do not fit into {num_rows} rows"
@@ -402,12 +404,14 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     for piece in pieces:
         rotation = read_delta(piece.factors).rotation
         if rotation is not None:
-            values.append(piece.factors[rotation.part])
+            values.append(piece.factors[rotation.factor_name])
             title = title or rotation.title
     # a part of the weight for which the file has no tensors is not rotated
     joined_paths = {piece.part.theirs for piece in pieces}
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
-    if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
+    if is_row_slice(first.part) and any(
+        is_row_slice(part) and part.theirs not in joined_paths for part in siblings
+    ):
         return f"{title} rotates only some of its parts"
     # parts without a rotation, or with different values
     if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
@@ -417,7 +421,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
     """Return whether these are the factors of a LoRA or DoRA for a linear layer, without a core."""
-    others = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
+    others = set(factors) - {"alpha", *LORA_FACTORS, MAGNITUDES, _BIAS}
     return not others and factors[UP].ndim == 2
 
 
@@ -432,9 +436,9 @@ def _find_error_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
     if not any(MAGNITUDES in factors for factors in parts):
         return ""
     if any(MAGNITUDES not in factors or read_delta(factors).has_input_magnitudes for factors in parts):
-        return f"only {OF_MAGNITUDES} magnitudes by output, for all of its rows, can be put together"
+        return f"only {MAGNITUDE_KIND_NAME} magnitudes by output, for all of its rows, can be put together"
     if sum(len(factors[MAGNITUDES]) for factors in parts) != height:
-        return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
+        return f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {height} rows"
     return ""
 
 
@@ -517,8 +521,8 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
     """Join parts that are not all plain LoRAs; return the factors, or why they cannot be joined."""
     slices: list[slice] = []
     for piece in pieces:
-        part_height = read_delta(piece.factors).height()
-        rows = part_rows(piece.part, part_height, height) if part_height else None
+        part_height = read_delta(piece.factors).count_rows()
+        rows = find_rows_of_part(piece.part, part_height, height) if part_height else None
         if isinstance(rows, slice):
             slices.append(rows)
     # a part that is no slice of rows was skipped above
@@ -552,16 +556,16 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
         height: Number of rows of the weight.
     """
     parts = [read_delta(part.factors) for part in placed]
-    if any(part.sets_weight for part in parts):
+    if any(part.replaces_weight for part in parts):
         return f"{deltas.SET} is only for some of its rows"
     if any(part.has_input_magnitudes for part in parts):
-        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
+        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the parts"
     magnitudes = [part.magnitudes for part in parts if part.magnitudes is not None]
     if magnitudes:  # then every row of the weight needs one
         covered = sum(part.rows.stop - part.rows.start for part in placed)
         if len(magnitudes) < len(parts) or covered < height:
-            return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
-    changes = [part.dense(deltas.CPU) for part in parts]
+            return f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {height} rows"
+    changes = [part.compute_change(deltas.CPU) for part in parts]
     # None: a part without a change of the weight, such as an input rotation
     input_shapes = {None if change is None else change.shape[1:] for change in changes}
     input_shape = input_shapes.pop()
@@ -570,7 +574,7 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
     joined = {"diff": _write_rows(placed, changes, torch.zeros(height, *input_shape))}
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
-    biases = [part.bias(deltas.CPU) for part in parts]
+    biases = [part.compute_bias_change(deltas.CPU) for part in parts]
     if any(bias is not None for bias in biases):
         joined["diff_b"] = _write_rows(placed, biases, torch.zeros(height))
     return joined
@@ -589,16 +593,20 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)
-    by_rows = delta.row_parts()  # names of tensors with one row per output; the parts share the others
+    by_rows = (
+        delta.find_factors_with_rows()
+    )  # names of tensors with one row per output; the parts share the others
     if by_rows is None or any(part.keys() != names for part in parts):
         return None
-    if ROWS in names:  # the parts keep the factors of the full layer; only magnitudes and biases are split
-        by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
-        size = delta.size()
-        if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
+    if (
+        ROW_RANGE in names
+    ):  # the parts keep the factors of the full layer; only magnitudes and biases are split
+        by_rows &= {MAGNITUDES, *deltas.BIAS_FACTORS}
+        size = delta.matrix_size()
+        if size is None or not _are_gapless([deltas.read_row_range(part) for part in parts], size[0]):
             return None
     # tensors that belong to the whole layer must be equal in all parts
-    shared = names - by_rows - {ROWS}
+    shared = names - by_rows - {ROW_RANGE}
     for name in shared:
         if not all(torch.equal(part[name], first[name]) for part in parts):
             return None
@@ -609,45 +617,45 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Turn parts with a `ROWS` entry, a form that files cannot contain, into parts with their own factors.
+    """Turn parts with a `ROW_RANGE` entry, which files cannot contain, into parts with their own factors.
 
-    A part with `ROWS` has the factors of the whole fused layer, and this entry says which rows are its own.
+    Such a part has the factors of the whole fused layer, and this entry says which rows are its own.
     If the factors cannot be cut into rows, the part gets the full difference of its rows.
 
     Raises:
         CheckpointError: If a part has magnitudes by input, because they belong to the full layer.
     """
     modules = deltas.group_by_module(tensors)
-    if not any(ROWS in factors for factors in modules.values()):
+    if not any(ROW_RANGE in factors for factors in modules.values()):
         return tensors
     resolved: dict[str, Factors] = {}
     for name, factors in modules.items():
-        resolved[name] = factors if ROWS not in factors else _resolve_part(name, factors)
+        resolved[name] = factors if ROW_RANGE not in factors else _resolve_part(name, factors)
     return deltas.ungroup(resolved)
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return one part's factors from those of the whole layer, whose `ROWS` entry has the part's rows."""
+    """Return one part's factors from those of the fused layer, whose `ROW_RANGE` has the part's rows."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(
-            f"{name} is a part of a joined layer whose {OF_MAGNITUDES} magnitudes are by input: they belong "
-            "to the whole layer, which this model has in parts.\n"
+            f"{name} is a part of a joined layer whose {MAGNITUDE_KIND_NAME} magnitudes are by input: they "
+            "belong to the whole layer, which this model has in parts.\n"
             "  Convert the file with the program that made it."
         )
-    start, stop = deltas.rows_in(factors)
+    start, stop = deltas.read_row_range(factors)
     # factors that can be cut stay small; the full change of the rows otherwise
-    cut_factors = delta.blocks(start, stop)
+    cut_factors = delta.factors_of_rows(start, stop)
     if cut_factors is not None:
         return cut_factors
-    change = delta.dense(deltas.CPU)
+    change = delta.compute_change(deltas.CPU)
     assert change is not None
     # every kind has one of the parts in MARKS
-    dtype = next(factors[part].dtype for part in factors if part in MARKS)
+    dtype = next(factors[part].dtype for part in factors if part in KIND_BY_FACTOR)
     resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
         resolved[MAGNITUDES] = factors[MAGNITUDES]
-    bias = delta.stored_bias()
+    bias = delta.bias_in_file_dtype()
     if bias is not None:
         resolved["diff_b"] = bias
     return resolved
@@ -673,14 +681,14 @@ def stack_rows(
     modules = deltas.group_by_module(tensors)
     for name, factors in modules.items():
         delta = read_delta(factors)
-        num_rows = delta.height() if name.endswith(ending) else None
+        num_rows = delta.count_rows() if name.endswith(ending) else None
         # another layer, or factors that do not show a number of rows
         if num_rows is None:
             continue
         stacked = None
         if num_rows % (3 * rule.head_width) == 0:  # q, k and v of each head
             row_order = stack_heads(torch.arange(num_rows), rule.head_width)
-            stacked = delta.rows(row_order)
+            stacked = delta.select_rows(row_order)
         if stacked is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {num_rows} rows, and its program has them by head, "
@@ -705,16 +713,16 @@ def mend_split_alphas(
     num_mended = 0
     for name, factors in deltas.group_by_module(tensors).items():
         # not a plain LoRA
-        if set(factors) != {"alpha", *LORA}:
+        if set(factors) != {"alpha", *LORA_FACTORS}:
             continue
         down = factors[DOWN]
         up = factors[UP]
         alpha = factors["alpha"]
         if f"{float(alpha):g}" != trained_alpha:
             continue  # the alpha has already been adapted to the joined rank
-        parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
+        parts = [related.part for related in find_related_modules(name.removeprefix(OURS)) if related.is_part]
         # a module of these names can be fused of so many parts
-        num_parts = len({part.index for part in parts if is_cut(part)})
+        num_parts = len({part.index for part in parts if is_row_slice(part)})
         row_counts = fused_sizes(num_parts, len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:
             mended[f"{name}.alpha"] = alpha * len(row_counts)  # like the joined rank, k times that of a part

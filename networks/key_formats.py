@@ -12,14 +12,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import PARTS, ROWS, SET
+from networks.deltas import FACTOR_NAMES, ROW_RANGE, SET_WEIGHT
 from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
-from networks.kinds.composing import FLAT
+from networks.kinds.composing import STORED_AS_VECTOR
 from networks.kinds.factors import Factors
 from networks.module_names import FAMILIES, alias, have_same_names, likely_families, module_path, sizes_fit
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
-from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
+from networks.rewriting import GLOBAL_ALPHA_KEYS, NEEDS_REWRITING, Rewritten, rewrite
 from networks.tensor_names import (
     IN_OUR_NAMES,
     ParsedKey,
@@ -70,7 +70,9 @@ class NativeTensors:
     clash: tuple[str, str] | None  # two keys with the same meaning and different values
     # our name of a module -> its path in the file, without prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
-    stacked: Mapping[str, int]  # our name of a module -> number of LoRAs that were joined into its factors
+    joined_lora_counts: Mapping[
+        str, int
+    ]  # our name of a module -> number of LoRAs that were joined into its factors
     families: tuple[FamilyNames, ...]  # families that have such names and sizes
     family_name: str | None  # the only family whose files have this form of names; None if there are several
     unknown_names: str  # description of the names if no family has them; else ""
@@ -105,10 +107,10 @@ def to_native(
         with_texts: Whether to rename tensors of text encoders too.
     """
     # files must not contain our internal marker
-    internal = tuple(key for key in tensors if ROWS in key)
+    internal = tuple(key for key in tensors if ROW_RANGE in key)
     rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
     # some programs' fused or numbered factors become one LoRA for each module
-    if any(MARKS.search(key) for key in rewritten.tensors):
+    if any(NEEDS_REWRITING.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
 
     # the family: by the dialect, by module names and sizes, and by the form of the names
@@ -149,22 +151,22 @@ def to_native(
         repeated=repeated,
         clash=_find_clash(repeated, rewritten.tensors),
         paths={modules[parsed.path]: parsed.path for parsed in keys.in_dit.values()},
-        stacked=_count_stacked(rewritten.stacked, names),
+        joined_lora_counts=_count_stacked(rewritten.joined_lora_counts, names),
         families=tuple(families),
         family_name=family_name,
         unknown_names=unknown_names,
     )
 
 
-def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
+def _count_stacked(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
     """Count the LoRAs that were joined into each module's factors, by our name of the module.
 
     Args:
-        stacked: Key of a joined factor -> number of factors that were joined into it.
+        joined_lora_counts: Key of a joined factor -> number of factors that were joined into it.
         names: Key -> our name of the tensor.
     """
     counts: dict[str, int] = {}
-    for key, count in stacked.items():
+    for key, count in joined_lora_counts.items():
         if key in names:
             module = names[key].partition(".")[0]
             counts[module] = count
@@ -185,7 +187,12 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
         module, _, part = key.partition(".")
         path = module.removeprefix(OURS)
         # another prefix, an unknown part, another program's spelling, or no module of the family
-        if path == module or part not in PARTS or FLAT.search(key) or module_path(path, family) is None:
+        if (
+            path == module
+            or part not in FACTOR_NAMES
+            or STORED_AS_VECTOR.search(key)
+            or module_path(path, family) is None
+        ):
             return None
         paths[module] = path
     return NativeTensors(
@@ -197,7 +204,7 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
         repeated={},
         clash=None,
         paths=paths,
-        stacked={},
+        joined_lora_counts={},
         families=(family,),
         family_name=None,
         unknown_names="",
@@ -214,7 +221,7 @@ def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
             keys.in_texts[key] = parsed_text
         elif parsed is not None:
             keys.in_dit[key] = parsed
-        elif key not in FOR_ALL:
+        elif key not in GLOBAL_ALPHA_KEYS:
             keys.unknown.append(key)
     return keys
 
@@ -319,14 +326,14 @@ def _rename(
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
     renamed: dict[str, Tensor] = {}
-    for key in FOR_ALL:
+    for key in GLOBAL_ALPHA_KEYS:
         if key in tensors:
             renamed |= {f"{module}.alpha": tensors[key] for module in modules}
     # `names` has a name for each key; of several keys with one name, the first is used
     for name in names.values():  # an alpha of a module replaces the alpha for all
         key = first_keys[name]
         tensor = tensors[key]
-        if FLAT.search(key):  # a vector of magnitudes becomes a column
+        if STORED_AS_VECTOR.search(key):  # a vector of magnitudes becomes a column
             inner_axes = max(tensor.ndim - 1, 1)
             tensor = tensor.reshape(-1, *[1] * inner_axes)
         renamed[name] = tensor
@@ -357,9 +364,9 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     if not any(experts.values()):
         return {None: names}
     by_expert: dict[str | None, list[str]] = {}
-    alpha_names = [name for name in names if name in FOR_ALL]
+    alpha_names = [name for name in names if name in GLOBAL_ALPHA_KEYS]
     for name, expert in experts.items():
-        if name not in FOR_ALL:
+        if name not in GLOBAL_ALPHA_KEYS:
             expert = expert or find_networks()[IN_DIFFUSERS]  # the first network has no number
             # each group begins with the alphas for all modules
             by_expert.setdefault(expert, [*alpha_names]).append(name)
@@ -381,13 +388,13 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
     """
-    path, _, leaf = name.rpartition(".")
-    if leaf not in _LEAVES:
+    path, _, parameter_name = name.rpartition(".")
+    if parameter_name not in _LEAVES:
         path = name
-        leaf = "weight"
+        parameter_name = "weight"
     for prefix in _MODEL_PREFIXES:
         path = path.removeprefix(prefix)
-    return path.replace(".", "_"), leaf
+    return path.replace(".", "_"), parameter_name
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
@@ -410,12 +417,12 @@ def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
     """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
-    if delta.is_part:  # the factors are those of a larger layer
-        size = delta.size()
-        return None if size is None else (delta.height() or 0, size[1])
-    full = delta.factors.get("diff", delta.factors.get(SET))
+    if delta.has_row_range:  # the factors are those of a larger layer
+        size = delta.matrix_size()
+        return None if size is None else (delta.count_rows() or 0, size[1])
+    full = delta.factors.get("diff", delta.factors.get(SET_WEIGHT))
     try:
-        shape = delta.shape() if full is None else tuple(full.shape)
+        shape = delta.change_shape() if full is None else tuple(full.shape)
     except MismatchError:  # not reported here, because messages about damaged files name the family too
         return None
     if not shape or 0 in shape:

@@ -15,11 +15,11 @@ from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, unfold
 from networks.delta import read_deltas
-from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
+from networks.deltas import SET_WEIGHT, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.fused_parts import mend_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
-from networks.kinds.composing import OF_MAGNITUDES, list_additive, list_read_kinds
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive, list_read_kinds
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
 from networks.metadata import (
@@ -30,7 +30,13 @@ from networks.metadata import (
     layout_hash,
     metadata_of,
 )
-from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
+from networks.module_names import (
+    find_related_modules,
+    have_same_names,
+    module_path,
+    on_text_side,
+    read_family,
+)
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames, GrownBlocks
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
@@ -329,8 +335,8 @@ def _read_part(
         names = [*replaced, *replaced_texts]
         if names:
             logger.warning(
-                f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as "
-                f"in ComfyUI: {list_some(names, 2)}"
+                f"{path}: {SET_WEIGHT} takes the place of the other parts of "
+                f"{count_of(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
@@ -393,7 +399,8 @@ def _recognize(
     if has_frozen_norms:
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
-            f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
+            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its writer has them "
+            "there"
         )
     if not native.tensors and not native.texts:
         raise _make_no_lora_error(path, stored)
@@ -532,7 +539,7 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
         paths: Our module name -> its path as written in the file.
     """
     for name, path in paths.items():
-        for relative in relatives(name.removeprefix(OURS), family):
+        for relative in find_related_modules(name.removeprefix(OURS), family):
             part_path = paths.get(OURS + relative.name) if relative.is_part else None
             if part_path is not None:
                 yield path, part_path
@@ -630,7 +637,7 @@ class LoraUse:
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
 
-    def keeps(self, factors: Iterable[str], *names: str) -> bool:
+    def selects(self, factors: Iterable[str], *names: str) -> bool:
         """Return whether the patterns select any factor of a module.
 
         Args:
@@ -692,7 +699,7 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
         for tensor in (*part.tensors, *part.text_tensors):
             module, _, factor = tensor.partition(".")
             names.add(f"{module}.{factor}")
-            for relative in relatives(module.removeprefix(OURS)):
+            for relative in find_related_modules(module.removeprefix(OURS)):
                 names.add(f"{OURS}{relative.name}.{factor}")
     return names
 
@@ -805,7 +812,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
 
 def _keeps_any(use: LoraUse, modules: Mapping[str, Factors]) -> bool:
     """Return whether the patterns of a LoRA select any of these modules."""
-    return any(use.keeps(factors, name) for name, factors in modules.items())
+    return any(use.selects(factors, name) for name, factors in modules.items())
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:

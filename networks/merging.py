@@ -23,7 +23,7 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, LORA, group_by_module, hollow, strength
+from networks.deltas import CPU, LORA_FACTORS, group_by_module, hollow, strength
 from networks.depth_variants import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
@@ -495,7 +495,7 @@ def _list_summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
         lora = use.lora
         tensors = {**in_own_form(lora.tensors, lora.family()), **lora.text_tensors}
         for name, factors in group_by_module(tensors).items():
-            if set(factors) - {"alpha"} != set(LORA):
+            if set(factors) - {"alpha"} != set(LORA_FACTORS):
                 raise CheckpointError(
                     f"{lora.path} cannot be merged into a LoRA: {name} has {', '.join(sorted(factors))}.\n"
                     "  Only plain LoRAs can; merge it into the model instead.",

@@ -337,7 +337,7 @@ def count_parts(path: str) -> set[int]:
 
 
 @dataclass(frozen=True)
-class Relative:
+class RelatedModule:
     """A module of another layout whose weight is a part of a given module's weight, or contains it."""
 
     name: str  # underscored
@@ -346,12 +346,12 @@ class Relative:
 
 
 @cache
-def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
+def find_related_modules(name: str, family: FamilyNames | None = None) -> tuple[RelatedModule, ...]:
     """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
 
     A name may belong to our layout in one family and to another layout in a second family; both count.
     """
-    distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
+    distinct: dict[tuple[str, int | None, bool], RelatedModule] = {}  # families share names and parts
     for template, number in _find_relations(family).all(name):
         relative = replace(template, name=template.name.replace("{n}", number).replace(".", "_"))
         if relative.name == name and relative.part.index is None:
@@ -361,9 +361,9 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 
 
 @cache
-def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
-    """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
-    pairs: list[tuple[str, Relative]] = []
+def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
+    """Return the related modules of each module, in a family or in all, with `{n}` for block numbers."""
+    pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
         parts = [*each_family.parts, *each_family.joined]
         # an alias relates two names only if it is also the name of another family's module
@@ -376,10 +376,10 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
             for theirs, ours in each_family.aliases:
                 if theirs.replace(".", "_") in foreign_names:
                     parts.append(WeightPart(theirs, ours))
-        # `theirs` is a name in the other layout, `ours` the weight here; each is the relative of the other
+        # `theirs` is a name in the other layout, `ours` the weight here; each is related to the other
         for part in parts:
-            pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
-            pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))
+            pairs.append((part.ours, RelatedModule(part.theirs, part, is_part=True)))
+            pairs.append((part.theirs, RelatedModule(part.ours, part, is_part=False)))
     return _Table(pairs)
 
 

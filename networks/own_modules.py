@@ -423,10 +423,10 @@ def _factors_for(
     by_name: Mapping[str, PlacedModule], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert tensors of any layout to the model's modules; return the factors by module name."""
-    from networks.fused_parts import for_model  # only for a file or a state
+    from networks.fused_parts import convert_fused_layers  # only for a file or a state
 
     heights = {name: len(placed.module.weight) for name, placed in by_name.items()}
-    return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
+    return group_by_module(add_missing_alphas(convert_fused_layers(tensors, heights.get)))
 
 
 def _list_encoder_modules(encoder: nn.Module) -> Iterator[PlacedModule]:

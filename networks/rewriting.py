@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from networks.delta import read_delta
-from networks.deltas import LORA, OF_BIAS, SET, strength
+from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, strength
 from networks.fused_parts import joined_blocks
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
@@ -42,19 +42,19 @@ _FUSED_PARTS = {
     "kv": ("to_k", "to_v"),
 }
 # names of a tensor that is the alpha of all modules without their own
-FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
+GLOBAL_ALPHA_KEYS = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
     """The tensors of a LoRA file after fused and numbered factors became one LoRA per module."""
 
     tensors: dict[str, Tensor]
-    stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
+    joined_lora_counts: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
     family_name: str = ""  # the only family with files of this form; "" if there are several
 
 
 # matches a name in files that `rewrite` changes; of numbered factors, the one with the number 1
-MARKS = re.compile(
+NEEDS_REWRITING = re.compile(
     r"\.processor\.|to_(?:added_)?q?kv\.|\.lora_(?:A|B|down|up)\.1\.weight|[._]1\.lora_(?:A|B|down|up)\.weight"
 )
 
@@ -130,7 +130,7 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 piece = separate_loras[index]
             else:
                 # the full down factor, and the rows of the up factor
-                piece = delta.part(first_row, last_row).factors
+                piece = delta.slice_rows(first_row, last_row).factors
             for part, tensor in piece.items():
                 ending = endings.get(part, part)
                 result[f"{layer.start}{part_name}.{ending}"] = tensor
@@ -165,7 +165,7 @@ def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
     remaining rows equally.
     """
-    size = read_delta(factors).size()
+    size = read_delta(factors).matrix_size()
     if size is None:
         return ()
     full_height, width = size
@@ -184,7 +184,11 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether all factors that are cut by rows have the rows of the full layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
-    by_rows = (read_delta(factors).row_parts() or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
+    by_rows = (read_delta(factors).find_factors_with_rows() or set()) | factors.keys() & {
+        "diff",
+        SET_WEIGHT,
+        *BIAS_FACTORS,
+    }
     return all(len(factors[part]) == height for part in by_rows)
 
 
@@ -194,8 +198,10 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     Modules without their own alpha have the alpha for all modules, if the file has one.
     """
     joined = dict(tensors)
-    stacked: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
-    alphas_for_all = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
+    joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
+    alphas_for_all = [
+        tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors and tensors[key].numel() == 1
+    ]
     alpha_for_all = alphas_for_all[0] if alphas_for_all else None
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
@@ -210,8 +216,8 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
         joined.pop(f"{module}.alpha", None)
         for part, tensor in _build_diagonal(pieces).items():
             joined[f"{module}.{part}"] = tensor
-        stacked[f"{module}.{DOWN}"] = len(pieces)
-    return Rewritten(joined, stacked)
+        joined_lora_counts[f"{module}.{DOWN}"] = len(pieces)
+    return Rewritten(joined, joined_lora_counts)
 
 
 def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:
@@ -223,7 +229,7 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
         return False
     if len(numbers) not in count_parts(module):  # no model fuses so many parts into this module
         return False
-    return all(set(LORA) <= set(piece) and piece[UP].ndim == 2 for piece in pieces)
+    return all(set(LORA_FACTORS) <= set(piece) and piece[UP].ndim == 2 for piece in pieces)
 
 
 def _order_pieces(

@@ -21,7 +21,7 @@ from torch import Tensor
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.media.reading import read_image
-from networks.gated_loras import AddedPart
+from networks.gated_loras import LoraBranch
 from stable_diffusion.contract import RequestedImage, TextState, UnetCall, UnetHook
 
 _CHANNELS = 3
@@ -133,7 +133,7 @@ class Regions:
     def __init__(
         self,
         unet: Any,
-        layers: Sequence[Mapping[str, AddedPart]] | None = (),
+        layers: Sequence[Mapping[str, LoraBranch]] | None = (),
         color_codes: int | None = None,
     ) -> None:
         """Prepare a U-Net for regional prompts.
@@ -181,8 +181,8 @@ class Regions:
             if any(image.mask is not None for image in pictures):  # LoRA i acts in the region of part i
                 for index, layers in enumerate(self._layers):
                     for name, layer in layers.items():
-                        changes.callback(setattr, layer, "region", None)
-                        layer.region = batch.region_of(index, name)
+                        changes.callback(setattr, layer, "apply_region", None)
+                        layer.apply_region = batch.region_of(index, name)
             yield batch.begin
 
 

@@ -97,7 +97,7 @@ def _compute_ratio_of_norms(
 ) -> Tensor:
     """Return the norm of each row of the frozen weight divided by that of the changed weight, on the CPU."""
     delta = read_delta(factors)
-    change = delta.dense(device)
+    change = delta.compute_change(device)
     assert change is not None
     weight, path = weight_of(name, len(change), lora, weights)
     Change(LoraUse(lora), delta).fit(None, weight, name, str(path))  # raises CheckpointError if shapes differ

@@ -45,7 +45,7 @@ class LokrAlgebra(Algebra):
         padded = (*first, *[1] * (len(second) - len(first)))
         return tuple(size * other_size for size, other_size in zip(padded, second, strict=True))
 
-    def change(self, factors: Factors, scale: float) -> Tensor | None:
+    def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return the Kronecker product of the two matrices."""
         if not any(part in factors for part in _FIRST):
             return None
@@ -59,11 +59,11 @@ class LokrAlgebra(Algebra):
         scaled = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
         return torch.kron(scaled, second.contiguous())
 
-    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+    def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
         """Return None for a LoKr, because a row of the change comes from rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
-    def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+    def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
         """Return the factors of rows that begin and end between copies of the large matrix; else None."""
         first = next(part for part in _FIRST if part in factors)
         block_height = height // len(factors[first])  # rows of the large matrix, k

@@ -77,7 +77,8 @@ def model(path: Path) -> dict[str, Tensor]:
 
 def deltas(path: Path) -> dict[str, Tensor]:
     found = {
-        name: read_delta(factors).dense(CPU) for name, factors in group_by_module(load_file(path)).items()
+        name: read_delta(factors).compute_change(CPU)
+        for name, factors in group_by_module(load_file(path)).items()
     }
     return {name: delta for name, delta in found.items() if delta is not None}
 
@@ -200,7 +201,7 @@ def test_a_lora_is_extracted_as_recorded(tmp_path: Path, quantile: float) -> Non
         if name.endswith(".weight")
     }
     for module in CASE["extract"]["tuned"]["modules"]:
-        delta = read_delta(first[module]).dense(CPU)
+        delta = read_delta(first[module]).compute_change(CPU)
         assert delta is not None
         noise = draw(f"golden-a/input/flux_lora_tools/noise/{module}", list(delta.shape))
         tuned[paths[module]] = weights[paths[module]] + 0.5 * delta + 0.002 * torch.from_numpy(noise).float()
