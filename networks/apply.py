@@ -24,6 +24,7 @@ from networks.deltas import CPU, ROW_RANGE, SET_WEIGHT
 from networks.depth_variants import fit_depths
 from networks.fused_parts import (
     FusedPiece,
+    FusionError,
     find_default_rows,
     find_rows_of_part,
     is_row_slice,
@@ -359,8 +360,8 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
             rotated_parts.setdefault(id(change.use), []).append(part)
     equal_parts: dict[int, list[str]] = {}  # id of the `LoraUse` -> keys of its parts with equal rotations
     for use_id, parts in rotated_parts.items():
-        joined = join_rotations(parts)  # a string says why they cannot be joined
-        if not isinstance(joined, str):
+        with contextlib.suppress(FusionError):
+            join_rotations(parts)  # raises if they are not equal
             equal_parts[use_id] = [part.name for part in parts]
     remaining: list[FoundChange] = []
     for found in found_changes:
@@ -428,14 +429,13 @@ def _round_into(
         start: Number of elements of the parameter that precede these.
     """
     is_small_weight = start == 0 and weight.numel() <= SMALL_WEIGHT
-    change = total.clone() if is_small_weight else None
+    change = total.clone() if random_rounding is not None and is_small_weight else None
     total.add_(original)
-    if random_rounding is not None:
-        if change is not None:
-            # several draws; the one that alters the change least is used
-            random_rounding.round_small(total, change)
-        else:
-            random_rounding.round(total, start)
+    if random_rounding is not None and change is not None:
+        # several draws; the one that alters the change least is used
+        random_rounding.round_small(total, change)
+    elif random_rounding is not None:
+        random_rounding.round(total, start)
     weight.copy_(total)
 
 

@@ -41,9 +41,7 @@ class Delta:
     """The factors of one module in a file, and how they change the module's weight and bias."""
 
     factors: Factors  # by the ending of the tensor's name: "lora_up.weight" -> tensor
-    algebras: tuple[
-        Algebra, ...
-    ]  # computations with the factors, one object for each kind (LoRA, LoKr, DoRA)
+    kinds: tuple[Algebra, ...]  # how each kind (LoRA, LoKr, DoRA) computes with its factors
     # whether a tensor replaces the model's weight, as in ComfyUI
     replaces_weight: bool = field(init=False)
     # whether a tensor is as large as the weight: a full difference or a replacement
@@ -54,8 +52,8 @@ class Delta:
     normalization: Magnitudes | None = field(init=False)  # that of DoRA; None: the weight is not normalized
 
     def __post_init__(self) -> None:
-        rotations = (algebra.rotation for algebra in self.algebras if algebra.rotation is not None)
-        normalizations = (algebra.magnitudes for algebra in self.algebras if algebra.magnitudes is not None)
+        rotations = (kind.rotation for kind in self.kinds if kind.rotation is not None)
+        normalizations = (kind.magnitudes for kind in self.kinds if kind.magnitudes is not None)
         self.replaces_weight = SET_WEIGHT in self.factors
         self.has_full_matrix = SET_WEIGHT in self.factors or "diff" in self.factors
         self.has_row_range = ROW_RANGE in self.factors
@@ -105,8 +103,8 @@ class Delta:
                 factors[name] = tensor.to(device, torch.float32)
         changes = [factors["diff"].clone()] if "diff" in factors else []
         alpha_by_rank = strength(self.factors)
-        for algebra in self.algebras:
-            change = algebra.compute_change(factors, alpha_by_rank)
+        for kind in self.kinds:
+            change = kind.compute_change(factors, alpha_by_rank)
             if change is not None:
                 changes.append(change)
         if not changes:
@@ -129,8 +127,8 @@ class Delta:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.factors.items()}
         change_shapes = [shapes["diff"]] if "diff" in shapes else []  # they are added, so all must be equal
         try:
-            for algebra in self.algebras:
-                shape = algebra.shape(shapes)
+            for kind in self.kinds:
+                shape = kind.shape(shapes)
                 if shape is not None:
                     change_shapes.append(shape)
         except (KeyError, IndexError, ValueError) as error:
@@ -236,10 +234,9 @@ class Delta:
         factors = dict(self.factors)
         for name in _FULL_SIZE_FACTORS & self.factors.keys():
             factors[name] = self.factors[name][rows]
-        for algebra in self.algebras:
-            sliced_factors = algebra.select_rows(
-                self.factors, rows
-            )  # only those that have the rows, such as up
+        for kind in self.kinds:
+            # of those factors that have the rows, such as up
+            sliced_factors = kind.select_rows(self.factors, rows)
             if sliced_factors is None:
                 return None
             factors.update(sliced_factors)
@@ -265,8 +262,8 @@ class Delta:
     def find_factors_with_rows(self) -> set[str] | None:
         """Return the names of factors with one row per row of the weight; None if rows cannot be cut out."""
         all_names = set(self.factors.keys() & _FULL_SIZE_FACTORS)
-        for algebra in self.algebras:
-            factor_names = algebra.find_factors_with_rows(self.factors)
+        for kind in self.kinds:
+            factor_names = kind.find_factors_with_rows(self.factors)
             if factor_names is None:
                 return None
             all_names |= factor_names
@@ -283,15 +280,15 @@ class Delta:
             return None
         num_rows, _ = size
         layer_factors = {name: tensor for name, tensor in self.factors.items() if name != ROW_RANGE}
-        for algebra in self.algebras:
-            factors = algebra.factors_of_rows(layer_factors, num_rows, start, stop)
+        for kind in self.kinds:
+            factors = kind.factors_of_rows(layer_factors, num_rows, start, stop)
             if factors is not None:
                 return factors
         return None
 
     def describe_indivisible_kind(self) -> str:
         """Return the name of the kind that cannot be cut by rows, such as "a LoKr"."""
-        titles = (algebra.indivisible for algebra in self.algebras if algebra.indivisible)
+        titles = (kind.indivisible for kind in self.kinds if kind.indivisible)
         return next(titles, "this network")
 
     # --- errors
@@ -304,8 +301,8 @@ class Delta:
         for name, tensor in self.factors.items():
             if name not in _NOT_IN_PRODUCT and (tensor.ndim < 2 or not tensor.numel()):
                 return f"its {name} has the shape {list(tensor.shape)}"
-        for algebra in self.algebras:
-            error = None if algebra.find_error is None else algebra.find_error(self.factors)
+        for kind in self.kinds:
+            error = None if kind.find_error is None else kind.find_error(self.factors)
             if error is not None:
                 return error
         return self._find_wrong_value() or self._find_mismatch()
@@ -385,14 +382,14 @@ class Delta:
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the change of each module of a file; kinds are looked up once for modules with equal parts."""
-    algebras: dict[frozenset[str], tuple[Algebra, ...]] = {}
+    """Return the change of each module of a file; kinds are looked up once for modules with equal factors."""
+    kinds_by_names: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
         factor_names = frozenset(factors)
-        if factor_names not in algebras:
-            algebras[factor_names] = _find_algebras(factor_names)
-        deltas[module] = Delta(factors, algebras[factor_names])
+        if factor_names not in kinds_by_names:
+            kinds_by_names[factor_names] = _find_algebras(factor_names)
+        deltas[module] = Delta(factors, kinds_by_names[factor_names])
     return deltas
 
 
@@ -402,9 +399,9 @@ def read_delta(factors: Factors) -> Delta:
 
 
 def _find_algebras(factor_names: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the computations (`Algebra`) of each kind that has one of these parts, or several."""
+    """Return the computations (`Algebra`) of each kind that has one of these factors, or several."""
     factor_names = set(factor_names)
-    algebras = []
+    algebras: list[Algebra] = []
     for kind in KINDS:
         algebra = None if factor_names.isdisjoint(kind.parts) else kind.load_algebra()
         if algebra is not None:

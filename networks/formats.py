@@ -34,11 +34,8 @@ from networks.own_kinds import OWN_MODULES
 
 logger = getLogger(__name__)
 
-TARGETS = {
-    KNOWN: "default",
-    COMFYUI: "other",
-    DIFFUSERS: "diffusers",
-}  # -> value of --target of convert_lora.py
+# format -> value of --target of convert_lora.py
+TARGETS = {KNOWN: "default", COMFYUI: "other", DIFFUSERS: "diffusers"}
 _OTHERWISE = "Use --lora_format known"
 
 
@@ -117,16 +114,14 @@ class LoraFormat:
                 in_dit[module] = factors
             else:
                 text_modules[module] = factors
-        # the DiT: modules are grouped by alpha / rank, which the metadata record for each rank
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
-        strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
-        for strength, group in self._by_strength(in_dit).items():
+        folded_strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank that were folded
+        for strength, group in self._group_by_strength(in_dit).items():
             converted = self._convert_dit(group, is_folded=strength is not None)
             written |= converted.tensors
             left_out |= converted.left_out
-            _note_strength(strengths, converted.tensors, strength)
-        # text encoders
+            _record_strength(folded_strengths, converted.tensors, strength)
         if self.name == COMFYUI:
             written |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
         if self.name == DIFFUSERS:
@@ -134,10 +129,10 @@ class LoraFormat:
                 text = texts_to_diffusers(deltas.ungroup({module: text_factors}))
                 written |= text.tensors
                 left_out |= text.left_out
-                _note_strength(strengths, text.tensors, deltas.strength(text_factors))
-        return Formatted(written, _metadata_of_strengths(strengths), left_out)
+                _record_strength(folded_strengths, text.tensors, deltas.strength(text_factors))
+        return Formatted(written, _metadata_of_strengths(folded_strengths), left_out)
 
-    def _by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
+    def _group_by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None is the key of modules that keep their alphas."""
         # if ComfyUI reads names with underscores (HunyuanImage-2.1), it reads alphas too
         keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored
@@ -158,17 +153,15 @@ class LoraFormat:
         from networks.writing import in_own_form, in_target  # not for the default format
 
         native = in_own_form(tensors, self.family)
-        # keeps the product: alpha / rank goes into the factors, which then need no alpha
         if is_folded:
-            folded = {
-                name: deltas.fold_strength(factors)
-                for name, factors in deltas.group_by_module(native).items()
-            }
-            native = deltas.ungroup(folded)
+            modules = deltas.group_by_module(native)
+            native = deltas.ungroup(
+                {name: deltas.fold_strength(factors) for name, factors in modules.items()}
+            )
         return in_target(native, self.family, TARGETS[self.name])
 
 
-def _note_strength(
+def _record_strength(
     strengths: dict[int, set[float]], written: Mapping[str, Tensor], strength: float | None
 ) -> None:
     """Add `strength`, the alpha / rank folded into the written modules, to `strengths`; None adds nothing."""
@@ -248,11 +241,13 @@ def find_error(
             return error
     if name == COMFYUI:
         return None
-    # text encoders whose LoRAs diffusers does not read
-    unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
-    if unread:
+    unsupported: list[str] = []  # text encoders whose LoRAs diffusers does not read
+    for prefix, encoder in texts.items():
+        if prefix not in family.texts_in_diffusers:
+            unsupported.append(encoder)
+    if unsupported:
         return (
-            f"diffusers' pipeline of this model loads no LoRA for the text encoder {unread[0]}, which learns "
-            f"here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
+            f"diffusers' pipeline of this model loads no LoRA for the text encoder {unsupported[0]}, which "
+            f"learns here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
         )
     return None

@@ -226,7 +226,7 @@ class LoraBranch:
         return self._run_operation(x.to(out.dtype), weight)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return the additions by parameter name, float32; for `replaces_weight`, the replacement weight."""
+        """Return what is added to each parameter, by name, float32; or the weight that replaces it."""
         if self.rotation is not None and self._rotation_values is not None:
             rotations = self.rotation.compute_rotations(self._rotation_values, self.multiplier)
             return {self.target.parameter_name: self.rotation.weight_change(self.target.parameter, rotations)}
@@ -234,10 +234,8 @@ class LoraBranch:
         if self._full_delta is not None and self.replaces_weight:
             changes[self.target.parameter_name] = self._full_delta.factors[SET_WEIGHT].to(torch.float32)
         elif self._full_delta is not None:
-            device = self.target.parameter.device
-            changes[self.target.parameter_name] = (
-                self._compute_full_addition(self._full_delta, device) * self.multiplier
-            )
+            addition = self._compute_full_addition(self._full_delta, self.target.parameter.device)
+            changes[self.target.parameter_name] = addition * self.multiplier
         if self._bias is not None:
             changes["bias"] = self._bias * self.multiplier
         return changes

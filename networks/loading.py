@@ -13,7 +13,7 @@ from checkpoints.opening import open_checkpoint, reject_quantized
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
-from networks.alphas import read_alphas, unfold
+from networks.alphas import read_alphas, restore_folded_alphas
 from networks.delta import read_deltas
 from networks.deltas import SET_WEIGHT, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.fused_parts import mend_split_alphas, stack_rows
@@ -324,11 +324,11 @@ def _read_part(
         expert: Expert of the part; None if names in the file do not show it.
         is_own: Whether the file was written by us.
     """
-    tensors, texts = dict(native.tensors), dict(native.texts)
+    tensors, texts = dict(native.tensors), dict(native.text_tensors)
     # FOLDED: metadata entry with alpha / rank for each rank
     if is_own and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
-        tensors = unfold(tensors, metadata)
-        texts = unfold(texts, metadata)
+        tensors = restore_folded_alphas(tensors, metadata)
+        texts = restore_folded_alphas(texts, metadata)
     if not is_own:  # other programs also write parts that change nothing
         tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
         texts, replaced_texts = drop_replaced(drop_unused_alphas(texts))
@@ -339,9 +339,9 @@ def _read_part(
                 f"{count_of(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
-    native = replace(native, tensors=tensors, texts=texts)
+    native = replace(native, tensors=tensors, text_tensors=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
-    _reject_faulty(path, modules, native.unknown)
+    _reject_faulty(path, modules, native.unknown_keys)
     alphas_in_words = ""
     # only kinds with a rank are scaled by an alpha
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
@@ -352,7 +352,7 @@ def _read_part(
             expert=expert,
             is_written_here=is_own,
         )
-        alphas_in_words = alphas.words
+        alphas_in_words = alphas.description
         # alphas of the transformer carry its prefix, all others are for text encoders
         in_dit = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
         in_texts = {name: alpha for name, alpha in alphas.tensors.items() if name not in in_dit}
@@ -402,7 +402,7 @@ def _recognize(
             f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its writer has them "
             "there"
         )
-    if not native.tensors and not native.texts:
+    if not native.tensors and not native.text_tensors:
         raise _make_no_lora_error(path, stored)
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
@@ -411,7 +411,7 @@ def _recognize(
     if native.family is not None and native.family.rows_by_head is not None:
         tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
         native = replace(native, tensors=tensors)
-    if native.text_encoder or native.repeated or native.unknown:
+    if native.unnamed_text_keys or native.duplicate_keys or native.unknown_keys:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
     return native, metadata
 
@@ -428,7 +428,7 @@ def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) ->
 
 def _reject_clash(path: Path, native: NativeTensors) -> None:
     """Raise CheckpointError if a file changes one layer under two names."""
-    clash = native.clash or _named_twice(native)
+    clash = native.conflicting_keys or _named_twice(native)
     if clash:
         first, second = clash
         raise CheckpointError(
@@ -472,7 +472,7 @@ def _describe_part(
         expert: Expert of the part; None if names in the file do not show it.
     """
     modules = count_of(len(group_by_module(native.tensors)), "module")
-    num_text_modules = len(group_by_module(native.texts))
+    num_text_modules = len(group_by_module(native.text_tensors))
     if num_text_modules:
         modules = f"{modules} and {num_text_modules} of text encoders"
     clauses = [modules, dialect_in_words(native.dialect)]
@@ -524,7 +524,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
-        pair = next(_find_pairs(family, native.paths), None)
+        pair = next(_find_pairs(family, native.paths_in_file), None)
         if pair is None:
             return None
         pairs.append(pair)
@@ -555,13 +555,13 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
         total: Number of all keys in the file.
     """
     ignored = (
-        (native.text_encoder, "tensors of a text encoder are ignored"),
-        (list(native.repeated), "tensors of parts named once more are ignored"),
+        (native.unnamed_text_keys, "tensors of a text encoder are ignored"),
+        (list(native.duplicate_keys), "tensors of parts named once more are ignored"),
     )
     for keys, what in ignored:
         if keys:
             logger.warning(f"{path}: {count_words(len(keys), what)}: {list_some(keys)}")
-    kinds = sort_by_kind(native.unknown, partial(kind_of_tensor, family))
+    kinds = sort_by_kind(native.unknown_keys, partial(kind_of_tensor, family))
     for kind, names in kinds.items():
         warn_of_unused_parts(
             path,

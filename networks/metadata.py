@@ -181,10 +181,10 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     hollow_tensors = {name: hollow(checkpoint.tensors[name]) for name in names}
     native = key_formats.to_native(hollow_tensors, hint)
     in_dit = group_by_module(native.tensors)
-    in_texts = group_by_module(native.texts)
+    in_texts = group_by_module(native.text_tensors)
     modules = in_dit | in_texts
     # in a whole model, some names may look like those of a LoRA
-    if not modules or 2 * len(native.unknown) > len(names):
+    if not modules or 2 * len(native.unknown_keys) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
     # no family has these names: believe the metadata

@@ -125,7 +125,7 @@ def _choose(
                 rank=size.rank,
                 alpha=size.alpha,
                 split_sizes=settings.split_sizes_of(path, module) if settings.splits else (),
-                rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
+                rate_factor=1.0 if settings.blocks is None else settings.blocks.rate_factor_of(path),
             )
     if settings.reg_ranks:
         log_overlaps("network_reg_dims", settings.reg_ranks, matches)
@@ -216,7 +216,7 @@ def _find_size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSiz
     # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.blocks is not None:
-        block_size = settings.blocks.size_of(path, is_convolution)
+        block_size = settings.blocks.rank_and_alpha_of(path, is_convolution)
         if block_size is not None:
             rank, alpha = block_size
             default_alpha = settings.conv_alpha if is_convolution else settings.alpha

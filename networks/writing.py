@@ -13,7 +13,7 @@ from torch import Tensor
 from networks import deltas, module_names
 from networks.delta import read_delta
 from networks.deltas import LORA_FACTORS, SET_WEIGHT, add_missing_alphas
-from networks.fused_parts import cut_blocks, fuse, resolve_rows
+from networks.fused_parts import cut_blocks, join_parts, resolve_rows
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
@@ -428,9 +428,8 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
 
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
-    modules = deltas.group_by_module(fuse(native, family=family))
-    # `fuse` joins the parts of a weight of ComfyUI's into one module. Modules that still have the name of a
-    # part could not be joined
+    modules = deltas.group_by_module(join_parts(native, family=family))
+    # modules that still have the name of a part could not be joined
     unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
     # the callbacks: path and factors of each module in the target, and the tensors for the factors
     written = write_modules(
@@ -452,7 +451,7 @@ def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Ma
     if family is not None and family.joined:
         return resolve_rows(take_apart(tensors, family))
     is_joined = family is None or family.parts
-    return resolve_rows(fuse(tensors, family=family) if is_joined else tensors)
+    return resolve_rows(join_parts(tensors, family=family) if is_joined else tensors)
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ class NetworkKind:
         """Return whether a file has magnitudes for frozen norms, as in ComfyUI, without a metadata entry."""
         return False
 
-    def bring_norms(
+    def convert_magnitudes(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
         """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.

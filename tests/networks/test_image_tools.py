@@ -28,7 +28,7 @@ from networks.apply import LoraPatch
 from networks.delta import read_delta
 from networks.deltas import group_by_module
 from networks.extracting import decompose_change
-from networks.fused_parts import fuse
+from networks.fused_parts import join_parts
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import FamilyNames
 from tests.golden_cases import draw, make_weights, read_case
@@ -335,8 +335,10 @@ def test_parts_of_one_layer_are_joined_by_the_family_of_the_file() -> None:
         for path in ("ff_net_0_proj", "attn_to_out_0")
         for part in ("lora_down.weight", "lora_up.weight")
     }
-    assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(fuse(tensors, family=FLUX))
-    assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(fuse(tensors, family=HUNYUAN_VIDEO))
+    assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(join_parts(tensors, family=FLUX))
+    assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(
+        join_parts(tensors, family=HUNYUAN_VIDEO)
+    )
 
 
 def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:

@@ -19,7 +19,7 @@ from modules.errors import CheckpointError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.fused_parts import fuse
+from networks.fused_parts import join_parts
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import find_related_modules, module_path
@@ -202,7 +202,7 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
         tensors[f"{name}.lora_up.weight"] = torch.ones(8, 2)
 
     with caplog.at_level(logging.INFO):
-        fused = fuse(tensors)
+        fused = join_parts(tensors)
 
     assert fused["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (7 * 8, 2)
     assert not fused["lora_unet_single_blocks_1_linear1.lora_up.weight"][24:].any()
