@@ -283,41 +283,15 @@ def make_network(
     """
     encoders = encoders or {}
     name = options.network_module or default_module
-    builder = None if name in OWN_MODULES else import_network_module(name)  # another package's module
+    package = None if name in OWN_MODULES else import_network_module(name)
     with torch.random.fork_rng(devices=[]):  # torch's initializers draw from the global generator
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork
-        if builder is not None:
-            module = _build_foreign(
-                builder,
-                options,
-                dit=dit,
-                encoders=encoders,
-                trains_dit=trains_dit,
-            )
+        if package is not None:
+            module = _build_foreign(package, options, dit, encoders, trains_dit)  # already attached
             network = ForeignNetwork(module, dit)
-        elif options.dim_from_weights:
-            tensors = _read_network_weights(options, dit, encoders)
-            typed = _read_arguments(options)
-            network = build_from_tensors(
-                name,
-                tensors,
-                typed=typed,
-                dit=dit,
-                encoders=encoders,
-            )
         else:
-            initial_tensors = dict(resumed or {})
-            if not initial_tensors and options.network_weights is not None:
-                initial_tensors = _read_network_weights(options, dit, encoders)
-            network = build_network(
-                name,
-                _read_arguments(options),
-                dit=dit if trains_dit else None,
-                encoders=encoders,
-                begun=initial_tensors,
-            )
-    # attach the layers; another package's network was attached when it was built
+            network = _build_own(name, options, dit, encoders, trains_dit, resumed)
     if isinstance(network, OwnNetwork):
         network.attach(trains_dit)
         layers_of_dit = network.layers_of_dit()
@@ -337,6 +311,31 @@ def make_network(
     else:
         network.module.requires_grad_(True)
     return network
+
+
+def _build_own(
+    name: str,
+    options: NetworkOptions,
+    dit: nn.Module,
+    encoders: Mapping[str, nn.Module],
+    trains_dit: bool,
+    resumed: Mapping[str, Tensor] | None,
+) -> OwnNetwork:
+    """Build one of our networks from its options, with further modules that a file or a resumed state has."""
+    arguments = _read_arguments(options)
+    if options.dim_from_weights:
+        tensors = _read_network_weights(options, dit, encoders)
+        return build_from_tensors(name, tensors, typed=arguments, dit=dit, encoders=encoders)
+    initial_tensors = dict(resumed or {})
+    if not initial_tensors and options.network_weights is not None:
+        initial_tensors = _read_network_weights(options, dit, encoders)
+    return build_network(
+        name,
+        arguments,
+        dit=dit if trains_dit else None,
+        encoders=encoders,
+        begun=initial_tensors,
+    )
 
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
@@ -438,7 +437,7 @@ def import_network_module(name: str) -> ModuleType:
 
 
 def _build_foreign(
-    builder: ModuleType,
+    package: ModuleType,
     options: NetworkOptions,
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
@@ -447,7 +446,7 @@ def _build_foreign(
     """Build another package's network as other LoRA trainers do, and put it into the models.
 
     Args:
-        builder: The package's module.
+        package: Its module.
         options: Options of the network.
         dit: The transformer.
         encoders: Trained text encoders, by the prefix of their modules in LoRA files.
@@ -455,9 +454,9 @@ def _build_foreign(
     """
     text_encoders = list(encoders.values()) or None
     if options.dim_from_weights:
-        module = _create_from_file(builder, options, dit, encoders)
+        module = _create_from_file(package, options, dit, encoders)
     else:
-        module = _create_from_settings(builder, options, dit if trains_dit else None, text_encoders)
+        module = _create_from_settings(package, options, dit if trains_dit else None, text_encoders)
     models = [dit, *encoders.values()]
     parameters_by_model = [dict(model.named_parameters()) for model in models]
     module.apply_to(text_encoders, dit, apply_text_encoder=bool(encoders), apply_unet=trains_dit)
@@ -473,7 +472,7 @@ def _build_foreign(
 
 
 def _create_from_settings(
-    builder: ModuleType,
+    package: ModuleType,
     options: NetworkOptions,
     dit: nn.Module | None,
     text_encoders: list[nn.Module] | None,
@@ -481,7 +480,7 @@ def _create_from_settings(
     """Build another package's network from its settings.
 
     Args:
-        builder: The package's module.
+        package: Its module.
         options: Options of the network.
         dit: The transformer; None if only text encoders are trained.
         text_encoders: Trained text encoders; None if there are none.
@@ -489,14 +488,14 @@ def _create_from_settings(
     rank = options.network_dim or DEFAULT_RANK
     dropouts: dict[str, float | None] = {}
     # packages have one of two functions, and only the first takes a dropout
-    if hasattr(builder, "create_arch_network"):
-        create = builder.create_arch_network
+    if hasattr(package, "create_arch_network"):
+        create = package.create_arch_network
         dropouts = {"neuron_dropout": options.network_dropout}
     else:
-        create = builder.create_network
+        create = package.create_network
         if options.network_dropout is not None:
             logger.warning(
-                f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
+                f"--network_dropout is ignored because {package.__name__} takes its own settings; try "
                 "--network_args dropout=..."
             )
     multiplier = 1.0
@@ -507,16 +506,16 @@ def _create_from_settings(
 
 
 def _create_from_file(
-    builder: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
+    package: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> Any:
     """Build another package's network with the modules of `--network_weights`."""
     text_encoders = list(encoders.values()) or None
     # packages have one of these two functions
-    create = getattr(builder, "create_arch_network_from_weights", None)
-    create = create or getattr(builder, "create_network_from_weights", None)
+    create = getattr(package, "create_arch_network_from_weights", None)
+    create = create or getattr(package, "create_network_from_weights", None)
     if create is None:
         raise OptionError(
-            f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
+            f"--dim_from_weights cannot be used with --network_module {package.__name__}, which does not "
             "support it"
         )
     created = _call_with_known_arguments(

@@ -18,7 +18,7 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import group_by_module, rank_of, split_strength, ungroup
+from networks.deltas import group_by_module, rank_of, split_scaling, ungroup
 from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
@@ -216,28 +216,28 @@ def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         tensors: Tensors under our names.
         metadata: Metadata of the file.
     """
-    strengths = read_folded(metadata)  # rank -> alpha / rank
+    scalings = read_folded(metadata)  # rank -> alpha / rank
     modules = group_by_module(tensors)
     for factors in modules.values():
         rank = rank_of(factors)
         is_pair = DOWN in factors and UP in factors
-        was_folded = rank in strengths and "alpha" not in factors and is_pair
+        was_folded = rank in scalings and "alpha" not in factors and is_pair
         if rank is None or not was_folded:
             continue
-        strength = strengths[rank]
-        mantissa, _ = math.frexp(strength)
+        scaling = scalings[rank]
+        mantissa, _ = math.frexp(scaling)
         is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
-        down_factor, up_factor = split_strength(strength)
+        down_factor, up_factor = split_scaling(scaling)
         divisors = {
             DOWN: down_factor,
             UP: up_factor,
-            "lora_up.bias": strength,
+            "lora_up.bias": scaling,
         }
         for part, divisor in divisors.items():
             if part in factors:
                 unfolded = factors[part].float() / divisor
                 factors[part] = unfolded.to(factors[part].dtype) if is_exact else unfolded
-        factors["alpha"] = torch.tensor(strength * rank)
+        factors["alpha"] = torch.tensor(scaling * rank)
     return ungroup(modules)
 
 
@@ -245,12 +245,10 @@ def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
     """Return alpha / rank by rank, from the metadata entry `FOLDED`; {} if it is missing or unusable."""
     try:
         entries = parse_json(metadata.get(FOLDED, "{}"))
-        strengths = {int(rank): float(strength) for rank, strength in entries.items()}
+        scalings = {int(rank): float(scaling) for rank, scaling in entries.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return {
-        rank: strength for rank, strength in strengths.items() if math.isfinite(strength) and strength > 0
-    }
+    return {rank: scaling for rank, scaling in scalings.items() if math.isfinite(scaling) and scaling > 0}
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:

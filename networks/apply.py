@@ -34,7 +34,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import MAGNITUDE_KIND_NAME
 from networks.loading import LoraFile, LoraUse, reject_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import RelatedModule, alias, find_related_modules, select_family
+from networks.module_names import RelatedModule, alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import (
@@ -208,12 +208,32 @@ class Change:
     def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
         """Return the change for a weight that contains the LoRA's module, or is a part of it.
 
-        In the first case, the change gets the weight's rows to change (q in qkv). In the second case, the
-        change is cut to the weight's rows. If the numbers of rows do not match, the change is returned
-        unchanged, and `fit` reports its shape.
+        A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
+        the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
 
         Raises:
             MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
+        """
+        rows = self._find_rows_of_part(related, weight)
+        if rows is None:
+            return self
+        if related.is_part and isinstance(rows, slice):
+            return replace(self, rows=rows)
+        has_all_rows = rows == slice(0, self.change_shape()[0])
+        if has_all_rows:
+            return self
+        if self.delta.has_input_magnitudes:
+            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
+        sliced_delta = self.delta.select_rows(rows)
+        if sliced_delta is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice
+            sliced_delta = self.delta.compute_rows(rows, weight.device)
+        return replace(self, delta=sliced_delta)
+
+    def _find_rows_of_part(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
+        """Return the rows of the smaller of module and weight in the larger; None if they do not match.
+
+        Raises:
+            MismatchError: If the part has as many rows as the whole.
         """
         lora_rows = self.change_shape()[0]
         weight_rows = len(weight)
@@ -229,17 +249,7 @@ class Change:
             raise MismatchError(
                 f"{related.name} has {lora_rows} rows, the weight {weight_rows}, although {relation}"
             )
-        rows = find_rows_of_part(related.part, part_rows, whole_rows)
-        if isinstance(rows, slice) and related.is_part:
-            return replace(self, rows=rows)
-        if rows is None or rows == slice(0, lora_rows):  # rows do not match, or there is nothing to cut
-            return self
-        if self.delta.has_input_magnitudes:
-            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
-        sliced_delta = self.delta.select_rows(rows)
-        if sliced_delta is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice
-            sliced_delta = self.delta.compute_rows(rows, weight.device)
-        return replace(self, delta=sliced_delta)
+        return find_rows_of_part(related.part, part_rows, whole_rows)
 
     @property
     def replaces_weight(self) -> bool:
@@ -640,18 +650,18 @@ class LoraPatch:
         return fitted_changes
 
     @torch.no_grad()
-    def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
+    def bake(self, network: nn.Module, to_published_name: Callable[[str], str] = str) -> None:
         """Merge the changes into a loaded network, whose weights may be sharded; call `check` afterwards.
 
         Args:
             network: The network.
-            published: Returns the name that a parameter has in published files.
+            to_published_name: Returns the name that a parameter has in published files.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
-            if self.touches(published(name)):
-                set_weight(parameter, self(published(name), gather_weight(parameter.data)))
+            if self.changes_parameter(to_published_name(name)):
+                set_weight(parameter, self(to_published_name(name), gather_weight(parameter.data)))
 
-    def touches(self, name: str) -> bool:
+    def changes_parameter(self, name: str) -> bool:
         """Return whether any file changes the parameter of this name."""
         return bool(self._find_changes(name))
 
@@ -753,7 +763,7 @@ class LoraPatch:
         lora_modules: list[tuple[str, RelatedModule | None]] = [(module, None)]  # None: the module itself
         family = self._common_family
         if family is None or family.parts or family.joined:  # else it has no fused weights
-            lora_modules += [(related.name, related) for related in find_related_modules(module, family)]
+            lora_modules += [(related.name, related) for related in related_modules(module, family)]
         changes: list[FoundChange] = []
         for lora_module, related in lora_modules:
             key = f"{OURS}{lora_module}.{parameter_name}"
@@ -788,17 +798,17 @@ class OriginalWeights:
     """
 
     def __init__(
-        self, uses: Sequence[LoraUse], published: Callable[[str], str] = str, rounding: str = NEAREST
+        self, uses: Sequence[LoraUse], to_published_name: Callable[[str], str] = str, rounding: str = NEAREST
     ) -> None:
         """Prepare to keep the weights that any of the LoRAs changes.
 
         Args:
             uses: All LoRAs that may be switched to.
-            published: Returns the name that a parameter has in published files.
+            to_published_name: Returns the name that a parameter has in published files.
             rounding: A value of --lora_rounding.
         """
         self._patch_of_all_loras = LoraPatch(uses)
-        self._published = published
+        self._to_published_name = to_published_name
         self._rounding = LoraRounding(rounding)
         self._originals: dict[str, Tensor] = {}
 
@@ -813,10 +823,10 @@ class OriginalWeights:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        name_in_file = self._published(name)
+        name_in_file = self._to_published_name(name)
         # on the meta device, `add_to` only compares shapes and notes which changes apply
         self._patch_of_all_loras.add_to(name_in_file, deltas.hollow(weight))
-        if self._patch_of_all_loras.touches(name_in_file):
+        if self._patch_of_all_loras.changes_parameter(name_in_file):
             self._originals[name] = weight.detach().to(CPU, copy=True)
         return weight
 
@@ -835,7 +845,7 @@ class OriginalWeights:
         patch = LoraPatch(uses, rounding=self._rounding)
         for name, original in self._originals.items():
             parameter = network.get_parameter(name)
-            weight = patch(self._published(name), original.to(parameter.device), parameter.dtype)
+            weight = patch(self._to_published_name(name), original.to(parameter.device), parameter.dtype)
             parameter.copy_(weight)
         self._rounding.report()
 
@@ -868,5 +878,5 @@ def check_loras_fit(
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))
             else:  # padded rows: the stored shape may exceed that of the weight, so only compare names
-                patch.touches(name)
+                patch.changes_parameter(name)
     patch.reject_misfits()

@@ -102,14 +102,13 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
         join_groups(groups)
     downs = [layer.lora_down.weight for layer in layers]
     ups = [layer.lora_up.weight for layer in layers]
-    down_scales = [1.0] * len(downs)
-    up_scales = [layer.multiplier * layer.scale for layer in layers]
+    # down factors stay unscaled
+    scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     group_sizes = [len(group) for group in groups]
-    # one matrix for each group with its down factors stacked along rows, then one with its up factors
-    matrices = _Cast.apply(down_scales + up_scales, group_sizes + group_sizes, dtype, *downs, *ups)
-    down_matrices = matrices[: len(groups)]
-    up_matrices = matrices[len(groups) :]
-    for group, down, up in zip(groups, down_matrices, up_matrices, strict=True):
+    # a matrix with the down factors of each group, stacked along rows; then one with the up factors of each
+    matrices = _Cast.apply(scales, group_sizes + group_sizes, dtype, *downs, *ups)
+    num_groups = len(groups)
+    for group, down, up in zip(groups, matrices[:num_groups], matrices[num_groups:], strict=True):
         if len(group) == 1:
             group[0].cast_factors = down, up
             continue

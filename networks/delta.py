@@ -23,7 +23,7 @@ from networks.deltas import (
     bias_of,
     is_number,
     read_row_range,
-    strength,
+    scaling_of,
     without_alpha,
 )
 from networks.kinds import KINDS, composing
@@ -102,9 +102,9 @@ class Delta:
             if name != ROW_RANGE:
                 factors[name] = tensor.to(device, torch.float32)
         changes = [factors["diff"].clone()] if "diff" in factors else []
-        alpha_by_rank = strength(self.factors)
+        scaling = scaling_of(self.factors)
         for kind in self.kinds:
-            change = kind.compute_change(factors, alpha_by_rank)
+            change = kind.compute_change(factors, scaling)
             if change is not None:
                 changes.append(change)
         if not changes:

@@ -131,7 +131,7 @@ def read_row_range(factors: Factors) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def strength(factors: Factors) -> float:
+def scaling_of(factors: Factors) -> float:
     """Return alpha / rank; 1 for a missing or zero alpha, and for factors without a rank."""
     rank = rank_of(factors)
     if rank is None or "alpha" not in factors:
@@ -139,12 +139,12 @@ def strength(factors: Factors) -> float:
     return float(factors["alpha"]) / rank or 1.0
 
 
-def split_strength(strength: float) -> tuple[float, float]:
+def split_scaling(scaling: float) -> tuple[float, float]:
     """Split alpha / rank into two similar factors: for the down and for the up matrix.
 
-    The second is a power of two. If `strength` is a power of two, both are, and multiplying by them is exact.
+    The second is a power of two. If `scaling` is a power of two, both are, and multiplying by them is exact.
     """
-    down_factor = strength
+    down_factor = scaling
     up_factor = 1.0
     while 0 < abs(down_factor) * 2 < up_factor:
         down_factor = down_factor * 2
@@ -152,10 +152,10 @@ def split_strength(strength: float) -> tuple[float, float]:
     return down_factor, up_factor
 
 
-def fold_strength(factors: Factors) -> Factors:
+def fold_scaling(factors: Factors) -> Factors:
     """Multiply alpha / rank into both factors of a LoRA, a power of two into the up factor; drop alpha."""
-    down_factor, up_factor = split_strength(strength(factors))
-    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": strength(factors)}
+    down_factor, up_factor = split_scaling(scaling_of(factors))
+    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": scaling_of(factors)}
     folded: dict[str, Tensor] = {}
     for name, tensor in factors.items():
         if name in multipliers:
@@ -170,5 +170,5 @@ def bias_of(factors: Factors, device: torch.device) -> Tensor | None:
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:
-        return strength(factors) * factors["lora_up.bias"].to(device, torch.float32)
+        return scaling_of(factors) * factors["lora_up.bias"].to(device, torch.float32)
     return None

@@ -17,11 +17,11 @@ from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import Delta, read_delta
-from networks.deltas import LORA_FACTORS, ROW_RANGE, strength
+from networks.deltas import LORA_FACTORS, ROW_RANGE, scaling_of
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_sizes
-from networks.module_names import FAMILIES, RelatedModule, find_related_modules
+from networks.module_names import FAMILIES, RelatedModule, related_modules
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
 logger = getLogger(__name__)
@@ -160,7 +160,7 @@ def _count_rows_of_parts(
         rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     rows_by_part: dict[RelatedModule, int | None] = {}
-    for related in find_related_modules(name.removeprefix(OURS)):
+    for related in related_modules(name.removeprefix(OURS)):
         related_name = OURS + related.name
         if not related.is_part or related_name in modules_in_file:
             continue
@@ -264,7 +264,7 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
     if "alpha" not in factors:
         return pieces
     rank = len(factors[DOWN]) // len(blocks)
-    alpha = torch.tensor(strength(factors) * rank)  # alpha / rank stays the same
+    alpha = torch.tensor(scaling_of(factors) * rank)  # alpha / rank stays the same
     return [{**piece, "alpha": alpha} for piece in pieces]
 
 
@@ -308,7 +308,7 @@ def join_parts(
         else:
             num_rows = rows_in_model(name) or 0
         try:
-            result[name] = _join_pieces(pieces, num_rows, is_for_model)
+            result[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
         except FusionError as reason:
             logger.warning(f"{name}: {reason}; they stay apart")
             result.update({piece.name: piece.factors for piece in pieces})
@@ -319,7 +319,7 @@ def _find_fused_module(
     name: str, rows_in_model: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> RelatedModule | None:
     """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
-    for related in find_related_modules(name.removeprefix(OURS), family):
+    for related in related_modules(name.removeprefix(OURS), family):
         contains_module = not related.is_part
         if contains_module and (rows_in_model is None or rows_in_model(OURS + related.name) is not None):
             return related
@@ -389,14 +389,14 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
     return total
 
 
-def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool) -> Factors:
+def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
     """Return factors for a fused weight from those of its parts.
 
     Args:
         pieces: Factors of the parts.
         num_rows: Number of rows of the weight.
-        is_for_model: Whether parts whose factors cannot be joined become full differences. These are large,
-            so files get the parts separately.
+        allows_full_matrix: Whether parts whose factors cannot be joined get the full matrix of the change,
+            which is too large for a file.
 
     Raises:
         FusionError: If the parts cannot be joined.
@@ -408,7 +408,7 @@ def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
-        return _join_any_kind(pieces, num_rows, is_for_model)
+        return _join_any_kind(pieces, num_rows, allows_full_matrix)
     rows_of_pieces = [find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
     swapped_rows = rows_of_pieces[0]
     if isinstance(swapped_rows, Tensor):  # the only part is the whole weight with swapped halves
@@ -482,7 +482,7 @@ def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
         parts: Factors with their rows, in the order of the rows; ranks are joined in the same order.
         num_rows: Number of rows of the weight.
     """
-    scales = [strength(part.factors) for part in parts]  # alpha / rank
+    scales = [scaling_of(part.factors) for part in parts]  # alpha / rank
     scale = scales[0]
     if any(other != scale for other in scales):
         parts = [FactorsOfRows(part.rows, _fold_into_up(part.factors)) for part in parts]
@@ -523,7 +523,7 @@ def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, s
 
 def _fold_into_up(factors: Factors) -> Factors:
     """Return LoRA factors with alpha / rank multiplied into the up factor and its bias."""
-    scale = strength(factors)
+    scale = scaling_of(factors)
     folded = dict(factors)
     for name in (UP, _BIAS):
         if name in factors:
@@ -547,7 +547,7 @@ def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> T
     return stacked
 
 
-def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool) -> Factors:
+def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
     """Return the factors of a weight whose parts are not all plain LoRAs, or raise FusionError.
 
     Parts that were cut from one layer get that layer's factors again. Otherwise, a model gets the full matrix
@@ -567,7 +567,7 @@ def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bo
         layer = _restore_layer([part.factors for part in parts])
         if layer is not None:
             return layer
-    if not is_for_model:
+    if not allows_full_matrix:
         raise FusionError("only plain LoRAs, or the parts of one layer, can be joined")
     return _join_full_matrices(parts, num_rows)
 
@@ -762,7 +762,7 @@ def mend_split_alphas(
         if not is_alpha_of_part:
             continue
         part_indices: set[int | None] = set()
-        for related in find_related_modules(name.removeprefix(OURS)):
+        for related in related_modules(name.removeprefix(OURS)):
             if related.is_part and is_row_slice(related.part):
                 part_indices.add(related.part.index)
         row_counts = fused_sizes(len(part_indices), len(up), down.shape[1])

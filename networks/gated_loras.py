@@ -132,7 +132,7 @@ class LoraBranch:
         changes_weight = bool(factors.keys() - BIAS_FACTORS - {"alpha"})
         if is_low_rank and self.target.adds_to_output:
             down = factors[DOWN].to(device, dtype)
-            up = factors[UP].to(device, torch.float32) * deltas.strength(factors)  # alpha / rank
+            up = factors[UP].to(device, torch.float32) * deltas.scaling_of(factors)  # alpha / rank
             core = [factors[_TUCKER_CORE].to(device, dtype)] if _TUCKER_CORE in factors else []
             self._low_rank_factors = [down, *core, up.to(dtype)]
         elif changes_weight:
@@ -588,19 +588,21 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
         )
 
 
-def find_parameters(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedParameter]:
+def find_parameters(
+    dit: nn.Module, to_published_name: Callable[[str], str] = str
+) -> dict[str, ChangedParameter]:
     """Return the parameters that LoRAs may change, by our module names: `lora_unet_blocks_0_ffn_0`.
 
     Args:
         dit: The transformer.
-        published: Returns the path that a module has in published files.
+        to_published_name: Returns the path that a module has in published files.
     """
     parameters: dict[str, ChangedParameter] = {}
     for path, module in dit.named_modules():
         for parameter_name, _ in module.named_parameters(recurse=False):
             if parameter_name == "bias":  # it belongs to the weight
                 continue
-            name = published(path)
+            name = to_published_name(path)
             # a parameter of its own, such as a table or a token, is named as if it were a module
             if parameter_name != "weight":
                 name = f"{name}.{parameter_name}".lstrip(".")  # the path of the root module is empty

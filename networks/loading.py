@@ -31,11 +31,11 @@ from networks.metadata import (
     metadata_of,
 )
 from networks.module_names import (
-    find_related_modules,
     have_same_names,
     module_path,
     on_text_side,
     read_family,
+    related_modules,
 )
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames, GrownBlocks
 from networks.patterns import describe_unfit, in_any_spelling
@@ -539,7 +539,7 @@ def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple
         paths: Our module name -> its path as written in the file.
     """
     for name, path in paths.items():
-        for relative in find_related_modules(name.removeprefix(OURS), family):
+        for relative in related_modules(name.removeprefix(OURS), family):
             part_path = paths.get(OURS + relative.name) if relative.is_part else None
             if part_path is not None:
                 yield path, part_path
@@ -699,7 +699,7 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
         for tensor in (*part.tensors, *part.text_tensors):
             module, _, factor = tensor.partition(".")
             names.add(f"{module}.{factor}")
-            for relative in find_related_modules(module.removeprefix(OURS)):
+            for relative in related_modules(module.removeprefix(OURS)):
                 names.add(f"{OURS}{relative.name}.{factor}")
     return names
 

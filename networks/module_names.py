@@ -346,7 +346,7 @@ class RelatedModule:
 
 
 @cache
-def find_related_modules(name: str, family: FamilyNames | None = None) -> tuple[RelatedModule, ...]:
+def related_modules(name: str, family: FamilyNames | None = None) -> tuple[RelatedModule, ...]:
     """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
 
     A name may belong to our layout in one family and to another layout in a second family; both count.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from networks.delta import read_delta
-from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, strength
+from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, scaling_of
 from networks.fused_parts import joined_blocks
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
@@ -266,7 +266,7 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
 
 def _build_diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs for consecutive rows into one LoRA with a block-diagonal up factor."""
-    scales = [strength(piece) for piece in pieces]  # alpha / rank
+    scales = [scaling_of(piece) for piece in pieces]  # alpha / rank
     scale = scales[0]
     ups = [piece[UP] for piece in pieces]
     down = torch.cat([piece[DOWN] for piece in pieces])

@@ -70,7 +70,7 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
     for parameter in find_parameters(dit).values():
         name = parameter.path
         # no LoRA changes this parameter
-        if not patch.touches(name):
+        if not patch.changes_parameter(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
             rule = rule_of(uses[0].lora.metadata)

@@ -208,7 +208,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
         }
     elif rank is not None:
         # an alpha of 0 stands for the rank, and is written as the rank
-        tensors["alpha"] = torch.tensor(deltas.strength(factors) * rank)
+        tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
     bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
         tensors["diff_b"] = bias
@@ -265,7 +265,7 @@ def _to_full_rank(factors: Factors) -> Factors:
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
     """Return LoRA factors, each multiplied by the square root of alpha / rank, under PEFT's names."""
-    scale = deltas.strength(factors)
+    scale = deltas.scaling_of(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
     if DOWN in factors:
@@ -281,7 +281,7 @@ def _in_toolkit(factors: Factors) -> Form:
     """Return the tensors as diffusers reads them, with alpha / rank folded in exactly, by powers of two."""
     if DOWN not in factors:
         return _in_diffusers(factors)
-    folded = deltas.fold_strength(factors)
+    folded = deltas.fold_scaling(factors)
     return _in_diffusers({part: tensor.contiguous() for part, tensor in folded.items()})
 
 

@@ -144,17 +144,17 @@ class LokrKind(NetworkKind):
         return functools.partial(make_shapes, factor=factor, decompose_both=_BOOLEANS[decompose_both])
 
     def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: "MakeShapes"
     ) -> "dict[str, nn.Module]":
         """Return a trained layer for each target.
 
-        `own` is what `read_arguments` returned: it computes the shapes of a layer's factors from the shape of
-        its weight and the rank.
+        `kind_arguments`, the result of `read_arguments`, computes the shapes of a layer's factors from the
+        shape of its weight and the rank.
         """
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
-        return make_layers(targets, own, PRODUCT)
+        return make_layers(targets, kind_arguments, PRODUCT)
 
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings

@@ -12,7 +12,14 @@ from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import CheckpointError, OptionError
-from networks.kinds.contract import FOR_LORAS, LoraModule, NetworkKind, Settings, Target, TranslatedModules
+from networks.kinds.contract import (
+    LORA_ONLY_ARGUMENTS,
+    LoraModule,
+    NetworkKind,
+    Settings,
+    Target,
+    TranslatedModules,
+)
 from networks.kinds.factors import Factors
 from networks.names.layouts import COMFYUI
 
@@ -136,18 +143,18 @@ class OftKind(NetworkKind):
             return None
         return block_size_of(factors[PART].shape[1])
 
-    def check_settings(self, settings: Settings, of_loras: bool) -> None:
+    def check_settings(self, settings: Settings, has_lora_arguments: bool) -> None:
         """Raise OptionError for settings that an OFT does not support.
 
         Args:
             settings: Settings of the network.
-            of_loras: Whether any of the arguments in `FOR_LORAS` is given.
+            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
         """
-        if of_loras or settings.conv_rank is not None:
+        if has_lora_arguments or settings.conv_rank is not None:
             raise OptionError(
-                f"--network_module {MODULE} rotates the inputs of linear layers. {', '.join(FOR_LORAS)} and "
-                "conv_dim of --network_args are for LoRAs only: leave them out, or use --network_module "
-                "networks.lora"
+                f"--network_module {MODULE} rotates the inputs of linear layers. "
+                f"{', '.join(LORA_ONLY_ARGUMENTS)} and conv_dim of --network_args are for LoRAs only: "
+                "leave them out, or use --network_module networks.lora"
             )
         if settings.has_rank_dropout:
             raise OptionError(
@@ -166,7 +173,7 @@ class OftKind(NetworkKind):
             )
 
     def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, own: Any
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
         """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
 

@@ -22,7 +22,7 @@ from networks.convert import convert_file
 from networks.fused_parts import join_parts
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.module_names import find_related_modules, module_path
+from networks.module_names import module_path, related_modules
 from protocols.loading import Placement
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
@@ -108,11 +108,9 @@ def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None
         if not name.endswith(".weight") or path.endswith(("_norm1", "_norm2")):
             continue
         parts = [part.removesuffix(".weight").replace(".", "_") for part in diffusers_parts(name)]
-        assert [relative.name for relative in find_related_modules(path, HUNYUAN_VIDEO)][
-            : len(parts)
-        ] == parts
+        assert [relative.name for relative in related_modules(path, HUNYUAN_VIDEO)][: len(parts)] == parts
         for part in parts:
-            assert [relative.name for relative in find_related_modules(part, HUNYUAN_VIDEO)] == [path]
+            assert [relative.name for relative in related_modules(part, HUNYUAN_VIDEO)] == [path]
 
 
 PUBLISHED_WIDTH = 3072
