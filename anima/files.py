@@ -252,4 +252,4 @@ class AnimaFiles(QwenImageFiles):
         """Check the text encoder and both tokenizers if they are given or needed."""
         super().check_texts(None if config is None else config.adapter, needed)
         if self.t5_tokenizer is not None:
-            T5_FILES.check_given(self.t5_tokenizer)
+            T5_FILES.check_option_value(self.t5_tokenizer)

@@ -100,7 +100,7 @@ ANIMA = FamilyNames(
     grown=GROWN,
     numbered=(("blocks.{n}.", _ORDER), (f"{_ADAPTER}blocks.{{n}}.", _ADAPTER_ORDER)),
     network_module="networks.lora_anima",
-    rules=LoraRules(switches={"train_llm_adapter": f".{_ADAPTER}blocks."}),
+    rules=LoraRules(module_switches={"train_llm_adapter": f".{_ADAPTER}blocks."}),
     unprefixed=(_CONDITIONER,),
 )
 LORA = (ANIMA,)

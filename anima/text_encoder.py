@@ -41,8 +41,8 @@ T5_FILES = TokenizerFiles(
     repository="google/t5-v1_1-xxl",
     # next to a file; diffusers: next to text_encoder
     folders=("t5_tokenizer", "../t5_tokenizer", "t5-v1_1-xxl", "google_t5-v1_1-xxl", "t5xxl"),
-    token=END,
-    on_hub="spiece.model",
+    unique_token=END,
+    hub_filename="spiece.model",
 )
 T5_SOURCE = TokenizerSource(T5_FILES, end=END)
 PAD = 0  # padding id of both tokenizers

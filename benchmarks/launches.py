@@ -105,7 +105,7 @@ def prepare_ours(name: str) -> Step:
             parameter.data = parameter.data.to(torch.bfloat16)
     dit.train()
     for layer in network.layers:
-        layer.joins_from = 0  # as in layers of released sizes
+        layer.min_in_place_numel = 0  # as in layers of released sizes
     join_groups(group_layers(dit, network.layers_of_dit(), tiny.spec.shared_inputs))  # as on CUDA
     cast_before_pass(dit, network.layers_of_dit(), tiny.spec.shared_inputs)
     checkpoint_blocks(dit, tiny.spec)
@@ -134,7 +134,7 @@ def prepare_our_unet(kind: str) -> Step:
     network.attach()
     unet.to(torch.bfloat16).train()
     for layer in network.layers:
-        layer.joins_from = 0
+        layer.min_in_place_numel = 0
     join_groups(group_layers(unet, network.layers_of_dit(), unet.spec.shared_inputs))
     cast_before_pass(unet, network.layers_of_dit(), unet.spec.shared_inputs)
     checkpoint_blocks(unet, unet.spec)

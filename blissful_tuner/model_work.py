@@ -337,7 +337,7 @@ def work(
             return
         may_be_replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
         # an input must not be overwritten while it is read
-        inputs = [*checkpoint.parts, options.input]
+        inputs = [*checkpoint.metadata_by_file, options.input]
         if options.input.is_dir():
             inputs += options.input.glob(f"*{INDEX}")
         for path in may_be_replaced:
@@ -380,9 +380,9 @@ def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
     """Return the change to a checkpoint that the options request."""
     dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
     cast = _make_selection(options)
-    written = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
+    selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
     return changing.CheckpointChange(
-        dtype, cast, written, strip=options.strip_prefix or (), add=options.add_prefix or ""
+        dtype, cast, selected, strip_prefixes=options.strip_prefix or (), add_prefix=options.add_prefix or ""
     )
 
 
@@ -396,7 +396,7 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
     info = ModelSummary(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
-        files=tuple(checkpoint.parts),
+        files=tuple(checkpoint.metadata_by_file),
         tensors=dict(checkpoint.tensors),
         metadata=dict(checkpoint.metadata),
         left_out=checkpoint.left_out,

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from checkpoints.containers import HEADER, MARK, TensorFile
+from checkpoints.containers import COMFY_QUANT_KEY, COMFY_QUANT_SUFFIX, TensorFile
 from checkpoints.finite import is_finite
 from checkpoints.opening import (
     SUFFIXES,
@@ -39,11 +39,11 @@ from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
-LISTED = 3  # number of names in a message
-NO_NAME = "__metadata__"  # not possible as a tensor name: reserved in the header of a safetensors file
-_MARKER = "scaled_fp8"  # name of a tensor that marks files with scaled weights
+MAX_LISTED_NAMES = 3  # number of names in a message
+METADATA_ENTRY = "__metadata__"  # not possible as a tensor name: reserved in the header of a safetensors file
+_SCALED_FP8_MARKER = "scaled_fp8"  # name of a tensor that marks files with scaled weights
 # suffixes of the other tensors of an 8-bit layer
-_COMPANIONS = (".scale_input", ".input_scale", MARK)
+_COMPANIONS = (".scale_input", ".input_scale", COMFY_QUANT_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Selection:
     targets: tuple[str, ...] = ()  # (): all names
     excluded: tuple[str, ...] = ()
 
-    def takes(self, name: str) -> bool:
-        """Return whether the change selects a tensor by its name.
+    def selects(self, name: str) -> bool:
+        """Return whether a tensor is selected by its name.
 
         The name must contain one of `targets`, or `targets` must be empty, and it must contain none of
         `excluded`.
@@ -72,9 +72,9 @@ class CheckpointChange:
 
     dtype: torch.dtype | None = None  # None: dtypes are kept
     cast: Selection = ALL  # tensors that are cast to `dtype`
-    written: Selection = ALL  # tensors that the new file has
-    strip: tuple[str, ...] = ()  # prefixes to remove from names, one after the other
-    add: str = ""  # prefix to add to all names afterwards
+    selected: Selection = ALL  # tensors that the new file has
+    strip_prefixes: tuple[str, ...] = ()  # prefixes to remove from names, one after the other
+    add_prefix: str = ""  # prefix to add to all names afterwards
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ def reject_packed(checkpoint: Checkpoint) -> None:
             )
 
 
-def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
+def plan_change(
+    checkpoint: Checkpoint, change: CheckpointChange, stale_metadata: Sequence[str] = ()
+) -> NewFile:
     """Plan the tensors, metadata and notes of a changed checkpoint, without reading tensors.
 
     Args:
         checkpoint: The opened source file.
         change: What to change.
-        stale: Prefixes of metadata keys that describe only the old tensors and are dropped.
+        stale_metadata: Prefixes of metadata keys that describe only the old tensors and are dropped.
 
     Raises:
         OptionError: If a selection or a prefix matches no name, or if two tensors would get one name.
@@ -117,73 +119,73 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
             unknown.
     """
     reject_packed(checkpoint)
-    names = [name for name in checkpoint.tensors if change.written.takes(name)]
+    names = [name for name in checkpoint.tensors if change.selected.selects(name)]
     _check_selections(change, names)
-    # without scales and other companions
-    plain = plain_sources(checkpoint) if change.dtype is not None else {}
+    # weights that can be cast; scales and other companions have no source
+    sources = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
     # fp8 weights that are cast are multiplied by their scales, which are dropped; integer weights keep scales
-    unscaled = set()
+    dequantized = set()
     for name in names:
-        is_cast_fp8 = change.cast.takes(name) and is_fp8(checkpoint.tensors[name].dtype)
-        if name in scales and name in plain and is_cast_fp8:
-            unscaled.add(name)
-    names = _without_scales(names, scales, unscaled)
-    _check_pairs(checkpoint, names, scales, unscaled)
+        is_cast_fp8 = change.cast.selects(name) and is_fp8(checkpoint.tensors[name].dtype)
+        if name in scales and name in sources and is_cast_fp8:
+            dequantized.add(name)
+    names = _without_scales(names, scales, dequantized)
+    _check_scale_pairs(checkpoint, names, scales, dequantized)
 
-    old_names = _plan_names(names, change)
+    old_names = _map_new_to_old_names(names, change)
     tensors: dict[str, TensorInfo] = {}
     for new_name, name in old_names.items():
         info = checkpoint.tensors[name]
-        is_cast = name in plain and info.dtype.is_floating_point and change.cast.takes(name)
+        is_cast = name in sources and info.dtype.is_floating_point and change.cast.selects(name)
         if change.dtype is not None and is_cast:
             info = replace(info, dtype=change.dtype)
         tensors[new_name] = info
 
     def read(new_name: str) -> Tensor:
         name = old_names[new_name]
-        scale = checkpoint.read(scales[name]) if name in unscaled else None
+        scale = checkpoint.read(scales[name]) if name in dequantized else None
         tensor = checkpoint.read(name)
         return _cast(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
 
-    metadata, notes = _make_metadata(checkpoint, change, unscaled, stale)
-    if unscaled:
-        weights = count_of(len(unscaled), "weight")
+    metadata, notes = _make_metadata(checkpoint, change, dequantized, stale_metadata)
+    if dequantized:
+        weights = count_of(len(dequantized), "weight")
         notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
     if checkpoint.left_out:
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
-    dropped = [name for name in checkpoint.tensors if not change.written.takes(name)]
+    dropped = [name for name in checkpoint.tensors if not change.selected.selects(name)]
     if dropped:
         notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
     return NewFile(tensors, metadata, read, tuple(notes))
 
 
-def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return tensor names without the scales and other additional tensors of the weights in `unscaled`."""
-    unneeded = {scales[weight] for weight in unscaled}
-    for weight in unscaled:
+def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]) -> list[str]:
+    """Return tensor names without the scales and other additional tensors of the weights in `dequantized`."""
+    unneeded = {scales[weight] for weight in dequantized}
+    for weight in dequantized:
         layer = weight.removesuffix(".weight")
         unneeded |= {layer + ending for ending in _COMPANIONS}
-    still_scaled = set(scales) & set(names) - unscaled  # weights that keep their scales
-    if unscaled and not still_scaled:  # no weight is scaled any more, so the file is not marked as scaled
-        unneeded |= {name for name in names if name.endswith(_MARKER)}
+    still_scaled = set(scales) & set(names) - dequantized  # weights that keep their scales
+    if dequantized and not still_scaled:  # no weight is scaled any more, so the file is not marked as scaled
+        unneeded |= {name for name in names if name.endswith(_SCALED_FP8_MARKER)}
     return [name for name in names if name not in unneeded]
 
 
-def _check_pairs(
-    checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
+def _check_scale_pairs(
+    checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]
 ) -> None:
     """Raise OptionError if only one of an 8-bit weight and its scale would be written."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
-        if weight in checkpoint.tensors and weight not in unscaled and not is_pair:
+        if weight in checkpoint.tensors and weight not in dequantized and not is_pair:
             raise OptionError(
                 f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
             )
 
 
-def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
+def _map_new_to_old_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
     """Map each new tensor name to the old one.
 
     Raises:
@@ -202,30 +204,32 @@ def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str
 
 def rename(name: str, change: CheckpointChange) -> str:
     """Return a tensor's new name: prefixes are stripped, then one is added."""
-    for prefix in change.strip:
+    for prefix in change.strip_prefixes:
         name = name.removeprefix(prefix)
-    return change.add + name
+    return change.add_prefix + name
 
 
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
     """Raise OptionError if options select no tensor, or if a prefix matches or leaves nothing."""
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
-    if change.dtype is not None and not any(change.cast.takes(name) for name in names):
+    if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
     # each prefix is looked for after the previous ones are gone
-    for index, prefix in enumerate(change.strip):
-        earlier_prefixes = replace(change, strip=change.strip[:index], add="")
+    for index, prefix in enumerate(change.strip_prefixes):
+        earlier_prefixes = replace(change, strip_prefixes=change.strip_prefixes[:index], add_prefix="")
         if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
             raise OptionError(f"--strip_prefix {prefix}: no tensor's name begins so, such as {names[0]}")
-    only_strip = replace(change, add="")
-    if change.strip and any(not rename(name, only_strip) for name in names):
-        raise OptionError(f"--strip_prefix {' '.join(change.strip)} leaves nothing of a tensor's name")
-    # safetensors headers have this key for metadata
-    if NO_NAME in {rename(name, change) for name in names}:
+    only_strip = replace(change, add_prefix="")
+    if change.strip_prefixes and any(not rename(name, only_strip) for name in names):
         raise OptionError(
-            f"a tensor would be called {NO_NAME}, which stands for the metadata: leave it out with "
-            f"--full_exclude_keys {NO_NAME}, or give an --add_prefix"
+            f"--strip_prefix {' '.join(change.strip_prefixes)} leaves nothing of a tensor's name"
+        )
+    # safetensors headers have this key for metadata
+    if METADATA_ENTRY in {rename(name, change) for name in names}:
+        raise OptionError(
+            f"a tensor would be called {METADATA_ENTRY}, which stands for the metadata: leave it out with "
+            f"--full_exclude_keys {METADATA_ENTRY}, or give an --add_prefix"
         )
 
 
@@ -254,47 +258,47 @@ def _cast(
 
 
 def _make_metadata(
-    checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
+    checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], stale_metadata: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Return the metadata of the new file, and notes on metadata that are left out."""
     metadata = {"format": "pt"}  # default, because transformers rejects files without a format
     notes = []
     for key, text in checkpoint.metadata.items():
-        if key.startswith(tuple(stale)):
+        if key.startswith(tuple(stale_metadata)):
             notes.append(f"{key} is left out: it belongs to the old tensors")
         else:
             metadata[key] = text
-    if HEADER in metadata:  # ComfyUI's record of quantized layers
+    if COMFY_QUANT_KEY in metadata:  # ComfyUI's record of quantized layers
         try:
-            record = parse_json(metadata[HEADER])
-            layers = _rename_layers(checkpoint, change, unscaled, record["layers"])
+            record = parse_json(metadata[COMFY_QUANT_KEY])
+            layers = _rename_layers(checkpoint, change, dequantized, record["layers"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantization cannot be read ({error!r}).", checkpoint.path
             ) from error
         if layers:
-            metadata[HEADER] = json.dumps({**record, "layers": layers})
+            metadata[COMFY_QUANT_KEY] = json.dumps({**record, "layers": layers})
         else:
-            del metadata[HEADER]
+            del metadata[COMFY_QUANT_KEY]
     return metadata, notes
 
 
 def _rename_layers(
-    checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], layers: Mapping[str, Any]
+    checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer in 8 bits."""
     renamed = {}
-    for layer, settings in layers.items():
+    for layer_name, settings in layers.items():
         # tensor names may have a prefix that layer names in the record lack
-        pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
-        weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
-        if len(weights) != 1:  # the layer is not in the file, or its prefix is ambiguous
+        pattern = re.compile(rf"(.*\.)?{re.escape(layer_name)}\.weight")
+        weight_names = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if len(weight_names) != 1:  # the layer is not in the file, or its prefix is ambiguous
             continue
-        weight = weights[0]
-        if change.written.takes(weight) and weight not in unscaled:
-            prefix = weight.removesuffix(f"{layer}.weight")
-            new_layer = rename(weight, change).removesuffix(".weight")
-            renamed[new_layer.removeprefix(prefix)] = settings
+        weight_name = weight_names[0]
+        if change.selected.selects(weight_name) and weight_name not in dequantized:
+            prefix = weight_name.removesuffix(f"{layer_name}.weight")
+            new_layer_name = rename(weight_name, change).removesuffix(".weight")
+            renamed[new_layer_name.removeprefix(prefix)] = settings
     return renamed
 
 
@@ -361,17 +365,15 @@ def gather(path: Path) -> Checkpoint:
             tensor, or if tensors of the index are in no file.
     """
     parts, index = _find_parts_and_index(path)
-    repeated: list[str] = []
+    repeated: list[str] = []  # names of tensors that are in two files
 
-    def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
-        if first.tensors[name] != second.tensors[name]:  # another dtype or shape
-            return False
-        if _hash_tensor(first, name) != _hash_tensor(second, name):
-            return False
-        repeated.append(name)
-        return True
+    def note_if_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
+        are_equal = _are_equal(first, second, name)
+        if are_equal:
+            repeated.append(name)
+        return are_equal
 
-    checkpoint = open_checkpoint(path, parts, are_equal)
+    checkpoint = open_checkpoint(path, parts, note_if_equal)
     try:
         if index is not None:
             _check_index(checkpoint, index)
@@ -379,7 +381,7 @@ def gather(path: Path) -> Checkpoint:
         checkpoint.close()
         raise
     for key in checkpoint.metadata:
-        values = {metadata[key] for metadata in checkpoint.parts.values() if key in metadata}
+        values = {metadata[key] for metadata in checkpoint.metadata_by_file.values() if key in metadata}
         if len(values) > 1:
             logger.warning("%s: its files differ in %s; the last file counts", path, key)
     if repeated:
@@ -411,10 +413,17 @@ def _check_index(checkpoint: Checkpoint, index: Path) -> None:
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(
-            f"{index}: {len(missing)} tensors are in none of its files: {', '.join(missing[:LISTED])}. "
-            "Copy the files again.",
+            f"{index}: {len(missing)} tensors are in none of its files: "
+            f"{', '.join(missing[:MAX_LISTED_NAMES])}. Copy the files again.",
             index,
         )
+
+
+def _are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
+    """Return whether the tensor of a name has the same dtype, shape and values in both files."""
+    if first.tensors[name] != second.tensors[name]:
+        return False
+    return _hash_tensor(first, name) == _hash_tensor(second, name)
 
 
 def _hash_tensor(file: TensorFile, name: str) -> bytes:

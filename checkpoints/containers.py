@@ -38,9 +38,9 @@ from protocols.loading import TensorInfo
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 # what marks quantized layers
-MARK = ".comfy_quant"  # suffix of tensors of ComfyUI
-HEADER = "_quantization_metadata"  # metadata key of ComfyUI
-BNB_STATE = ".quant_state.bitsandbytes__"  # part of tensor names of bitsandbytes
+COMFY_QUANT_SUFFIX = ".comfy_quant"  # suffix of tensors of ComfyUI
+COMFY_QUANT_KEY = "_quantization_metadata"  # metadata key of ComfyUI
+BNB_STATE_INFIX = ".quant_state.bitsandbytes__"  # part of tensor names of bitsandbytes
 
 # keys under which trainers store the tensors; averaged weights come first, because they are the ones to use
 WRAPPERS = (
@@ -90,8 +90,8 @@ class HeaderFile:
     """Base of files with a header that lists their tensors."""
 
     left_out: Sequence[str] = ()  # names of entries that are not tensors
-    header = "header"  # description of the header, for messages
-    faults: tuple[type[Exception], ...] = (ValueError,)  # errors raised by reading a damaged header
+    header_name = "header"  # description of the header, for messages
+    damage_errors: tuple[type[Exception], ...] = (ValueError,)  # errors raised by reading a damaged header
 
     def __init__(self, path: Path) -> None:
         """Open a file and read its header; raise CheckpointError if the header is damaged."""
@@ -105,11 +105,11 @@ class HeaderFile:
             self._read_header(path.stat().st_size)
         except BaseException as error:
             self.close()
-            if not isinstance(error, self.faults):
+            if not isinstance(error, self.damage_errors):
                 raise
             raise CheckpointError(
-                f"{path} is damaged or incomplete: its {self.header} cannot be read ({error}). Download or "
-                "copy it again.",
+                f"{path} is damaged or incomplete: its {self.header_name} cannot be read ({error}). "
+                "Download or copy it again.",
                 path,
             ) from error
 
@@ -117,10 +117,10 @@ class HeaderFile:
         """Read the header into `tensors`, `metadata` and `_offsets`; `size` is the file's size in bytes."""
         raise NotImplementedError
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor that must be copied immediately; it may be a view of `scratch` (uint8)."""
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a tensor that must be copied immediately; it may be a view of `read_buffer` (uint8)."""
         info = self.tensors[name]
-        return info.read(self._file, self._offsets[name], scratch=scratch, path=self.path, name=name)
+        return info.read(self._file, self._offsets[name], read_buffer=read_buffer, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
@@ -129,7 +129,7 @@ class SafetensorsFile(HeaderFile):
     Windows reserves as much memory for such a mapping and may fail with "the paging file is too small".
     """
 
-    faults = (ValueError, TypeError, KeyError, AttributeError)
+    damage_errors = (ValueError, TypeError, KeyError, AttributeError)
 
     def _read_header(self, size: int) -> None:
         """Read the header of a safetensors file; raise ValueError if its numbers are inconsistent."""
@@ -143,7 +143,7 @@ class SafetensorsFile(HeaderFile):
             begin, end = entry["data_offsets"]
             spans.append((begin, end, name))
             self._offsets[name] = start + begin
-        described_size = start + _check_spans(spans)
+        described_size = start + _check_contiguous(spans)
         if described_size != size:
             raise ValueError(f"the file has {size} bytes, it describes {described_size}")
 
@@ -180,7 +180,7 @@ class SafetensorsFile(HeaderFile):
         return ValueError(f"{name} has the unknown type {kind}")
 
 
-def _check_spans(spans: Iterable[tuple[int, int, str]]) -> int:
+def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
     """Check that tensors follow one another without gaps or overlaps; return the end of the data.
 
     Args:
@@ -224,18 +224,20 @@ class TorchFile:
             raise _make_damage_error(path, f"a tensor's name is no text ({error})") from error
         for name, info in self.tensors.items():
             if len(name) > MAX_TENSOR_NAME:
-                what = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
-                raise _make_damage_error(path, what)
+                reason = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
+                raise _make_damage_error(path, reason)
             if info.dtype not in SAFETENSORS_DTYPES.values():
-                raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
+                raise CheckpointError(
+                    f"{path}: {name} is of type {dtype_name(info.dtype)}. {_DENSE_ONLY_ADVICE}", path
+                )
             # with strides of 0, a few bytes can have a huge shape
             if info.size_bytes > size:
                 raise CheckpointError(
                     f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
                 )
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor of the memory-mapped file; `scratch` is not needed."""
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a tensor of the memory-mapped file; `read_buffer` is not needed."""
         # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
@@ -247,10 +249,11 @@ class TorchFile:
 TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
-def load_pickled(path: Path, times: int = 1) -> Any:
+def load_pickled(path: Path, limit_factor: int = 1) -> Any:
     """Load a file of `torch.save` without running code; it is memory-mapped if its format allows that.
 
-    `times` multiplies the allowed length of the pickle program, for files with more objects than a model has.
+    `limit_factor` multiplies the allowed length of the pickle program, for files with more objects than a
+    model has.
 
     Raises:
         CheckpointError: If the file contains code or unusual tensors (such as sparse ones), or is damaged.
@@ -261,46 +264,51 @@ def load_pickled(path: Path, times: int = 1) -> Any:
             start = file.read(16)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    if start and start[:4] != ZIP and start[:1] != PICKLE:
+        raise CheckpointError(f"{path} {describe_kind(start)}", path)
     try:
-        is_zip = start[:4] == ZIP
-        if start and not is_zip and start[:1] != PICKLE:
-            raise CheckpointError(f"{path} {describe_kind(start)}", path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol
-            if is_zip:
-                _check_program(path, times)
+            if start[:4] == ZIP:
+                _check_program(path, limit_factor)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             else:  # the older format cannot be mapped
                 with path.open("rb") as file:
-                    counted = cast(Any, _Counted(file, times))
-                    content = torch.load(counted, map_location="cpu", weights_only=True)
-        _check_plain(content, path)
+                    limited_file = cast(Any, _ReadLimitedFile(file, limit_factor))
+                    content = torch.load(limited_file, map_location="cpu", weights_only=True)
+        _check_dense(content, path)
         return content
     except pickle.UnpicklingError as error:
-        # torch reports both damage and forbidden classes as this error, and only the text tells them apart
-        damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
-        if damaged_opcode is not None or "weights_only" not in str(error):
-            raise _make_damage_error(path, damaged_opcode[0] if damaged_opcode else str(error)) from error
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(
-            f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
-            "code.\n"
-            f"  {f'It asks for {forbidden[1]}. ' if forbidden else ''}Use a safetensors version of the file.",
-            path,
-        ) from error
+        raise _explain_unpickling_error(path, error) from error
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch raises errors of many kinds for a damaged file
         raise _make_damage_error(path, str(error) or type(error).__name__) from error
 
 
-class _Counted:
+def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    """Return the error for a damaged file, or for one with program code; only torch's text shows which."""
+    damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
+    if damaged_opcode is not None:
+        return _make_damage_error(path, damaged_opcode[0])
+    if "weights_only" not in str(error):
+        return _make_damage_error(path, str(error))
+    forbidden_class = re.search(r"GLOBAL ([\w.]+)", str(error))
+    request = "" if forbidden_class is None else f"It asks for {forbidden_class[1]}. "
+    return CheckpointError(
+        f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
+        f"code.\n  {request}Use a safetensors version of the file.",
+        path,
+    )
+
+
+class _ReadLimitedFile:
     """File that limits the number of reads, because torch reads a pickle one instruction at a time."""
 
-    def __init__(self, file: BinaryIO, times: int) -> None:
+    def __init__(self, file: BinaryIO, limit_factor: int) -> None:
         self._file = file
         self._num_reads = 0
-        self._max_reads = times * MAX_PICKLE_STEPS
+        self._max_reads = limit_factor * MAX_PICKLE_STEPS
 
     def read(self, *size: int) -> bytes:
         self._num_reads += 1
@@ -315,19 +323,19 @@ class _Counted:
 _TOO_LONG = "its list of tensors and values is longer than that of any model"
 
 
-def _check_program(path: Path, times: int) -> None:
+def _check_program(path: Path, limit_factor: int) -> None:
     """Raise ValueError if the pickle program in a zip file would take too much time or memory.
 
-    `times` is a factor on the limits.
+    `limit_factor` multiplies the limits.
     """
-    max_steps = times * MAX_PICKLE_STEPS
+    max_steps = limit_factor * MAX_PICKLE_STEPS
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             is_program = info.filename.rpartition("/")[2] == "data.pkl"
             if not is_program or info.file_size <= SHORT_PICKLE_BYTES:
                 continue
             # torch.save does not compress, so a compressed program was made to expand in memory
-            if info.file_size > times * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+            if info.file_size > limit_factor * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(_TOO_LONG)
             steps = pickletools.genops(archive.read(info))
             num_steps = sum(1 for _ in itertools.islice(steps, max_steps + 1))
@@ -335,10 +343,10 @@ def _check_program(path: Path, times: int) -> None:
                 raise ValueError(_TOO_LONG)
 
 
-_PLAIN = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
+_DENSE_ONLY_ADVICE = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
 
 
-def _check_plain(content: Any, path: Path) -> None:
+def _check_dense(content: Any, path: Path) -> None:
     """Raise CheckpointError if a tensor of a pickled file is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
     visited: set[int] = set()  # a malicious file may nest a container in itself
@@ -351,7 +359,7 @@ def _check_plain(content: Any, path: Path) -> None:
         if isinstance(value, Tensor):
             kind = _name_special_kind(value)
             if kind is not None:
-                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
+                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_DENSE_ONLY_ADVICE}", path)
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:
@@ -390,8 +398,14 @@ def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], l
     visited.add(id(content))
     wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS  # a single entry may have any name
     for key in wrappers:
-        inner, left_out = _find_tensors(content.get(key), visited)
-        if inner:
-            return inner, [str(name) for name in content if name != key] + left_out
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return tensors, [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+        inner_tensors, inner_others = _find_tensors(content.get(key), visited)
+        if inner_tensors:
+            return inner_tensors, [str(name) for name in content if name != key] + inner_others
+    tensors: dict[str, Tensor] = {}
+    other_names: list[str] = []
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(name)] = value
+        else:
+            other_names.append(str(name))
+    return tensors, other_names

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.filling import (
-    StoredLoading,
+    QuantizedLoading,
     add_leading_axes,
-    find_stored_weights,
+    find_quantized_weights,
     linear_weights,
     load_module,
     on_meta_device,
-    stored_as,
+    read_quantized_on_meta,
 )
 from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, reject_quantized
-from checkpoints.stored.forms import Stored, form_of, prepare
+from checkpoints.stored.forms import QuantizedWeight, form_of, prepare
 from modules.errors import CheckpointError
 from modules.limits import MAX_BLOCKS
 from modules.speed_options import Quantization
-from protocols.loading import BlockPlace, HostPlace, TensorSource
+from protocols.loading import BlockPlace, HostWeightMemory, TensorSource
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -55,7 +55,7 @@ def load_planned(
     dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
     what: str,
     form: str | None = None,
-    host: HostPlace | None = None,
+    host: HostWeightMemory | None = None,
     blocks: BlockPlace | None = None,
 ) -> Network:
     """Load the network of a plan to a device, in eval mode and without gradients.
@@ -85,35 +85,36 @@ def load_planned(
         dtype=(lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype,
         ignore=plan.ignore,
         what=what,
-        stored=_select_stored(plan, network, form, device),
+        quantized=_select_quantized_layers(plan, network, form, device),
         host=host,
-        filled=None if blocks is None else blocks.watch(network),
+        on_tensor_loaded=None if blocks is None else blocks.watch(network),
     )
     if blocks is not None:
         blocks.finish(network)
     return network.eval()
 
 
-def _select_stored(
+def _select_quantized_layers(
     plan: LoadPlan[Any], network: nn.Module, form: str | None, device: torch.device
-) -> StoredLoading | None:
+) -> QuantizedLoading | None:
     """Select the linear layers that are quantized once the network is loaded; None if there are none.
 
     Layers that are quantized in the file stay so. The others are quantized to `form`, if it is not None.
     """
-    # `as_stored` makes a weight in the quantized form of the file; None if the file does not quantize it
-    if form is None and all(source.as_stored is None for source in plan.sources.values()):
+    file_is_quantized = any(source.build_quantized is not None for source in plan.sources.values())
+    if form is None and not file_is_quantized:
         return None
     linear = linear_weights(network)
-    already_stored = find_stored_weights(
-        linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
+    quantized_in_file = find_quantized_weights(
+        linear, plan.sources, plan.checkpoint.tensors, format_is_requested=form is not None
     )
     if form is None:  # nothing is quantized anew
-        return StoredLoading(None, staying=already_stored) if already_stored else None
-    _reject_other_forms(plan, already_stored, form)
-    # `rounded` are the layers to quantize to `stored_form`, `staying` those that keep the form of the file
-    stored_form = form_of(prepare(text_quantization(form), device))
-    return StoredLoading(stored_form, rounded=linear - already_stored, staying=already_stored)
+        return QuantizedLoading(None, quantized_in_file=quantized_in_file) if quantized_in_file else None
+    _reject_other_forms(plan, quantized_in_file, form)
+    quantization_format = form_of(prepare(text_quantization(form), device))
+    return QuantizedLoading(
+        quantization_format, to_quantize=linear - quantized_in_file, quantized_in_file=quantized_in_file
+    )
 
 
 def text_quantization(form: str) -> Quantization:
@@ -133,26 +134,26 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
     source = plan.sources[name]
     tensors = plan.checkpoint.tensors
     shape = tensors[source.names[0]].shape
-    stored = stored_as(source, tensors)
-    if stored is not None and form is None and not stored.form.stays:
-        stored = None  # dequantized
-    if stored is None:
+    weight = read_quantized_on_meta(source, tensors)
+    stays_quantized = weight is not None and (form is not None or weight.form.is_kept_by_default)
+    if not stays_quantized:
         if form is None:
             return math.prod(shape) * dtype.itemsize
         # quantized on the meta device, to count the bytes of codes and scales
-        stored = form_of(text_quantization(form)).empty((shape[0], shape[1]))
-    return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
+        weight = form_of(text_quantization(form)).empty((shape[0], shape[1]))
+    assert weight is not None
+    return sum(tensor.nbytes for tensor in weight.tensors if tensor is not None)
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
     """Raise CheckpointError if one of the weights `names` is stored in another quantized form than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
-        stored = stored_as(plan.sources[name], tensors)
-        if stored is not None and stored.form.name != form:
+        weight = read_quantized_on_meta(plan.sources[name], tensors)
+        if weight is not None and weight.form.name != form:
             path = plan.checkpoint.path
             raise CheckpointError(
-                f"the text encoder is to be kept in {form}, but {path} is already in {stored.form.name}, and "
+                f"the text encoder is to be kept in {form}, but {path} is already in {weight.form.name}, and "
                 "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): "
                 "its form stays; or give the file in 16 bits.",
                 path,
@@ -184,37 +185,38 @@ def rename_sources(
     return {name_of(name): source for name, source in sources.items()}
 
 
-def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
+def count(names: Iterable[str], block_pattern: str, path: Path | None = None) -> int:
     """Count the blocks of a network by the distinct block prefixes of its tensor names.
 
     Args:
         names: Names of the tensors.
-        start: Pattern of a block prefix and its index, to match names such as blocks.0.
+        block_pattern: Pattern of a block prefix with its index, to match prefixes such as blocks.0.
         path: The file, for the message.
 
     Raises:
         CheckpointError: If there are more blocks than in any model.
     """
-    pattern = re.compile(rf"({start})\.")
-    starts = {match[1] for match in map(pattern.match, names) if match}
-    number = len(starts)
-    if number > MAX_BLOCKS:
+    pattern = re.compile(rf"({block_pattern})\.")
+    blocks = {match[1] for match in map(pattern.match, names) if match}
+    if len(blocks) > MAX_BLOCKS:
         # raised without the error's own path: with it, the message would look for the family of the file, and
         # read all its names a dozen times
         raise CheckpointError(
-            f"{path or 'a file'} has {number:,} layers such as {min(starts)}, more than any model has. Give "
-            "the released file of the model."
+            f"{path or 'a file'} has {len(blocks):,} layers such as {min(blocks)}, more than any model has. "
+            "Give the released file of the model."
         )
-    return number
+    return len(blocks)
 
 
 def shapes_of(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError | None = None
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    misshapen_error: CheckpointError | None = None,
 ) -> Callable[..., tuple[int, ...]]:
     """Return a function that takes our name and returns the tensor's shape in the file.
 
-    The function raises CheckpointError if the file lacks the tensor. If `wrong` is not None, the function
-    takes a number of axes too (default 4), and raises `wrong` if the tensor has another number or no values.
+    The function raises CheckpointError if the file lacks the tensor. With `misshapen_error`, it also takes a
+    number of axes (default 4), and raises that error if the tensor has another number or no values.
     """
 
     def shape(name: str, axes: int = 4) -> tuple[int, ...]:
@@ -224,12 +226,12 @@ def shapes_of(
                 checkpoint.path,
             )
         stored_shape = checkpoint.tensors[sources[name].names[0]].shape
-        if wrong is None:
+        if misshapen_error is None:
             return stored_shape
         if len(stored_shape) < axes:
             stored_shape = add_leading_axes(stored_shape, axes)
         if len(stored_shape) != axes or 0 in stored_shape:
-            raise wrong
+            raise misshapen_error
         return stored_shape
 
     return shape
@@ -293,8 +295,8 @@ def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) 
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)
     if kind is None:
-        some = ", ".join(sorted(checkpoint.tensors)[:3])
-        kind = f"an unknown model with tensors such as {some}"
+        example_names = ", ".join(sorted(checkpoint.tensors)[:3])
+        kind = f"an unknown model with tensors such as {example_names}"
         if any("lora_" in name for name in checkpoint.tensors):
             kind = "a LoRA"
     return CheckpointError(
@@ -304,31 +306,32 @@ def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) 
 
 
 def join_parts(
-    stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
+    file_sources: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
 ) -> dict[str, TensorSource]:
     """Translate the names of sources to ours, and concatenate tensors that the file has in parts.
 
     Args:
-        stored: Sources by name in the file.
+        file_sources: Sources by name in the file.
         table: Translates these names. A translated name that ends in #n is the n-th part of a tensor; parts
             are concatenated along rows.
         swapped: Our names of tensors whose two halves are in the opposite order in the file.
     """
-    parts: dict[str, dict[int, TensorSource]] = {}  # our name -> the parts by their index
-    for stored_name, source in stored.items():
-        name, _, index = translate_name(stored_name, table).partition("#")
-        parts.setdefault(name, {})[int(index or 0)] = source
-
-    def swap_halves(tensor: Tensor) -> Tensor:
-        return torch.cat(tensor.chunk(2)[::-1])
-
+    parts_by_index: dict[str, dict[int, TensorSource]] = {}  # our name -> index of a part -> its source
+    for name_in_file, source in file_sources.items():
+        name, _, index = translate_name(name_in_file, table).partition("#")
+        parts_by_index.setdefault(name, {})[int(index or 0)] = source
     sources = {}
-    for name, by_index in parts.items():
-        sources[name] = _join([by_index[index] for index in sorted(by_index)])
+    for name, parts in parts_by_index.items():
+        sources[name] = _concatenate([parts[index] for index in sorted(parts)])
     for name in swapped:
         if name in sources:
-            sources[name] = sources[name].then(swap_halves)
+            sources[name] = sources[name].then(_swap_halves)
     return sources
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    """Exchange the first and the second half of a tensor's rows."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def stack_heads(rows: Tensor, head_width: int) -> Tensor:
@@ -348,49 +351,52 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
     return joined
 
 
-def _join(parts: list[TensorSource]) -> TensorSource:
+def _concatenate(parts: list[TensorSource]) -> TensorSource:
     """Return one source whose tensor concatenates the tensors of several sources along their rows."""
     if len(parts) == 1:
         return parts[0]
 
-    def by_part(tensors: Sequence[Tensor]) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
-        """Yield each source with the stored tensors that it is built from."""
-        start = 0
-        for part in parts:
-            end = start + len(part.names)
-            yield part, tensors[start:end]
-            start = end
-
-    def build(*tensors: Tensor) -> Tensor:
+    def build(*file_tensors: Tensor) -> Tensor:
         """Concatenate tensors; use float32 if some are fp8, because torch cannot promote fp8 dtypes."""
-        rows = [part.make(group) for part, group in by_part(tensors)]
-        dtype = rows[0].dtype
-        if any(row.dtype.itemsize == 1 for row in rows):
+        tensors = [part.make(group) for part, group in _group_by_part(parts, file_tensors)]
+        dtype = tensors[0].dtype
+        if any(tensor.dtype.itemsize == 1 for tensor in tensors):
             dtype = torch.float32
-        return torch.cat([row.to(dtype) for row in rows])
+        return torch.cat([tensor.to(dtype) for tensor in tensors])
 
-    def as_stored(*tensors: Tensor) -> Stored | None:
-        """Concatenate quantized weights along their rows; return None if their forms differ."""
-        rows: list[Stored] = []
-        for part, group in by_part(tensors):
-            stored = part.make_stored(group)
-            if stored is None or (rows and stored.form != rows[0].form):
+    def build_quantized(*file_tensors: Tensor) -> QuantizedWeight | None:
+        """Concatenate quantized weights along their rows; return None if their formats differ."""
+        weights: list[QuantizedWeight] = []
+        for part, group in _group_by_part(parts, file_tensors):
+            weight = part.make_quantized(group)
+            if weight is None or (weights and weight.form != weights[0].form):
                 return None
-            rows.append(stored)
-        return rows[0].form.join(rows)
+            weights.append(weight)
+        return weights[0].form.join(weights)
 
     names = tuple(name for part in parts for name in part.names)
-    can_stay = all(part.as_stored is not None for part in parts)
-    return TensorSource(names, build, as_stored if can_stay else None)
+    can_stay_quantized = all(part.build_quantized is not None for part in parts)
+    return TensorSource(names, build, build_quantized if can_stay_quantized else None)
 
 
-def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
+def _group_by_part(
+    parts: Iterable[TensorSource], file_tensors: Sequence[Tensor]
+) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
+    """Yield each source with those of the concatenated file tensors that it is built from."""
+    first = 0
+    for part in parts:
+        end = first + len(part.names)
+        yield part, file_tensors[first:end]
+        first = end
+
+
+def cut_parts(file_sources: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
     """Split fused weights, which the file stacks by rows, into one source per part; keep the others.
 
     A quantized weight stays quantized; each part gets the scales of its rows.
     """
     sources: dict[str, TensorSource] = {}
-    for name, source in stored.items():
+    for name, source in file_sources.items():
         parts = _list_parts(name, cuts)
         if not parts:
             sources[name] = source
@@ -421,20 +427,22 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 
 
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
-    """Return the source of one of `count` equal parts of the rows of a tensor."""
+    """Return the source of one of `count` equal parts of the rows of a tensor.
 
-    # if the rows cannot be divided, all are returned, and the wrong shape is reported later
-    def build(*tensors: Tensor) -> Tensor:
-        rows = source.make(tensors)
-        if len(rows) % count == 0:
-            rows = rows.chunk(count)[index]
-        return rows.contiguous()
+    If the rows cannot be divided, it makes all of them, and the comparison of shapes reports that.
+    """
 
-    def as_stored(*tensors: Tensor) -> Stored | None:
-        stored = source.make_stored(tensors)
-        if stored is None or stored.shape[0] % count:
-            return stored
-        height = stored.shape[0] // count
-        return stored.form.cut(stored, index * height, height)
+    def build(*file_tensors: Tensor) -> Tensor:
+        fused_weight = source.make(file_tensors)
+        if len(fused_weight) % count == 0:
+            return fused_weight.chunk(count)[index].contiguous()
+        return fused_weight.contiguous()
 
-    return TensorSource(source.names, build, None if source.as_stored is None else as_stored)
+    def build_quantized(*file_tensors: Tensor) -> QuantizedWeight | None:
+        fused_weight = source.make_quantized(file_tensors)
+        if fused_weight is None or fused_weight.shape[0] % count:
+            return fused_weight
+        num_rows = fused_weight.shape[0] // count
+        return fused_weight.form.cut(fused_weight, index * num_rows, num_rows)
+
+    return TensorSource(source.names, build, None if source.build_quantized is None else build_quantized)

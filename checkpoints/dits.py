@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.filling import (
-    StoredLoading,
-    find_stored_weights,
+    QuantizedLoading,
+    find_quantized_weights,
     linear_weights,
     load_module,
     on_meta_device,
-    stored_as,
+    read_quantized_on_meta,
 )
-from checkpoints.kinds import OF_OTHERS, kind_of
+from checkpoints.kinds import UNSUPPORTED_MODELS, kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, reject_quantized
-from checkpoints.stored.forms import StoredForm, form_of
+from checkpoints.stored.forms import QuantizationFormat, form_of
 from checkpoints.unused import UnusedTensors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -121,13 +121,15 @@ class DitFormat(Generic[Config, Dit]):
         """
         checkpoint = bare_names(checkpoint)
         # checked first, because some unsupported models have all the tensors of a supported one
-        kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
+        kind = next(
+            (description for name, description in UNSUPPORTED_MODELS if name in checkpoint.tensors), None
+        )
         if kind is None:
             reject_quantized(checkpoint)
             try:
                 return self.read_bare(checkpoint)
             except CheckpointError:
-                kind = kind_of(checkpoint.tensors, OF_OTHERS)  # names may have unknown prefixes
+                kind = kind_of(checkpoint.tensors, UNSUPPORTED_MODELS)  # names may have unknown prefixes
                 if kind is None:
                     raise
         raise CheckpointError(
@@ -164,28 +166,28 @@ class DitFormat(Generic[Config, Dit]):
             checkpoint = opened.enter_context(self._open(path, second_file))
             # build the network without values
             header = self.read_header(checkpoint)
-            what = self.describe(header)
-            target = select_dtype(header.block_dtype, placement)
+            description = self.describe(header)
+            weight_dtype = select_dtype(header.block_dtype, placement)
             with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)
             spec = dit.spec
             assert isinstance(spec, DitSpec)
             counts = " + ".join(str(len(blocks)) for blocks in spec.blocks(dit).values())
             size = f"{counts} blocks of width {header.config.dim}"
-            logger.info("Loading %s: %s, %s, as %s", path, what, size, dtype_name(target))
+            logger.info("Loading %s: %s, %s, as %s", path, description, size, dtype_name(weight_dtype))
             sources = self.sources(checkpoint, header)
 
-            def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
-                """Return the dtype to load a tensor in; `stored` is its dtype in the file."""
+            def dtype_of(name: str, file_dtype: torch.dtype) -> torch.dtype:
+                """Return the dtype to load a tensor in; `file_dtype` is its dtype in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
                 if not placement.keep_file_dtypes:
-                    return target
+                    return weight_dtype
                 # a bias gets the dtype of its weight
                 weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
                 if weight in sources:
-                    stored = checkpoint.tensors[sources[weight].names[0]].dtype
-                return stored if stored.itemsize > 1 else target
+                    file_dtype = checkpoint.tensors[sources[weight].names[0]].dtype
+                return file_dtype if file_dtype.itemsize > 1 else weight_dtype
 
             load_module(
                 dit,
@@ -195,15 +197,15 @@ class DitFormat(Generic[Config, Dit]):
                 dtype=dtype_of,
                 patch=placement.patch,
                 ignore=self.ignore,
-                what=what,
-                stored=stored_layers(dit, checkpoint, sources, placement=placement, spec=spec),
+                what=description,
+                quantized=select_quantized_layers(dit, checkpoint, sources, placement=placement, spec=spec),
                 host=placement.host,
                 check=placement.check,
-                filled=None if placement.blocks is None else placement.blocks.watch(dit),
+                on_tensor_loaded=None if placement.blocks is None else placement.blocks.watch(dit),
             )
             # record what a full fine-tuning needs to save the file like its source
-            saved = _select_saved_dtypes(checkpoint, sources, target, header.block_dtype)
-            dit.saved_dtypes = saved  # type: ignore[assignment]
+            saved_dtypes = _select_saved_dtypes(checkpoint, sources, weight_dtype, header.block_dtype)
+            dit.saved_dtypes = saved_dtypes  # type: ignore[assignment]
             names = dit.state_dict().keys()
             unused = {name: source for name, source in sources.items() if name not in names}
             if unused:  # full fine-tuning copies them into its result, and opens the file again for that
@@ -229,19 +231,22 @@ class DitFormat(Generic[Config, Dit]):
 def _select_saved_dtypes(
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
-    target: torch.dtype,
+    weight_dtype: torch.dtype,
     block_dtype: torch.dtype,
 ) -> dict[str, torch.dtype]:
     """Return the dtypes in which a trained 16-bit transformer is saved, by published name.
 
-    Tensors that are float32 in the file stay so; all others are saved in `target`, also those that are
-    float32 in memory.
+    Tensors that are float32 in the file stay so; all others are saved in `weight_dtype`, also those that are
+    float32 in memory. The result is empty if the file or the transformer is not in 16 bits: weights are then
+    saved in the dtypes that they have in memory.
     """
-    # an empty result means that weights are saved in the dtypes that they have in memory
-    if target.itemsize != 2 or block_dtype.itemsize != 2:
+    if weight_dtype.itemsize != 2 or block_dtype.itemsize != 2:
         return {}
-    stored = {name: checkpoint.tensors[source.names[0]].dtype for name, source in sources.items()}
-    return {name: dtype if dtype.itemsize > 2 else target for name, dtype in stored.items()}
+    saved_dtypes = {}
+    for name, source in sources.items():
+        file_dtype = checkpoint.tensors[source.names[0]].dtype
+        saved_dtypes[name] = file_dtype if file_dtype.itemsize > 2 else weight_dtype
+    return saved_dtypes
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
@@ -270,14 +275,14 @@ def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement
     return placement if has_dtype else replace(placement, compute_dtype=dit_dtype)
 
 
-def stored_layers(
+def select_quantized_layers(
     dit: nn.Module,
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
     *,
     placement: Placement,
     spec: DitSpec,
-) -> StoredLoading | None:
+) -> QuantizedLoading | None:
     """Select the linear layers to load in 8 or 4 bits: those that the file has so, or those of the options.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
@@ -285,37 +290,50 @@ def stored_layers(
     Raises:
         CheckpointError: If the options would quantize weights that the file has in another quantized form.
     """
-    quantization = placement.quantization
-    if quantization is None and all(source.as_stored is None for source in sources.values()):
+    if placement.quantization is not None:
+        return _select_requested_layers(dit, checkpoint, sources, placement, spec, placement.quantization)
+    if all(source.build_quantized is None for source in sources.values()):
         return None
-    if quantization is None:
-        already_stored = find_stored_weights(
-            linear_weights(dit), sources, checkpoint.tensors, form_is_given=False
-        )
-        if not already_stored:
-            return None
-        return StoredLoading(None, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
+    quantized_in_file = find_quantized_weights(
+        linear_weights(dit), sources, checkpoint.tensors, format_is_requested=False
+    )
+    if not quantized_in_file:
+        return None
+    unmerged = _without_merged_weights(quantized_in_file, dit, checkpoint.path, placement)
+    return QuantizedLoading(None, quantized_in_file=unmerged)
+
+
+def _select_requested_layers(
+    dit: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    placement: Placement,
+    spec: DitSpec,
+    quantization: Quantization,
+) -> QuantizedLoading:
+    """Select the layers to load quantized if an option sets `quantization`; see `select_quantized_layers`."""
     blocks_in_16_bits = _list_blocks_in_16_bits(dit, spec) if quantization.fp8_matmul else ()
 
     def without_16_bit_blocks(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(blocks_in_16_bits))
 
-    form: StoredForm | None = form_of(quantization)
+    form: QuantizationFormat | None = form_of(quantization)
     linear = without_16_bit_blocks(linear_weights(dit, spec.block_lists))
-    already_stored = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
-    if not already_stored:  # the file is in 16 or 32 bits
+    quantized_in_file = find_quantized_weights(linear, sources, checkpoint.tensors, format_is_requested=True)
+    if not quantized_in_file:  # the file is in 16 or 32 bits
         exclude = spec.form_exclude.get(quantization.form, spec.fp8_exclude)
-        return StoredLoading(form, without_16_bit_blocks(linear_weights(dit, spec.block_lists, exclude)))
-    if have_chosen_form(quantization, already_stored, sources, checkpoint):
+        return QuantizedLoading(form, without_16_bit_blocks(linear_weights(dit, spec.block_lists, exclude)))
+    if have_chosen_form(quantization, quantized_in_file, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
         logger.info(text, quantization.asked_by, checkpoint.path, quantization.form)
         form = None  # nothing is left to quantize
     elif quantization.kind != "cast":  # a plain cast (--fp8) leaves quantized layers as in the file
-        infos = [checkpoint.tensors[sources[name].names[0]] for name in already_stored]
+        infos = [checkpoint.tensors[sources[name].names[0]] for name in quantized_in_file]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
     # layers that are not quantized in such a file are not quantized here either
-    return StoredLoading(form, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
+    unmerged = _without_merged_weights(quantized_in_file, dit, checkpoint.path, placement)
+    return QuantizedLoading(form, quantized_in_file=unmerged)
 
 
 def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
@@ -360,22 +378,23 @@ def have_chosen_form(
     """Return whether all quantized weights of a file have the form that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
-    stored = [stored_as(sources[name], checkpoint.tensors) for name in names]
+    stored = [read_quantized_on_meta(sources[name], checkpoint.tensors) for name in names]
     return all(weight is not None and weight.form.name == quantization.form for weight in stored)
 
 
-def _without_patched(
+def _without_merged_weights(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return the quantized weights that stay so; weights that a LoRA is merged into are kept in 16 bits."""
+    """Return those of the file's quantized weights that no LoRA is merged into; the others become 16-bit."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()
-    leave = placement.leave_unmerged  # decides for which weights the LoRA is computed separately
-    staying = frozenset(
-        name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
-    )
-    if staying != names:
+    adds_lora_to_output = placement.leave_unmerged  # takes a weight's name and shape; None: for no weight
+    unmerged: set[str] = set()
+    for name in names:
+        if adds_lora_to_output is not None and adds_lora_to_output(name, tuple(weights[name].shape)):
+            unmerged.add(name)
+    if unmerged != names:
         text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"
-        logger.info(text, path, len(names - staying), len(names))
-    return staying
+        logger.info(text, path, len(names - unmerged), len(names))
+    return frozenset(unmerged)

@@ -78,11 +78,11 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: 
     if isinstance(heads, int) and heads > 0 and rows % heads == 0:
         return rows // heads
     if heads is None:
-        why = f"heads have {default_width} channels"
+        reason = f"heads have {default_width} channels"
     else:
-        why = f"config.json next to it says {heads} heads"
+        reason = f"config.json next to it says {heads} heads"
     raise CheckpointError(
-        f"{path}: {rows} rows of queries, but {why}. Give the config.json that belongs to it.", path
+        f"{path}: {rows} rows of queries, but {reason}. Give the config.json that belongs to it.", path
     )
 
 
@@ -110,7 +110,7 @@ def read_network_config(
     kind: str,
     dim: int,
     defaults: Mapping[str, Any],
-    written: str | None = None,
+    embedded_config: str | None = None,
 ) -> Mapping[str, Any]:
     """Return the settings of a network from config.json; {} if it is missing or belongs to another model.
 
@@ -120,17 +120,17 @@ def read_network_config(
         kind: Prefix of the network's model_type.
         dim: Width of the network by its tensors.
         defaults: Values of keys that config.json leaves out.
-        written: Content of a config.json inside the model's file; None reads the one in the folder.
+        embedded_config: Content of a config.json inside the model's file; None reads the one in the folder.
 
     Raises:
         CheckpointError: If config.json cannot be read.
     """
-    file, content = read_config_json(path) if written is None else (path, {})
+    file, content = read_config_json(path) if embedded_config is None else (path, {})
     if content is None:
         return {}
     try:
-        if written is not None:
-            content = parse_json(written)
+        if embedded_config is not None:
+            content = parse_json(embedded_config)
         config = content.get(part, content)
         model_type = config.get("model_type")
         # configurations of transformers, which have a model_type, leave out keys with default values

@@ -27,27 +27,27 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from checkpoints.finite import check_finite, is_finite, make_non_finite_error
-from checkpoints.opening import QUANT_EXTRAS, Checkpoint
-from checkpoints.stored.forms import Stored, StoredForm, attach
+from checkpoints.opening import QUANTIZATION_EXTRAS, Checkpoint
+from checkpoints.stored.forms import QuantizationFormat, QuantizedWeight, attach
 from modules.bars import BYTES, track
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
 from modules.errors import CheckpointError
 from modules.integers import round_up
-from protocols.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
+from protocols.loading import HostWeightMemory, TensorInfo, TensorSource, WeightPatch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StoredLoading:
-    """Names and storage form of the linear weights that a network is loaded with in 8 or 4 bits."""
+class QuantizedLoading:
+    """Which linear weights of a network stay or become quantized to 8 or 4 bits while it is loaded."""
 
-    form: StoredForm | None  # from the options; None if they set none
-    rounded: frozenset[str] = frozenset()  # names of weights that are quantized to `form` while loading
-    staying: frozenset[str] = frozenset()  # names of weights that keep the quantized form of the file
+    form: QuantizationFormat | None  # of `to_quantize`, from the options; None if they set none
+    to_quantize: frozenset[str] = frozenset()  # names of weights that are quantized while loading
+    quantized_in_file: frozenset[str] = frozenset()  # names of weights that keep the format of the file
 
     def __contains__(self, name: str) -> bool:
-        return name in self.rounded or name in self.staying
+        return name in self.to_quantize or name in self.quantized_in_file
 
 
 def linear_weights(
@@ -71,32 +71,38 @@ def linear_weights(
     return frozenset(names)
 
 
-def find_stored_weights(
+def find_quantized_weights(
     names: Collection[str],
     sources: Mapping[str, TensorSource],
     tensors: Mapping[str, TensorInfo],
-    form_is_given: bool,
+    format_is_requested: bool,
 ) -> frozenset[str]:
-    """Return those of the weights `names` that keep the quantized form of the file.
+    """Return those of the weights `names` that stay quantized as in the file.
 
-    If an option sets a quantized form (`form_is_given`), these are all quantized weights. Otherwise, only
-    weights whose form is always kept (`StoredForm.stays`) are returned; the others are dequantized.
+    If an option asks for a quantization format, these are all quantized weights. Otherwise, only those whose
+    format is kept without an option; the others are dequantized.
+
+    Args:
+        names: Names of the network's weights.
+        sources: How each tensor of the network is made from the file, by name.
+        tensors: Dtype and shape of the file's tensors.
+        format_is_requested: Whether an option asks for a quantization format.
     """
-    staying = set()
+    quantized_in_file = set()
     for name in names:
         source = sources.get(name)
-        if source is not None and source.as_stored is not None:
-            stored = stored_as(source, tensors)
-            if stored is not None and (form_is_given or stored.form.stays):
-                staying.add(name)
-    return frozenset(staying)
+        if source is not None and source.build_quantized is not None:
+            weight = read_quantized_on_meta(source, tensors)
+            if weight is not None and (format_is_requested or weight.form.is_kept_by_default):
+                quantized_in_file.add(name)
+    return frozenset(quantized_in_file)
 
 
-def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
+def read_quantized_on_meta(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> QuantizedWeight | None:
     """Return the quantized weight that a source reads, on the meta device; None if it is not quantized."""
-    if source.as_stored is None:
+    if source.build_quantized is None:
         return None
-    return source.as_stored(*[tensors[part].hollow() for part in source.names])
+    return source.build_quantized(*[tensors[part].hollow() for part in source.names])
 
 
 # Temporary tensors fragment the heap. Returning freed memory to the system takes milliseconds, so it is done
@@ -136,10 +142,10 @@ def load_module(
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
     what: str = "this model",
-    stored: StoredLoading | None = None,
-    host: HostPlace | None = None,
+    quantized: QuantizedLoading | None = None,
+    host: HostWeightMemory | None = None,
     check: Callable[[], None] | None = None,
-    filled: Callable[[str], None] | None = None,
+    on_tensor_loaded: Callable[[str], None] | None = None,
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor.
 
@@ -156,18 +162,18 @@ def load_module(
             changed weight, for example with LoRAs added.
         ignore: Patterns (`*`) of tensors in the file that may be unused.
         what: Option or network, for messages.
-        stored: Weights that are quantized to 8 or 4 bits; None if there are none.
+        quantized: Which weights stay or become quantized, in which format; None if there are none.
         host: Keeps some of the tensors in host memory; their values are still computed on `device`.
         check: Called before each tensor, and may raise to stop loading; replaces the progress bar.
-        filled: Called with each name once its tensor is loaded.
+        on_tensor_loaded: Called with each name once its tensor is loaded.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected or misshaped (checked before any is read), or if
             values are NaN or infinite.
         OptionError: If the device does not support the quantized form.
     """
-    if stored is not None and stored.form is not None:
-        stored.form.check_device(device)
+    if quantized is not None and quantized.form is not None:
+        quantized.form.check_device(device)
     # compare names and shapes before any tensor is read
     targets = module.state_dict()
     _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
@@ -176,14 +182,14 @@ def load_module(
         infos = [checkpoint.tensors[stored_name] for stored_name in sources[name].names]
         dtypes[name] = dtype(name, infos[0].dtype)
         sizes[name] = sum(info.size_bytes for info in infos)
-    filling = _Filling(
+    loader = _TensorLoader(
         module,
         checkpoint,
         sources,
         dtypes=dtypes,
         device=device,
         patch=patch,
-        stored=stored,
+        quantized=quantized,
         host=host,
     )
     total = sum(sizes.values())
@@ -195,58 +201,60 @@ def load_module(
         unit=BYTES,
         shown=check is None and device.type != "meta",
     )
-    untrimmed = 0  # bytes loaded since freed memory was last returned to the system
+    bytes_since_trim = 0  # bytes loaded since freed memory was last returned to the system
     trim_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
     for name in names:
         if check is not None:
             check()
-        filling.fill(name)
-        if filled is not None:
-            filled(name)
-        untrimmed += sizes[name]
-        if device.type == "cpu" and untrimmed > trim_after:
+        loader.load(name)
+        if on_tensor_loaded is not None:
+            on_tensor_loaded(name)
+        bytes_since_trim += sizes[name]
+        if device.type == "cpu" and bytes_since_trim > trim_after:
             release_heap()
-            untrimmed = 0
-    # read the checks that were collected on the device
-    if filling.are_finite and not all(torch.stack([*filling.are_finite.values()]).tolist()):
-        bad_names = [name for name, is_good in filling.are_finite.items() if not is_good]
+            bytes_since_trim = 0
+    # on a GPU, the results of these checks are read only now, because reading one waits for all copies
+    if loader.finite_checks and not all(torch.stack([*loader.finite_checks.values()]).tolist()):
+        bad_names = [name for name, is_good in loader.finite_checks.items() if not is_good]
         raise make_non_finite_error(checkpoint.path, bad_names)
-    del filling.scratch
+    del loader.read_buffer
     release_heap()
     if device.type == "cuda":
         release_pinned_memory()
-    if stored is not None:
-        _log_forms(stored, filling, what)
-    if filling.on_host and host is not None:
+    if quantized is not None:
+        _log_quantization(quantized, loader, what)
+    if loader.on_host and host is not None:
         host.finish()
 
 
-def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
-    """Log the quantized forms of layers and their rounding errors.
+def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", network_name: str) -> None:
+    """Log the quantization formats of loaded layers and their rounding errors.
 
     Raises:
         CheckpointError: If a rounding error is NaN or infinite.
     """
-    for form, num_layers in Counter(filling.kept_forms).items():
-        logger.info("%s: %d linear layers stay in %s as the file has them", what, num_layers, form)
-    names_by_form: dict[str, list[str]] = {}
-    for name in filling.errors:
-        names_by_form.setdefault(filling.rounded_forms[name], []).append(name)
-    for form_text, names in names_by_form.items():
-        errors = torch.stack([filling.errors[name].cpu() for name in names])
+    for format_name, num_layers in Counter(loader.kept_formats).items():
+        logger.info(
+            "%s: %d linear layers stay in %s as the file has them", network_name, num_layers, format_name
+        )
+    names_by_format: dict[str, list[str]] = {}
+    for name in loader.rounding_errors:
+        names_by_format.setdefault(loader.rounded_formats[name], []).append(name)
+    for format_description, names in names_by_format.items():
+        errors = torch.stack([loader.rounding_errors[name].cpu() for name in names])
         for name, is_finite_error in zip(names, errors.isfinite().tolist(), strict=True):
             # a LoRA must have caused it, because values of the file are checked when read
             if not is_finite_error:
-                form_name = "" if stored.form is None else stored.form.name
+                format_name = "" if quantized.form is None else quantized.form.name
                 raise CheckpointError(
-                    f"{what}: {name} has NaN or infinite values, which {form_name} cannot hold. Copy "
-                    "the file again."
+                    f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot hold. "
+                    "Copy the file again."
                 )
         logger.info(
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
-            what,
+            network_name,
             len(errors),
-            form_text,
+            format_description,
             100 * float(errors.mean()),
             100 * float(errors.min()),
             100 * float(errors.max()),
@@ -257,7 +265,7 @@ MAX_ERRORS = 100  # lines of a message about missing and unexpected tensors
 _ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the buffer for reading
 
 
-class _Filling:
+class _TensorLoader:
     """Load the tensors of one network and assign them to its parameters."""
 
     def __init__(
@@ -269,8 +277,8 @@ class _Filling:
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
         patch: WeightPatch | None,
-        stored: StoredLoading | None,
-        host: HostPlace | None,
+        quantized: QuantizedLoading | None,
+        host: HostWeightMemory | None,
     ) -> None:
         """Store the arguments of `load_module`, and allocate host memory and the buffer for reading."""
         self._module = module
@@ -279,22 +287,22 @@ class _Filling:
         self._dtypes = dtypes
         self._device = device
         self._patch = patch
-        self._stored = stored
+        self._quantized = quantized
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self.on_host: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
             infos = {name: self._describe_target(name) for name in self._shapes}
-            self.on_host = host.hold(module, infos)
+            self.on_host = host.allocate_on_host(module, infos)
         # False if another process writes the weights into memory that both share
-        self._is_filled_here = host is None or host.is_filled_here
+        self._is_written_by_this_process = host is None or host.is_written_by_this_process
         # scalar bools by name in the file; empty on the CPU, where values are checked at once
-        self.are_finite: dict[str, Tensor] = {}
-        self.errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
-        self.rounded_forms: dict[str, str] = {}  # description of the form for the log, by state-dict name
-        self.kept_forms: list[str] = []  # form of each weight that stays as in the file
-        self.scratch = self._make_scratch()
+        self.finite_checks: dict[str, Tensor] = {}
+        self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
+        self.rounded_formats: dict[str, str] = {}  # description of the form for the log, by state-dict name
+        self.kept_formats: list[str] = []  # form of each weight that stays as in the file
+        self.read_buffer = self._allocate_read_buffer()
 
-    def _make_scratch(self) -> Tensor:
+    def _allocate_read_buffer(self) -> Tensor:
         """Allocate one buffer for all reads, because temporary tensors would fragment the heap."""
         size_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
@@ -306,89 +314,90 @@ class _Filling:
 
     def _describe_target(self, name: str) -> TensorInfo:
         """Return the dtype and shape that a tensor has once it is loaded."""
-        if self._stored is not None and name in self._stored:
-            weight = self._make_empty(name).weight
+        if self._quantized is not None and name in self._quantized:
+            weight = self._empty_quantized(name, self._quantized).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
         return TensorInfo(self._dtypes[name], self._shapes[name])
 
-    def fill(self, name: str) -> None:
+    def load(self, name: str) -> None:
         """Load one tensor of the network and assign it to its parameter or buffer."""
-        parent_name, _, leaf = name.rpartition(".")
-        parent = self._module.get_submodule(parent_name)
-        if self._stored is not None and name in self._stored:
-            assert isinstance(parent, nn.Linear)
-            attach(parent, self._make_stored(name, parent, self._stored))
+        layer_name, _, parameter_name = name.rpartition(".")
+        layer = self._module.get_submodule(layer_name)
+        if self._quantized is not None and name in self._quantized:
+            assert isinstance(layer, nn.Linear)
+            attach(layer, self._load_quantized(name, layer, self._quantized))
             return
         tensor = self.on_host.get(name)
         if tensor is None:
             tensor = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
-            self._write(name, tensor)
-        elif self._is_filled_here:
-            self._write(name, tensor)
+            self._write_values(name, tensor)
+        elif self._is_written_by_this_process:
+            self._write_values(name, tensor)
         elif self._patch is not None:
             # another process writes the values; the patch is called only so that it records that it was used
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
-        if leaf in parent._parameters:
-            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if parameter_name in layer._parameters:
+            layer._parameters[parameter_name] = nn.Parameter(tensor, requires_grad=False)
         else:
-            parent._buffers[leaf] = tensor
+            layer._buffers[parameter_name] = tensor
 
-    def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
+    def _load_quantized(self, name: str, layer: nn.Linear, plan: QuantizedLoading) -> QuantizedWeight:
         """Return a quantized weight: as in the file, or quantized after the patch.
 
         If processes on one machine share weights in host memory, one of them writes the packed weight. Each
         process has its own scales, which are small.
         """
         if self._device.type == "meta":
-            stored = self._make_empty(name)
-        elif name in loading.staying:
-            stored = self._read_stored(name, layer)
+            loaded = self._empty_quantized(name, plan)
+        elif name in plan.quantized_in_file:
+            loaded = self._read_quantized(name, layer)
         else:
-            assert loading.form is not None
-            stored = self._round(name, loading.form)
-        form = stored.form
-        if loading.form is not None:  # products are computed as the user chose
-            form = form.computing_as(loading.form)
-        weight, *scales = stored.tensors
+            assert plan.form is not None
+            loaded = self._quantize(name, plan.form)
+        form = loaded.form
+        if plan.form is not None:  # products are computed as the user chose
+            form = form.with_compute_settings_of(plan.form)
+        weight, *scales = loaded.tensors
         assert weight is not None
         host_weight = self.on_host.get(name)
         if host_weight is not None:
-            weight = host_weight.copy_(weight) if self._is_filled_here else host_weight
-        elif name in loading.staying and self._device.type != "meta":
+            weight = host_weight.copy_(weight) if self._is_written_by_this_process else host_weight
+        elif name in plan.quantized_in_file and self._device.type != "meta":
             weight = weight.clone()  # it may be a view of the buffer, which the next tensor overwrites
-        copies = [None if tensor is None else tensor.clone() for tensor in scales]
-        return Stored(form, stored.shape, (weight, *copies))
+        scale_copies = [None if scale is None else scale.clone() for scale in scales]
+        return QuantizedWeight(form, loaded.shape, (weight, *scale_copies))
 
-    def _read_stored(self, name: str, layer: nn.Linear) -> Stored:
-        """Read a quantized weight unchanged; its tensors may be views of `scratch`."""
+    def _read_quantized(self, name: str, layer: nn.Linear) -> QuantizedWeight:
+        """Read a quantized weight unchanged; its tensors may be views of `read_buffer`."""
         source = self._sources[name]
-        stored = source.make_stored(self._read_parts(source))
-        assert stored is not None
-        self.kept_forms.append(stored.form.name)
-        return Stored(stored.form, (layer.out_features, layer.in_features), stored.tensors)
+        padded_weight = source.make_quantized(self._read_parts(source))
+        assert padded_weight is not None
+        self.kept_formats.append(padded_weight.form.name)
+        shape = (layer.out_features, layer.in_features)
+        return QuantizedWeight(padded_weight.form, shape, padded_weight.tensors)
 
-    def _round(self, name: str, form: StoredForm) -> Stored:
+    def _quantize(self, name: str, form: QuantizationFormat) -> QuantizedWeight:
         """Quantize a weight after LoRAs have been folded in, and record its rounding error."""
         first_part = self._sources[name].names[0]
-        weight = self._make(name, self._checkpoint.tensors[first_part].dtype)
-        stored = form.quantize(weight)
-        self.errors[name] = _measure_rounding_error(weight, stored)
-        self.rounded_forms[name] = stored.form.how
-        return stored
+        weight = self._compute_unrounded(name, self._checkpoint.tensors[first_part].dtype)
+        quantized_weight = form.quantize(weight)
+        self.rounding_errors[name] = _measure_rounding_error(weight, quantized_weight)
+        self.rounded_formats[name] = quantized_weight.form.log_description
+        return quantized_weight
 
-    def _make_empty(self, name: str) -> Stored:
+    def _empty_quantized(self, name: str, plan: QuantizedLoading) -> QuantizedWeight:
         """Return the quantized form of a layer's weight on the meta device."""
-        assert self._stored is not None
-        if name in self._stored.staying:
-            stored = stored_as(self._sources[name], self._checkpoint.tensors)
-        else:
+        empty: QuantizedWeight | None = None
+        if name in plan.quantized_in_file:
+            empty = read_quantized_on_meta(self._sources[name], self._checkpoint.tensors)
+        elif plan.form is not None:
             rows, columns = self._shapes[name]
-            stored = None if self._stored.form is None else self._stored.form.empty((rows, columns))
-        assert stored is not None
-        return stored
+            empty = plan.form.empty((rows, columns))
+        assert empty is not None
+        return empty
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def _write_values(self, name: str, tensor: Tensor) -> None:
         """Write the values of one network tensor into `tensor`, which is already allocated."""
         if tensor.device.type == "meta":
             return
@@ -397,17 +406,17 @@ class _Filling:
         # without `build`, the tensor is one of the file, unchanged
         is_unchanged = source.build is None and self._checkpoint.tensors[stored_name].dtype == tensor.dtype
         if self._patch is not None or not is_unchanged:
-            tensor.copy_(self._make(name, tensor.dtype))
+            tensor.copy_(self._compute_unrounded(name, tensor.dtype))
             return
         # read directly into the network's memory, without an intermediate copy
         if tensor.device.type == "cpu":
             self._checkpoint.read(stored_name, tensor)
         else:
-            tensor.copy_(self._checkpoint.borrow(stored_name, self.scratch))
+            tensor.copy_(self._checkpoint.borrow(stored_name, self.read_buffer))
         self._check_finite(stored_name, tensor)
 
-    def _make(self, name: str, target: torch.dtype) -> Tensor:
-        """Compute a tensor on the device, not yet cast to `target`; it may be a view of `scratch`."""
+    def _compute_unrounded(self, name: str, target: torch.dtype) -> Tensor:
+        """Compute a tensor on the device, not yet cast to `target`; it may be a view of `read_buffer`."""
         source = self._sources[name]
         tensor = source.make(self._read_parts(source))
         if tensor.ndim != len(self._shapes[name]):
@@ -423,11 +432,11 @@ class _Filling:
         return self._patch(name, tensor, target)
 
     def _read_parts(self, source: TensorSource) -> list[Tensor]:
-        """Read the stored tensors of one source to the device; they may be views of `scratch`."""
+        """Read the stored tensors of one source to the device; they may be views of `read_buffer`."""
         parts: list[Tensor] = []
         start = 0
         for part in source.names:
-            tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
+            tensor = self._checkpoint.borrow(part, self.read_buffer[start:]).to(self._device)
             parts.append(tensor)
             self._check_finite(part, tensor)
             if len(source.names) > 1:  # the next part is read into the buffer after this one
@@ -443,17 +452,17 @@ class _Filling:
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
         else:
-            self.are_finite[part] = is_finite(tensor)
+            self.finite_checks[part] = is_finite(tensor)
 
 
-def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
+def _measure_rounding_error(weight: Tensor, quantized_weight: QuantizedWeight) -> Tensor:
     """Return sum |error| / sum |weight| of a quantized weight on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
-    rounded = stored.form.quantize(sample).value()
+    rounded = quantized_weight.form.quantize(sample).dequantize()
     exact = sample.float()
     smallest = torch.finfo(torch.float32).tiny  # avoids a division by zero if all weights are zero
     error = (rounded - exact).abs().sum() / exact.abs().sum().clamp_min(smallest)
-    for scale in stored.tensors[1:]:
+    for scale in quantized_weight.tensors[1:]:
         if scale is not None:
             error = error + 0 * scale.float().sum()  # 0 * NaN and 0 * infinity are NaN
     return error
@@ -510,18 +519,20 @@ def _find_unexpected(
     ignore: Sequence[str],
 ) -> list[str]:
     """Return names in the file that no target uses and no pattern ignores."""
-    # names in the file from which a tensor of the network is read, and those from which a tensor would be
-    # read that this network does not have
-    used: set[str] = set()
-    unneeded: set[str] = set()
+    read_names: set[str] = set()  # names in the file that tensors of the network are read from
+    unneeded_names: set[str] = set()  # those from which only tensors that this network lacks would be read
     for name, source in sources.items():
-        parts = used if name in targets else unneeded
-        parts.update(source.names)
+        if name in targets:
+            read_names.update(source.names)
+        else:
+            unneeded_names.update(source.names)
     unexpected = []
     for name in checkpoint.tensors:
-        # scales and marks of quantized weights are ignored, unless the name is that of a weight
-        patterns = ignore if name in unneeded else (*ignore, *QUANT_EXTRAS)
-        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if name in read_names:
+            continue
+        # scales of quantized weights are ignored, unless the name is that of a weight
+        patterns = ignore if name in unneeded_names else (*ignore, *QUANTIZATION_EXTRAS)
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)
     return unexpected
 

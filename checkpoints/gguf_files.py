@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import HeaderFile, check_count
-from checkpoints.stored.forms import Stored
+from checkpoints.stored.forms import QuantizedWeight
 from checkpoints.stored.ggml import KINDS, Kind, kind_of_package
-from checkpoints.stored.packed import RowForm
+from checkpoints.stored.packed import PackedRowFormat
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.integers import round_up
@@ -63,8 +63,8 @@ _UNSUPPORTED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of e
 class GgufFile(HeaderFile):
     """GGUF file in which text encoder tensors get the names and the row order of transformers."""
 
-    header = "GGUF header"
-    faults = (ValueError, struct.error)
+    header_name = "GGUF header"
+    damage_errors = (ValueError, struct.error)
 
     def _read_header(self, size: int) -> None:
         """Read magic and version, keys and values, then name, shape, type and offset of each tensor."""
@@ -76,18 +76,17 @@ class GgufFile(HeaderFile):
         num_tensors = reader.read_number("Q")
         num_keys = reader.read_number("Q")
         model_shapes = self._read_keys(reader, num_keys)
-        starts: dict[str, int] = {}
+        relative_offsets: dict[str, int] = {}
         for _ in range(num_tensors):
             name = self._read_tensor(reader, model_shapes)
-            starts[name] = reader.read_number("Q")
+            relative_offsets[name] = reader.read_number("Q")
         # tensor data begin after the header, at a multiple of the alignment; 32 is the format's default
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
-        self._place_tensors(starts, round_up(reader.offset, align), size)
-        # number of heads of tensors whose rows are permuted within each head
-        self._heads: dict[str, int] = {}
-        self._name_like_transformers()
+        self._offsets = self._compute_offsets(relative_offsets, round_up(reader.offset, align), size)
+        self._num_permuted_heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
+        self._rename_like_transformers()
 
     def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Read the name, shape and type of the next tensor, but not its position; return its name."""
@@ -96,34 +95,36 @@ class GgufFile(HeaderFile):
         axes = reader.read_number("I")
         if axes > _MAX_AXES or name in self.tensors:
             raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
-        stored_shape = tuple(reader.read_number("Q") for _ in range(axes))[::-1]  # GGUF lists columns first
+        file_shape = tuple(reader.read_number("Q") for _ in range(axes))[::-1]  # GGUF lists columns first
         # a zero must not hide a huge axis
-        if math.prod(max(length, 1) for length in stored_shape) > MAX_ELEMENTS:
-            raise ValueError(f"{name} has the impossible shape {stored_shape}")
-        shape = model_shapes.get(name, stored_shape)
-        if math.prod(shape) != math.prod(stored_shape) or not all(length > 0 for length in shape):
-            raise ValueError(
-                f"{name} lies as {stored_shape}, and {_SHAPE_KEY} says {shorten(str(shape), 60)}"
-            )
-        self.tensors[name] = self._make_info(name, reader.read_number("I"), stored_shape, shape)
+        if math.prod(max(length, 1) for length in file_shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {file_shape}")
+        shape = model_shapes.get(name, file_shape)
+        if math.prod(shape) != math.prod(file_shape) or not all(length > 0 for length in shape):
+            raise ValueError(f"{name} lies as {file_shape}, and {_SHAPE_KEY} says {shorten(str(shape), 60)}")
+        self.tensors[name] = self._make_info(name, reader.read_number("I"), file_shape, shape)
         return name
 
-    def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
-        """Compute the offset of each tensor in the file, and check that none overlap.
+    def _compute_offsets(
+        self, relative_offsets: Mapping[str, int], data_start: int, size: int
+    ) -> dict[str, int]:
+        """Return the offset of each tensor in the file; raise ValueError if some overlap or exceed it.
 
-        `starts` are offsets from `data`, the end of the header. `size` is the size of the file.
+        Args:
+            relative_offsets: Offsets from the end of the header, by name.
+            data_start: Offset of the end of the header.
+            size: Size of the file.
         """
-        spans = []
-        for name, start in starts.items():
-            self._offsets[name] = data + start
-            spans.append((data + start, data + start + self.tensors[name].size_bytes, name))
-        previous_end = data
+        offsets = {name: data_start + relative for name, relative in relative_offsets.items()}
+        spans = [(offset, offset + self.tensors[name].size_bytes, name) for name, offset in offsets.items()]
+        previous_end = data_start
         for begin, end, name in sorted(spans):
             if begin < previous_end or end > size:
                 raise ValueError(
                     f"{name} is at bytes {begin} to {end} of {size}, other tensors end at {previous_end}"
                 )
             previous_end = end
+        return offsets
 
     def _read_keys(self, reader: "_HeaderReader", num_keys: int) -> dict[str, tuple[int, ...]]:
         """Read metadata keys into `metadata`; return the original shapes of reshaped tensors by name."""
@@ -140,41 +141,41 @@ class GgufFile(HeaderFile):
         return model_shapes
 
     def _make_info(
-        self, name: str, number: int, stored_shape: tuple[int, ...], shape: tuple[int, ...]
+        self, name: str, type_number: int, file_shape: tuple[int, ...], shape: tuple[int, ...]
     ) -> TensorInfo:
         """Return the dtype, shape and packing of a tensor.
 
         Args:
             name: Name of the tensor.
-            number: Its GGUF type.
-            stored_shape: Its shape in the file.
+            type_number: Its GGUF type.
+            file_shape: Its shape in the file.
             shape: Its shape in the model, which may have been recorded in a metadata key.
         """
-        value_shape = _restore_shape(name, stored_shape) if shape == stored_shape else shape
-        if number in _PLAIN:
-            return TensorInfo(_PLAIN[number], value_shape)
+        value_shape = _restore_shape(name, file_shape) if shape == file_shape else shape
+        if type_number in _PLAIN:
+            return TensorInfo(_PLAIN[type_number], value_shape)
         try:
-            kind = KINDS.get(number) or kind_of_package(number)
+            kind = KINDS.get(type_number) or kind_of_package(type_number)
         except ImportError:
             raise CheckpointError(
-                f"{self.path}: {name} is of GGUF type {number}, which the package gguf may read; it is not "
-                "installed. Run: pip install gguf",
+                f"{self.path}: {name} is of GGUF type {type_number}, which the package gguf may read; it is "
+                "not installed. Run: pip install gguf",
                 self.path,
             ) from None
         if kind is None:
             names = ", ".join(["F32", "F16", "BF16", *(kind.name for kind in KINDS.values())])
             raise CheckpointError(
-                f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {names}, and "
-                "those of the package gguf.",
+                f"{self.path}: {name} is of the unknown GGUF type {type_number}. Those known are {names}, "
+                "and those of the package gguf.",
                 self.path,
             )
-        if not stored_shape or stored_shape[-1] % kind.weights:
+        if not file_shape or file_shape[-1] % kind.weights:
             raise ValueError(
-                f"{name} has the shape {stored_shape}, {kind.name} is stored in rows of {kind.weights}"
+                f"{name} has the shape {file_shape}, {kind.name} is stored in rows of {kind.weights}"
             )
-        return TensorInfo(torch.uint8, value_shape, _make_packing(kind, stored_shape, shape))
+        return TensorInfo(torch.uint8, value_shape, _make_packing(kind, file_shape, shape))
 
-    def _name_like_transformers(self) -> None:
+    def _rename_like_transformers(self) -> None:
         """Translate llama.cpp's names of tensors to those of transformers; undo the permutation of q and k.
 
         Raises:
@@ -182,24 +183,25 @@ class GgufFile(HeaderFile):
         """
         if "token_embd.weight" not in self.tensors:  # only files of llama.cpp have its names
             return
-        for layer, what in _UNSUPPORTED.items():
+        for layer, model_name in _UNSUPPORTED.items():
             if any(f".{layer}." in name for name in self.tensors):
                 raise CheckpointError(
-                    f"{self.path} is {what} with llama.cpp's names, which is not supported. Give the "
+                    f"{self.path} is {model_name} with llama.cpp's names, which is not supported. Give the "
                     "safetensors file of the model.",
                     self.path,
                 )
-        # Qwen2 has biases and Qwen3 norms of q and k; only Llama's rows are permuted
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
-        is_llama = not is_t5 and "blk.0.attn_q.bias" not in self.tensors
-        is_llama = is_llama and "blk.0.attn_q_norm.weight" not in self.tensors
-        outside_blocks = _OUTSIDE
-        inside_blocks = _LLAMA
-        blocks = "model.layers"
+        # Qwen2 has biases and Qwen3 norms of q and k; only Llama's rows are permuted
+        is_qwen = "blk.0.attn_q.bias" in self.tensors or "blk.0.attn_q_norm.weight" in self.tensors
+        is_llama = not is_t5 and not is_qwen
         if is_t5:
             outside_blocks = {**_OUTSIDE, "token_embd": "shared"}
             inside_blocks = _T5
             blocks = "encoder.block"
+        else:
+            outside_blocks = _OUTSIDE
+            inside_blocks = _LLAMA
+            blocks = "model.layers"
         for old in [name for name in self.tensors if "." in name]:
             match = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
             if match is None:
@@ -209,7 +211,7 @@ class GgufFile(HeaderFile):
                 number, layer, leaf = match.groups()
                 new = f"{blocks}.{number}.{inside_blocks.get(layer, layer)}.{leaf}"
                 if is_llama and layer in ("attn_q", "attn_k"):
-                    self._heads[new] = self._count_heads(layer, self.tensors[old])
+                    self._num_permuted_heads[new] = self._count_heads(layer, self.tensors[old])
             if new != old and new in self.tensors:
                 raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
             self.tensors[new] = self.tensors.pop(old)
@@ -223,13 +225,15 @@ class GgufFile(HeaderFile):
             raise ValueError(f"{key} is {heads}, which does not divide rows of {info.shape} into pairs")
         return heads
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor with its rows in the order of transformers; it may be a view of `scratch`."""
-        tensor = super().borrow(name, scratch)
-        if name in self._heads:
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a tensor with its rows in the order of transformers; it may be a view of `read_buffer`."""
+        tensor = super().borrow(name, read_buffer)
+        if name in self._num_permuted_heads:
             # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
             # then the second halves
-            tensor = tensor.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+            tensor = (
+                tensor.unflatten(0, (self._num_permuted_heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+            )
         return tensor
 
 
@@ -290,25 +294,25 @@ class _HeaderReader:
         return None
 
 
-def _make_packing(kind: Kind, stored_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
+def _make_packing(kind: Kind, file_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
     """Return how a tensor is packed, from its shapes in the file and in the model."""
     # if each row of the model has whole quantization blocks, a layer can use them directly
     has_full_rows = shape[-1] % kind.weights == 0
-    *leading, columns = shape if has_full_rows else stored_shape
+    *leading, columns = shape if has_full_rows else file_shape
     rows = math.prod(leading)
     return Packing(
         shape=(rows, columns // kind.weights * kind.size),
         companions=(),
-        keep=partial(_keep, kind, (rows, columns)),
-        can_stay=has_full_rows,
+        make_quantized=partial(_make_quantized, kind, (rows, columns)),
+        can_stay_quantized=has_full_rows,
     )
 
 
-def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
+def _make_quantized(kind: Kind, shape: tuple[int, int], packed: Tensor) -> QuantizedWeight:
     """Wrap a packed GGUF weight of `shape`; raise ValueError if its scales are NaN or infinite."""
     if packed.device.type != "meta" and not kind.is_sound(packed):
         raise ValueError("has scales that are NaN or infinite")
-    return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))
+    return QuantizedWeight(PackedRowFormat(kind.name, decode_rows=kind.rows), shape, (packed,))
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ NOT_YET_BY_NAME: Marks = (
 # All models that no script supports. They are compared before the supported families, because some have all
 # tensors of one. Sources: the classes of diffusers 0.42, the keys in its `single_file_utils`, and the tensor
 # lists of released files
-OF_OTHERS: Marks = (
+UNSUPPORTED_MODELS: Marks = (
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
     (
@@ -166,7 +166,7 @@ def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
     means all known kinds.
     """
     if marks is None:
-        marks = (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS)
+        marks = (*UNSUPPORTED_MODELS, *family_marks(), *OF_PARTS, *OF_TOOLS)
     bare_names = set()
     for name in names:
         for prefix in _PREFIXES:

@@ -42,11 +42,9 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
     if not path.exists():
         named = f"{option} is not given, and its default" if path == default else option
         # `owner/name`: the first part is not a folder here, and the second has no suffix of a file
-        looks_like_repository = (
-            bool(re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()))
-            and not path.parent.exists()
-            and not re.search(r"\.[a-z]\w*$", path.name)
-        )
+        has_file_suffix = re.search(r"\.[a-z]\w*$", path.name) is not None
+        has_one_slash = re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()) is not None
+        looks_like_repository = has_one_slash and not path.parent.exists() and not has_file_suffix
         hub = " A name on the hub is not downloaded here." if looks_like_repository else ""
         raise CheckpointError(
             f"{named} {path}: no such file or folder.{explain_missing(path) or hub} Give the path of the "
@@ -146,22 +144,15 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     Raises:
         CheckpointError: If the file is damaged or has no latents.
     """
-    metadata: Mapping[str, str] = {}
-    latents: Any = None
-    audio: Tensor | None = None
     if path.suffix == ".safetensors":
-        with open_checkpoint(path) as file:
-            metadata = file.metadata
-            info = file.tensors.get("latent")
-            if info is not None:
-                latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
-            if SOUND in file.tensors and not only_shape:
-                audio = file.read(SOUND)[None].float()
+        latents, metadata, audio = _read_safetensors_latents(path, only_shape)
     else:
         content = load_pickled(path)  # mapped: nothing is read yet
         latents = content.get("latent") if isinstance(content, dict) else content
         if only_shape and isinstance(latents, Tensor):
             latents = latents.to("meta")
+        metadata = {}
+        audio = None
     if not isinstance(latents, Tensor):
         raise CheckpointError(
             f"{option} {path} has no tensor `latent`. Give a file written with --output_type latent",
@@ -169,6 +160,34 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
         )
     if latents.ndim == 4:
         latents = latents[None]
+    _check_latent_shapes(path, option, latents, audio)
+    tensors = [latents] if audio is None else [latents, audio]
+    if not only_shape and not all(map(is_finite, tensors)):
+        raise CheckpointError(
+            f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
+            "them again",
+            path,
+        )
+    return SavedLatents(latents.float(), metadata, audio)
+
+
+def _read_safetensors_latents(
+    path: Path, only_shape: bool
+) -> tuple[Tensor | None, Mapping[str, str], Tensor | None]:
+    """Return the latents, metadata and audio latents of a safetensors file; see `load_latents`."""
+    with open_checkpoint(path) as file:
+        latents = None
+        info = file.tensors.get("latent")
+        if info is not None:
+            latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
+        audio = None
+        if SOUND in file.tensors and not only_shape:
+            audio = file.read(SOUND)[None].float()
+        return latents, file.metadata, audio
+
+
+def _check_latent_shapes(path: Path, option: str, latents: Tensor, audio: Tensor | None) -> None:
+    """Raise CheckpointError unless video latents are 1 C F H W, and audio latents, if any, 1 C T M."""
     is_empty = latents.numel() == 0 and audio is None  # a file of audio alone has no video latents
     if latents.ndim != 5 or len(latents) != 1 or is_empty:
         raise CheckpointError(
@@ -180,11 +199,3 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             f"{option} {path}: `{SOUND}` has the shape {tuple(audio[0].shape)}; C T M of one clip is needed",
             path,
         )
-    tensors = [latents] if audio is None else [latents, audio]
-    if not only_shape and not all(map(is_finite, tensors)):
-        raise CheckpointError(
-            f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
-            "them again",
-            path,
-        )
-    return SavedLatents(latents.float(), metadata, audio)

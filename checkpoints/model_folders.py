@@ -53,11 +53,11 @@ def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[
     return shapes
 
 
-def check_language_settings(folder: Path, option: str) -> list[Shape]:
+def check_vision_language_settings(folder: Path, option: str) -> list[Shape]:
     """Check the settings of a vision language model; return the shapes of the tensors in its weights.
 
     Some settings, such as the maximum length of a text, are legitimately larger than any tensor. The caller
-    therefore also calls `require_shown` with the network that the settings describe.
+    therefore also calls `require_matching_shapes` with the network that the settings describe.
 
     Args:
         folder: Folder of the model.
@@ -167,14 +167,14 @@ def _check_sides(path: Path, content: Any) -> None:
     If an object has both `shortest_edge` and `longest_edge`, these are numbers of pixels, as in Qwen's
     processors. One of the two alone is the length of a side.
     """
-    waiting = [content]
-    while waiting:
-        value = waiting.pop()
+    unvisited = [content]
+    while unvisited:
+        value = unvisited.pop()
         if isinstance(value, list):
-            waiting += value
+            unvisited += value
         if not isinstance(value, Mapping):
             continue
-        waiting += value.values()
+        unvisited += value.values()
         keys = ["height", "width"]
         if not {"shortest_edge", "longest_edge"} <= set(value):
             keys += ["shortest_edge", "longest_edge"]

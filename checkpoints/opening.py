@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import (
-    BNB_STATE,
-    HEADER,
-    MARK,
+    BNB_STATE_INFIX,
+    COMFY_QUANT_KEY,
+    COMFY_QUANT_SUFFIX,
     PICKLE,
     ZIP,
     SafetensorsFile,
@@ -28,7 +28,7 @@ from checkpoints.containers import (
     TorchFile,
 )
 from checkpoints.first_bytes import GGUF, describe_kind, is_pointer_or_page
-from checkpoints.stored.forms import Stored
+from checkpoints.stored.forms import QuantizedWeight
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -37,7 +37,7 @@ from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from protocols.loading import TensorInfo, TensorSource
 
-LISTED = 8  # number of file names in a message
+MAX_LISTED_NAMES = 8  # number of file names in a message
 MAX_OF_NAME = 200  # characters of a file name that a message shows
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -80,7 +80,7 @@ class Checkpoint(contextlib.ExitStack):
             self.metadata |= file.metadata
         # names in the files that have no tensor
         self.left_out = tuple(name for file in files for name in file.left_out)
-        self.parts = {file.path: file.metadata for file in files}  # path -> the metadata of that file
+        self.metadata_by_file = {file.path: file.metadata for file in files}
 
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Read a tensor to the CPU, into new memory or into `tensor`, which must be contiguous.
@@ -98,19 +98,19 @@ class Checkpoint(contextlib.ExitStack):
             tensor.copy_(borrowed)
         return tensor
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
         """Return a CPU tensor of the file that stays valid only until the next read.
 
         Args:
             name: Name of the tensor.
-            scratch: Byte buffer (uint8) that the tensor may be a view of.
+            read_buffer: Byte buffer (uint8) that the tensor may be a view of.
 
         Raises:
             CheckpointError: If the file is truncated.
         """
         file, stored_name = self._locations[name]
         try:
-            return file.borrow(stored_name, scratch)
+            return file.borrow(stored_name, read_buffer)
         except OSError as error:
             why = f"{self.path} cannot be read: {error.strerror or error}."
             raise CheckpointError(why, self.path) from error
@@ -220,10 +220,10 @@ def open_checkpoint(
             file.close()
         raise
     # packed weights are marked by extra tensors or in the metadata of a file
-    has_marks = any(name.endswith(MARK) or BNB_STATE in name for name in locations)
-    if not has_marks and not any(HEADER in file.metadata for file in files):
+    has_marks = any(name.endswith(COMFY_QUANT_SUFFIX) or BNB_STATE_INFIX in name for name in locations)
+    if not has_marks and not any(COMFY_QUANT_KEY in file.metadata for file in files):
         return Checkpoint(path, locations, files)
-    rejection = _register_packed(path, locations, files)
+    rejection = _register_packed_weights(path, locations, files)
     return Checkpoint(path, locations, files, rejection)
 
 
@@ -234,28 +234,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
         CheckpointError: If a file is missing.
     """
     if path.is_dir():
-        # in this order: the files of an index, all shards, the only model file
-        indexes = sorted(path.glob("*.index.json"))
-        if len(indexes) == 1:
-            return _read_index(indexes[0])
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-        safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
-        # a single file, or shards and nothing else
-        is_one_model = len(safetensors) == 1 or all(_SHARD.fullmatch(file.name) for file in safetensors)
-        if not indexes and safetensors and is_one_model:
-            require_all_shards(safetensors)
-            return safetensors
-        if not indexes and len(files) == 1:
-            return files
-        candidates = [file.name for file in indexes + files]
-        names = ", ".join(candidates[:LISTED])
-        if len(candidates) > LISTED:
-            names += ", ..."
-        raise CheckpointError(
-            f"{path} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
-            "of the file.",
-            path,
-        )
+        return _list_folder_files(path)
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -269,8 +248,36 @@ def checkpoint_paths(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         return _read_index(path)
     if _SHARD.fullmatch(path.name):
-        return _require_existing(path, _list_shards(path.name))
+        return _require_neighbors(path, _list_shards(path.name))
     return [path]
+
+
+def _list_folder_files(folder: Path) -> list[Path]:
+    """Return the files of the only model in a folder: those of an index, all shards, or a single file.
+
+    Raises:
+        CheckpointError: If the folder has no model or several, or if a file is missing.
+    """
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) == 1:
+        return _read_index(indexes[0])
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+    is_one_model = len(safetensors) == 1 or all(_SHARD.fullmatch(file.name) for file in safetensors)
+    if not indexes and safetensors and is_one_model:
+        require_all_shards(safetensors)
+        return safetensors
+    if not indexes and len(files) == 1:
+        return files
+    candidates = [file.name for file in indexes + files]
+    names = ", ".join(candidates[:MAX_LISTED_NAMES])
+    if len(candidates) > MAX_LISTED_NAMES:
+        names += ", ..."
+    raise CheckpointError(
+        f"{folder} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
+        "of the file.",
+        folder,
+    )
 
 
 def is_sharded(path: Path) -> bool:
@@ -282,7 +289,7 @@ def require_all_shards(files: Sequence[Path]) -> None:
     """Raise CheckpointError if the file names, such as 2 of 3, show that shards are missing."""
     for file in files:
         if _SHARD.fullmatch(file.name):
-            _require_existing(file, _list_shards(file.name))
+            _require_neighbors(file, _list_shards(file.name))
 
 
 @lru_cache(maxsize=4)
@@ -311,10 +318,10 @@ def _read_index(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
         ) from error
-    return _require_existing(path, sorted(names))
+    return _require_neighbors(path, sorted(names))
 
 
-def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
+def _require_neighbors(path: Path, names: Sequence[str]) -> list[Path]:
     """Return the paths of files next to `path`; raise CheckpointError if some are missing."""
     missing = []
     for name in names:
@@ -323,10 +330,11 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
                 continue
         missing.append(name)
     if missing:
-        shown = [shorten(name, MAX_OF_NAME) for name in missing[:LISTED]]
-        which = ", ".join(shown) + (", ..." if len(missing) > LISTED else "")
+        listed_names = ", ".join(shorten(name, MAX_OF_NAME) for name in missing[:MAX_LISTED_NAMES])
+        if len(missing) > MAX_LISTED_NAMES:
+            listed_names += ", ..."
         raise CheckpointError(
-            f"{path}: {len(missing)} of its {len(names)} files are not next to it: {which}.", path
+            f"{path}: {len(missing)} of its {len(names)} files are not next to it: {listed_names}.", path
         )
     return [path.parent / name for name in names]
 
@@ -362,11 +370,11 @@ def fingerprint(path: Path) -> str:
 
 _SCALES = (".scale_weight", ".weight_scale")  # suffixes of scales
 # patterns of tensors that are not needed once the weights are dequantized
-QUANT_EXTRAS = (
+QUANTIZATION_EXTRAS = (
     "scaled_fp8",
     "*.scale_input",
     "*.input_scale",
-    f"*{MARK}",
+    f"*{COMFY_QUANT_SUFFIX}",
     "*.weight.quant_map",
     "*.weight.quant_state.*",
 )
@@ -405,7 +413,9 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _register_packed(path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]) -> str:
+def _register_packed_weights(
+    path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]
+) -> str:
     """Record in the open files which tensors are packed; return why if a packing is unknown, else ""."""
     from checkpoints.marks import find_packed  # only for packed weights
 
@@ -428,12 +438,12 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Describe an unsupported quantization by a tensor that has it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
-    unmarked = _without_packed(tensors) if is_packed else tensors
+    unrecognized = _without_packed(tensors) if is_packed else tensors
     for suffix, form in _UNSUPPORTED.items():
-        for name in unmarked:
+        for name in unrecognized:
             if name.endswith(suffix):
                 return f"{form}: it has {name}"
-    for name, info in unmarked.items():
+    for name, info in unrecognized.items():
         # supported scales are one per weight or one per row; this one has several per row
         if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
@@ -442,7 +452,7 @@ def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} is of that type"
     # weights that no known suffix gives away
-    for name, info in unmarked.items():
+    for name, info in unrecognized.items():
         is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
         if is_narrow and info.dtype is not torch.bool and _is_packed_weight(name, tensors):
             kind = dtype_name(info.dtype)
@@ -499,7 +509,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         if name in packed:
             sources[name] = _make_packed_source(checkpoint.path, name, info)
             continue
-        if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
+        if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANTIZATION_EXTRAS):
             continue
         scale = scales.get(name)
         in_fp8 = info.dtype.itemsize == 1 and info.dtype.is_floating_point
@@ -509,33 +519,33 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
         # a layer may keep fp8 weights as they are; other scaled weights are always multiplied
-        as_stored = fp8.stored_fp8 if in_fp8 else None
+        build_quantized = fp8.make_fp8_weight if in_fp8 else None
         if scale is not None:
-            sources[name] = TensorSource((name, scale), fp8.dequantize, as_stored)
+            sources[name] = TensorSource((name, scale), fp8.dequantize, build_quantized)
         else:
-            sources[name] = TensorSource((name,), None, as_stored)
+            sources[name] = TensorSource((name,), None, build_quantized)
     return sources
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
     """Return the source of a packed weight; `make` raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
-    keep = info.packing.keep
+    make_quantized = info.packing.make_quantized
 
-    def as_stored(*tensors: Tensor) -> Stored:  # returns the weight in its packed form
+    def build_quantized(*tensors: Tensor) -> QuantizedWeight:  # returns the weight in its packed form
         try:
-            return keep(*tensors)
+            return make_quantized(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
 
     def build(*tensors: Tensor) -> Tensor:  # returns the weight's values
         if tensors[0].device.type == "meta":
             return torch.empty(info.shape, device="meta")
-        return as_stored(*tensors).value().view(info.shape)
+        return build_quantized(*tensors).dequantize().view(info.shape)
 
     names = name, *list_companions(name, info)
-    can_stay = len(info.shape) == 2 and info.packing.can_stay
-    return TensorSource(names, build, as_stored if can_stay else None)
+    can_stay_quantized = len(info.shape) == 2 and info.packing.can_stay_quantized
+    return TensorSource(names, build, build_quantized if can_stay_quantized else None)
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from checkpoints.containers import HEADER, MARK
+from checkpoints.containers import COMFY_QUANT_KEY, COMFY_QUANT_SUFFIX
 from checkpoints.dits import DitFormat, bare_names
 from checkpoints.filling import linear_weights, on_meta_device
 from checkpoints.finite import check_finite
@@ -48,8 +49,13 @@ from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
-_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # prefixes of metadata that describe the old tensors
-_OF_GGUF = ("general.", "GGUF.", "comfy.gguf.")  # prefixes of metadata that only GGUF files have
+# prefixes of metadata that describe the old tensors
+_STALE_METADATA_PREFIXES = ("sshs_", "modelspec.hash_sha256", COMFY_QUANT_KEY)
+_GGUF_METADATA_PREFIXES = (
+    "general.",
+    "GGUF.",
+    "comfy.gguf.",
+)  # prefixes of metadata that only GGUF files have
 # pattern of a tensor that identifies a text encoder -> pattern of its linear weights, after the same prefix
 _TEXT_ENCODERS = {
     r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (
@@ -60,17 +66,15 @@ _TEXT_ENCODERS = {
     ),
     r"layers\.0\.mlp\.gate_proj\.weight": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
 }
-_GGUF_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-_LONGEST_IN_GGUF = 127  # bytes of a tensor name; readers reject longer names
-_SMALL_IN_GGUF = 1024  # values; tensors up to this size are stored in float32
+_GGUF_TYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_MAX_GGUF_NAME_BYTES = 127  # bytes of a tensor name; readers reject longer names
+_MAX_GGUF_FLOAT32_ELEMENTS = 1024  # values; tensors up to this size are stored in float32
 # `general.architecture` as ComfyUI-GGUF expects it, if it differs from the family's name
 _ARCHITECTURES = {
     **{"hunyuan_video": "hyvid", "framepack": "hyvid", "flux_2": "flux", "ltx_2": "ltxv"},
     **{"lumina": "lumina2", "z_image": "lumina2"},
 }
-# kinds of tensors of a quantized layer; the third is MARK
-CODES = ""  # the rounded weight, whose name is that of the weight
-WEIGHT_SCALE = ".weight_scale"  # suffix of its scale
+WEIGHT_SCALE_SUFFIX = ".weight_scale"
 GGUF = "q8_0"
 FORMS = ("int8", "convrot", "fp8", GGUF, "bf16")
 
@@ -111,10 +115,10 @@ class QuantizeOptions(Options):
 
 
 @dataclass(frozen=True)
-class Recognized:
+class RecognizedModel:
     """A recognized network and its layers that can be quantized, by their names in the file."""
 
-    what: str  # description for messages
+    description: str  # description for messages
     family: str | None  # None: a text encoder
     layers: frozenset[str]  # names of weights that can be quantized
     shapes: Mapping[str, tuple[int, ...]]  # shapes of weights in the network, without padding, by name
@@ -147,7 +151,7 @@ def quantize_file(options: QuantizeOptions) -> None:
         sources = plain_sources(checkpoint)
         quantized = [name for name in sources if _is_quantized(checkpoint.tensors[name])]
         model = _recognize(checkpoint, options.form)
-        metadata = _without_stale(checkpoint.metadata)
+        metadata = _drop_stale(checkpoint.metadata)
         if options.form == "bf16":
             write = _write_bf16
         elif quantized:
@@ -163,7 +167,7 @@ def quantize_file(options: QuantizeOptions) -> None:
         unchanged = len(sources) - count
     size = as_size(options.output.stat().st_size)
     rows = [
-        ("model", f"{options.model}: {model.what}"),
+        ("model", f"{options.model}: {model.description}"),
         ("form", options.form),
         ("layers", f"{count}; {unchanged} other tensors unchanged"),
         ("file", f"{options.output} ({size})"),
@@ -171,9 +175,13 @@ def quantize_file(options: QuantizeOptions) -> None:
     show_box("The model is written", rows)
 
 
-def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+def _drop_stale(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata without entries about the old tensors or GGUF, and log the removed entries."""
-    remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
+    remaining = {
+        key: text
+        for key, text in metadata.items()
+        if not key.startswith((*_STALE_METADATA_PREFIXES, *_GGUF_METADATA_PREFIXES))
+    }
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
         logger.info("Metadata of the old tensors are left out: %s", ", ".join(stale))
@@ -184,21 +192,15 @@ def _is_quantized(info: TensorInfo) -> bool:
     return info.packing is not None or is_fp8(info.dtype)
 
 
-def _recognize(checkpoint: Checkpoint, form: str = "") -> Recognized:
+def _recognize(checkpoint: Checkpoint, form: str = "") -> RecognizedModel:
     """Recognize the network of a file, and find the layers that --form `form` quantizes.
 
     Raises:
         CheckpointError: If the file has neither a known transformer nor a known text encoder.
     """
-    names = checkpoint.tensors
-    for identifying_pattern, layer_pattern in _TEXT_ENCODERS.items():
-        matches = (re.fullmatch(rf"(.*\.)?{identifying_pattern}", name) for name in names)
-        first = next(filter(None, matches), None)
-        if first is not None:
-            prefix = first[1] or ""
-            with_prefix = re.compile(re.escape(prefix) + layer_pattern)
-            layers = frozenset(name for name in names if with_prefix.fullmatch(name))
-            return Recognized("a text encoder", family=None, layers=layers, shapes={})
+    text_encoder = _recognize_text_encoder(checkpoint)
+    if text_encoder is not None:
+        return text_encoder
     bare = bare_names(checkpoint)
     # in reverse order, as in `families.identify`, so that Wan is last: it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
@@ -211,22 +213,36 @@ def _recognize(checkpoint: Checkpoint, form: str = "") -> Recognized:
             return _recognize_transformer(checkpoint, bare, family, dit_format, form=form)
         except CheckpointError as error:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
-    if is_lora(names):
+    if is_lora(checkpoint.tensors):
         raise CheckpointError(
             f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Give the model that it was "
             "trained for; merge_lora.py adds a LoRA to it before it is quantized.",
             checkpoint.path,
         )
     raise CheckpointError(
-        f"{checkpoint.path} is {kind_of(names) or 'no model that is known'}. Give the transformer or the "
-        "language model or T5 of a family that is supported.",
+        f"{checkpoint.path} is {kind_of(checkpoint.tensors) or 'no model that is known'}. Give the "
+        "transformer or the language model or T5 of a family that is supported.",
         checkpoint.path,
     )
 
 
+def _recognize_text_encoder(checkpoint: Checkpoint) -> RecognizedModel | None:
+    """Recognize a text encoder by one of its tensors, and find its linear layers; None for other files."""
+    names = checkpoint.tensors
+    for identifying_pattern, layer_pattern in _TEXT_ENCODERS.items():
+        matches = (re.fullmatch(rf"(.*\.)?{identifying_pattern}", name) for name in names)
+        match = next(filter(None, matches), None)
+        if match is not None:
+            prefix = match[1] or ""
+            prefixed_pattern = re.compile(re.escape(prefix) + layer_pattern)
+            layers = frozenset(name for name in names if prefixed_pattern.fullmatch(name))
+            return RecognizedModel("a text encoder", family=None, layers=layers, shapes={})
+    return None
+
+
 def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
-) -> Recognized:
+) -> RecognizedModel:
     """Recognize the transformer of a family, and find the layers that `form` quantizes.
 
     `bare` is the checkpoint with prefixes removed from the tensor names.
@@ -238,29 +254,29 @@ def _recognize_transformer(
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)
     sources = dit_format.sources(bare, header)
-    stored_form = "int8" if form == "convrot" else form  # convrot is int8 with a rotation
-    exclude = dit.spec.form_exclude.get(stored_form, dit.spec.fp8_exclude)
-    linear = linear_weights(dit, dit.spec.block_lists, exclude)
-    made_of: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
+    unrotated_form = "int8" if form == "convrot" else form  # convrot is int8 with a rotation
+    exclude = dit.spec.form_exclude.get(unrotated_form, dit.spec.fp8_exclude)
+    quantizable = linear_weights(dit, dit.spec.block_lists, exclude)
+    network_names_by_file_name: dict[str, set[str]] = {}  # the tensors that are read from each
     for our_name, source in sources.items():
-        made_of.setdefault(source.names[0], set()).add(our_name)
-    prefix = _find_prefix(checkpoint, list(made_of))
+        network_names_by_file_name.setdefault(source.names[0], set()).add(our_name)
+    prefix = _find_prefix(checkpoint, list(network_names_by_file_name))
     weights = dit.state_dict()
     layers: set[str] = set()
-    shapes_in_file = {}
-    for name, our_names in made_of.items():
+    unpadded_shapes = {}
+    for file_name, our_names in network_names_by_file_name.items():
         # a fused weight is quantized only if all layers split from it can be
-        if our_names <= linear and len(bare.tensors[name].shape) == 2:
-            layers.add(prefix + name)
+        if our_names <= quantizable and len(bare.tensors[file_name].shape) == 2:
+            layers.add(prefix + file_name)
         if len(our_names) == 1:
             (our_name,) = our_names
             if our_name in weights:  # the network computes some tensors of the file instead of loading them
-                shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
-    return Recognized(
-        what=dit_format.describe(header),
+                unpadded_shapes[prefix + file_name] = tuple(weights[our_name].shape)
+    return RecognizedModel(
+        description=dit_format.describe(header),
         family=family,
         layers=frozenset(layers),
-        shapes=shapes_in_file,
+        shapes=unpadded_shapes,
         # functions that restore the row order of the published single file
         single_rows={prefix + name: order for name, order in dit_format.single_rows(bare, header).items()},
     )
@@ -279,7 +295,7 @@ def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
 def _write_comfyui(
     options: QuantizeOptions,
     checkpoint: Checkpoint,
-    model: Recognized,
+    model: RecognizedModel,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
@@ -288,88 +304,88 @@ def _write_comfyui(
     A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
     file and only one tensor is held in memory.
     """
-    parts: dict[str, _OutputTensor] = {}
+    planned: dict[str, _PlannedTensor] = {}  # tensors of the new file, by name
 
-    def read_part(name: str) -> Tensor:
-        """Compute a tensor of the new file from the checkpoint, at the time it is written."""
-        part = parts[name]
-        if part.rounding is None:
-            return model.read(checkpoint, name)
-        if part.kind == MARK:
-            return part.rounding.mark_bytes()
-        codes, scale = part.rounding.round(model.read(checkpoint, part.layer).to(device))
-        return scale if part.kind == WEIGHT_SCALE else codes
+    def copy(name: str) -> Tensor:
+        return model.read(checkpoint, name)
+
+    def quantize(weight_name: str, quantizer: _LayerQuantizer) -> tuple[Tensor, Tensor]:
+        return quantizer.quantize(model.read(checkpoint, weight_name).to(device))
 
     for name, info in checkpoint.tensors.items():
         if name in model.layers:
-            added = _plan_layer(name, _Rounding(options.form, (info.shape[0], info.shape[1])))
+            quantizer = _LayerQuantizer(options.form, (info.shape[0], info.shape[1]))
+            added = _plan_layer(name, quantizer, partial(quantize, name, quantizer))
         else:
-            added = {name: _OutputTensor(info)}
-        for new_name, part in added.items():
-            if new_name in parts:
+            added = {name: _PlannedTensor(info, partial(copy, name))}
+        for new_name, tensor in added.items():
+            if new_name in planned:
                 raise CheckpointError(
                     f"{checkpoint.path} has a tensor {new_name}, which belongs to a quantized layer."
                 )
-            parts[new_name] = part
-    tensors = {name: part.info for name, part in parts.items()}
-    stream_tensors(options.output, tensors, read_part, {"format": "pt", **metadata})
+            planned[new_name] = tensor
+    infos = {name: tensor.info for name, tensor in planned.items()}
+    stream_tensors(options.output, infos, lambda name: planned[name].compute(), {"format": "pt", **metadata})
     return len(model.layers)
 
 
 @dataclass(frozen=True)
-class _OutputTensor:
-    """A tensor to write: rounded with `rounding`, or copied from the checkpoint if that is None."""
+class _PlannedTensor:
+    """A tensor to write, with the function that computes it at the time it is written."""
 
     info: TensorInfo
-    rounding: "_Rounding | None" = None
-    layer: str = ""  # name of the quantized layer's weight
-    kind: str = ""  # which tensor of the quantized layer it is: CODES, WEIGHT_SCALE or MARK
+    compute: Callable[[], Tensor]
 
 
-def _plan_layer(name: str, rounding: "_Rounding") -> dict[str, _OutputTensor]:
-    """Return the three tensors that a quantized layer is stored as, by their names in the new file."""
-    stem = name.removesuffix(".weight")
-    codes = TensorInfo(rounding.dtype, rounding.shape)
-    scale = TensorInfo(torch.float32, rounding.scale_shape)
-    mark = TensorInfo(torch.uint8, tuple(rounding.mark_bytes().shape))
+def _plan_layer(
+    weight_name: str, quantizer: "_LayerQuantizer", quantize: Callable[[], tuple[Tensor, Tensor]]
+) -> dict[str, _PlannedTensor]:
+    """Return the three tensors that a quantized layer is stored as, by their names in the new file.
+
+    `quantize` reads the layer's weight, and returns its codes and scale.
+    """
+    layer_name = weight_name.removesuffix(".weight")
+    codes = TensorInfo(quantizer.dtype, quantizer.shape)
+    scale = TensorInfo(torch.float32, quantizer.scale_shape)
+    settings = TensorInfo(torch.uint8, tuple(quantizer.settings_as_tensor().shape))
     return {
-        name: _OutputTensor(codes, rounding, layer=name, kind=CODES),
-        stem + WEIGHT_SCALE: _OutputTensor(scale, rounding, layer=name, kind=WEIGHT_SCALE),
-        stem + MARK: _OutputTensor(mark, rounding, layer=name, kind=MARK),
+        weight_name: _PlannedTensor(codes, lambda: quantize()[0]),
+        layer_name + WEIGHT_SCALE_SUFFIX: _PlannedTensor(scale, lambda: quantize()[1]),
+        layer_name + COMFY_QUANT_SUFFIX: _PlannedTensor(settings, quantizer.settings_as_tensor),
     }
 
 
-class _Rounding:
-    """Storage dtype, shape of the scales and metadata (the mark) of a layer that is quantized."""
+class _LayerQuantizer:
+    """Quantize a layer to one of the forms of ComfyUI: fp8, int8, or int8 with rotated columns (convrot)."""
 
     def __init__(self, form: str, shape: Shape) -> None:
-        """Select dtype, shape of the scale and ComfyUI's mark for a weight of this shape, out x in."""
+        """Select dtype, shape of the scale and ComfyUI's settings for a weight of this shape, out x in."""
         self.shape = shape
         self.scale_shape: tuple[int, ...]
         if form == "fp8":
-            self.mark: dict[str, Any] = {"format": "float8_e4m3fn"}
+            self.comfy_settings: dict[str, Any] = {"format": "float8_e4m3fn"}
             self.dtype = E4M3
             self.scale_shape = ()
         else:
-            self.mark = {"format": "int8_tensorwise"}
+            self.comfy_settings = {"format": "int8_tensorwise"}
             self.dtype = torch.int8
             self.scale_shape = (shape[0], 1)
         # rotations act on groups of columns; a width that no group size divides is not rotated
-        group = next((group for group in GROUPS if shape[1] % group == 0), 0)
-        if form == "convrot" and group:
-            self.mark |= {"convrot": True, "convrot_groupsize": group}
+        group_size = next((size for size in GROUPS if shape[1] % size == 0), 0)
+        if form == "convrot" and group_size:
+            self.comfy_settings |= {"convrot": True, "convrot_groupsize": group_size}
 
-    def mark_bytes(self) -> Tensor:
-        """Return the metadata of the quantized layer (ComfyUI's mark) as JSON in a uint8 tensor."""
-        return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
+    def settings_as_tensor(self) -> Tensor:
+        """Return ComfyUI's settings of the quantized layer as JSON in a uint8 tensor."""
+        return torch.tensor(list(json.dumps(self.comfy_settings).encode()), dtype=torch.uint8)
 
-    def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize a weight; return its codes and scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
         else:
-            codes, scale = Int8(self.mark.get("convrot_groupsize", 0)).quantize(weight).tensors
+            codes, scale = Int8(self.comfy_settings.get("convrot_groupsize", 0)).quantize(weight).tensors
         assert codes is not None
         assert scale is not None
         return codes, scale.reshape(self.scale_shape)
@@ -378,7 +394,7 @@ class _Rounding:
 def _write_gguf(
     options: QuantizeOptions,
     checkpoint: Checkpoint,
-    model: Recognized,
+    model: RecognizedModel,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
@@ -397,10 +413,8 @@ def _write_gguf(
         raise OptionError(
             "--form q8_0 needs the package gguf, which is not installed. Run: pip install gguf"
         ) from None
-    kinds = gguf.GGMLQuantizationType
-    infos = checkpoint.tensors
-    block_width, _ = gguf.GGML_QUANT_SIZES[kinds.Q8_0]
-    layers = {name for name in model.layers if infos[name].shape[1] % block_width == 0}
+    block_width, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
+    layers = {name for name in model.layers if checkpoint.tensors[name].shape[1] % block_width == 0}
     if len(layers) < len(model.layers):
         text = "%d layers are not quantized: their rows are not whole blocks of Q8_0"
         logger.info(text, len(model.layers) - len(layers))
@@ -411,65 +425,81 @@ def _write_gguf(
         for key, text in metadata.items():
             writer.add_string(key, text)
         # the list of all tensors comes first in the file, then their data in the same order
-        stored: dict[str, Any] = {}  # GGUF type of each tensor, by name
-        for name in infos:
-            stored[name] = _plan_in_gguf(writer, checkpoint, name, name in layers)
+        gguf_types = {
+            name: _declare_in_gguf(writer, checkpoint, name, name in layers) for name in checkpoint.tensors
+        }
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        sizes = {name: info.size_bytes for name, info in infos.items()}
-        names = track(
-            infos,
-            f"Writing {options.output.name}",
-            total=sum(sizes.values()),
-            size=sizes.__getitem__,
-            unit=BYTES,
-        )
-        for name in names:
-            tensor = model.read(checkpoint, name)
-            kind = stored[name]
-            if kind in (kinds.Q8_0, kinds.F32):  # the only types that differ from those of the file
-                data = gguf.quants.quantize(tensor.float().numpy(), kind)
-            else:
-                data = tensor.view(-1).view(torch.uint8).numpy()
-            writer.write_tensor_data(data)
+        _write_gguf_data(writer, checkpoint, model, gguf_types, f"Writing {options.output.name}")
         writer.close()
     return len(layers)
 
 
-def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
+def _write_gguf_data(
+    writer: Any,
+    checkpoint: Checkpoint,
+    model: RecognizedModel,
+    gguf_types: Mapping[str, Any],
+    progress_title: str,
+) -> None:
+    """Write the data of all tensors, converted to their GGUF types, in the order of the checkpoint."""
+    import gguf
+
+    sizes = {name: info.size_bytes for name, info in checkpoint.tensors.items()}
+    names = track(
+        checkpoint.tensors,
+        progress_title,
+        total=sum(sizes.values()),
+        size=sizes.__getitem__,
+        unit=BYTES,
+    )
+    converted_types = (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32)
+    for name in names:
+        tensor = model.read(checkpoint, name)
+        if gguf_types[name] in converted_types:
+            data = gguf.quants.quantize(tensor.float().numpy(), gguf_types[name])
+        else:  # the type of the tensor in the checkpoint
+            data = tensor.view(-1).view(torch.uint8).numpy()
+        writer.write_tensor_data(data)
+
+
+def _declare_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
     """Declare a tensor to the GGUF writer, which writes its list of tensors first; return its GGUF type."""
     import gguf
 
     info = checkpoint.tensors[name]
-    if len(name.encode()) > _LONGEST_IN_GGUF or info.dtype not in _GGUF_KINDS:
+    if len(name.encode()) > _MAX_GGUF_NAME_BYTES or info.dtype not in _GGUF_TYPE_NAMES:
         raise CheckpointError(
             f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} has no place in a GGUF "
             "file: names have up to 127 bytes, and tensors are floats. Use --form int8, convrot or fp8.",
             checkpoint.path,
         )
-    is_small = len(info.shape) < 2 or math.prod(info.shape) <= _SMALL_IN_GGUF
+    is_small = len(info.shape) < 2 or math.prod(info.shape) <= _MAX_GGUF_FLOAT32_ELEMENTS
     if is_layer:
-        kind = gguf.GGMLQuantizationType["Q8_0"]
+        type_name = "Q8_0"
+    elif is_small:
+        type_name = "F32"
     else:
-        kind = gguf.GGMLQuantizationType["F32" if is_small else _GGUF_KINDS[info.dtype]]
+        type_name = _GGUF_TYPE_NAMES[info.dtype]
+    gguf_type = gguf.GGMLQuantizationType[type_name]
     *rows, columns = info.shape or (1,)  # the package gguf has no scalars
     # a block is one value if the type is not quantized
-    block_width, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    block_width, block_bytes = gguf.GGML_QUANT_SIZES[gguf_type]
     byte_shape = (*rows, columns // block_width * block_bytes)
-    writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), math.prod(byte_shape), kind)
-    return kind
+    writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), math.prod(byte_shape), gguf_type)
+    return gguf_type
 
 
 def _write_bf16(
     options: QuantizeOptions,
     checkpoint: Checkpoint,
-    model: Recognized,
+    model: RecognizedModel,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
     """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
-    dequantized = in_values(checkpoint, device)
+    dequantized = dequantized_on_read(checkpoint, device)
     if dequantized is checkpoint:
         text = f"{options.model} has no quantized weights. Give a file that has, or another --form."
         raise CheckpointError(text, options.model)
@@ -477,7 +507,9 @@ def _write_bf16(
     num_quantized = 0
     for name, info in dequantized.tensors.items():
         tensors[name] = info
-        if info is not checkpoint.tensors[name]:  # `in_values` replaces only the infos of quantized weights
+        if (
+            info is not checkpoint.tensors[name]
+        ):  # `dequantized_on_read` replaces only the infos of quantized weights
             tensors[name] = replace(info, dtype=torch.bfloat16)
             num_quantized += 1
 
@@ -488,7 +520,7 @@ def _write_bf16(
     return num_quantized
 
 
-def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
+def dequantized_on_read(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
     """Return a checkpoint that dequantizes weights to float32 when they are read, and that has no scales.
 
     Both checkpoints share the open files: close only one of them.
@@ -508,9 +540,9 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     if not any(map(_is_quantized, infos)):
         return checkpoint
     may_be_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
-    shapes = _recognize(checkpoint).shapes if may_be_padded else {}
-    reader: Any = _DequantizedFile(checkpoint, shapes, device or torch.device("cpu"))
-    num_quantized = len(reader.tensors.keys() - reader.plain)
+    unpadded_shapes = _recognize(checkpoint).shapes if may_be_padded else {}
+    reader: Any = _DequantizedFile(checkpoint, unpadded_shapes, device or torch.device("cpu"))
+    num_quantized = len(reader.tensors.keys() - reader.unquantized)
     logger.info("%s: %d quantized weights are read by their values", checkpoint.path, num_quantized)
     return Checkpoint(checkpoint.path, {name: (reader, name) for name in reader.tensors}, [reader])
 
@@ -519,30 +551,32 @@ class _DequantizedFile:
     """View of an open checkpoint file that dequantizes tensors to float32 when they are read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
+        self, checkpoint: Checkpoint, unpadded_shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
         """List the tensors that can be read.
 
         Args:
             checkpoint: The open checkpoint.
-            shapes: Unpadded shapes of weights that may be padded, by name.
+            unpadded_shapes: Unpadded shapes of weights that may be padded, by name.
             device: Device that dequantizes.
         """
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out
         self.metadata = {
-            key: text for key, text in checkpoint.metadata.items() if not key.startswith((HEADER, *_OF_GGUF))
+            key: text
+            for key, text in checkpoint.metadata.items()
+            if not key.startswith((COMFY_QUANT_KEY, *_GGUF_METADATA_PREFIXES))
         }
         self._checkpoint = checkpoint
         self._device = device
         self._sources = plain_sources(checkpoint)
         self.tensors: dict[str, TensorInfo] = {}
-        self.plain: set[str] = set()  # names of tensors that are not quantized
+        self.unquantized: set[str] = set()  # names of tensors that are not quantized
         for name, source in self._sources.items():
             info = checkpoint.tensors[name]
-            shape = self._unpad_shape(name, info, shapes)
+            shape = self._unpad_shape(name, info, unpadded_shapes)
             if not _is_quantized(info):
-                self.plain.add(name)
+                self.unquantized.add(name)
                 self.tensors[name] = info
                 continue
             # `build` would multiply fp8 by its scale
@@ -553,7 +587,7 @@ class _DequantizedFile:
             self.tensors[name] = TensorInfo(torch.float32, shape)
 
     def _unpad_shape(
-        self, name: str, info: TensorInfo, shapes: Mapping[str, tuple[int, ...]]
+        self, name: str, info: TensorInfo, unpadded_shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[int, ...]:
         """Return the shape of a tensor without its padding.
 
@@ -562,11 +596,11 @@ class _DequantizedFile:
         """
         packing = info.packing
         if packing is not None and packing.pad > 1:
-            shape = shapes.get(name, ())
+            shape = unpadded_shapes.get(name, ())
             padded_shape = packing.padded(shape)
         else:
             shape = info.shape
-            padded_shape = shapes.get(name, info.shape)
+            padded_shape = unpadded_shapes.get(name, info.shape)
         # a tensor larger than the network's was padded without a note in the file
         if math.prod(padded_shape) != math.prod(info.shape):
             raise CheckpointError(
@@ -576,10 +610,10 @@ class _DequantizedFile:
             )
         return shape
 
-    def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a dequantized tensor; one that is not quantized may be a view of `scratch`."""
-        if name in self.plain:
-            return self._checkpoint.borrow(name, scratch)
+    def borrow(self, name: str, read_buffer: Tensor) -> Tensor:
+        """Return a dequantized tensor; one that is not quantized may be a view of `read_buffer`."""
+        if name in self.unquantized:
+            return self._checkpoint.borrow(name, read_buffer)
         source = self._sources[name]
         value = source.make([self._checkpoint.read(part).to(self._device) for part in source.names])
         return value[tuple(map(slice, self.tensors[name].shape))].float()

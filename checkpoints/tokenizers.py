@@ -34,9 +34,11 @@ class TokenizerFiles:
     repository: str  # on the hub
     folders: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only as the first part
     # token that only this tokenizer has; it identifies files in folders that models share
-    token: str = ""
-    on_hub: str = "tokenizer.json"  # name of the file to download
-    shared: tuple[str, ...] = (".",)  # those of `folders` that may hold tokenizers of other models too
+    unique_token: str = ""
+    hub_filename: str = "tokenizer.json"  # name of the file to download
+    ambiguous_folders: tuple[str, ...] = (
+        ".",
+    )  # those of `folders` that may hold tokenizers of other models too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return the tokenizer's file, or None if no file is found.
@@ -49,24 +51,23 @@ class TokenizerFiles:
             CheckpointError: If `path` does not exist, or if it is a folder without a tokenizer.
         """
         if path is not None:
-            return self._find_given(path)
+            return self._find_from_option(path)
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
-        for relative in self.folders:
-            first, *others = relative.split("/")
+        for relative_folder in self.folders:
+            first, *further = relative_folder.split("/")
             candidate = folder.parent if first == ".." else folder / first
-            file = self._find_file(candidate.joinpath(*others))
+            file = self._find_file(candidate.joinpath(*further))
             if file is None:
                 continue
             # single-file encoders of several models may lie in one folder, together with their tokenizers
-            may_be_another_model = relative in self.shared and not checkpoint_path.is_dir()
-            # `token` is one that only this tokenizer has
-            if not may_be_another_model or self.token.encode() in self.read_bytes(file):
+            may_be_another_model = relative_folder in self.ambiguous_folders and not checkpoint_path.is_dir()
+            if not may_be_another_model or self.unique_token.encode() in self.read_bytes(file):
                 return file
         return None
 
-    def check_given(self, path: Path) -> None:
+    def check_option_value(self, path: Path) -> None:
         """Raise CheckpointError if the option's value `path` is not a tokenizer by its first bytes."""
-        file = self._find_given(path)
+        file = self._find_from_option(path)
         self.check_bytes(file)
         try:
             with file.open("rb") as opened:
@@ -101,16 +102,17 @@ class TokenizerFiles:
             return Path(
                 hf_hub_download(
                     self.repository,
-                    self.on_hub,
+                    self.hub_filename,
                     subfolder=self.folder or None,
                     local_files_only=not may_download,
                 )
             )
         except Exception as error:  # the hub's client raises many classes for a missing connection
-            reached = f"the hub cannot be reached ({first_line(error)})"
-            why = reached if may_download else "the hub's cache has none"
+            reason = "the hub's cache has none"
+            if may_download:
+                reason = f"the hub cannot be reached ({first_line(error)})"
             raise CheckpointError(
-                f"no tokenizer for {checkpoint_path}: there is none next to it or inside it, and {why}\n"
+                f"no tokenizer for {checkpoint_path}: there is none next to it or inside it, and {reason}\n"
                 f"  Give {self.option} {self._describe()}.",
                 checkpoint_path,
             ) from error
@@ -170,7 +172,7 @@ class TokenizerFiles:
             file,
         )
 
-    def _find_given(self, path: Path) -> Path:
+    def _find_from_option(self, path: Path) -> Path:
         """Return the tokenizer's file from the option's value, which is the file or a folder."""
         if not path.is_dir():
             try:

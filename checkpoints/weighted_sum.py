@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints.finite import check_finite
 from checkpoints.kinds import is_lora
 from checkpoints.opening import Checkpoint, open_checkpoint
-from checkpoints.quantizing import in_values
+from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import stream_tensors
 from modules.console import as_size, count_of, list_some, show_box
 from modules.devices import select_device
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNET = "model.diffusion_model."
-AVERAGES = "model_ema."
+EMA_PREFIX = "model_ema."
 # names of the first layer of a U-Net, in single files and in diffusers' folders
 FIRST_LAYERS = ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight")
 ROUNDED_SUM = 1e-4  # the ratios may differ from a sum of 1 by so much, as 0.33333 0.33333 0.33333 do
@@ -101,25 +101,24 @@ def merge_models(options: MergeModelsOptions) -> None:
     device = select_device(options.device)
     dtype = DTYPES[options.saving_precision]
     with ExitStack() as opened:
-        models = [in_values(opened.enter_context(open_checkpoint(path))) for path in options.models]
+        models = [dequantized_on_read(opened.enter_context(open_checkpoint(path))) for path in options.models]
         first, *others = models
         _reject_loras(models)
-        averages = [name for name in first.tensors if name.startswith(AVERAGES)]
-        saved = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
+        ema_names = [name for name in first.tensors if name.startswith(EMA_PREFIX)]
+        saved = {name: info for name, info in first.tensors.items() if not name.startswith(EMA_PREFIX)}
         merged = {name for name, info in saved.items() if info.dtype.is_floating_point}
         if options.unet_only:
             merged = {name for name in merged if name.startswith(UNET)}
         for other in others:
             _check_fits(first, other, merged, options.unet_only)
         _warn_of_skipped(models, saved, options)
-        if averages:
-            what = count_of(len(averages), "average")
-            verb = "is" if len(averages) == 1 else "are"
-            logger.info("%s of %s %s left out: they would not be merged", what, first.path, verb)
-        written = {
-            name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
-            for name, info in saved.items()
-        }
+        if ema_names:
+            count = count_of(len(ema_names), "average")
+            verb = "is" if len(ema_names) == 1 else "are"
+            logger.info("%s of %s %s left out: they would not be merged", count, first.path, verb)
+        written: dict[str, TensorInfo] = {}
+        for name, info in saved.items():
+            written[name] = replace(info, dtype=dtype) if info.dtype.is_floating_point else info
         terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
 
         def read(name: str) -> Tensor:
@@ -152,12 +151,12 @@ class _Term:
     share: float
 
 
-def _add_up(name: str, of_first: Tensor, terms: Sequence[_Term]) -> Tensor:
+def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
     """Return the weighted sum of one tensor over all models, in float32.
 
     Where a model lacks the tensor, or some of its input channels, the values of the first model are used.
     """
-    first = of_first.float()
+    first = first_tensor.float()
     total = first * terms[0].share
     for term in terms[1:]:
         values = first  # if this model lacks the tensor
@@ -175,10 +174,10 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
     """Raise CheckpointError if a checkpoint is none of the same model and layout as the first."""
     common = merged & other.tensors.keys()
     if not common:
-        what = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
+        tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
         raise CheckpointError(
-            f"{other.path} and {first.path} have no {what} in common: they are different models, or one is "
-            "a single file and the other in diffusers' layout. Give single files of one model.",
+            f"{other.path} and {first.path} have no {tensor_kind} in common: they are different models, or "
+            "one is a single file and the other in diffusers' layout. Give single files of one model.",
             other.path,
         )
     wrong = [name for name in sorted(common) if not _has_fitting_shape(first, other, name)]
@@ -210,13 +209,13 @@ def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
 
 
 def _warn_of_skipped(
-    models: Sequence[Checkpoint], kept: Mapping[str, TensorInfo], options: MergeModelsOptions
+    models: Sequence[Checkpoint], saved: Mapping[str, TensorInfo], options: MergeModelsOptions
 ) -> None:
     """Warn about tensors that only some of the models contain."""
     first, *others = models
     for other in others:
         skipped = [
-            name for name in sorted(other.tensors) if name not in kept and not name.startswith(AVERAGES)
+            name for name in sorted(other.tensors) if name not in saved and not name.startswith(EMA_PREFIX)
         ]
         if skipped:
             skipped_names = ", ".join(skipped) if options.show_skipped else list_some(skipped, 3)
@@ -227,7 +226,7 @@ def _warn_of_skipped(
                 first.path,
                 skipped_names,
             )
-        missing = [name for name in sorted(kept) if name not in other.tensors]
+        missing = [name for name in sorted(saved) if name not in other.tensors]
         if missing:
             logger.warning(
                 "%s lacks %s, where %s has its share: %s",

@@ -7,7 +7,7 @@ from modules.command import as_typed
 
 _A_FOLDER = "image_directory or video_directory"
 # key that only files of another trainer have -> name of the trainer, and how its keys are called here
-OF_OTHERS: Mapping[str, tuple[str, str]] = {
+UNSUPPORTED_MODELS: Mapping[str, tuple[str, str]] = {
     "directory": (
         "diffusion-pipe",
         f"[[directory]] is [[datasets]], its path {_A_FOLDER}; resolutions is resolution, enable_ar_bucket "
@@ -50,8 +50,8 @@ def hint_of(content: Any) -> str:
             if isinstance(table, dict):
                 keys += [key for key in table if key not in AT_TOP]
     for key in keys:
-        if key in OF_OTHERS:
-            trainer, _ = OF_OTHERS[key]
+        if key in UNSUPPORTED_MODELS:
+            trainer, _ = UNSUPPORTED_MODELS[key]
             return f"It seems to be a file of {trainer}. {_translate(key)}"
     return ""
 
@@ -59,5 +59,5 @@ def hint_of(content: Any) -> str:
 def _translate(key: str) -> str:
     """Advise to write a new file, with our keys that correspond to another trainer's `key`."""
     command = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
-    _, our_keys = OF_OTHERS[key]
+    _, our_keys = UNSUPPORTED_MODELS[key]
     return f"Write a new file ({command} does it): {our_keys}."

@@ -42,8 +42,8 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
         folder="",
         repository="openai/clip-vit-large-patch14",
         folders=folders,
-        token=CLIP_START,
-        shared=(".", "tokenizer"),
+        unique_token=CLIP_START,
+        ambiguous_folders=(".", "tokenizer"),
     )
 
 

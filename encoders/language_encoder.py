@@ -123,7 +123,7 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
         repository=repository,
         # in the folder of the encoder; in a subfolder of it; next to the folder text_encoder
         folders=(".", "qwen_3", "tokenizer", "../tokenizer"),
-        token="<|im_start|>",
+        unique_token="<|im_start|>",
     )
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
 
@@ -665,7 +665,7 @@ class LanguageModelFiles(TransformerFiles):
             if use.pictures is not None and use.pictures.always:
                 self.check_tower()
         if self.text_encoder_tokenizer is not None:
-            use.source.files.check_given(self.text_encoder_tokenizer)
+            use.source.files.check_option_value(self.text_encoder_tokenizer)
 
     def check_tower(self) -> None:
         """Raise CheckpointError if the language model has no vision tower, or that of another model."""

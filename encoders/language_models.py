@@ -303,7 +303,7 @@ def read_language_model(
         kind=model.kind,
         dim=dim,
         defaults=model.defaults,
-        written=network.metadata.get(model.config_key),
+        embedded_config=network.metadata.get(model.config_key),
     )
     if Q_NORM in model.marks:  # the norm of queries has one value for each channel of a head
         width = shape(f"{layer}{Q_NORM}", 1)[0]

@@ -66,8 +66,8 @@ T5_FILES = TokenizerFiles(
         "../tokenizer",
         ".",
     ),  # fmt: skip
-    token="</s>",
-    on_hub="spiece.model",
+    unique_token="</s>",
+    hub_filename="spiece.model",
 )
 
 

@@ -265,9 +265,9 @@ class FluxFiles(AutoencoderFiles):
                 give=t5.kind.release,
             )
         if self.clip_l_tokenizer is not None:
-            clip.tokenizer.check_given(self.clip_l_tokenizer)
+            clip.tokenizer.check_option_value(self.clip_l_tokenizer)
         if self.t5xxl_tokenizer is not None:
-            t5.tokenizer.check_given(self.t5xxl_tokenizer)
+            t5.tokenizer.check_option_value(self.t5xxl_tokenizer)
 
     def _make_clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
         return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_use)

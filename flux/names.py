@@ -72,7 +72,7 @@ FLUX_NUMBERS: Numbering = (
 
 _IN_BLOCKS = ("double_blocks.", "single_blocks.")
 _RULES = LoraRules(
-    types=(
+    rank_arguments=(
         *(
             (f"{stream}_{kind}_dim", ((f"{stream}_{kind}",),))
             for kind in ("attn", "mlp", "mod")
@@ -81,12 +81,15 @@ _RULES = LoraRules(
         ("single_dim", (("single_blocks", "linear"),)),
         ("single_mod_dim", (("single_blocks", "modulation"),)),
     ),
-    choices={"all": _IN_BLOCKS, "double": _IN_BLOCKS[:1], "single": _IN_BLOCKS[1:]},
-    indices={"train_double_block_indices": "double_blocks", "train_single_block_indices": "single_blocks"},
-    outside="in_dims",
+    train_blocks_choices={"all": _IN_BLOCKS, "double": _IN_BLOCKS[:1], "single": _IN_BLOCKS[1:]},
+    block_lists_by_argument={
+        "train_double_block_indices": "double_blocks",
+        "train_single_block_indices": "single_blocks",
+    },
+    outside_ranks_argument="in_dims",
     outside_paths=("img_in", "time_in", "vector_in", "guidance_in", "txt_in"),
-    fused={"attn.qkv": 3, "linear1": 4},
-    encoders={"train_t5xxl": "lora_te3"},
+    num_fused_parts={"attn.qkv": 3, "linear1": 4},
+    encoder_switches={"train_t5xxl": "lora_te3"},
 )
 
 FLUX = FamilyNames(

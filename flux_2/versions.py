@@ -37,7 +37,7 @@ _MISTRAL_FILES = TokenizerFiles(
     repository="black-forest-labs/FLUX.2-dev",
     # inside the encoder's folder; next to a single file; next to text_encoder (diffusers)
     folders=(".", "mistral_3", "tokenizer", "../tokenizer"),
-    token="[INST]",
+    unique_token="[INST]",
 )
 MISTRAL_USE = LanguageUse(
     name="m3",

@@ -54,7 +54,7 @@ FLUX_3 = FamilyNames(
     ),
     parameters=tuple((theirs + one, ours + other) for theirs, ours in _BLOCKS for one, other in _NORMS),
     optional=("ref_time_in.in_layer", "ref_time_in.out_layer"),
-    optional_words="the time that a step of the distilled model jumps to",
+    optional_description="the time that a step of the distilled model jumps to",
     versions=("flux_3", "flux-3", "flux3", "flux.3"),
     sides=(
         *((f".{name}", 1, 1) for name in ("q_proj", "k_proj", "v_proj", "attn_out")),

@@ -24,7 +24,7 @@ FRAMEPACK = FamilyNames(
         *with_endings("clean_x_embedder.", "proj proj_2x proj_4x"),
         *with_endings("image_projection.", "up down"),
     ),
-    takes=("hunyuan_video",),
+    compatible_families=("hunyuan_video",),
     # diffusers' HunyuanVideoFramepackPipeline only loads layers with this prefix
     start=layouts.IN_DIFFUSERS,
     converted_for="diffusers",

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from checkpoints.stored.forms import stored_in
+from checkpoints.stored.forms import quantized_weight_of
 from generation.experts import plan_turns
 from generation.grid_options import list_cells
 from generation.loaded_networks import needs_media
@@ -198,7 +198,7 @@ def load_with_loras(
     """
     dit = family.load_dit(placement)
     files = options.lora.lora_weight
-    is_stored = any(map(stored_in, dit.modules()))
+    is_stored = any(map(quantized_weight_of, dit.modules()))
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
     # the first expert's LoRAs without their changes of text encoders (False); T-LoRAs are `masked`

@@ -208,7 +208,7 @@ class HunyuanImageFiles(TransformerFiles):
             takes = None if config is None else config.glyph_dim
             check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)
         if self.text_encoder_tokenizer is not None:
-            TOKENIZER.files.check_given(self.text_encoder_tokenizer)
+            TOKENIZER.files.check_option_value(self.text_encoder_tokenizer)
 
 
 def _read_text_width(checkpoint: Checkpoint) -> int:

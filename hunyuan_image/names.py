@@ -44,14 +44,14 @@ HUNYUAN_IMAGE = FamilyNames(
         ),
         *renamed_parts("", "", _HUNYUAN_REST),
     ),
-    underscored=True,
+    underscored_in_comfyui=True,
     converted_for="ComfyUI",
     versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
     sides=BLOCK_SIDES,
     released=((3584, BLOCK_DEPTHS),),
     numbered=BLOCK_NUMBERS,
     network_module="networks.lora_hunyuan_image",
-    rules=LoraRules(fused={"attn_qkv": 3, "linear1": 4}),
+    rules=LoraRules(num_fused_parts={"attn_qkv": 3, "linear1": 4}),
 )
 
 LORA = (HUNYUAN_IMAGE,)

@@ -47,7 +47,7 @@ TOKENIZER = TokenizerSource(
         repository="Qwen/Qwen2.5-VL-7B-Instruct",
         # inside the encoder's folder; next to a single file; next to text_encoder (diffusers)
         folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
-        token="<|im_start|>",
+        unique_token="<|im_start|>",
     ),
     adds_own=False,
 )

@@ -12,7 +12,7 @@ from checkpoints.containers import load_pickled
 from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from checkpoints.stored.fp8 import dequantize, stored_fp8
+from checkpoints.stored.fp8 import dequantize, make_fp8_weight
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.names import COMFYUI_TENSORS, HUNYUAN_VIDEO
@@ -275,7 +275,7 @@ def _scale_source(name: str, scale: float) -> TensorSource:
     return TensorSource(
         (name,),
         lambda weight: dequantize(weight, factor(weight)),
-        lambda weight: stored_fp8(weight, factor(weight)),
+        lambda weight: make_fp8_weight(weight, factor(weight)),
     )
 
 

@@ -136,9 +136,9 @@ class HunyuanFiles(TransformerFiles):
                 give=CLIP.release,
             )
         if self.text_encoder1_tokenizer is not None:
-            LLAMA_TOKENIZER.files.check_given(self.text_encoder1_tokenizer)
+            LLAMA_TOKENIZER.files.check_option_value(self.text_encoder1_tokenizer)
         if self.text_encoder2_tokenizer is not None:
-            CLIP.tokenizer.check_given(self.text_encoder2_tokenizer)
+            CLIP.tokenizer.check_option_value(self.text_encoder2_tokenizer)
 
 
 def _read_llama_width(checkpoint: Checkpoint) -> int:

@@ -43,7 +43,7 @@ LLAMA_TOKENIZER = TokenizerSource(
         repository="hunyuanvideo-community/HunyuanVideo",
         # inside the encoder's folder (official); next to a single file; next to text_encoder (diffusers)
         folders=(".", "llava_llama3", "tokenizer", "../tokenizer"),
-        token="<|begin_of_text|>",
+        unique_token="<|begin_of_text|>",
     ),
     begin="<|begin_of_text|>",  # not in every tokenizer file: transformers may add it
 )

@@ -74,7 +74,7 @@ KREA_2 = FamilyNames(
         ("tproj.", "1"),
     ),
     network_module="networks.lora_krea2",
-    refused=(
+    unsupported_loras=(
         (
             # the extension of ai-toolkit that trains them calls its architecture so
             r"^(?!ss_network_module=networks\.).*(identity[ _-]?edit|krea2_edit .*ai-toolkit)",

@@ -103,7 +103,11 @@ GEMMA_4_USE = replace(
     source=replace(
         GEMMA_USE.source,
         files=replace(
-            TOKENIZER_FILES, option=OPTION, folder="", repository="google/gemma-4-12B-it", token="<|turn>"
+            TOKENIZER_FILES,
+            option=OPTION,
+            folder="",
+            repository="google/gemma-4-12B-it",
+            unique_token="<|turn>",
         ),
     ),
     record="gemma4",

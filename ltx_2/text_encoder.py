@@ -135,7 +135,7 @@ TOKENIZER_FILES = TokenizerFiles(
     repository="Lightricks/LTX-2",
     # google's folder; diffusers' text_encoder, with tokenizer next to it; next to a single file
     folders=(".", "tokenizer", "../tokenizer"),
-    token="<start_of_turn>",
+    unique_token="<start_of_turn>",
 )
 GEMMA_USE = LanguageUse(
     name="gemma3",

@@ -156,7 +156,7 @@ class LuminaFiles(AutoencoderFiles):
                 GEMMA_OPTION, path, read_once(path, _read_gemma_width), self.dit, takes, GEMMA_NAMES
             )
         if self.gemma2_tokenizer is not None:
-            GEMMA_FILES.check_given(self.gemma2_tokenizer)
+            GEMMA_FILES.check_option_value(self.gemma2_tokenizer)
 
 
 def _read_gemma_width(checkpoint: Checkpoint) -> int:

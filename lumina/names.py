@@ -39,22 +39,22 @@ _LUMINA_REST = (
 
 _REFINERS = ("context_refiner.", "noise_refiner.")
 _RULES = LoraRules(
-    types=(
+    rank_arguments=(
         ("attn_dim", (("attention",),)),
         ("mlp_dim", (("mlp",), ("feed_forward",))),
         ("mod_dim", (("modulation",),)),
         ("refiner_dim", (("refiner",),)),
     ),
-    choices={
+    train_blocks_choices={
         "all": (*_REFINERS, "layers.", "final_layer."),
         "transformer": ("layers.",),
         "refiners": _REFINERS,
         "noise_refiner": _REFINERS[1:],
         "context_refiner": _REFINERS[:1],
     },
-    outside="embedder_dims",
+    outside_ranks_argument="embedder_dims",
     outside_paths=("x_embedder", "t_embedder", "cap_embedder"),
-    fused={"attention.qkv": 3},
+    num_fused_parts={"attention.qkv": 3},
 )
 
 LUMINA = FamilyNames(

@@ -90,7 +90,7 @@ GEMMA_FILES = TokenizerFiles(
     repository="Alpha-VLLM/Lumina-Image-2.0",
     # next to a single file; diffusers pipelines: text_encoder and tokenizer side by side; google's folder
     folders=("tokenizer", "../tokenizer", "."),
-    token="<start_of_turn>",
+    unique_token="<start_of_turn>",
 )
 
 

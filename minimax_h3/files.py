@@ -76,7 +76,7 @@ TOKENIZER = TokenizerFiles(
     repository="MiniMaxAI/MiniMax-H3",
     # inside the encoder's folder; next to text_encoder; next to a single file
     folders=(".", "tokenizer", "../tokenizer", "../processor"),
-    token=OWN_TOKENS[0],
+    unique_token=OWN_TOKENS[0],
 )
 TEXT_FILES = "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_encoder/ of MiniMaxAI/MiniMax-H3,"
 H3_USE = LanguageUse(

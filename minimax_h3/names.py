@@ -65,7 +65,7 @@ MINIMAX_H3 = FamilyNames(
         ("adaln_t_table",) * 2,
     ),
     optional=("time_embedder.proj_in", "time_embedder.proj_out", "adaln_t_table"),
-    optional_words="how times are embedded: computed, or the table of a pruned file",
+    optional_description="how times are embedded: computed, or the table of a pruned file",
     versions=("minimax_h3", "minimax-h3", "minimaxh3"),
     # for the blocks over all tokens, in which all heads together have 4/3 of the token width
     sides=(
@@ -77,7 +77,7 @@ MINIMAX_H3 = FamilyNames(
     released=((5376, (("blocks", 50),)),),
     numbered=(("token_refiner.blocks.{n}.", _ORDER), ("blocks.{n}.", _ORDER)),
     network_module="networks.lora_minimax_h3",
-    more_starts=("transformer_ref.",),
+    more_diffusers_prefixes=("transformer_ref.",),
     # DiffSynth-Studio trains the release's shards unchanged. Source: diffusers' loader of H3's LoRAs
     rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", ".attn.q_norm", HEAD_WIDTH),
     rejects_strangers=True,

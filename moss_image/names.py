@@ -40,7 +40,7 @@ MOSS_IMAGE = FamilyNames(
         (".layers.{n}.proj.ffn_down", 1, 8 / 3),
     ),
     released=((3072, (("layers", 42),)),),
-    rules=LoraRules(fused={".proj.ffn_up_gate": 2}),
+    rules=LoraRules(num_fused_parts={".proj.ffn_up_gate": 2}),
     numbered=((_BLOCK, _PROJECTIONS),),
     network_module="networks.lora_moss_image",
 )

@@ -242,8 +242,8 @@ def check_network(
         settings, _ = read_own(name, _read_arguments(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
-        if settings.blocks is not None:
-            settings.blocks.fit(numbered)  # only for its errors: the result is not used here
+        if settings.block_settings is not None:
+            settings.block_settings.fit(numbered)  # only for its errors: the result is not used here
         if not OWN_MODULES[name].kind.has_norms and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
@@ -334,7 +334,7 @@ def _build_own(
         arguments,
         dit=dit if trains_dit else None,
         encoders=encoders,
-        begun=initial_tensors,
+        initial_tensors=initial_tensors,
     )
 
 

@@ -23,7 +23,7 @@ from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
-from networks.tensor_names import find_expert_starts, find_networks
+from networks.tensor_names import find_expert_prefixes, find_networks
 
 logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
@@ -405,7 +405,7 @@ def _parse_nested_settings(
     for key, value in settings.items():
         if not isinstance(value, Mapping):
             continue
-        names_transformer = f"{key}." in (*find_expert_starts(), UNET_IN_DIFFUSERS)
+        names_transformer = f"{key}." in (*find_expert_prefixes(), UNET_IN_DIFFUSERS)
         names_network = names_transformer or key.startswith(_TEXT_ENCODER_PREFIXES)
         inner_network = key if names_network else network
         sources += _parse_settings(f"{location}: {key}", value, network_prefix, inner_network)
@@ -433,7 +433,7 @@ def _belongs_to(network: str, network_prefix: str) -> bool:
         is_second = text_encoder[1] in ("2", "3")
         return network_prefix == ("text_encoder_2." if is_second else "text_encoder.")
     # a transformer has many names: any name except those of text encoders and of other experts
-    experts = find_expert_starts()
+    experts = find_expert_prefixes()
     if network_prefix not in experts or network.startswith(_TEXT_ENCODER_PREFIXES):
         return False
     named_expert = experts.get(f"{network}.")

@@ -422,7 +422,7 @@ def _sum_changes(
         change.add_to(total, rows, weight)
         if sample is not None:
             sampled_total = sample.of(total) if rows is None else total
-            sample.note(change.use.lora.path, sampled_total)
+            sample.record_sum(change.use.lora.path, sampled_total)
     return total
 
 
@@ -586,7 +586,7 @@ class LoraPatch:
             dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
             sample: Rows on which rounding to the nearest is judged; None if no sample is needed.
         """
-        if self._rounding is None or not self._rounding.select_random(dtype, sample):
+        if self._rounding is None or not self._rounding.decide_and_count(dtype, sample):
             return None
         assert dtype is not None
         # the seed depends on our name and the factors only: a model in any layout is rounded alike
@@ -595,7 +595,7 @@ class LoraPatch:
         for found in self._find_changes(name):
             factors += found.change.delta.factors.values()
         seed = seed_of(f"{self._our_module_names.get(module, module)}.{parameter_name}", factors)
-        return self._rounding.at_random(dtype, device, seed)
+        return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record the changes of a weight kept in 8 or 4 bits in `unmerged`, to be applied at run time.

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.dialects import cut_parts, join_parts
 from checkpoints.dits import bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from checkpoints.quantizing import in_values
+from checkpoints.quantizing import dequantized_on_read
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
@@ -259,7 +259,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
     weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:
         for path in paths:
-            checkpoint = with_stacked_rows(in_values(stack.enter_context(open_checkpoint(path))))
+            checkpoint = with_stacked_rows(dequantized_on_read(stack.enter_context(open_checkpoint(path))))
             for name, stored in (*_weights_of_texts(checkpoint), *_weights_of_dit(checkpoint, family)):
                 module, parameter_name = module_of_tensor(name)
                 if parameter_name != "weight":

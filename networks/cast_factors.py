@@ -67,7 +67,7 @@ def group_layers(
         path = paths[id(layer.original)]
         key: tuple[str, int, int] | str = path
         # a dropout may skip one layer of a group, and magnitudes need each layer's own output
-        can_share = layer.dropouts is None and layer.combine is None
+        can_share = layer.dropouts is None and layer.combine_outputs is None
         for ending, input_index in input_by_ending.items():
             if can_share and path.endswith(f".{ending}"):
                 key = path.removesuffix(ending), input_index, layer.lora_up.weight.shape[1]

@@ -17,7 +17,7 @@ from checkpoints.dits import bare_names
 from checkpoints.finite import check_finite
 from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint
-from checkpoints.quantizing import in_values
+from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
 from modules.devices import select_device
@@ -227,9 +227,9 @@ def _extract_blocks(
 
 def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     """Return two models with dequantized weights; warn if one was quantized."""
-    dequantized = Pair(in_values(original), in_values(tuned))
+    dequantized = Pair(dequantized_on_read(original), dequantized_on_read(tuned))
     quantized: list[str] = []
-    # `in_values` returns the same object if no weight is quantized
+    # `dequantized_on_read` returns the same object if no weight is quantized
     if dequantized.original is not original:
         quantized.append(original.path.name)
     if dequantized.tuned is not tuned:

@@ -137,7 +137,7 @@ class LoraFormat:
     def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None is the key of modules that keep their alphas."""
         # if ComfyUI reads names with underscores (HunyuanImage-2.1), it reads alphas too
-        keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored
+        keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored_in_comfyui
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
             is_folded = DOWN in factors and not keeps_alphas

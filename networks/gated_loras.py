@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import stored_in
+from checkpoints.stored.forms import quantized_weight_of
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
@@ -63,7 +63,7 @@ class ChangedParameter:
     @property
     def unpacked(self) -> Tensor:
         """Return the parameter; for a weight in 8 or 4 bits, a placeholder with the unpacked shape."""
-        stored = stored_in(self.module) if self.parameter_name == "weight" else None
+        stored = quantized_weight_of(self.module) if self.parameter_name == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
     @property
@@ -305,7 +305,7 @@ class LoraBranch:
 
 def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
     """Return x W^T for the frozen weight of a Linear, without its bias and without LoRAs around it."""
-    stored = stored_in(module)
+    stored = quantized_weight_of(module)
     if stored is not None:
         return stored.form.multiply(x, stored.tensors, stored.shape, None)
     weight = module.weight
@@ -693,7 +693,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
         CheckpointError: If the factors do not fit the module.
     """
     weight = parameter.unpacked
-    is_quantized = parameter.parameter_name == "weight" and stored_in(parameter.module) is not None
+    is_quantized = parameter.parameter_name == "weight" and quantized_weight_of(parameter.module) is not None
     if delta.replaces_weight and is_quantized:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"

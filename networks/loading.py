@@ -31,9 +31,9 @@ from networks.metadata import (
     metadata_of,
 )
 from networks.module_names import (
+    describe_text_module,
     have_same_names,
     module_path,
-    on_text_side,
     read_family,
     related_modules,
 )
@@ -42,19 +42,19 @@ from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
 from networks.tensor_names import dialect_in_words
 from networks.unused_tensors import (
+    explain_absent_module,
+    explain_absent_text_module,
+    explain_unused_tensor,
+    group_by_reason,
     is_projection,
-    kind_of_module,
-    kind_of_tensor,
-    kind_of_text_module,
-    sort_by_kind,
     without_numbers,
 )
 from networks.use_options import UNTYPED, LoraPatternOptions
 from protocols.bundled_embeddings import BUNDLE, BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
-# metadata keys that may reveal which model or program a LoRA is for. The patterns of `FamilyNames.refused`
-# are searched in their values, joined in this order
+# metadata keys that may reveal which model or program a LoRA is for. The patterns of
+# `FamilyNames.unsupported_loras` are searched in their values, joined in this order
 _ORIGIN_KEYS = (
     "ss_network_module",
     TRAINED_ON,
@@ -224,59 +224,63 @@ def read_lora(
     """
     with open_checkpoint(path) as checkpoint:
         # the hash of names, dtypes and shapes differs if another tool has changed our file
-        is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
-        unsupported = None if is_own else key_formats.other_kind(checkpoint.tensors)
+        is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+        unsupported = None if is_written_here else key_formats.other_kind(checkpoint.tensors)
         # whole models are recognized by names, before gigabytes are read
         if unsupported is None and not any(_ADAPTER_NAME.search(name) for name in checkpoint.tensors):
             reject_quantized(checkpoint)
             raise _make_no_lora_error(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
-    if is_own and path.is_file() and is_damaged(path, metadata):
+    if is_written_here and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
         )
     if unsupported is not None:
-        kind, key = unsupported
-        raise CheckpointError(
-            f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
-            f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
-            path,
-        )
-    rule_of(metadata, path)  # raises for an unreadable rule of ranks, before a model is loaded
+        raise _make_unsupported_error(path, *unsupported)
+    rule_of(metadata, path)  # called to raise for an unreadable rule of ranks, before a model is loaded
     words: BundledWords = {}
     if with_words and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
         stored = without_words(stored)
-    # our own file: its names are ours
-    trained_family = read_family(metadata) if is_own else None
+    # most files are written here: no need to try the names of other programs and families
+    trained_family = read_family(metadata) if is_written_here else None
     if trained_family is not None and family in (None, trained_family.name):
         native = key_formats.read_own_names(stored, trained_family)
-        if native is not None:  # most files: no need to try the names of other programs and families
-            lora = _read_part(path, native, metadata, expert=None, is_own=True)
+        if native is not None:
+            lora = _read_part(path, native, metadata, expert=None, is_written_here=True)
             return replace(lora, words=words, written_for=trained_family)
     # any other file: find out whose names it has, for each expert
-    groups = key_formats.split_names(stored)
-    if len(groups) > 1 and not by_expert:
+    names_by_expert = key_formats.split_names(stored)
+    if len(names_by_expert) > 1 and not by_expert:
         raise _make_several_error(path)
     parts: dict[str | None, LoraFile] = {}
-    for expert, names in groups.items():
+    for expert, names in names_by_expert.items():
         part = _recognize_part(
             path,
             {name: stored[name] for name in names},
             metadata,
             expert=expert,
             with_texts=with_texts,
-            is_own=is_own,
+            is_written_here=is_written_here,
             family=family,
         )
         parts[expert] = replace(part, words=words)
     if len(parts) == 1:
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
-    by_expert_name = {expert: part for expert, part in parts.items() if expert is not None}
-    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_expert_name)
+    named_parts = {expert: part for expert, part in parts.items() if expert is not None}
+    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=named_parts)
+
+
+def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
+    """Return the error for a file of an unsupported kind of network, which the name `key` shows."""
+    return CheckpointError(
+        f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
+        f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
+        path,
+    )
 
 
 def _recognize_part(
@@ -285,7 +289,7 @@ def _recognize_part(
     metadata: Mapping[str, str],
     expert: str | None,
     with_texts: bool,
-    is_own: bool,
+    is_written_here: bool,
     family: str | None,
 ) -> LoraFile:
     """Rename the tensors of a file, or of one expert's part, from any program's names to ours.
@@ -296,7 +300,7 @@ def _recognize_part(
         metadata: Metadata of the file.
         expert: Expert of the part; None if names in the file do not show it.
         with_texts: Whether to read changes of text encoders.
-        is_own: Whether the file was written by us.
+        is_written_here: Whether the file was written by us.
         family: Family that the user named; None if none was named.
     """
     if expert is not None:
@@ -304,7 +308,7 @@ def _recognize_part(
     has_no_family = read_family(metadata) is None
     # the returned metadata also name the family that was recognized
     native, metadata = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
-    part = _read_part(path, native, metadata, expert=expert, is_own=is_own)
+    part = _read_part(path, native, metadata, expert=expert, is_written_here=is_written_here)
     return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
 
 
@@ -313,7 +317,7 @@ def _read_part(
     native: NativeTensors,
     metadata: Mapping[str, str],
     expert: str | None,
-    is_own: bool,
+    is_written_here: bool,
 ) -> LoraFile:
     """Add missing alphas to the tensors of a file, or of one expert's part; reject unusable factors.
 
@@ -322,43 +326,43 @@ def _read_part(
         native: Tensors under our names.
         metadata: Metadata of the file, or of the part.
         expert: Expert of the part; None if names in the file do not show it.
-        is_own: Whether the file was written by us.
+        is_written_here: Whether the file was written by us.
     """
-    tensors, texts = dict(native.tensors), dict(native.text_tensors)
-    # FOLDED: metadata entry with alpha / rank for each rank
-    if is_own and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
+    tensors = dict(native.tensors)
+    text_tensors = dict(native.text_tensors)
+    if is_written_here and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
         tensors = restore_folded_alphas(tensors, metadata)
-        texts = restore_folded_alphas(texts, metadata)
-    if not is_own:  # other programs also write parts that change nothing
+        text_tensors = restore_folded_alphas(text_tensors, metadata)
+    if not is_written_here:  # other programs also write parts that change nothing
         tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
-        texts, replaced_texts = drop_replaced(drop_unused_alphas(texts))
-        names = [*replaced, *replaced_texts]
+        text_tensors, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
+        names = [*replaced, *replaced_in_texts]
         if names:
             logger.warning(
                 f"{path}: {SET_WEIGHT} takes the place of the other parts of "
                 f"{count_of(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
-    native = replace(native, tensors=tensors, text_tensors=texts)
-    modules = group_by_module(tensors) | group_by_module(texts)
+    native = replace(native, tensors=tensors, text_tensors=text_tensors)
+    modules = group_by_module(tensors) | group_by_module(text_tensors)
     _reject_faulty(path, modules, native.unknown_keys)
-    alphas_in_words = ""
-    # only kinds with a rank are scaled by an alpha
-    if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
+    alpha_clause = ""
+    lacks_alpha = any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values())
+    if lacks_alpha:
         alphas = read_alphas(
             path,
             metadata,
             native=native,
             expert=expert,
-            is_written_here=is_own,
+            is_written_here=is_written_here,
         )
-        alphas_in_words = alphas.description
+        alpha_clause = alphas.description
         # alphas of the transformer carry its prefix, all others are for text encoders
-        in_dit = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
-        in_texts = {name: alpha for name, alpha in alphas.tensors.items() if name not in in_dit}
-        tensors = {**tensors, **in_dit}
-        texts = {**texts, **in_texts}
-    logger.info(f"{path}: {_describe_part(native, metadata, alphas_in_words, expert)}")
+        dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
+        text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in dit_alphas}
+        tensors = {**tensors, **dit_alphas}
+        text_tensors = {**text_tensors, **text_alphas}
+    logger.info(f"{path}: {_describe_part(native, metadata, alpha_clause, expert)}")
     # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = mend_split_alphas(path, tensors, metadata)
@@ -367,7 +371,7 @@ def _read_part(
         tensors,
         metadata,
         dialect=native.dialect,
-        text_tensors=texts,
+        text_tensors=text_tensors,
         unknown_names=native.unknown_names,
     )
 
@@ -392,11 +396,8 @@ def _recognize(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    # "other" is ComfyUI's dialect, whose DoRA magnitudes may refer to the norms of the frozen weights
-    has_frozen_norms = native.dialect == "other" and any(
-        kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS
-    )
-    if has_frozen_norms:
+    is_in_comfyui_names = native.dialect == "other"
+    if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
             f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its writer has them "
@@ -407,8 +408,8 @@ def _recognize(
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
-    # some programs order the rows of fused weights by head
     if native.family is not None and native.family.rows_by_head is not None:
+        # some programs order the rows of fused weights by head
         tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
         native = replace(native, tensors=tensors)
     if native.unnamed_text_keys or native.duplicate_keys or native.unknown_keys:
@@ -558,17 +559,17 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
         (native.unnamed_text_keys, "tensors of a text encoder are ignored"),
         (list(native.duplicate_keys), "tensors of parts named once more are ignored"),
     )
-    for keys, what in ignored:
+    for keys, description in ignored:
         if keys:
-            logger.warning(f"{path}: {count_words(len(keys), what)}: {list_some(keys)}")
-    kinds = sort_by_kind(native.unknown_keys, partial(kind_of_tensor, family))
-    for kind, names in kinds.items():
+            logger.warning(f"{path}: {count_words(len(keys), description)}: {list_some(keys)}")
+    names_by_reason = group_by_reason(native.unknown_keys, partial(explain_unused_tensor, family))
+    for reason, names in names_by_reason.items():
         warn_of_unused_parts(
             path,
             names,
             total=total,
-            what=f"tensors {kind.words}",
-            consequence=kind.consequence,
+            what=f"tensors {reason.description}",
+            consequence=reason.consequence,
         )
 
 
@@ -667,12 +668,12 @@ def lora_uses(
         with_texts: Whether to read changes of text encoders.
         with_words: Whether to read the trained words in the files.
     """
-    included: Sequence[str] = ()
-    excluded: Sequence[str] = ()
+    include_patterns: Sequence[str] = ()
+    exclude_patterns: Sequence[str] = ()
     if patterns is not None:
-        included = patterns.include_patterns or ()
-        excluded = patterns.exclude_patterns or ()
-    for option, typed in (("include_patterns", included), ("exclude_patterns", excluded)):
+        include_patterns = patterns.include_patterns or ()
+        exclude_patterns = patterns.exclude_patterns or ()
+    for option, typed in (("include_patterns", include_patterns), ("exclude_patterns", exclude_patterns)):
         if len(typed) > len(files):
             raise OptionError(
                 f"--{option} has {len(typed)} patterns for {len(files)} LoRA files: give one per file, in "
@@ -681,8 +682,8 @@ def lora_uses(
     uses = []
     for index, (path, multiplier) in enumerate(files):
         # the last files may have no pattern
-        include = included[index] if index < len(included) else None
-        exclude = excluded[index] if index < len(excluded) else None
+        include = include_patterns[index] if index < len(include_patterns) else None
+        exclude = exclude_patterns[index] if index < len(exclude_patterns) else None
         lora = read_lora(path, by_expert=True, with_texts=with_texts, with_words=with_words)
         if include or exclude:
             names = _names_for_patterns(lora)
@@ -719,11 +720,11 @@ def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str 
     """
     if pattern is None:
         return None
-    typed, mark, added = pattern.partition(UNTYPED)
-    separator = "|" if typed.endswith("|") and mark else ""
+    typed, untyped_mark, added = pattern.partition(UNTYPED)
+    separator = "|" if typed.endswith("|") and untyped_mark else ""
     typed = typed.removesuffix(separator)
-    # nothing typed, or the pattern matches as it is
-    if not typed or any(re.search(typed, name) for name in names):
+    matches_as_typed = any(re.search(typed, name) for name in names)
+    if not typed or matches_as_typed:
         return f"{typed}{separator}{added}"
     any_spelling = in_any_spelling(typed)
     if not any(re.search(any_spelling, name) for name in names):
@@ -755,20 +756,22 @@ def warn_of_absent(
     modules = list(modules)
     if encoder:
         names_in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
-        for kind, names in sort_by_kind(names_in_file, kind_of_text_module).items():
-            warn_of_unused_parts(path, names, total=total, what=what + kind.words)
+        for reason, names in group_by_reason(names_in_file, explain_absent_text_module).items():
+            warn_of_unused_parts(path, names, total=total, what=what + reason.description)
         return
     # text side: modules of the model that load with the text encoder
-    has_text_side = any(on_text_side(module) for module in modules)
+    has_text_side = any(describe_text_module(module) for module in modules)
     without_block_numbers = {without_numbers(module) for module in modules}
-    kinds = sort_by_kind(absent, partial(kind_of_module, model, has_text_side, without_block_numbers))
-    for kind, names in kinds.items():
+    names_by_reason = group_by_reason(
+        absent, partial(explain_absent_module, model, has_text_side, without_block_numbers)
+    )
+    for reason, names in names_by_reason.items():
         warn_of_unused_parts(
             path,
             names,
             total=total,
-            what=what + kind.words,
-            consequence=kind.consequence,
+            what=what + reason.description,
+            consequence=reason.consequence,
         )
 
 
@@ -786,25 +789,28 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     parts = []
     for use in uses:
         family = use.lora.written_for
-        if family is not None and not family.text_side:  # all modules load with the transformer
+        if family is not None and not family.text_module_prefixes:  # all modules load with the transformer
             if use.lora.tensors and not is_text:
                 parts.append(use)
             continue
         text_modules: dict[str, Factors] = {}
         dit_modules: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            if on_text_side(name.removeprefix(OURS), family):
+            if describe_text_module(name.removeprefix(OURS), family):
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors
-        keeps_text = _keeps_any(use, text_modules)
-        keeps_dit = _keeps_any(use, dit_modules)
-        keeps_nothing = bool(dit_modules) and not keeps_dit and not keeps_text  # reported by the merge
-        is_used = keeps_text if is_text else keeps_dit or keeps_nothing
+        selects_text = _keeps_any(use, text_modules)
+        selects_dit = _keeps_any(use, dit_modules)
+        if is_text:
+            is_used = selects_text
+        else:
+            selects_nothing = bool(dit_modules) and not selects_dit and not selects_text
+            is_used = selects_dit or selects_nothing
         if is_used:
             tensors = use.lora.tensors
-            # modules on both sides: keep those of this one
-            if text_modules and dit_modules:
+            has_both_sides = bool(text_modules) and bool(dit_modules)
+            if has_both_sides:
                 tensors = ungroup(text_modules if is_text else dit_modules)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
     return parts
@@ -830,21 +836,20 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         return
     origin = " ".join(f"{key}={lora.metadata.get(key, '')}" for key in _ORIGIN_KEYS)
     # features of some LoRAs that are not supported
-    for pattern, reason in model.refused:
+    for pattern, reason in model.unsupported_loras:
         if re.search(pattern, origin, re.IGNORECASE):
             raise CheckpointError(f"{lora.path}: {reason}", lora.path)
-    # name of the newest release, and a parameter that only it has
-    newest, parameter_of_newest = model.newest
+    newest_release, parameter_of_newest = model.newest_release  # only this release has the parameter
     if model.release_pattern and parameter_of_newest in modules:
         match = re.search(model.release_pattern, origin, re.IGNORECASE)
-        if match is not None and match[1] != newest:
+        if match is not None and match[1] != newest_release:
             logger.info(
-                f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on {newest}: "
+                f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on "
+                f"{newest_release}: "
                 "most of what it has learned carries over, what it adds may be weaker or stronger"
             )
     trained_family = read_family(lora.metadata)
-    # takes: other families whose LoRAs are meant for this model too
-    if trained_family is None or trained_family is model or trained_family.name in model.takes:
+    if trained_family is None or trained_family is model or trained_family.name in model.compatible_families:
         return
     logger.warning(
         f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "

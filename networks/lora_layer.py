@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modules.devices import numbers_on
 from modules.seeds import derive_seed
-from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
+from networks.lora_products import BlockUp, add_up, perturbed, project_in_place_gradient, save_for_add_up
 from networks.rank_masks import RankMask
 from networks.shared_inputs import SharedInput
 from runtime.offload.sharding import TOKEN_PART
@@ -25,7 +25,7 @@ KINDS = ("neuron", "rank", "module")  # kinds of dropout
 # Number of values from which on products are added in place. For so many, that saves four passes over 16 MiB,
 # about 16 microseconds on a fast GPU; for smaller tensors, the autograd functions cost the host more than
 # that.
-JOINS_FROM = 1 << 23
+MIN_IN_PLACE_NUMEL = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
 
@@ -105,10 +105,12 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
-        self.joins_from = JOINS_FROM  # number of values from which on products are added in place
+        self.min_in_place_numel = (
+            MIN_IN_PLACE_NUMEL  # number of values from which on products are added in place
+        )
         # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
         # LoRA, dtype of the input) -> output
-        self.combine: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
+        self.combine_outputs: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
         self.dropouts: Dropouts | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.seed = DropoutSeed()
@@ -121,7 +123,7 @@ class LoraLayer(nn.Module):
         # computes the products of layers with the same input together
         self.shared_input: SharedInput | None = None
         # LoRA-GGPO: the module and buffer name of the noise's standard deviations; None: no noise
-        self.noise_of: tuple[nn.Module, str] | None = None
+        self.ggpo_noise_buffer: tuple[nn.Module, str] | None = None
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
@@ -169,9 +171,13 @@ class LoraLayer(nn.Module):
         else:
             out = self._original_forward(x)
             added = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
-            total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
-        if self.training and self.noise_of is not None:  # LoRA-GGPO
-            module, buffer_name = self.noise_of
+            total = (
+                out + added
+                if self.combine_outputs is None
+                else self.combine_outputs(self, out, added, input_dtype)
+            )
+        if self.training and self.ggpo_noise_buffer is not None:  # LoRA-GGPO
+            module, buffer_name = self.ggpo_noise_buffer
             seed = self.seed.derive(self.index, "noise")
             noise = perturbed(x.to(dtype), getattr(module, buffer_name), seed)
             total = total + noise.to(total.dtype)
@@ -202,7 +208,7 @@ class LoraLayer(nn.Module):
             hidden = _multiply(self.lora_down, x, down)
         else:
             # the frozen module has already run, with x itself, so its gradient cannot be added in place
-            _, hidden = shared.multiply(self, x, joins=False)
+            _, hidden = shared.multiply(self, x, adds_gradient_in_place=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)
         # parts of a fused layer with their own up factors
@@ -222,14 +228,14 @@ class LoraLayer(nn.Module):
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         if shared is None:
             # the same tensor as x; in the backward pass, the LoRA's gradient is added to the frozen module's
-            frozen_input, hidden = branch(x, down)
+            frozen_input, hidden = project_in_place_gradient(x, down)
         else:
-            frozen_input, hidden = shared.multiply(self, x, joins=True)
+            frozen_input, hidden = shared.multiply(self, x, adds_gradient_in_place=True)
         # factors that were cast before the pass already include the scale
         hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         split_sizes = self.lora_up.split_sizes if isinstance(self.lora_up, BlockUp) else ()
         # saved before the frozen layer runs: recomputing a checkpointed block can then stop before that layer
-        saved = hold(hidden, up, split_sizes)
+        saved = save_for_add_up(hidden, up, split_sizes)
         out = self._original_forward(frozen_input)
         total = add_up(out.to(x.dtype), hidden, up, split_sizes=split_sizes, saved=saved)
         return total.to(out.dtype)
@@ -255,8 +261,8 @@ class LoraLayer(nn.Module):
             and getattr(original.forward, "__self__", None) is self
             and isinstance(self.lora_up, nn.Linear)
             and self.rank_mask is None
-            and self.noise_of is None
-            and self.combine is None
+            and self.ggpo_noise_buffer is None
+            and self.combine_outputs is None
             and self.dropouts is None
             and self.multiplier != 0
         )
@@ -298,8 +304,8 @@ class LoraLayer(nn.Module):
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
-        It may not in compiled code, which fuses the operations by itself, with `combine`, which needs both
-        outputs, and for small tensors.
+        It may not in compiled code, which fuses the operations by itself, with `combine_outputs`, which
+        needs both outputs, and for small tensors.
 
         Args:
             x: Input of the layer.
@@ -311,7 +317,7 @@ class LoraLayer(nn.Module):
             return False
         num_tokens = x.numel() // original.in_features
         largest_numel = num_tokens * max(original.in_features, original.out_features)  # of input and output
-        return self.combine is None and largest_numel >= self.joins_from
+        return self.combine_outputs is None and largest_numel >= self.min_in_place_numel
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the down factor's output, ... R, times multiplier and scale, after masks and dropouts."""

@@ -18,7 +18,7 @@ from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
-from networks.module_names import on_text_side, read_family, select_family
+from networks.module_names import describe_text_module, read_family, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.rank_masks import rule_of
 
@@ -69,7 +69,7 @@ class OwnNetwork(nn.Module):
         for index, (name, layer) in enumerate(linear.items()):
             strengths.register_buffer(name, torch.zeros(layer.original.out_features))
             self._base_norms[name] = mean_row_norm(layer.original, index)
-            layer.noise_of = (strengths, name)  # 0 until the first step
+            layer.ggpo_noise_buffer = (strengths, name)  # 0 until the first step
         self.state_beside_file = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
@@ -111,13 +111,59 @@ class OwnNetwork(nn.Module):
                 of the modules.
         """
         from networks import loading  # only for --network_weights
-        from networks.depth_variants import fit_depths
 
         state = self.state_dict()
         network_modules = group_by_module(state)
-        has_texts = any(prefix_of(name) != UNET for name in network_modules)
-        use = loading.LoraUse(loading.read_lora(path, with_texts=has_texts, with_words=True))
-        # a file for a deeper or shallower model: its blocks are mapped to those here
+        lora = self._read_initial_lora(path, network_modules, modules)
+        # the few modules of a network may occur in several families: the file's metadata decide
+        lora_family = read_family(lora.metadata)
+        names = (name.removeprefix(OURS) for name in network_modules)
+        family = select_family(names, None if lora_family is None else lora_family.name)
+        loading.warn_of_other_family(lora, family, modules)
+
+        file_modules = _factors_for_network(lora, network_modules)
+        _reject_other_sizes(path, file_modules, network_modules)
+        fitting = {name: factors for name, factors in file_modules.items() if name in network_modules}
+        if not fitting:
+            raise _make_misfit_error(lora, file_modules)
+        # some tools store alpha as a list with one element
+        shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
+        self.load_state_dict(shaped, strict=False)
+
+        absent = [name for name in file_modules if name not in network_modules]
+        unusable = _warn_of_unusable(
+            path,
+            file_modules,
+            absent,
+            modules=modules,
+            family=family,
+        )
+        errors = [f"{name} is not in this network" for name in absent if name not in unusable]
+        errors += [f"{name} is not in the file" for name in network_modules if name not in file_modules]
+        if errors:
+            logger.warning(
+                f"{path}: {count_of(len(fitting), 'module')} loaded, {len(errors)} not: {list_some(errors)}"
+            )
+        return errors
+
+    def _read_initial_lora(
+        self, path: Path, network_modules: Mapping[str, Factors], modules: Collection[str]
+    ) -> "LoraFile":
+        """Read the file of --network_weights with its blocks mapped to those of the model.
+
+        Args:
+            path: Path of the file.
+            network_modules: Factors of the network, by module.
+            modules: Names of the model's modules, which show how many blocks it has.
+
+        Raises:
+            CheckpointError: If the file is no LoRA, or a DoRA whose magnitudes depend on the model's weights.
+        """
+        from networks import loading  # only for --network_weights
+        from networks.depth_variants import fit_depths
+
+        trains_text_encoders = any(prefix_of(name) != UNET for name in network_modules)
+        use = loading.LoraUse(loading.read_lora(path, with_texts=trains_text_encoders, with_words=True))
         (use,) = fit_depths([use], modules)
         lora = use.lora
         # its magnitudes are relative to other norms than those of training
@@ -133,36 +179,7 @@ class OwnNetwork(nn.Module):
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
-        # the few modules of a network may occur in several families: the file's metadata decide
-        lora_family = read_family(lora.metadata)
-        names = (name.removeprefix(OURS) for name in network_modules)
-        family = select_family(names, None if lora_family is None else lora_family.name)
-        loading.warn_of_other_family(lora, family, modules)
-
-        stored = _factors_for_network(lora, network_modules)
-        _reject_other_sizes(path, stored, network_modules)
-        fitting = {name: factors for name, factors in stored.items() if name in network_modules}
-        if not fitting:
-            raise _make_misfit_error(lora, stored)
-        # some tools store alpha as a list with one element
-        shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
-        self.load_state_dict(shaped, strict=False)
-
-        absent = [name for name in stored if name not in network_modules]
-        unusable = _warn_of_unusable(
-            path,
-            stored,
-            absent,
-            modules=modules,
-            family=family,
-        )
-        errors = [f"{name} is not in this network" for name in absent if name not in unusable]
-        errors += [f"{name} is not in the file" for name in network_modules if name not in stored]
-        if errors:
-            logger.warning(
-                f"{path}: {count_of(len(fitting), 'module')} loaded, {len(errors)} not: {list_some(errors)}"
-            )
-        return errors
+        return lora
 
     @torch.no_grad()
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
@@ -205,26 +222,26 @@ class OwnNetwork(nn.Module):
                 encoders. None for `learning_rate`.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        rates: dict[str, float] = {}
+        rates: dict[str, float] = {}  # learning rate of each network, by prefix
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
         for index, prefix in enumerate(encoders):
             rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
         # for each layer, the indices of the patterns in network_reg_lrs that match its name
         matches: list[tuple[int, ...]] = [()] * len(self.names)
-        if self.settings.reg_rates:
+        if self.settings.pattern_learning_rates:
             matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}  # by label
-        for name, layer, matching in zip(self.names, self.layers, matches, strict=True):
+        for name, layer, matching_patterns in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
             rate = rates[prefix]
             label = prefix
-            plus_ratio = self.settings.loraplus_encoder_ratio
+            lora_plus_ratio = self.settings.loraplus_encoder_ratio  # rate of the up factor to the other
             if prefix == UNET:
                 label = "unet"
-                plus_ratio = self.settings.loraplus_lr_ratio
-            if matching:
-                pattern, rate = self.settings.reg_rates[matching[-1]]
+                lora_plus_ratio = self.settings.loraplus_lr_ratio
+            if matching_patterns:
+                pattern, rate = self.settings.pattern_learning_rates[matching_patterns[-1]]
                 label = f"{label} {pattern.pattern}"
             factor = getattr(layer, "rate_factor", 1.0)  # from --network_args with rates by block
             if factor != 1:
@@ -233,9 +250,8 @@ class OwnNetwork(nn.Module):
             if rate == 0 and any(rates.values()):
                 continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs one
             for parameter in layer.parameters():
-                # LoRA+: the up factor learns faster, by this ratio
-                if plus_ratio is not None and parameter is layer.lora_up.weight:
-                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * plus_ratio})
+                if lora_plus_ratio is not None and parameter is layer.lora_up.weight:
+                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * lora_plus_ratio})
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
@@ -246,16 +262,16 @@ class OwnNetwork(nn.Module):
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return for each layer the indices of the patterns in network_reg_lrs that match its name."""
-        matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
-        log_overlaps("network_reg_lrs", self.settings.reg_rates, matches)
+        matches = [find_by_pattern(self.settings.pattern_learning_rates, name) for name in self.names]
+        log_overlaps("network_reg_lrs", self.settings.pattern_learning_rates, matches)
         return matches
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
-        rule = self.settings.perturbation
+        sigma_and_beta = self.settings.perturbation
         for name, base_norm in self._base_norms.items():
-            assert rule is not None
+            assert sigma_and_beta is not None
             layer = getattr(self, name)
             down = layer.lora_down.weight
             up = layer.lora_up.weight
@@ -266,8 +282,8 @@ class OwnNetwork(nn.Module):
                 factors=(down, up),
                 gradients=(down.grad, up.grad),
                 scale=layer.scale,
-                base=base_norm.to(down.device),
-                rule=rule,
+                base_norm=base_norm.to(down.device),
+                sigma_and_beta=sigma_and_beta,
             )
             getattr(self.state_beside_file["ggpo"], name).copy_(strengths)
 
@@ -305,19 +321,19 @@ def _factors_for_network(
     return group_by_module(add_missing_alphas(tensors))
 
 
-def _make_misfit_error(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
+def _make_misfit_error(lora: "LoraFile", file_modules: Mapping[str, Factors]) -> CheckpointError:
     """Return the error for a file if the network has none of its modules.
 
     Args:
         lora: The LoRA file.
-        stored: Modules of the file.
+        file_modules: Modules of the file.
     """
     from networks import loading, unused_tensors  # only for --network_weights
 
     # raises a better message if no model is known with such names
     loading.reject_unknown(lora, "--network_weights")
-    text_parts = unused_tensors.text_side_of(stored)
-    reason = f"it changes {text_parts} alone" if text_parts else f"there is no {next(iter(stored))}"
+    text_parts = unused_tensors.text_side_of(file_modules)
+    reason = f"it changes {text_parts} alone" if text_parts else f"there is no {next(iter(file_modules))}"
     return CheckpointError(
         f"--network_weights {lora.path} does not fit this network: {reason}. Give a file for this model, "
         "or another --network_module.",
@@ -327,7 +343,7 @@ def _make_misfit_error(lora: "LoraFile", stored: Mapping[str, Factors]) -> Check
 
 def _warn_of_unusable(
     path: Path,
-    stored: Mapping[str, Factors],
+    file_modules: Mapping[str, Factors],
     absent: Sequence[str],
     modules: Collection[str],
     family: FamilyNames | None,
@@ -336,69 +352,69 @@ def _warn_of_unusable(
 
     Args:
         path: Path of the file.
-        stored: Factors in the file, by module.
+        file_modules: Factors in the file, by module.
         absent: Modules of the file that the network lacks.
         modules: Modules of the model.
         family: The model family.
     """
     from networks import loading, unused_tensors  # only for --network_weights
 
-    unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
+    unusable = [name for name in file_modules if describe_text_module(name.removeprefix(OURS))]
     unusable += unused_tensors.list_lacking(absent, modules, family)
     what = "modules are not in this network"
-    loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
+    loading.warn_of_absent(path, unusable, total=len(file_modules), what=what, model=family)
     return unusable
 
 
 def _reject_other_sizes(
-    path: Path, stored: Mapping[str, Factors], network_modules: Mapping[str, Factors]
+    path: Path, file_modules: Mapping[str, Factors], network_modules: Mapping[str, Factors]
 ) -> None:
     """Raise CheckpointError if factors or sizes of modules differ between file and network.
 
     Args:
         path: Path of the file.
-        stored: Factors in the file, by module.
+        file_modules: Factors in the file, by module.
         network_modules: Factors of the network, by module.
     """
-    wrong = []
-    for name, factors in stored.items():
+    misfits = []
+    for name, factors in file_modules.items():
         if name in network_modules and _list_shapes(factors) != _list_shapes(network_modules[name]):
-            wrong.append(name)
-    if not wrong:
+            misfits.append(name)
+    if not misfits:
         return
     lines = ""
     # the first modules are enough for a message
-    for name in wrong[:3]:
-        in_file = _describe_shapes(stored[name])
+    for name in misfits[:3]:
+        in_file = _describe_shapes(file_modules[name])
         lines += f"  {name} has {in_file}, here {_describe_shapes(network_modules[name])}\n"
-    advice = _advise(stored, network_modules[wrong[0]], wrong[0])
+    advice = _advise(file_modules, network_modules[misfits[0]], misfits[0])
     raise CheckpointError(
-        f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
+        f"--network_weights {path} does not fit this network in {len(misfits)} of {len(file_modules)} "
         f"modules:\n{lines}  {advice}",
         path,
     )
 
 
-def _advise(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
+def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) -> str:
     """Return advice for the error message if a module of a file does not fit the network.
 
     Args:
-        stored: Factors in the file, by module.
+        file_modules: Factors in the file, by module.
         factors: Factors of the module in the network.
         name: Name of the module.
     """
     if DOWN not in factors:  # the network is not a LoRA
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
     # the file has other factors than a LoRA
-    if stored[name].keys() != factors.keys():
+    if file_modules[name].keys() != factors.keys():
         return (
             "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
             "on with the --network_module that made it, such as lycoris.kohya."
         )
-    if _read_outer_sizes(stored[name]) != _read_outer_sizes(factors):
+    if _read_outer_sizes(file_modules[name]) != _read_outer_sizes(factors):
         return "Give a LoRA that was trained for a model of this size."
     # the sizes of the layers fit, so only the ranks differ
-    ranks = {deltas.rank_of(factors) for factors in stored.values()}
+    ranks = {deltas.rank_of(factors) for factors in file_modules.values()}
     single_rank = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
     return f"Give {single_rank}--dim_from_weights."
 

@@ -17,11 +17,11 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from checkpoints.stored.forms import value_of
+from checkpoints.stored.forms import dequantized_weight_of
 from modules.private_torch import disable_dynamo
 
 
-def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def project_in_place_gradient(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return x, which the frozen layer must take, and x @ down^T, ... R.
 
     The frozen layer must be linear, and nothing else may use the first result, because its gradient is
@@ -59,7 +59,7 @@ class _Branch(torch.autograd.Function):
         return add_product(grad_x, grad_hidden, down), grad_down
 
 
-def hold(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor | None:
+def save_for_add_up(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor | None:
     """Save tensors for the backward pass of `add_up`; call it before the frozen layer, with equal arguments.
 
     Activation checkpointing recomputes a block up to its last saved tensor. If a LoRA's tensors are saved
@@ -71,11 +71,11 @@ def hold(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor 
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
         return None
-    saved: Tensor = _Hold.apply(hidden, up, tuple(split_sizes or up.shape[:1]))
+    saved: Tensor = _SaveForAddUp.apply(hidden, up, tuple(split_sizes or up.shape[:1]))
     return saved
 
 
-class _Hold(torch.autograd.Function):
+class _SaveForAddUp(torch.autograd.Function):
     """Compute the gradients of `add_up`; `_AddUp` passes the gradient of the output on."""
 
     @staticmethod
@@ -108,7 +108,7 @@ def add_up(
         up: Up factor, out x R, in the dtype of `hidden`.
         split_sizes: Numbers of rows of the parts of `up`, each of which multiplies its own group of values of
             `hidden`; () for a single part.
-        saved: Result of `hold` for the same arguments.
+        saved: Result of `save_for_add_up` for the same arguments.
     """
     split_sizes = tuple(split_sizes or up.shape[:1])  # a single part has all rows
     # without gradients, no autograd function is needed
@@ -269,25 +269,25 @@ def row_strengths(
     factors: tuple[Tensor, Tensor],
     gradients: tuple[Tensor, Tensor],
     scale: float,
-    base: Tensor,
-    rule: tuple[float, float],
+    base_norm: Tensor,
+    sigma_and_beta: tuple[float, float],
 ) -> Tensor:
     """Return the standard deviation of the noise in each row of a weight.
 
-    It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base^2 + |row of up @ down|^2) and g = |row of
-    scale * (up @ d_down + d_up @ down)|. No matrix of the weight's size is computed.
+    It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base_norm^2 + |row of up @ down|^2) and g =
+    |row of scale * (up @ d_down + d_up @ down)|. No matrix of the weight's size is computed.
 
     Args:
         factors: Down factor, R x in, and up factor, out x R.
         gradients: Gradients of both factors.
         scale: Scale of the LoRA.
-        base: Mean norm of the frozen weight's rows.
-        rule: Values of sigma and beta.
+        base_norm: Mean norm of the frozen weight's rows.
+        sigma_and_beta: Factors of the norm and of the squared gradient.
     """
     down, up = factors
     d_down, d_up = gradients
-    sigma, beta = rule
-    weight_norms = (base**2 + _sum_row_squares(up, down)).sqrt()
+    sigma, beta = sigma_and_beta
+    weight_norms = (base_norm**2 + _sum_row_squares(up, down)).sqrt()
     # [up, d_up] @ [d_down; down] = up @ d_down + d_up @ down
     gradient_squares = scale**2 * _sum_row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
     return (sigma * weight_norms + beta * gradient_squares) / math.sqrt(len(up))
@@ -302,7 +302,7 @@ def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
     """Return the mean norm of up to MAX_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
     rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]
-    chosen = value_of(layer, layer.weight)[rows.to(layer.weight.device)]
+    chosen = dequantized_weight_of(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()
 
 

@@ -29,29 +29,29 @@ DEFAULT_ALPHA = 1.0
 Reader = Callable[[str, Any], Any]  # name and text of an argument -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
 # patterns with their values, searched in module names; the last match counts
-ByPattern = tuple[tuple[Pattern, float], ...]
+PatternValues = tuple[tuple[Pattern, float], ...]
 BlockNumbers = frozenset[int] | None  # block numbers in one list; None: all
 
 # `algo` of LyCORIS -> the module of the same kind
 ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algorithms}
 
 
-def readers_of(rules: LoraRules) -> dict[str, Reader]:
+def family_readers(rules: LoraRules) -> dict[str, Reader]:
     """Return the readers of the --network_args that only a family's network module has."""
     readers: dict[str, Reader] = {}
-    for argument, _ in rules.types:  # ranks by type of module
+    for argument, _ in rules.rank_arguments:  # ranks by type of module
         readers[argument] = partial(_read_number, int)
-    if rules.choices:
-        readers["train_blocks"] = partial(_read_choice, rules.choices)
+    if rules.train_blocks_choices:
+        readers["train_blocks"] = partial(_read_choice, rules.train_blocks_choices)
     # arguments that choose blocks by number
-    for argument in rules.indices:
+    for argument in rules.block_lists_by_argument:
         readers[argument] = read_block_numbers
     # one rank for each module outside the blocks
-    if rules.outside:
-        readers[rules.outside] = partial(read_ranks, rules.outside_paths)
-    if rules.fused:
+    if rules.outside_ranks_argument:
+        readers[rules.outside_ranks_argument] = partial(read_ranks, rules.outside_paths)
+    if rules.num_fused_parts:
         readers["split_qkv"] = _read_switch
-    for argument in (*rules.encoders, *rules.switches):
+    for argument in (*rules.encoder_switches, *rules.module_switches):
         readers[argument] = _read_switch
     return readers
 
@@ -122,24 +122,26 @@ class LoraSettings:
     loraplus_encoder_ratio: float | None = None
     variants: tuple[NetworkKind, ...] = ()  # kinds enabled by a switch in --network_args
     verbose: bool = False
-    reg_ranks: ByPattern = ()  # network_reg_dims
-    reg_rates: ByPattern = ()  # network_reg_lrs: learning rates
+    pattern_ranks: PatternValues = ()  # network_reg_dims
+    pattern_learning_rates: PatternValues = ()  # network_reg_lrs: learning rates
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
     rank_rule: RankRule | None = None  # which ranks are active at which noise level (T-LoRA)
-    rules: LoraRules | None = None  # rules of the family's network module
+    family_rules: LoraRules | None = None  # rules of the family's network module
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # argument for a type of module -> rank
     train_blocks: str | None = None
     block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # argument -> trained blocks
     outside_ranks: tuple[int, ...] = ()  # ranks of `rules.outside_paths`
-    splits: bool = False  # split_qkv: whether each part of a fused layer gets its own factors
-    encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
-    switched_on: frozenset[str] = frozenset()  # parts of `DitSpec.lora_exclude` that get a LoRA
-    blocks: BlockSettings | None = None  # ranks and rates of numbered blocks
+    splits_fused_layers: bool = False  # split_qkv: whether each part of a fused layer gets its own factors
+    disabled_encoders: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
+    enabled_optional_modules: frozenset[str] = frozenset()  # parts of `DitSpec.lora_exclude` that get a LoRA
+    block_settings: BlockSettings | None = None  # ranks and rates of numbered blocks
 
     @property
     def has_convolutions(self) -> bool:
         """Return whether convolutions larger than 1 x 1 get a LoRA."""
-        return self.conv_rank is not None or (self.blocks is not None and self.blocks.has_convolutions)
+        return self.conv_rank is not None or (
+            self.block_settings is not None and self.block_settings.has_convolutions
+        )
 
     @property
     def has_rank_dropout(self) -> bool:
@@ -149,7 +151,7 @@ class LoraSettings:
     @property
     def ranks_by_pattern(self) -> list[int]:
         """The ranks in network_reg_dims."""
-        return [int(rank) for _, rank in self.reg_ranks]
+        return [int(rank) for _, rank in self.pattern_ranks]
 
     def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
         """Return the number of rows of each part of a fused layer; () if its parts share their factors.
@@ -158,16 +160,13 @@ class LoraSettings:
             path: Dotted path of the module.
             module: The module.
         """
-        # `splits` (split_qkv): parts of a fused layer get up factors of their own
-        if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
+        if not self.splits_fused_layers or self.family_rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")
-        num_parts = 0  # a layer that is not fused
-        for ending, count in self.rules.fused.items():
+        for ending, num_parts in self.family_rules.num_fused_parts.items():
             if name.endswith(ending.replace(".", "_")):
-                num_parts = count
-                break
-        return fused_sizes(num_parts, module.out_features, module.in_features)
+                return fused_sizes(num_parts, module.out_features, module.in_features)
+        return ()  # the layer is not fused
 
 
 def read_settings(
@@ -191,19 +190,18 @@ def read_settings(
     """
     rank = DEFAULT_RANK if rank is None else int(rank)
     values: Mapping[str, Any] = {}
-    blocks = None
+    block_settings = None
     rank_rule = None
     if arguments:
-        blocks = read_blocks(arguments)  # reads the arguments in KEYS
+        block_settings = read_blocks(arguments)  # reads the arguments in KEYS
         values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
         rank_rule = _read_rank_rule(values, rank)
     plus_ratio = values.get("loraplus_lr_ratio")  # for both networks, unless they have their own
     perturbation = None
     if "ggpo_sigma" in values:
         perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
-    family_rules = rules or LoraRules(())  # empty: no arguments of a family
-    # names of the arguments with a rank for a type of module
-    types = [argument for argument, _ in family_rules.types]
+    rules_or_empty = rules or LoraRules(())
+    rank_arguments = [argument for argument, _ in rules_or_empty.rank_arguments]
     dropouts: Dropouts | None = None
     rank_dropout = values.get("rank_dropout") or 0.0
     module_dropout = values.get("module_dropout") or 0.0
@@ -221,23 +219,27 @@ def read_settings(
         loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", plus_ratio),
         variants=tuple(kind for switch, kind in SWITCHES.items() if values.get(switch, False)),
         verbose=values.get("verbose", False),
-        reg_ranks=values.get("network_reg_dims", ()),
-        reg_rates=values.get("network_reg_lrs", ()),
+        pattern_ranks=values.get("network_reg_dims", ()),
+        pattern_learning_rates=values.get("network_reg_lrs", ()),
         perturbation=perturbation,
         rank_rule=rank_rule,
-        rules=rules,
-        type_ranks={argument: values[argument] for argument in types if argument in values},
+        family_rules=rules,
+        type_ranks={argument: values[argument] for argument in rank_arguments if argument in values},
         train_blocks=values.get("train_blocks"),
-        block_numbers={argument: values[argument] for argument in family_rules.indices if argument in values},
-        outside_ranks=values.get(family_rules.outside, ()),
-        splits=values.get("split_qkv", False),
-        encoders_off=frozenset(
-            prefix for argument, prefix in family_rules.encoders.items() if not values.get(argument)
+        block_numbers={
+            argument: values[argument]
+            for argument in rules_or_empty.block_lists_by_argument
+            if argument in values
+        },
+        outside_ranks=values.get(rules_or_empty.outside_ranks_argument, ()),
+        splits_fused_layers=values.get("split_qkv", False),
+        disabled_encoders=frozenset(
+            prefix for argument, prefix in rules_or_empty.encoder_switches.items() if not values.get(argument)
         ),
-        switched_on=frozenset(
-            part for argument, part in family_rules.switches.items() if values.get(argument)
+        enabled_optional_modules=frozenset(
+            part for argument, part in rules_or_empty.module_switches.items() if values.get(argument)
         ),
-        blocks=blocks,
+        block_settings=block_settings,
     )
 
 
@@ -250,7 +252,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
     """
     readers = dict(_READERS)
     if rules is not None:
-        readers |= readers_of(rules)
+        readers |= family_readers(rules)
     typed = {key: text for key, text in arguments.items() if text is not None}
     values: dict[str, Any] = {}
     for key, read in readers.items():
@@ -259,7 +261,13 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         value = read(key, typed[key])
         if value is not None:  # None: the text "None"
             values[key] = value
-    # arguments of other programs, and mistyped ones
+    _reject_unknown_arguments(typed, readers)
+    _reject_conflicts(values)
+    return values
+
+
+def _reject_unknown_arguments(typed: Mapping[str, Any], readers: Mapping[str, Reader]) -> None:
+    """Raise OptionError for an argument that is mistyped or belongs to another program."""
     unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
         kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
@@ -272,7 +280,10 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             f"--network_args {unknown[0]}: this network has no such setting."
             f"{did_you_mean(unknown[0], (*readers, *KEYS))} It has {', '.join((*readers, *KEYS))}"
         )
-    # arguments that need or exclude each other
+
+
+def _reject_conflicts(values: Mapping[str, Any]) -> None:
+    """Raise OptionError for arguments that need or exclude each other."""
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
@@ -286,7 +297,6 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         raise OptionError(
             f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: leave one out"
         )
-    return values
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
@@ -320,51 +330,61 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
     paths = [path for _, path in modules]
     names = [prefix + path.replace(".", "_") for prefix, path in modules]
 
-    def fit(argument: str, pattern: Pattern, matches_any: bool) -> Pattern:
-        """Return the pattern if it matches as written, else one that matches in any spelling."""
-        # no modules: nothing to compare with
-        if matches_any or not modules:
-            return pattern
-        # the pattern may be typed with dots for underscores or the reverse: note all names that it means
-        any_spelling = re.compile(in_any_spelling(pattern.pattern))
-        spellings: set[str] = set()
-        for path, name in zip(paths, names, strict=True):
-            if pattern.search(path) or any_spelling.search(name):
-                spellings.update((path, name))
-        if spellings:
-            return NamePattern(pattern.pattern, frozenset(spellings))
-        logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names))
-        return pattern
-
     def fit_path_patterns(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
         fitted = []
         for pattern in patterns:
-            matches_any = any(pattern.match(path) for path in paths)
-            fitted.append(fit(argument, pattern, matches_any))
+            matches_as_written = any(pattern.match(path) for path in paths)
+            fitted.append(pattern if matches_as_written else _fit_pattern(argument, pattern, paths, names))
         return tuple(fitted)
 
-    def fit_name_patterns(argument: str, pairs: ByPattern) -> ByPattern:
+    def fit_name_patterns(argument: str, patterns: PatternValues) -> PatternValues:
         fitted = []
-        for pattern, number in pairs:
-            matches_any = any(pattern.search(name) for name in names)
-            fitted.append((fit(argument, pattern, matches_any), number))
+        for pattern, value in patterns:
+            matches_as_written = any(pattern.search(name) for name in names)
+            if not matches_as_written:
+                pattern = _fit_pattern(argument, pattern, paths, names)
+            fitted.append((pattern, value))
         return tuple(fitted)
 
     return replace(
         settings,
         include=fit_path_patterns("include_patterns", settings.include),
         exclude=fit_path_patterns("exclude_patterns", settings.exclude),
-        reg_ranks=fit_name_patterns("network_reg_dims", settings.reg_ranks),
-        reg_rates=fit_name_patterns("network_reg_lrs", settings.reg_rates),
+        pattern_ranks=fit_name_patterns("network_reg_dims", settings.pattern_ranks),
+        pattern_learning_rates=fit_name_patterns("network_reg_lrs", settings.pattern_learning_rates),
     )
 
 
-def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
+def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: Sequence[str]) -> Pattern:
+    """Return a pattern that matches the modules that `pattern` means if dots and underscores are equal.
+
+    If there are none, the pattern itself is returned, with a warning unless there are no modules at all.
+
+    Args:
+        argument: Name of the argument, for the warning.
+        pattern: Pattern that matches no module as written.
+        paths: Dotted paths of all modules.
+        names: Names of these modules in LoRA files, with underscores.
+    """
+    if not paths:
+        return pattern
+    any_spelling = re.compile(in_any_spelling(pattern.pattern))
+    spellings: set[str] = set()
+    for path, name in zip(paths, names, strict=True):
+        if pattern.search(path) or any_spelling.search(name):
+            spellings.update((path, name))
+    if spellings:
+        return NamePattern(pattern.pattern, frozenset(spellings))
+    logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names))
+    return pattern
+
+
+def find_by_pattern(pairs: PatternValues, name: str) -> tuple[int, ...]:
     """Return the indices of the patterns that a name matches."""
     return tuple(index for index, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 
-def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, ...]]) -> None:
+def log_overlaps(argument: str, pairs: PatternValues, matches: Sequence[tuple[int, ...]]) -> None:
     """Log which patterns override earlier ones.
 
     Args:
@@ -422,7 +442,7 @@ def _parse_number(number_type: type[int] | type[float], text: Any) -> float | No
     return value if 0 <= value < math.inf else None
 
 
-def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) -> ByPattern:
+def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) -> PatternValues:
     """Read pairs `pattern=number,pattern=number`. Raises OptionError if one is malformed.
 
     Args:
@@ -483,7 +503,7 @@ def _compile(argument: str, pattern: str) -> re.Pattern[str]:
 REG_RATES = "network_reg_lrs"
 
 
-def read_rates(argument: str, text: Any) -> ByPattern:
+def read_rates(argument: str, text: Any) -> PatternValues:
     """Return the pairs of pattern and learning rate in a text. Raises OptionError if one is malformed."""
     return _read_pairs(float, argument, text)
 

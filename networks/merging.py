@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.finite import check_finite
 from checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
-from checkpoints.quantizing import in_values
+from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors, stream_tensors
 from modules.atomic_write import free_bytes
 from modules.console import as_size, in_words, list_some, show_box
@@ -36,7 +36,7 @@ from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import find_networks
-from networks.text_loras import FullPatch, for_encoders, is_full, uses_for
+from networks.text_loras import FullPatch, is_full, uses_for, warn_of_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import in_own_form, rename_to_aliases
@@ -212,13 +212,15 @@ def _metadata_of_sum(
     # down factors have one row for each rank
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    # also for an unknown family
-    module = "networks.lora_flux"
-    version = "flux1"
-    if family is not None and family.name != "flux":
-        # only Stable Diffusion has a `written_version`
-        module = "networks.lora" if family.written_version else f"networks.lora_{family.name}"
-        version = family.written_version or family.name
+    if family is None or family.name == "flux":
+        module = "networks.lora_flux"
+        version = "flux1"
+    elif family.written_version:  # Stable Diffusion
+        module = "networks.lora"
+        version = family.written_version
+    else:
+        module = f"networks.lora_{family.name}"
+        version = family.name
     metadata = {
         "ss_network_module": module,
         "ss_network_dim": rank,
@@ -250,7 +252,8 @@ def _find_family_of_sum(
     """
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
-    by_metadata = next(filter(None, (read_family(lora.metadata) for lora in loras)), None)
+    families_in_metadata = (read_family(lora.metadata) for lora in loras)
+    by_metadata = next((family for family in families_in_metadata if family is not None), None)
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
@@ -314,13 +317,13 @@ def merge_into_file(
     start = time.monotonic()
     reject_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
     with open_checkpoint(model) as opened:
-        checkpoint = with_stacked_rows(in_values(opened))
+        checkpoint = with_stacked_rows(dequantized_on_read(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
         # the patch adds the LoRAs to a weight by its name
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
-        # `in_values` replaces the records of quantized weights, so these are not the same objects any more
+        # `dequantized_on_read` replaces the infos of quantized weights, so these are other objects now
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _list_written_tensors(checkpoint, quantized, dtype)
 
@@ -334,13 +337,8 @@ def merge_into_file(
             weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, weight, written_dtype).to(written_dtype)
 
-        rows = [("model", str(model)), ("LoRAs", _list_files(uses)), ("result", str(output))]
-        if quantized:
-            change = f"{len(quantized)} quantized weights become {dtype_name(dtype or torch.bfloat16)}"
-            rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-        size = as_size(sum(info.size_bytes for info in written.values()))
-        rows.append(("disk", f"{size}; {as_size(free_bytes(real_path(output).parent))} free"))
-        show_box("Merging", rows)
+        size_bytes = sum(info.size_bytes for info in written.values())
+        _show_merge(model, uses, output, len(quantized), dtype or torch.bfloat16, size_bytes)
         if not uses:
             state = "has the values" if quantized else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
@@ -359,6 +357,24 @@ def merge_into_file(
     show_box("Merging is finished", rows)
 
 
+def _show_merge(
+    model: Path,
+    uses: Sequence[LoraUse],
+    output: Path,
+    num_quantized: int,
+    dequantized_dtype: torch.dtype,
+    size_bytes: int,
+) -> None:
+    """Print the files of a merge, what becomes of quantized weights, and the size of the result."""
+    rows = [("model", str(model)), ("LoRAs", _list_files(uses)), ("result", str(output))]
+    if num_quantized:
+        change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
+        rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
+    free = as_size(free_bytes(real_path(output).parent))
+    rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
+    show_box("Merging", rows)
+
+
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
@@ -372,7 +388,8 @@ def _make_patch(
     """
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
-    for_encoders(uses, str(model), prefixes=())  # warns of changes of text encoders, which the file lacks
+    for use in uses:
+        warn_of_other_encoders(use, use.lora.text_tensors, str(model), prefixes=())
     # LoRAs of a deeper or shallower model: their blocks are mapped to those here
     uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)

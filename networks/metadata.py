@@ -262,9 +262,9 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: st
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
     # the hash in the metadata shows that the tensors are laid out as they were written here
-    is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+    is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
     # rank -> alpha / rank, which is multiplied into the factors of our files without alphas
-    folded = read_folded(checkpoint.metadata) if is_own else {}
+    folded = read_folded(checkpoint.metadata) if is_written_here else {}
     if folded:
         return {rank * strength for rank, strength in folded.items()}
     try:
@@ -273,7 +273,7 @@ def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: st
             checkpoint.metadata,
             native=native,
             expert=part,
-            is_written_here=is_own,
+            is_written_here=is_written_here,
             warns=False,
         )
     except CheckpointError:

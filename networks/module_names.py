@@ -55,12 +55,14 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
     if not names:
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
-    if hinted is not None and all(_place(name, hinted) for name in names):
+    if hinted is not None and all(_find_module(name, hinted) for name in names):
         return [hinted]  # saves building the tables of the other families
     # fast path: `all` stops at the first unknown name; count only if no family knows all names
-    families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
+    families = [family for family in FAMILIES if all(_find_module(name, family) for name in names)]
     if not families:
-        counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
+        counts = {
+            family: sum(_find_module(name, family) is not None for name in names) for family in FAMILIES
+        }
         maximum = max(counts.values())
         families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
     return [hinted] if hinted in families else families
@@ -106,9 +108,8 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     if len(families) < 2:
         return families
     # modules of all blocks have the same sizes, so one name per template is enough; reversed: keep the first
-    name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
-    sizes = _known_sizes(name_by_kind.values(), size_of)
-    # from sizes that contradict the family to those of a released model
+    name_by_template = {_DIGITS.sub("n", name): name for name in reversed(names)}
+    sizes = _known_sizes(name_by_template.values(), size_of)
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
     best = max(levels.values())
     chosen = [family for family in families if levels[family] == best]
@@ -146,26 +147,25 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
     """Rate how well a file's sizes and block numbers fit a family, from `_CONTRADICTS` to `_COMPLETE`."""
-    rules = list(_rules(family, sizes))
-    numbers = _block_numbers(family, names)
+    expected_sizes = list(_expected_sizes(family, sizes))
+    block_numbers = _block_numbers(family, names)
     level = _CONTRADICTS
     if not family.released:  # no known widths or depths to contradict
-        level = _rate_agreement_of_numbers(numbers, {})
-    # released models of the family: their width, and the length of each list of blocks
-    for width, lists in family.released:
-        if not width or all(_agrees(rule, width) for rule in rules):
-            level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))
-    if level == _CONTRADICTS and rules:  # perhaps an unreleased size: all sizes in proportion to one width
-        first = rules[0]
+        level = _rate_block_numbers(block_numbers, {})
+    for width, depths in family.released:
+        if not width or all(_agrees(expected, width) for expected in expected_sizes):
+            level = max(level, _rate_block_numbers(block_numbers, dict(depths)))
+    if level == _CONTRADICTS and expected_sizes:
+        # perhaps an unreleased model, whose sizes are all in proportion to another width
+        first = expected_sizes[0]
         rows, columns = first.size
-        # `first.columns` and `first.rows` are multiples of the width; 0 says nothing about it
-        fitting_width = columns / first.columns if first.columns else rows / first.rows
-        if all(_agrees(rule, fitting_width) for rule in rules):
+        width = columns / first.columns_per_width if first.columns_per_width else rows / first.rows_per_width
+        if all(_agrees(expected, width) for expected in expected_sizes):
             level = _IN_PROPORTION
     return level
 
 
-def _rate_agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
+def _rate_block_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
     """Rate how well block numbers agree with a released model; `depths` is its number of blocks by list."""
     for name, blocks in numbers.items():
         if name in depths and max(blocks) >= depths[name]:
@@ -181,37 +181,37 @@ def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[i
     """Return the block numbers in the names: attribute of the block list -> numbers."""
     numbers: dict[str, set[int]] = {}
     for name in names:
-        place = _place(name, family)
+        place = _find_module(name, family)
         if place is not None and "{n}" in place.path and place.number:
             numbers.setdefault(place.path.partition(".")[0], set()).add(int(place.number))
     return numbers
 
 
-class _Rule(NamedTuple):
+class _ExpectedSize(NamedTuple):
     """Size of a module's change, and the expected rows and columns in block widths; 0 allows any."""
 
-    size: tuple[int, int]
-    rows: float
-    columns: float
+    size: tuple[int, int]  # rows and columns
+    rows_per_width: float
+    columns_per_width: float
 
 
-def _rules(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_Rule]:
-    """Yield the rule for each module whose path matches an entry of the family's `sides`."""
+def _expected_sizes(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_ExpectedSize]:
+    """Yield the expected size of each module whose path matches an entry of the family's `sides`."""
     for name, size in sizes.items():
-        place = _place(name, family)
+        place = _find_module(name, family)
         path = "" if place is None else place.path
         is_cut = place is not None and place.is_cut
         for end, rows, columns in family.sides:
             if f".{path}".endswith(end) and (columns or not is_cut):
-                yield _Rule(size, 0 if is_cut else rows, columns)
+                yield _ExpectedSize(size, 0 if is_cut else rows, columns)
                 break
 
 
-def _agrees(rule: _Rule, width: float) -> bool:
+def _agrees(expected: _ExpectedSize, width: float) -> bool:
     """Return whether the rows and columns of a module's change are those of a model with this block width."""
-    rows, columns = rule.size
-    fits_rows = not rule.rows or abs(rows - rule.rows * width) < 1
-    fits_columns = not rule.columns or abs(columns - rule.columns * width) < 1
+    rows, columns = expected.size
+    fits_rows = not expected.rows_per_width or abs(rows - expected.rows_per_width * width) < 1
+    fits_columns = not expected.columns_per_width or abs(columns - expected.columns_per_width * width) < 1
     return fits_rows and fits_columns
 
 
@@ -222,7 +222,6 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     for family in FAMILIES:
         if version == family.name or architecture == family.architecture:
             return family
-    # no exact name: compare the beginnings that the family's versions have
     longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
     likely: FamilyNames | None = None
     for family in FAMILIES:
@@ -250,7 +249,7 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 
 @cache
-def on_text_side(name: str, family: FamilyNames | None = None) -> str:
+def describe_text_module(name: str, family: FamilyNames | None = None) -> str:
     """Describe the part of the model that a module belongs to, if it loads with the text encoder; else "".
 
     Args:
@@ -258,9 +257,9 @@ def on_text_side(name: str, family: FamilyNames | None = None) -> str:
         family: Family of the module; None if unknown.
     """
     for each in FAMILIES if family is None else (family,):
-        starts = tuple(start.replace(".", "_") for start in each.text_side)
+        starts = tuple(start.replace(".", "_") for start in each.text_module_prefixes)
         if name.startswith(starts):
-            return each.text_side_words
+            return each.text_module_description
     return ""
 
 
@@ -297,7 +296,7 @@ def has_module(name: str, family: FamilyNames) -> bool:
     return any(table.first(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
 
 
-def is_name(name: str, dotted: bool = False) -> bool:
+def is_known_module(name: str, dotted: bool = False) -> bool:
     """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
     paths = _all_paths() if dotted else _all_names()
     return not paths.isdisjoint(_templates(name))
@@ -362,13 +361,12 @@ def related_modules(name: str, family: FamilyNames | None = None) -> tuple[Relat
 
 @cache
 def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
-    """Return the related modules of each module, in a family or in all, with `{n}` for block numbers."""
+    """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
     pairs: list[tuple[str, RelatedModule]] = []
     for each_family in FAMILIES if family is None else (family,):
         parts = [*each_family.parts, *each_family.joined]
-        # an alias relates two names only if it is also the name of another family's module
-        # families whose layouts differ in how weights are fused
-        if parts:
+        if parts:  # the family's layouts differ in how weights are fused
+            # an alias relates two names only if it is also the name of another family's module
             foreign_names: set[str] = set()
             for other in FAMILIES:
                 if other is not each_family:
@@ -500,7 +498,7 @@ def _tables(family: FamilyNames) -> _Tables:
     )
 
 
-class _TensorPlace(NamedTuple):
+class _ModuleMatch(NamedTuple):
     """Our module that a name in any layout refers to."""
 
     path: str  # our path, with `{n}` for the block number
@@ -508,13 +506,13 @@ class _TensorPlace(NamedTuple):
     is_cut: bool  # whether the name refers to only some rows of the module
 
 
-def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
+def _find_module(name: str, family: FamilyNames) -> _ModuleMatch | None:
     """Find the module of an underscored name in any layout of a family; None if the family lacks it."""
     tables = _tables(family)
     for table in (tables.ours, tables.foreign, tables.renamed, tables.cut):
         found = table.first(name)
         if found is not None:
-            return _TensorPlace(found.entry, found.number, is_cut=table is tables.cut)
+            return _ModuleMatch(found.entry, found.number, is_cut=table is tables.cut)
     return None
 
 

@@ -85,7 +85,9 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
-    has_lora_settings = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
+    has_lora_settings = any(
+        (settings.variants, settings.pattern_learning_rates, settings.perturbation, has_ratio)
+    )
     # kinds other than LoRA reject the settings that only LoRAs have
     if not kind.takes_all_settings:
         kind.check_settings(settings, has_lora_settings)

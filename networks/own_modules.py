@@ -26,7 +26,7 @@ from runtime.run_blocks import spec_of
 logger = getLogger(__name__)
 
 
-class PlacedModule(NamedTuple):
+class ModuleWithPath(NamedTuple):
     """A module of a network, and its path in the network."""
 
     path: str
@@ -47,19 +47,23 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         OptionError: If no module is left, or if a block number exceeds the DiT's blocks.
     """
     spec = spec_of(unet)
-    rules = settings.rules
+    rules = settings.family_rules
     if rules is not None and settings.block_numbers:
         children = dict(unet.named_children())
-        # block lists that this model has
-        lists = [name for name in rules.indices.values() if name in children]
-        check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
-    optional: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
+        depths: dict[str, int] = {}  # of the block lists that this model has
+        for list_name in rules.block_lists_by_argument.values():
+            if list_name in children:
+                depths[list_name] = len(list(children[list_name].children()))
+        check_blocks(settings, depths)
+    optional_parts: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
     if not spec.lora_choice:  # such a model lists the modules that get a layer instead
-        optional = tuple(part for part in spec.lora_exclude if part not in settings.switched_on)
-    if settings.blocks is not None:
+        optional_parts = tuple(
+            part for part in spec.lora_exclude if part not in settings.enabled_optional_modules
+        )
+    if settings.block_settings is not None:
         # `numbered`: the blocks that --network_args address by number
-        settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
-    targets = _choose(_list_candidates(unet, settings), settings, OURS, optional)
+        settings = replace(settings, block_settings=settings.block_settings.fit(spec.numbered))
+    targets = _select_targets(_list_candidates(unet, settings), settings, OURS, optional_parts)
     if not targets:
         raise OptionError(
             "--network_args: the LoRA has no module left. Exclude fewer (exclude_patterns, ranks of 0, "
@@ -68,15 +72,15 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     return targets
 
 
-def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModule]:
+def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[ModuleWithPath]:
     """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
     spec = spec_of(unet)
-    rules = settings.rules
+    rules = settings.family_rules
     # beginnings of the paths of the blocks; the order of the groups is that of the layers
     prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
-            prefix_groups = [rules.choices[settings.train_blocks]]
+            prefix_groups = [rules.train_blocks_choices[settings.train_blocks]]
         # not strict: `outside_ranks` is () if no ranks are given for modules outside the blocks
         for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
             if rank:  # modules outside the blocks follow them, in this order
@@ -91,11 +95,11 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
                 yield candidate
 
 
-def _choose(
-    candidates: Iterable[PlacedModule],
+def _select_targets(
+    candidates: Iterable[ModuleWithPath],
     settings: LoraSettings,
     prefix: str,
-    optional: tuple[str, ...] = (),
+    optional_parts: tuple[str, ...] = (),
 ) -> dict[str, Target]:
     """Select the modules that get a layer, with rank and alpha; return them by our names.
 
@@ -103,19 +107,21 @@ def _choose(
         candidates: Modules with their paths.
         settings: Settings of the network.
         prefix: Prefix of our names.
-        optional: Parts of paths of modules that get no layer unless a pattern, or a rank for their type,
-            selects them.
+        optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
+            type, selects them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
         name = prefix + path.replace(".", "_")
-        matching: tuple[int, ...] = ()
-        if settings.reg_ranks:
+        matching_patterns: tuple[int, ...] = ()
+        if settings.pattern_ranks:
             # indices of the patterns that match; the last one gives the rank
-            matching = find_by_pattern(settings.reg_ranks, name)
-            matches.append(matching)
-        size = _select_size(path, module, settings, matching=matching, optional=optional)
+            matching_patterns = find_by_pattern(settings.pattern_ranks, name)
+            matches.append(matching_patterns)
+        size = _select_size(
+            path, module, settings, matching_patterns=matching_patterns, optional_parts=optional_parts
+        )
         if settings.verbose:
             state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
@@ -124,11 +130,13 @@ def _choose(
                 module=module,
                 rank=size.rank,
                 alpha=size.alpha,
-                split_sizes=settings.split_sizes_of(path, module) if settings.splits else (),
-                rate_factor=1.0 if settings.blocks is None else settings.blocks.rate_factor_of(path),
+                split_sizes=settings.split_sizes_of(path, module) if settings.splits_fused_layers else (),
+                rate_factor=1.0
+                if settings.block_settings is None
+                else settings.block_settings.rate_factor_of(path),
             )
-    if settings.reg_ranks:
-        log_overlaps("network_reg_dims", settings.reg_ranks, matches)
+    if settings.pattern_ranks:
+        log_overlaps("network_reg_dims", settings.pattern_ranks, matches)
     return targets
 
 
@@ -136,8 +144,8 @@ def _select_size(
     path: str,
     module: LoraModule,
     settings: LoraSettings,
-    matching: tuple[int, ...],
-    optional: tuple[str, ...],
+    matching_patterns: tuple[int, ...],
+    optional_parts: tuple[str, ...],
 ) -> LoraSize | None:
     """Return the rank and alpha of a module; None if it gets no layer.
 
@@ -145,24 +153,23 @@ def _select_size(
         path: Path of the module.
         module: The module.
         settings: Settings of the network.
-        matching: Indices of the patterns in `settings.reg_ranks` that match the module; the last one sets
-            the rank.
-        optional: Parts of paths of modules that get no layer unless a pattern, or a rank for their type,
-            selects them.
+        matching_patterns: Indices of the patterns in `settings.pattern_ranks` that match the module; the
+            last one sets the rank.
+        optional_parts: Parts of paths of modules that get no layer unless a pattern, or a rank for their
+            type, selects them.
     """
-    is_optional = any(part in f".{path}" for part in optional)
-    if is_optional and settings.rules is not None:
-        is_optional = _find_rank_of_type(path, settings.rules, settings) is None
+    is_optional = any(part in f".{path}" for part in optional_parts)
+    if is_optional and settings.family_rules is not None:
+        is_optional = _find_rank_of_type(path, settings.family_rules, settings) is None
     if _is_excluded(path, settings, is_optional):
         return None
-    # the learning rate of its block is below the threshold
-    if settings.blocks is not None and settings.blocks.is_left_out(path):
+    if settings.block_settings is not None and settings.block_settings.is_left_out(path):
         return None
-    if matching:
-        _, rank = settings.reg_ranks[matching[-1]]
+    if matching_patterns:
+        _, rank = settings.pattern_ranks[matching_patterns[-1]]
         size: LoraSize | None = LoraSize(int(rank), settings.alpha)
     else:
-        size = _find_size(path, module, settings)
+        size = _size_by_block_and_type(path, module, settings)
     return None if size is None or size.rank <= 0 else size
 
 
@@ -178,11 +185,11 @@ def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -
     return is_excluded and not any(pattern.match(path) for pattern in settings.include)
 
 
-def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[PlacedModule]:
+def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[ModuleWithPath]:
     """Yield each Linear and Conv2d whose path has one of these prefixes, in the model's order."""
     for path, module in unet.named_modules():
         if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
-            yield PlacedModule(path, module)
+            yield ModuleWithPath(path, module)
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
@@ -192,11 +199,11 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
         settings: Settings of the network.
         depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
     """
-    rules = settings.rules
+    rules = settings.family_rules
     if rules is None:
         return
     for argument, numbers in settings.block_numbers.items():
-        depth = depths.get(rules.indices[argument])
+        depth = depths.get(rules.block_lists_by_argument[argument])
         # unknown depth, all blocks (None) or no blocks
         if depth is None or not numbers:
             continue
@@ -208,24 +215,24 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
             )
 
 
-def _find_size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
+def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
     """Return rank and alpha by the block and the type of a module; None if it gets no layer.
 
     A rank for the block takes precedence over conv_dim, and these over the rules of the family.
     """
     # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
-    if settings.blocks is not None:
-        block_size = settings.blocks.rank_and_alpha_of(path, is_convolution)
+    if settings.block_settings is not None:
+        block_size = settings.block_settings.rank_and_alpha_of(path, is_convolution)
         if block_size is not None:
             rank, alpha = block_size
             default_alpha = settings.conv_alpha if is_convolution else settings.alpha
             return LoraSize(rank, default_alpha if alpha is None else alpha)
     if is_convolution:
         return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
-    if settings.rules is None:
+    if settings.family_rules is None:
         return LoraSize(settings.rank, settings.alpha)
-    return _size_by_rules(path, settings.rules, settings)
+    return _size_by_rules(path, settings.family_rules, settings)
 
 
 def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraSize | None:
@@ -234,7 +241,7 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
         if path == outside_path or path.startswith(f"{outside_path}."):
             return LoraSize(rank, settings.alpha)
     for argument, numbers in settings.block_numbers.items():
-        match = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
+        match = re.match(rf"{rules.block_lists_by_argument[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
     type_rank = _find_rank_of_type(path, rules, settings)
@@ -243,7 +250,7 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
 
 def _find_rank_of_type(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
     """Return the rank that --network_args set for the type of a module; None if they set none."""
-    for argument, types in rules.types:
+    for argument, types in rules.rank_arguments:
         is_of_type = any(all(word in path for word in fragments) for fragments in types)
         if argument in settings.type_ranks and is_of_type:
             return settings.type_ranks[argument]
@@ -255,7 +262,7 @@ def build_network(
     typed: NetworkArguments,
     dit: nn.Module | None,
     encoders: Mapping[str, nn.Module],
-    begun: Mapping[str, Tensor] | None = None,
+    initial_tensors: Mapping[str, Tensor] | None = None,
 ) -> OwnNetwork:
     """Build one of our networks on the modules that the settings select.
 
@@ -264,8 +271,9 @@ def build_network(
         typed: Unparsed settings from the command line.
         dit: The transformer; None if only text encoders are trained.
         encoders: Trained text encoders, by their `lora_prefix`.
-        begun: Tensors of the file or state that training continues from, under our names. Their modules get
-            layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude them.
+        initial_tensors: Tensors of the file or state that training continues from, under our names. Their
+            modules get layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude
+            them.
 
     Raises:
         OptionError: If settings are invalid, or if no module is left.
@@ -273,13 +281,13 @@ def build_network(
     # 1. the modules that may get a layer: those of the trained text encoders, and of the DiT
     settings, kind_settings = read_own(name, typed)
     trained_encoders = {
-        prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
+        prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.disabled_encoders
     }
     text_candidates = {
         f"{prefix}_": list(_list_encoder_modules(encoder)) for prefix, encoder in trained_encoders.items()
     }
     # 2. typed patterns may differ from the names in their separators, so they are fitted to all names
-    if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
+    if settings.include or settings.exclude or settings.pattern_ranks or settings.pattern_learning_rates:
         modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
         for prefix, candidates in text_candidates.items():
             modules += [(prefix, path) for path, _ in candidates]
@@ -294,14 +302,16 @@ def build_network(
     if dit is not None:
         targets = select_modules(dit, settings)
     # ranks by type and block numbers apply to the DiT only
-    text_settings = replace(settings, rules=None, splits=False, blocks=None)
+    text_settings = replace(settings, family_rules=None, splits_fused_layers=False, block_settings=None)
     for prefix, candidates in text_candidates.items():
-        targets |= _choose(candidates, text_settings, prefix)
+        targets |= _select_targets(candidates, text_settings, prefix)
     layers = kind.make_layers(targets, settings, kind_settings)
-    if begun:  # 4. layers that only the file or state has
-        by_name = _modules_by_name(dit, trained_encoders)
-        added = _make_layers_from_tensors(layers, name, settings, tensors=begun, by_name=by_name)
-        layers = _merge_in_order(layers, added, by_name)
+    if initial_tensors:  # 4. layers that only the file or state has
+        modules_by_name = _modules_by_name(dit, trained_encoders)
+        added = _make_layers_from_tensors(
+            layers, name, settings, tensors=initial_tensors, modules_by_name=modules_by_name
+        )
+        layers = _merge_in_order(layers, added, modules_by_name)
     # a target's `rate_factor` multiplies the learning rate of its layer
     for layer_name, target in targets.items():
         if layer_name in layers:
@@ -332,7 +342,7 @@ def _make_layers_from_tensors(
     name: str,
     settings: LoraSettings,
     tensors: Mapping[str, Tensor],
-    by_name: Mapping[str, PlacedModule],
+    modules_by_name: Mapping[str, ModuleWithPath],
 ) -> dict[str, nn.Module]:
     """Return layers, by our names, for modules that tensors have and the network does not have yet.
 
@@ -341,18 +351,17 @@ def _make_layers_from_tensors(
         name: Value of --network_module.
         settings: Settings of the network.
         tensors: Tensors under our names.
-        by_name: All modules that can have a layer, by name.
+        modules_by_name: All modules that can have a layer, by name.
     """
     kind = OWN_MODULES[name].kind
     added: dict[str, nn.Module] = {}
-    for module_name, factors in _factors_for(by_name, tensors).items():
-        # marks: tensors of which each module of this kind of network has at least one
+    for module_name, factors in _factors_for(modules_by_name, tensors).items():
         is_of_kind = any(part in factors for part in kind.marks)
-        if module_name not in by_name or module_name in layers or not is_of_kind:
+        if module_name not in modules_by_name or module_name in layers or not is_of_kind:
             continue
-        placed = by_name[module_name]
-        if not _is_left_out(placed, module_name, settings):
-            added[module_name] = kind.layer_of(placed.module, module_name, factors, settings)
+        target = modules_by_name[module_name]
+        if not _is_excluded_by_arguments(target, module_name, settings):
+            added[module_name] = kind.layer_of(target.module, module_name, factors, settings)
     return added
 
 
@@ -376,64 +385,64 @@ def _merge_in_order(
     return {name: all_layers[name] for name in names if name in all_layers}
 
 
-def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> bool:
+def _is_excluded_by_arguments(module_with_path: ModuleWithPath, name: str, settings: LoraSettings) -> bool:
     """Return whether --network_args exclude a module that a file has.
 
     Args:
-        placed: The module and its path.
+        module_with_path: The module and its path.
         name: Our name of the module.
         settings: Settings of the network.
     """
     if not name.startswith(OURS):
-        settings = replace(settings, rules=None)  # the rules are about blocks of the transformer
-    rules = settings.rules
-    blocks = settings.train_blocks
-    # `train_blocks` trains only one kind of block: the beginnings of their paths
-    if rules is not None and blocks is not None and not placed.path.startswith(rules.choices[blocks]):
+        settings = replace(settings, family_rules=None)  # the rules are about blocks of the transformer
+    rules = settings.family_rules
+    if rules is not None and settings.train_blocks is not None:
+        trained_prefixes = rules.train_blocks_choices[settings.train_blocks]
+        if not module_with_path.path.startswith(trained_prefixes):
+            return True
+    if _is_excluded(module_with_path.path, settings):
         return True
-    if _is_excluded(placed.path, settings):
-        return True
-    matching = find_by_pattern(settings.reg_ranks, name)
-    if matching:
-        _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
+    matching_patterns = find_by_pattern(settings.pattern_ranks, name)
+    if matching_patterns:
+        _, rank = settings.pattern_ranks[matching_patterns[-1]]  # the last pattern that matches counts
         # a rank of 0 excludes the module
         return not rank
     # Without conv_dim, convolutions get no LoRA by default, but that does not exclude those of a file: any
     # rank above 0 makes `_find_size` accept them
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
-    size = _find_size(placed.path, placed.module, with_convolutions)
+    size = _size_by_block_and_type(module_with_path.path, module_with_path.module, with_convolutions)
     return size is None or not size.rank
 
 
-def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, PlacedModule]:
+def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, ModuleWithPath]:
     """Return all modules that can have a layer, by our names, with their published paths."""
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
-    by_name: dict[str, PlacedModule] = {}
+    modules_by_name: dict[str, ModuleWithPath] = {}
     for prefix, network in networks.items():
         for path, module in network.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 if prefix != OURS:
                     path = published_path(path)
-                by_name[prefix + path.replace(".", "_")] = PlacedModule(path, module)
-    return by_name
+                modules_by_name[prefix + path.replace(".", "_")] = ModuleWithPath(path, module)
+    return modules_by_name
 
 
 def _factors_for(
-    by_name: Mapping[str, PlacedModule], tensors: Mapping[str, Tensor]
+    modules_by_name: Mapping[str, ModuleWithPath], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert tensors of any layout to the model's modules; return the factors by module name."""
     from networks.fused_parts import convert_fused_layers  # only for a file or a state
 
-    heights = {name: len(placed.module.weight) for name, placed in by_name.items()}
-    return group_by_module(add_missing_alphas(convert_fused_layers(tensors, heights.get)))
+    num_rows = {name: len(target.module.weight) for name, target in modules_by_name.items()}
+    return group_by_module(add_missing_alphas(convert_fused_layers(tensors, num_rows.get)))
 
 
-def _list_encoder_modules(encoder: nn.Module) -> Iterator[PlacedModule]:
+def _list_encoder_modules(encoder: nn.Module) -> Iterator[ModuleWithPath]:
     """Yield the modules of a text encoder's blocks, with their published paths."""
     prefixes = tuple(f"{name}." for name in spec_of(encoder).block_lists)
     for path, module in _list_modules_below(encoder, prefixes):
-        yield PlacedModule(published_path(path), module)
+        yield ModuleWithPath(published_path(path), module)
 
 
 def build_from_tensors(
@@ -459,18 +468,18 @@ def build_from_tensors(
     """
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
-    by_name = _modules_by_name(dit, encoders)
+    modules_by_name = _modules_by_name(dit, encoders)
     # a layer for each module of the file, with the sizes of its factors
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
-    for module_name, factors in _factors_for(by_name, tensors).items():
-        # marks: tensors of which each module of this kind of network has at least one
-        if not any(part in factors for part in kind.marks):
+    for module_name, factors in _factors_for(modules_by_name, tensors).items():
+        is_of_kind = any(part in factors for part in kind.marks)
+        if not is_of_kind:
             raise CheckpointError(
                 f"--dim_from_weights: {module_name} has {', '.join(factors)}, which is another kind of "
                 "network.\n  Give the --network_module that the file was trained with."
             )
-        module = by_name[module_name].module if module_name in by_name else None
+        module = modules_by_name[module_name].module if module_name in modules_by_name else None
         if module is None or not (kind.is_for_convolutions or isinstance(module, nn.Linear)):
             absent.append(module_name)
         else:
@@ -483,7 +492,7 @@ def build_from_tensors(
     # typed patterns may differ from the names in their separators, so they are fitted to the modules
     prefixes_and_paths: list[tuple[str, str]] = []
     for layer_name in layers:
-        path = by_name[layer_name].path
+        path = modules_by_name[layer_name].path
         prefix = layer_name.removesuffix(path.replace(".", "_"))
         prefixes_and_paths.append((prefix, path))
     settings = fit_patterns(settings, prefixes_and_paths)
@@ -503,7 +512,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     allowed = {*WITH_FILE}
     if rules is not None:
         # arguments about the text encoders
-        allowed.update(rules.encoders)
+        allowed.update(rules.encoder_switches)
     ignored = {
         key: value for key, value in typed.arguments.items() if value is not None and key not in allowed
     }

@@ -33,14 +33,14 @@ class RankMask:
         self.rule = rule
         self.rank = rank
         self.num_parts = num_parts
-        self.rows: Tensor | None = None  # S x R, or 1 x R for equal levels; booleans
+        self.masks: Tensor | None = None  # S x R, or 1 x R for equal levels; booleans
 
     def set_levels(self, levels: Tensor) -> None:
         """Compute the mask of each sample's ranks for the next pass from its noise level, S."""
         rank = self.rank // self.num_parts
         indices = torch.arange(rank, device=levels.device)
         is_active = indices < self.rule.active(rank, levels)[:, None]  # S x rank
-        self.rows = is_active.repeat(1, self.num_parts)
+        self.masks = is_active.repeat(1, self.num_parts)
 
     def apply(self, hidden: Tensor, axis: int = -1) -> Tensor:
         """Return the output of the down factor with the values of inactive ranks set to 0.
@@ -50,17 +50,17 @@ class RankMask:
                 S if each sample has several rows.
             axis: Axis of the ranks.
         """
-        rows = self.rows
-        assert rows is not None, "the levels of a pass are set before it"
-        # a mask for each sample; a single mask is for all
-        if len(rows) > 1 and len(rows) != len(hidden):
-            rows_per_sample, remainder = divmod(len(hidden), len(rows))
-            assert not remainder, f"{len(hidden)} rows are not those of {len(rows)} samples"
-            rows = rows.repeat_interleave(rows_per_sample, 0)
+        masks = self.masks
+        assert masks is not None, "the levels of a pass are set before it"
+        is_mask_per_sample = len(masks) > 1
+        if is_mask_per_sample and len(masks) != len(hidden):
+            rows_per_sample, remainder = divmod(len(hidden), len(masks))
+            assert not remainder, f"{len(hidden)} rows are not those of {len(masks)} samples"
+            masks = masks.repeat_interleave(rows_per_sample, 0)
         shape = [1] * hidden.ndim
-        shape[0] = len(rows)
-        shape[axis] = rows.shape[1]
-        return hidden * rows.view(shape).to(hidden.dtype)
+        shape[0] = len(masks)
+        shape[axis] = masks.shape[1]
+        return hidden * masks.view(shape).to(hidden.dtype)
 
 
 def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) -> RankMask:

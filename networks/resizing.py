@@ -42,7 +42,7 @@ logger = getLogger(__name__)
 _DOWN_NAME = re.compile(
     r"(?P<module>.*?)[._](lora[._]|lora_linear_layer\.)(?P<factor>down|A|a)(?P<suffix>(\.[^.]+)*)"
 )
-_UP_WORDS = {"down": "up", "A": "B", "a": "b"}
+_UP_NAMES = {"down": "up", "A": "B", "a": "b"}
 MIN_LEARNED = 1e-6  # a module learned nothing if its largest singular value is at most this
 TOLERANCE = 1e-12  # of cumulative fractions, which may end slightly below 1
 DIFFERENT_RANKS = "Dynamic"  # ss_network_dim of a LoRA whose modules have different ranks
@@ -150,28 +150,9 @@ def resize_file(options: ResizeOptions) -> None:
         CheckpointError: If the file is of another kind of network, has alphas in metadata or settings
             instead of tensors, or holds NaN or infinite values.
     """
-    source = options.model
-    with open_checkpoint(source) as checkpoint:
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        # reject files that are no plain LoRA, from the header
-        _reject_other_kinds(source, shapes, checkpoint.metadata)
-        modules = find_factors(shapes)
-        if not modules:
-            raise CheckpointError(
-                f"{source} has no LoRA: no two factors such as x.lora_down.weight and x.lora_up.weight.\n"
-                "  Give a LoRA file to --model.",
-                source,
-            )
-        is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
-        if not is_written_here and any(names.alpha is None for names in modules):
-            _reject_other_alphas(source, checkpoint.metadata)
-        tensors = {name: checkpoint.read(name) for name in shapes}
-        metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
-    metadata.pop(FOLDED, None)  # it is about the old ranks; the factors include these strengths already
-    for name, tensor in tensors.items():
-        check_finite(source, name, tensor)
-    resized = [_resize_module(names, tensors, options, source) for names in modules]
-    # replace the factors under their own names; other tensors stay
+    tensors, metadata, modules = _read_plain_lora(options.model)
+    resized = [_resize_module(names, tensors, options, options.model) for names in modules]
+    # the new factors get the names of the old ones; other tensors stay
     dtype = DTYPES[options.save_precision]
     for module in resized:
         tensors[module.names.down] = module.down.to(dtype).contiguous()
@@ -186,6 +167,33 @@ def resize_file(options: ResizeOptions) -> None:
         for module in resized:
             logger.info("%s", _describe_module(module))
     _show_result(options, resized)
+
+
+def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[FactorNames]]:
+    """Return the tensors of a LoRA file, its metadata without stale keys, and its modules.
+
+    Raises:
+        CheckpointError: As `resize_file`.
+    """
+    with open_checkpoint(path) as checkpoint:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        _reject_other_kinds(path, shapes, checkpoint.metadata)
+        modules = find_factors(shapes)
+        if not modules:
+            raise CheckpointError(
+                f"{path} has no LoRA: no two factors such as x.lora_down.weight and x.lora_up.weight.\n"
+                "  Give a LoRA file to --model.",
+                path,
+            )
+        is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+        if not is_written_here and any(names.alpha is None for names in modules):
+            _reject_other_alphas(path, checkpoint.metadata)
+        tensors = {name: checkpoint.read(name) for name in shapes}
+        metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
+    metadata.pop(FOLDED, None)  # it is about the old ranks; the factors include these strengths already
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors, metadata, modules
 
 
 def _reject_other_kinds(
@@ -258,10 +266,9 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
         # the factor is a parameter itself (`lora_A`), or the weight of a module (`lora_A.weight`)
         if match is None or not down.endswith((match["factor"], ".weight")):
             continue
-        # the up factor has the same name but for the word: `lora_B` for `lora_A`
         prefix = down[: match.start("factor")]
         suffix = match["suffix"]
-        up = f"{prefix}{_UP_WORDS[match['factor']]}{suffix}"
+        up = f"{prefix}{_UP_NAMES[match['factor']]}{suffix}"  # such as `lora_B` for `lora_A`
         if up not in shapes:
             continue
         core = f"{prefix}mid{suffix}"
@@ -414,8 +421,7 @@ def _change_metadata(
     """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
-    # ss_network_dim describes the linear layers; convolutions have conv_dim
-    # convolutions alone: the rank is theirs
+    # ss_network_dim describes the linear layers, or the convolutions if there are no others
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:

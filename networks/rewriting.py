@@ -119,25 +119,31 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         split_sizes = _count_rows_of_parts(layer.name, factors)
         if not split_sizes:
             continue
-        separate_loras = joined_blocks(factors, split_sizes)
-        delta = read_delta(factors)
-        prefix = f"{layer.start}to_{layer.name}."
-        endings = {part: key.removeprefix(prefix) for part, key in keys.items()}  # as the file spells them
-        first_row = 0
-        for index, part_name in enumerate(_FUSED_PARTS[layer.name]):
-            last_row = first_row + split_sizes[index]
-            if separate_loras:
-                piece = separate_loras[index]
-            else:
-                # the full down factor, and the rows of the up factor
-                piece = delta.slice_rows(first_row, last_row).factors
-            for part, tensor in piece.items():
-                ending = endings.get(part, part)
+        # separate LoRAs that were joined to a block-diagonal one; else the full down factor, and some rows of
+        # the up factor
+        loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
+        fused_prefix = f"{layer.start}to_{layer.name}."
+        endings = {
+            part: key.removeprefix(fused_prefix) for part, key in keys.items()
+        }  # as the file spells them
+        for part_name, lora in zip(_FUSED_PARTS[layer.name], loras, strict=True):
+            for factor_name, tensor in lora.items():
+                ending = endings.get(factor_name, factor_name)
                 result[f"{layer.start}{part_name}.{ending}"] = tensor
-            first_row = last_row
         for key in keys.values():
             del result[key]
     return result
+
+
+def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
+    """Return the factors of consecutive groups of rows of a layer, with `split_sizes` rows each."""
+    delta = read_delta(factors)
+    parts: list[Factors] = []
+    first_row = 0
+    for num_rows in split_sizes:
+        parts.append(delta.slice_rows(first_row, first_row + num_rows).factors)
+        first_row += num_rows
+    return parts
 
 
 class _FusedLayer(NamedTuple):
@@ -205,22 +211,22 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     alpha_for_all = alphas_for_all[0] if alphas_for_all else None
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
-        pieces = _order_pieces(keys_by_number, tensors, alpha)
+        loras = _order_loras(keys_by_number, tensors, alpha)
         # numbered factors that cannot be joined are left as they are
-        if not _can_be_joined(module, list(keys_by_number), pieces):
+        if not _can_be_joined(module, list(keys_by_number), loras):
             continue
         # the joined LoRA replaces the numbered factors and the module's alpha
         for keys in keys_by_number.values():
             for key in keys.values():
                 del joined[key]
         joined.pop(f"{module}.alpha", None)
-        for part, tensor in _build_diagonal(pieces).items():
+        for part, tensor in _build_diagonal(loras).items():
             joined[f"{module}.{part}"] = tensor
-        joined_lora_counts[f"{module}.{DOWN}"] = len(pieces)
+        joined_lora_counts[f"{module}.{DOWN}"] = len(loras)
     return Rewritten(joined, joined_lora_counts)
 
 
-def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:
+def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]) -> bool:
     """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses.
 
     They may also be adapters of PEFT that have numbers as names.
@@ -229,10 +235,10 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
         return False
     if len(numbers) not in count_parts(module):  # no model fuses so many parts into this module
         return False
-    return all(set(LORA_FACTORS) <= set(piece) and piece[UP].ndim == 2 for piece in pieces)
+    return all(set(LORA_FACTORS) <= set(piece) and piece[UP].ndim == 2 for piece in loras)
 
 
-def _order_pieces(
+def _order_loras(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
     """Return the numbered LoRAs of a module, sorted by their numbers.
@@ -243,12 +249,12 @@ def _order_pieces(
         alpha: Alpha for LoRAs without their own.
     """
     default = {} if alpha is None else {"alpha": alpha}
-    pieces: list[Factors] = []
+    loras: list[Factors] = []
     for number in sorted(keys):
         factors = {part: tensors[key] for part, key in keys[number].items()}
         # a piece's own alpha replaces the default
-        pieces.append({**default, **factors})
-    return pieces
+        loras.append({**default, **factors})
+    return loras
 
 
 def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
@@ -264,16 +270,16 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
     return modules
 
 
-def _build_diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
+def _build_diagonal(loras: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs for consecutive rows into one LoRA with a block-diagonal up factor."""
-    scales = [scaling_of(piece) for piece in pieces]  # alpha / rank
+    scales = [scaling_of(piece) for piece in loras]  # alpha / rank
     scale = scales[0]
-    ups = [piece[UP] for piece in pieces]
-    down = torch.cat([piece[DOWN] for piece in pieces])
+    ups = [piece[UP] for piece in loras]
+    down = torch.cat([piece[DOWN] for piece in loras])
     if len(set(scales)) > 1:  # different scales are multiplied into the up factors
         ups = [(up.float() * factor).to(up.dtype) for up, factor in zip(ups, scales, strict=True)]
         scale = 1.0
     joined = {DOWN: down, UP: torch.block_diag(*ups)}
-    if any("alpha" in piece for piece in pieces):
+    if any("alpha" in piece for piece in loras):
         joined["alpha"] = torch.tensor(scale * len(down))
     return joined

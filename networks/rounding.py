@@ -94,7 +94,7 @@ class SampledRows:
         """Return the sampled rows of a tensor with all rows; a scalar is returned unchanged."""
         return tensor[self.rows] if tensor.ndim else tensor
 
-    def note(self, path: Path, total: Tensor) -> None:
+    def record_sum(self, path: Path, total: Tensor) -> None:
         """Record what a file adds: the difference between this sum and that of the last call.
 
         Args:
@@ -209,10 +209,10 @@ class LoraRounding:
         self._num_16_bit = 0  # changed weights that are rounded to 16 bits
         self._num_random = 0  # 16-bit weights that are rounded stochastically
 
-    def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
-        """Return whether to round a weight stochastically instead of to the nearest value.
+    def decide_and_count(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
+        """Decide whether to round a weight stochastically instead of to the nearest value, and count it.
 
-        The weight is also counted, for the summary that is logged after merging.
+        The counts are for the summary that is logged after merging.
 
         Args:
             dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
@@ -228,16 +228,14 @@ class LoraRounding:
             losses = sample.losses(dtype)
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
-                # the loss by each LoRA file
-                total = self._losses.setdefault(path, RoundingLoss())
+                file_loss = self._losses.setdefault(path, RoundingLoss())
                 # scaled up from the sampled rows to the whole weight
-                # from these two sums, the share of the change that is kept is computed
-                total.error_dot_change += loss.error_dot_change / sample.sampled_fraction
-                total.squared_change += loss.squared_change / sample.sampled_fraction
+                file_loss.error_dot_change += loss.error_dot_change / sample.sampled_fraction
+                file_loss.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random
         return is_random
 
-    def at_random(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
+    def make_random_rounding(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
         """Return the stochastic rounding of a weight.
 
         Args:
@@ -256,18 +254,18 @@ class LoraRounding:
             self._noise[key] = noise.to(device)
         return RandomRounding(dtype, seed, self._noise[key])
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Describe the rounding since the last report, and its effect; "" if there is nothing to report."""
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
-        typed = f"--lora_rounding {self._rule}"
+        option = f"--lora_rounding {self._rule}"
         if not self._num_16_bit:
-            return f"{typed} has no effect: the weights are in float32, which keeps LoRAs of any size"
+            return f"{option} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
-            return f"{self._num_16_bit} weights are rounded at random, as {typed} says"
+            return f"{self._num_16_bit} weights are rounded at random, as {option} says"
         # no rows were sampled, so the loss is not known
         if self._rule == NEAREST and not self._losses:
-            return f"weights are rounded to the nearest, as {typed} says"
+            return f"weights are rounded to the nearest, as {option} says"
         percentages = []
         for path, loss in self._losses.items():
             # estimated from samples, so it may lie outside 0..1
@@ -276,7 +274,7 @@ class LoraRounding:
             percentages.append(f"{percent:.{decimals}f} % of {path.name}")
         keeps = list_some(percentages, _MAX_NAMED_FILES)
         if self._rule == NEAREST:
-            return f"weights are rounded to the nearest, as {typed} says: that keeps {keeps}"
+            return f"weights are rounded to the nearest, as {option} says: that keeps {keeps}"
         return (
             f"{self._num_random} of {self._num_16_bit} weights are rounded at random: rounding to the "
             f"nearest would keep {keeps}"
@@ -285,17 +283,17 @@ class LoraRounding:
     @property
     def metadata(self) -> dict[str, str]:
         """Return the metadata on rounding for a merged file; {} if all weights are rounded to the nearest."""
-        return {METADATA_KEY: self.words()[:MAX_METADATA]} if self._num_random else {}
+        return {METADATA_KEY: self.describe()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log how the merged weights were rounded, as `words` describes it, and forget the counts.
+        """Log how the merged weights were rounded, as `describe` describes it, and forget the counts.
 
         Args:
             num_unmerged: Number of 8-bit or 4-bit weights that are not merged: their LoRAs are computed next
                 to them.
         """
-        sentence = self.words()
-        # nothing was merged, so `words` is silent
+        sentence = self.describe()
+        # nothing was merged, so `describe` is silent
         if num_unmerged and not self._num_changed and self._rule != AUTO:
             sentence = (
                 f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "

@@ -24,7 +24,7 @@ from networks.joined_weights import (
     multiply_transposed,
     view_as_one_matrix,
 )
-from networks.lora_products import add_product, branch, rows_of
+from networks.lora_products import add_product, project_in_place_gradient, rows_of
 
 
 class GroupedLayer(Protocol):
@@ -49,7 +49,7 @@ class SharedInput:
         ranks: Sequence[int],
         down: Tensor,
         ups: Sequence[Tensor],
-        up: Tensor,
+        stacked_up: Tensor,
     ) -> None:
         """Prepare a pass of the model.
 
@@ -58,21 +58,21 @@ class SharedInput:
             ranks: Rank of each layer.
             down: The down factors one below another, in the dtype of the pass.
             ups: The up factor of each layer, times its scale, in the dtype of the pass.
-            up: The matrices `ups` one below another.
+            stacked_up: The matrices `ups` one below another.
         """
         self.layers = tuple(layers)
         self.ranks = list(ranks)
         self.down = down
         self.ups = list(ups)
-        self.up = up
+        self.stacked_up = stacked_up
         # if False, each layer calls its frozen module itself, and takes only its part of the product
         self.computes_outputs = all(layer.is_plain(down.dtype) for layer in layers)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._uncast_input: Tensor | None = None
         self._cast_input: Tensor | None = None
-        self._source: Tensor | None = None  # the input that `_products` are for
+        self._input_of_products: Tensor | None = None  # the input that `_products` are for
         self._frozen_input: Tensor | None = None  # the input of the frozen modules
         self._products: dict[GroupedLayer, Tensor] = {}  # not yet taken by the layers
 
@@ -83,31 +83,31 @@ class SharedInput:
             self._cast_input = x.to(self.down.dtype)
         return self._cast_input
 
-    def multiply(self, layer: GroupedLayer, x: Tensor, joins: bool) -> tuple[Tensor, Tensor]:
+    def multiply(self, layer: GroupedLayer, x: Tensor, adds_gradient_in_place: bool) -> tuple[Tensor, Tensor]:
         """Return the input for the frozen module of a layer, and the input times the layer's down factor.
 
         Args:
             layer: One of the layers.
             x: Input, ... in, in the dtype of the factors.
-            joins: Whether the gradient of the input is added in place (`networks.lora_products.branch`); the
-                value for the first layer counts for all.
+            adds_gradient_in_place: Whether the gradient of the input is added in place; the value for the
+                first layer counts for all.
 
         Returns:
             The input, ... in, and the product, ... R.
         """
         # the first layer of the group in this pass computes the products of all
-        if self._source is not x or layer not in self._products:
-            self._source = x
+        if self._input_of_products is not x or layer not in self._products:
+            self._input_of_products = x
             self._frozen_input = x
-            if joins:
-                self._frozen_input, product = branch(x, self.down)
+            if adds_gradient_in_place:
+                self._frozen_input, product = project_in_place_gradient(x, self.down)
             else:
                 product = functional.linear(x, self.down)
             parts = product.split(self.ranks, -1)
             self._products = dict(zip(self.layers, parts, strict=True))
         assert self._frozen_input is not None
         frozen_input = self._frozen_input  # read first, because `_take` may forget it
-        return frozen_input, self._take(layer)
+        return frozen_input, self._pop_product(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:
         """Return the output of a layer's frozen module and its LoRA, ... out; only if `computes_outputs`.
@@ -117,8 +117,8 @@ class SharedInput:
             x: Input, ... in, in the dtype of the factors.
         """
         # the first layer with this input computes for all
-        if self._source is not x or layer not in self._products:
-            self._source = x
+        if self._input_of_products is not x or layer not in self._products:
+            self._input_of_products = x
             modules = [layer.original for layer in self.layers]
             weights = [module.weight for module in modules]
             biases = [module.bias for module in modules if module.bias is not None]
@@ -132,18 +132,20 @@ class SharedInput:
             outputs: Sequence[Tensor]
             # joined unless there are biases that could not be joined
             if joined_weight is not None and (joined_bias is not None or not biases):
-                outputs = _JoinedOutputs.apply(split_sizes, x, self.down, self.up, joined_weight, joined_bias)
+                outputs = _JoinedOutputs.apply(
+                    split_sizes, x, self.down, self.stacked_up, joined_weight, joined_bias
+                )
             else:
                 all_biases = [module.bias for module in modules]  # None for modules without one
                 outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *all_biases)
             self._products = dict(zip(self.layers, outputs, strict=True))
-        return self._take(layer)
+        return self._pop_product(layer)
 
-    def _take(self, layer: GroupedLayer) -> Tensor:
+    def _pop_product(self, layer: GroupedLayer) -> Tensor:
         """Return the product or output of a layer; after the last layer, all tensors are released."""
         product = self._products.pop(layer)
         if not self._products:
-            self._forget()
+            self._reset()
         return product
 
 

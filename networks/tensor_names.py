@@ -26,7 +26,7 @@ from typing import NamedTuple
 from networks.deltas import FACTOR_NAMES
 from networks.kinds import KINDS
 from networks.kinds.composing import ENDS, MAGNITUDES, SPELLINGS
-from networks.module_names import FAMILIES, is_name
+from networks.module_names import FAMILIES, is_known_module
 from networks.names.layouts import (
     IN_COMFYUI,
     IN_DIFFUSERS,
@@ -59,13 +59,17 @@ _TEXT = re.compile(
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
 # prefixes between that of a text encoder and the path of its layer
-_TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
+_TEXT_LAYER_PREFIXES = tuple(
+    spelling
+    for prefix in ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
+    for spelling in (prefix, prefix.replace(".", "_"))
+)
 # beginnings of names in CLIP without `text_model.`, as in transformers 5
-_OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
+_CLIP_WITHOUT_TEXT_MODEL = ("encoder_layers_", "embeddings_", "final_layer_norm")
 # beginnings of names of text encoders in files without a prefix for them
-_BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
+_UNPREFIXED_TEXT_LAYERS = ("text_model.encoder.", "encoder.block.")
 # text encoders to assume if the family is unknown
-_OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))
+_ENCODERS_OF_UNKNOWN_FAMILY = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))
 # names of the LoRA factors in other programs -> ours
 FACTORS = {"A": "lora_down", "B": "lora_up", "a": "lora_down", "b": "lora_up"}
 FACTORS |= {"down": "lora_down", "up": "lora_up"}
@@ -93,13 +97,13 @@ _OF_PROCESSOR = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _MODULATION = ".diff_m"  # ending in LightX2V for the parameter `modulation` of a block or the head
 
 
-class _Starts(NamedTuple):
+class _KnownPrefixes(NamedTuple):
     """Known prefixes of tensor names, and the dialect that each prefix reveals ("" for none)."""
 
-    everywhere: Mapping[str, str]  # prefixes of names without dots -> dialect
-    dotted: Mapping[str, str]  # prefixes of names with dots
-    of_tools: tuple[str, ...]  # prefixes that are followed by a name with underscores
-    further: Mapping[str, str]  # prefix of the second network of a pipeline -> its expert
+    for_undotted_names: Mapping[str, str]  # prefix -> dialect
+    for_dotted_names: Mapping[str, str]  # prefix of names with dots -> dialect
+    underscored_tool_prefixes: tuple[str, ...]  # prefixes that are followed by a name with underscores
+    experts: Mapping[str, str]  # prefix of the second network of a pipeline -> its expert
 
 
 @cache
@@ -113,7 +117,7 @@ def find_networks() -> Mapping[str, str]:
 
 
 @cache
-def find_expert_starts() -> Mapping[str, str]:
+def find_expert_prefixes() -> Mapping[str, str]:
     """Map each prefix that marks an expert's names in a file of several experts to this expert."""
     experts = dict(find_networks())
     for family in FAMILIES:
@@ -123,14 +127,14 @@ def find_expert_starts() -> Mapping[str, str]:
 
 
 @cache
-def _find_starts() -> _Starts:
+def _known_prefixes() -> _KnownPrefixes:
     """Return the known prefixes of names in LoRA files."""
-    expert_starts = find_expert_starts()
+    expert_prefixes = find_expert_prefixes()
     # prefixes of other networks with the same modules in diffusers' pipelines
-    more_starts = tuple(start for family in FAMILIES for start in family.more_starts)
-    starts = {
+    diffusers_prefixes = tuple(prefix for family in FAMILIES for prefix in family.more_diffusers_prefixes)
+    dialects = {
         OURS: IN_OUR_NAMES,
-        **{start: dialect for kind in KINDS for start, dialect in kind.starts.items()},
+        **{prefix: dialect for kind in KINDS for prefix, dialect in kind.starts.items()},
         "lycoris_": "LyCORIS",
         "lora_transformer_": "OneTrainer",
         "lora_transformer-": "InvokeAI",
@@ -138,23 +142,25 @@ def _find_starts() -> _Starts:
         "base_model.model.": "PEFT",
         IN_COMFYUI: "other",
         "pipe.": "DiffSynth",
-        **dict.fromkeys((*more_starts, *expert_starts), "diffusers"),
+        **dict.fromkeys((*diffusers_prefixes, *expert_prefixes), "diffusers"),
         UNET_IN_DIFFUSERS: "diffusers",
         **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
     }
-    experts_by_start = {}
-    for start, expert in expert_starts.items():
-        if start != IN_DIFFUSERS:
-            experts_by_start[start] = expert
-            experts_by_start[start.replace(".", "_")] = expert
+    experts_by_prefix = {}
+    for prefix, expert in expert_prefixes.items():
+        if prefix != IN_DIFFUSERS:
+            experts_by_prefix[prefix] = expert
+            experts_by_prefix[prefix.replace(".", "_")] = expert
     # some programs write names with underscores only
-    underscored = {start.replace(".", "_"): dialect for start, dialect in starts.items()}
-    return _Starts(
-        everywhere={**starts, **underscored},
+    underscored = {prefix.replace(".", "_"): dialect for prefix, dialect in dialects.items()}
+    return _KnownPrefixes(
+        for_undotted_names={**dialects, **underscored},
         # only with dots: with an underscore, the first of these two is our own prefix
-        dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
-        of_tools=tuple(start for start in starts if start.endswith("_")),  # as `lora_transformer_`
-        further=experts_by_start,
+        for_dotted_names={**dialects, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
+        underscored_tool_prefixes=tuple(
+            prefix for prefix in dialects if prefix.endswith("_")
+        ),  # as `lora_transformer_`
+        experts=experts_by_prefix,
     )
 
 
@@ -175,7 +181,7 @@ class ParsedTextKey(NamedTuple):
     path: str  # rest of the name
 
 
-class Bare(NamedTuple):
+class StrippedPath(NamedTuple):
     """A module's path without its prefixes, and the dialect that the removed prefixes reveal."""
 
     path: str
@@ -190,8 +196,8 @@ def split_key(key: str) -> ParsedKey | None:
     full_path, part = split_end(key)
     if not part:
         return None
-    bare = strip_starts(full_path)
-    return ParsedKey(bare.path, full_path, part, bare.dialect)
+    stripped = strip_known_prefixes(full_path)
+    return ParsedKey(stripped.path, full_path, part, stripped.dialect)
 
 
 def split_end(key: str) -> tuple[str, str]:
@@ -215,37 +221,39 @@ def in_default_spelling(key: str) -> str:
     return key
 
 
-def without_starts(path: str) -> list[Bare]:
+def list_stripped_paths(path: str) -> list[StrippedPath]:
     """Return a module's path with 0, 1, 2, ... known prefixes removed.
 
     The dialect of each result is that of the first removed prefix that shows one.
     """
-    special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
+    special_dialect = next((dialect for prefix, dialect in _SPECIAL.items() if path.startswith(prefix)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
-    stages = [Bare(path, special)]
-    known = _find_starts()
+    stages = [StrippedPath(path, special_dialect)]
+    known = _known_prefixes()
     # a name with the prefix of a tool has underscores, even if it also contains a dot
-    # `dotted`, `everywhere`: known prefixes for names with dots, and for all names
-    starts = known.dotted if "." in path and not path.startswith(known.of_tools) else known.everywhere
+    is_dotted = "." in path and not path.startswith(known.underscored_tool_prefixes)
+    dialects = known.for_dotted_names if is_dotted else known.for_undotted_names
     while True:
-        start = next((start for start in starts if path.startswith(start)), "")
-        if not start:
+        prefix = next((prefix for prefix in dialects if path.startswith(prefix)), "")
+        if not prefix:
             return stages
-        path = path.removeprefix(start).lstrip("_")
-        stages.append(Bare(path, stages[-1].dialect or starts[start]))
+        path = path.removeprefix(prefix).lstrip("_")
+        stages.append(StrippedPath(path, stages[-1].dialect or dialects[prefix]))
 
 
-def strip_starts(path: str) -> Bare:
+def strip_known_prefixes(path: str) -> StrippedPath:
     """Return a module's path without prefixes, and the dialect.
 
     Prefixes are removed one by one until the path is that of a module of a known family. If it never is, its
     underscored form is compared instead. If that is unknown too, all prefixes are removed.
     """
-    stages = without_starts(path)
-    bare = next((stage for stage in stages if is_name(stage.path, dotted=True)), None)
-    if bare is None:
-        bare = next((stage for stage in stages if is_name(stage.path.replace(".", "_"))), stages[-1])
-    return Bare(bare.path, bare.dialect or "without prefix")
+    stages = list_stripped_paths(path)
+    stripped = next((stage for stage in stages if is_known_module(stage.path, dotted=True)), None)
+    if stripped is None:
+        stripped = next(
+            (stage for stage in stages if is_known_module(stage.path.replace(".", "_"))), stages[-1]
+        )
+    return StrippedPath(stripped.path, stripped.dialect or "without prefix")
 
 
 def dialect_in_words(dialect: str) -> str:
@@ -256,26 +264,26 @@ def dialect_in_words(dialect: str) -> str:
 
 def further_expert(key: str) -> str | None:
     """Return the expert if a key starts with a pipeline's name for its second transformer, else None."""
-    for bare in without_starts(key):
-        for start, expert in _find_starts().further.items():
-            if bare.path.startswith(start):
+    for stripped in list_stripped_paths(key):
+        for start, expert in _known_prefixes().experts.items():
+            if stripped.path.startswith(start):
                 return expert
     return None
 
 
 def split_text(key: str) -> ParsedTextKey | None:
     """Split a key for a text encoder into its parts; None for other keys."""
-    for bare in without_starts(key):
-        match = _TEXT.match(bare.path)
+    for stripped in list_stripped_paths(key):
+        match = _TEXT.match(stripped.path)
         if match is not None:
             number = int(match["ours"] or match["short"] or match["pipeline"] or 1)
             # CLIP-G is SDXL's second encoder: `clip_g` in ComfyUI's names, number 1 in the original names
             is_second = "clip_g" in (match["comfy"], match["alone"]) or match["ldm"] == "1"
-            start = bare.path[: match.end()]
-            path = bare.path[match.end() :]
-            return ParsedTextKey(start, 2 if is_second else number, path)
-        if bare.path.startswith(_BARE_TEXTS):
-            return ParsedTextKey("", 1, bare.path)
+            prefix = stripped.path[: match.end()]
+            path = stripped.path[match.end() :]
+            return ParsedTextKey(prefix, 2 if is_second else number, path)
+        if stripped.path.startswith(_UNPREFIXED_TEXT_LAYERS):
+            return ParsedTextKey("", 1, stripped.path)
     return None
 
 
@@ -297,22 +305,21 @@ def _text_layer(path: str) -> tuple[str, str]:
 
     Prefixes are removed one by one until the layer is known. An unknown layer keeps all prefixes.
     """
-    unknown = ""
+    full_name = ""  # the first name, with all prefixes
     while True:
         name = path.replace(".", "_")
-        if name.startswith(_OF_CLIP_ALONE):  # CLIP, as transformers 5 and later has it
+        if name.startswith(_CLIP_WITHOUT_TEXT_MODEL):  # CLIP, as transformers 5 and later has it
             name = OF_CLIP + name
-        unknown = unknown or name  # the first one, with all prefixes
+        full_name = full_name or name
         if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:  # some files have it inside `text_model`
             return OF_CLIP, TEXT_PROJECTION
         for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
             if name.startswith(kind):
                 return kind, name
-        prefixes = (prefix for start in _TEXT_STARTS for prefix in (start, start.replace(".", "_")))
-        start = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
-        if not start:
-            return "", unknown
-        path = path.removeprefix(start)
+        prefix = next((prefix for prefix in _TEXT_LAYER_PREFIXES if path.startswith(prefix)), "")
+        if not prefix:
+            return "", full_name
+        path = path.removeprefix(prefix)
 
 
 def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> str | None:
@@ -326,7 +333,7 @@ def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> s
     Returns:
         None if the family has another kind of encoder under the prefix of the file.
     """
-    encoders = _OF_ALL if family is None else family.encoders
+    encoders = _ENCODERS_OF_UNKNOWN_FAMILY if family is None else family.encoders
     prefixes_of_kind = [prefix for prefix, layers in encoders if layers == kind]
     file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
     if not file_prefix.startswith("lora_te"):  # another program's, which is translated by its number
@@ -360,10 +367,10 @@ def describe_unknown(paths: Iterable[str]) -> str:
         # pieces end with their separator, so that joining them gives the path again
         pieces = re.split(r"(?<=[._])", path)
         for count in range(1, len(pieces)):
-            if is_name("".join(pieces[count:]).replace(".", "_")):
+            if is_known_module("".join(pieces[count:]).replace(".", "_")):
                 return f"begin with {''.join(pieces[:count])}"
         begin, dot, end = path.rpartition(".")
-        if dot and is_name(strip_starts(begin).path.replace(".", "_")):
+        if dot and is_known_module(strip_known_prefixes(begin).path.replace(".", "_")):
             return f"have .{end} behind the module's"
     # no known module is inside: cut what all names share behind a separator
     common = os.path.commonprefix(paths)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.loading import LoraUse, on_side
+from networks.loading import LoraFile, LoraUse, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
@@ -35,33 +35,45 @@ def uses_for(
         uses: LoRA files with their strengths.
         prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
         prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
-            after `for_encoders`.
+            after `rename_for_encoders`.
     """
-    # prefixes of metadata keys for the DiT's part of a file: its model, and arguments such as rank masks
-    keys_for_dit = ("ss_base", "modelspec", "ss_network_args")
     parts = []
     for use in uses:
-        lora = replace(use.lora, text_tensors={})
         if prefix:
-            text_tensors = use.lora.text_tensors
-            if prefixes is not None:
-                text_tensors = rename_texts(text_tensors, prefixes)
-            tensors = {
-                OURS + name.removeprefix(f"{prefix}_"): tensor
-                for name, tensor in text_tensors.items()
-                if prefix_of(name) == prefix
-            }
-            metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(keys_for_dit)}
-            lora = replace(
-                lora,
-                tensors=tensors,
-                metadata=metadata,
-                encoder=prefix,
-                changes_others=bool(lora.tensors) or len(tensors) < len(text_tensors),
-            )
+            lora = _select_encoder(use.lora, prefix, prefixes)
+        else:
+            lora = replace(use.lora, text_tensors={})
         if lora.tensors:
             parts.append(replace(use, lora=lora))
     return parts
+
+
+def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | None) -> LoraFile:
+    """Return the part of a LoRA for one text encoder, with names and without metadata as for a transformer.
+
+    Args:
+        lora: The LoRA file.
+        prefix: Prefix of the text encoder in LoRA files.
+        prefixes: Prefixes of all text encoders of the model; None if the LoRA uses these prefixes already.
+    """
+    text_tensors = lora.text_tensors
+    if prefixes is not None:
+        text_tensors = rename_texts(text_tensors, prefixes)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in text_tensors.items():
+        if prefix_of(name) == prefix:
+            tensors[OURS + name.removeprefix(f"{prefix}_")] = tensor
+    # prefixes of metadata keys for the DiT's part of a file: its model, and arguments such as rank masks
+    keys_for_dit = ("ss_base", "modelspec", "ss_network_args")
+    metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(keys_for_dit)}
+    return replace(
+        lora,
+        tensors=tensors,
+        text_tensors={},
+        metadata=metadata,
+        encoder=prefix,
+        changes_others=bool(lora.tensors) or len(tensors) < len(text_tensors),
+    )
 
 
 class TextLoras:
@@ -235,7 +247,7 @@ class FullPatch:
         names = list(names)
         # prefixes of the text encoders in the file
         prefixes = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
-        renamed_uses = for_encoders(uses, str(model), prefixes)
+        renamed_uses = rename_for_encoders(uses, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files; "": the U-Net
         self._patches = {"": LoraPatch(uses_for(renamed_uses), unet_names, model, rounding=rounding)}
@@ -270,7 +282,7 @@ class FullPatch:
             yield piece, self._patches[piece.network]
 
 
-def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
+def rename_for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
     """Rename LoRAs to the prefixes of a model's text encoders; warn of changes for other encoders.
 
     Args:
@@ -284,19 +296,36 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
     renamed: list[LoraUse] = []
     for use in uses:
         text_tensors = rename_texts(use.lora.text_tensors, prefixes)
-        path = use.lora.path
-        foreign = [name for name in text_tensors if prefix_of(name) not in prefixes]
-        # nothing of the file could be used
-        if foreign and not use.lora.tensors and len(foreign) == len(text_tensors):
-            raise CheckpointError(
-                f"{path} changes text encoders alone, which {model} does not hold: {list_some(foreign, 2)}.\n"
-                "  Give a LoRA that was trained for this model.",
-                path,
-            )
-        if foreign:
-            logger.warning(
-                f"{path}: {len(foreign)} tensors change a text encoder, which {model} does not hold, and are "
-                f"ignored: {list_some(foreign, 2)}"
-            )
+        warn_of_other_encoders(use, text_tensors, model, prefixes)
         renamed.append(replace(use, lora=replace(use.lora, text_tensors=text_tensors)))
     return renamed
+
+
+def warn_of_other_encoders(
+    use: LoraUse, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
+) -> None:
+    """Warn of changes for text encoders that a model lacks.
+
+    Args:
+        use: The LoRA file.
+        text_tensors: Names of its tensors for text encoders, under the model's prefixes where it has these.
+        model: Name of the model, for messages.
+        prefixes: Prefixes of the model's text encoders in LoRA files.
+
+    Raises:
+        CheckpointError: If the LoRA changes only such text encoders.
+    """
+    text_names = list(text_tensors)
+    path = use.lora.path
+    unusable = [name for name in text_names if prefix_of(name) not in prefixes]
+    if unusable and not use.lora.tensors and len(unusable) == len(text_names):
+        raise CheckpointError(
+            f"{path} changes text encoders alone, which {model} does not hold: "
+            f"{list_some(unusable, 2)}.\n  Give a LoRA that was trained for this model.",
+            path,
+        )
+    if unusable:
+        logger.warning(
+            f"{path}: {len(unusable)} tensors change a text encoder, which {model} does not hold, and "
+            f"are ignored: {list_some(unusable, 2)}"
+        )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from networks import module_names
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
-from networks.tensor_names import strip_starts
+from networks.tensor_names import strip_known_prefixes
 from protocols.bundled_embeddings import BUNDLE, word_of
 
 # consequence if the reason is unknown
@@ -21,51 +21,53 @@ _PEFT_LEVEL = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[
 _LEAVES = (".weight", ".bias")
 
 
-class UnusedKind(NamedTuple):
+class UnusedReason(NamedTuple):
     """Reason why tensors are ignored, worded for a warning, such as "are of another network"."""
 
-    words: str
+    description: str
     consequence: str = ""  # sentence to add if many tensors are of this kind
 
 
-def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> dict[UnusedKind, list[str]]:
+def group_by_reason(
+    names: Iterable[str], explain: Callable[[str], UnusedReason]
+) -> dict[UnusedReason, list[str]]:
     """Group tensor names by why they are unused."""
-    kinds: dict[UnusedKind, list[str]] = {}
+    names_by_reason: dict[UnusedReason, list[str]] = {}
     for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    return kinds
+        names_by_reason.setdefault(explain(name), []).append(name)
+    return names_by_reason
 
 
-def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
-    """Return the kind of a tensor that is not part of a LoRA; its words follow "tensors" in messages.
+def explain_unused_tensor(family: FamilyNames | None, key: str) -> UnusedReason:
+    """Return why a tensor is not part of a LoRA; the description follows "tensors" in messages.
 
     Args:
         family: Family of the LoRA; None if unknown.
         key: Name of the tensor in the file.
     """
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
-    path = strip_starts(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
+    path = strip_known_prefixes(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
     our_name = name if family is None else module_names.alias(name, family)
-    text_side = module_names.on_text_side(our_name)
-    if text_side:
-        return UnusedKind(f"are whole weights of {text_side}, no changes of them, and are ignored")
+    text_module = module_names.describe_text_module(our_name)
+    if text_module:
+        return UnusedReason(f"are whole weights of {text_module}, no changes of them, and are ignored")
     if path.startswith(_WORD_EMBEDDINGS):
-        return UnusedKind(f"are embeddings of words and are ignored{_advise_on_word(key)}")
-    if module_names.is_name(name):
-        return _find_kind_of_weight(name, leaf)
+        return UnusedReason(f"are embeddings of words and are ignored{_advise_on_word(key)}")
+    if module_names.is_known_module(name):
+        return _explain_whole_weight(name, leaf)
     module, dot, part = path.rpartition(".")
     # a known module with an unknown part: a kind of network that is not supported
-    if dot and module_names.is_name(module.replace(".", "_")):
-        return UnusedKind(
+    if dot and module_names.is_known_module(module.replace(".", "_")):
+        return UnusedReason(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
     if leaf and dot:  # a weight or bias of an unknown module
         network_prefix = path.partition(".")[0]
         network = key[: key.index(network_prefix)] + network_prefix
-        return UnusedKind(f"are of another network, {network}, and are ignored")
-    return UnusedKind("are no part of a LoRA and are ignored", _UNKNOWN_CONSEQUENCE)
+        return UnusedReason(f"are of another network, {network}, and are ignored")
+    return UnusedReason("are no part of a LoRA and are ignored", _UNKNOWN_CONSEQUENCE)
 
 
 def _advise_on_word(key: str) -> str:
@@ -79,8 +81,8 @@ def _advise_on_word(key: str) -> str:
     )
 
 
-def _find_kind_of_weight(name: str, leaf: str) -> UnusedKind:
-    """Return the kind of a tensor that is a whole weight of the model instead of a change.
+def _explain_whole_weight(name: str, leaf: str) -> UnusedReason:
+    """Return why a whole weight of the model, instead of a change, is ignored.
 
     Args:
         name: Our name of the module.
@@ -92,17 +94,17 @@ def _find_kind_of_weight(name: str, leaf: str) -> UnusedKind:
     # the weight of a norm
     elif "norm" in name:
         kind = "norms"
-    return UnusedKind(
+    return UnusedReason(
         f"are whole {kind} of the model, no changes of them, and are ignored",
         f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
         "alone with its program.",
     )
 
 
-def kind_of_module(
+def explain_absent_module(
     model: FamilyNames | None, has_text_modules: bool, names_without_numbers: Collection[str], name: str
-) -> UnusedKind:
-    """Return the kind of a LoRA's part for which the model has no module.
+) -> UnusedReason:
+    """Return why the model has no module for a part of a LoRA.
 
     Args:
         model: Family of the model; None if unknown.
@@ -112,9 +114,9 @@ def kind_of_module(
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     # a part before the transformer, which belongs to the text
-    text_modules = "" if has_text_modules else module_names.on_text_side(module)
+    text_modules = "" if has_text_modules else module_names.describe_text_module(module)
     if text_modules:
-        return UnusedKind(
+        return UnusedReason(
             f": they change {text_modules}, which read the texts before the transformer, and are not used "
             "here. To have them, merge it into the model's file with merge_lora.py, and cache texts with "
             "that file"
@@ -122,13 +124,13 @@ def kind_of_module(
     # a model with such layers in other blocks is of another size
     is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
-        return UnusedKind(f": they are for {model.optional_words}; the rest is used without them")
+        return UnusedReason(f": they are for {model.optional_description}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):  # of the same family
         if leaf == "bias":
-            return UnusedKind(
+            return UnusedReason(
                 ": they are biases, which these layers do not have here", "its biases are left out."
             )
-        return UnusedKind(
+        return UnusedReason(
             f": other models of {model.name} have them",
             f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
         )
@@ -136,8 +138,8 @@ def kind_of_module(
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
         names = " or ".join(families)
-        return UnusedKind(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
-    return UnusedKind(
+        return UnusedReason(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
+    return UnusedReason(
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
@@ -151,8 +153,8 @@ _ENCODERS = {
 }
 
 
-def kind_of_text_module(name: str) -> UnusedKind:
-    """Return the kind of a LoRA's part for which the text encoder has no module.
+def explain_absent_text_module(name: str) -> UnusedReason:
+    """Return why the text encoder has no module for a part of a LoRA.
 
     Args:
         name: Name of the part, such as `lora_te2_text_projection.weight`.
@@ -163,10 +165,10 @@ def kind_of_text_module(name: str) -> UnusedKind:
     path = module.removeprefix(f"{prefix}_")
     encoder = _ENCODERS.get(prefix, "a text encoder")
     if path == TEXT_PROJECTION:
-        return UnusedKind(f": they are the projection of {encoder}, which this model does not use")
+        return UnusedReason(f": they are the projection of {encoder}, which this model does not use")
     if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
-        return UnusedKind(f": {encoder} of this model has no such layers")
-    return UnusedKind(f": no text encoder that is known has layers of these names ({encoder})")
+        return UnusedReason(f": {encoder} of this model has no such layers")
+    return UnusedReason(f": no text encoder that is known has layers of these names ({encoder})")
 
 
 def is_projection(names: Iterable[str]) -> bool:
@@ -206,5 +208,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 def text_side_of(names: Iterable[str]) -> str:
     """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
-    model_parts = {module_names.on_text_side(module_of(name)) for name in names}  # "": of the transformer
+    model_parts = {
+        module_names.describe_text_module(module_of(name)) for name in names
+    }  # "": of the transformer
     return model_parts.pop() if len(model_parts) == 1 else ""

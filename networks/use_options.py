@@ -111,22 +111,22 @@ class LoraPatternOptions(Options):
         return replace(self, exclude_patterns=tuple(patterns))
 
 
-def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
+def require_files(option: str, paths: Sequence[Path], folder_advice: str | None = None) -> None:
     """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
 
     Args:
         option: Option that names the file, for messages.
         paths: Paths of the files.
-        folders: Advice for users who give a folder; if it is not empty, folders are rejected too.
+        folder_advice: Advice for users who give a folder; None accepts folders.
     """
     for path in paths:
         if not path.exists():
             raise OptionError(
                 f"{option} {path}: no such file.{explain_missing(path)} Give the path of an existing one"
             )
-        if folders is not None and path.is_dir():
+        if folder_advice is not None and path.is_dir():
             inside = next((file.name for file in sorted(path.glob("*.safetensors"))), None)
-            example = f", such as {path / inside}" if inside is not None else f" ({folders})"
+            example = f", such as {path / inside}" if inside is not None else f" ({folder_advice})"
             raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
 
 

@@ -27,11 +27,16 @@ from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
-Form = dict[str, Tensor] | str  # tensors of a module by the endings of their names, or why it has no form
+ConvertedFactors = (
+    dict[str, Tensor] | str
+)  # tensors of a module by the endings of their names, or why it has no form
 
 
 def in_dialect(
-    tensors: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
+    tensors: Mapping[str, Tensor],
+    family: FamilyNames | None,
+    target: str,
+    diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
     """Convert our names to ComfyUI's ("other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
@@ -48,7 +53,7 @@ def in_dialect(
         tensors: Tensors by name.
         family: The model family.
         target: "other" for ComfyUI, or "diffusers".
-        start: Prefix of names in diffusers: the name of the network in the pipeline.
+        diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
 
     Returns:
         The tensors in the dialect, and the modules that it cannot express.
@@ -56,36 +61,42 @@ def in_dialect(
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
-    # a kind may have a way of its own to write for diffusers; None: it has none
-    for kind in KINDS if target == "diffusers" else ():
-        written = kind.write_for_diffusers(modules, family)
-        if written is not None:
-            return written
-    if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
-        prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
-        # families with fused parts: alpha / rank is folded exactly, by powers of two
-        form_of = _in_toolkit if family.parts else _in_diffusers
-        return write_modules(
-            modules, prefix, lambda name, factors: _split_for_diffusers(name, factors, family), form_of
-        )
-    # for ComfyUI: plain LoRAs of weights that diffusers splits are written as for diffusers, all others with
-    # our modules
+    if target != "diffusers" and not (family.is_as_in_diffusers and family.start != IN_COMFYUI):
+        return _to_comfyui(modules, family)
+    if target == "diffusers":
+        for kind in KINDS:
+            written = kind.write_for_diffusers(modules, family)
+            if written is not None:  # None: the kind is written like LoRAs
+                return written
+    prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else diffusers_prefix
+    # families with fused parts: alpha / rank is folded exactly, by powers of two
+    convert_factors = _in_toolkit if family.parts else _in_diffusers
+    return write_modules(
+        modules, prefix, lambda name, factors: _split_for_diffusers(name, factors, family), convert_factors
+    )
+
+
+def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> TranslatedModules:
+    """Return modules under ComfyUI's names.
+
+    Plain LoRAs of weights that diffusers splits are written as for diffusers, all others with our modules.
+    """
     is_split_in_diffusers = family.parts and family.start == IN_DIFFUSERS
-    plain: dict[str, Factors] = {}
-    others: dict[str, Factors] = {}
+    plain_loras: dict[str, Factors] = {}
+    other_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
         if is_split_in_diffusers and factors.keys() <= deltas.PLAIN_LORA_FACTORS:
-            plain[name] = factors
+            plain_loras[name] = factors
         else:
-            others[name] = factors
-    as_diffusers = in_dialect(deltas.ungroup(plain), family, "diffusers")
+            other_modules[name] = factors
+    as_diffusers = in_dialect(deltas.ungroup(plain_loras), family, "diffusers")
     # plain LoRAs that cannot be split stay under our modules
     for name in as_diffusers.left_out:
-        others[name] = plain[name]
+        other_modules[name] = plain_loras[name]
     as_ours = write_modules(
-        others,
+        other_modules,
         IN_COMFYUI,
-        lambda name, factors: alone(module_path(name, family), factors),
+        lambda name, factors: single_piece(module_path(name, family), factors),
         in_comfyui,
     )
     return TranslatedModules({**as_diffusers.tensors, **as_ours.tensors}, as_ours.left_out)
@@ -116,7 +127,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
     return write_modules(
         deltas.group_by_module(tensors),
         "",
-        lambda name, factors: alone(diffusers_path_of_text(name), factors, reason),
+        lambda name, factors: single_piece(diffusers_path_of_text(name), factors, reason),
         _in_toolkit,
     )
 
@@ -139,7 +150,7 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
     return {**renamed, **add_missing_alphas(unchanged)}
 
 
-def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
+def single_piece(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
     """Return the unsplit factors of a module by its path in the other dialect, or why it has no path.
 
     Args:
@@ -152,44 +163,50 @@ def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces 
 
 def write_modules(
     modules: Mapping[str, Factors],
-    start: str,
-    pieces_of: Callable[[str, Factors], Pieces | str],
-    form_of: Callable[[Factors], Form],
+    prefix: str,
+    split_module: Callable[[str, Factors], Pieces | str],
+    convert_factors: Callable[[Factors], ConvertedFactors],
 ) -> TranslatedModules:
     """Return the tensors of a network in another dialect.
 
+    A module is written completely, or left out with a reason.
+
     Args:
         modules: Factors by our names of the modules.
-        start: Prefix of the names in that dialect.
-        pieces_of: Takes our name of a module, without prefix, and its factors; returns factors by path in the
-            dialect, or the reason why the dialect cannot express them.
-        form_of: Converts factors to tensors of the dialect, or returns the reason why that is impossible.
+        prefix: Prefix of the names in that dialect.
+        split_module: Takes our name of a module, without prefix, and its factors; returns factors by path in
+            the dialect, or the reason why the dialect cannot express them.
+        convert_factors: Converts factors to tensors of the dialect, or returns the reason why that is
+            impossible.
     """
     written: dict[str, Tensor] = {}
-    left_out: dict[str, str] = {}
+    left_out: dict[str, str] = {}  # name of a module -> reason
     for name, factors in modules.items():
-        pieces = pieces_of(name.removeprefix(OURS), factors)
+        pieces = split_module(name.removeprefix(OURS), factors)
         if isinstance(pieces, str):
             left_out[name] = pieces
             continue
-        # a module is written completely, or left out
-        forms: dict[str, dict[str, Tensor]] = {}
-        reasons: list[str] = []
-        for path, piece in pieces.items():
-            converted = form_of(piece)
-            if isinstance(converted, str):
-                reasons.append(converted)
-            else:
-                forms[path] = converted
-        if reasons:
-            left_out[name] = reasons[0]
-            continue
-        for path, converted in forms.items():
-            # some modules have no prefix in any layout
-            prefix = "" if module_names.is_unprefixed(path) else start
-            for part, tensor in converted.items():
-                written[f"{prefix}{path}.{part}"] = tensor
+        module_tensors = _name_tensors(pieces, prefix, convert_factors)
+        if isinstance(module_tensors, str):
+            left_out[name] = module_tensors
+        else:
+            written |= module_tensors
     return TranslatedModules(written, left_out)
+
+
+def _name_tensors(
+    pieces: Pieces, prefix: str, convert_factors: Callable[[Factors], ConvertedFactors]
+) -> ConvertedFactors:
+    """Return the tensors of all pieces of a module by their full names, or why one cannot be converted."""
+    named: dict[str, Tensor] = {}
+    for path, factors in pieces.items():
+        converted = convert_factors(factors)
+        if isinstance(converted, str):
+            return converted
+        path_prefix = "" if module_names.is_unprefixed(path) else prefix
+        for part, tensor in converted.items():
+            named[f"{path_prefix}{path}.{part}"] = tensor
+    return named
 
 
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
@@ -215,15 +232,14 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     return tensors
 
 
-def _in_diffusers(factors: Factors) -> Form:
+def _in_diffusers(factors: Factors) -> ConvertedFactors:
     """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read it."""
     delta = read_delta(factors)
     rotation = delta.rotation
     if rotation is not None:  # one tensor, which is written unchanged
         return {rotation.factor_name: factors[rotation.factor_name]}
-    # diffusers reads only low-rank factors: a full difference becomes a LoRA of full rank
-    is_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
-    if is_difference and factors["diff"].ndim == 2:
+    is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
+    if is_full_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
     if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
@@ -240,12 +256,16 @@ def _in_diffusers(factors: Factors) -> Form:
     if bias is not None:
         tensors[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
-        magnitudes = factors[MAGNITUDES]  # out x 1 (x 1 ...)
-        kernel_axes = magnitudes.ndim - 2
-        tensors[MAGNITUDES_END] = magnitudes.flatten()
-        if kernel_axes:  # PEFT has 1 x out x 1 x 1 for convolutions
-            tensors[MAGNITUDES_END] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
+        tensors[MAGNITUDES_END] = _to_peft_magnitudes(factors[MAGNITUDES])
     return tensors
+
+
+def _to_peft_magnitudes(magnitudes: Tensor) -> Tensor:
+    """Reshape DoRA magnitudes, out x 1 (x 1 ...), to PEFT's: out, or 1 x out x 1 x 1 for convolutions."""
+    num_kernel_axes = magnitudes.ndim - 2
+    if num_kernel_axes:
+        return magnitudes.reshape(1, -1, *[1] * num_kernel_axes)
+    return magnitudes.flatten()
 
 
 def _to_full_rank(factors: Factors) -> Factors:
@@ -277,7 +297,7 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
     return folded
 
 
-def _in_toolkit(factors: Factors) -> Form:
+def _in_toolkit(factors: Factors) -> ConvertedFactors:
     """Return the tensors as diffusers reads them, with alpha / rank folded in exactly, by powers of two."""
     if DOWN not in factors:
         return _in_diffusers(factors)
@@ -336,8 +356,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
     blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
     parts: Sequence[Factors | None]
-    # not block-diagonal: parts share the down factor
-    if blocks is None:
+    if blocks is None:  # the parts share the down factor
         parts = _cut_rows(factors, row_counts)
     else:  # joined from LoRAs of the parts, which get their own ranks again
         parts = cut_blocks(factors, blocks)
@@ -379,7 +398,10 @@ def _changes_any(factors: Factors) -> bool:
 
 
 def in_target(
-    native: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
+    native: Mapping[str, Tensor],
+    family: FamilyNames | None,
+    target: str,
+    diffusers_prefix: str = IN_DIFFUSERS,
 ) -> TranslatedModules:
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
@@ -387,7 +409,7 @@ def in_target(
         native: Tensors by name, for modules in the family's own layout, from `in_own_form`.
         family: The model family; None if unknown.
         target: The target dialect.
-        start: Prefix of names in diffusers: the name of the network in the pipeline.
+        diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
     """
     if target == "other":
         unreadable = _find_unreadable_in_comfyui(native)
@@ -395,20 +417,19 @@ def in_target(
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }
-            # the same target, without the modules that ComfyUI cannot read
-            written = in_target(readable, family, target, start)
+            written = in_target(readable, family, target, diffusers_prefix)
             return TranslatedModules(written.tensors, written.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:
             return _write_fused(native, family)
-    # which names with underscores the target uses; "": none
-    underscored = "" if family is None or target == "diffusers" else family.always_underscored
-    if target == "other" and family is not None and family.underscored:
-        underscored = "aliases"
-    # a dialect with dotted paths; otherwise our names with underscores, or their aliases
-    if not underscored and target != "default":
-        return in_dialect(native, family, target, start)
+    underscored_names = ""  # "ours" or "aliases"; "": the target has dotted paths
+    if family is not None and target == "other" and family.underscored_in_comfyui:
+        underscored_names = "aliases"
+    elif family is not None and target != "diffusers":
+        underscored_names = family.always_underscored
+    if not underscored_names and target != "default":
+        return in_dialect(native, family, target, diffusers_prefix)
     tensors = add_missing_alphas(native)
-    if underscored == "aliases" and family is not None:
+    if underscored_names == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)
     return TranslatedModules(tensors, {})
 
@@ -428,18 +449,23 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
 
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
-    modules = deltas.group_by_module(join_parts(native, family=family))
-    # modules that still have the name of a part could not be joined
-    unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
-    # the callbacks: path and factors of each module in the target, and the tensors for the factors
+    fused: dict[str, Factors] = {}
+    unfused: list[
+        str
+    ] = []  # modules that `join_parts` could not join, so that they still have the name of a part
+    for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
+        if is_stacked(name.removeprefix(OURS), family):
+            unfused.append(name)
+        else:
+            fused[name] = factors
     written = write_modules(
-        {name: factors for name, factors in modules.items() if name not in unstackable},
+        fused,
         IN_COMFYUI,
-        lambda name, factors: alone(stacked_path(name, family), factors),
+        lambda name, factors: single_piece(stacked_path(name, family), factors),
         in_comfyui,
     )
     reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
-    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unstackable, reason))
+    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unfused, reason))
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

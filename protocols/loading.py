@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import Stored
+from checkpoints.stored.forms import QuantizedWeight
 from modules.errors import CheckpointError
 from modules.integers import round_up
 from modules.speed_options import SDPA, AttentionChoice, Quantization
@@ -21,9 +21,11 @@ class Packing:
 
     shape: tuple[int, ...]  # of the tensor in the file
     companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
-    keep: Callable[..., Stored]  # of the weight and the companions; ValueError for scales that are none
+    make_quantized: Callable[
+        ..., QuantizedWeight
+    ]  # of the weight and the companions; ValueError for scales that are none
     pad: int = 1  # rows and columns are rounded up to multiples of it
-    can_stay: bool = True  # its rows are those of the value, so that a layer can keep it packed
+    can_stay_quantized: bool = True  # its rows are those of the value, so that a layer can keep it packed
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return a shape with each axis rounded up to a multiple of `pad`."""
@@ -43,20 +45,20 @@ class TensorInfo:
         """Size of the tensor in the file, in bytes; packed if the file packs it."""
         return math.prod((self.packing or self).shape) * self.dtype.itemsize  # of the tensor in the file
 
-    def read(self, file: BinaryIO, offset: int, scratch: Tensor, path: Path, name: str) -> Tensor:
-        """Read the tensor from a file into `scratch` and return it.
+    def read(self, file: BinaryIO, offset: int, read_buffer: Tensor, path: Path, name: str) -> Tensor:
+        """Read the tensor from a file into `read_buffer` and return it.
 
         Args:
             file: The open file.
             offset: Offset of the tensor's first byte.
-            scratch: Memory to read into, uint8.
+            read_buffer: Memory to read into, uint8.
             path: Path of the file, for messages.
             name: Name of the tensor, for messages.
 
         Raises:
             CheckpointError: If the file ends too soon.
         """
-        target = scratch[: self.size_bytes]
+        target = read_buffer[: self.size_bytes]
         file.seek(offset)
         if file.readinto(memoryview(cast(Any, target.numpy()))) != len(target):  # type: ignore[attr-defined]
             text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
@@ -73,13 +75,13 @@ class TensorSource:
     """How one tensor is made: its names in the file, and a function of these tensors.
 
     `build` also runs on meta tensors, to compare shapes before anything is read; None uses the only tensor
-    unchanged. `as_stored` is like `build`, but keeps a weight in the 8-bit or 4-bit form of the file; it
-    returns None if its parts have no common form, and runs on meta tensors too.
+    unchanged. `build_quantized` is like `build`, but keeps a weight in the 8-bit or 4-bit form of the file.
+    It returns None if its parts have no common form, and runs on meta tensors too.
     """
 
     names: tuple[str, ...]
     build: Callable[..., Tensor] | None = None
-    as_stored: Callable[..., Stored | None] | None = None
+    build_quantized: Callable[..., QuantizedWeight | None] | None = None
 
     def then(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
         """Return the same source with another step at its end, such as slicing rows or transposing."""
@@ -90,9 +92,9 @@ class TensorSource:
         """Build the network's tensor from the file's tensors, in the order of `names`."""
         return tensors[0] if self.build is None else self.build(*tensors)
 
-    def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+    def make_quantized(self, tensors: Sequence[Tensor]) -> QuantizedWeight | None:
         """Make the weight in the quantized form of the file; None if it has to be dequantized."""
-        return None if self.as_stored is None else self.as_stored(*tensors)
+        return None if self.build_quantized is None else self.build_quantized(*tensors)
 
 
 # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
@@ -100,10 +102,10 @@ class TensorSource:
 WeightPatch = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
-class HostPlace(Protocol):
+class HostWeightMemory(Protocol):
     """Hold weights of a network in host memory while the network computes on a device."""
 
-    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+    def allocate_on_host(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Return memory for the weights that stay in host memory, by name.
 
         Args:
@@ -113,7 +115,7 @@ class HostPlace(Protocol):
         ...
 
     @property
-    def is_filled_here(self) -> bool:
+    def is_written_by_this_process(self) -> bool:
         """Whether this process writes the weights; otherwise another process does."""
 
     def finish(self) -> None:
@@ -156,7 +158,7 @@ class Placement:
     leave_unmerged: Callable[[str, tuple[int, ...]], bool] | None = None
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as in the file, fp8 in 16 bits
     quantization: Quantization | None = None
-    host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
+    host: HostWeightMemory | None = None  # keeps some weights in host memory; None: all go to the device
     blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged
     # called before each tensor, instead of a progress bar; may raise to end the loading
     check: Callable[[], None] | None = None

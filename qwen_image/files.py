@@ -38,7 +38,7 @@ TOKENIZER = TokenizerFiles(
     repository="Qwen/Qwen2.5-VL-7B-Instruct",
     # inside the encoder's folder; next to a single file; next to text_encoder (diffusers)
     folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
-    token="<|im_start|>",
+    unique_token="<|im_start|>",
 )
 QWEN_USE = LanguageUse(
     name="vl",

@@ -23,7 +23,7 @@ from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
 from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
-from networks.text_loras import for_encoders, uses_for
+from networks.text_loras import rename_for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import OpenedCheckpoint
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -156,7 +156,7 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
         CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
     """
     check_kind(loras, release.kind)
-    uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
+    uses = rename_for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
     if not loras:
         return
     plans: list[tuple[str, LoadPlan[Any]]] = [("", release.unet)]  # by prefix: the U-Net has none
@@ -215,7 +215,7 @@ def load_networks(
         return None
     loras = read_networks(options) if loras is None else loras
     all_uses = map(LoraUse, loras, options.multipliers)
-    uses = for_encoders(all_uses, model.kind.words, model.kind.lora_prefixes)
+    uses = rename_for_encoders(all_uses, model.kind.words, model.kind.lora_prefixes)
     merged = uses[: options.num_merged]
     adjustable = uses[options.num_merged :]
     targets = [

@@ -146,7 +146,7 @@ SD1 = FamilyNames(
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
     always_underscored="ours",
-    takes=("sd2",),  # has the same names; only sizes differ
+    compatible_families=("sd2",),  # has the same names; only sizes differ
     encoders=(("lora_te", OF_CLIP),),
     texts_in_diffusers=("lora_te",),
     written_version="sd_v1",
@@ -159,7 +159,7 @@ SD2 = replace(
     SD1,
     name="sd2",
     architecture="stable-diffusion-v2",
-    takes=("sd1",),
+    compatible_families=("sd1",),
     written_version="sd_v2",
     released=((1024, ()),),
     versions=("sd_v2", "sd_2", "sd2", "stable-diffusion-v2"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from checkpoints.dialects import LoadPlan, load_planned
-from checkpoints.dits import FP8_COMPUTE, stored_layers
+from checkpoints.dits import FP8_COMPUTE, select_quantized_layers
 from checkpoints.filling import load_module
 from checkpoints.model_files import require_file
 from checkpoints.opening import fingerprint, open_checkpoint
@@ -225,7 +225,9 @@ class TrainingFiles:
                 patch=placement.patch,
                 ignore=plan.ignore,
                 what="the U-Net of --ckpt",
-                stored=stored_layers(unet, plan.checkpoint, plan.sources, placement=placement, spec=spec),
+                quantized=select_quantized_layers(
+                    unet, plan.checkpoint, plan.sources, placement=placement, spec=spec
+                ),
                 host=placement.host,
                 check=placement.check,
             )

@@ -561,7 +561,7 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
     arguments = network.arguments()
     return {
         prefix: arguments.get(name, "").lower() == "true"
-        for name, prefix in known_module.rules.encoders.items()
+        for name, prefix in known_module.rules.encoder_switches.items()
     }
 
 

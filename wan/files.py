@@ -146,7 +146,7 @@ class WanFiles(TransformerFiles):
         if self.t5_tokenizer is not None:
             from wan.t5 import TOKENIZER  # only with texts
 
-            TOKENIZER.files.check_given(self.t5_tokenizer)
+            TOKENIZER.files.check_option_value(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("dit", "vae", "texts", "clip"). Loads nothing."""

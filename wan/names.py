@@ -80,7 +80,7 @@ WAN = FamilyNames(
         *((f"low_noise{end}", LOW_NOISE) for end in ("_model", "")),
     ),
     optional=_IMAGE_ATTENTION,
-    optional_words="the attention to images of Wan2.1's image-to-video models",
+    optional_description="the attention to images of Wan2.1's image-to-video models",
     parameters=(
         ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
         ("vace_blocks.{n}.scale_shift_table", "vace_blocks.{n}.modulation"),

@@ -18,7 +18,7 @@ from checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from checkpoints.kinds import OF_OTHERS
+from checkpoints.kinds import UNSUPPORTED_MODELS
 from checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 from protocols.data import LatentSpec
@@ -77,7 +77,7 @@ def read_vae(
     # convolutions of Qwen-Image-2.1's VAE have no time axis
     is_of_clips = convolution is not None and len(convolution.shape) != 4
     translate: Callable[[str], str] | None = None
-    if any(mark in names for mark, _ in OF_OTHERS):
+    if any(mark in names for mark, _ in UNSUPPORTED_MODELS):
         pass  # a related VAE, whose layers have the same names: `other_kind` below names that model
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _translate_flat_names(names)

@@ -5,8 +5,8 @@ forms have another one than the layer: ask `out_features` and `in_features`), an
 as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
 compilation) find it.
 
-A form is a frozen dataclass of a file of this room, as `StoredForm` describes. A form that options ask for
-has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and `rehearsed`.
+A form is a frozen dataclass of a file of this folder, as `QuantizationFormat` describes. A form that options
+ask for has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and `rehearsed`.
 """
 
 import types
@@ -26,7 +26,7 @@ MAX_TENSORS = 5  # of a form: the weight and its companions
 Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the form's order
 
 
-class StoredForm(Protocol):
+class QuantizationFormat(Protocol):
     """How weights are stored, such as int8, and how layers compute with them. Equal forms compare equal."""
 
     @property
@@ -34,7 +34,7 @@ class StoredForm(Protocol):
         """Name of the form in messages and metadata, such as fp8, int8 or nf4."""
 
     @property
-    def how(self) -> str:
+    def log_description(self) -> str:
         """Description of the form for the log, such as "in fp8 with a scale per row"."""
 
     @property
@@ -42,18 +42,18 @@ class StoredForm(Protocol):
         """Names of the buffers that a layer has in addition to its weight."""
 
     @property
-    def stays(self) -> bool:
+    def is_kept_by_default(self) -> bool:
         """Whether layers keep this form of a file's weights even if no option asks for it."""
 
-    def quantize(self, weight: Tensor) -> "Stored":
+    def quantize(self, weight: Tensor) -> "QuantizedWeight":
         """Quantize a weight, out x in, of any floating-point dtype."""
         ...
 
-    def empty(self, shape: Shape) -> "Stored":
+    def empty(self, shape: Shape) -> "QuantizedWeight":
         """Return a quantized weight of this shape on the meta device, to plan memory."""
         ...
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight into new memory, out x in."""
         ...
 
@@ -65,15 +65,15 @@ class StoredForm(Protocol):
         """
         ...
 
-    def cut(self, stored: "Stored", first: int, count: int) -> "Stored | None":
+    def cut(self, stored: "QuantizedWeight", first: int, count: int) -> "QuantizedWeight | None":
         """Return `count` rows of a weight, from row `first` on; None if the form cannot be cut there."""
         ...
 
-    def join(self, parts: Sequence["Stored"]) -> "Stored | None":
+    def join(self, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight | None":
         """Concatenate weights of this form along their rows; return None if they have no common form."""
         ...
 
-    def computing_as(self, chosen: "StoredForm") -> "StoredForm":
+    def with_compute_settings_of(self, chosen: "QuantizationFormat") -> "QuantizationFormat":
         """Return the form found in a file with the compute settings of the form that the user chose."""
         ...
 
@@ -83,10 +83,10 @@ class StoredForm(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantizedWeight:
     """A quantized weight with its form, before or after it is put into a layer."""
 
-    form: StoredForm
+    form: QuantizationFormat
     shape: Shape
     tensors: Tensors
 
@@ -96,14 +96,14 @@ class Stored:
         assert self.tensors[0] is not None
         return self.tensors[0]
 
-    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantize the weight, out x in."""
-        return self.form.value(self.tensors, self.shape, dtype)
+        return self.form.dequantize(self.tensors, self.shape, dtype)
 
 
-def form_of(quantization: Quantization) -> StoredForm:
+def form_of(quantization: Quantization) -> QuantizationFormat:
     """Return the storage form of a quantization; the module of that form builds it."""
-    form: StoredForm = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
+    form: QuantizationFormat = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
     return form
 
 
@@ -125,7 +125,7 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
     return result
 
 
-def attach(layer: nn.Linear, stored: Stored) -> None:
+def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
     """Replace the weight of a linear layer by a stored weight, with which the layer computes from then on."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
@@ -137,37 +137,39 @@ def attach(layer: nn.Linear, stored: Stored) -> None:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # x: ... in -> ... out
-    form: StoredForm = layer.form  # type: ignore[assignment]
+    form: QuantizationFormat = layer.form  # type: ignore[assignment]
     shape = (layer.out_features, layer.in_features)
     return form.multiply(x, _tensors_of(layer, layer.weight, form), shape, layer.bias)
 
 
-def _tensors_of(layer: nn.Linear, weight: Tensor, form: StoredForm) -> Tensors:
+def _tensors_of(layer: nn.Linear, weight: Tensor, form: QuantizationFormat) -> Tensors:
     return (weight, *[layer._buffers[name] for name in form.companions])
 
 
-def stored_in(layer: nn.Module) -> Stored | None:
+def quantized_weight_of(layer: nn.Module) -> QuantizedWeight | None:
     """Return the quantized weight of a layer; None if its weight is a plain tensor."""
-    form: StoredForm | None = layer.__dict__.get("form")
+    form: QuantizationFormat | None = layer.__dict__.get("form")
     if form is None:
         return None
     assert isinstance(layer, nn.Linear)
-    return Stored(form, (layer.out_features, layer.in_features), _tensors_of(layer, layer.weight, form))
+    return QuantizedWeight(
+        form, (layer.out_features, layer.in_features), _tensors_of(layer, layer.weight, form)
+    )
 
 
-def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
+def dequantized_weight_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight, dequantized to float32 if it is quantized.
 
     `weight` is the layer's own full weight.
     """
-    stored = stored_in(layer)
+    stored = quantized_weight_of(layer)
     if stored is None:
         return weight
-    return stored.form.value((weight, *stored.tensors[1:]), stored.shape, torch.float32)
+    return stored.form.dequantize((weight, *stored.tensors[1:]), stored.shape, torch.float32)
 
 
-def multiply_value(
-    form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
+def dequantize_and_multiply(
+    form: QuantizationFormat, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
 ) -> Tensor:
     """Compute x W^T + b in the dtype of x with a quantized weight W.
 
@@ -195,7 +197,7 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        form: StoredForm,
+        form: QuantizationFormat,
         shape: Shape,
         weight: Tensor,
         first: Tensor | None,
@@ -211,7 +213,7 @@ class _Product(torch.autograd.Function):
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape
-        return functional.linear(x, form.value(tensors, shape, x.dtype), bias)
+        return functional.linear(x, form.dequantize(tensors, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,6 +221,6 @@ class _Product(torch.autograd.Function):
         tensors = ctx.saved_tensors
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
+            of_x = gradient @ ctx.form.dequantize(tensors, ctx.shape, gradient.dtype)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return of_x, of_bias, None, None, *[None] * MAX_TENSORS

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.forms import (
+    QuantizationFormat,
+    QuantizedWeight,
+    Shape,
+    Tensors,
+    computed_dtype,
+    dequantize_and_multiply,
+)
 from modules.errors import OptionError
 from modules.speed_options import Quantization
 
@@ -98,23 +105,23 @@ class Fp8:
     quantization: Quantization = Quantization("cast")
     name = "fp8"
     companions = ("scale_weight",)
-    stays = False  # without an option the model computes as the 16-bit file does
+    is_kept_by_default = False  # without an option the model computes as the 16-bit file does
 
     @property
-    def how(self) -> str:
+    def log_description(self) -> str:
         """Description of the form for the log."""
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
-    def quantize(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Store a weight in fp8: cast directly, or divided by its scales first, as the options say."""
         rows, columns = weight.shape
-        return Stored(self, (rows, columns), quantize(weight, self.quantization))
+        return QuantizedWeight(self, (rows, columns), quantize(weight, self.quantization))
 
-    def empty(self, shape: Shape) -> Stored:
+    def empty(self, shape: Shape) -> QuantizedWeight:
         """Return a weight on the meta device, to plan memory; its negligible scales are left out."""
-        return Stored(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
+        return QuantizedWeight(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight: multiply it by its scale in `dtype`."""
         weight, scale = tensors
         assert weight is not None
@@ -122,20 +129,20 @@ class Fp8:
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply in fp8 if the inputs and the device allow it, otherwise by the dequantized weight."""
-        how, (weight, scale) = self.quantization, tensors
-        if how.product is not None:
+        weight, scale = tensors
+        if self.quantization.product is not None:
             from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
 
             assert weight is not None
             if suits_fp8(x, weight, scale):
-                return fp8_linear(x, weight, scale, bias, product=how.product)
+                return fp8_linear(x, weight, scale, bias, product=self.quantization.product)
         dtype = computed_dtype(x)
-        if not how.float32_linear:
-            return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
+        if not self.quantization.float32_linear:
+            return dequantize_and_multiply(self, x.to(dtype), tensors, shape=shape, bias=bias)
         with torch.autocast(x.device.type, enabled=False):
-            return multiply_value(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
+            return dequantize_and_multiply(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
-    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+    def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
         """Return `count` rows of an fp8 weight, starting at row `first`, with their scales.
 
         Scales of blocks of rows are cut too, which requires full blocks; a scale for the full weight stays.
@@ -147,9 +154,9 @@ class Fp8:
             block, remainder = divmod(stored.shape[0], len(scale))
             if not (remainder or first % block or count % block):
                 scale = scale[first // block : (first + count) // block]
-        return Stored(self, (count, stored.shape[1]), (part, scale))
+        return QuantizedWeight(self, (count, stored.shape[1]), (part, scale))
 
-    def join(self, parts: Sequence[Stored]) -> Stored | None:
+    def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         """Concatenate fp8 weights along rows, with a scale for each row; return None if dtypes differ."""
         dtypes = {part.weight.dtype for part in parts}
         if len(dtypes) > 1:
@@ -162,9 +169,9 @@ class Fp8:
         if not any(scale.ndim == 3 for scale in scales):
             scales = [scale.expand(part.shape[0], 1) for scale, part in zip(scales, parts, strict=True)]
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        return Stored(self, shape, (weight, torch.cat(scales)))
+        return QuantizedWeight(self, shape, (weight, torch.cat(scales)))
 
-    def computing_as(self, chosen: StoredForm) -> StoredForm:
+    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return the chosen form if it is fp8 too, for its compute settings; otherwise this form."""
         return chosen if isinstance(chosen, Fp8) else self
 
@@ -183,10 +190,10 @@ class Fp8:
 form_of = Fp8
 
 
-def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
+def make_fp8_weight(weight: Tensor, scale: Tensor | None = None) -> QuantizedWeight:
     """Convert an fp8 weight of a file, and its scale if it has one, to the form of layers."""
     rows, columns = weight.shape
-    return Stored(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
+    return QuantizedWeight(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:

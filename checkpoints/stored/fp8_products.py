@@ -30,22 +30,23 @@ from modules.private_torch import scaled_product
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPE = torch.float8_e4m3fn
-STEP = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
+FEATURE_ALIGNMENT = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
 MIN_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
 # Up to so many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
 # cuBLAS has no kernel with row-wise scales for few tokens and many features (from 9216 to 3072 features up
 # to 256 tokens: pytorch/ao#4582)
-FEW_TOKENS = 256
-PIECE = 1 << 26  # values quantized at a time in uncompiled code: 256 MiB of float32
+MAX_TOKENS_WITHOUT_ROW_SCALES = 256
+MAX_FLOAT32_ELEMENTS = 1 << 26  # values quantized at a time in uncompiled code: 256 MiB of float32
 # Hopper sums fp8 products in 14 bits, unless partial sums are moved to float32 regularly, which is slower.
 # As in torchao's defaults, the forward pass uses the fast sums and the gradient the exact ones.
-FAST_SUMS, EXACT_SUMS = True, False
+FAST_ACCUMULATION = True
+EXACT_ACCUMULATION = False
 
 
 # Multiplies a and b with scaled rows of a and columns of b, and adds a bias; sums in float32, rounds once.
 # Takes a: M K e4m3, row-major; b: K N e4m3, column-major; scale_a: M 1, scale_b: 1 N, both float32; bias: N
-# or None; dtype: of the result M N, bfloat16 or float16; fast_sums: see FAST_SUMS.
+# or None; dtype: of the result M N, bfloat16 or float16; uses_fast_accumulation: see FAST_ACCUMULATION.
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype, bool], Tensor]
 
 
@@ -56,21 +57,23 @@ def row_scaled_product(
     scale_b: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    fast_sums: bool,
+    uses_fast_accumulation: bool,
 ) -> Tensor:
     """Return a @ b times both scales, plus bias, applying scales and bias while sums are in registers.
 
     a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
 
     The result is rounded to bfloat16 even if `dtype` is float16, because only Hopper GPUs support other
-    results with row-wise scales. Up to FEW_TOKENS rows are left to `tensor_scaled_product`, because torch
-    lacks row-wise kernels for some sizes of so few rows.
+    results with row-wise scales. Up to MAX_TOKENS_WITHOUT_ROW_SCALES rows are left to
+    `tensor_scaled_product`, because torch lacks row-wise kernels for some sizes of so few rows.
     """
-    if len(a) <= FEW_TOKENS:
-        return tensor_scaled_product(a, b, scale_a, scale_b, bias=bias, dtype=dtype, fast_sums=fast_sums)
+    if len(a) <= MAX_TOKENS_WITHOUT_ROW_SCALES:
+        return tensor_scaled_product(
+            a, b, scale_a, scale_b, bias=bias, dtype=dtype, uses_fast_accumulation=uses_fast_accumulation
+        )
     added = None if bias is None else bias.to(torch.bfloat16)
     return scaled_product(
-        a, b, scale_a, scale_b, bias=added, out_dtype=torch.bfloat16, use_fast_accum=fast_sums
+        a, b, scale_a, scale_b, bias=added, out_dtype=torch.bfloat16, use_fast_accum=uses_fast_accumulation
     ).to(dtype)
 
 
@@ -81,20 +84,22 @@ def tensor_scaled_product(
     scale_b: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    fast_sums: bool,
-    piece: int = PIECE,
+    uses_fast_accumulation: bool,
+    max_float32_elements: int = MAX_FLOAT32_ELEMENTS,
 ) -> Tensor:
     """Return a @ b times both scales, plus bias, for a torch without row-wise scales (Windows).
 
     a is M K and b is K N, both e4m3; scale_a is M 1, scale_b is 1 N, bias is N.
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
-    second rounding of 2^-9, which is small compared with the rounding to e4m3. `piece` is the number of
-    values that have a float32 copy at a time.
+    second rounding of 2^-9, which is small compared with the rounding to e4m3. `max_float32_elements` is the
+    number of values that have a float32 copy at a time.
     """
     no_scale = torch.ones(1, device=a.device)
-    sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
-    parts = _split_rows(sums, piece)
+    sums = scaled_product(
+        a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=uses_fast_accumulation
+    )
+    parts = _split_rows(sums, max_float32_elements)
     if len(parts) == 1:
         return _scale_sums(sums, scale_a, scale_b, bias).to(dtype)
     out = sums if dtype == sums.dtype else torch.empty(sums.shape, dtype=dtype, device=sums.device)
@@ -108,9 +113,9 @@ def _scale_sums(sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | N
     return out if bias is None else out + bias
 
 
-def _split_rows(x: Tensor, piece: int) -> list[slice]:
+def _split_rows(x: Tensor, max_float32_elements: int) -> list[slice]:
     """Split the rows of x, M K, into groups that get float32 copies in turn; one group while compiling."""
-    rows = len(x) if torch.compiler.is_compiling() else max(1, piece // x.shape[1])
+    rows = len(x) if torch.compiler.is_compiling() else max(1, max_float32_elements // x.shape[1])
     if len(x) <= rows:
         return [slice(None)]
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
@@ -146,15 +151,22 @@ def select_product(
     reasons = []
     for product in products:
         try:
-            for tokens in (STEP, FEW_TOKENS + STEP):  # few and many tokens are computed differently
-                tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
+            for tokens in (
+                FEATURE_ALIGNMENT,
+                MAX_TOKENS_WITHOUT_ROW_SCALES + FEATURE_ALIGNMENT,
+            ):  # few and many tokens are computed differently
+                tile = torch.ones(tokens, FEATURE_ALIGNMENT, device=device).to(WEIGHT_DTYPE)
                 rows = torch.ones(tokens, 1, device=device)
-                columns = torch.ones(1, STEP, device=device)
-                bias = torch.zeros(STEP, device=device)
-                out = product(tile, tile[:STEP].t(), rows, columns, bias, torch.bfloat16, FAST_SUMS)
-                if not bool((out == STEP).all()):
+                columns = torch.ones(1, FEATURE_ALIGNMENT, device=device)
+                bias = torch.zeros(FEATURE_ALIGNMENT, device=device)
+                out = product(
+                    tile, tile[:FEATURE_ALIGNMENT].t(), rows, columns, bias, torch.bfloat16, FAST_ACCUMULATION
+                )
+                if not bool((out == FEATURE_ALIGNMENT).all()):
                     number = float(out.flatten()[0])
-                    raise RuntimeError(f"the product of two tiles of ones is {number}, not {STEP}")
+                    raise RuntimeError(
+                        f"the product of two tiles of ones is {number}, not {FEATURE_ALIGNMENT}"
+                    )
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reasons.append(str(error).partition("\n")[0])
         else:
@@ -189,8 +201,8 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     is_by_row = scale is not None and scale.numel() == rows and scale.ndim <= 2
     return (
         weight.dtype == WEIGHT_DTYPE
-        and rows % STEP == 0
-        and columns % STEP == 0
+        and rows % FEATURE_ALIGNMENT == 0
+        and columns % FEATURE_ALIGNMENT == 0
         and x.numel() >= MIN_ROWS * columns
         and (is_by_tensor or is_by_row)
     )
@@ -234,7 +246,7 @@ class _FrozenLinear(torch.autograd.Function):
             _expand_scale(weight, scale),
             bias,
             _select_product_dtype(dtype),
-            FAST_SUMS,
+            FAST_ACCUMULATION,
         )
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -253,31 +265,47 @@ class _FrozenLinear(torch.autograd.Function):
         # no further scales: the gradient was multiplied by those of the weight before it was rounded
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
-            quantized, columns, row_scales, ones, None, _select_product_dtype(gradient.dtype), EXACT_SUMS
+            quantized,
+            columns,
+            row_scales,
+            ones,
+            None,
+            _select_product_dtype(gradient.dtype),
+            EXACT_ACCUMULATION,
         )
         return out.to(ctx.dtype).view(*gradient.shape[:-1], weight.shape[1]), None, None, None, None, None
 
 
-def quantize_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
-    """Quantize x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
+def quantize_rows(
+    x: Tensor, column_scales: Tensor | None = None, max_float32_elements: int = MAX_FLOAT32_ELEMENTS
+) -> tuple[Tensor, Tensor]:
+    """Quantize x * column_scales to e4m3 with one scale per row: their product is the input up to rounding.
 
-    `x` is M K. `fold` is 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros;
-    a NaN or infinite value makes the scale NaN or infinite, and so the row of any product NaN. `piece` is how
-    many values have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
+    A row of zeros stays zeros; a NaN or infinite value makes the scale NaN or infinite, and so the row of any
+    product NaN.
+
+    Args:
+        x: Values, M K.
+        column_scales: Factors of the columns, 1 K float32; None for 1.
+        max_float32_elements: How many values have a float32 copy at a time; unlimited while compiling,
+            because the copy is fused away.
+
+    Returns:
+        The quantized values, M K e4m3, and their scales, M 1 float32.
     """
-    parts = _split_rows(x, piece)
+    parts = _split_rows(x, max_float32_elements)
     if len(parts) == 1:
-        return _quantize(x, fold)
+        return _quantize(x, column_scales)
     out = torch.empty(x.shape, dtype=WEIGHT_DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], 1, device=x.device)
     for part in parts:
-        out[part], scales[part] = _quantize(x[part], fold)
+        out[part], scales[part] = _quantize(x[part], column_scales)
     return out, scales
 
 
-def _quantize(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
-    if fold is not None:
-        x = x * fold  # float32, as the scales are
+def _quantize(x: Tensor, column_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    if column_scales is not None:
+        x = x * column_scales  # float32, as the scales are
     largest = x.abs().amax(dim=1, keepdim=True).float()
     # the smallest scale keeps rows of zeros (and of the smallest bf16 numbers) from dividing by zero. Limits
     # come from finfo, not from a constant of this file: compiling for dynamic shapes turns those into inputs

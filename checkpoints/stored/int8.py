@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.forms import (
+    QuantizationFormat,
+    QuantizedWeight,
+    Shape,
+    Tensors,
+    computed_dtype,
+    dequantize_and_multiply,
+)
 from modules.private_torch import int8_product
 from modules.speed_options import Quantization
 
@@ -39,10 +46,10 @@ class Int8:
     rounds_gradients: bool = False
     name = "int8"
     companions = ("scale_weight",)
-    stays = True
+    is_kept_by_default = True
 
     @property
-    def how(self) -> str:
+    def log_description(self) -> str:
         """Description of the form for the log."""
         rotated = f"rotated in groups of {self.group}" if self.group else "not rotated: no group divides them"
         return f"in int8 with a scale per row, {rotated}"
@@ -52,7 +59,7 @@ class Int8:
             return self
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
-    def quantize(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Rotate a weight in groups of columns and quantize its rows to int8, each with a scale."""
         rows, columns = weight.shape
         form = self._for_width(columns)
@@ -60,14 +67,16 @@ class Int8:
         scales = torch.empty(rows, 1, device=weight.device)
         for part in _split_rows(weight):
             codes[part], scales[part] = round_rows(rotate(weight[part], form.group))
-        return Stored(form, (rows, columns), (codes, scales))
+        return QuantizedWeight(form, (rows, columns), (codes, scales))
 
-    def empty(self, shape: Shape) -> Stored:
+    def empty(self, shape: Shape) -> QuantizedWeight:
         """Allocate codes and scales on the meta device, to plan memory."""
         codes = torch.empty(shape, dtype=torch.int8, device="meta")
-        return Stored(self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta")))
+        return QuantizedWeight(
+            self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta"))
+        )
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight in `dtype`: multiply by the scales and rotate back."""
         codes, scale = _pair(tensors)
         return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
@@ -77,23 +86,23 @@ class Int8:
         dtype = computed_dtype(x)
         codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
-            return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
+            return dequantize_and_multiply(self, x.to(dtype), tensors, shape=shape, bias=bias)
         out: Tensor = _Int8Product.apply(x, codes, scale, bias, dtype, self)
         return out
 
-    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+    def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
         """Return `count` rows of an int8 weight and their scales, starting at row `first`."""
         codes, scale = _pair(stored.tensors)
         rows = slice(first, first + count)
-        return Stored(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
+        return QuantizedWeight(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
 
-    def join(self, parts: Sequence[Stored]) -> Stored | None:
+    def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         """Concatenate several int8 weights and their scales along their rows."""
         pairs = [_pair(part.tensors) for part in parts]
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
-        return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
+        return QuantizedWeight(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
-    def computing_as(self, chosen: StoredForm) -> StoredForm:
+    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return this form, with the gradient rounding of the chosen form if that is int8 too."""
         if not isinstance(chosen, Int8):
             return self

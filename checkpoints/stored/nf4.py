@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.forms import (
+    QuantizationFormat,
+    QuantizedWeight,
+    Shape,
+    Tensors,
+    computed_dtype,
+    dequantize_and_multiply,
+)
 from modules.integers import ceil_div
 from modules.speed_options import Quantization
 
@@ -51,49 +58,31 @@ class Nf4:
     expand: Callable[..., Tensor] | None = None  # bitsandbytes' operation
     name = "nf4"
     companions = ("weight_absmax", "weight_nested_absmax", "weight_nested_map", "weight_offset")
-    stays = True
-    how = "in nf4 with nested statistics"
+    is_kept_by_default = True
+    log_description = "in nf4 with nested statistics"
 
-    def quantize(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Round a weight to the 16 values of nf4, in blocks of 64 that are divided by their maximum.
 
         The maxima, less their mean, are rounded to 8 bits in blocks of 256.
         """
         rows, columns = weight.shape
-        flat = weight.reshape(-1)
-
-        # round the weights piece by piece, so that only a piece has a float32 copy; a byte holds two of them
-        packed = torch.empty(ceil_div(len(flat), 2), dtype=torch.uint8, device=weight.device)
-        peaks = torch.empty(ceil_div(len(flat), BLOCK), device=weight.device)
-        for start in range(0, len(flat), PIECE):
-            weight_codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
-            first_byte = start // 2
-            packed[first_byte : first_byte + len(weight_codes)] = weight_codes
-            first_block = start // BLOCK
-            peaks[first_block : first_block + len(block_peaks)] = block_peaks
-
-        # round the maxima themselves to 8 bits, in nested blocks
-        offset = peaks.mean()
-        values = nested_values(weight.device)
-        nested_blocks = _pad_rows(peaks - offset, NESTED_BLOCK)
-        nested_peaks = nested_blocks.abs().amax(1)
-        scaled = nested_blocks / nested_peaks.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
-        peak_codes = _find_nearest(scaled, values).to(torch.uint8)
-        peak_codes = peak_codes.view(-1)[: len(peaks)]  # without the padding of the last nested block
-
         shape = (rows, columns)
-        companions = (peak_codes, nested_peaks, values, offset.view(1))  # in the order of `companions`
-        return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
+        packed, block_maxima = _quantize_blocks(weight.reshape(-1))
+        offset = block_maxima.mean()
+        maxima_codes, nested_maxima = _quantize_nested(block_maxima - offset)
+        companions = (maxima_codes, nested_maxima, nested_values(weight.device), offset.view(1))
+        return QuantizedWeight(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
-    def empty(self, shape: Shape) -> Stored:
+    def empty(self, shape: Shape) -> QuantizedWeight:
         """Return a quantized weight and its statistics on the meta device, to plan memory."""
         blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
         statistics = [torch.empty(size, device="meta") for size in (ceil_div(blocks, NESTED_BLOCK), 256, 1)]
-        return Stored(self, shape, (packed, codes, *statistics))
+        return QuantizedWeight(self, shape, (packed, codes, *statistics))
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight in `dtype`: code values times the maxima of their blocks."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
@@ -107,22 +96,52 @@ class Nf4:
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply by the dequantized weight."""
-        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
+        return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
-    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+    def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
         """Return None, because quantization blocks may cross row ends, so rows cannot be cut."""
         return None
 
-    def join(self, parts: Sequence[Stored]) -> Stored | None:
+    def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         """Return None, because quantization blocks may cross row ends, so weights cannot be stacked."""
         return None
 
-    def computing_as(self, chosen: StoredForm) -> StoredForm:
+    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return the chosen form if it is nf4 too, for its compute settings; otherwise this form."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
         """Accept any device, because every device can store bytes."""
+
+
+def _quantize_blocks(flat_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nf4 codes of a weight, two to a byte (uint8), and the maximum of each block (float32).
+
+    The weight is rounded piece by piece, so that only a piece has a float32 copy.
+    """
+    device = flat_weight.device
+    packed = torch.empty(ceil_div(len(flat_weight), 2), dtype=torch.uint8, device=device)
+    block_maxima = torch.empty(ceil_div(len(flat_weight), BLOCK), device=device)
+    for start in range(0, len(flat_weight), PIECE):
+        codes, maxima = _round_blocks(flat_weight[start : start + PIECE].float())
+        first_byte = start // 2
+        packed[first_byte : first_byte + len(codes)] = codes
+        first_block = start // BLOCK
+        block_maxima[first_block : first_block + len(maxima)] = maxima
+    return packed, block_maxima
+
+
+def _quantize_nested(centered_maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the maxima of blocks, less their mean, to 8 bits in nested blocks.
+
+    Returns:
+        The codes (uint8), and the maximum of each nested block (float32).
+    """
+    nested_blocks = _pad_rows(centered_maxima, NESTED_BLOCK)
+    nested_maxima = nested_blocks.abs().amax(1)
+    scaled = nested_blocks / nested_maxima.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
+    codes = _find_nearest(scaled, nested_values(centered_maxima.device)).to(torch.uint8)
+    return codes.view(-1)[: len(centered_maxima)], nested_maxima  # without the padding of the last block
 
 
 def form_of(quantization: Quantization) -> Nf4:

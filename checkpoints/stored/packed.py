@@ -14,7 +14,14 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.forms import (
+    QuantizationFormat,
+    QuantizedWeight,
+    Shape,
+    Tensors,
+    computed_dtype,
+    dequantize_and_multiply,
+)
 from checkpoints.stored.int8 import rotate
 
 _PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
@@ -22,40 +29,42 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 
 @dataclass(frozen=True)
-class RowForm:
+class PackedRowFormat:
     """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
-    make: Callable[..., Tensor] = torch.Tensor.float
+    decode_rows: Callable[..., Tensor] = torch.Tensor.float
     rotation: int = 0  # number of columns that are rotated together; 0: none
-    stays = True
+    is_kept_by_default = True
 
     @property
-    def how(self) -> str:
+    def log_description(self) -> str:
         """Description of the form for the log."""
         return f"in {self.name}"
 
-    def quantize(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
         """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
-    def empty(self, shape: Shape) -> Stored:
+    def empty(self, shape: Shape) -> QuantizedWeight:
         """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
-    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Dequantize the weight; rows and columns of padding, beyond `shape`, are left out."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
             return out
-        step = max(1, _PIECE // max(1, shape[1]))
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            # tensors next to the weight, such as scales: those of one row apply to all rows
-            parts = [part if part is None or len(part) == 1 else part[rows] for part in tensors]
-            values = self.make(*parts)
+        num_rows = max(1, _PIECE // max(1, shape[1]))  # that are decoded at once
+        for start in range(0, shape[0], num_rows):
+            rows = slice(start, min(start + num_rows, shape[0]))
+            row_tensors: list[Tensor | None] = []
+            for tensor in tensors:
+                applies_to_all_rows = tensor is None or len(tensor) == 1  # such as a scale of one row
+                row_tensors.append(tensor if applies_to_all_rows else tensor[rows])
+            values = self.decode_rows(*row_tensors)
             if self.rotation:
                 values = rotate(values, self.rotation)
             out[rows] = values[:, : shape[1]]
@@ -63,9 +72,9 @@ class RowForm:
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply by the dequantized weight."""
-        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
+        return dequantize_and_multiply(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
-    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+    def cut(self, stored: QuantizedWeight, first: int, count: int) -> QuantizedWeight | None:
         """Return `count` rows from `first` on; tensors of one row apply to all rows and are not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
@@ -73,30 +82,28 @@ class RowForm:
             if tensor is not None and len(tensor) != 1:
                 tensor = tensor[rows].contiguous()
             parts.append(tensor)
-        return Stored(self, (count, stored.shape[1]), tuple(parts))
+        return QuantizedWeight(self, (count, stored.shape[1]), tuple(parts))
 
-    def join(self, parts: Sequence[Stored]) -> Stored | None:
+    def join(self, parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         """Concatenate packed weights along their rows.
 
         Returns:
             None if an additional tensor covers all rows of a part, or is missing in some parts.
         """
-        # one list for each tensor of a packed weight: the weight itself, then its scales and the like
-        columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
-        joined: list[Tensor | None] = []
-        for column in columns:
-            tensors = [tensor for tensor in column if tensor is not None]
+        joined: list[Tensor | None] = []  # the packed weight, then its companions, such as scales
+        for index in range(1 + len(self.companions)):
+            tensors = [tensor for part in parts if (tensor := part.tensors[index]) is not None]
             if not tensors:
                 joined.append(None)
                 continue
             if list(map(len, tensors)) != [len(part.weight) for part in parts]:
                 return None
-            rows = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
-            joined.append(torch.cat(rows).view(tensors[0].dtype))
+            as_bytes = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
+            joined.append(torch.cat(as_bytes).view(tensors[0].dtype))
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        return Stored(self, shape, tuple(joined))
+        return QuantizedWeight(self, shape, tuple(joined))
 
-    def computing_as(self, chosen: StoredForm) -> StoredForm:
+    def with_compute_settings_of(self, chosen: QuantizationFormat) -> QuantizationFormat:
         """Return this form, because no option changes how it computes."""
         return self
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.model_files import find_model_folder
-from checkpoints.model_folders import build_on_meta, check_language_settings, require_matching_shapes
+from checkpoints.model_folders import build_on_meta, check_vision_language_settings, require_matching_shapes
 from data_tools.captions.asking import (
     Answers,
     Frames,
@@ -239,7 +239,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
             folder,
             "there is no config.json in this folder. Give the folder of a model as transformers saves it.",
         )
-    shapes = check_language_settings(folder, "--model")
+    shapes = check_vision_language_settings(folder, "--model")
     import transformers  # only with --model
 
     transformers.utils.logging.disable_progress_bar()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import value_of
+from checkpoints.stored.forms import dequantized_weight_of
 from networks.lora_layer import LoraLayer
 from runtime.offload.sharding import gather_weight
 
@@ -11,13 +11,13 @@ from runtime.offload.sharding import gather_weight
 def extend(layer: LoraLayer) -> None:
     """Add magnitudes to a layer; their initial values are the norms of the frozen weight's rows."""
     original = layer.original
-    weight = value_of(original, gather_weight(original.weight))
+    weight = dequantized_weight_of(original, gather_weight(original.weight))
     rows = weight.detach().flatten(1)
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
     # out x 1, or out x 1 x 1 x 1 for a convolution
     layer.dora_scale = nn.Parameter(norms.view(-1, *[1] * (weight.ndim - 1)))
     layer.register_buffer("squares", norms.square(), persistent=False)
-    layer.combine = decompose
+    layer.combine_outputs = decompose
 
 
 def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:

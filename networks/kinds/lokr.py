@@ -85,18 +85,18 @@ def _translate_to_diffusers(
     """
     from networks import module_names
     from networks.names.layouts import SWAPPED
-    from networks.writing import alone
+    from networks.writing import single_piece
 
     parts = module_names.parts_of(name, family)
     if any(placed.part.index == SWAPPED for placed in parts):  # a LoKr has no rows that could be swapped
         return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
     if not is_in_diffusers:
-        return alone(module_names.module_path(name, family), factors)
+        return single_piece(module_names.module_path(name, family), factors)
     if len(parts) == 1:
         path: str | None = parts[0].path
     else:
         path = module_names.part_path(name, family)  # None unless the name is one of diffusers' layout
-    return alone(path, factors, "diffusers has it in parts, as the file has other layers")
+    return single_piece(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
 class LokrKind(NetworkKind):

@@ -91,18 +91,20 @@ class LoraRules:
     # Arguments that set the rank of some modules: (argument, types of modules). A type is a tuple of words,
     # all of which occur in a module's path. The first argument that is given and matches a module sets its
     # rank
-    types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+    rank_arguments: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     # value of the argument train_blocks -> prefixes of the modules that it selects, such as "double_blocks."
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # argument -> list of blocks whose indices it has
-    indices: Mapping[str, str] = field(default_factory=dict)
-    outside: str = ""  # argument with the ranks of `outside_paths`, in this order
+    train_blocks_choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # argument that lists indices of trained blocks -> the list of blocks
+    block_lists_by_argument: Mapping[str, str] = field(default_factory=dict)
+    outside_ranks_argument: str = ""  # argument with the ranks of `outside_paths`, in this order
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
     # ending of a fused layer's path -> number of parts, see `networks.lora_products.fused_sizes`
-    fused: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> text encoder that it enables
+    num_fused_parts: Mapping[str, int] = field(default_factory=dict)
+    encoder_switches: Mapping[str, str] = field(
+        default_factory=dict
+    )  # argument -> text encoder that it enables
     # argument -> pattern of `DitSpec.lora_exclude` whose modules it enables
-    switches: Mapping[str, str] = field(default_factory=dict)
+    module_switches: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class FamilyNames:
     stacked_in_comfyui: bool = False
     network_module: str = ""  # value of --network_module that trains its LoRAs
     rules: LoraRules | None = None  # arguments that only `network_module` has
-    takes: tuple[str, ...] = ()  # other families whose LoRAs are useful for this model too
+    compatible_families: tuple[str, ...] = ()  # other families whose LoRAs are useful for this model too
     start: str = IN_COMFYUI  # prefix of module paths in LoRA files for other tools
     # tools that cannot read LoRAs under our names without conversion, for messages; "": all tools can
     converted_for: str = ""
@@ -190,7 +192,7 @@ class FamilyNames:
     texts_in_comfyui: tuple[tuple[str, str], ...] = ()
     # whether ComfyUI reads LoRAs only under names with underscores (ours or `aliases`), because its dotted
     # paths differ from ours
-    underscored: bool = False
+    underscored_in_comfyui: bool = False
     # kinds of networks besides LoRA that diffusers reads under ComfyUI's names
     kinds_in_diffusers: tuple[str, ...] = ()
     # whether our paths are those of diffusers; `aliases` then belong to another layout
@@ -202,17 +204,17 @@ class FamilyNames:
     # files `{path}.diff`
     parameters: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()  # our paths of modules and parameters that only some models have
-    optional_words: str = ""  # description of `optional`, for messages
+    optional_description: str = ""  # description of `optional`, for messages
     # `ss_base_model_version` to write, as other trainers do, if it is not `name`; `ss_network_module` is then
     # written as theirs too
     written_version: str = ""
     versions: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
     # (regular expression for the metadata of a LoRA that cannot be used, reason); see networks/loading.py
-    refused: tuple[tuple[str, str], ...] = ()
+    unsupported_loras: tuple[tuple[str, str], ...] = ()
     # For families whose releases have LoRAs with the same names: a regular expression that finds the release
     # in the metadata, and (newest release, parameter that only this release has)
     release_pattern: str = ""
-    newest: tuple[str, str] = ("", "")
+    newest_release: tuple[str, str] = ("", "")
     # text encoders that LoRAs change: (prefix in LoRA files, prefix of the names of their layers). Encoders
     # of the same kind are listed in the order of their numbers
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
@@ -226,10 +228,10 @@ class FamilyNames:
     further: tuple[str, ...] = ()  # our paths that `aliases` and `parts` do not have
     numbered: Numbering = ()
     # prefixes of our paths of modules that are loaded with the text encoder, and their description
-    text_side: tuple[str, ...] = ()
-    text_side_words: str = ""
+    text_module_prefixes: tuple[str, ...] = ()
+    text_module_description: str = ""
     # other prefixes than "transformer." in diffusers' dialect, for networks with the same modules
-    more_starts: tuple[str, ...] = ()
+    more_diffusers_prefixes: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
     # whether a file is rejected if an underscored name belongs to no module; otherwise the name is ignored
     rejects_strangers: bool = False

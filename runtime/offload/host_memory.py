@@ -62,7 +62,7 @@ class HostTensors:
     """Tensors in host memory. If several processes share them, one process fills them."""
 
     tensors: Mapping[str, Tensor]
-    is_filled_here: bool = True
+    is_written_by_this_process: bool = True
     unlocked_bytes: int = 0  # bytes that should be pinned but are not
 
 
@@ -87,8 +87,8 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | N
         tensors[name] = content.view(info.dtype).view(info.shape)
     if unlocked:
         _warn_of_unlocked(unlocked, sum(tensor.nbytes for tensor in tensors.values()))
-    is_filled_here = machine is None or shared is None or machine.rank == 0
-    return HostTensors(tensors, is_filled_here, unlocked)
+    is_written_by_this_process = machine is None or shared is None or machine.rank == 0
+    return HostTensors(tensors, is_written_by_this_process, unlocked)
 
 
 @functools.cache  # called with the same size for the inputs of many blocks

@@ -181,7 +181,7 @@ class HostWeights:
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
         self._held: HostTensors | None = None  # allocated by `hold`
 
-    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+    def allocate_on_host(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Allocate memory for the weights that the plan keeps there, or for all `tensors`; return it by name.
 
         Raises:
@@ -192,9 +192,9 @@ class HostWeights:
         return self._held.tensors
 
     @property
-    def is_filled_here(self) -> bool:
+    def is_written_by_this_process(self) -> bool:
         """Whether this process reads the weights; otherwise another process reads them into shared memory."""
-        return self._held is None or self._held.is_filled_here
+        return self._held is None or self._held.is_written_by_this_process
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -210,12 +210,12 @@ class HostWeights:
         names = self.plan.names(network)
         if self._held is None:
             weights = {name: network.get_parameter(name) for name in names}
-            tensors = self.hold(
+            tensors = self.allocate_on_host(
                 network,
                 {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
             )
             for name, weight in weights.items():
-                if self.is_filled_here:  # else another process fills the shared memory
+                if self.is_written_by_this_process:  # else another process fills the shared memory
                     tensors[name].copy_(weight.data)
                 weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
             self.finish()

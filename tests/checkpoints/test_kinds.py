@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.kinds import OF_OTHERS, kind_of
+from checkpoints.kinds import UNSUPPORTED_MODELS, kind_of
 from checkpoints.opening import open_file
 from minimax_h3.dit_checkpoints import load_dit as load_h3
 from modules.errors import CheckpointError
@@ -124,7 +124,7 @@ def test_a_model_with_all_tensors_of_another_is_known_by_its_file(
 )
 def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> None:
     settings = {"n_layers": 1} if network.startswith("ZImage") else ONE
-    assert kind_of(state_of(network, settings), OF_OTHERS) is None
+    assert kind_of(state_of(network, settings), UNSUPPORTED_MODELS) is None
 
 
 def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints.filling import (
-    StoredLoading,
-    find_stored_weights,
+    QuantizedLoading,
+    find_quantized_weights,
     linear_weights,
     load_module,
     on_meta_device,
@@ -241,14 +241,16 @@ def test_tensors_of_gguf_get_the_shapes_that_the_header_or_the_model_says(tmp_pa
 
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
         sources = plain_sources(checkpoint)
-        kept = find_stored_weights(linear_weights(module), sources, checkpoint.tensors, form_is_given=False)
+        kept = find_quantized_weights(
+            linear_weights(module), sources, checkpoint.tensors, format_is_requested=False
+        )
         load_module(
             module,
             checkpoint,
             sources,
             device=torch.device("cpu"),
             dtype=lambda *_: torch.float32,
-            stored=StoredLoading(None, staying=kept),
+            quantized=QuantizedLoading(None, quantized_in_file=kept),
         )
 
     assert kept == (set() if kind == "F16" else {"wide.weight"})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import convert_lora
 from checkpoints.opening import open_checkpoint
-from checkpoints.quantizing import in_values
+from checkpoints.quantizing import dequantized_on_read
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit
 from protocols.loading import Placement
@@ -303,7 +303,7 @@ def test_a_lora_is_merged_into_an_int8_file(tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()))
     with open_checkpoint(quantized) as opened:
         assert opened.tensors["blocks.0.mlp.fc1.weight"].dtype == torch.int8
-        values = in_values(opened)
+        values = dequantized_on_read(opened)
         before = {name: values.read(name) for name in values.tensors}
 
     merged = merge(tmp_path, quantized, lora)

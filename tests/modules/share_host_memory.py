@@ -42,7 +42,7 @@ def main(path: Path, lora: Path, device: torch.device) -> None:
     ]
     seen = {
         "rank": rank,
-        "fills": host.is_filled_here,
+        "fills": host.is_written_by_this_process,
         "output": output.double().sum().item(),
         "mark": weight[0, 0].item(),
         "files": sorted({(words[4], words[-1]) for words in files}),  # inode, and whether it has a name

@@ -99,7 +99,7 @@ def join_all(network: nn.Module) -> None:
     """Have all LoRA layers add their products in place, however small the tensors are."""
     for layer in network.modules():
         if isinstance(layer, LoraLayer):
-            layer.joins_from = 0
+            layer.min_in_place_numel = 0
 
 
 @torch.no_grad()

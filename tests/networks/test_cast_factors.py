@@ -45,7 +45,7 @@ def build(
     ]
     for layer in layers:
         nn.init.normal_(layer.lora_up.weight)
-        layer.joins_from = 0 if joins else 1 << 60
+        layer.min_in_place_numel = 0 if joins else 1 << 60
         layer.attach()
     if casts:
         cast_before_pass(chain, layers)

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import StoredForm, attach
+from checkpoints.stored.forms import QuantizationFormat, attach
 from checkpoints.stored.fp8 import Fp8
 from checkpoints.stored.int8 import Int8
 from checkpoints.stored.nf4 import Nf4
@@ -170,7 +170,9 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(place: int, let
 CPU = torch.device("cpu")
 
 
-def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.Linear, Tensor, LoraLayer]:
+def random_layer(
+    bias: bool = True, form: QuantizationFormat | None = None
+) -> tuple[nn.Linear, Tensor, LoraLayer]:
     """A layer, its weight as it counts, and a DoRA with random values."""
     torch.manual_seed(2)
     original = nn.Linear(16, 24, bias=bias).requires_grad_(False)
@@ -178,7 +180,7 @@ def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.
     if form is not None:
         stored = form.quantize(weight)
         attach(original, stored)
-        weight = stored.value()
+        weight = stored.dequantize()
     layer = LoraLayer(original, 3, 1.5)
     extend(layer)
     assert isinstance(layer.dora_scale, nn.Parameter)
@@ -193,7 +195,9 @@ def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.
     [(True, None), (False, None), (True, Fp8(Quantization("rows"))), (True, Int8()), (True, Nf4())],
     ids=["bias", "plain", "fp8", "int8", "nf4"],
 )
-def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form: StoredForm | None) -> None:
+def test_the_output_is_that_of_the_weight_that_generation_makes(
+    bias: bool, form: QuantizationFormat | None
+) -> None:
     original, weight, layer = random_layer(bias, form)
     x = torch.randn(2, 5, 16)
     factors = layer.state_dict()

@@ -13,7 +13,7 @@ from checkpoints.stored.fp8 import Fp8
 from modules.speed_options import Quantization
 from networks.kinds.dora_layer import extend
 from networks.lora_layer import Dropouts, LoraLayer
-from networks.lora_products import add_up, branch, hold
+from networks.lora_products import add_up, project_in_place_gradient, save_for_add_up
 from tests.fp8_reference import emulated_product
 from tests.networks.making import join_all, randomize
 
@@ -32,8 +32,8 @@ def test_layers_that_share_their_input_leave_each_others_gradients_alone() -> No
     x, weight, bias, down, up = factors()
 
     def joined(x: Tensor) -> Tensor:
-        seen, hidden = branch(x, down)
-        held = hold(hidden, up, ())
+        seen, hidden = project_in_place_gradient(x, down)
+        held = save_for_add_up(hidden, up, ())
         return add_up(functional.linear(seen, weight, bias), hidden, up, (), held)
 
     def separate(x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def test_layers_that_share_their_input_leave_each_others_gradients_alone() -> No
 
 def test_an_input_without_gradient_costs_no_product_with_the_frozen_weight() -> None:
     x, weight, bias, down, up = factors()
-    seen, hidden = branch(x.detach(), down)
+    seen, hidden = project_in_place_gradient(x.detach(), down)
 
     assert not seen.requires_grad
     assert hidden.requires_grad
@@ -58,11 +58,11 @@ def test_an_input_without_gradient_costs_no_product_with_the_frozen_weight() -> 
 
 def test_an_output_that_is_needed_again_is_refused_rather_than_wrong() -> None:
     x, weight, bias, down, up = factors()
-    seen, hidden = branch(x, down)
+    seen, hidden = project_in_place_gradient(x, down)
     out = functional.linear(seen, weight, bias).exp()  # keeps its result for the backward pass
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        add_up(out, hidden, up, (), hold(hidden, up)).sum().backward()
+        add_up(out, hidden, up, (), save_for_add_up(hidden, up)).sum().backward()
 
 
 def test_sums_are_rounded_once() -> None:
@@ -86,7 +86,7 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
         quantization = Quantization("rows", fp8_matmul=product is not None, product=product)
         attach(original, Fp8(quantization).quantize(original.weight))
     layer = LoraLayer(original, 4, 2.0)
-    layer.joins_from = 0
+    layer.min_in_place_numel = 0
     nn.init.normal_(layer.lora_up.weight)
     plain = original.forward
     layer.attach()
@@ -148,7 +148,7 @@ def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: 
         assert isinstance(lora, LoraLayer)
         lora.attach()
         lora.multiplier = 0.5 if kind == "multiplier" else 1.0
-        lora.noise_of = (strengths, "noise") if kind == "noise" else None
+        lora.ggpo_noise_buffer = (strengths, "noise") if kind == "noise" else None
         shares = {kind: 0.4} if kind in {"neuron", "rank"} else {"module": 1.0 if kind == "module" else 0.0}
         lora.dropouts, lora.index = Dropouts(**shares), 3
         lora.seed.value = 5
@@ -174,7 +174,7 @@ def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: 
 def test_a_gradient_that_only_one_of_both_ways_has_goes_on() -> None:
     x, _, _, down, _ = factors()
     for way, expected in enumerate((torch.ones(8).to(x), down.sum(0))):
-        (of_x,) = torch.autograd.grad(branch(x, down)[way].sum(), x)
+        (of_x,) = torch.autograd.grad(project_in_place_gradient(x, down)[way].sum(), x)
         torch.testing.assert_close(of_x, expected.expand_as(x))
 
 

@@ -314,7 +314,7 @@ def test_noise_on_weights_is_as_strong_as_weights_and_gradients() -> None:
     made.before_optimizer_step()
 
     expected = strengths(lora, layer.weight, 0.03, 0.01)
-    torch.testing.assert_close(getattr(*lora.noise_of), expected)
+    torch.testing.assert_close(getattr(*lora.ggpo_noise_buffer), expected)
     noisy = layer(x)
     assert torch.equal(noisy, layer(x))
     assert not torch.equal(noisy, calm)

@@ -92,7 +92,7 @@ def build(shares: bool, checkpoints: bool = False, joins: bool = False) -> tuple
         assert isinstance(module, nn.Linear)
         layer = LoraLayer(module, RANK, 2.0)
         nn.init.normal_(layer.lora_up.weight)
-        layer.joins_from = 0 if joins else 1 << 60
+        layer.min_in_place_numel = 0 if joins else 1 << 60
         layer.attach()
         layers.append(layer)
     cast_before_pass(model, layers, SHARED if shares else ())
@@ -230,7 +230,7 @@ def test_nothing_is_held_after_a_pass() -> None:
     assert [
         value
         for name, value in vars(shared).items()
-        if name not in ("layers", "ranks", "down", "ups", "up", "computes_outputs") and value
+        if name not in ("layers", "ranks", "down", "ups", "stacked_up", "computes_outputs") and value
     ] == []
 
 

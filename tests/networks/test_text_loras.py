@@ -12,7 +12,7 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.gated_loras import find_parameters, fit_lora
 from networks.loading import LoraUse, read_lora
-from networks.text_loras import FullPatch, for_encoders, uses_for
+from networks.text_loras import FullPatch, rename_for_encoders, uses_for
 
 SDXL = ("lora_te1", "lora_te2")
 UNET = "lora_unet_mid_block_resnets_0_conv1"  # of Stable Diffusion 1, 2 and XL, with the same sizes
@@ -53,7 +53,7 @@ def test_the_first_encoder_of_a_file_for_several_models_acts_and_is_not_said_to_
     use = write(tmp_path / "lora.safetensors", module)
 
     for prefixes in (SDXL, ("lora_te",)):  # of Stable Diffusion XL, and of 1 and 2
-        uses = for_encoders([use], "this model", prefixes)
+        uses = rename_for_encoders([use], "this model", prefixes)
         assert acting(uses, prefixes[0]) == {f"lora_unet_text_model_{LAYER}"}
         assert acting([use], prefixes[0], prefixes) == acting(uses, prefixes[0])
     assert "ignored" not in caplog.text
@@ -65,7 +65,7 @@ def test_a_part_that_is_said_to_be_ignored_does_not_act(
     """`lora_te` is the only encoder of other models."""
     use = write(tmp_path / "lora.safetensors", f"lora_te_text_model_{LAYER}")
 
-    uses = for_encoders([use], "this model", SDXL)
+    uses = rename_for_encoders([use], "this model", SDXL)
     assert "2 tensors change a text encoder, which this model does not hold, and are ignored" in caplog.text
     assert not acting(uses, "lora_te1")
     assert not acting([use], "lora_te1", SDXL)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from checkpoints.stored.forms import StoredForm, attach
+from checkpoints.stored.forms import QuantizationFormat, attach
 from checkpoints.stored.fp8 import Fp8
 from checkpoints.stored.int8 import Int8
 from checkpoints.stored.nf4 import Nf4
@@ -102,7 +102,7 @@ def test_learning_blocks_share_theirs_when_sizes_and_dropout_change(tiny: TinyDi
 )
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(
-    tiny: TinyDit, form: StoredForm
+    tiny: TinyDit, form: QuantizationFormat
 ) -> None:
     results = []
     for compiled in (False, True):

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoints.stored.forms import attach
 from checkpoints.stored.fp8 import Fp8
 from checkpoints.stored.fp8_products import (
-    FEW_TOKENS,
+    MAX_TOKENS_WITHOUT_ROW_SCALES,
     MIN_ROWS,
     Product,
     fp8_linear,
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 PRODUCTS = (row_scaled_product, tensor_scaled_product, emulated_product)
 SCALES = ("none", "tensor", "rows")
 E4M3 = torch.float8_e4m3fn
-M, K, N = FEW_TOKENS + 32, 64, 48  # tokens of which torch itself scales the rows
+M, K, N = MAX_TOKENS_WITHOUT_ROW_SCALES + 32, 64, 48  # tokens of which torch itself scales the rows
 
 
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -135,7 +135,7 @@ def test_sums_are_scaled_in_pieces_as_in_one(dtype: torch.dtype) -> None:
     full = tensor_scaled_product(*inputs)
 
     with _LargestFloat32() as largest:
-        pieces = tensor_scaled_product(*inputs, piece=10 * N)
+        pieces = tensor_scaled_product(*inputs, max_float32_elements=10 * N)
 
     assert torch.equal(pieces, full)
     assert largest.values == 10 * N
@@ -202,7 +202,9 @@ def test_what_does_not_suit_is_told_from_shapes(
     assert suits_fp8(torch.empty(1, tokens, columns), torch.empty(rows, columns, dtype=dtype), scale) == suits
 
 
-@pytest.mark.parametrize("tokens", [MIN_ROWS, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize(
+    "tokens", [MIN_ROWS, MAX_TOKENS_WITHOUT_ROW_SCALES, MAX_TOKENS_WITHOUT_ROW_SCALES + 1]
+)
 def test_torch_scales_no_rows_of_few_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Hopper cuBLAS cannot, for many features: the second linear layer of HunyuanVideo's texts."""
     x, (weight, scale) = random(tokens, K), fp8_weight("rows")
@@ -216,7 +218,7 @@ def test_torch_scales_no_rows_of_few_tokens(tokens: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "_scaled_mm", noted)
     out = fp8_linear(x, weight, scale, None, row_scaled_product)
 
-    assert asked == [1 if tokens <= FEW_TOKENS else tokens]
+    assert asked == [1 if tokens <= MAX_TOKENS_WITHOUT_ROW_SCALES else tokens]
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7)
 
 
@@ -226,7 +228,7 @@ def test_what_torch_computes_is_compiled(product: Product) -> None:
     """For few and for more tokens; `functional.scaled_mm` is not in torch 2.10 and 2.11."""
     weight, scale = fp8_weight("rows")
     compiled = torch.compile(fp8_linear, backend="eager", fullgraph=True, dynamic=True)
-    for tokens in (MIN_ROWS, 40, FEW_TOKENS + 1):
+    for tokens in (MIN_ROWS, 40, MAX_TOKENS_WITHOUT_ROW_SCALES + 1):
         x = random(1, tokens, K)
         expected = fp8_linear(x, weight, scale, None, product)
         assert torch.equal(compiled(x, weight, scale, None, product), expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checkpoints.stored.forms import StoredForm, attach, stored_in, value_of
+from checkpoints.stored.forms import QuantizationFormat, attach, dequantized_weight_of, quantized_weight_of
 from checkpoints.stored.int8 import Int8, rotate
 from checkpoints.stored.nf4 import LEVELS, Nf4, form_of, rehearsed
 from checkpoints.stored.packed import four_bits
@@ -19,7 +19,7 @@ ROWS, COLUMNS = torch.arange(4)[:, None], torch.arange(256)
 WEIGHT = ((7 * ROWS + 13 * COLUMNS) % 29 - 14) / 16
 WEIGHT[0, 5] = 8  # an outlier
 X = ((5 * ROWS[:2] + 11 * COLUMNS) % 23 - 11) / 8
-FORMS: dict[str, StoredForm] = {
+FORMS: dict[str, QuantizationFormat] = {
     "rows": Int8(0),
     "rotated": Int8(),
     "both ways": Int8(rounds_gradients=True),
@@ -31,7 +31,7 @@ def near(found: Any, expected: list[float], error: float = 1e-6) -> None:
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=error)
 
 
-def run(form: StoredForm, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def run(form: QuantizationFormat, x: Tensor, bias: Tensor | None = None) -> Tensor:
     stored = form.quantize(WEIGHT)
     return stored.form.multiply(x, stored.tensors, stored.shape, bias)
 
@@ -52,7 +52,7 @@ def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() ->
             if each is not None
         )
         ledger.enter("value")
-        value = form.value(tensors, shape, torch.bfloat16)
+        value = form.dequantize(tensors, shape, torch.bfloat16)
         peak = ledger.peaks["value"][WORKING]
 
     assert (value.shape, value.dtype) == (shape, torch.bfloat16)
@@ -76,7 +76,7 @@ def test_int8_rows_have_the_worked_numbers(
     near(stored.tensors[1][:2, 0], scales, 1e-8)
     assert stored.weight[0, : len(codes)].tolist() == codes
     if value is not None:
-        near(stored.value()[0, :2], value)
+        near(stored.dequantize()[0, :2], value)
     if group == 0:
         assert stored.weight[1, :8].tolist() == [-64, 54, -91, 27, -118, 0, 118, -27]
 
@@ -125,7 +125,7 @@ def test_nf4_has_the_worked_numbers() -> None:
     assert peaks[:4].tolist() == [255, 75, 75, 75]
     near(nested, [6.6796875])
     near(offset, [1.3203125])
-    near(stored.value()[1, :4], [-0.455968, 0.382708, -0.604567, 0.213721])
+    near(stored.dequantize()[1, :4], [-0.455968, 0.382708, -0.604567, 0.213721])
     # with exact maxima, as files without nested statistics have them
     value = four_bits(LEVELS)(packed, torch.tensor([8, *[0.875] * 15]).view(4, 4))
     near((X @ value.T)[0], [-2.758321, -1.346753, 1.319600, -1.421595], 3e-6)
@@ -133,7 +133,7 @@ def test_nf4_has_the_worked_numbers() -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_computes_nearly_as_in_16_bits(form: StoredForm, dtype: torch.dtype) -> None:
+def test_a_layer_computes_nearly_as_in_16_bits(form: QuantizationFormat, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     plain = nn.Linear(256, 48).to(dtype).requires_grad_(False)
     layer = copy.deepcopy(plain)
@@ -154,29 +154,31 @@ def test_a_layer_computes_nearly_as_in_16_bits(form: StoredForm, dtype: torch.dt
     limit = 0.12 if form.name == "nf4" else 0.02
     for one, other in zip(*results, strict=True):
         assert 1e-4 < (one - other).norm() / one.norm() < limit
-    stored = stored_in(layer)
+    stored = quantized_weight_of(layer)
     assert stored is not None
-    assert torch.equal(value_of(layer, layer.weight), stored.value())
+    assert torch.equal(dequantized_weight_of(layer, layer.weight), stored.dequantize())
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: StoredForm, monkeypatch: Any) -> None:
+def test_a_large_input_is_computed_in_parts_with_equal_numbers(
+    form: QuantizationFormat, monkeypatch: Any
+) -> None:
     x, bias = torch.randn(100, 256), torch.randn(4)
-    full, value = run(form, x, bias), form.quantize(WEIGHT).value()
+    full, value = run(form, x, bias), form.quantize(WEIGHT).dequantize()
     for name in ("int8", "nf4"):
         monkeypatch.setattr(f"checkpoints.stored.{name}.PIECE", 256 * 2)
     assert torch.equal(run(form, x, bias), full)
-    assert torch.equal(form.quantize(WEIGHT).value(), value)
+    assert torch.equal(form.quantize(WEIGHT).dequantize(), value)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("shape", [(12, 100), (5, 33), (3, 48), (1, 1)])
 def test_every_shape_has_a_value_and_the_form_that_is_planned(
-    form: StoredForm, shape: tuple[int, int]
+    form: QuantizationFormat, shape: tuple[int, int]
 ) -> None:
     stored, planned = form.quantize(torch.randn(shape)), form.empty(shape)
 
-    assert stored.value().shape == shape
+    assert stored.dequantize().shape == shape
     assert stored.form == planned.form
     for one, other in zip(stored.tensors, planned.tensors, strict=True):
         assert one is not None
@@ -188,8 +190,8 @@ def test_joined_rows_of_int8_are_those_of_the_parts() -> None:
     full = Int8().quantize(WEIGHT)
     parts: Any = [full.form.cut(full, 0, 3), full.form.cut(full, 3, 1)]
     joined: Any = full.form.join(parts)
-    assert torch.equal(joined.value(), full.value())
-    assert torch.equal(parts[1].value(), full.value()[3:])
+    assert torch.equal(joined.dequantize(), full.dequantize())
+    assert torch.equal(parts[1].dequantize(), full.dequantize()[3:])
 
 
 def test_int8_is_what_comfy_kitchen_makes() -> None:
@@ -213,8 +215,8 @@ def test_nf4_is_what_bitsandbytes_makes(shape: tuple[int, int]) -> None:
     assert torch.equal(state.absmax, stored.tensors[1])
     assert torch.equal(state.state2.code, stored.tensors[3])
     torch.testing.assert_close(state.state2.absmax, stored.tensors[2])
-    torch.testing.assert_close(functional.dequantize_4bit(packed, state), stored.value())
+    torch.testing.assert_close(functional.dequantize_4bit(packed, state), stored.dequantize())
     expand = torch.ops.bitsandbytes.dequantize_4bit  # as on a GPU
-    again = Nf4(expand).value(stored.tensors, stored.shape, torch.bfloat16)
-    assert torch.equal(again, stored.value(torch.bfloat16))
+    again = Nf4(expand).dequantize(stored.tensors, stored.shape, torch.bfloat16)
+    assert torch.equal(again, stored.dequantize(torch.bfloat16))
     assert len(set(LEVELS)) == 16

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modules.speed_options import Quantization
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
-from protocols.loading import HostPlace, Placement, TensorInfo
+from protocols.loading import HostWeightMemory, Placement, TensorInfo
 from runtime.offload.block_swap import swap_blocks, swap_of
 from runtime.offload.host_memory import ALIGNMENT, LoadedNetwork, allocate
 from runtime.offload.swap_plan import HostWeights, SwapPlan, host_weights
@@ -180,14 +180,18 @@ def test_tensors_lie_where_a_device_likes_them_and_do_not_touch() -> None:
         assert tensor.data_ptr() % ALIGNMENT == 0
         tensor.view(torch.uint8).fill_(number)
     assert [int(tensor.view(torch.uint8).unique()) for tensor in held.tensors.values()] == [0, 1, 2]
-    assert held.is_filled_here
+    assert held.is_written_by_this_process
 
 
 class Watched:
-    """A `HostPlace` whose memory another process may fill."""
+    """A `HostWeightMemory` whose memory another process may fill."""
 
-    def __init__(self, inner: HostPlace, is_filled_here: bool) -> None:
-        self.hold, self.finish, self.is_filled_here = inner.hold, inner.finish, is_filled_here
+    def __init__(self, inner: HostWeightMemory, is_written_by_this_process: bool) -> None:
+        self.allocate_on_host, self.finish, self.is_written_by_this_process = (
+            inner.allocate_on_host,
+            inner.finish,
+            is_written_by_this_process,
+        )
 
 
 def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_still_seen(
@@ -201,13 +205,13 @@ def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_stil
 
     expected = dict(load_dit(path, Placement(CPU, patch=patch())).named_parameters())
     plain = dict(load_dit(path, Placement(CPU)).named_parameters())
-    for is_filled_here in (True, False):
+    for is_written_by_this_process in (True, False):
         host, used = host_weights(SwapPlan(DIT, 4), CPU), patch()
         assert host is not None
-        found = load_dit(path, Placement(CPU, patch=used, host=Watched(host, is_filled_here)))
+        found = load_dit(path, Placement(CPU, patch=used, host=Watched(host, is_written_by_this_process)))
         used.check()
         assert unused(used) == []
-        if is_filled_here:
+        if is_written_by_this_process:
             assert all(torch.equal(expected[name], weight) for name, weight in found.named_parameters())
         else:  # left to another process
             assert not found.get_parameter("blocks.1.ffn.0.weight").any()
