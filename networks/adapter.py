@@ -71,13 +71,15 @@ class ForeignNetwork:
         unet_lr: float | None = None,
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups for the optimizer, and the name of each group for logs."""
-        # a network of another package that leaves the groups to the caller
+        """Return parameter groups for the optimizer, and the name of each group for logs.
+
+        The package's network makes the groups if it has a method for that; otherwise there is one group.
+        """
         if not hasattr(self.module, "prepare_optimizer_params"):
             trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return [{"params": trainable, "lr": learning_rate}], ["unet"]
         # packages differ in the names of the learning rates, and in whether they name the groups
-        result = _call(
+        result = _call_with_known_arguments(
             self.module.prepare_optimizer_params,
             text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),
             unet_lr=learning_rate if unet_lr is None else unet_lr,
@@ -87,12 +89,11 @@ class ForeignNetwork:
         )
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
-        if names:
-            return groups, list(names)
-        # logs call the learning rate of a single group "unet"
-        if len(groups) == 1:
-            return groups, ["unet"]
-        return groups, [f"group {index}" for index in range(len(groups))]
+        if not names and len(groups) == 1:
+            names = ["unet"]
+        elif not names:
+            names = [f"group {index}" for index in range(len(groups))]
+        return groups, list(names)
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
@@ -116,7 +117,9 @@ class ForeignNetwork:
     def on_epoch_start(self) -> None:
         """Call `on_epoch_start` of the other package's network, if it has such a hook."""
         if hasattr(self.module, "on_epoch_start"):
-            _call(self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit)
+            _call_with_known_arguments(
+                self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit
+            )
 
     def on_step_start(self) -> None:
         """Call `on_step_start` of the other package's network, if it has such a hook."""
@@ -146,14 +149,12 @@ class ForeignNetwork:
         """
         from networks.loading import read_lora  # only for --network_weights
 
-        # only the names that the network itself saves are accepted, as its state dict shows them
         state = self.module.state_dict()
         shapes = _read_shapes(path)
         _reject_other_sizes(path, state, shapes)
-        # without alphas, the network's own alphas must be those of the file's training
-        if not any(name.endswith(".alpha") for name in shapes):
+        has_alphas = any(name.endswith(".alpha") for name in shapes)
+        if not has_alphas:
             _reject_other_alphas(path, state)
-        # the package reads files itself
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
@@ -177,10 +178,10 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
     """
     common = [name for name in state if name in shapes]
     # elements are compared, not shapes: an alpha may be a list of one element
-    wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
-    if wrong:
-        lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]]
-        reason = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n{''.join(lines)}"
+    different = [name for name in common if state[name].numel() != math.prod(shapes[name])]
+    if different:
+        lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in different[:3]]
+        reason = f"does not fit this network in {len(different)} of {len(common)} tensors:\n{''.join(lines)}"
     elif not common:
         reason = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
     else:
@@ -258,7 +259,7 @@ def make_network(
     dit: nn.Module,
     seed: int,
     encoders: Mapping[str, nn.Module] | None = None,
-    in_dit: bool = True,
+    trains_dit: bool = True,
     resumed: Mapping[str, Tensor] | None = None,
 ) -> TrainableNetwork:
     """Build the network from the options, load `--network_weights`, and attach it to the models.
@@ -273,7 +274,7 @@ def make_network(
         seed: Seed of the initial values, which are the same on every machine.
         encoders: Loaded networks of the trained text encoders, by `LearningEncoder.lora_prefix`, in the order
             of their learning rates.
-        in_dit: Whether the DiT is trained too, not only text encoders.
+        trains_dit: Whether the DiT is trained too, not only text encoders.
         resumed: Tensors of the state that will be loaded into the network; None if the run starts anew.
 
     Raises:
@@ -282,43 +283,17 @@ def make_network(
     """
     encoders = encoders or {}
     name = options.network_module or default_module
-    builder = None if name in OWN_MODULES else import_network_module(name)  # another package's module
+    package = None if name in OWN_MODULES else import_network_module(name)
     with torch.random.fork_rng(devices=[]):  # torch's initializers draw from the global generator
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork
-        if builder is not None:
-            module = _build_foreign(
-                builder,
-                options,
-                dit=dit,
-                encoders=encoders,
-                in_dit=in_dit,
-            )
+        if package is not None:
+            module = _build_foreign(package, options, dit, encoders, trains_dit)  # already attached
             network = ForeignNetwork(module, dit)
-        elif options.dim_from_weights:
-            tensors = _read_network_weights(options, dit, encoders)
-            typed = _read_arguments(options)
-            network = build_from_tensors(
-                name,
-                tensors,
-                typed=typed,
-                dit=dit,
-                encoders=encoders,
-            )
         else:
-            initial_tensors = dict(resumed or {})
-            if not initial_tensors and options.network_weights is not None:
-                initial_tensors = _read_network_weights(options, dit, encoders)
-            network = build_network(
-                name,
-                _read_arguments(options),
-                dit=dit if in_dit else None,
-                encoders=encoders,
-                initial_tensors=initial_tensors,
-            )
-    # attach the layers; another package's network was attached when it was built
+            network = _build_own(name, options, dit, encoders, trains_dit, resumed)
     if isinstance(network, OwnNetwork):
-        network.attach(in_dit)
+        network.attach(trains_dit)
         layers_of_dit = network.layers_of_dit()
         if layers_of_dit:
             cast_before_pass(dit, layers_of_dit, spec_of(dit).shared_inputs)
@@ -332,10 +307,35 @@ def make_network(
         _load_file(network, options.network_weights, dit)
     prepare: Any = getattr(network.module, "prepare_grad_etc", None)  # other packages' name for this step
     if prepare is not None:
-        _call(prepare, text_encoder=None, unet=dit, transformer=dit)
+        _call_with_known_arguments(prepare, text_encoder=None, unet=dit, transformer=dit)
     else:
         network.module.requires_grad_(True)
     return network
+
+
+def _build_own(
+    name: str,
+    options: NetworkOptions,
+    dit: nn.Module,
+    encoders: Mapping[str, nn.Module],
+    trains_dit: bool,
+    resumed: Mapping[str, Tensor] | None,
+) -> OwnNetwork:
+    """Build one of our networks from its options, with further modules that a file or a resumed state has."""
+    arguments = _read_arguments(options)
+    if options.dim_from_weights:
+        tensors = _read_network_weights(options, dit, encoders)
+        return build_from_tensors(name, tensors, typed=arguments, dit=dit, encoders=encoders)
+    initial_tensors = dict(resumed or {})
+    if not initial_tensors and options.network_weights is not None:
+        initial_tensors = _read_network_weights(options, dit, encoders)
+    return build_network(
+        name,
+        arguments,
+        dit=dit if trains_dit else None,
+        encoders=encoders,
+        initial_tensors=initial_tensors,
+    )
 
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
@@ -403,12 +403,12 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
             f"so that two transformers cannot share it. {OWN_NETWORKS}"
         )
     for name, tensor in state.items():
-        path, _, leaf = name.rpartition(".")
+        path, _, parameter_name = name.rpartition(".")
         module = twin.get_submodule(path)
-        if leaf in module._parameters:
-            module.register_parameter(leaf, network.get_parameter(name))
+        if parameter_name in module._parameters:
+            module.register_parameter(parameter_name, network.get_parameter(name))
         else:
-            module._buffers[leaf] = tensor
+            module._buffers[parameter_name] = tensor
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -437,42 +437,42 @@ def import_network_module(name: str) -> ModuleType:
 
 
 def _build_foreign(
-    builder: ModuleType,
+    package: ModuleType,
     options: NetworkOptions,
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
-    in_dit: bool,
+    trains_dit: bool,
 ) -> Any:
     """Build another package's network as other LoRA trainers do, and put it into the models.
 
     Args:
-        builder: The package's module.
+        package: Its module.
         options: Options of the network.
         dit: The transformer.
         encoders: Trained text encoders, by the prefix of their modules in LoRA files.
-        in_dit: Whether the DiT is trained too, not only text encoders.
+        trains_dit: Whether the DiT is trained too, not only text encoders.
     """
     text_encoders = list(encoders.values()) or None
     if options.dim_from_weights:
-        module = _create_from_file(builder, options, dit, encoders)
+        module = _create_from_file(package, options, dit, encoders)
     else:
-        module = _create(builder, options, dit if in_dit else None, text_encoders)
+        module = _create_from_settings(package, options, dit if trains_dit else None, text_encoders)
     models = [dit, *encoders.values()]
     parameters_by_model = [dict(model.named_parameters()) for model in models]
-    module.apply_to(text_encoders, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
+    module.apply_to(text_encoders, dit, apply_text_encoder=bool(encoders), apply_unet=trains_dit)
     # LyCORIS' `algo=full` deletes the frozen weights of layers and computes with its own. They are restored,
     # because the model reads dtypes from its layers
     for model, parameters in zip(models, parameters_by_model, strict=True):
         for name, parameter in parameters.items():
-            path, _, leaf = name.rpartition(".")
+            path, _, parameter_name = name.rpartition(".")
             layer = model.get_submodule(path)
-            if layer._parameters.get(leaf) is None:
-                layer.register_parameter(leaf, parameter)
+            if layer._parameters.get(parameter_name) is None:
+                layer.register_parameter(parameter_name, parameter)
     return module
 
 
-def _create(
-    builder: ModuleType,
+def _create_from_settings(
+    package: ModuleType,
     options: NetworkOptions,
     dit: nn.Module | None,
     text_encoders: list[nn.Module] | None,
@@ -480,43 +480,45 @@ def _create(
     """Build another package's network from its settings.
 
     Args:
-        builder: The package's module.
+        package: Its module.
         options: Options of the network.
         dit: The transformer; None if only text encoders are trained.
         text_encoders: Trained text encoders; None if there are none.
     """
     rank = options.network_dim or DEFAULT_RANK
-    # packages have one of two functions; only this one takes dropouts
-    create = getattr(builder, "create_arch_network", None)
-    dropouts = {"neuron_dropout": options.network_dropout}
-    if create is None:
-        create = builder.create_network
-        dropouts = {}
+    dropouts: dict[str, float | None] = {}
+    # packages have one of two functions, and only the first takes a dropout
+    if hasattr(package, "create_arch_network"):
+        create = package.create_arch_network
+        dropouts = {"neuron_dropout": options.network_dropout}
+    else:
+        create = package.create_network
         if options.network_dropout is not None:
             logger.warning(
-                f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
+                f"--network_dropout is ignored because {package.__name__} takes its own settings; try "
                 "--network_args dropout=..."
             )
-    # multiplier, rank, alpha, VAE, text encoders, DiT: by position, as packages name them differently
+    multiplier = 1.0
+    vae = None
     arguments = options.arguments()
-    return create(1.0, rank, options.network_alpha, None, text_encoders, dit, **dropouts, **arguments)
+    # by position, as packages name these arguments differently
+    return create(multiplier, rank, options.network_alpha, vae, text_encoders, dit, **dropouts, **arguments)
 
 
 def _create_from_file(
-    builder: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
+    package: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> Any:
     """Build another package's network with the modules of `--network_weights`."""
     text_encoders = list(encoders.values()) or None
     # packages have one of these two functions
-    create = getattr(builder, "create_arch_network_from_weights", None)
-    create = create or getattr(builder, "create_network_from_weights", None)
+    create = getattr(package, "create_arch_network_from_weights", None)
+    create = create or getattr(package, "create_network_from_weights", None)
     if create is None:
         raise OptionError(
-            f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
+            f"--dim_from_weights cannot be used with --network_module {package.__name__}, which does not "
             "support it"
         )
-    # packages differ in their arguments: `_call` passes those that the function takes
-    created = _call(
+    created = _call_with_known_arguments(
         create,
         multiplier=1.0,
         weights_sd=_read_network_weights(options, dit, encoders),
@@ -532,7 +534,7 @@ def _create_from_file(
     return created[0] if isinstance(created, tuple) else created
 
 
-def _call(function: Callable[..., Any], **values: Any) -> Any:
+def _call_with_known_arguments(function: Callable[..., Any], **values: Any) -> Any:
     """Call a function with only the values that it has parameters for, because other packages differ."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -1,14 +1,13 @@
 """Find alphas that are not tensors: in a file's metadata, or in PEFT's settings (in metadata or a file).
 
-A source is one place with settings, such as a metadata key. A file may have several networks; `start` is the
-prefix that a network has in diffusers' pipelines, such as `transformer.` or `text_encoder_2.`.
+A source is one place with settings, such as a metadata key. A file may have several networks;
+`network_prefix` is the prefix that a network has in diffusers' pipelines, such as `text_encoder_2.`.
 """
 
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import group_by_module, rank_of, split_strength, ungroup
+from networks.deltas import group_by_module, rank_of, split_scaling, ungroup
 from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
@@ -30,52 +29,52 @@ logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
-_PLAIN_KEY = re.compile(
-    r"[\w-]+(\.[\w-]+)*", re.ASCII
-)  # a key of alpha_pattern that is no regular expression
+# a key of alpha_pattern that is no regular expression
+_PLAIN_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # metadata keys under which programs store these settings
-_SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
-_TRAINED = "ss_network_alpha"
-_TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")  # beginnings of the names of text encoders
+_SETTINGS_KEYS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
+_TRAINED_ALPHA_KEY = "ss_network_alpha"
+# beginnings of the names of text encoders
+_TEXT_ENCODER_PREFIXES = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a key with the name of a network in front: `transformer.lora_alpha`, `lora_te1_alpha`
-_BEGIN = re.compile(
+_KEY_WITH_NETWORK = re.compile(
     r"(?:(.*)\.|(transformer(?:_2)?|unet|lora_unet|(?:text_encoder|lora_te|te)_?[123]?)_)?(.*)"
 )
-_OF_TEXTS = re.compile(r"(?:text_encoder|lora_te|te)_?([123]?)")
-_RANKS = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
-# name of an alpha, as `_split_key` returns it -> names that the rank may have next to it
-_KEYS = {
-    **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANKS),
+_TEXT_ENCODER = re.compile(r"(?:text_encoder|lora_te|te)_?([123]?)")
+_RANK_NAMES = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
+# name of an alpha, as `_parse_key` returns it -> names that the rank may have next to it
+_RANK_NAMES_BY_ALPHA = {
+    **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANK_NAMES),
     "ssnetworkalpha": ("ssnetworkdim",),
 }
-# other settings in JSON, as `_split_key` returns them -> their names in PEFT
+# other settings in JSON, as `_parse_key` returns them -> their names in PEFT
 _PEFT_KEYS = {"alphapattern": "alpha_pattern", "rankpattern": "rank_pattern", "userslora": "use_rslora"}
 _MAX_SHOWN = 20  # characters of a value that a message shows
 
 
 @dataclass(frozen=True)
-class _Source:
+class _AlphaSource:
     """Settings with alphas, and the metadata entry or file that contains them."""
 
-    place: str  # where they were found, for messages
+    location: str  # where they were found, for messages
     settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
-    is_sure: bool = True  # whether they certainly belong to this file
+    is_certain: bool = True  # whether they certainly belong to this file
 
     @property
     def rank(self) -> float | None:
-        return _number(self.settings.get("r"))
+        return _to_finite_or_none(self.settings.get("r"))
 
-    def fits(self, ranks: Collection[int]) -> bool:
+    def can_be_for(self, ranks: Collection[int]) -> bool:
         """Return whether the settings can be for factors of these ranks."""
         if self.rank is None:
-            return self.is_sure
+            return self.is_certain
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
 
 
-class _Sources(NamedTuple):
+class _FoundSources(NamedTuple):
     """Settings that may apply, and warnings about unusable ones."""
 
-    sources: list[_Source]
+    sources: list[_AlphaSource]
     warnings: list[str]
 
 
@@ -91,18 +90,21 @@ class FoundAlphas:
     """Alphas for modules that have no alpha tensor next to their factors, and where they were found."""
 
     tensors: Mapping[str, Tensor]  # by name: "lora_unet_x.alpha"
-    words: str  # description for the log; "" if every module has an alpha tensor
+    description: str  # description for the log; "" if every module has an alpha tensor
     warnings: tuple[str, ...] = ()  # about unusable values
 
 
+class NetworkFactors(NamedTuple):
+    """The factors for one network of a pipeline: for the transformer, or for one text encoder."""
+
+    modules: Mapping[str, Factors]  # by module name
+    module_paths: Mapping[str, str]  # module name -> path of the module in the file
+    prefix: str  # of the network in diffusers' pipelines, such as `transformer.`; "" if it has none
+    joined_lora_counts: Mapping[str, int]  # module name -> number of LoRAs in its factors; 1 by default
+
+
 def find_alphas(
-    path: Path,
-    metadata: Mapping[str, str],
-    is_written_here: bool,
-    modules: Mapping[str, Factors],
-    paths: Mapping[str, str],
-    start: str,
-    stacked: Mapping[str, int],
+    path: Path, metadata: Mapping[str, str], is_written_here: bool, network: NetworkFactors
 ) -> FoundAlphas:
     """Find alphas for modules without an alpha tensor, in the metadata or in PEFT's settings.
 
@@ -111,91 +113,100 @@ def find_alphas(
         metadata: Metadata of the file.
         is_written_here: Whether the file was written by us; its alphas are then tensors or folded into
             factors, and metadata are not searched.
-        modules: Factors by module name.
-        paths: Paths of these modules, as in the file.
-        start: Prefix of their network in diffusers' pipelines; "" if it has none.
-        stacked: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
+        network: The factors.
 
     Raises:
         CheckpointError: If two sources of alphas contradict each other.
         ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
     """
-    ranks = _ranks_without_alpha(modules, stacked)
-    # every module has an alpha of its own
-    if not ranks:
+    ranks = _ranks_without_alpha(network)
+    every_module_has_alpha = not ranks
+    if every_module_has_alpha:
         return FoundAlphas({}, "")
-    sources: list[_Source] = []
+    sources: list[_AlphaSource] = []
     warnings: list[str] = []
     if not is_written_here:
-        sources, warnings = _sources(path, metadata, paths, start)
-    # keep the sources that can be for factors of these ranks
+        sources, warnings = _find_sources(path, metadata, network)
     distinct_ranks = set(ranks.values())
     warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
-    sources = [source for source in sources if source.fits(distinct_ranks)]
+    sources = [source for source in sources if source.can_be_for(distinct_ranks)]
+    alpha = _require_one_alpha(path, sources)
+    tensors = peft_alphas(
+        network.modules, network.module_paths, _merge_settings(sources, alpha), network.joined_lora_counts
+    )
+    num_missing = len(ranks) - len(tensors)
+    description = _describe_alphas(sources, network, num_found=len(tensors), num_missing=num_missing)
+    return FoundAlphas(tensors, description, tuple(warnings))
+
+
+def _require_one_alpha(path: Path, sources: Sequence[_AlphaSource]) -> float | None:
+    """Return the alpha in the sources; None without one. Raises CheckpointError if they differ."""
     with_alpha = [source for source in sources if source.settings.get("lora_alpha")]
-    alphas = [_finite(source.settings["lora_alpha"]) for source in with_alpha]
+    alphas = [_to_finite(source.settings["lora_alpha"]) for source in with_alpha]
     if len(set(alphas)) > 1:
-        alphas_in_words = [
-            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, with_alpha, strict=True)
+        clauses = [
+            f"{alpha:g} in {source.location}" for alpha, source in zip(alphas, with_alpha, strict=True)
         ]
         raise CheckpointError(
-            f"{path} has two alphas: {' and '.join(alphas_in_words)}.\n"
+            f"{path} has two alphas: {' and '.join(clauses)}.\n"
             "  Take the wrong one out: the strength of the LoRA depends on it.",
             path,
         )
-    tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
-    # say for the log where the alphas come from, and how many modules have none
+    return alphas[0] if alphas else None
+
+
+def _describe_alphas(
+    sources: Sequence[_AlphaSource], network: NetworkFactors, num_found: int, num_missing: int
+) -> str:
+    """Return where the alphas come from and how many modules have none, for the log."""
     descriptions: list[str] = []
-    if alphas:
-        descriptions.append(f"alpha {alphas[0]:g} of {with_alpha[0].place}")
-    elif tensors:  # only patterns
-        descriptions.append(f"alphas of {sources[0].place}")
-    num_missing = len(ranks) - len(tensors)
+    with_alpha = next((source for source in sources if source.settings.get("lora_alpha")), None)
+    if with_alpha is not None:
+        alpha = _to_finite(with_alpha.settings["lora_alpha"])
+        descriptions.append(f"alpha {alpha:g} of {with_alpha.location}")
+    elif num_found:  # only patterns
+        descriptions.append(f"alphas of {sources[0].location}")
     if num_missing:
-        has_alphas = tensors or any("alpha" in factors for factors in modules.values())
+        has_alphas = num_found or any("alpha" in factors for factors in network.modules.values())
         which = f"for {num_missing} modules" if has_alphas else "in it"
         descriptions.append(f"no alpha {which}: the rank is taken")
-    return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
+    return ", ".join(descriptions)
 
 
-def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
+def _list_warnings_of_other_ranks(sources: Iterable[_AlphaSource], ranks: Collection[int]) -> list[str]:
     """Return a warning for each source whose alpha is for a rank that no module of the file has."""
     rank_list = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
-        if source.is_sure and not source.fits(ranks):
+        if source.is_certain and not source.can_be_for(ranks):
             warnings.append(
-                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {rank_list}: "
-                "it is not used"
+                f"{source.location} has an alpha for rank {source.rank:g}, the factors have rank {rank_list}"
+                ": it is not used"
             )
     return warnings
 
 
-def _ranks_without_alpha(modules: Mapping[str, Factors], stacked: Mapping[str, int]) -> dict[str, int]:
+def _ranks_without_alpha(network: NetworkFactors) -> dict[str, int]:
     """Return the trained rank of each module that has a rank but no alpha."""
     ranks: dict[str, int] = {}
-    for name, factors in modules.items():
+    for name, factors in network.modules.items():
         rank = None if "alpha" in factors else rank_of(factors)
         if rank is not None:
-            ranks[name] = rank // stacked.get(name, 1)
+            ranks[name] = rank // network.joined_lora_counts.get(name, 1)
     return ranks
 
 
-def _join_settings(sources: Sequence[_Source], alphas: Sequence[float]) -> dict[str, Any]:
+def _merge_settings(sources: Sequence[_AlphaSource], alpha: float | None) -> dict[str, Any]:
     """Merge the settings of all sources into one PEFT configuration; earlier sources take precedence."""
     patterns: dict[str, Any] = {}
     use_rslora = None
     for source in sources:
         patterns = {**(source.settings.get("alpha_pattern") or {}), **patterns}
         use_rslora = use_rslora or source.settings.get("use_rslora")
-    return {
-        "lora_alpha": alphas[0] if alphas else None,
-        "alpha_pattern": patterns,
-        "use_rslora": use_rslora,
-    }
+    return {"lora_alpha": alpha, "alpha_pattern": patterns, "use_rslora": use_rslora}
 
 
-def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def restore_folded_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Restore alphas that were folded into the factors of a file written by us; return all tensors.
 
     The changes of the weights stay the same. Factors keep their dtype if the division is exact; otherwise
@@ -205,28 +216,28 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         tensors: Tensors under our names.
         metadata: Metadata of the file.
     """
-    strengths = read_folded(metadata)
+    scalings = read_folded(metadata)  # rank -> alpha / rank
     modules = group_by_module(tensors)
     for factors in modules.values():
         rank = rank_of(factors)
         is_pair = DOWN in factors and UP in factors
-        # folding is recorded by rank: this module was not folded
-        if rank not in strengths or "alpha" in factors or not is_pair:
+        was_folded = rank in scalings and "alpha" not in factors and is_pair
+        if rank is None or not was_folded:
             continue
-        strength = strengths[rank]
-        mantissa, _ = math.frexp(strength)
+        scaling = scalings[rank]
+        mantissa, _ = math.frexp(scaling)
         is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
-        down_factor, up_factor = split_strength(strength)
+        down_factor, up_factor = split_scaling(scaling)
         divisors = {
             DOWN: down_factor,
             UP: up_factor,
-            "lora_up.bias": strength,
+            "lora_up.bias": scaling,
         }
         for part, divisor in divisors.items():
             if part in factors:
                 unfolded = factors[part].float() / divisor
                 factors[part] = unfolded.to(factors[part].dtype) if is_exact else unfolded
-        factors["alpha"] = torch.tensor(strength * rank)
+        factors["alpha"] = torch.tensor(scaling * rank)
     return ungroup(modules)
 
 
@@ -234,167 +245,176 @@ def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
     """Return alpha / rank by rank, from the metadata entry `FOLDED`; {} if it is missing or unusable."""
     try:
         entries = parse_json(metadata.get(FOLDED, "{}"))
-        strengths = {int(rank): float(strength) for rank, strength in entries.items()}
+        scalings = {int(rank): float(scaling) for rank, scaling in entries.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return {
-        rank: strength for rank, strength in strengths.items() if math.isfinite(strength) and strength > 0
-    }
+    return {rank: scaling for rank, scaling in scalings.items() if math.isfinite(scaling) and scaling > 0}
 
 
 def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata without alphas, for a file with alphas as tensors or folded into the factors."""
-    is_trained = "ss_network_module" in metadata
     remaining: dict[str, str] = {}
     for key, value in metadata.items():
         # trainers record the alpha of the training too, which readers ignore if alphas are tensors
-        is_alpha = _split_key(key).name in _KEYS and not (is_trained and key == _TRAINED)
-        if not _has_alpha(key, value) and not is_alpha:
+        is_record_of_training = key == _TRAINED_ALPHA_KEY and "ss_network_module" in metadata
+        is_alpha = _parse_key(key).name in _RANK_NAMES_BY_ALPHA
+        if is_record_of_training or not (is_alpha or _holds_settings(key, value)):
             remaining[key] = value
     return remaining
 
 
-def _has_alpha(key: str, text: str) -> bool:
+def _holds_settings(key: str, text: str) -> bool:
     """Return whether a metadata key holds PEFT settings; for `config`, only if its JSON has an alpha."""
     if key != "config":
-        return key in _SETTINGS
+        return key in _SETTINGS_KEYS
     try:
-        sources = _sources_in_json(key, parse_json(text), "")
+        sources = _parse_settings(key, parse_json(text), "")
     except (ValueError, AttributeError, RecursionError):
         return False
     return any(source.settings.get("lora_alpha") for source in sources)
 
 
-def _sources(path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
-    """Return the settings that may apply to these modules, and warnings about non-numeric values."""
-    in_header = _sources_in_header(metadata, paths, start)
-    in_settings = _sources_in_settings(metadata, start)
-    in_folder = _sources_in_folder(path, start)
-    return _Sources(
-        sources=[*in_header.sources, *in_settings.sources, *in_folder.sources],
-        warnings=[*in_header.warnings, *in_settings.warnings, *in_folder.warnings],
+def _find_sources(path: Path, metadata: Mapping[str, str], network: NetworkFactors) -> _FoundSources:
+    """Return the settings that may apply to a network, and warnings about non-numeric values."""
+    in_keys = _find_in_metadata_keys(metadata, network.module_paths, network.prefix)
+    in_json = _find_in_metadata_json(metadata, network.prefix)
+    in_file = _find_in_settings_file(path, network.prefix)
+    return _FoundSources(
+        sources=[*in_keys.sources, *in_json.sources, *in_file.sources],
+        warnings=[*in_keys.warnings, *in_json.warnings, *in_file.warnings],
     )
 
 
-def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas that are separate keys of a file's metadata."""
-    sources: list[_Source] = []
+def _find_in_metadata_keys(
+    metadata: Mapping[str, str], module_paths: Mapping[str, str], network_prefix: str
+) -> _FoundSources:
+    """Return the alphas that are separate keys of a file's metadata, such as `transformer.lora_alpha`."""
+    sources: list[_AlphaSource] = []
     warnings: list[str] = []
     # programs that write ss_network_module store alphas as tensors, under names without dots; if names have
     # dots, a converter has folded the alphas into the factors
-    is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
-    text_by_key = {_split_key(key): text for key, text in metadata.items()}
+    is_folded = "ss_network_module" in metadata and any("." in path for path in module_paths.values())
+    text_by_key = {_parse_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
-        network, name = _split_key(full_key)
-        if name not in _KEYS or not _is_of(network, start):
+        network, name = _parse_key(full_key)
+        is_alpha = name in _RANK_NAMES_BY_ALPHA
+        if not is_alpha or not _belongs_to(network, network_prefix):
             continue
-        if full_key == _TRAINED and is_folded:
+        if full_key == _TRAINED_ALPHA_KEY and is_folded:
             continue
-        if _number(text) is None:
+        if _to_finite_or_none(text) is None:
             value = repr(str(text)[:_MAX_SHOWN])
             warnings.append(f"its metadata have {full_key} {value}, which is no number: not used")
             continue
-        rank_keys = [_Key(network, rank_name) for rank_name in _KEYS[name]]
-        scaling = text_by_key.get(_Key(network, "userslora"), "")
+        rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
+        use_rslora = text_by_key.get(_Key(network, "userslora"), "")
         settings = {
             "lora_alpha": float(text),
-            "r": _first_of(text_by_key, rank_keys),
-            "use_rslora": scaling.lower() == "true",
+            "r": _get_first(text_by_key, rank_keys),
+            "use_rslora": use_rslora.lower() == "true",
         }
-        sources.append(_Source(f"its metadata ({full_key})", settings))
-    return _Sources(sources, warnings)
+        sources.append(_AlphaSource(f"its metadata ({full_key})", settings))
+    return _FoundSources(sources, warnings)
 
 
-def _first_of(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
+def _get_first(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
     """Return the value of the first of `keys` that `values` has; None if it has none of them."""
     return next((values[key] for key in keys if key in values), None)
 
 
-def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas in the JSON settings of a file's metadata."""
-    sources: list[_Source] = []
+def _find_in_metadata_json(metadata: Mapping[str, str], network_prefix: str) -> _FoundSources:
+    """Return the alphas in JSON settings of a file's metadata, such as `lora_adapter_metadata`."""
+    sources: list[_AlphaSource] = []
     warnings: list[str] = []
-    for key in _SETTINGS:
-        if key == "config" and not _has_alpha(key, metadata.get(key, "")):
+    for key in _SETTINGS_KEYS:
+        if key == "config" and not _holds_settings(key, metadata.get(key, "")):
             continue  # "config" may describe anything, such as the model
         try:
             # a missing key counts as empty settings
             settings = parse_json(metadata.get(key, "{}"))
-            sources += _sources_in_json(f"its metadata ({key})", settings, start)
+            sources += _parse_settings(f"its metadata ({key})", settings, network_prefix)
         except (ValueError, AttributeError, RecursionError) as error:
             if key == PEFT_SETTINGS:  # diffusers writes it into LoRA files: the alphas cannot be ignored
                 raise
             warnings.append(f"its metadata have {key}, which cannot be read and is not used: {error}")
-    return _Sources(sources, warnings)
+    return _FoundSources(sources, warnings)
 
 
-def _sources_in_folder(path: Path, start: str) -> _Sources:
+def _find_in_settings_file(path: Path, network_prefix: str) -> _FoundSources:
     """Return the alphas in PEFT's settings file next to a LoRA file, or in its folder."""
     folder = path if path.is_dir() else path.parent
     settings_path = folder / PEFT_FILE
     if not settings_path.is_file():
-        return _Sources([], [])
-    is_sure = path.is_dir() or path.name.startswith("adapter_model")
+        return _FoundSources([], [])
+    is_certain = path.is_dir() or path.name.startswith("adapter_model")
     try:
-        sources = _sources_in_json(f"{PEFT_FILE} beside it", parse_json(read_text(settings_path)), start)
+        settings = parse_json(read_text(settings_path))
+        sources = _parse_settings(f"{PEFT_FILE} beside it", settings, network_prefix)
     except (ValueError, AttributeError, OSError, RecursionError) as error:
-        if is_sure:
+        if is_certain:
             raise
-        return _Sources([], [f"{settings_path} cannot be read and is not used: {error}"])
-    return _Sources([replace(source, is_sure=is_sure) for source in sources], [])
+        return _FoundSources([], [f"{settings_path} cannot be read and is not used: {error}"])
+    return _FoundSources([replace(source, is_certain=is_certain) for source in sources], [])
 
 
-def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, network: str = "") -> list[_Source]:
+def _parse_settings(
+    location: str, settings: Mapping[str, Any], network_prefix: str, network: str = ""
+) -> list[_AlphaSource]:
     """Return the sources in JSON settings for one network, with keys in any spelling.
 
     If the settings have no alpha, nested objects are searched, because PEFT nests settings of several
     adapters.
 
     Args:
-        place: Description of where the settings are, for messages.
+        location: Description of where the settings are, for messages.
         settings: The settings.
-        start: Prefix of the network in diffusers' pipelines.
+        network_prefix: Prefix of the network in diffusers' pipelines.
         network: Network of keys that do not name one themselves.
 
     Raises:
         AttributeError: If `settings` is not a JSON object.
     """
-    entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
-    all_names = {key.name for key, _ in entries}
-    sources: list[_Source] = []
-    has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})  # names by `_split_key`: no underscores
-    if not has_alphas:  # each value may be the settings of one adapter or network
-        for full_key, value in settings.items():
-            if not isinstance(value, Mapping):
-                continue
-            names_transformer = f"{full_key}." in (*find_expert_prefixes(), UNET_IN_DIFFUSERS)
-            names_network = names_transformer or full_key.startswith(_TEXTS)
-            inner_network = full_key if names_network else network
-            sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
-        return sources
+    entries = [(_parse_key(full_key), value) for full_key, value in settings.items()]
+    names = {key.name for key, _ in entries}  # in lower case, without underscores
+    has_alphas = not names.isdisjoint({*_RANK_NAMES_BY_ALPHA, "alphapattern"})
+    if not has_alphas:
+        return _parse_nested_settings(location, settings, network_prefix, network)
+    sources: list[_AlphaSource] = []
     values: dict[str, Any] = {}
     for key, value in entries:
-        if _is_of(key.network or network, start):
+        if _belongs_to(key.network or network, network_prefix):
             values[key.name] = value
-    # these settings apply to every alpha
     common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
-    # one source for each spelling of alpha that is there
-    alpha_keys = [name for name in _KEYS if name in values]
-    if not alpha_keys and common:
-        alpha_keys = [""]  # only patterns with alphas for some modules
-    for alpha_key in alpha_keys:
-        # the rank beside this alpha
-        rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
-        peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
-        sources.append(_Source(place, peft_settings))
+    alpha_names = [name for name in _RANK_NAMES_BY_ALPHA if name in values]  # spellings of alpha
+    if not alpha_names and common:
+        alpha_names = [""]  # only patterns with alphas for some modules
+    for alpha_name in alpha_names:
+        rank = _get_first(values, _RANK_NAMES_BY_ALPHA.get(alpha_name, _RANK_NAMES))
+        peft_settings = {"lora_alpha": values.get(alpha_name), "r": rank, **common}
+        sources.append(_AlphaSource(location, peft_settings))
     return sources
 
 
-def _split_key(key: str) -> _Key:
+def _parse_nested_settings(
+    location: str, settings: Mapping[str, Any], network_prefix: str, network: str
+) -> list[_AlphaSource]:
+    """Return the sources in the values of JSON settings, each of which may be for one adapter or network."""
+    sources: list[_AlphaSource] = []
+    for key, value in settings.items():
+        if not isinstance(value, Mapping):
+            continue
+        names_transformer = f"{key}." in (*find_expert_prefixes(), UNET_IN_DIFFUSERS)
+        names_network = names_transformer or key.startswith(_TEXT_ENCODER_PREFIXES)
+        inner_network = key if names_network else network
+        sources += _parse_settings(f"{location}: {key}", value, network_prefix, inner_network)
+    return sources
+
+
+def _parse_key(key: str) -> _Key:
     """Split a metadata key into the name of a network ("" without one) and the name of the setting."""
-    match = _BEGIN.fullmatch(key)
+    match = _KEY_WITH_NETWORK.fullmatch(key)
     network = ""
     name = key
     if match is not None:
@@ -403,20 +423,21 @@ def _split_key(key: str) -> _Key:
     return _Key(network, re.sub(r"[\W_]", "", name).lower())
 
 
-def _is_of(network: str, start: str) -> bool:
-    """Return whether a key that names `network` (or none) belongs to the network with the prefix `start`."""
-    if not network or f"{network}." == start:
+def _belongs_to(network: str, network_prefix: str) -> bool:
+    """Return whether a key that names `network` (or none) is for the network with this prefix."""
+    if not network or f"{network}." == network_prefix:
         return True
-    match = _OF_TEXTS.fullmatch(network)
-    # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; a pipeline calls the last two text_encoder_2
-    if match is not None:
-        return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
+    text_encoder = _TEXT_ENCODER.fullmatch(network)
+    if text_encoder is not None:
+        # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; a pipeline calls the last two text_encoder_2
+        is_second = text_encoder[1] in ("2", "3")
+        return network_prefix == ("text_encoder_2." if is_second else "text_encoder.")
     # a transformer has many names: any name except those of text encoders and of other experts
     experts = find_expert_prefixes()
-    if start not in experts or network.startswith(_TEXTS):
+    if network_prefix not in experts or network.startswith(_TEXT_ENCODER_PREFIXES):
         return False
     named_expert = experts.get(f"{network}.")
-    return named_expert is None or named_expert == experts[start]
+    return named_expert is None or named_expert == experts[network_prefix]
 
 
 def read_alphas(
@@ -427,7 +448,7 @@ def read_alphas(
     is_written_here: bool,
     warns: bool = True,
 ) -> FoundAlphas:
-    """Call `find_alphas` for the transformer and each text encoder of a file, and join the results.
+    """Find the alphas that are not tensors for the transformer and each text encoder of a file.
 
     Args:
         path: Path of the file.
@@ -440,52 +461,53 @@ def read_alphas(
     Raises:
         CheckpointError: If settings are unusable.
     """
-    find = partial(find_alphas, path, metadata, is_written_here)
     # the prefix of this expert's network in diffusers' pipelines
     prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
-    text_modules = group_by_module(native.texts)
+    dit = NetworkFactors(
+        modules=group_by_module(native.tensors),
+        module_paths=native.paths_in_file,
+        prefix=prefix,
+        joined_lora_counts=native.joined_lora_counts,
+    )
+    text_encoders: list[NetworkFactors] = []
+    text_modules = group_by_module(native.text_tensors)
+    for encoder_prefix, module_paths in _paths_by_encoder(text_modules).items():
+        modules = {name: text_modules[name] for name in module_paths}
+        text_encoders.append(NetworkFactors(modules, module_paths, encoder_prefix, joined_lora_counts={}))
     try:
-        in_dit = find(
-            modules=group_by_module(native.tensors),
-            paths=native.paths,
-            start=prefix,
-            stacked=native.stacked,
-        )
-        in_texts: list[FoundAlphas] = []
-        for encoder_prefix, paths in _paths_by_encoder(text_modules).items():
-            modules = {name: text_modules[name] for name in paths}
-            in_texts.append(find(modules=modules, paths=paths, start=encoder_prefix, stacked={}))
+        in_dit = find_alphas(path, metadata, is_written_here, dit)
+        in_texts = [find_alphas(path, metadata, is_written_here, encoder) for encoder in text_encoders]
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    # join what was found, log each warning once, and describe each finding once
     tensors: dict[str, Tensor] = {}
-    warnings: dict[str, None] = {}  # an ordered set
+    warnings: dict[str, None] = {}  # an ordered set: each warning once
     for alphas in (in_dit, *in_texts):
         tensors.update(alphas.tensors)
         warnings.update(dict.fromkeys(alphas.warnings))
-    for warning in warnings if warns else ():
-        logger.warning(f"{path}: {warning}")
-    text_words = ", ".join(dict.fromkeys(alphas.words for alphas in in_texts if alphas.words))
-    descriptions = dict.fromkeys(filter(None, (in_dit.words, text_words)))
+    if warns:
+        for warning in warnings:
+            logger.warning(f"{path}: {warning}")
+    of_texts = ", ".join(dict.fromkeys(alphas.description for alphas in in_texts if alphas.description))
+    descriptions = dict.fromkeys(filter(None, (in_dit.description, of_texts)))
     return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return the paths of text encoders' modules by name, grouped by the encoder's prefix in diffusers."""
-    paths: dict[str, dict[str, str]] = {}
+    module_paths: dict[str, dict[str, str]] = {}
     for name in texts:
-        start = ""
+        encoder_prefix = ""
         path = name
         full_path = diffusers_path_of_text(name)
         if full_path:
             encoder, dot, path = full_path.partition(".")
-            start = encoder + dot
-        paths.setdefault(start, {})[name] = path
-    return paths
+            encoder_prefix = encoder + dot
+        module_paths.setdefault(encoder_prefix, {})[name] = path
+    return module_paths
 
 
 @dataclass(frozen=True)
@@ -498,17 +520,16 @@ class _AlphaRules:
 
     values: Mapping[str, float]  # the setting alpha_pattern
     positions: Mapping[str, int]  # key of alpha_pattern -> its index
-    expressions: Mapping[
-        str, Callable[[str], bool]
-    ]  # keys that are regular expressions -> function that matches
+    # keys that are regular expressions -> function that matches
+    expressions: Mapping[str, Callable[[str], bool]]
     default: float | None  # the setting lora_alpha, for modules that no key matches
 
     def alpha_of(self, path: str) -> float | None:
         """Return the alpha of the module with a path such as `blocks.0.attn1.to_q`."""
         names = path.split(".")
-        endings = [".".join(names[start:]) for start in range(len(names))]
+        endings = [".".join(names[first:]) for first in range(len(names))]
         matching = [ending for ending in endings if ending in self.values]
-        matching += [key for key, fits in self.expressions.items() if fits(path)]
+        matching += [key for key, matches in self.expressions.items() if matches(path)]
         if not matching:
             return self.default
         first = min(matching, key=lambda key: self.positions[key])
@@ -517,29 +538,29 @@ class _AlphaRules:
 
 def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
     """Read the alphas in PEFT settings; raise ValueError if they cannot be used."""
-    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    keys = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+    values = {key: _to_finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    keys = [key for key in values if not _PLAIN_PATH.fullmatch(key)]
     if sum(map(len, keys)) > MAX_EXPRESSIONS:
         raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
-    expressions = {key: _expression(key) for key in keys}
-    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
+    expressions = {key: _compile_expression(key) for key in keys}
+    default = None if config.get("lora_alpha") is None else _to_finite(config["lora_alpha"])
     positions = {key: position for position, key in enumerate(values)}
     return _AlphaRules(values, positions, expressions, default)
 
 
 def peft_alphas(
     modules: Mapping[str, Factors],
-    paths: Mapping[str, str],
+    module_paths: Mapping[str, str],
     config: Mapping[str, Any],
-    stacked: Mapping[str, int],
+    joined_lora_counts: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Return the alphas that PEFT settings give to modules without an alpha of their own.
 
     Args:
         modules: Factors by module name.
-        paths: Paths of these modules, as in the file.
+        module_paths: Paths of these modules, as in the file.
         config: Content of PEFT's adapter_config.json.
-        stacked: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
+        joined_lora_counts: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
 
     Raises:
         ValueError: If the settings cannot be used.
@@ -548,13 +569,13 @@ def peft_alphas(
     alphas: dict[str, Tensor] = {}
     for module, factors in modules.items():
         rank = rank_of(factors)
-        # a kind without a rank, or an alpha of its own, which takes precedence
-        if rank is None or "alpha" in factors:
+        has_own_alpha = "alpha" in factors  # it takes precedence
+        if rank is None or has_own_alpha:
             continue
-        alpha = rules.alpha_of(paths[module])
+        alpha = rules.alpha_of(module_paths[module])
         if alpha is None:
             continue
-        num_joined = stacked.get(module, 1)
+        num_joined = joined_lora_counts.get(module, 1)
         if config.get("use_rslora"):
             # rank-stabilized LoRA scales by alpha / sqrt(rank), we by alpha / rank
             alpha = alpha * (rank // num_joined) ** 0.5
@@ -562,23 +583,23 @@ def peft_alphas(
     return alphas
 
 
-def _number(value: Any) -> float | None:
+def _to_finite_or_none(value: Any) -> float | None:
     """Return a value as a float; None if it is not a finite number."""
     try:
-        return _finite(value)
+        return _to_finite(value)
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def _finite(value: Any) -> float:
+def _to_finite(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"an alpha is {number}")
     return number
 
 
-def _expression(key: str) -> Callable[[str], bool]:
-    """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
+def _compile_expression(key: str) -> Callable[[str], bool]:
+    """Compile a key of PEFT's `alpha_pattern` to a function that tests whether it matches a module's path.
 
     Raises:
         ValueError: If the key is not a regular expression. The returned function raises ValueError if
@@ -592,10 +613,10 @@ def _expression(key: str) -> Callable[[str], bool]:
     except regex.error as error:
         raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
 
-    def fits(path: str) -> bool:
+    def matches(path: str) -> bool:
         try:
             return pattern.match(path, timeout=MAX_SEARCH_SECONDS) is not None
         except TimeoutError:
             raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
 
-    return fits
+    return matches

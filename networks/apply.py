@@ -20,15 +20,22 @@ from modules.errors import CheckpointError
 from modules.integers import ceil_div
 from networks import deltas
 from networks.delta import Delta, read_deltas
-from networks.deltas import CPU, ROWS, SET
+from networks.deltas import CPU, ROW_RANGE, SET_WEIGHT
 from networks.depth_variants import fit_depths
-from networks.fused_parts import FusedPiece, default_rows, is_cut, join_rotations, part_rows
+from networks.fused_parts import (
+    FusedPiece,
+    FusionError,
+    find_default_rows,
+    find_rows_of_part,
+    is_row_slice,
+    join_rotations,
+)
 from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
-from networks.kinds.composing import OF_MAGNITUDES
+from networks.kinds.composing import MAGNITUDE_KIND_NAME
 from networks.loading import LoraFile, LoraUse, reject_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import RelatedModule, alias, related_modules, select_family
-from networks.names.layouts import FIRST_LAYERS, OURS
+from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import (
     SMALL_WEIGHT,
@@ -47,7 +54,7 @@ logger = getLogger(__name__)
 # HunyuanVideo are also names of FramePack
 LIKELY_MODEL = "hunyuan_video"
 _NEEDS_WHOLE_WEIGHT = (
-    f"{OF_MAGNITUDES} magnitudes by input are of the whole weight, the model has parts of it"
+    f"{MAGNITUDE_KIND_NAME} magnitudes by input are of the whole weight, the model has parts of it"
 )
 _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
 
@@ -58,33 +65,35 @@ class Change:
 
     use: LoraUse
     delta: Delta
-    leaf: str = "weight"  # or bias
+    parameter_name: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    rotations: Tensor | None = None  # matrices of `InputRotation.make`; None until `to` computes them
+    rotations: Tensor | None = None  # R - I of an input rotation; None until `to` computes it
 
-    def shape(self) -> tuple[int, ...]:
+    def change_shape(self) -> tuple[int, ...]:
         """Return the shape of the addition, or of the replacement weight.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.
         """
-        if self.leaf == "bias":
-            bias = self.delta.bias(CPU)
+        if self.parameter_name == "bias":
+            bias = self.delta.compute_bias_change(CPU)
             assert bias is not None
             return tuple(bias.shape)
-        if self.delta.sets_weight:
-            return tuple(self.delta.factors[SET].shape)
-        shape = self.delta.shape()
+        if self.delta.replaces_weight:
+            return tuple(self.delta.factors[SET_WEIGHT].shape)
+        shape = self.delta.change_shape()
         assert shape is not None
         return shape
 
     def fit(
-        self, relative: RelatedModule | None, weight: Tensor, name: str, model: str, option: str = ""
+        self, related: RelatedModule | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
-        """Return the change fitted to a weight, which may be a part of the LoRA's module or contain it.
+        """Return the change with the rows of a weight, and check that its shape fits.
+
+        A LoRA for q alone changes some rows of a fused qkv weight; a LoRA for qkv is cut for a q weight.
 
         Args:
-            relative: How the weight and the LoRA's module are related; None if they are the same.
+            related: The LoRA's module if it is not the weight's own, but a part of it or a module around it.
             weight: The weight.
             name: Name of the weight, for messages.
             model: Name of the model, for messages.
@@ -95,43 +104,40 @@ class Change:
         """
         path = self.use.lora.path
         if self.delta.rotation is not None:  # its shape is not that of the weight
-            return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
-        # the computation of the shape also checks that the factors match
+            return self._fit_rotation(related, weight, name, f"{option}{path} does not fit {model}")
         try:
-            if self.delta.is_part and self.delta.has_input_magnitudes:
+            if self.delta.has_row_range and self.delta.has_input_magnitudes:
                 # a part of a LoRA layer, with DoRA magnitudes that need the norms of the whole layer
-                change = self._join_factors(relative, weight)
+                change = self._expand_to_whole_layer(related, weight)
+            elif related is not None:
+                change = self._fit_to_related_module(related, weight)
             else:
-                change = self if relative is None else self._place_factors(relative, weight)
-            shape = list(change.shape())
+                change = self
+            shape = list(change.change_shape())  # raises MismatchError if the factors do not match each other
         except MismatchError as error:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
-        # a change with `rows` is only for these rows of the weight
-        expected = list((weight if change.rows is None else weight[change.rows]).shape)
-        # the magnitudes of a DoRA are checked below, even if the shape fits
-        if shape == expected and change.delta.normalization is None:
+        changed_rows = weight if change.rows is None else weight[change.rows]
+        expected = list(changed_rows.shape)
+        is_dora = change.delta.normalization is not None
+        if shape == expected and not is_dora:
             return change
-        # other shapes may have the same elements; with a normalization, the number of magnitudes must fit too
-        reason = change._describe_error(shape, expected)
+        reason = change._describe_mismatch(shape, expected)
         if reason:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {reason}", path)
         return change
 
     def _fit_rotation(
-        self, relative: RelatedModule | None, weight: Tensor, name: str, misfit: str
+        self, related: RelatedModule | None, weight: Tensor, name: str, error_prefix: str
     ) -> "Change":
-        """Return an input rotation fitted to a weight.
-
-        The rotation applies to all rows of the weight, or only to the rows of one part if the LoRA's module
-        is that part.
+        """Return an input rotation (OFT) limited to the rows of the weight that the LoRA's module has.
 
         Args:
-            relative: How the weight and the LoRA's module are related; None if they are the same.
+            related: The LoRA's module if it is not the weight's own, but a part of it or a module around it.
             weight: The weight.
             name: Name of the weight.
-            misfit: Start of the message, which says which file does not fit which model.
+            error_prefix: Start of error messages, such as "x.safetensors does not fit this model".
 
         Raises:
             CheckpointError: If the rotation does not fit.
@@ -139,123 +145,131 @@ class Change:
         path = self.use.lora.path
         rotation = self.delta.rotation
         assert rotation is not None
-        reason = rotation.find_misfit(self.delta.factors[rotation.part], weight, name)
+        reason = rotation.find_misfit(self.delta.factors[rotation.factor_name], weight, name)
         if reason:
-            raise CheckpointError(f"{misfit}: {reason}", path)
-        if relative is None or not relative.is_part:
+            raise CheckpointError(f"{error_prefix}: {reason}", path)
+        if related is None or not related.is_part:
             return self
-        rows = default_rows(relative.part, len(weight))
+        rows = find_default_rows(related.part, len(weight))
         if rows is None:
             raise CheckpointError(
-                f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
-                f"published model.\n  Give {rotation.title} that was trained for this model.",
+                f"{error_prefix}: {related.name} is a part of {name}, whose {len(weight)} rows are not those "
+                f"of a published model.\n  Give {rotation.title} that was trained for this model.",
                 path,
             )
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
-    def _describe_error(self, shape: list[int], expected: list[int]) -> str:
-        """Return why the change does not fit, as the end of a sentence "it has ..."; "" if it fits.
+    def _describe_mismatch(self, shape: list[int], expected: list[int]) -> str:
+        """Return why shape or DoRA magnitudes do not fit, as the end of "it has ..."; "" if they fit.
 
         Args:
             shape: Shape of the change.
             expected: Shape of the rows of the parameter that the change is for.
         """
-        if math.prod(shape) != math.prod(expected) or shape[:1] != expected[:1]:
+        can_be_reshaped = math.prod(shape) == math.prod(expected) and shape[:1] == expected[:1]
+        if not can_be_reshaped:
             families = " or ".join(family.name for family in self.use.lora.families())
             kind = f" It is for {families}." if families else ""
             return f"{shape}, the model {expected}.{kind}\n  Give a LoRA that was trained for this model."
         magnitudes = self.delta.magnitudes
-        if magnitudes is None or self.leaf != "weight":
+        if magnitudes is None or self.parameter_name != "weight":
             return ""
         # one magnitude for each input or output
         axis = 1 if self.delta.has_input_magnitudes else 0
         if len(expected) > 1 and magnitudes.numel() == expected[axis]:
             return ""
-        return f"{magnitudes.numel()} {OF_MAGNITUDES} magnitudes, the model {expected}."
+        return f"{magnitudes.numel()} {MAGNITUDE_KIND_NAME} magnitudes, the model {expected}."
 
-    def _join_factors(self, relative: RelatedModule | None, weight: Tensor) -> "Change":
-        """Return the change of the whole LoRA layer that this change is one part of.
+    def _expand_to_whole_layer(self, related: RelatedModule | None, weight: Tensor) -> "Change":
+        """Return the change of the fused LoRA layer of which this change has only some rows.
 
         DoRA magnitudes by input need the norms of the whole layer, which the weight must therefore contain.
 
         Args:
-            relative: How the weight and the part are related; None if they are the same.
+            related: The part's module if the weight contains it; None or a larger module raise an error.
             weight: The weight.
 
         Raises:
             MismatchError: If the weight holds only a part of the layer.
         """
-        size = self.delta.size()
-        first_row, end_row = deltas.rows_in(self.delta.factors)  # rows of the layer that this change has
-        # only a weight that contains the part's layer has all its rows
-        if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
+        layer_size = self.delta.matrix_size()
+        first_row, end_row = deltas.read_row_range(self.delta.factors)  # this change's rows in the layer
+        weight_contains_part = related is not None and related.is_part and is_row_slice(related.part)
+        if related is None or not weight_contains_part or layer_size is None:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
-        rows = part_rows(relative.part, end_row - first_row, len(weight))
+        rows = find_rows_of_part(related.part, end_row - first_row, len(weight))
         if not isinstance(rows, slice):
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         layer_start = rows.start - first_row  # row of the weight at which the layer begins
-        # without `ROWS`, the factors are those of the whole layer
-        factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
-        whole = replace(self.delta, factors=factors)
-        return replace(self, delta=whole, rows=slice(layer_start, layer_start + size[0]))
+        layer_factors = {name: tensor for name, tensor in self.delta.factors.items() if name != ROW_RANGE}
+        layer_rows = slice(layer_start, layer_start + layer_size[0])
+        return replace(self, delta=replace(self.delta, factors=layer_factors), rows=layer_rows)
 
-    def _place_factors(self, relative: RelatedModule, weight: Tensor) -> "Change":
-        """Return the change for a related weight: a part of the LoRA's module, or one that contains it.
+    def _fit_to_related_module(self, related: RelatedModule, weight: Tensor) -> "Change":
+        """Return the change for a weight that contains the LoRA's module, or is a part of it.
 
-        If the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
+        A LoRA for q gets the rows of q in a qkv weight. A LoRA for qkv is cut to the rows of a q weight. If
+        the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
 
         Raises:
             MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
         """
-        num_rows = self.shape()[0]
-        weight_rows = len(weight)
-        if relative.is_part:
-            rows_of_part = num_rows
-            rows_of_whole = weight_rows
-            relation = "it is a part of the weight"
-        else:
-            rows_of_part = weight_rows
-            rows_of_whole = num_rows
-            relation = "the weight is a part of it"
-        if is_cut(relative.part) and rows_of_part >= rows_of_whole:
-            raise MismatchError(
-                f"{relative.name} has {num_rows} rows, the weight {weight_rows}, although {relation}"
-            )
-        rows = part_rows(relative.part, rows_of_part, rows_of_whole)
-        # the LoRA's module is a part of the weight: only these rows are changed
-        if isinstance(rows, slice) and relative.is_part:
-            return replace(self, rows=rows)
-        # None: the numbers of rows do not match; all rows: there is nothing to cut
-        if rows is None or rows == slice(0, num_rows):
+        rows = self._find_rows_of_part(related, weight)
+        if rows is None:
             return self
-        # the weight is a part of the LoRA's module: take only its rows of the change
+        if related.is_part and isinstance(rows, slice):
+            return replace(self, rows=rows)
+        has_all_rows = rows == slice(0, self.change_shape()[0])
+        if has_all_rows:
+            return self
         if self.delta.has_input_magnitudes:
             raise MismatchError(_NEEDS_WHOLE_WEIGHT)
-        cut = self.delta.rows(rows)
-        if cut is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice it
-            cut = self.delta.dense_rows(rows, weight.device)
-        return replace(self, delta=cut)
+        sliced_delta = self.delta.select_rows(rows)
+        if sliced_delta is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice
+            sliced_delta = self.delta.compute_rows(rows, weight.device)
+        return replace(self, delta=sliced_delta)
+
+    def _find_rows_of_part(self, related: RelatedModule, weight: Tensor) -> slice | Tensor | None:
+        """Return the rows of the smaller of module and weight in the larger; None if they do not match.
+
+        Raises:
+            MismatchError: If the part has as many rows as the whole.
+        """
+        lora_rows = self.change_shape()[0]
+        weight_rows = len(weight)
+        if related.is_part:
+            part_rows = lora_rows
+            whole_rows = weight_rows
+            relation = "it is a part of the weight"
+        else:
+            part_rows = weight_rows
+            whole_rows = lora_rows
+            relation = "the weight is a part of it"
+        if is_row_slice(related.part) and part_rows >= whole_rows:
+            raise MismatchError(
+                f"{related.name} has {lora_rows} rows, the weight {weight_rows}, although {relation}"
+            )
+        return find_rows_of_part(related.part, part_rows, whole_rows)
 
     @property
-    def sets_weight(self) -> bool:
+    def replaces_weight(self) -> bool:
         """Return whether this change replaces the weight and all earlier changes, as in ComfyUI."""
-        return self.delta.sets_weight and self.leaf == "weight" and self.use.multiplier != 0
+        return self.delta.replaces_weight and self.parameter_name == "weight" and self.use.multiplier != 0
 
-    def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
-        """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
+    def add_to(self, total: Tensor, block_rows: slice | None, weight: Tensor) -> None:
+        """Add the change of one block of rows to `total`, the float32 sum of changes of these rows.
 
         Args:
             total: Sum of changes of these rows, changed in place.
-            block: Rows of the parameter, possibly with a step; None for all.
+            block_rows: Rows of the parameter in the block, possibly with a step; None for all.
             weight: These rows before any change, float32. A change that replaces the weight is written into
                 them.
         """
-        # the change is only for some rows: find those that are in the block
         if self.rows is not None:
-            overlap = _find_overlap(self.rows, block, len(total))
+            overlap = _find_overlap(self.rows, block_rows, len(total))
             if overlap is None:
                 return
-            block = overlap.in_change
+            block_rows = overlap.in_change
             total = total[overlap.in_block]
             weight = weight[overlap.in_block]
         rotation = self.delta.rotation
@@ -263,23 +277,24 @@ class Change:
             rotations = self.rotations
             if rotations is None:
                 rotations = self._make_rotations(total.device)
-            total.add_(rotation.of_weight(weight, rotations))
+            total.add_(rotation.weight_change(weight, rotations))
             return
         delta = self.delta
-        if block is not None:  # a LoKr, for which `rows` returns None, is never split into blocks
-            delta = self.delta.rows(block) or self.delta
-        if self.leaf == "bias":
-            addition = delta.bias(total.device)
-        elif delta.sets_weight:
+        if block_rows is not None:  # a LoKr, for which `select_rows` returns None, is never split into blocks
+            delta = self.delta.select_rows(block_rows) or self.delta
+        is_for_weight = self.parameter_name == "weight"
+        if is_for_weight and delta.replaces_weight:
             # it replaces the weight and all earlier changes; at a multiplier of 0 it does nothing
-            if self.sets_weight:
-                weight.copy_(delta.factors[SET].reshape(weight.shape))
+            if self.replaces_weight:
+                weight.copy_(delta.factors[SET_WEIGHT].reshape(weight.shape))
                 total.zero_()
             return
+        if not is_for_weight:
+            addition = delta.compute_bias_change(total.device)
         elif delta.normalization is None:
-            addition = delta.dense(total.device)
+            addition = delta.compute_change(total.device)
         else:
-            addition = delta.addition(weight, total.device, self.use.lora.has_frozen_norms)
+            addition = delta.compute_normalized_change(weight, total.device, self.use.lora.has_frozen_norms)
         assert addition is not None
         total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
 
@@ -287,7 +302,8 @@ class Change:
         """Return R - I of the input rotation at the strength of the LoRA, on a device."""
         rotation = self.delta.rotation
         assert rotation is not None
-        return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)
+        values = self.delta.factors[rotation.factor_name].to(device)
+        return rotation.compute_rotations(values, self.use.multiplier)
 
     def to(self, device: torch.device) -> "Change":
         """Return the change with its factors on a device; an input rotation also gets its matrices."""
@@ -300,9 +316,9 @@ def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
     """Return the changes that a LoRA makes to a module's bias and weight."""
     changes: list[Change] = []
     parts = delta.factors.keys()
-    if parts & deltas.OF_BIAS:
+    if parts & deltas.BIAS_FACTORS:
         changes.append(Change(use, delta, "bias"))
-    if parts - deltas.OF_BIAS - {"alpha"}:
+    if parts - deltas.BIAS_FACTORS - {"alpha"}:
         changes.append(Change(use, delta, "weight"))
     return changes
 
@@ -310,11 +326,9 @@ def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
 class FoundChange(NamedTuple):
     """A change that applies to a parameter, possibly under the module name of another layout."""
 
-    key: str  # module and leaf as the LoRA names them: `lora_unet_x.weight`
+    key: str  # module and parameter as the LoRA names them: `lora_unet_x.weight`
     change: Change
-    relative: (
-        RelatedModule | None
-    )  # how the parameter and the LoRA's module are related; None: the same module
+    related: RelatedModule | None  # the LoRA's module; None if it is the parameter's own module
 
 
 class _Overlap(NamedTuple):
@@ -324,50 +338,50 @@ class _Overlap(NamedTuple):
     in_change: slice  # indices into the change's own rows; has the step of the block
 
 
-def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap | None:
-    """Return the rows of a block that a change of some rows of the parameter affects; None if there are none.
+def _find_overlap(changed_rows: slice, block_rows: slice | None, block_length: int) -> _Overlap | None:
+    """Return the rows that a block of a parameter and a change of some rows have in common; None for none.
 
     Args:
-        change: Rows of the parameter that the change is for.
-        block: Rows of the parameter in the block, possibly with a step; None for all.
-        num_rows: Number of rows in the block.
+        changed_rows: Rows of the parameter that the change is for.
+        block_rows: Rows of the parameter in the block, possibly with a step; None for all.
+        block_length: Number of rows in the block.
     """
-    start = 0 if block is None else block.start
-    step = 1 if block is None else block.step or 1
-    # row i of the block is row start + i * step of the parameter; find the i whose row is in the change
-    first = max(0, ceil_div(change.start - start, step))
-    end = min(num_rows, ceil_div(change.stop - start, step))
+    block_start = 0 if block_rows is None else block_rows.start
+    step = 1 if block_rows is None else block_rows.step or 1
+    # row i of the block is row block_start + i * step of the parameter; find the i whose row is changed
+    first = max(0, ceil_div(changed_rows.start - block_start, step))
+    end = min(block_length, ceil_div(changed_rows.stop - block_start, step))
     if first >= end:
         return None
-    # rows of the change count from its start: row i of the block is row offset + i * step of the change
-    offset = start - change.start
-    return _Overlap(slice(first, end), slice(offset + first * step, offset + end * step, step))
+    offset = block_start - changed_rows.start
+    in_change = slice(offset + first * step, offset + end * step, step)
+    return _Overlap(slice(first, end), in_change)
 
 
-def _join_equal_rotations(found: Sequence[FoundChange]) -> list[FoundChange]:
-    """Join the rotations of a parameter's parts into one for the whole parameter, if they are equal.
+def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundChange]:
+    """Replace one LoRA file's equal rotations of q, k and v by a single rotation of the fused qkv weight.
 
     Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
     """
-    pieces: dict[int, list[FusedPiece]] = {}  # by id of the `LoraUse`
-    for key, change, relative in found:
-        if change.delta.rotation is not None and relative is not None and relative.is_part:
-            piece = FusedPiece(key, relative.part, change.delta.factors)
-            pieces.setdefault(id(change.use), []).append(piece)
-    # `join_rotations` returns the reason as a string if rotations differ
-    uses_with_equal_rotations = {
-        use_id for use_id, parts in pieces.items() if not isinstance(join_rotations(parts), str)
-    }
-    joined: list[FoundChange] = []
-    for found_change in found:
-        use_id = id(found_change.change.use)
-        is_piece = any(piece.name == found_change.key for piece in pieces.get(use_id, ()))
-        if not is_piece or use_id not in uses_with_equal_rotations:
-            joined.append(found_change)
-        elif found_change.key == pieces[use_id][0].name:
-            # the first part stands for all of them; the other parts are dropped
-            joined.append(found_change._replace(relative=None))
-    return joined
+    rotated_parts: dict[int, list[FusedPiece]] = {}  # by id of the `LoraUse`
+    for key, change, related in found_changes:
+        if change.delta.rotation is not None and related is not None and related.is_part:
+            part = FusedPiece(key, related.part, change.delta.factors)
+            rotated_parts.setdefault(id(change.use), []).append(part)
+    equal_parts: dict[int, list[str]] = {}  # id of the `LoraUse` -> keys of its parts with equal rotations
+    for use_id, parts in rotated_parts.items():
+        with contextlib.suppress(FusionError):
+            join_rotations(parts)  # raises if they are not equal
+            equal_parts[use_id] = [part.name for part in parts]
+    remaining: list[FoundChange] = []
+    for found in found_changes:
+        joined_keys = equal_parts.get(id(found.change.use), [])
+        if found.key not in joined_keys:
+            remaining.append(found)
+        elif found.key == joined_keys[0]:
+            # the first part now stands for the whole weight; the other parts are dropped
+            remaining.append(found._replace(related=None))
+    return remaining
 
 
 def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
@@ -380,12 +394,12 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
     """
     if not changes or not weight.numel():
         return []
-    if weight.ndim == 0 or any(change.sets_weight for change in changes):
+    if weight.ndim == 0 or any(change.replaces_weight for change in changes):
         return [None]
     num_rows = len(weight)
     rows_per_block = max(1, _BLOCK_ELEMENTS * num_rows // weight.numel())
-    # `rows` returns None for a change that cannot be cut, whichever rows are asked for
-    if rows_per_block >= num_rows or any(change.delta.rows(slice(0, 1)) is None for change in changes):
+    # `select_rows` returns None for a change that cannot be cut, whichever rows are asked for
+    if rows_per_block >= num_rows or any(change.delta.select_rows(slice(0, 1)) is None for change in changes):
         return [None]
     starts = range(0, num_rows, rows_per_block)
     return [slice(start, min(start + rows_per_block, num_rows)) for start in starts]
@@ -407,30 +421,31 @@ def _sum_changes(
     for change in changes:
         change.add_to(total, rows, weight)
         if sample is not None:
-            sample.record_sum(change.use.lora.path, sample.of(total) if rows is None else total)
+            sampled_total = sample.of(total) if rows is None else total
+            sample.record_sum(change.use.lora.path, sampled_total)
     return total
 
 
 def _round_into(
-    weight: Tensor, base: Tensor, total: Tensor, at_random: RandomRounding | None, start: int = 0
+    weight: Tensor, original: Tensor, total: Tensor, random_rounding: RandomRounding | None, start: int = 0
 ) -> None:
-    """Write the sum of the base values and the changes into some elements of a parameter.
+    """Write original values plus changes into a weight, or into some of its rows, rounded to its dtype.
 
     Args:
-        weight: Elements of the parameter, changed in place.
-        base: Values of the elements before the changes.
-        total: Sum of the changes.
-        at_random: Source of stochastic rounding; None rounds to the nearest value.
+        weight: The weight or some of its rows, changed in place.
+        original: Values of the same elements before the changes.
+        total: Sum of the changes; it is overwritten.
+        random_rounding: Source of stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
-    # a small weight is rounded several times, and the draw that alters the change least is kept
-    change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
-    total.add_(base)
-    # start 0: the whole weight, not a later block of it
-    if at_random is not None and change is not None and start == 0:
-        at_random.round_small(total, change)
-    elif at_random is not None:
-        at_random.round(total, start)
+    is_small_weight = start == 0 and weight.numel() <= SMALL_WEIGHT
+    change = total.clone() if random_rounding is not None and is_small_weight else None
+    total.add_(original)
+    if random_rounding is not None and change is not None:
+        # several draws; the one that alters the change least is used
+        random_rounding.round_small(total, change)
+    elif random_rounding is not None:
+        random_rounding.round(total, start)
     weight.copy_(total)
 
 
@@ -464,37 +479,40 @@ class LoraPatch:
         """
         self._is_masked = is_masked
         self._family = family
-        written_for = {use.lora.written_for for use in uses}
-        common_family = written_for.pop() if len(written_for) == 1 else None
-        # if the model and all files are of one family, search only its layouts; None searches all families
-        self._layouts = common_family if common_family is not None and common_family.name == family else None
+        # family of the model and of all files, whose layouts alone are searched; None searches all families
+        self._common_family: FamilyNames | None = None
+        lora_families = {use.lora.written_for for use in uses}
+        if len(lora_families) == 1:
+            lora_family = lora_families.pop()
+            if lora_family is not None and lora_family.name == family:
+                self._common_family = lora_family
         self._uses = tuple(uses)
         self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
         # "lora_unet_blocks_0_ffn_0.weight" -> its changes
-        self._changes: dict[str, list[Change]] = {}
+        self._changes_by_key: dict[str, list[Change]] = {}
         for use in uses:
             for module, delta in read_deltas(use.lora.modules()).items():
                 for change in changes_of(use, delta):
-                    key = f"{module}.{change.leaf}"
-                    self._changes.setdefault(key, []).append(change)
+                    key = f"{module}.{change.parameter_name}"
+                    self._changes_by_key.setdefault(key, []).append(change)
         # parameter -> its changes that are not merged: see `networks.unmerged_loras`
         self.unmerged: dict[str, list[Change]] = {}
-        self._seen: set[str] = set()  # keys, in any layout, of weights that were passed in
+        self._keys_in_model: set[str] = set()  # keys, in any layout, of weights that were passed in
         # id of a use -> its keys that change a weight
-        self._used: dict[int, set[str]] = {id(use): set() for use in uses}
+        self._applied_keys: dict[int, set[str]] = {id(use): set() for use in uses}
         # id of a use -> clause about the input channels of its first layer, if the model's number differs
         self._channel_errors: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # modules of the weights passed in so far, as an ordered set
-        # parameter -> its changes that match the patterns; filled by `_find`
-        self._found: dict[str, list[FoundChange]] = {}
+        # parameter -> its changes that match the patterns; filled by `_find_changes`
+        self._changes_by_parameter: dict[str, list[FoundChange]] = {}
         # module name in the model's file -> our name; {} if no family has such modules
-        self._renamed: dict[str, str] = {}
+        self._our_module_names: dict[str, str] = {}
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
-        names = select_family(modules, family)
-        if names is not None:
-            self._renamed = {module: alias(module, names) for module in modules}
+        model_family = select_family(modules, family)
+        if model_family is not None:
+            self._our_module_names = {module: alias(module, model_family) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Return the changed weight as a new tensor, or `weight` itself if nothing changes it.
@@ -507,7 +525,7 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        return self.add_to(name, weight.clone(), target) if self._find(name) else weight
+        return self.add_to(name, weight.clone(), target) if self._find_changes(name) else weight
 
     def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
@@ -523,36 +541,38 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        changes = self._fit_changes(name, weight)
-        # on the meta device, `_fit_changes` has already compared the shapes
-        blocks = [] if weight.is_meta else _split_rows(weight, changes)
+        changes = self._fit_changes(name, weight)  # raises if a shape does not fit
+        if weight.is_meta:
+            return weight
+        blocks = _split_rows(weight, changes)
         if not blocks:
             return weight
         if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
             # once for all blocks; on the CPU only rotations need it, to compute their matrices
             changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
-        sample = None  # some rows, which show how much rounding to 16 bits would lose
-        base = weight
-        if any(change.sets_weight for change in changes):
+        sample = None  # some rows, from which `_select_rounding` estimates how much rounding would lose
+        original = weight
+        if any(change.replaces_weight for change in changes):
             # the change overwrites the values before the changes, which must not be rounded on the way
-            base = weight.to(torch.float32, copy=True)
+            original = weight.to(torch.float32, copy=True)
         elif dtype is not None and self._rounding is not None and self._rounding.needs_samples:
             sample = SampledRows(weight)
-        if blocks == [None]:  # all rows at once: `_sum_changes` takes the sample on the way
-            total = _sum_changes(changes, None, base, sample)
-            at_random = self._select_rounding(name, weight.device, dtype, sample)
-            _round_into(weight, base, total, at_random)
+        is_single_block = blocks == [None]
+        if is_single_block:
+            total = _sum_changes(changes, None, original, sample)
+            random_rounding = self._select_rounding(name, weight.device, dtype, sample)
+            _round_into(weight, original, total, random_rounding)
             return weight
         if sample is not None:  # the rounding is chosen before the first block, so compute the sample first
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
-        at_random = self._select_rounding(name, weight.device, dtype, sample)
-        start = 0
+        random_rounding = self._select_rounding(name, weight.device, dtype, sample)
+        num_rounded = 0  # elements; random numbers depend on the position in the weight
         for rows in blocks:
-            part = weight[rows]
-            total = _sum_changes(changes, rows, part)
-            _round_into(part, part, total, at_random, start=start)
-            start += part.numel()  # elements of the weight so far, which place its random numbers
+            block = weight[rows]
+            total = _sum_changes(changes, rows, block)
+            _round_into(block, block, total, random_rounding, start=num_rounded)
+            num_rounded += block.numel()
         return weight
 
     def _select_rounding(
@@ -570,9 +590,11 @@ class LoraPatch:
             return None
         assert dtype is not None
         # the seed depends on our name and the factors only: a model in any layout is rounded alike
-        module, leaf = module_of_tensor(name)
-        factors = [factor for found in self._find(name) for factor in found.change.delta.factors.values()]
-        seed = seed_of(f"{self._renamed.get(module, module)}.{leaf}", factors)
+        module, parameter_name = module_of_tensor(name)
+        factors: list[Tensor] = []
+        for found in self._find_changes(name):
+            factors += found.change.delta.factors.values()
+        seed = seed_of(f"{self._our_module_names.get(module, module)}.{parameter_name}", factors)
         return self._rounding.make_random_rounding(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -588,9 +610,9 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        # fitted to the shape, which raises for a LoRA of another model
-        changes = self._fit_changes(name, torch.empty(1).expand(shape))  # a stand-in that takes no memory
-        if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
+        placeholder = torch.empty(1).expand(shape)  # takes no memory
+        changes = self._fit_changes(name, placeholder)
+        if any(change.delta.normalization is not None or change.delta.has_full_matrix for change in changes):
             return False
         if changes:
             self.unmerged[name] = changes
@@ -603,46 +625,45 @@ class LoraPatch:
             name: Name of the parameter.
             weight: The parameter, or a stand-in of its shape.
         """
-        found_changes = self._find(name)
-        rotations = [found for found in found_changes if found.change.delta.rotation is not None]
-        if rotations:
-            # rotations count as used before those of several parts are joined into one
-            for key, change, _ in rotations:
-                self._used[id(change.use)].add(key)
-            found_changes = _join_equal_rotations(found_changes)
-        fitted_changes = []
-        for key, change, relative in found_changes:
+        found_changes = self._find_changes(name)
+        # joining drops the keys of all parts except the first, but all of them are applied
+        for key, change, _ in found_changes:
+            if change.delta.rotation is not None:
+                self._applied_keys[id(change.use)].add(key)
+        found_changes = _join_equal_rotations(found_changes)
+        fitted_changes: list[Change] = []
+        for key, change, related in found_changes:
             if name.endswith(FIRST_LAYERS):
-                channel_error = change.delta.find_other_channels(weight)
+                # such as a text-to-video LoRA for an image-to-video model: skip the layer, use the rest
+                channel_error = change.delta.describe_channel_mismatch(weight)
                 if channel_error is not None:
-                    # left out: `find_other_channels` found that only the input channels differ
                     self._channel_errors[id(change.use)] = channel_error
                     continue
-            self._used[id(change.use)].add(key)
-            fitted = change.fit(relative, weight, name, self._model)
-            # parts of a joined layer may become the change of the whole layer: only the first part adds it
-            if change.delta.is_part and not fitted.delta.is_part:
-                first_row, _ = deltas.rows_in(change.delta.factors)
+            self._applied_keys[id(change.use)].add(key)
+            fitted = change.fit(related, weight, name, self._model)
+            was_expanded = change.delta.has_row_range and not fitted.delta.has_row_range
+            if was_expanded:  # each part (q, k, v) became the change of the whole layer: add it once
+                first_row, _ = deltas.read_row_range(change.delta.factors)
                 if first_row > 0:
                     continue
             fitted_changes.append(fitted)
         return fitted_changes
 
     @torch.no_grad()
-    def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
+    def bake(self, network: nn.Module, to_published_name: Callable[[str], str] = str) -> None:
         """Merge the changes into a loaded network, whose weights may be sharded; call `check` afterwards.
 
         Args:
             network: The network.
-            published: Returns the name that a parameter has in published files.
+            to_published_name: Returns the name that a parameter has in published files.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
-            if self.touches(published(name)):
-                set_weight(parameter, self(published(name), gather_weight(parameter.data)))
+            if self.changes_parameter(to_published_name(name)):
+                set_weight(parameter, self(to_published_name(name), gather_weight(parameter.data)))
 
-    def touches(self, name: str) -> bool:
+    def changes_parameter(self, name: str) -> bool:
         """Return whether any file changes the parameter of this name."""
-        return bool(self._find(name))
+        return bool(self._find_changes(name))
 
     def check(self) -> None:
         """Warn of LoRA modules that the model lacks, and of LoRAs trained for another model.
@@ -654,29 +675,30 @@ class LoraPatch:
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
-            keys = self._list_keys(use)  # names of the parameters that the LoRA's patterns select
-            used = self._used[id(use)]  # those of them that changed a weight
-            if not keys and use.lora.text_tensors:
-                continue  # it changes only text encoders
+            selected_keys = self._list_selected_keys(use)
+            applied_keys = self._applied_keys[id(use)]
+            absent_keys = [key for key in selected_keys if key not in self._keys_in_model]
+            changes_only_texts = not selected_keys and use.lora.text_tensors
+            if changes_only_texts:
+                continue
             if id(use) in self._channel_errors:
                 logger.warning(f"{path}: {self._channel_errors[id(use)]}; the rest is used without it")
-            lacks_all = bool(keys) and not self._seen.intersection(keys)  # reported as absent below
-            if not used and not lacks_all:
-                logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
-                continue
+            lacks_all = bool(selected_keys) and len(absent_keys) == len(selected_keys)
             if not lacks_all:
-                logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
-            rule = rule_of(use.lora.metadata)
+                if not applied_keys:
+                    logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
+                    continue
+                logger.info(f"{path}: {len(applied_keys)} weights changed, multiplier {use.multiplier:g}")
+            rank_rule = rule_of(use.lora.metadata)
             # a T-LoRA that is merged acts with all ranks at all levels
-            if not self._is_masked and rule is not None:
-                logger.warning(f"{path} {rule.kind.merged}")
+            if rank_rule is not None and not self._is_masked:
+                logger.warning(f"{path} {rank_rule.kind.merged}")
             warn_of_other_family(use.lora, family, self._modules)
-            absent = [key for key in keys if key not in self._seen]
-            if absent:
+            if absent_keys:
                 warn_of_absent(
                     path,
-                    absent,
-                    total=len(keys),
+                    absent_keys,
+                    total=len(selected_keys),
                     what=f"weights are not in {self._model}",
                     model=family,
                     modules=self._modules,
@@ -688,8 +710,8 @@ class LoraPatch:
     def reject_misfits(self) -> None:
         """Raise CheckpointError if the model lacks all modules of a LoRA."""
         for use in self._uses:
-            keys = self._list_keys(use)
-            if keys and not self._seen.intersection(keys) and not use.lora.may_lack(keys):
+            keys = self._list_selected_keys(use)
+            if keys and not self._keys_in_model.intersection(keys) and not use.lora.may_lack(keys):
                 raise self._make_misfit_error(use.lora, keys)
 
     def _make_misfit_error(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
@@ -728,40 +750,43 @@ class LoraPatch:
             self._path or lora.path,
         )
 
-    def _find(self, name: str) -> list[FoundChange]:
-        """Return the changes of a parameter, found by its own module name or that of another layout."""
-        if name not in self._found:
-            module, leaf = module_of_tensor(name)
-            module = self._renamed.get(module, module)
-            self._modules.setdefault(module)  # a dictionary as an ordered set
-            # names under which a LoRA may change the module; None: its own name, else how the two are related
-            relations: list[tuple[str, RelatedModule | None]] = [(module, None)]
-            layouts = self._layouts
-            # a family without fused or joined weights has no related names
-            if layouts is None or layouts.parts or layouts.joined:
-                relations += [(relative.name, relative) for relative in related_modules(module, layouts)]
-            self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
-            changes: list[FoundChange] = []
-            for relative_name, relative in relations:
-                key = f"{OURS}{relative_name}.{leaf}"
-                for change in self._changes.get(key, []):
-                    if change.use.keeps(change.delta.factors, OURS + relative_name, OURS + module):
-                        changes.append(FoundChange(key, change, relative))
-            self._found[name] = changes
-        return self._found[name]
+    def _find_changes(self, name: str) -> list[FoundChange]:
+        """Return the changes of a parameter of the model (cached), and record its keys and module as present.
 
-    def _list_keys(self, use: LoraUse) -> list[str]:
+        A LoRA may name the parameter's module itself, a part of it (q for qkv), or a module around it.
+        """
+        if name in self._changes_by_parameter:
+            return self._changes_by_parameter[name]
+        module, parameter_name = module_of_tensor(name)
+        module = self._our_module_names.get(module, module)
+        self._modules.setdefault(module)  # a dictionary as an ordered set
+        lora_modules: list[tuple[str, RelatedModule | None]] = [(module, None)]  # None: the module itself
+        family = self._common_family
+        if family is None or family.parts or family.joined:  # else it has no fused weights
+            lora_modules += [(related.name, related) for related in related_modules(module, family)]
+        changes: list[FoundChange] = []
+        for lora_module, related in lora_modules:
+            key = f"{OURS}{lora_module}.{parameter_name}"
+            self._keys_in_model.add(key)
+            for change in self._changes_by_key.get(key, []):
+                if change.use.selects(change.delta.factors, OURS + lora_module, OURS + module):
+                    changes.append(FoundChange(key, change, related))
+        self._changes_by_parameter[name] = changes
+        return changes
+
+    def _list_selected_keys(self, use: LoraUse) -> list[str]:
         """Return the keys of a LoRA's changes that match its patterns."""
-        keys: list[str] = []
-        for key, changes in self._changes.items():
+        applied_keys = self._applied_keys[id(use)]
+        selected_keys: list[str] = []
+        for key, changes in self._changes_by_key.items():
             module = key.partition(".")[0]
             for change in changes:
                 if change.use is not use:
                     continue
-                # a used key may match only by the module's name in the model, which is not known here
-                if key in self._used[id(use)] or use.keeps(change.delta.factors, module):
-                    keys.append(key)
-        return keys
+                # an applied key may match only by the module's name in the model, which is not known here
+                if key in applied_keys or use.selects(change.delta.factors, module):
+                    selected_keys.append(key)
+        return selected_keys
 
 
 class OriginalWeights:
@@ -773,17 +798,17 @@ class OriginalWeights:
     """
 
     def __init__(
-        self, uses: Sequence[LoraUse], published: Callable[[str], str] = str, rounding: str = NEAREST
+        self, uses: Sequence[LoraUse], to_published_name: Callable[[str], str] = str, rounding: str = NEAREST
     ) -> None:
         """Prepare to keep the weights that any of the LoRAs changes.
 
         Args:
             uses: All LoRAs that may be switched to.
-            published: Returns the name that a parameter has in published files.
+            to_published_name: Returns the name that a parameter has in published files.
             rounding: A value of --lora_rounding.
         """
-        self._all = LoraPatch(uses)
-        self._published = published
+        self._patch_of_all_loras = LoraPatch(uses)
+        self._to_published_name = to_published_name
         self._rounding = LoraRounding(rounding)
         self._originals: dict[str, Tensor] = {}
 
@@ -798,11 +823,10 @@ class OriginalWeights:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        # the name of the weight in published files, which LoRAs go by
-        published = self._published(name)
+        name_in_file = self._to_published_name(name)
         # on the meta device, `add_to` only compares shapes and notes which changes apply
-        self._all.add_to(published, deltas.hollow(weight))
-        if self._all.touches(published):
+        self._patch_of_all_loras.add_to(name_in_file, deltas.hollow(weight))
+        if self._patch_of_all_loras.changes_parameter(name_in_file):
             self._originals[name] = weight.detach().to(CPU, copy=True)
         return weight
 
@@ -813,7 +837,7 @@ class OriginalWeights:
 
     def check(self) -> None:
         """Warn of LoRA modules that the model lacks; raise CheckpointError if it lacks all of a LoRA."""
-        self._all.check()
+        self._patch_of_all_loras.check()
 
     @torch.no_grad()
     def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
@@ -821,7 +845,7 @@ class OriginalWeights:
         patch = LoraPatch(uses, rounding=self._rounding)
         for name, original in self._originals.items():
             parameter = network.get_parameter(name)
-            weight = patch(self._published(name), original.to(parameter.device), parameter.dtype)
+            weight = patch(self._to_published_name(name), original.to(parameter.device), parameter.dtype)
             parameter.copy_(weight)
         self._rounding.report()
 
@@ -854,5 +878,5 @@ def check_loras_fit(
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))
             else:  # padded rows: the stored shape may exceed that of the weight, so only compare names
-                patch.touches(name)
+                patch.changes_parameter(name)
     patch.reject_misfits()

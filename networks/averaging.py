@@ -104,19 +104,18 @@ def average_files(options: AveragingOptions) -> None:
         if not options.no_sort:
             _sort_by_step(opened)
         files = _select_files(opened)
-        weights = file_weights(len(files), options)
+        weights = compute_file_weights(len(files), options)
         for file, weight in zip(files, weights, strict=True):
             logger.info("%6.2f %%  %s", 100 * weight, file.path)
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
         metadata[NOTE] = _make_note(files, weights, options)
-        # `read` averages one tensor by name, so that they need not all be in memory
-        read = _make_averaging(files, weights)
+        average_tensor = _make_averaging(files, weights)
         size_bytes = sum(info.size_bytes for info in last.tensors.values())
         if size_bytes > LARGEST_HASHED:
-            stream_tensors(output, last.tensors, read, metadata)
+            stream_tensors(output, last.tensors, average_tensor, metadata)
         else:
-            tensors = {name: read(name) for name in last.tensors}
+            tensors = {name: average_tensor(name) for name in last.tensors}
             save_tensors(output, tensors, add_hashes(tensors, metadata))
     logger.info("%s: the average of %d files", output, len(files))
 
@@ -141,29 +140,31 @@ def _make_note(files: Sequence[Checkpoint], weights: Sequence[float], options: A
     return json.dumps(note, ensure_ascii=False)
 
 
-def file_weights(count: int, options: AveragingOptions) -> list[float]:
+def compute_file_weights(count: int, options: AveragingOptions) -> list[float]:
     """Return the weight of each of `count` files in the average; the sum is 1.
 
     For each file k from 2 on, the average so far is multiplied by a decay, and the file by 1 - decay. The
     decay goes from --beta to --beta2; with --sigma_rel it is (1 - 1/k)^(gamma + 1).
     """
-    later_files = range(2, count + 1)  # k
-    if options.sigma_rel is not None:
-        power = exponent_of(options.sigma_rel) + 1
-        decays = [(1 - 1 / k) ** power for k in later_files]
-    else:
-        last_beta = options.beta if options.beta2 is None else options.beta2
-        difference = last_beta - options.beta
-        # linear in k; `max` because of the division for two files
-        decays = [options.beta + difference * (k - 2) / max(count - 2, 1) for k in later_files]
     weights = [1.0]
-    for decay in decays:
-        # all weights so far shrink, so that the sum stays 1
+    for k in range(2, count + 1):
+        decay = _compute_decay(k, count, options)
         weights = [*(weight * decay for weight in weights), 1 - decay]
     return weights
 
 
-def exponent_of(sigma_rel: float) -> float:
+def _compute_decay(k: int, count: int, options: AveragingOptions) -> float:
+    """Return the factor on the average so far when file k of `count` files is added, counted from 1."""
+    if options.sigma_rel is not None:
+        power = find_gamma(options.sigma_rel) + 1
+        return float((1 - 1 / k) ** power)
+    last_beta = options.beta if options.beta2 is None else options.beta2
+    difference = last_beta - options.beta
+    num_steps = max(count - 2, 1)  # 1 for two files, to avoid a division by 0
+    return options.beta + difference * (k - 2) / num_steps
+
+
+def find_gamma(sigma_rel: float) -> float:
     """Return the gamma >= 0 for which t^gamma has the standard deviation `sigma_rel` on 0..1, by bisection.
 
     Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
@@ -202,9 +203,9 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         )
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
-    # all others are compared with it
     first = selected[0]
-    if not any("." in name for name in first.tensors):  # names in a cache of latents have no dots
+    is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
+    if not is_network:
         raise CheckpointError(
             f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
             "  Give the saved LoRAs or models of one run.",
@@ -220,16 +221,16 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the files without copies, and without averages (EMA) if there are other files; warn of these."""
     selected: list[Checkpoint] = []
     has_plain_files = any("ss_ema_decay" not in file.metadata for file in files)
-    paths: dict[str, Path] = {}  # hash of the tensors -> the first file with it
+    path_by_hash: dict[str, Path] = {}  # hash of the tensors -> the first file with it
     for file in files:
-        model_hash = file.metadata.get("sshs_model_hash", "")
-        if has_plain_files and "ss_ema_decay" in file.metadata:
+        is_ema = "ss_ema_decay" in file.metadata
+        model_hash = file.metadata.get("sshs_model_hash", "")  # "" is never taken for a copy
+        if is_ema and has_plain_files:
             logger.warning("%s is left out: it is an average (EMA) already.", file.path)
-        # files without a hash are never taken for copies
-        elif model_hash and model_hash in paths:
-            logger.warning("%s is left out: it holds the same as %s.", file.path, paths[model_hash])
+        elif model_hash and model_hash in path_by_hash:
+            logger.warning("%s is left out: it holds the same as %s.", file.path, path_by_hash[model_hash])
         else:
-            paths[model_hash] = file.path
+            path_by_hash[model_hash] = file.path
             selected.append(file)
     return selected
 
@@ -250,16 +251,15 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
 
 def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     """Raise CheckpointError if a file has other names or shapes than the first one."""
-    # symmetric difference
-    names_in_one = sorted(first.tensors.keys() ^ file.tensors.keys())
-    shapes: list[str] = []
+    names_in_only_one = sorted(first.tensors.keys() ^ file.tensors.keys())
+    different_shapes: list[str] = []
     for name, info in file.tensors.items():
         if name in first.tensors and info.shape != first.tensors[name].shape:
-            shapes.append(f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}")
-    if names_in_one:
-        difference = f"only one has {list_some(names_in_one, 3)}"
-    elif shapes:
-        difference = f"sizes differ: {list_some(shapes, 3)}"
+            different_shapes.append(f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}")
+    if names_in_only_one:
+        difference = f"only one has {list_some(names_in_only_one, 3)}"
+    elif different_shapes:
+        difference = f"sizes differ: {list_some(different_shapes, 3)}"
     else:
         return
     raise CheckpointError(
@@ -283,9 +283,10 @@ def _advise(file: Checkpoint, first: Checkpoint) -> str:
 def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
     """Return a function that reads a tensor from all files and averages it, in the last file's dtype."""
 
-    def read(name: str) -> Tensor:
+    def average_tensor(name: str) -> Tensor:
         last = files[-1].read(name)
-        if name.rpartition(".")[2] == "alpha" or not last.is_floating_point():
+        is_alpha = name.rpartition(".")[2] == "alpha"
+        if is_alpha or not last.is_floating_point():
             _reject_unequal(name, last, files)
             return last
         total = torch.zeros(last.shape, dtype=torch.float64)
@@ -295,7 +296,7 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
             total.add_(tensor.double(), alpha=weight)
         return total.to(last.dtype)
 
-    return read
+    return average_tensor
 
 
 def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:

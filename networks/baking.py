@@ -25,7 +25,7 @@ from networks.extracting import decompose_change, lora_of_shape
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
 from networks.kinds import LORA
-from networks.kinds.composing import MAGNITUDES, MARKS, NEEDING_WEIGHT, kinds_of_parts
+from networks.kinds.composing import FACTORS_NEEDING_WEIGHT, KIND_BY_FACTOR, MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
 from networks.loading import LoraFile, LoraUse
@@ -38,7 +38,11 @@ from protocols.loading import TensorSource
 
 logger = getLogger(__name__)
 # names of factors that show that a module is not a plain LoRA
-OTHER_KINDS = {MAGNITUDES, MID, *(mark for mark, kind in MARKS.items() if kind is not LORA)}
+FACTORS_OF_OTHER_KINDS = {
+    MAGNITUDES,
+    MID,
+    *(mark for mark, kind in KIND_BY_FACTOR.items() if kind is not LORA),
+}
 _PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of those of single families
 HIGH_LOSS = 0.1  # lost fraction of the change above which messages advise a higher rank
 
@@ -59,7 +63,7 @@ class Baked(NamedTuple):
     """A converted LoRA, and a description of how much of the change was lost."""
 
     lora: LoraFile
-    words: str
+    loss_note: str  # "" if nothing was approximated
 
 
 class StoredWeight(NamedTuple):
@@ -98,20 +102,24 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         CheckpointError: If the model does not fit.
     """
     assert baking.rank is not None
-    tensors = lora.tensors
-    if family is not None and any(name.endswith(NEEDING_WEIGHT) for name in tensors):
+    tensors: Mapping[str, Tensor] = lora.tensors
+    if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
         # magnitudes depend on the whole weight: parts of a fused weight are joined, as in the model
         tensors = in_own_form(tensors, family)
-    # the modules to approximate: all but plain LoRAs
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
-    replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
-    if not replaced:
+    to_approximate: dict[str, Factors] = {}
+    for name, factors in modules.items():
+        if factors.keys() & FACTORS_OF_OTHER_KINDS:
+            to_approximate[name] = factors
+    if not to_approximate:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
         )
-    need_weight = [name for name, factors in replaced.items() if factors.keys() & set(NEEDING_WEIGHT)]
+    need_weight = [
+        name for name, factors in to_approximate.items() if factors.keys() & set(FACTORS_NEEDING_WEIGHT)
+    ]
     if need_weight and not baking.models:
-        kind = next(kind for kind in kinds_of_parts(replaced[need_weight[0]]) if kind.needs_weight)
+        kind = next(kind for kind in kinds_of_parts(to_approximate[need_weight[0]]) if kind.needs_weight)
         raise OptionError(
             f"--bake: {lora.path} is {named(kind)} ({need_weight[0]}), whose change depends on the weights "
             "that it was trained for. Add --dit with the model's file; after it those of the text encoders "
@@ -119,18 +127,12 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         )
     losses: dict[str, Loss] = {}
     with open_weights(baking.models if need_weight else (), family) as weights:
-        for name, factors in replaced.items():
-            change = _compute_change(
-                name,
-                factors,
-                lora=lora,
-                weights=weights,
-                device=baking.device,
-            )
+        for name, factors in to_approximate.items():
+            change = _compute_change(name, factors, lora, weights, baking.device)
             modules[name], losses[name] = _approximate(name, factors, change, baking.rank)
     metadata = _metadata_of_plain(lora.metadata, modules)
-    description = _describe_losses(losses, len(modules), baking.rank)
-    return Baked(replace_factors(lora, modules, metadata), description)
+    loss_note = _describe_losses(losses, len(modules), baking.rank)
+    return Baked(replace_factors(lora, modules, metadata), loss_note)
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
@@ -168,18 +170,18 @@ def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tupl
         rank: Rank of the LoRA.
     """
     dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
-    flat = change.flatten(1)
-    down, up = decompose_change(flat, rank, 1.0, name)
-    # both factors get about equal norms, so that neither loses precision in 16 bits
-    # `decompose_change` puts the singular values into the up factor, rows of down have the norm 1
-    norms = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-    root_of_norms = norms.sqrt()
-    down = (down * root_of_norms[:, None]).to(dtype)
-    up = (up / root_of_norms).to(dtype)
-    change_norm = float(flat.norm())
-    remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
+    matrix = change.flatten(1)
+    down, up = decompose_change(matrix, rank, quantile=1.0, name=name)
+    # the singular values are in the up factor: divide them between both, so that neither loses precision in
+    # 16 bits
+    singular_values = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    roots = singular_values.sqrt()
+    down = (down * roots[:, None]).to(dtype)
+    up = (up / roots).to(dtype)
+    change_norm = float(matrix.norm())
+    remainder = matrix.addmm_(up.float(), down.float(), alpha=-1)
     lora = lora_of_shape(down, up, change.shape)
-    bias = read_delta(factors).bias(CPU)
+    bias = read_delta(factors).compute_bias_change(CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
     return lora, Loss(change_norm, lost=float(remainder.norm()))
@@ -198,32 +200,30 @@ def _compute_change(
         device: Device that computes.
     """
     delta = read_delta(factors)
-    # the factors alone show the change
     if not delta.depends_on_weight:
-        dense = delta.dense(device)
-        assert dense is not None
-        return dense
-    # a rotation of inputs does not show how many rows (outputs) its weight has
-    num_rows: int | None = None
+        change_of_factors = delta.compute_change(device)
+        assert change_of_factors is not None
+        return change_of_factors
+    num_rows: int | None = None  # unknown for a rotation of inputs
     if delta.rotation is None:
-        shape = delta.shape()
+        shape = delta.change_shape()
         assert shape is not None
         num_rows = shape[0]
-    weight, path = weight_of(name, num_rows, lora, weights)
-    # check that the shapes fit; None: the LoRA's module is this weight, not a part of it
-    change = Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
+    weight, path = read_weight_of_module(name, num_rows, lora, weights)
+    change = Change(LoraUse(lora), delta).fit(related=None, weight=weight, name=name, model=str(path))
     total = torch.zeros(weight.shape, device=device)
-    all_rows = None
-    change.add_to(total, all_rows, weight.to(device))
+    change.add_to(total, block_rows=None, weight=weight.to(device))
     return total
 
 
-def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
-    """Return the weight that a module changes, and its file.
+def read_weight_of_module(
+    name: str, num_rows: int | None, lora: LoraFile, weights: Weights
+) -> tuple[Tensor, Path]:
+    """Return the weight that a module changes, and the path of its file.
 
     Args:
         name: Name of the module.
-        rows: Number of rows of the weight; None if unknown.
+        num_rows: Number of rows of the weight; None if unknown.
         lora: The LoRA file.
         weights: Weights of the model.
 
@@ -236,8 +236,8 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
     for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
-            # None: any number of rows fits
-            if rows in (None, len(weight)):  # separate files of text encoders may have equal module names
+            # separate files of text encoders may have equal module names, but other sizes
+            if num_rows is None or num_rows == len(weight):
                 return weight, stored.checkpoint.path
     raise CheckpointError(
         f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
@@ -248,7 +248,9 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
 
 @contextmanager
 def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
-    """Open model files of any layout; only their headers are read.
+    """Open model files of any layout, and yield their weights by the module names that LoRAs have.
+
+    Only the headers of the files are read.
 
     Args:
         paths: Files of the model.
@@ -259,12 +261,12 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
         for path in paths:
             checkpoint = with_stacked_rows(dequantized_on_read(stack.enter_context(open_checkpoint(path))))
             for name, stored in (*_weights_of_texts(checkpoint), *_weights_of_dit(checkpoint, family)):
-                module, leaf = module_of_tensor(name)
-                if leaf != "weight":
+                module, parameter_name = module_of_tensor(name)
+                if parameter_name != "weight":
                     continue
                 if family is not None:
                     module = alias(module, family)
-                # several files may have a module of this name
+                # files of several text encoders may have modules of one name
                 weights.setdefault(module, []).append(stored)
         yield weights
 
@@ -302,11 +304,10 @@ def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) ->
         num_modules: Number of all modules.
         rank: Rank of the plain LoRAs.
     """
-    errors: dict[str, float] = {}  # relative
+    relative_errors: dict[str, float] = {}
     for name, loss in losses.items():
-        # a change of 0 loses nothing
-        errors[name] = loss.lost / loss.change if loss.change else 0.0
-    worst = max(errors, key=lambda name: errors[name])
+        relative_errors[name] = loss.lost / loss.change if loss.change else 0.0
+    worst = max(relative_errors, key=lambda name: relative_errors[name])
     # the norm of all modules together is the root of the sum of squares
     change = math.hypot(*(loss.change for loss in losses.values()))
     lost = math.hypot(*(loss.lost for loss in losses.values()))
@@ -314,5 +315,5 @@ def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) ->
     advice = "; a higher rank loses less" if total_error > HIGH_LOSS else ""
     return (
         f"{len(losses)} of {count_of(num_modules, 'module')} at rank {rank}: {100 * total_error:.2g} % of "
-        f"the change is lost, at most {100 * errors[worst]:.2g} % ({worst}){advice}"
+        f"the change is lost, at most {100 * relative_errors[worst]:.2g} % ({worst}){advice}"
     )

@@ -27,20 +27,20 @@ _CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 class BlockSettings:
     """Settings of numbered blocks in --network_args; `fit` applies them to the blocks of a model."""
 
-    texts: Mapping[str, str]
-    lists: Mapping[str, tuple[float, ...]]  # by argument
-    factors: tuple[float, ...] = ()  # on the rate of each block; (): all are 1
+    arguments: Mapping[str, str]  # as typed
+    values_by_argument: Mapping[str, tuple[float, ...]]  # ranks and alphas: one for each block
+    rate_factors: tuple[float, ...] = ()  # on the rate of each block; (): all are 1
     numbered: NumberedBlocks | None = None
 
     @property
     def has_convolutions(self) -> bool:
         """Whether convolutions have separate ranks."""
-        return CONV_DIMS in self.texts
+        return CONV_DIMS in self.arguments
 
     @property
     def threshold(self) -> float:
         """Return the learning rate factor up to which a block gets no LoRA modules."""
-        return float(self.texts.get(THRESHOLD, 0))
+        return float(self.arguments.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
         """Return the settings with the blocks of a model and, if learning rates are set, a factor for each.
@@ -52,40 +52,40 @@ class BlockSettings:
             OptionError: If the model has no numbered blocks, or if a list has the wrong length.
         """
         if numbered is None:
-            first_argument = next(iter(self.texts))
+            first_argument = next(iter(self.arguments))
             raise OptionError(
                 f"--network_args {first_argument}: the blocks of this model have no such numbers. Give ranks "
                 "and rates by names (network_reg_dims, network_reg_lrs)"
             )
-        for name, values in self.lists.items():
+        for name, values in self.values_by_argument.items():
             if len(values) != numbered.count:
                 raise OptionError(
                     f"--network_args {name}: it has {len(values)} numbers, this model has {numbered.count} "
                     "blocks. Give a number for each"
                 )
-        factors: list[float] = []
-        # each side, such as the up blocks, has its own argument with one factor per block
-        if any(argument in self.texts for argument, _, _ in numbered.sides):
-            factors = [1.0] * numbered.count
-            for argument, start, count in numbered.sides:
-                if argument in self.texts:
-                    factors[start : start + count] = read_factors(argument, self.texts[argument], count)
-        return replace(self, factors=tuple(factors), numbered=numbered)
+        # down, middle and up blocks have their own arguments, each with one factor per block
+        has_rates = any(argument in self.arguments for argument, _, _ in numbered.sides)
+        rate_factors = [1.0] * numbered.count if has_rates else []
+        for argument, start, count in numbered.sides:
+            if argument in self.arguments:
+                factors = read_rate_factors(argument, self.arguments[argument], count)
+                rate_factors[start : start + count] = factors
+        return replace(self, rate_factors=tuple(rate_factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
         """Return the index of the block that contains a module; None outside of blocks, and before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
-    def factor_of(self, path: str) -> float:
+    def rate_factor_of(self, path: str) -> float:
         """Return the factor on the learning rate of a module; 1 outside of numbered blocks."""
         number = self.number_of(path)
-        return 1.0 if number is None or not self.factors else self.factors[number]
+        return 1.0 if number is None or not self.rate_factors else self.rate_factors[number]
 
     def is_left_out(self, path: str) -> bool:
         """Return whether a module gets no LoRA because the learning rate of its block is too low."""
-        return bool(self.factors) and self.factor_of(path) <= self.threshold
+        return bool(self.rate_factors) and self.rate_factor_of(path) <= self.threshold
 
-    def size_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
+    def rank_and_alpha_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
         """Return the rank and alpha of a module; None if no list gives a rank.
 
         An alpha of None stands for that of the network.
@@ -94,42 +94,48 @@ class BlockSettings:
             path: Dotted path of the module.
             is_convolution: Whether the module is a convolution larger than 1 x 1.
         """
-        number = self.number_of(path)
-        dims = self.lists.get(CONV_DIMS if is_convolution else DIMS)
-        if number is None or dims is None:
+        index = self.number_of(path)
+        ranks = self.values_by_argument.get(CONV_DIMS if is_convolution else DIMS)
+        alphas = self.values_by_argument.get(CONV_ALPHAS if is_convolution else ALPHAS)
+        if index is None or ranks is None:
             return None
-        alphas = self.lists.get(CONV_ALPHAS if is_convolution else ALPHAS)
-        return int(dims[number]), None if alphas is None else alphas[number]
+        return int(ranks[index]), None if alphas is None else alphas[index]
 
 
-def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
+def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
     """Return the settings of numbered blocks among --network_args; None if there are none.
 
     Raises:
         OptionError: If a text is no number, or if an argument lacks the one that it needs.
     """
-    texts = {key: str(arguments[key]) for key in KEYS if arguments.get(key) is not None}
-    if not texts:
+    arguments = {key: str(network_args[key]) for key in KEYS if network_args.get(key) is not None}
+    if not arguments:
         return None
-    if set(texts) == {THRESHOLD}:
+    if set(arguments) == {THRESHOLD}:
         raise OptionError(f"--network_args {THRESHOLD} needs one of {', '.join(RATES)}: give one of them too")
     for dims, alphas in ((DIMS, ALPHAS), (CONV_DIMS, CONV_ALPHAS)):
-        if alphas in texts and dims not in texts:
+        if alphas in arguments and dims not in arguments:
             raise OptionError(f"--network_args {alphas} needs {dims}: give both")
-    lists = {}
+    values_by_argument: dict[str, tuple[float, ...]] = {}
     for name in (DIMS, ALPHAS, CONV_DIMS, CONV_ALPHAS):
-        if name in texts:
+        if name in arguments:
             is_rank = name in (DIMS, CONV_DIMS)
-            lists[name] = _read_numbers(name, texts[name].split(","), is_rank)
-    for part in RATES:
-        if part in texts:
-            read_factors(part, texts[part], 2, warns=False)  # only for its errors; the count does not matter
-    if THRESHOLD in texts:
-        _read_numbers(THRESHOLD, [texts[THRESHOLD]])  # only for its errors, too
-    return BlockSettings(texts, lists)
+            values_by_argument[name] = _read_numbers(name, arguments[name].split(","), is_rank)
+    _check_rates(arguments)
+    return BlockSettings(arguments, values_by_argument)
 
 
-def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
+def _check_rates(arguments: Mapping[str, str]) -> None:
+    """Raise OptionError if a learning rate factor or the threshold cannot be read; `fit` reads them later."""
+    for name in RATES:
+        if name in arguments:
+            any_count = 2
+            read_rate_factors(name, arguments[name], any_count, warns=False)
+    if THRESHOLD in arguments:
+        _read_numbers(THRESHOLD, [arguments[THRESHOLD]])
+
+
+def read_rate_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
     """Return the factor of each block of one part of a U-Net: typed numbers, or a curve such as cosine+.25.
 
     As in other trainers, surplus numbers are ignored, and missing ones are 1.
@@ -146,21 +152,22 @@ def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[f
     curve, plus, base = text.strip().partition("+")
     if curve in _CURVES:
         offset = _read_numbers(name, [base])[0] if plus else 0.0
-        return [value + offset for value in _draw_curve(curve, count)]
-    # not a curve: numbers such as 1,0.5,0 in brackets or without
-    factors = list(_read_numbers(name, text.strip().removeprefix("[").removesuffix("]").split(",")))
-    if warns and len(factors) != count:
+        return [value + offset for value in _compute_curve(curve, count)]
+    without_brackets = text.strip().removeprefix("[").removesuffix("]")
+    rate_factors = list(_read_numbers(name, without_brackets.split(",")))
+    if warns and len(rate_factors) != count:
         logger.warning(
             "--network_args %s has %d numbers, this model has %d such blocks: %s",
             name,
-            len(factors),
+            len(rate_factors),
             count,
-            "the last ones are ignored" if len(factors) > count else "missing ones are 1",
+            "the last ones are ignored" if len(rate_factors) > count else "missing ones are 1",
         )
-    return (factors + [1.0] * count)[:count]
+    padded = rate_factors + [1.0] * count
+    return padded[:count]
 
 
-def _draw_curve(curve: str, count: int) -> list[float]:
+def _compute_curve(curve: str, count: int) -> list[float]:
     """Return the values of a curve at `count` evenly spaced positions from 0 to 1."""
     if curve == "zeros":
         return [0.0] * count
@@ -172,16 +179,16 @@ def _draw_curve(curve: str, count: int) -> list[float]:
     return [math.sin(math.pi * position / 2) for position in positions]
 
 
-def _read_numbers(name: str, texts: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
+def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
     """Return numbers of at least 0. Raises OptionError if a text is anything else.
 
     Args:
         name: Name of the argument, for messages.
-        texts: The texts of the numbers.
+        arguments: The texts of the numbers.
         is_integer: Whether the numbers are integers.
     """
     numbers = []
-    for text in texts:
+    for text in arguments:
         try:
             number = int(text) if is_integer else float(text)
         except ValueError:

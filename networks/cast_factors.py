@@ -59,18 +59,18 @@ def group_layers(
         layers: LoRAs on them; those with a common input are linear.
         shared_inputs: For each group of modules that get the same tensor, the endings of their paths.
     """
-    index_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
+    input_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}
+    # key: the path of a layer alone, or path of the block, index of the shared input, and rank
     groups: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
     for layer in layers:
         path = paths[id(layer.original)]
-        key: tuple[str, int, int] | str = path  # a group of its own
-        # layers with dropouts (which may skip one of them) or magnitudes are computed separately
-        if layer.dropouts is None and layer.combine_outputs is None:
-            for ending, index in index_by_ending.items():
-                if path.endswith(f".{ending}"):
-                    # one group for each block (the path without the ending), tensor and rank
-                    key = path.removesuffix(ending), index, layer.lora_up.weight.shape[1]
+        key: tuple[str, int, int] | str = path
+        # a dropout may skip one layer of a group, and magnitudes need each layer's own output
+        can_share = layer.dropouts is None and layer.combine_outputs is None
+        for ending, input_index in input_by_ending.items():
+            if can_share and path.endswith(f".{ending}"):
+                key = path.removesuffix(ending), input_index, layer.lora_up.weight.shape[1]
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
@@ -87,27 +87,28 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """
     layers = [layer for group in groups for layer in group]
     parameter = layers[0].lora_down.weight
-    kind = parameter.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
-    is_first = layers[0].cast_factors is None
+    device_type = parameter.device.type
+    dtype = parameter.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    is_first_pass = layers[0].cast_factors is None
     for layer in layers:
         layer.cast_factors = None  # frees the copies of the last pass before new ones are made
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
     # not on a CPU, which gains nothing from fewer kernels, and whose weights may be mapped from the file
-    if is_first and kind != "cpu":
+    if is_first_pass and device_type != "cpu":
         join_groups(groups)
     downs = [layer.lora_down.weight for layer in layers]
     ups = [layer.lora_up.weight for layer in layers]
     # down factors stay unscaled
     scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
-    counts = [len(group) for group in groups]
-    # One matrix for each group with all its down factors, stacked along rows, then one for each group with
-    # its up factors; `_Cast` makes them all, and casts their gradients back
-    matrices = _Cast.apply(scales, counts + counts, dtype, *downs, *ups)
-    # not strict: `matrices` also has the up matrices after the down matrices
-    for group, down, up in zip(groups, matrices, matrices[len(groups) :], strict=False):
+    group_sizes = [len(group) for group in groups]
+    # a matrix with the down factors of each group, stacked along rows; then one with the up factors of each
+    matrices = _Cast.apply(scales, group_sizes + group_sizes, dtype, *downs, *ups)
+    num_groups = len(groups)
+    for group, down, up in zip(groups, matrices[:num_groups], matrices[num_groups:], strict=True):
         if len(group) == 1:
             group[0].cast_factors = down, up
             continue
@@ -124,42 +125,52 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
+        ctx: Any, scales: list[float], group_sizes: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Stack the rows of each group of consecutive factors into a matrix; `counts` has the group sizes."""
+        """Stack the rows of each group of consecutive factors into a matrix, cast and scaled.
+
+        Args:
+            ctx: Context of autograd.
+            scales: Scale of each factor.
+            group_sizes: Number of factors in each matrix.
+            dtype: Dtype of the matrices.
+            factors: Down factors of all groups, whose scale is 1, then the up factors.
+        """
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
-        ctx.split_sizes = []  # of the factors in each matrix
-        matrices, rows = list[Tensor](), list[Tensor]()
+        ctx.split_sizes = []  # for each matrix, the number of rows of its factors
+        matrices: list[Tensor] = []
+        factor_views: list[Tensor] = []  # rows of a matrix for each factor
         start = 0
-        for count in counts:
-            members = factors[start : start + count]
-            split_sizes = [len(member) for member in members]
-            matrix = members[0].new_empty((sum(split_sizes), *members[0].shape[1:]), dtype=dtype)
+        for group_size in group_sizes:
+            group = factors[start : start + group_size]
+            split_sizes = [len(factor) for factor in group]
+            matrix = group[0].new_empty((sum(split_sizes), *group[0].shape[1:]), dtype=dtype)
             ctx.split_sizes.append(split_sizes)
             matrices.append(matrix)
-            # views of the matrix, one for each factor: copying into them fills the matrix
-            rows += matrix.split(split_sizes)
-            start += count
-        copy_each(rows, factors)
-        # Scaled in place, after the cast: a product in float32 would need more memory. The first half of the
-        # factors are down factors, whose scale is 1
-        half = len(factors) // 2
-        scale_each(rows[half:], scales[half:])
+            factor_views += matrix.split(split_sizes)
+            start += group_size
+        copy_each(factor_views, factors)
+        # in place, after the cast: a product in float32 would need more memory
+        num_downs = len(factors) // 2
+        scale_each(factor_views[num_downs:], scales[num_downs:])
         return tuple(matrices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of the factors; None for layers that did not run in this pass."""
-        narrow: list[Tensor | None] = []  # gradients of the cast factors
+        narrow_gradients: list[Tensor | None] = []  # of the cast factors
         for gradient, split_sizes in zip(gradients, ctx.split_sizes, strict=True):
-            narrow += [None] * len(split_sizes) if gradient is None else gradient.split(split_sizes)
-        existing = {index: gradient for index, gradient in enumerate(narrow) if gradient is not None}
-        wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in existing.values()]
-        copy_each(wide, list(existing.values()))
-        scale_each(wide, [ctx.scales[index] for index in existing])
-        by_index = dict(zip(existing, wide, strict=True))
-        factor_gradients = [by_index.get(index) for index in range(len(narrow))]
-        return None, None, None, *factor_gradients  # None for scales, counts and dtype
+            if gradient is None:
+                narrow_gradients += [None] * len(split_sizes)
+            else:
+                narrow_gradients += gradient.split(split_sizes)
+        existing = {index: each for index, each in enumerate(narrow_gradients) if each is not None}
+        wide_gradients = [torch.empty_like(each, dtype=ctx.dtype) for each in existing.values()]
+        copy_each(wide_gradients, list(existing.values()))
+        scale_each(wide_gradients, [ctx.scales[index] for index in existing])
+        by_index = dict(zip(existing, wide_gradients, strict=True))
+        factor_gradients = [by_index.get(index) for index in range(len(narrow_gradients))]
+        return None, None, None, *factor_gradients  # None for scales, group sizes and dtype

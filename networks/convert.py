@@ -1,7 +1,7 @@
 """Convert LoRA files to another dialect (key format); join the LoRAs of two experts, or split them."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -19,14 +19,20 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import module_names
 from networks.alphas import without_alphas
-from networks.baking import OTHER_KINDS, Baked, Baking, bake
+from networks.baking import FACTORS_OF_OTHER_KINDS, Baked, Baking, bake
 from networks.delta import read_delta
 from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
-from networks.fused_parts import fuse
+from networks.fused_parts import join_parts
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, PRODUCTS, in_series, kind_of_files
+from networks.kinds.composing import (
+    MAGNITUDE_KIND_NAME,
+    MAGNITUDES,
+    PRODUCT_KIND_NAMES,
+    in_series,
+    kind_of_files,
+)
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
@@ -58,8 +64,8 @@ ANIMA, FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(
 )
 DIALECTS = ("sd-scripts", "ai-toolkit")
 # names of the kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
-_BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
-_UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")  # for help texts
+_BAKED = (*PRODUCT_KIND_NAMES, *filter(None, (MAGNITUDE_KIND_NAME,)))
+_UNJOINABLE = in_series([f"{name}s" for name in PRODUCT_KIND_NAMES], "and")  # for help texts
 # arguments of the options that name a file to write
 _OUTPUT_FILE: Mapping[str, Any] = {
     "place": "safetensors",
@@ -195,8 +201,8 @@ def convert(options: ConvertOptions) -> None:
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target  # the dialect's name in the code
-    # one file in, one file out
-    if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
+    concerns_experts = options.input_high_noise or options.output_high_noise or options.expert
+    if not concerns_experts:
         convert_file(
             options.input,
             options.output,
@@ -206,14 +212,14 @@ def convert(options: ConvertOptions) -> None:
         )
         return
     conversion = Conversion(target, options.family, baking)
-    experts = _read_experts(options)
+    lora_by_expert = _read_experts(options)
     if options.expert is not None:
-        _convert_one(experts[options.expert], options.output, conversion)
+        _convert_one(lora_by_expert[options.expert], options.output, conversion)
     elif options.output_high_noise is not None:
-        _convert_one(experts[LOW_NOISE], options.output, conversion)
-        _convert_one(experts[HIGH_NOISE], options.output_high_noise, conversion)
+        _convert_one(lora_by_expert[LOW_NOISE], options.output, conversion)
+        _convert_one(lora_by_expert[HIGH_NOISE], options.output_high_noise, conversion)
     else:
-        _convert_parts(experts, options.output, conversion)
+        _convert_both_experts(lora_by_expert, options.output, conversion)
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
@@ -272,13 +278,16 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
-    # `to_alias`: our module name to ComfyUI's, `alias`: the reverse
-    rename = module_names.alias if options.reverse else module_names.to_alias
-    if not options.reverse:
+    if options.reverse:
+        rename = module_names.alias
+        direction = "ComfyUI's names to ours"
+    else:
+        rename = module_names.to_alias
+        direction = "our names to ComfyUI's"
         _reject_for_comfyui(source, stored)
     renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
-    if renamed.keys() == stored.keys():
-        direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
+    has_nothing_to_rename = renamed.keys() == stored.keys()
+    if has_nothing_to_rename:
         example = next(iter(stored), "none")
         raise CheckpointError(
             f"{source} has no module to rename from {direction}, such as {example}.\n"
@@ -311,36 +320,34 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     if not options.reverse:
         _reject_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
+    # separate modules for queries, keys and values, as in our layout
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
-    # `take_apart` has already split ComfyUI's modules into ours
     if options.reverse:
-        converted_lora = ConvertedLora(tensors, metadata)
-        _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
+        _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE)
         return
-    baked_note = ""
-    # only plain LoRAs can be joined: approximate the others by plain LoRAs first
-    unjoinable = _find_unjoinable_factors(tensors)
+    unjoinable = _find_modules_to_bake(tensors)
+    if unjoinable and options.lokr_rank is None:
+        raise OptionError(
+            f"{source} is a {in_series(PRODUCT_KIND_NAMES)} for queries, keys and values "
+            f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
+            "LoRAs can be joined. Add --lokr_rank RANK, such as 64: the best LoRA of that rank "
+            "takes the place of each"
+        )
+    loss_note = ""
     if unjoinable:
-        if options.lokr_rank is None:
-            raise OptionError(
-                f"{source} is a {in_series(PRODUCTS)} for queries, keys and values "
-                f"({next(iter(unjoinable))}), which are one module in ComfyUI, and only plain "
-                "LoRAs can be joined. Add --lokr_rank RANK, such as 64: the best LoRA of that rank "
-                "takes the place of each"
-            )
-        replaced = ungroup(unjoinable)
+        unjoinable_tensors = ungroup(unjoinable)
         baking = Baking(options.lokr_rank, select_device(None))
-        plain = bake(replace(lora, tensors=replaced), Z_IMAGE, baking)
-        baked_note = plain.words
-        unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
-        tensors = {**unchanged, **plain.lora.tensors}
-    tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
+        plain = bake(replace(lora, tensors=unjoinable_tensors), Z_IMAGE, baking)
+        loss_note = plain.loss_note
+        joinable = {name: tensor for name, tensor in tensors.items() if name not in unjoinable_tensors}
+        tensors = {**joinable, **plain.lora.tensors}
+    tensors = rename_to_aliases(join_parts(tensors, family=Z_IMAGE), Z_IMAGE)
     _save(
         options.dst_path,
         ConvertedLora(tensors, metadata),
         sources=[lora],
         family=Z_IMAGE,
-        baked=baked_note,
+        loss_note=loss_note,
     )
 
 
@@ -356,11 +363,11 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
         raise CheckpointError(f"{source} {kind.rejection_by_comfyui}", source)
 
 
-def _find_unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Return the modules that ComfyUI fuses but whose kind cannot be joined: module name -> factors."""
+def _find_modules_to_bake(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the modules, with their factors, that ComfyUI fuses but whose kind (LoKr) cannot be joined."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
-        is_other_kind = bool(factors.keys() & (OTHER_KINDS - {MAGNITUDES}))
+        is_other_kind = bool(factors.keys() & (FACTORS_OF_OTHER_KINDS - {MAGNITUDES}))
         if is_other_kind and module_names.is_stacked(name.removeprefix(OURS), Z_IMAGE):
             unjoinable[name] = factors
     return unjoinable
@@ -390,16 +397,15 @@ def convert_file(
     reject_replacing("--output", output, checkpoint_paths(source))
     conversion = Conversion(target, family, baking)
     lora = read_lora(source, by_expert=True, with_texts=True, family=family)
-    if not lora.parts:
+    if not lora.parts:  # a single LoRA, not one for each expert
         _convert_one(lora, output, conversion)
-    # two experts, but the weights of one model
     elif baking is not None and baking.models:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
             "  Take one with --expert high_noise or low_noise."
         )
     elif target == "diffusers":
-        _convert_parts(lora.parts, output, conversion)
+        _convert_both_experts(lora.parts, output, conversion)
     else:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form "
@@ -411,52 +417,58 @@ def convert_file(
 def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
     """Write a LoRA in another dialect."""
     family = _find_family(lora, conversion.family)
-    prepared = _prepare(lora, family, conversion)
-    result = converted(prepared.lora, conversion.target, family)
-    _save(output, result, sources=[prepared.lora], family=family, baked=prepared.words)
+    prepared = _bake_or_convert_magnitudes(lora, family, conversion)
+    result = convert_lora(prepared.lora, conversion.target, family)
+    _save(output, result, sources=[prepared.lora], family=family, loss_note=prepared.loss_note)
 
 
-def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conversion) -> None:
+def _convert_both_experts(
+    lora_by_expert: Mapping[str, LoraFile], output: Path, conversion: Conversion
+) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert.
 
     Args:
-        parts: LoRA of each expert.
+        lora_by_expert: LoRA of each expert.
         output: File to write.
         conversion: How to convert.
     """
-    for lora in parts.values():  # kinds for which diffusers has no files with two experts
+    for lora in lora_by_expert.values():
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
         if conversion.baking is None and kind is not None:
             raise OptionError(kind.no_two_experts)
-    families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
-    prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
-    # the networks of diffusers' pipeline, such as transformer_2
+    families: dict[str, FamilyNames | None] = {}
+    for expert, lora in lora_by_expert.items():
+        families[expert] = _find_family(lora, conversion.family)
+    prepared: dict[str, Baked] = {}
+    for expert, lora in lora_by_expert.items():
+        prepared[expert] = _bake_or_convert_magnitudes(lora, families[expert], conversion)
+    # expert -> prefix of its network in diffusers' pipeline, such as `transformer_2.`
     prefixes = {expert: prefix for prefix, expert in find_networks().items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for expert, baked in prepared.items():
-        part = converted(baked.lora, "diffusers", families[expert], prefixes[expert])
-        tensors |= part.tensors
-        metadata[expert] = part.metadata
+        result = convert_lora(baked.lora, "diffusers", families[expert], prefixes[expert])
+        tensors |= result.tensors
+        metadata[expert] = result.metadata
     _save(
         output,
         ConvertedLora(tensors, _join_metadata(metadata)),
         sources=[baked.lora for baked in prepared.values()],
         family=next(iter(families.values())),
-        baked="\n".join(baked.words for baked in prepared.values() if baked.words),
+        loss_note="\n".join(baked.loss_note for baked in prepared.values() if baked.loss_note),
     )
 
 
-def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Join the metadata of each expert's LoRA for a common file; `metadata_of` splits them again."""
-    parts = {expert: _without_stale(metadata) for expert, metadata in by_expert.items()}
+def _join_metadata(metadata_by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Join the metadata of two experts' LoRAs: equal entries, and one entry with the others as JSON."""
+    entries_by_expert = {expert: _without_stale(metadata) for expert, metadata in metadata_by_expert.items()}
     common: dict[str, str] = {}
-    for key, value in next(iter(parts.values())).items():
-        if all(part.get(key) == value for part in parts.values()):
+    for key, value in next(iter(entries_by_expert.values())).items():
+        if all(entries.get(key) == value for entries in entries_by_expert.values()):
             common[key] = value
     distinct: dict[str, dict[str, str]] = {}
-    for expert, part in parts.items():
-        distinct[expert] = {key: value for key, value in part.items() if key not in common}
+    for expert, entries in entries_by_expert.items():
+        distinct[expert] = {key: value for key, value in entries.items() if key not in common}
     if any(distinct.values()):
         common[PARTS_METADATA] = json.dumps(distinct, ensure_ascii=False, sort_keys=True)
     return common
@@ -469,23 +481,22 @@ def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _prepare(lora: LoraFile, family: FamilyNames | None, conversion: Conversion) -> Baked:
-    """Return the LoRA as plain factors (--bake), or with DoRA magnitudes in the form of the target.
+def _bake_or_convert_magnitudes(lora: LoraFile, family: FamilyNames | None, conversion: Conversion) -> Baked:
+    """Return the LoRA with plain factors (--bake), or with its DoRA magnitudes for the norms of the target.
 
     Args:
         lora: The LoRA file.
         family: Family of the LoRA; None if unknown.
         conversion: How to convert.
     """
-    # `baking` names the model whose weights are needed; with a rank, the change becomes a plain LoRA
-    if conversion.baking is not None and conversion.baking.rank is not None:
+    makes_plain = conversion.baking is not None and conversion.baking.rank is not None
+    if conversion.baking is not None and makes_plain:
         return bake(lora, family, conversion.baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
-    is_for_comfyui = conversion.target == "other" and not in_diffusers  # "other" is ComfyUI's dialect
-    # only DoRA changes the file
-    for kind in KINDS:
-        lora = kind.bring_norms(lora, family, conversion.baking, is_for_comfyui, conversion.target)
+    is_for_comfyui = conversion.target == "other" and not in_diffusers
+    for kind in KINDS:  # only DoRA changes the file
+        lora = kind.convert_magnitudes(lora, family, conversion.baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")
 
 
@@ -496,7 +507,7 @@ class ConvertedLora(NamedTuple):
     metadata: dict[str, str]
 
 
-def converted(
+def convert_lora(
     lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
 ) -> ConvertedLora:
     """Convert a LoRA to another dialect; warn of modules that the dialect cannot express.
@@ -510,7 +521,6 @@ def converted(
     Raises:
         CheckpointError: If no module can be written.
     """
-    # the modules of our layout; unknown families have only their own
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
     text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
@@ -540,7 +550,7 @@ def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str])
     modules = group_by_module(native)
     if any(read_delta(modules[name]).rotation is not None for name in left_out):
         return "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
-    if any(OTHER_KINDS & modules[name].keys() for name in left_out):
+    if any(FACTORS_OF_OTHER_KINDS & modules[name].keys() for name in left_out):
         return "\n  --bake RANK makes plain LoRAs of them."
     return ""
 
@@ -576,7 +586,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     Raises:
         CheckpointError: If the file is of another family, or if several are possible and none is named.
     """
-    likely = lora.families()
+    likely = lora.families()  # by the names and sizes of modules
     likely_names = " or ".join(family.name for family in likely) or "no known model"
     if name is None:
         if not likely:
@@ -588,23 +598,38 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
             f"  Say which one it was trained for, such as --family {likely[0].name}.",
             lora.path,
         )
+    named_families = lora.families(name)
+    evidence = _find_evidence_against(name, lora, named_families, likely)
+    if evidence:
+        raise CheckpointError(
+            f"{lora.path} is a LoRA for {likely_names}, as its {evidence} say, not for {name}.\n"
+            "  Convert it with convert_lora.py without --family, which knows all models.",
+            lora.path,
+        )
+    return named_families[0]
+
+
+def _find_evidence_against(
+    name: str, lora: LoraFile, named_families: Sequence[FamilyNames], likely: Sequence[FamilyNames]
+) -> str:
+    """Return what shows that a file is not for the named family: names, metadata or sizes; "" for nothing.
+
+    Args:
+        name: Name of the family.
+        lora: The LoRA file.
+        named_families: Families of the file if the name decides among those that are possible by names.
+        likely: Families of the file by names and sizes alone.
+    """
+    if [family.name for family in named_families] != [name]:
+        return "names"
     trained_family = module_names.read_family(lora.metadata)
-    families = lora.families(name)
-    # the file cannot be for the named family
-    if [family.name for family in families] != [name]:
-        evidence = "names"
-    elif trained_family is not None and trained_family.name != name:
-        evidence = "metadata"
-    elif families[0] not in likely and not can_be_for(families[0], lora.modules()):
-        # the other model has layers with these names but other sizes: rows would be cut in the wrong places
-        evidence = "sizes"
-    else:
-        return families[0]
-    raise CheckpointError(
-        f"{lora.path} is a LoRA for {likely_names}, as its {evidence} say, not for {name}.\n"
-        "  Convert it with convert_lora.py without --family, which knows all models.",
-        lora.path,
-    )
+    if trained_family is not None and trained_family.name != name:
+        return "metadata"
+    family = named_families[0]
+    # with other sizes, fused rows would be cut in the wrong places
+    if family not in likely and not can_be_for(family, lora.modules()):
+        return "sizes"
+    return ""
 
 
 def _save(
@@ -612,16 +637,16 @@ def _save(
     result: ConvertedLora,
     sources: list[LoraFile],
     family: FamilyNames | None,
-    baked: str = "",
+    loss_note: str = "",
 ) -> None:
-    """Write a converted LoRA.
+    """Write a converted LoRA, and show what was written.
 
     Args:
         output: File to write.
         result: The converted LoRA.
         sources: Source files, for the summary.
         family: Family of the LoRA; None if unknown.
-        baked: Description of the loss by conversion to plain factors; "" if there was no conversion.
+        loss_note: Description of the loss by conversion to plain factors; "" if there was no conversion.
     """
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
@@ -629,10 +654,9 @@ def _save(
         ("model", "not known" if family is None else family.name),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
-        ("made plain", baked),
+        ("made plain", loss_note),
     ]
-    # a LoRA whose ranks are masked by noise level: say what other programs do with it
-    rule = rule_of(result.metadata)
-    if rule is not None:
-        rows.append((rule.kind.name, rule.kind.elsewhere))
+    rank_rule = rule_of(result.metadata)  # of a T-LoRA: its ranks are masked by noise level
+    if rank_rule is not None:
+        rows.append((rank_rule.kind.name, rank_rule.kind.elsewhere))
     show_box("The LoRA is converted", rows)

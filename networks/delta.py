@@ -15,15 +15,15 @@ from torch import Tensor
 from checkpoints.finite import is_finite
 from modules.devices import dtype_name
 from networks.deltas import (
+    BIAS_FACTORS,
     CPU,
-    OF_BIAS,
-    PARTS,
-    ROWS,
-    SET,
+    FACTOR_NAMES,
+    ROW_RANGE,
+    SET_WEIGHT,
     bias_of,
     is_number,
-    rows_in,
-    strength,
+    read_row_range,
+    scaling_of,
     without_alpha,
 )
 from networks.kinds import KINDS, composing
@@ -31,38 +31,39 @@ from networks.kinds.algebra import Algebra, InputRotation, Magnitudes, MismatchE
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import Factors
 
-_FULL = {"diff", "diff_b", SET}  # parts as large as the weight or the bias
-_NOT_FACTORS = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}  # parts that are not matrices of a product
+_FULL_SIZE_FACTORS = {"diff", "diff_b", SET_WEIGHT}  # as large as the weight or the bias
+# names of tensors that are not multiplied with other factors
+_NOT_IN_PRODUCT = {"alpha", "diff", SET_WEIGHT, MAGNITUDES, ROW_RANGE, *BIAS_FACTORS}
 
 
 @dataclass
 class Delta:
-    """The factors of one module, and how they change its weight and bias."""
+    """The factors of one module in a file, and how they change the module's weight and bias."""
 
-    factors: Factors
-    algebras: tuple[Algebra, ...]  # the computations of each kind that the factors have
+    factors: Factors  # by the ending of the tensor's name: "lora_up.weight" -> tensor
+    kinds: tuple[Algebra, ...]  # how each kind (LoRA, LoKr, DoRA) computes with its factors
     # whether a tensor replaces the model's weight, as in ComfyUI
-    sets_weight: bool = field(init=False)
+    replaces_weight: bool = field(init=False)
     # whether a tensor is as large as the weight: a full difference or a replacement
-    is_full: bool = field(init=False)
-    # whether the factors are those of a larger layer, and only the rows in `ROWS` are used
-    is_part: bool = field(init=False)
+    has_full_matrix: bool = field(init=False)
+    # whether the factors are those of a larger layer, and only the rows in `ROW_RANGE` are used
+    has_row_range: bool = field(init=False)
     rotation: InputRotation | None = field(init=False)  # rotation of the input; None: the change is added
     normalization: Magnitudes | None = field(init=False)  # that of DoRA; None: the weight is not normalized
 
     def __post_init__(self) -> None:
-        rotations = (algebra.rotation for algebra in self.algebras if algebra.rotation is not None)
-        normalizations = (algebra.magnitudes for algebra in self.algebras if algebra.magnitudes is not None)
-        self.sets_weight = SET in self.factors
-        self.is_full = SET in self.factors or "diff" in self.factors
-        self.is_part = ROWS in self.factors
+        rotations = (kind.rotation for kind in self.kinds if kind.rotation is not None)
+        normalizations = (kind.magnitudes for kind in self.kinds if kind.magnitudes is not None)
+        self.replaces_weight = SET_WEIGHT in self.factors
+        self.has_full_matrix = SET_WEIGHT in self.factors or "diff" in self.factors
+        self.has_row_range = ROW_RANGE in self.factors
         self.rotation = next(rotations, None)
         self.normalization = next(normalizations, None)
 
     @property
     def magnitudes(self) -> Tensor | None:
         """The norms of the changed weight, out x 1 (x 1 ...) or 1 x in (x 1 ...); None without DoRA."""
-        return None if self.normalization is None else self.factors[self.normalization.part]
+        return None if self.normalization is None else self.factors[self.normalization.factor_name]
 
     @property
     def has_input_magnitudes(self) -> bool:
@@ -76,16 +77,16 @@ class Delta:
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
-        """Return this change with its factors on a device, except alpha and `ROWS`, which the host reads."""
+        """Return the delta with its factors on a device, except alpha and `ROW_RANGE` (read by the host)."""
         moved = dict(self.factors)
-        for part, tensor in self.factors.items():
-            if part not in ("alpha", ROWS):
-                moved[part] = tensor.to(device)
+        for name, tensor in self.factors.items():
+            if name not in ("alpha", ROW_RANGE):
+                moved[name] = tensor.to(device)
         return replace(self, factors=moved)
 
     # --- the change
 
-    def dense(self, device: torch.device) -> Tensor | None:
+    def compute_change(self, device: torch.device) -> Tensor | None:
         """Return the change of the weight at multiplier 1, out in (kernel), float32, as a new tensor.
 
         Magnitudes of DoRA are not applied.
@@ -96,25 +97,25 @@ class Delta:
         Raises:
             RuntimeError: If the shapes of the factors do not match.
         """
-        moved = {
-            part: tensor.to(device, torch.float32) for part, tensor in self.factors.items() if part != ROWS
-        }
-        changes = [moved["diff"].clone()] if "diff" in moved else []
-        scale = strength(self.factors)
-        for algebra in self.algebras:  # each computes with the factors of one kind of network
-            change = algebra.change(moved, scale)
+        factors: dict[str, Tensor] = {}
+        for name, tensor in self.factors.items():
+            if name != ROW_RANGE:
+                factors[name] = tensor.to(device, torch.float32)
+        changes = [factors["diff"].clone()] if "diff" in factors else []
+        scaling = scaling_of(self.factors)
+        for kind in self.kinds:
+            change = kind.compute_change(factors, scaling)
             if change is not None:
                 changes.append(change)
         if not changes:
             return None
         total = functools.reduce(Tensor.add_, changes)
-        # a part's factors are those of the whole layer: return the part's rows only
-        if not self.is_part:
+        if not self.has_row_range:
             return total
-        start, stop = rows_in(self.factors)
+        start, stop = read_row_range(self.factors)
         return total[start:stop]
 
-    def shape(self) -> tuple[int, ...] | None:
+    def change_shape(self) -> tuple[int, ...] | None:
         """Return the shape of the change, out in (kernel), from the shapes of the factors.
 
         It is None for an input rotation, for a replacement weight, and if only the bias changes. Meta tensors
@@ -123,11 +124,11 @@ class Delta:
         Raises:
             MismatchError: If the shapes of the factors do not match.
         """
-        shapes = {part: tuple(tensor.shape) for part, tensor in self.factors.items()}
-        change_shapes = [shapes["diff"]] if "diff" in shapes else []
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.factors.items()}
+        change_shapes = [shapes["diff"]] if "diff" in shapes else []  # they are added, so all must be equal
         try:
-            for algebra in self.algebras:  # each computes with the factors of one kind of network
-                shape = algebra.shape(shapes)
+            for kind in self.kinds:
+                shape = kind.shape(shapes)
                 if shape is not None:
                     change_shapes.append(shape)
         except (KeyError, IndexError, ValueError) as error:
@@ -136,13 +137,16 @@ class Delta:
             return None
         if len(set(change_shapes)) > 1:
             raise MismatchError(f"changes of {' and '.join(str(list(shape)) for shape in change_shapes)}")
-        if not self.is_part:
+        if not self.has_row_range:
             return change_shapes[0]
-        num_rows, *columns = change_shapes[0]
-        start, stop = rows_in(self.factors)
-        return len(range(num_rows)[start:stop]), *columns
+        num_layer_rows, *columns = change_shapes[0]
+        start, stop = read_row_range(self.factors)
+        num_rows = len(range(num_layer_rows)[start:stop])
+        return num_rows, *columns
 
-    def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
+    def compute_normalized_change(
+        self, weight: Tensor, device: torch.device, uses_frozen_norms: bool
+    ) -> Tensor | None:
         """Return the change of a weight at multiplier 1, float32, with magnitudes applied.
 
         It is None for an input rotation, for a replacement weight, and if only the bias changes.
@@ -150,136 +154,141 @@ class Delta:
         Args:
             weight: Weight before any change, out in (kernel); used only if there are magnitudes.
             device: Device to compute on, that of the weight.
-            by_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
+            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
                 one.
         """
-        delta = self.dense(device)
+        delta = self.compute_change(device)
         if delta is None or self.normalization is None:
             return delta
-        magnitudes = self.factors[self.normalization.part]
-        return self.normalization.decompose(weight, delta, magnitudes, by_frozen_norms)
+        magnitudes = self.factors[self.normalization.factor_name]
+        return self.normalization.decompose(weight, delta, magnitudes, uses_frozen_norms)
 
-    def dense_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
+    def compute_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
         """Return some rows of this delta as a dense difference, as the factors of LoKr cannot be sliced."""
-        dense = self.dense(device)
+        dense = self.compute_change(device)
         assert dense is not None
         factors = {"diff": dense[rows]}
         if self.normalization is not None:
-            part = self.normalization.part
-            factors[part] = self.factors[part][rows]
+            name = self.normalization.factor_name
+            factors[name] = self.factors[name][rows]
         return read_delta(factors)
 
-    def bias(self, device: torch.device) -> Tensor | None:
+    def compute_bias_change(self, device: torch.device) -> Tensor | None:
         """Return the change of the bias at multiplier 1, float32, as a new tensor; None if there is none."""
         return bias_of(self.factors, device)
 
-    def stored_bias(self) -> Tensor | None:
+    def bias_in_file_dtype(self) -> Tensor | None:
         """Return the change of the module's bias in the dtype of the file; None without one."""
-        bias = self.bias(CPU)
+        bias = self.compute_bias_change(CPU)
         if bias is None:
             return None
-        part = next(part for part in OF_BIAS if part in self.factors)
-        return bias.to(self.factors[part].dtype)
+        name = next(name for name in BIAS_FACTORS if name in self.factors)
+        return bias.to(self.factors[name].dtype)
 
     # --- sizes
 
-    def size(self) -> tuple[int, int] | None:
-        """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown."""
-        matrices = [part for part in self.factors if part in PARTS and part not in _NOT_FACTORS]
-        if any(self.factors[part].ndim != 2 for part in matrices):
+    def matrix_size(self) -> tuple[int, int] | None:
+        """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown.
+
+        If the factors are those of a larger layer (`has_row_range`), these are the sizes of the layer.
+        """
+        names_in_product = [
+            name for name in self.factors if name in FACTOR_NAMES and name not in _NOT_IN_PRODUCT
+        ]
+        if any(self.factors[name].ndim != 2 for name in names_in_product):
             return None
-        # a full difference or a new weight has the size itself
-        full = self.factors.get("diff", self.factors.get(SET))
-        if full is not None:
-            return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
-        if not composing.CORES.isdisjoint(self.factors):  # only convolutions have a core
+        full_matrix = self.factors.get("diff", self.factors.get(SET_WEIGHT))
+        if full_matrix is not None:
+            return (full_matrix.shape[0], full_matrix.shape[1]) if full_matrix.ndim == 2 else None
+        is_convolution = not composing.TUCKER_CORES.isdisjoint(self.factors)  # has a Tucker core
+        if is_convolution:
             return None
-        # without `ROWS`, the shape is that of the whole layer, even for a part of it
-        full_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
+        layer_factors = {name: tensor for name, tensor in self.factors.items() if name != ROW_RANGE}
         try:
-            shape = replace(self, factors=full_factors).shape()
+            shape = replace(self, factors=layer_factors).change_shape()
         except MismatchError:
             return None
         return None if shape is None else (shape[0], math.prod(shape[1:]))
 
-    def height(self) -> int | None:
+    def count_rows(self) -> int | None:
         """Return the number of rows of the module's weight; None if the factors do not show it."""
-        if self.is_part:
-            first, last = rows_in(self.factors)
+        if self.has_row_range:
+            first, last = read_row_range(self.factors)
             return last - first
-        size = self.size()
+        size = self.matrix_size()
         return None if size is None else size[0]
 
     # --- rows
 
-    def rows(self, rows: slice | Tensor) -> "Delta | None":
-        """Return a delta for some rows of the change; None if that is impossible.
+    def select_rows(self, rows: slice | Tensor) -> "Delta | None":
+        """Return a delta for some rows of the change, such as those of q in qkv; None if that is impossible.
 
-        It is impossible for kinds in which a row of the change does not belong to a row of one factor, such
-        as LoKr, and for magnitudes by input, whose norms need all rows.
+        It is impossible for LoKr, in which a row of the change does not belong to a row of one factor, and
+        for magnitudes by input, whose norms need all rows.
 
         Args:
             rows: A slice, for views, or row indices in any order.
         """
-        if self.is_part:
+        if self.has_row_range:
             return None
         factors = dict(self.factors)
-        for part in _FULL & self.factors.keys():  # as large as the weight or the bias: cut directly
-            factors[part] = self.factors[part][rows]
-        for algebra in self.algebras:  # each cuts the factors of one kind of network
-            replaced = algebra.rows(self.factors, rows)
-            if replaced is None:
+        for name in _FULL_SIZE_FACTORS & self.factors.keys():
+            factors[name] = self.factors[name][rows]
+        for kind in self.kinds:
+            # of those factors that have the rows, such as up
+            sliced_factors = kind.select_rows(self.factors, rows)
+            if sliced_factors is None:
                 return None
-            factors.update(replaced)
+            factors.update(sliced_factors)
         return replace(self, factors=factors)
 
-    def part(self, first: int, last: int) -> "Delta":
-        """Return a delta for one part of a fused layer: the rows from `first` to `last` (exclusive).
+    def slice_rows(self, start: int, stop: int) -> "Delta":
+        """Return a delta for the rows from `start` to `stop` (exclusive) of a fused layer, such as q in qkv.
 
-        Factors are cut if their kind allows that. Otherwise (LoKr), all factors stay, and `ROWS` records the
-        rows; only biases, and magnitudes by output, are cut.
+        Factors are cut if their kind allows that. Otherwise (LoKr), all factors stay, and `ROW_RANGE` records
+        the rows; only biases, and magnitudes by output, are cut.
         """
-        cut = self.rows(slice(first, last))
-        if cut is not None:
-            factors = dict(cut.factors)
+        sliced = self.select_rows(slice(start, stop))
+        if sliced is not None:
+            factors = dict(sliced.factors)
         else:
-            factors = {**self.factors, ROWS: torch.tensor([first, last])}
-            for part in self.factors.keys() & {MAGNITUDES, *OF_BIAS}:
-                if part != MAGNITUDES or not self.has_input_magnitudes:
-                    factors[part] = self.factors[part][first:last]
+            factors = {**self.factors, ROW_RANGE: torch.tensor([start, stop])}
+            names_with_rows = {*BIAS_FACTORS} if self.has_input_magnitudes else {MAGNITUDES, *BIAS_FACTORS}
+            for name in self.factors.keys() & names_with_rows:
+                factors[name] = self.factors[name][start:stop]
         # copies, because safetensors files cannot contain tensors that share memory
-        return replace(self, factors={part: tensor.clone() for part, tensor in factors.items()})
+        return replace(self, factors={name: tensor.clone() for name, tensor in factors.items()})
 
-    def row_parts(self) -> set[str] | None:
-        """Return the parts whose first axis is the rows of the weight; None if rows cannot be cut out."""
-        all_parts = set(self.factors.keys() & _FULL)
-        for algebra in self.algebras:
-            parts = algebra.row_parts(self.factors)
-            if parts is None:
+    def find_factors_with_rows(self) -> set[str] | None:
+        """Return the names of factors with one row per row of the weight; None if rows cannot be cut out."""
+        all_names = set(self.factors.keys() & _FULL_SIZE_FACTORS)
+        for kind in self.kinds:
+            factor_names = kind.find_factors_with_rows(self.factors)
+            if factor_names is None:
                 return None
-            all_parts |= parts
-        return all_parts
+            all_names |= factor_names
+        return all_names
 
-    def blocks(self, start: int, stop: int) -> Factors | None:
+    def factors_of_rows(self, start: int, stop: int) -> Factors | None:
         """Return the factors for the rows from `start` to `stop`; None if their kind cannot be cut there.
 
-        A LoKr can be cut only between blocks of rows. The result lacks `ROWS`, the entry that says which rows
-        of a layer the factors are for.
+        A LoKr can be cut only between blocks of rows. The result lacks `ROW_RANGE`, the entry that says which
+        rows of a layer the factors are for.
         """
-        size = self.size()
+        size = self.matrix_size()
         if size is None:
             return None
         num_rows, _ = size
-        all_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
-        for algebra in self.algebras:  # the first kind of network that can be cut there
-            factors = algebra.blocks(all_factors, num_rows, start, stop)
+        layer_factors = {name: tensor for name, tensor in self.factors.items() if name != ROW_RANGE}
+        for kind in self.kinds:
+            factors = kind.factors_of_rows(layer_factors, num_rows, start, stop)
             if factors is not None:
                 return factors
         return None
 
-    def name_indivisible(self) -> str:
+    def describe_indivisible_kind(self) -> str:
         """Return the name of the kind that cannot be cut by rows, such as "a LoKr"."""
-        titles = (algebra.indivisible for algebra in self.algebras if algebra.indivisible)
+        titles = (kind.indivisible for kind in self.kinds if kind.indivisible)
         return next(titles, "this network")
 
     # --- errors
@@ -289,11 +298,11 @@ class Delta:
         error = self._find_incomplete()
         if error is not None:
             return error
-        for part, tensor in self.factors.items():
-            if part not in _NOT_FACTORS and (tensor.ndim < 2 or not tensor.numel()):
-                return f"its {part} has the shape {list(tensor.shape)}"
-        for algebra in self.algebras:
-            error = None if algebra.find_error is None else algebra.find_error(self.factors)
+        for name, tensor in self.factors.items():
+            if name not in _NOT_IN_PRODUCT and (tensor.ndim < 2 or not tensor.numel()):
+                return f"its {name} has the shape {list(tensor.shape)}"
+        for kind in self.kinds:
+            error = None if kind.find_error is None else kind.find_error(self.factors)
             if error is not None:
                 return error
         return self._find_wrong_value() or self._find_mismatch()
@@ -302,17 +311,18 @@ class Delta:
         """Return why the factors are incomplete or exclude each other; None if they are complete."""
         factors = self.factors
         # factors that are only useful together, such as up and down
-        for first, second in composing.PAIRS:
+        for first, second in composing.FACTOR_PAIRS:
             if first in factors and second not in factors:
                 return f"it has {first} but no {second}"
             if second in factors and first not in factors:
                 return f"it has {second} but no {first}"
         if self.rotation is not None:
-            part = self.rotation.part
-            others = [other for other in factors if other not in (part, "alpha")]
-            if others:
-                return f"it has {', '.join(others)} next to a rotation ({part}), which is not supported"
-        if not factors.keys() & {*composing.MARKS, *_FULL}:
+            rotation_name = self.rotation.factor_name
+            further_names = [name for name in factors if name not in (rotation_name, "alpha")]
+            if further_names:
+                further = ", ".join(further_names)
+                return f"it has {further} next to a rotation ({rotation_name}), which is not supported"
+        if not factors.keys() & {*composing.KIND_BY_FACTOR, *_FULL_SIZE_FACTORS}:
             return f"it has only {', '.join(factors)}"
         return None
 
@@ -320,25 +330,25 @@ class Delta:
         """Return what is wrong with the values of the factors; None if all are finite numbers."""
         if "alpha" in self.factors and not is_number(self.factors["alpha"]):
             return "its alpha is NaN or infinite, or more than one number"
-        for part, tensor in self.factors.items():
-            if part == ROWS:
+        for name, tensor in self.factors.items():
+            if name == ROW_RANGE:
                 continue
-            if part != "alpha" and not tensor.is_floating_point():
-                return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
+            if name != "alpha" and not tensor.is_floating_point():
+                return f"its {name} is of the type {dtype_name(tensor.dtype)}, which no factor is"
             if not is_finite(tensor):
                 num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
-                return f"{num_non_finite} of {tensor.numel()} values of its {part} are NaN or infinite"
+                return f"{num_non_finite} of {tensor.numel()} values of its {name} are NaN or infinite"
         return None
 
     def _find_mismatch(self) -> str | None:
         """Return why the shapes of the factors contradict each other; None if they match."""
         try:
-            shape = self.shape()
+            shape = self.change_shape()
         except MismatchError:
             return f"its factors do not go together: {self._show_shapes()}"
-        if shape is None or OF_BIAS.isdisjoint(self.factors):
+        if shape is None or BIAS_FACTORS.isdisjoint(self.factors):
             return None
-        bias = self.bias(CPU)
+        bias = self.compute_bias_change(CPU)
         assert bias is not None
         rows = shape[0] if shape else 0
         if bias.numel() != rows:
@@ -348,10 +358,10 @@ class Delta:
     def _show_shapes(self) -> str:
         """Return the shapes of the factors for messages."""
         sized = without_alpha(self.factors)
-        return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
+        return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sized.items())
 
-    def find_other_channels(self, weight: Tensor) -> str | None:
-        """Return the reason if this change does not fit a first layer only because of the input channels.
+    def describe_channel_mismatch(self, weight: Tensor) -> str | None:
+        """Return a message if only the number of input channels keeps this change from fitting a first layer.
 
         It is None if the change fits, or does not fit for other reasons. Image-to-video models have more
         input channels than the text-to-video models that many LoRAs are for.
@@ -359,24 +369,27 @@ class Delta:
         Args:
             weight: Weight of the layer, out in kernel.
         """
-        shape = self.shape()
-        if shape is None or len(shape) != weight.ndim or len(shape) < 2 or shape[1] == weight.shape[1]:
+        shape = self.change_shape()
+        if shape is None or len(shape) != weight.ndim or len(shape) < 2:
             return None
-        # other outputs or another kernel: a different model
-        if shape[0] != weight.shape[0] or shape[2:] != tuple(weight.shape[2:]):
+        out_channels, in_channels, *kernel = shape
+        weight_out_channels, weight_in_channels, *weight_kernel = weight.shape
+        if in_channels == weight_in_channels:
             return None
-        return f"its first layer takes {shape[1]} channels, the model's {weight.shape[1]}"
+        if out_channels != weight_out_channels or kernel != weight_kernel:
+            return None
+        return f"its first layer takes {in_channels} channels, the model's {weight_in_channels}"
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the change of each module of a file; kinds are looked up once for modules with equal parts."""
-    algebras: dict[frozenset[str], tuple[Algebra, ...]] = {}
+    """Return the change of each module of a file; kinds are looked up once for modules with equal factors."""
+    kinds_by_names: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
-        parts = frozenset(factors)
-        if parts not in algebras:
-            algebras[parts] = _find_algebras(parts)
-        deltas[module] = Delta(factors, algebras[parts])
+        factor_names = frozenset(factors)
+        if factor_names not in kinds_by_names:
+            kinds_by_names[factor_names] = _find_algebras(factor_names)
+        deltas[module] = Delta(factors, kinds_by_names[factor_names])
     return deltas
 
 
@@ -385,12 +398,12 @@ def read_delta(factors: Factors) -> Delta:
     return Delta(factors, _find_algebras(factors))
 
 
-def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the computations (`Algebra`) of each kind that has one of these parts, or several."""
-    parts = set(parts)
-    algebras = []
+def _find_algebras(factor_names: Iterable[str]) -> tuple[Algebra, ...]:
+    """Return the computations (`Algebra`) of each kind that has one of these factors, or several."""
+    factor_names = set(factor_names)
+    algebras: list[Algebra] = []
     for kind in KINDS:
-        algebra = None if parts.isdisjoint(kind.parts) else kind.load_algebra()
+        algebra = None if factor_names.isdisjoint(kind.parts) else kind.load_algebra()
         if algebra is not None:
             algebras.append(algebra)
     return tuple(algebras)

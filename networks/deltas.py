@@ -18,36 +18,40 @@ from protocols.loading import TensorInfo
 CPU = torch.device("cpu")
 META = torch.device("meta")
 
-LORA = (DOWN, UP)
-SET = "set_weight"  # part in files of ComfyUI, which replaces the model's weight at any strength except 0
+LORA_FACTORS = (DOWN, UP)
+SET_WEIGHT = "set_weight"  # in files of ComfyUI: replaces the model's weight, at any strength except 0
 # Part that is only used in memory, for a module that other programs fuse with others, if its kind (LoKr)
 # cannot be cut by rows. The factors are those of the fused layer; this tensor has the module's rows (first,
 # last + 1)
-ROWS = "reelsmith_rows"
-PARTS = (*composing.PARTS, "alpha", "diff", "diff_b", SET, ROWS)
-OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first that exists is used
-OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # parts of plain LoRAs
+ROW_RANGE = "reelsmith_rows"
+FACTOR_NAMES = (*composing.PARTS, "alpha", "diff", "diff_b", SET_WEIGHT, ROW_RANGE)
+BIAS_FACTORS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first that exists is used
+PLAIN_LORA_FACTORS = {"alpha", *LORA_FACTORS, *BIAS_FACTORS}  # parts of plain LoRAs
 # parts that our LoHas and LoKrs do not train: Tucker cores, magnitudes, full differences
-UNTRAINED = {*composing.CORES, MAGNITUDES, "diff", "diff_b"}
+UNTRAINABLE_FACTORS = {*composing.TUCKER_CORES, MAGNITUDES, "diff", "diff_b"}
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by module and part: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
+    """Group tensors by module and factor: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module, _, part = name.partition(".")
-        modules.setdefault(module, {})[part] = tensor
+        module, _, factor_name = name.partition(".")
+        modules.setdefault(module, {})[factor_name] = tensor
     return modules
 
 
 def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return the factors of all modules by tensor name; the inverse of `group_by_module`."""
-    return {f"{name}.{part}": tensor for name, factors in modules.items() for part, tensor in factors.items()}
+    tensors: dict[str, Tensor] = {}
+    for module, factors in modules.items():
+        for factor_name, tensor in factors.items():
+            tensors[f"{module}.{factor_name}"] = tensor
+    return tensors
 
 
 def without_alpha(factors: Factors) -> Factors:
     """Return the factors without alpha, which has no value on the meta device."""
-    return {part: tensor for part, tensor in factors.items() if part != "alpha"}
+    return {name: tensor for name, tensor in factors.items() if name != "alpha"}
 
 
 def hollow(like: Tensor | TensorInfo) -> Tensor:
@@ -82,9 +86,11 @@ def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     modules: dict[str, Factors] = {}
     affected: list[str] = []
     for module, factors in group_by_module(tensors).items():
-        if SET in factors and factors.keys() - {SET, *OF_BIAS}:
+        if SET_WEIGHT in factors and factors.keys() - {SET_WEIGHT, *BIAS_FACTORS}:
             bias = bias_of(factors, CPU)
-            factors = {SET: factors[SET]} if bias is None else {SET: factors[SET], "diff_b": bias}
+            factors = {SET_WEIGHT: factors[SET_WEIGHT]}
+            if bias is not None:
+                factors = {**factors, "diff_b": bias}
             affected.append(module)
         modules[module] = factors
     return (ungroup(modules) if affected else tensors), affected
@@ -97,9 +103,9 @@ def is_number(alpha: Tensor | None) -> bool:
 
 def rank_of(factors: Factors) -> int | None:
     """Return the rank of the factors; None for kinds without a rank, and for full matrices."""
-    for part in composing.RANK_PARTS:
-        if part in factors and factors[part].ndim:
-            return int(factors[part].shape[0])
+    for name in composing.FACTORS_WITH_RANK_AXIS:
+        if name in factors and factors[name].ndim:
+            return int(factors[name].shape[0])
     return None
 
 
@@ -119,13 +125,13 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
     return sorted(ranks), sorted(alphas)
 
 
-def rows_in(factors: Factors) -> tuple[int, int]:
-    """Return the first row of a part in its fused layer, and the row after its last one, from `ROWS`."""
-    first, last = factors[ROWS].tolist()
+def read_row_range(factors: Factors) -> tuple[int, int]:
+    """Return the first row of a part in its fused layer, and the row after its last one, from `ROW_RANGE`."""
+    first, last = factors[ROW_RANGE].tolist()
     return int(first), int(last)
 
 
-def strength(factors: Factors) -> float:
+def scaling_of(factors: Factors) -> float:
     """Return alpha / rank; 1 for a missing or zero alpha, and for factors without a rank."""
     rank = rank_of(factors)
     if rank is None or "alpha" not in factors:
@@ -133,12 +139,12 @@ def strength(factors: Factors) -> float:
     return float(factors["alpha"]) / rank or 1.0
 
 
-def split_strength(strength: float) -> tuple[float, float]:
+def split_scaling(scaling: float) -> tuple[float, float]:
     """Split alpha / rank into two similar factors: for the down and for the up matrix.
 
-    The second is a power of two. If `strength` is a power of two, both are, and multiplying by them is exact.
+    The second is a power of two. If `scaling` is a power of two, both are, and multiplying by them is exact.
     """
-    down_factor = strength
+    down_factor = scaling
     up_factor = 1.0
     while 0 < abs(down_factor) * 2 < up_factor:
         down_factor = down_factor * 2
@@ -146,16 +152,16 @@ def split_strength(strength: float) -> tuple[float, float]:
     return down_factor, up_factor
 
 
-def fold_strength(factors: Factors) -> Factors:
+def fold_scaling(factors: Factors) -> Factors:
     """Multiply alpha / rank into both factors of a LoRA, a power of two into the up factor; drop alpha."""
-    down_factor, up_factor = split_strength(strength(factors))
-    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": strength(factors)}
+    down_factor, up_factor = split_scaling(scaling_of(factors))
+    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": scaling_of(factors)}
     folded: dict[str, Tensor] = {}
-    for part, tensor in factors.items():
-        if part in multipliers:
-            folded[part] = (tensor.float() * multipliers[part]).to(tensor.dtype)
-        elif part != "alpha":
-            folded[part] = tensor
+    for name, tensor in factors.items():
+        if name in multipliers:
+            folded[name] = (tensor.float() * multipliers[name]).to(tensor.dtype)
+        elif name != "alpha":
+            folded[name] = tensor
     return folded
 
 
@@ -164,5 +170,5 @@ def bias_of(factors: Factors, device: torch.device) -> Tensor | None:
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:
-        return strength(factors) * factors["lora_up.bias"].to(device, torch.float32)
+        return scaling_of(factors) * factors["lora_up.bias"].to(device, torch.float32)
     return None

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from networks.key_formats import module_of_tensor
@@ -34,19 +36,20 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
-    # how deeper variants of each LoRA's model repeat blocks; None: there are no such variants
-    grown_of_uses = [use.lora.grown for use in uses]
-    if not any(grown_of_uses):
+    variants_of_uses = [use.lora.grown for use in uses]  # None: the LoRA's model has no deeper variants
+    if not any(variants_of_uses):
         return [*uses]
-    depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
+    model_depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
     names = [*names]
-    fitted = []
-    for use, grown in zip(uses, grown_of_uses, strict=True):
-        if grown is not None:
-            if grown.blocks not in depths:
-                depths[grown.blocks] = _count_blocks(names, grown)
-            use = replace(use, lora=_fit(use.lora, grown, depths[grown.blocks], model))
-        fitted.append(use)
+    fitted: list[LoraUse] = []
+    for use, variants in zip(uses, variants_of_uses, strict=True):
+        if variants is None:
+            fitted.append(use)
+            continue
+        if variants.blocks not in model_depths:
+            model_depths[variants.blocks] = _count_blocks(names, variants)
+        lora = _fit_blocks(use.lora, variants, model_depths[variants.blocks], model)
+        fitted.append(replace(use, lora=lora))
     return fitted
 
 
@@ -94,51 +97,52 @@ def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
     return last_index + 1 if last_index + 1 in grown.depths else None
 
 
-def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> LoraFile:
-    """Map a LoRA's blocks to those of a model with `depth` blocks; raise CheckpointError if impossible.
+def _fit_blocks(lora: LoraFile, variants: GrownBlocks, model_depth: int, model: Path | str) -> LoraFile:
+    """Map a LoRA's blocks to those of a model with another depth; raise CheckpointError if impossible.
 
     Args:
         lora: The LoRA file.
-        grown: How the family's deeper variants repeat blocks.
-        depth: Number of blocks of the model; 0 if its names show none.
+        variants: How the family's deeper variants repeat blocks.
+        model_depth: Number of blocks of the model; 0 if its names show none.
         model: File of the model, for messages.
     """
-    indices = _find_indices(lora.modules(), [grown.blocks])
-    lora_depth = read_depth(lora, grown)
-    # no block is changed, the model's depth is unknown, or both are equal
-    if not indices or depth == 0 or lora_depth == depth:
+    indices = _find_indices(lora.modules(), [variants.blocks])
+    lora_depth = read_depth(lora, variants)
+    changes_no_block = not indices
+    if changes_no_block or model_depth == 0 or lora_depth == model_depth:
         return lora
     if lora_depth is None:
         # a LoRA of unknown depth is taken to be for the first variant, and fits models of no known variant
-        if depth not in grown.depths[1:]:
+        is_deeper_variant = model_depth in variants.depths[1:]
+        if not is_deeper_variant:
             return lora
         raise CheckpointError(
             f"{lora.path} changes blocks {min(indices)} to {max(indices)} and does not say for how many "
-            f"blocks it is, {model} has {depth}. Give a LoRA with {grown.keys[0]} in its metadata, or one of "
-            "all blocks.",
+            f"blocks it is, {model} has {model_depth}. Give a LoRA with {variants.keys[0]} in its metadata, "
+            "or one of all blocks.",
             lora.path,
         )
-    if lora_depth > depth or lora_depth not in grown.depths or depth not in grown.depths:
+    are_variants = {lora_depth, model_depth} <= set(variants.depths)
+    if lora_depth > model_depth or not are_variants:
         raise CheckpointError(
-            f"{lora.path} is for {lora_depth} blocks, {model} has {depth}: blocks of the same number are not "
-            f"the same there. Use the model with {lora_depth} blocks.",
+            f"{lora.path} is for {lora_depth} blocks, {model} has {model_depth}: blocks of the same number "
+            f"are not the same there. Use the model with {lora_depth} blocks.",
             lora.path,
         )
-    blocks = grown.map_blocks(lora_depth, depth)  # block of the LoRA -> the block and its copies
-    # each tensor of a block is used in all copies of the block; other tensors are unchanged
-    tensors = {}
+    copies = variants.map_blocks(lora_depth, model_depth)  # block of the LoRA -> the block and its copies
+    tensors: dict[str, Tensor] = {}
     for name, tensor in lora.tensors.items():
-        match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)
-        if match is None:
+        match = re.match(rf"({OURS}{re.escape(variants.blocks)}_)(\d+)(_.*)", name)
+        if match is None:  # not in a block
             tensors[name] = tensor
             continue
         prefix, index, suffix = match.groups()
-        for new_index in blocks[int(index)]:
-            tensors[f"{prefix}{new_index}{suffix}"] = tensor
+        for copy_index in copies[int(index)]:
+            tensors[f"{prefix}{copy_index}{suffix}"] = tensor
     logger.info(
         "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
         lora.path,
         lora_depth,
-        depth,
+        model_depth,
     )
-    return replace(lora, tensors=tensors, metadata={**lora.metadata, grown.keys[0]: str(depth)})
+    return replace(lora, tensors=tensors, metadata={**lora.metadata, variants.keys[0]: str(model_depth)})

@@ -67,7 +67,7 @@ class Pair(NamedTuple):
     tuned: Checkpoint
 
 
-class LoraNames(NamedTuple):
+class BaseModelEntries(NamedTuple):
     """The entries in a LoRA's metadata about its base model."""
 
     module: str  # ss_network_module, which trains such LoRAs
@@ -84,11 +84,14 @@ class BlockWeights(NamedTuple):
 
     def list_in(self, checkpoint: Checkpoint) -> list[str]:
         """Return the names of the matrices in the blocks of a checkpoint."""
-        return [
-            name
-            for name, info in checkpoint.tensors.items()
-            if name.startswith(self.prefixes) and name.endswith(".weight") and len(info.shape) == 2
-        ]
+        return [name for name in _list_matrices(checkpoint) if name.startswith(self.prefixes)]
+
+
+def _list_matrices(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of all weights of a checkpoint that are matrices."""
+    return [
+        name for name, info in checkpoint.tensors.items() if name.endswith(".weight") and len(info.shape) == 2
+    ]
 
 
 FLUX_2, QWEN_IMAGE = family_named("flux_2"), family_named("qwen_image")
@@ -103,23 +106,23 @@ QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.
 def extract_flux(options: ExtractOptions) -> None:
     """Write the difference of two FLUX.1, FLUX.2 or Chroma models as a LoRA."""
 
-    def names_of(original: Checkpoint) -> LoraNames:
+    def get_base_model_entries(original: Checkpoint) -> BaseModelEntries:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
-            return _names_of_family(FLUX_2)
+            return _base_model_entries_of(FLUX_2)
         if any(name.startswith("distilled_guidance_layer.") for name in original.tensors):
-            return LoraNames(FLUX_MODULE, "chroma", "chroma")
-        return LoraNames(FLUX_MODULE, "flux1", "flux-1-dev")
+            return BaseModelEntries(FLUX_MODULE, "chroma", "chroma")
+        return BaseModelEntries(FLUX_MODULE, "flux1", "flux-1-dev")
 
-    _extract_blocks(options, FLUX, names_of)
+    _extract_blocks(options, FLUX, get_base_model_entries)
 
 
-def _names_of_family(family: FamilyNames) -> LoraNames:
-    return LoraNames(family.network_module, family.name, family.architecture)
+def _base_model_entries_of(family: FamilyNames) -> BaseModelEntries:
+    return BaseModelEntries(family.network_module, family.name, family.architecture)
 
 
 def extract_qwen(options: ExtractOptions) -> None:
     """Write the difference of two Qwen-Image models as a LoRA; modulation layers are included."""
-    _extract_blocks(options, QWEN, lambda _: _names_of_family(QWEN_IMAGE))
+    _extract_blocks(options, QWEN, lambda _: _base_model_entries_of(QWEN_IMAGE))
 
 
 def extract_model(options: ExtractOptions) -> None:
@@ -127,9 +130,7 @@ def extract_model(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
-        all_weights = BlockWeights(model="", prefixes=("",), example="")  # every name begins with ""
-        matrices = all_weights.list_in(bare_names(original))
-    # the family is the one that has the layers' names
+        matrices = _list_matrices(bare_names(original))
     modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = select_family(modules)
     weights: list[str] = []
@@ -153,13 +154,13 @@ def extract_model(options: ExtractOptions) -> None:
         logger.warning("%s is ignored because the LoRA is for a transformer", "--conv_dim")
     if options.min_diff != MIN_DIFF:
         logger.warning("%s is ignored because the LoRA is for a transformer", "--min_diff")
-    weights = _without_missing_networks(options.model_tuned, weights)
-    blocks = BlockWeights(family.name, tuple(weights), weights[0])
-    names = _names_of_family(family)
-    return _extract_blocks(options, blocks, lambda _: names)
+    weights = _drop_networks_missing_in(options.model_tuned, weights)
+    blocks = BlockWeights(family.name, prefixes=tuple(weights), example=weights[0])
+    entries = _base_model_entries_of(family)
+    return _extract_blocks(options, blocks, lambda _: entries)
 
 
-def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list[str]:
+def _drop_networks_missing_in(model_tuned: Path, weights: Sequence[str]) -> list[str]:
     """Drop weights of networks that the fine-tuned file lacks, such as LTX-2's connectors (never trained).
 
     Args:
@@ -178,14 +179,16 @@ def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list
 
 
 def _extract_blocks(
-    options: ExtractOptions, weights: BlockWeights, names_of: Callable[[Checkpoint], LoraNames]
+    options: ExtractOptions,
+    weights: BlockWeights,
+    get_base_model_entries: Callable[[Checkpoint], BaseModelEntries],
 ) -> None:
     """Write the difference between the blocks of two transformers as a LoRA.
 
     Args:
         options: Options of the run.
         weights: Selects the weights.
-        names_of: Returns the metadata entries about the original model.
+        get_base_model_entries: Returns the metadata entries about the original model.
 
     Raises:
         CheckpointError: If these tensors are missing or differ in shape.
@@ -193,7 +196,6 @@ def _extract_blocks(
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
-            # example: a weight that every such model has
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
                 hint = f" It is {kind}." if kind else ""
@@ -204,7 +206,7 @@ def _extract_blocks(
                 )
         names = weights.list_in(pair.original)
         _check_same_shapes(pair, names, weights.list_in(pair.tuned))
-        plan: dict[str, list[ExtractedModule]] = {}  # each matrix is the weight of one module
+        plan: dict[str, list[ExtractedModule]] = {}
         for name in names:
             module = ExtractedModule(
                 name=OURS + module_of_tensor(name)[0],
@@ -213,8 +215,8 @@ def _extract_blocks(
                 piece=TensorPiece("", name),
             )
             plan[name] = [module]
-        metadata = _make_metadata(options, names_of(pair.original))
-        _extract(
+        metadata = _make_metadata(options, get_base_model_entries(pair.original))
+        _write_lora_of_difference(
             options,
             pair,
             plan=plan,
@@ -226,7 +228,7 @@ def _extract_blocks(
 def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     """Return two models with dequantized weights; warn if one was quantized."""
     dequantized = Pair(dequantized_on_read(original), dequantized_on_read(tuned))
-    quantized = []
+    quantized: list[str] = []
     # `dequantized_on_read` returns the same object if no weight is quantized
     if dequantized.original is not original:
         quantized.append(original.path.name)
@@ -253,23 +255,22 @@ def extract_full(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _dequantize_both(original, tuned)
         family = _find_family_of_both(pair)
-        unchanged = _find_unchanged_texts(pair, options.min_diff)
-        plan: dict[str, list[ExtractedModule]] = {}  # a fused tensor has the weights of several modules
+        unchanged_encoders = _find_unchanged_texts(pair, options.min_diff)
+        plan: dict[str, list[ExtractedModule]] = {}
         for name in pair.original.tensors:
-            # an empty list: the tensor gets no LoRA
             plan[name] = []
-            for piece in pieces_of(name):
-                if piece.network in unchanged:
+            for piece in pieces_of(name):  # a fused tensor has the weights of several modules
+                if piece.network in unchanged_encoders:
                     continue
-                module = _find_module_of_piece(piece, options, family)
+                module = _select_module(piece, options, family)
                 if module is not None:
                     plan[name].append(module)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
-        names = LoraNames("networks.lora", family.written_version, family.architecture)
+        names = BaseModelEntries("networks.lora", family.written_version, family.architecture)
         metadata = _make_metadata(options, names, is_v2=family is SD2, arguments=arguments)
-        _extract(
+        _write_lora_of_difference(
             options,
             pair,
             plan=plan,
@@ -278,30 +279,31 @@ def extract_full(options: ExtractOptions) -> None:
         )
 
 
-def _find_module_of_piece(
+def _select_module(
     piece: TensorPiece, options: ExtractOptions, family: FamilyNames
 ) -> ExtractedModule | None:
     """Return the module whose weight this piece of a full checkpoint is; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
-    rank = 0  # no LoRA
-    if piece.network:  # of a text encoder
-        module = f"{piece.network}_{piece.name.removesuffix('.weight').replace('.', '_')}"
-        if _IN_TEXT.search(module):
-            rank = options.dim
+    is_of_text_encoder = bool(piece.network)
+    if is_of_text_encoder:
+        path = piece.name.removesuffix(".weight")
+        module = f"{piece.network}_{path.replace('.', '_')}"
+        rank = options.dim if _IN_TEXT.search(module) else None
     else:
         module = OURS + alias(module_of_tensor(piece.name)[0], family)
         if _ATTENTION.search(module):
             rank = options.dim
-        # convolutions get a LoRA only with --conv_dim
         elif _RESIDUAL.search(module):
-            rank = options.conv_dim or 0
-    if rank == 0:
+            rank = options.conv_dim  # None without --conv_dim
+        else:
+            rank = None
+    if not rank:
         return None
     return ExtractedModule(module, rank, seed_name=module, piece=piece)
 
 
-def _extract(
+def _write_lora_of_difference(
     options: ExtractOptions,
     pair: Pair,
     plan: Plan,
@@ -322,8 +324,8 @@ def _extract(
     """
     start = time.monotonic()
     output = options.save_to
-    kept_change = KeptChange()
-    factors = _extract_factors(options, pair, plan, kept_change)
+    accuracy = ExtractionAccuracy()
+    factors = _extract_factors(options, pair, plan, accuracy)
     tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     of_family = "" if family is None else f" of {family.name}"
@@ -332,14 +334,14 @@ def _extract(
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
         ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
-        ("kept", f"{kept_change.fraction:.1%} of the change of these modules, by its norm"),
+        ("kept", f"{accuracy.fraction:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
 
 
 @dataclass
-class KeptChange:
+class ExtractionAccuracy:
     """Accumulate how much of a model's change the LoRA keeps."""
 
     total: float = 0.0  # sum of the squares of the change
@@ -360,7 +362,7 @@ class KeptChange:
 
 
 def _extract_factors(
-    options: ExtractOptions, pair: Pair, plan: Plan, kept_change: KeptChange
+    options: ExtractOptions, pair: Pair, plan: Plan, accuracy: ExtractionAccuracy
 ) -> dict[str, Tensor]:
     """Return the tensors of the LoRA for the difference of two models.
 
@@ -368,7 +370,7 @@ def _extract_factors(
         options: Options of the run.
         pair: Files of both models.
         plan: Modules to extract, by tensor.
-        kept_change: Accumulates how much of the change the LoRA keeps.
+        accuracy: Accumulates how much of the change the LoRA keeps.
 
     Raises:
         CheckpointError: If the models are equal.
@@ -384,7 +386,7 @@ def _extract_factors(
         is_changed = is_changed or bool(difference.any())
         for module in modules:
             factors = _extract_module(
-                module, difference, quantile=options.clamp_quantile, dtype=dtype, kept_change=kept_change
+                module, difference, quantile=options.clamp_quantile, dtype=dtype, accuracy=accuracy
             )
             lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
     if lora and not is_changed:
@@ -402,7 +404,7 @@ def _extract_module(
     *,
     quantile: float,
     dtype: torch.dtype,
-    kept_change: KeptChange,
+    accuracy: ExtractionAccuracy,
 ) -> dict[str, Tensor]:
     """Return the LoRA factors of a module, on the CPU.
 
@@ -411,12 +413,12 @@ def _extract_module(
         difference: Change of the tensor.
         quantile: Quantile of the factors' values to which they are limited.
         dtype: Dtype of the factors.
-        kept_change: Accumulates how much of the change the LoRA keeps.
+        accuracy: Accumulates how much of the change the LoRA keeps.
     """
     # the rows of the tensor that are this module's weight
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
-    kept_change.add(change.flatten(1), up @ down)
+    accuracy.add(change.flatten(1), up @ down)
     return lora_of_shape(down.to(dtype), up.to(dtype), change.shape)
 
 
@@ -491,9 +493,10 @@ def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Te
     down = down * signs
     # sort, because torch.quantile accepts at most 16 million values
     ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
-    position = quantile * (len(ordered) - 1)
+    last = len(ordered) - 1
+    position = quantile * last
     below = int(position)
-    above = min(below + 1, len(ordered) - 1)
+    above = min(below + 1, last)
     limit = torch.lerp(ordered[below], ordered[above], position - below)
     return down.clamp(-limit, limit), up.clamp(-limit, limit)
 
@@ -506,17 +509,18 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
         original_names: Names of the compared tensors in the original model.
         tuned_names: Names of the compared tensors in the fine-tuned model.
     """
-    original = {name: pair.original.tensors[name].shape for name in original_names}
-    tuned = {name: pair.tuned.tensors[name].shape for name in tuned_names}
-    names = sorted(original.keys() | tuned.keys())
-    # None for a missing tensor
-    wrong = [name for name in names if original.get(name) != tuned.get(name)]
-    if wrong:
-        first = wrong[0]
-        shapes = [str(list(model[first])) if first in model else "missing" for model in (original, tuned)]
+    original_shapes = {name: pair.original.tensors[name].shape for name in original_names}
+    tuned_shapes = {name: pair.tuned.tensors[name].shape for name in tuned_names}
+    names = sorted(original_shapes.keys() | tuned_shapes.keys())
+    different = [name for name in names if original_shapes.get(name) != tuned_shapes.get(name)]
+    if different:
+        first = different[0]
+        descriptions: list[str] = []
+        for shapes in (original_shapes, tuned_shapes):
+            descriptions.append(str(list(shapes[first])) if first in shapes else "missing")
         raise CheckpointError(
             f"{pair.original.path} and {pair.tuned.path} are not the same model: {first} is "
-            f"{' and '.join(shapes)}. Give a model and its fine-tuned version.",
+            f"{' and '.join(descriptions)}. Give a model and its fine-tuned version.",
             pair.tuned.path,
         )
 
@@ -552,14 +556,13 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
-        # all pieces of a tensor are of one network
-        network = pieces[0].network if pieces else ""
-        # an encoder that is known to have changed is not read further
-        if network and not is_changed.get(network):
-            original = pair.original.read(name).float()
-            change = (pair.tuned.read(name).float() - original).abs()
-            is_changed[network] = bool(change.numel() and float(change.max()) > minimum)
-    unchanged = {network for network, has_changed in is_changed.items() if not has_changed}
+        encoder = pieces[0].network if pieces else ""  # "" for a tensor of the U-Net
+        if not encoder or is_changed.get(encoder):  # no need to read more of an encoder that has changed
+            continue
+        original = pair.original.read(name).float()
+        change = (pair.tuned.read(name).float() - original).abs()
+        is_changed[encoder] = bool(change.numel() and float(change.max()) > minimum)
+    unchanged = {encoder for encoder, has_changed in is_changed.items() if not has_changed}
     if unchanged:
         logger.info(
             f"{pair.tuned.path}: no value of {', '.join(sorted(unchanged))} has changed by more than "
@@ -570,7 +573,7 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
 
 def _make_metadata(
     options: ExtractOptions,
-    names: LoraNames,
+    names: BaseModelEntries,
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:

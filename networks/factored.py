@@ -172,14 +172,14 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
     Raises:
         MismatchError: If the factors cannot be multiplied.
     """
+    are_matrices = len(a) == len(b) == 2
     if core is None:
-        fits = len(a) == len(b) == 2 and a[1] == b[0]
+        have_equal_rank = a[1:2] == b[:1]
         shape = (a[0], *b[1:])
     else:
-        # r x out, r x in, and a core r x r x kernel
-        fits = len(a) == len(b) == 2 and core[:2] == (a[0], b[0])
+        have_equal_rank = core[:2] == (a[0], b[0])
         shape = (a[1], b[1], *core[2:])
-    if not fits:
+    if not (are_matrices and have_equal_rank):
         shape_list = [list(factor) for factor in (a, b, core) if factor is not None]
         raise MismatchError(f"factors of {shape_list} have no product")
     return shape

@@ -7,7 +7,7 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.delta import read_delta
-from networks.deltas import UNTRAINED, rank_of, without_alpha
+from networks.deltas import UNTRAINABLE_FACTORS, rank_of, without_alpha
 from networks.factored import Factored, FactoredLayer, MakeShapes, Product
 from networks.kinds.contract import Target
 from networks.kinds.factors import Factors
@@ -39,13 +39,11 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
         CheckpointError: If the factors do not fit the module's weight, or have a core (LyCORIS' use_tucker)
             or magnitudes, which are not trained here.
     """
-    shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)
     matrix_shape = (shape[0], math.prod(shape[1:]))  # some files store convolutions as matrices
-    is_untrainable = bool(UNTRAINED & shapes.keys())  # has a core or magnitudes
-    change_shape = None if is_untrainable else read_delta(factors).shape()
-    # None (untrainable) is neither
-    if change_shape not in (shape, matrix_shape):
+    is_trainable = UNTRAINABLE_FACTORS.isdisjoint(shapes)
+    if not is_trainable or read_delta(factors).change_shape() not in (shape, matrix_shape):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
             "trained"

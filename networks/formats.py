@@ -34,11 +34,8 @@ from networks.own_kinds import OWN_MODULES
 
 logger = getLogger(__name__)
 
-TARGETS = {
-    KNOWN: "default",
-    COMFYUI: "other",
-    DIFFUSERS: "diffusers",
-}  # -> value of --target of convert_lora.py
+# format -> value of --target of convert_lora.py
+TARGETS = {KNOWN: "default", COMFYUI: "other", DIFFUSERS: "diffusers"}
 _OTHERWISE = "Use --lora_format known"
 
 
@@ -59,7 +56,8 @@ class LoraFormat:
 
     def check(self, network: nn.Module) -> None:
         """Raise OptionError if this format cannot express a module of the network."""
-        left_out = self.convert(_on_cpu(network)).left_out
+        tensors = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
+        left_out = self.convert(tensors).left_out
         if left_out:
             reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
             raise OptionError(
@@ -86,7 +84,8 @@ class LoraFormat:
             beside: Additional tensors for the file, by name.
         """
         # converted in the training dtype, so that values are rounded only once, below
-        converted = self.convert(_on_cpu(network))
+        trained = {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
+        converted = self.convert(trained)
         tensors = {}
         for name, tensor in {**converted.tensors, **beside}.items():
             tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
@@ -117,16 +116,14 @@ class LoraFormat:
                 in_dit[module] = factors
             else:
                 text_modules[module] = factors
-        # the DiT: modules are grouped by alpha / rank, which the metadata record for each rank
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
-        strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
-        for strength, group in self._by_strength(in_dit).items():
-            converted = self._convert_dit(group, is_folded=strength is not None)
+        folded_scalings: dict[int, set[float]] = {}  # rank in the file -> alpha / rank that were folded
+        for scaling, group in self._group_by_scaling(in_dit).items():
+            converted = self._convert_dit(group, is_folded=scaling is not None)
             written |= converted.tensors
             left_out |= converted.left_out
-            _note_strength(strengths, converted.tensors, strength)
-        # text encoders
+            _record_scaling(folded_scalings, converted.tensors, scaling)
         if self.name == COMFYUI:
             written |= texts_to_comfyui(deltas.ungroup(text_modules), self.family)
         if self.name == DIFFUSERS:
@@ -134,18 +131,18 @@ class LoraFormat:
                 text = texts_to_diffusers(deltas.ungroup({module: text_factors}))
                 written |= text.tensors
                 left_out |= text.left_out
-                _note_strength(strengths, text.tensors, deltas.strength(text_factors))
-        return Formatted(written, _metadata_of_strengths(strengths), left_out)
+                _record_scaling(folded_scalings, text.tensors, deltas.scaling_of(text_factors))
+        return Formatted(written, _metadata_of_scalings(folded_scalings), left_out)
 
-    def _by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
+    def _group_by_scaling(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None is the key of modules that keep their alphas."""
         # if ComfyUI reads names with underscores (HunyuanImage-2.1), it reads alphas too
         keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored_in_comfyui
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
             is_folded = DOWN in factors and not keeps_alphas
-            strength = deltas.strength(factors) if is_folded else None
-            groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
+            scaling = deltas.scaling_of(factors) if is_folded else None
+            groups.setdefault(scaling, {}).update(deltas.ungroup({name: factors}))
         return groups
 
     def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
@@ -158,37 +155,29 @@ class LoraFormat:
         from networks.writing import in_own_form, in_target  # not for the default format
 
         native = in_own_form(tensors, self.family)
-        # keeps the product: alpha / rank goes into the factors, which then need no alpha
         if is_folded:
-            folded = {
-                name: deltas.fold_strength(factors)
-                for name, factors in deltas.group_by_module(native).items()
-            }
-            native = deltas.ungroup(folded)
+            modules = deltas.group_by_module(native)
+            native = deltas.ungroup({name: deltas.fold_scaling(factors) for name, factors in modules.items()})
         return in_target(native, self.family, TARGETS[self.name])
 
 
-def _note_strength(
-    strengths: dict[int, set[float]], written: Mapping[str, Tensor], strength: float | None
+def _record_scaling(
+    scalings: dict[int, set[float]], written: Mapping[str, Tensor], scaling: float | None
 ) -> None:
-    """Add `strength`, the alpha / rank folded into the written modules, to `strengths`; None adds nothing."""
-    if strength is None:
+    """Add `scaling`, the alpha / rank folded into the written modules, to `scalings`; None adds nothing."""
+    if scaling is None:
         return
     from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
 
     for name, tensor in written.items():
         if name.endswith(PEFT_ENDS[DOWN]):
-            strengths.setdefault(len(tensor), set()).add(strength)
+            scalings.setdefault(len(tensor), set()).add(scaling)
 
 
-def _metadata_of_strengths(strengths: Mapping[int, set[float]]) -> dict[str, str]:
+def _metadata_of_scalings(scalings: Mapping[int, set[float]]) -> dict[str, str]:
     """Return the metadata entry `FOLDED`, for ranks whose modules all had the same alpha / rank."""
-    single = {rank: min(values) for rank, values in strengths.items() if len(values) == 1}
+    single = {rank: min(values) for rank, values in scalings.items() if len(values) == 1}
     return {FOLDED: json.dumps(single)} if single else {}
-
-
-def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
 
 
 def select_format(
@@ -248,11 +237,13 @@ def find_error(
             return error
     if name == COMFYUI:
         return None
-    # text encoders whose LoRAs diffusers does not read
-    unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
-    if unread:
+    unsupported: list[str] = []  # text encoders whose LoRAs diffusers does not read
+    for prefix, encoder in texts.items():
+        if prefix not in family.texts_in_diffusers:
+            unsupported.append(encoder)
+    if unsupported:
         return (
-            f"diffusers' pipeline of this model loads no LoRA for the text encoder {unread[0]}, which learns "
-            f"here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
+            f"diffusers' pipeline of this model loads no LoRA for the text encoder {unsupported[0]}, which "
+            f"learns here. {_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
         )
     return None

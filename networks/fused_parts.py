@@ -17,8 +17,8 @@ from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import Delta, read_delta
-from networks.deltas import LORA, ROWS, strength
-from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
+from networks.deltas import LORA_FACTORS, ROW_RANGE, scaling_of
+from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_sizes
 from networks.module_names import FAMILIES, RelatedModule, related_modules
@@ -26,6 +26,10 @@ from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames
 
 logger = getLogger(__name__)
 _BIAS = "lora_up.bias"
+
+
+class FusionError(Exception):
+    """The LoRA of a fused module cannot be split, or those of its parts cannot be joined, for this reason."""
 
 
 class FusedPiece(NamedTuple):
@@ -36,71 +40,85 @@ class FusedPiece(NamedTuple):
     factors: Factors
 
 
-class PlacedFactors(NamedTuple):
+class FactorsOfRows(NamedTuple):
     """The factors for some rows of a fused weight."""
 
     rows: slice
     factors: Factors
 
 
-def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
-    """Return the rows of a part in a fused weight.
+def find_rows_of_part(part: WeightPart, part_rows: int, fused_rows: int) -> slice | Tensor | None:
+    """Return the rows of a part (such as k) in a fused weight (such as qkv).
 
     Args:
         part: The part.
-        height: Number of rows of the part.
-        full_height: Number of rows of the fused weight.
+        part_rows: Number of rows of the part.
+        fused_rows: Number of rows of the fused weight.
 
     Returns:
         A slice; for a part that is the fused weight with swapped halves, the index of each row; None if the
         rows do not fit.
     """
-    # None: another name of the whole weight
-    if part.index is None or part.index == SWAPPED:
-        if height != full_height:
+    if not is_row_slice(part):
+        if part_rows != fused_rows:
             return None
-        if part.index is None:
-            return slice(0, full_height)
-        return torch.arange(full_height).roll(full_height // 2)
-    # the last parts are counted from the end, because the parts before them may be of other heights
-    from_end = {REST: 1, BEFORE_REST: 2}.get(part.index)
-    start = part.index * height if from_end is None else full_height - from_end * height
-    return slice(start, start + height) if 0 <= start <= full_height - height else None
+        if part.index == SWAPPED:
+            return torch.arange(fused_rows).roll(fused_rows // 2)
+        return slice(0, fused_rows)  # the part is the whole weight under another name
+    assert part.index is not None
+    # the last parts are counted from the end, because the parts before them may have other numbers of rows
+    if part.index == REST:
+        start = fused_rows - part_rows
+    elif part.index == BEFORE_REST:
+        start = fused_rows - 2 * part_rows
+    else:
+        start = part.index * part_rows
+    return slice(start, start + part_rows) if 0 <= start <= fused_rows - part_rows else None
 
 
-def default_rows(part: WeightPart, full_height: int) -> slice | None:
+def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
     """Return the rows of a part if the fused weight has the proportions of the published model; else None.
 
     This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
     weight are swapped, all rows are returned, because the rotation is the same for each row.
+
+    Args:
+        part: The part.
+        fused_rows: Number of rows of the fused weight.
     """
-    if not is_cut(part):  # all rows, possibly with swapped halves
-        return slice(0, full_height)
-    siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
-    # heights of parts are multiples of a unit
-    unit, remainder = divmod(full_height, sum(sibling.default_height for sibling in siblings))
+    if not is_row_slice(part):
+        return slice(0, fused_rows)
+    siblings = [
+        sibling for sibling in _list_parts_of_weight(part.ours, {part.theirs}) if is_row_slice(sibling)
+    ]
+    # `default_height` is a multiple of the smallest part's number of rows
+    smallest_part_rows, remainder = divmod(fused_rows, sum(sibling.default_height for sibling in siblings))
     if remainder:
         return None
-    rows = part_rows(part, unit * part.default_height, full_height)
+    rows = find_rows_of_part(part, smallest_part_rows * part.default_height, fused_rows)
     return rows if isinstance(rows, slice) else None
 
 
-def is_cut(part: WeightPart) -> bool:
+def is_row_slice(part: WeightPart) -> bool:
     """Return whether a part is a slice of the fused weight, not all of its rows (possibly swapped)."""
     return part.index is not None and part.index != SWAPPED
 
 
-def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
+def convert_fused_layers(
+    tensors: Mapping[str, Tensor], rows_in_model: Callable[[str], int | None]
+) -> dict[str, Tensor]:
     """Fit LoRAs of another layout to the modules of a model: split fused modules and join parts.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
-        height: Returns the number of rows of a module's weight; None if the model lacks the module.
+        rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    return fuse(cut(tensors, height), height)
+    return join_parts(split_fused(tensors, rows_in_model), rows_in_model)
 
 
-def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
+def split_fused(
+    tensors: Mapping[str, Tensor], rows_in_model: Callable[[str], int | None]
+) -> dict[str, Tensor]:
     """Split LoRAs for fused modules into LoRAs for their parts; warn of LoRAs that cannot be split.
 
     Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model does
@@ -109,28 +127,28 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 
     Args:
         tensors: Tensors under our names, with our prefix.
-        height: Returns the number of rows of a module's weight; None if the model lacks the module.
+        rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     modules = deltas.group_by_module(tensors)
     result: dict[str, Factors] = {}
     for name, factors in modules.items():
-        row_counts = {}
-        if height(name) is None:  # the model does not have the module, perhaps only its parts
-            row_counts = _count_rows_of_parts(name, modules, height)
-        # not fused, or the model has none of its parts
-        if not any(row_counts.values()):
+        rows_by_part: dict[RelatedModule, int | None] = {}
+        if rows_in_model(name) is None:
+            rows_by_part = _count_rows_of_parts(name, modules, rows_in_model)
+        model_has_parts = any(rows_by_part.values())
+        if not model_has_parts:
             result[name] = factors
             continue
-        pieces = _cut(factors, row_counts)
-        if isinstance(pieces, str):  # the reason why it cannot be split
-            logger.warning(f"{name}: {pieces}; it stays whole")
-            pieces = {name: factors}
-        result.update(pieces)
+        try:
+            result.update(_split_factors(factors, rows_by_part))
+        except FusionError as reason:
+            logger.warning(f"{name}: {reason}; it stays whole")
+            result[name] = factors
     return deltas.ungroup(result)
 
 
 def _count_rows_of_parts(
-    name: str, modules: Collection[str], height: Callable[[str], int | None]
+    name: str, modules_in_file: Collection[str], rows_in_model: Callable[[str], int | None]
 ) -> dict[RelatedModule, int | None]:
     """Return the parts of a module that have no LoRA of their own, with their numbers of rows.
 
@@ -138,55 +156,89 @@ def _count_rows_of_parts(
 
     Args:
         name: Name of the module.
-        modules: Modules with LoRAs.
-        height: Returns the number of rows of a module's weight; None if the model lacks the module.
+        modules_in_file: Modules with LoRAs.
+        rows_in_model: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    row_counts: dict[RelatedModule, int | None] = {}
-    for relative in related_modules(name.removeprefix(OURS)):
-        part_name = OURS + relative.name
-        # also not a part with a LoRA of its own in the file
-        if not relative.is_part or part_name in modules:
+    rows_by_part: dict[RelatedModule, int | None] = {}
+    for related in related_modules(name.removeprefix(OURS)):
+        related_name = OURS + related.name
+        if not related.is_part or related_name in modules_in_file:
             continue
-        num_rows = height(part_name)
+        num_rows = rows_in_model(related_name)
         # Families split modules differently. A part with all rows that the model lacks is just another name
         # of the module, not a missing part.
-        if num_rows is not None or is_cut(relative.part):
-            row_counts[relative] = num_rows
-    return row_counts
+        if num_rows is not None or is_row_slice(related.part):
+            rows_by_part[related] = num_rows
+    return rows_by_part
 
 
-def _cut(factors: Factors, row_counts: Mapping[RelatedModule, int | None]) -> dict[str, Factors] | str:
-    """Cut the factors of a fused weight; return those of each part, or the reason why it cannot be cut.
+def _split_factors(factors: Factors, rows_by_part: Mapping[RelatedModule, int | None]) -> dict[str, Factors]:
+    """Split the factors of a fused module; return those of each part by module name.
 
-    `row_counts` is the number of rows of each part; None for a part that the model does not have.
+    Args:
+        factors: Factors of the fused module.
+        rows_by_part: Number of rows of each part; None for a part that the model does not have.
+
+    Raises:
+        FusionError: If the factors cannot be split.
     """
-    heights = {relative: rows for relative, rows in row_counts.items() if rows is not None}
+    known_rows = {part: rows for part, rows in rows_by_part.items() if rows is not None}
     delta = read_delta(factors)
     if delta.rotation is not None:  # it rotates the input, which all parts share
-        return {OURS + relative.name: factors for relative in heights}
-    num_rows = _height_to_cut(delta)
-    if num_rows is None:
-        return "its change is no matrix"
-    rows_by_part = _find_rows(heights, num_rows)
-    fits = len(rows_by_part) == len(heights)
-    if len(heights) == len(row_counts):  # the model has all parts: together they must cover the weight
-        fits = fits and sum(heights.values()) == num_rows
-    if not fits:
-        part_heights = " + ".join(map(str, heights.values()))
-        return f"its {num_rows} rows are not those of its parts, which have {part_heights}"
+        return {OURS + part.name: factors for part in known_rows}
+    slices = _find_slices_of_parts(delta, known_rows, model_has_all=len(known_rows) == len(rows_by_part))
     if delta.has_input_magnitudes:
-        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
-    ordered = sorted(rows_by_part, key=lambda relative: _start_of(rows_by_part[relative]))
-    separate_loras = joined_blocks(factors, [heights[relative] for relative in ordered])
-    if separate_loras:  # the LoRA was joined from LoRAs of the parts, which are restored with their own ranks
-        return {OURS + relative.name: lora for relative, lora in zip(ordered, separate_loras, strict=True)}
-    pieces: dict[str, Factors] = {}
-    for relative, rows in rows_by_part.items():
-        piece = _part_of(delta, rows)
-        if piece is None:
-            return f"its halves are to be swapped, which {delta.name_indivisible()} has no form for"
-        pieces[OURS + relative.name] = piece.factors
-    return pieces
+        raise FusionError(
+            f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the whole weight"
+        )
+    ordered = sorted(slices, key=lambda part: _start_of(slices[part]))
+    # a LoRA that was joined from LoRAs of the parts gives them back, with their own ranks
+    separate_loras = joined_blocks(factors, [known_rows[part] for part in ordered])
+    if separate_loras:
+        return {OURS + part.name: lora for part, lora in zip(ordered, separate_loras, strict=True)}
+    factors_by_part: dict[str, Factors] = {}
+    for part, rows in slices.items():
+        if isinstance(rows, slice):
+            sliced = delta.slice_rows(rows.start, rows.stop)
+        else:
+            swapped = delta.select_rows(rows)
+            if swapped is None:
+                kind = delta.describe_indivisible_kind()
+                raise FusionError(f"its halves are to be swapped, which {kind} has no form for")
+            sliced = swapped
+        factors_by_part[OURS + part.name] = sliced.factors
+    return factors_by_part
+
+
+def _find_slices_of_parts(
+    delta: Delta, known_rows: Mapping[RelatedModule, int], model_has_all: bool
+) -> dict[RelatedModule, slice | Tensor]:
+    """Return the rows of each part in a fused weight; raise FusionError if the numbers of rows do not fit.
+
+    Args:
+        delta: Change of the fused weight.
+        known_rows: Number of rows of each part that the model has.
+        model_has_all: Whether the model has all parts, which then must cover the weight.
+    """
+    size = delta.matrix_size()
+    if size is not None:
+        num_rows = size[0]
+    elif UP in delta.factors:
+        num_rows = len(delta.factors[UP])
+    else:
+        raise FusionError("its change is no matrix")
+    slices: dict[RelatedModule, slice | Tensor] = {}
+    for related, part_rows in known_rows.items():
+        rows = find_rows_of_part(related.part, part_rows, num_rows)
+        if rows is not None:
+            slices[related] = rows
+    fits = len(slices) == len(known_rows)
+    if model_has_all:
+        fits = fits and sum(known_rows.values()) == num_rows
+    if not fits:
+        row_counts = " + ".join(map(str, known_rows.values()))
+        raise FusionError(f"its {num_rows} rows are not those of its parts, which have {row_counts}")
+    return slices
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
@@ -198,7 +250,7 @@ def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]
         factors: Factors of the module, by name of the part.
         split_sizes: Numbers of rows of the parts.
     """
-    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
+    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA_FACTORS}
     if not is_plain or len(split_sizes) < 2:
         return []
     blocks = diagonal_blocks(factors[UP], split_sizes)
@@ -212,26 +264,8 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
     if "alpha" not in factors:
         return pieces
     rank = len(factors[DOWN]) // len(blocks)
-    alpha = torch.tensor(strength(factors) * rank)  # alpha / rank stays the same
+    alpha = torch.tensor(scaling_of(factors) * rank)  # alpha / rank stays the same
     return [{**piece, "alpha": alpha} for piece in pieces]
-
-
-def _height_to_cut(delta: Delta) -> int | None:
-    """Return the number of rows of a change; None if it is not a matrix."""
-    size = delta.size()
-    if size is not None:
-        return size[0]
-    return len(delta.factors[UP]) if UP in delta.factors else None
-
-
-def _find_rows(heights: Mapping[RelatedModule, int], full_height: int) -> dict[RelatedModule, slice | Tensor]:
-    """Return the rows of each part in the full weight; parts whose rows do not fit are left out."""
-    rows_by_part: dict[RelatedModule, slice | Tensor] = {}
-    for relative, height in heights.items():
-        rows = part_rows(relative.part, height, full_height)
-        if rows is not None:
-            rows_by_part[relative] = rows
-    return rows_by_part
 
 
 def _start_of(rows: slice | Tensor) -> int:
@@ -239,16 +273,9 @@ def _start_of(rows: slice | Tensor) -> int:
     return int(rows.start) if isinstance(rows, slice) else 0
 
 
-def _part_of(delta: Delta, rows: slice | Tensor) -> Delta | None:
-    """Return the delta for these rows; None if a kind cannot swap its halves."""
-    if isinstance(rows, slice):
-        return delta.part(rows.start, rows.stop)
-    return delta.rows(rows)
-
-
-def fuse(
+def join_parts(
     tensors: Mapping[str, Tensor],
-    height: Callable[[str], int | None] | None = None,
+    rows_in_model: Callable[[str], int | None] | None = None,
     family: FamilyNames | None = None,
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module into one for the module; warn of LoRAs that cannot be joined.
@@ -258,66 +285,66 @@ def fuse(
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
-        height: Returns the number of rows of a fused module's weight, or None if the model lacks the module,
-            whose parts are then unchanged. Without this function, all parts are joined, and the number of
-            rows is estimated from the parts in all blocks and from the published model.
+        rows_in_model: Returns the number of rows of a fused module's weight, or None if the model lacks the
+            module, whose parts are then unchanged. Without this function, all parts are joined, and the
+            number of rows is estimated from the parts in all blocks and from the published model.
         family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
-    fused: dict[str, Factors] = {}
+    result: dict[str, Factors] = {}
     pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
-        module = _find_fused(name, height, family)
-        # no part, or the file has the fused module too
-        if module is None or OURS + module.name in modules:
-            fused[name] = factors
+        fused_module = _find_fused_module(name, rows_in_model, family)
+        if fused_module is None or OURS + fused_module.name in modules:
+            result[name] = factors
             continue
-        piece = FusedPiece(name, module.part, factors)
-        pieces_by_module.setdefault(OURS + module.name, []).append(piece)
-    estimated_heights = _estimate_heights(pieces_by_module.values()) if height is None else {}
+        piece = FusedPiece(name, fused_module.part, factors)
+        pieces_by_module.setdefault(OURS + fused_module.name, []).append(piece)
+    is_for_model = rows_in_model is not None
+    estimated_rows = {} if is_for_model else _estimate_rows_of_weights(pieces_by_module.values())
     for name, pieces in pieces_by_module.items():
-        if height is None:
-            num_rows = estimated_heights[pieces[0].part.ours]
+        if rows_in_model is None:
+            num_rows = estimated_rows[pieces[0].part.ours]
         else:
-            num_rows = height(name) or 0
-        joined = _join(pieces, num_rows, is_for_model=height is not None)
-        if isinstance(joined, str):  # the reason why they cannot be joined
-            logger.warning(f"{name}: {joined}; they stay apart")
-            fused.update({piece.name: piece.factors for piece in pieces})
-        else:
-            fused[name] = joined
-    return deltas.ungroup(fused)
+            num_rows = rows_in_model(name) or 0
+        try:
+            result[name] = _join_pieces(pieces, num_rows, allows_full_matrix=is_for_model)
+        except FusionError as reason:
+            logger.warning(f"{name}: {reason}; they stay apart")
+            result.update({piece.name: piece.factors for piece in pieces})
+    return deltas.ungroup(result)
 
 
-def _find_fused(
-    name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
+def _find_fused_module(
+    name: str, rows_in_model: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> RelatedModule | None:
     """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
-    for relative in related_modules(name.removeprefix(OURS), family):
-        if not relative.is_part and (height is None or height(OURS + relative.name) is not None):
-            return relative
+    for related in related_modules(name.removeprefix(OURS), family):
+        contains_module = not related.is_part
+        if contains_module and (rows_in_model is None or rows_in_model(OURS + related.name) is not None):
+            return related
     return None
 
 
-def _estimate_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
+def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the number of rows of fused weights, by path with `{n}`, from their parts in all blocks."""
-    # path of the weight -> index of a part -> its rows
-    heights_by_path: dict[str, dict[int | None, int]] = {}
+    # path of the weight -> index of a part -> number of its rows
+    rows_by_path: dict[str, dict[int | None, int]] = {}
     part_paths: set[str] = set()  # in the layout of the parts
-    for piece in itertools.chain.from_iterable(fused):
+    for piece in itertools.chain.from_iterable(pieces_of_weights):
         part_paths.add(piece.part.theirs)
-        heights = heights_by_path.setdefault(piece.part.ours, {})
+        rows_by_index = rows_by_path.setdefault(piece.part.ours, {})
         # None for an input rotation, whose tensors do not show it
-        height = read_delta(piece.factors).height()
-        if height is not None:
-            heights[piece.part.index] = height
-    estimates = {}
-    for path, heights in heights_by_path.items():
-        estimates[path] = _estimate_height(_find_siblings(path, part_paths), heights)
+        num_rows = read_delta(piece.factors).count_rows()
+        if num_rows is not None:
+            rows_by_index[piece.part.index] = num_rows
+    estimates: dict[str, int] = {}
+    for path, rows_by_index in rows_by_path.items():
+        estimates[path] = _estimate_rows(_list_parts_of_weight(path, part_paths), rows_by_index)
     return estimates
 
 
-def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
+def _list_parts_of_weight(ours: str, paths: Collection[str]) -> list[WeightPart]:
     """Return the parts of our weight `ours`, in the families that have a part with one of the given paths.
 
     Other families may fuse different parts under the same name.
@@ -333,163 +360,170 @@ def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
     return list(siblings.values())
 
 
-def _estimate_height(siblings: Sequence[WeightPart], known_heights: Mapping[int | None, int]) -> int:
+def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | None, int]) -> int:
     """Estimate the number of rows of a fused weight from the parts in a file; 0 if the file has none.
+
+    Missing parts are scaled from a known one by the ratio that both have in published models.
 
     Args:
         siblings: All parts of the weight.
-        known_heights: Number of rows by index of the part.
+        known_rows: Number of rows by index of the part.
     """
-    reference = next((part for part in siblings if known_heights.get(part.index)), None)
+    reference = next((part for part in siblings if known_rows.get(part.index)), None)
     if reference is None:
         return 0
-    if not is_cut(reference):  # it covers the whole weight
-        return known_heights[reference.index]
-    # default heights are relative: scale them so that the known part has its real height
-    unit = known_heights[reference.index] // reference.default_height
-    height = 0
+    if not is_row_slice(reference):  # it covers the whole weight
+        return known_rows[reference.index]
+    smallest_part_rows = known_rows[reference.index] // reference.default_height
+    total = 0
     for part in siblings:
-        if not is_cut(part):
+        if not is_row_slice(part):
             continue
-        part_height = known_heights.get(part.index)
-        height += part_height or unit * part.default_height
-        if not part_height and part.default_height > reference.default_height:
+        part_rows = known_rows.get(part.index)
+        total += part_rows or smallest_part_rows * part.default_height
+        if not part_rows and part.default_height > reference.default_height:
             logger.info(
                 f"{part.theirs} is not in the file; it is assumed to have {part.default_height} times as "
                 "many rows as the parts next to it"
             )
-    return height
+    return total
 
 
-def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = False) -> Factors | str:
-    """Return factors for a weight with `num_rows` rows, or the reason why the parts cannot be joined.
+def _join_pieces(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
+    """Return factors for a fused weight from those of its parts.
 
     Args:
         pieces: Factors of the parts.
         num_rows: Number of rows of the weight.
-        is_for_model: Whether parts whose factors cannot be joined become full differences. These are large,
-            so files get the parts separately.
+        allows_full_matrix: Whether parts whose factors cannot be joined get the full matrix of the change,
+            which is too large for a file.
+
+    Raises:
+        FusionError: If the parts cannot be joined.
     """
     first = pieces[0]
-    # a part without an index has all rows: it is the same weight under another name
-    is_full_weight = first.part.index is None and len(pieces) == 1
-    if is_full_weight:
+    is_whole_weight = len(pieces) == 1 and first.part.index is None  # under another name
+    if is_whole_weight:
         return first.factors
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
-    # other kinds, or plain LoRAs together with others
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
-        return _join_others(pieces, num_rows, is_for_model)
-    # the rows of the weight that each part stands for
-    all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
-    if isinstance(all_rows[0], Tensor):  # a weight with swapped halves is its only part
-        swapped = read_delta(first.factors).rows(all_rows[0])
-        return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped.factors
-    slices = [rows for rows in all_rows if isinstance(rows, slice)]
-    if len(slices) < len(all_rows):
-        return f"its parts do not fit into {num_rows} rows"
-    error = _find_error_of_magnitudes([piece.factors for piece in pieces], num_rows)
-    if error:
-        return error
-    return _join_low_rank(_in_order(pieces, slices), num_rows)
+        return _join_any_kind(pieces, num_rows, allows_full_matrix)
+    rows_of_pieces = [find_rows_of_part(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
+    swapped_rows = rows_of_pieces[0]
+    if isinstance(swapped_rows, Tensor):  # the only part is the whole weight with swapped halves
+        swapped = read_delta(first.factors).select_rows(swapped_rows)
+        if swapped is None:
+            raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input")
+        return swapped.factors
+    slices = [rows for rows in rows_of_pieces if isinstance(rows, slice)]
+    if len(slices) < len(pieces):
+        raise FusionError(f"its parts do not fit into {num_rows} rows")
+    _check_magnitudes([piece.factors for piece in pieces], num_rows)
+    return _join_low_rank(_sort_by_rows(pieces, slices), num_rows)
 
 
-def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
-    """Return the rotation that all parts of a weight share, or the reason why they do not share one."""
+def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
+    """Return the input rotation that all parts of a weight share; raise FusionError if there is none."""
     first = pieces[0]
-    values: list[Tensor] = []  # values of the rotations
+    rotation_values: list[Tensor] = []
     title = ""
     for piece in pieces:
         rotation = read_delta(piece.factors).rotation
         if rotation is not None:
-            values.append(piece.factors[rotation.part])
+            rotation_values.append(piece.factors[rotation.factor_name])
             title = title or rotation.title
-    # a part of the weight for which the file has no tensors is not rotated
-    joined_paths = {piece.part.theirs for piece in pieces}
-    siblings = _find_siblings(first.part.ours, {first.part.theirs})
-    if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
-        return f"{title} rotates only some of its parts"
-    # parts without a rotation, or with different values
-    if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
-        return "its parts are rotated differently"
+    if is_row_slice(first.part):
+        # a part of the weight for which the file has no tensors is not rotated
+        paths_in_file = {piece.part.theirs for piece in pieces}
+        siblings = _list_parts_of_weight(first.part.ours, {first.part.theirs})
+        if any(is_row_slice(part) and part.theirs not in paths_in_file for part in siblings):
+            raise FusionError(f"{title} rotates only some of its parts")
+    all_are_rotated = len(rotation_values) == len(pieces)
+    if not all_are_rotated or not all(torch.equal(values, rotation_values[0]) for values in rotation_values):
+        raise FusionError("its parts are rotated differently")
     return first.factors
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
     """Return whether these are the factors of a LoRA or DoRA for a linear layer, without a core."""
-    others = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
-    return not others and factors[UP].ndim == 2
+    further_factors = set(factors) - {"alpha", *LORA_FACTORS, MAGNITUDES, _BIAS}
+    return not further_factors and factors[UP].ndim == 2
 
 
-def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[PlacedFactors]:
-    """Return the factors of the parts in the order of their rows."""
-    placed = [PlacedFactors(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
-    return sorted(placed, key=lambda part: part.rows.start)
+def _sort_by_rows(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[FactorsOfRows]:
+    """Return the factors of the parts with their rows in the fused weight, in the order of the rows."""
+    parts = [FactorsOfRows(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
+    return sorted(parts, key=lambda part: part.rows.start)
 
 
-def _find_error_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
-    """Return the reason why the magnitudes of parts cannot be joined; "" if there is none."""
-    if not any(MAGNITUDES in factors for factors in parts):
-        return ""
-    if any(MAGNITUDES not in factors or read_delta(factors).has_input_magnitudes for factors in parts):
-        return f"only {OF_MAGNITUDES} magnitudes by output, for all of its rows, can be put together"
-    if sum(len(factors[MAGNITUDES]) for factors in parts) != height:
-        return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
-    return ""
+def _check_magnitudes(factors_of_parts: Sequence[Factors], num_rows: int) -> None:
+    """Raise FusionError if the DoRA magnitudes of parts cannot be joined into those of `num_rows` rows."""
+    if not any(MAGNITUDES in factors for factors in factors_of_parts):
+        return
+    for factors in factors_of_parts:
+        if MAGNITUDES not in factors or read_delta(factors).has_input_magnitudes:
+            raise FusionError(
+                f"only {MAGNITUDE_KIND_NAME} magnitudes by output, for all of its rows, can be put together"
+            )
+    if sum(len(factors[MAGNITUDES]) for factors in factors_of_parts) != num_rows:
+        raise FusionError(
+            f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {num_rows} rows"
+        )
 
 
-def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
-    """Return a single LoRA for all parts.
+def _join_low_rank(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
+    """Return a single LoRA for all parts of a weight.
 
     Its up factor is block-diagonal (each part's up factor is in the rows of the part), unless all parts share
     one down factor.
 
     Args:
-        placed: Factors with their rows, in the order of the rows; ranks are joined in the same order.
-        height: Number of rows of the weight.
+        parts: Factors with their rows, in the order of the rows; ranks are joined in the same order.
+        num_rows: Number of rows of the weight.
     """
-    scales = [strength(part.factors) for part in placed]
+    scales = [scaling_of(part.factors) for part in parts]  # alpha / rank
     scale = scales[0]
-    if scales.count(scale) < len(scales):  # different alpha / rank are multiplied into the up factors
-        placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
+    if any(other != scale for other in scales):
+        parts = [FactorsOfRows(part.rows, _fold_into_up(part.factors)) for part in parts]
         scale = 1.0
-    downs = [part.factors[DOWN] for part in placed]
+    downs = [part.factors[DOWN] for part in parts]
     # parts that were cut from one LoRA have the same down factor
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
     joined: dict[str, Tensor] = {
         "alpha": torch.tensor(scale * len(down)),
         DOWN: down,
-        UP: _join_ups(placed, height, len(down), is_shared),
+        UP: _join_up_factors(parts, num_rows, rank=len(down), shares_down=is_shared),
     }
     for name in (MAGNITUDES, _BIAS):
-        if any(name in part.factors for part in placed):
-            joined[name] = _stack_rows(placed, name, height)
+        if any(name in part.factors for part in parts):
+            joined[name] = _stack_factor(parts, name, num_rows)
     return joined
 
 
-def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
-    """Return the joined up factor.
+def _join_up_factors(parts: Sequence[FactorsOfRows], num_rows: int, rank: int, shares_down: bool) -> Tensor:
+    """Return the joined up factor, num_rows x rank.
 
     Args:
-        placed: Factors with their rows.
-        height: Number of rows of the weight.
+        parts: Factors with their rows.
+        num_rows: Number of rows of the weight.
         rank: Rank of the joined LoRA.
-        is_shared: Whether the parts share their down factor, and thus all columns.
+        shares_down: Whether the parts share their down factor, and thus all columns.
     """
-    joined = placed[0].factors[UP].new_zeros(height, rank)
+    joined = parts[0].factors[UP].new_zeros(num_rows, rank)
     first_column = 0
-    for part in placed:
+    for part in parts:
         up = part.factors[UP]
         joined[part.rows, first_column : first_column + up.shape[1]] = up
-        if not is_shared:
+        if not shares_down:
             first_column += up.shape[1]
     return joined
 
 
 def _fold_into_up(factors: Factors) -> Factors:
     """Return LoRA factors with alpha / rank multiplied into the up factor and its bias."""
-    scale = strength(factors)
+    scale = scaling_of(factors)
     folded = dict(factors)
     for name in (UP, _BIAS):
         if name in factors:
@@ -497,198 +531,212 @@ def _fold_into_up(factors: Factors) -> Factors:
     return folded
 
 
-def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tensor:
+def _stack_factor(parts: Sequence[FactorsOfRows], name: str, num_rows: int) -> Tensor:
     """Stack one tensor of each part of a fused weight along rows; rows of parts without this tensor are 0.
 
     Args:
-        placed: Factors of each part, with the rows of the fused weight that the part stands for.
+        parts: Factors of each part, with the rows of the fused weight that the part stands for.
         name: Name of the tensor in the factors, such as that of the up factor.
-        height: Number of rows of the fused weight.
+        num_rows: Number of rows of the fused weight.
     """
-    parts_with_tensor = [part for part in placed if name in part.factors]
+    parts_with_tensor = [part for part in parts if name in part.factors]
     first = parts_with_tensor[0].factors[name]
-    stacked = first.new_zeros(height, *first.shape[1:])
+    stacked = first.new_zeros(num_rows, *first.shape[1:])
     for part in parts_with_tensor:
         stacked[part.rows] = part.factors[name]
     return stacked
 
 
-def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) -> Factors | str:
-    """Join parts that are not all plain LoRAs; return the factors, or why they cannot be joined."""
+def _join_any_kind(pieces: Sequence[FusedPiece], num_rows: int, allows_full_matrix: bool) -> Factors:
+    """Return the factors of a weight whose parts are not all plain LoRAs, or raise FusionError.
+
+    Parts that were cut from one layer get that layer's factors again. Otherwise, a model gets the full matrix
+    of the change, which is too large for a file.
+    """
     slices: list[slice] = []
     for piece in pieces:
-        part_height = read_delta(piece.factors).height()
-        rows = part_rows(piece.part, part_height, height) if part_height else None
+        part_rows = read_delta(piece.factors).count_rows()
+        rows = find_rows_of_part(piece.part, part_rows, num_rows) if part_rows else None
         if isinstance(rows, slice):
             slices.append(rows)
-    # a part that is no slice of rows was skipped above
     if len(slices) < len(pieces):
-        return "its parts are no matrices, or do not fit the rows of the weight"
-    placed = _in_order(pieces, slices)
-    ranges = [(part.rows.start, part.rows.stop) for part in placed]
-    if _are_gapless(ranges, height):
-        # parts that were cut from one layer get that layer's factors again
-        layer = _one_layer([part.factors for part in placed])
+        raise FusionError("its parts are no matrices, or do not fit the rows of the weight")
+    parts = _sort_by_rows(pieces, slices)
+    ranges = [(part.rows.start, part.rows.stop) for part in parts]
+    if _cover_all_rows(ranges, num_rows):
+        layer = _restore_layer([part.factors for part in parts])
         if layer is not None:
             return layer
-    if not is_for_model:
-        return "only plain LoRAs, or the parts of one layer, can be joined"
-    # `is_for_model`: a model may get the full matrix, a file may not
-    return _full_difference(placed, height)
+    if not allows_full_matrix:
+        raise FusionError("only plain LoRAs, or the parts of one layer, can be joined")
+    return _join_full_matrices(parts, num_rows)
 
 
-def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
-    """Return whether ranges of rows, in order, cover a weight of this height without gaps or overlaps."""
+def _cover_all_rows(ranges: Sequence[tuple[int, int]], num_rows: int) -> bool:
+    """Return whether ranges of rows, in order, cover a weight without gaps or overlaps."""
     starts = [start for start, _ in ranges]
     stops = [stop for _, stop in ranges]
-    return starts == [0, *stops[:-1]] and stops[-1] == height
+    return starts == [0, *stops[:-1]] and stops[-1] == num_rows
 
 
-def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
-    """Return the full change of a weight with `height` rows, float32, or the reason why there is none.
+def _join_full_matrices(parts: Sequence[FactorsOfRows], num_rows: int) -> Factors:
+    """Return the full change of a weight with `num_rows` rows, float32, from the changes of its parts.
 
     Args:
-        placed: Factors with their rows, in the order of the rows.
-        height: Number of rows of the weight.
+        parts: Factors with their rows, in the order of the rows.
+        num_rows: Number of rows of the weight.
+
+    Raises:
+        FusionError: If the changes cannot be joined.
     """
-    parts = [read_delta(part.factors) for part in placed]
-    if any(part.sets_weight for part in parts):
-        return f"{deltas.SET} is only for some of its rows"
-    if any(part.has_input_magnitudes for part in parts):
-        return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the parts"
-    magnitudes = [part.magnitudes for part in parts if part.magnitudes is not None]
-    if magnitudes:  # then every row of the weight needs one
-        covered = sum(part.rows.stop - part.rows.start for part in placed)
-        if len(magnitudes) < len(parts) or covered < height:
-            return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
-    changes = [part.dense(deltas.CPU) for part in parts]
-    # None: a part without a change of the weight, such as an input rotation
+    part_deltas = [read_delta(part.factors) for part in parts]
+    _check_full_matrices(part_deltas, parts, num_rows)
+    changes = [delta.compute_change(deltas.CPU) for delta in part_deltas]
+    # None: a part without a change of the weight
     input_shapes = {None if change is None else change.shape[1:] for change in changes}
     input_shape = input_shapes.pop()
     if input_shapes or input_shape is None:
-        return "its parts have different inputs"
-    joined = {"diff": _write_rows(placed, changes, torch.zeros(height, *input_shape))}
+        raise FusionError("its parts have different inputs")
+    joined = {"diff": _write_rows(parts, changes, torch.zeros(num_rows, *input_shape))}
+    magnitudes = [delta.magnitudes for delta in part_deltas if delta.magnitudes is not None]
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
-    biases = [part.bias(deltas.CPU) for part in parts]
+    biases = [delta.compute_bias_change(deltas.CPU) for delta in part_deltas]
     if any(bias is not None for bias in biases):
-        joined["diff_b"] = _write_rows(placed, biases, torch.zeros(height))
+        joined["diff_b"] = _write_rows(parts, biases, torch.zeros(num_rows))
     return joined
 
 
-def _write_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
+def _check_full_matrices(part_deltas: Sequence[Delta], parts: Sequence[FactorsOfRows], num_rows: int) -> None:
+    """Raise FusionError if parts replace the weight, or have DoRA magnitudes for only some of its rows."""
+    if any(delta.replaces_weight for delta in part_deltas):
+        raise FusionError(f"{deltas.SET_WEIGHT} is only for some of its rows")
+    if any(delta.has_input_magnitudes for delta in part_deltas):
+        raise FusionError(f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, so they belong to the parts")
+    num_with_magnitudes = sum(delta.magnitudes is not None for delta in part_deltas)
+    covered_rows = sum(part.rows.stop - part.rows.start for part in parts)
+    if num_with_magnitudes and (num_with_magnitudes < len(parts) or covered_rows < num_rows):
+        raise FusionError(
+            f"its parts have {MAGNITUDE_KIND_NAME} magnitudes for less than its {num_rows} rows"
+        )
+
+
+def _write_rows(parts: Sequence[FactorsOfRows], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
     """Write the values of each part into its rows of `total`, and return it."""
-    for part, rows in zip(placed, values, strict=True):
-        if rows is not None:
-            total[part.rows] = rows
+    for part, part_values in zip(parts, values, strict=True):
+        if part_values is not None:
+            total[part.rows] = part_values
     return total
 
 
-def _one_layer(parts: Sequence[Factors]) -> Factors | None:
+def _restore_layer(parts: Sequence[Factors]) -> Factors | None:
     """Return the factors of the layer that was split by rows into these parts; None if they are unrelated."""
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)
-    by_rows = delta.row_parts()  # names of tensors with one row per output; the parts share the others
-    if by_rows is None or any(part.keys() != names for part in parts):
+    split_names = delta.find_factors_with_rows()
+    if split_names is None or any(part.keys() != names for part in parts):
         return None
-    if ROWS in names:  # the parts keep the factors of the full layer; only magnitudes and biases are split
-        by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
-        size = delta.size()
-        if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
+    if ROW_RANGE in names:  # the parts have the factors of the full layer; only these are split
+        split_names &= {MAGNITUDES, *deltas.BIAS_FACTORS}
+        layer_size = delta.matrix_size()
+        ranges = [deltas.read_row_range(part) for part in parts]
+        if layer_size is None or not _cover_all_rows(ranges, layer_size[0]):
             return None
-    # tensors that belong to the whole layer must be equal in all parts
-    shared = names - by_rows - {ROWS}
-    for name in shared:
+    shared_names = names - split_names - {ROW_RANGE}
+    for name in shared_names:
         if not all(torch.equal(part[name], first[name]) for part in parts):
             return None
-    layer = {name: first[name] for name in shared}
-    for name in by_rows:
+    layer = {name: first[name] for name in shared_names}
+    for name in split_names:
         layer[name] = torch.cat([part[name] for part in parts])
     return layer
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Turn parts with a `ROWS` entry, a form that files cannot contain, into parts with their own factors.
+    """Turn parts with a `ROW_RANGE` entry, which files cannot contain, into parts with their own factors.
 
-    A part with `ROWS` has the factors of the whole fused layer, and this entry says which rows are its own.
+    Such a part has the factors of the whole fused layer, and this entry says which rows are its own.
     If the factors cannot be cut into rows, the part gets the full difference of its rows.
 
     Raises:
         CheckpointError: If a part has magnitudes by input, because they belong to the full layer.
     """
     modules = deltas.group_by_module(tensors)
-    if not any(ROWS in factors for factors in modules.values()):
+    if not any(ROW_RANGE in factors for factors in modules.values()):
         return tensors
     resolved: dict[str, Factors] = {}
     for name, factors in modules.items():
-        resolved[name] = factors if ROWS not in factors else _resolve_part(name, factors)
+        resolved[name] = factors if ROW_RANGE not in factors else _resolve_part(name, factors)
     return deltas.ungroup(resolved)
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return one part's factors from those of the whole layer, whose `ROWS` entry has the part's rows."""
+    """Return one part's factors from those of the fused layer, whose `ROW_RANGE` has the part's rows."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(
-            f"{name} is a part of a joined layer whose {OF_MAGNITUDES} magnitudes are by input: they belong "
-            "to the whole layer, which this model has in parts.\n"
+            f"{name} is a part of a joined layer whose {MAGNITUDE_KIND_NAME} magnitudes are by input: they "
+            "belong to the whole layer, which this model has in parts.\n"
             "  Convert the file with the program that made it."
         )
-    start, stop = deltas.rows_in(factors)
-    # factors that can be cut stay small; the full change of the rows otherwise
-    cut_factors = delta.blocks(start, stop)
-    if cut_factors is not None:
-        return cut_factors
-    change = delta.dense(deltas.CPU)
+    start, stop = deltas.read_row_range(factors)
+    sliced_factors = delta.factors_of_rows(start, stop)
+    if sliced_factors is not None:
+        return sliced_factors
+    # the kind cannot be cut there: compute the full matrix of the part's rows
+    change = delta.compute_change(deltas.CPU)
     assert change is not None
-    # every kind has one of the parts in MARKS
-    dtype = next(factors[part].dtype for part in factors if part in MARKS)
+    dtype = next(factors[part].dtype for part in factors if part in KIND_BY_FACTOR)
     resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
         resolved[MAGNITUDES] = factors[MAGNITUDES]
-    bias = delta.stored_bias()
+    bias = delta.bias_in_file_dtype()
     if bias is not None:
         resolved["diff_b"] = bias
     return resolved
 
 
 def stack_rows(
-    path: Path, tensors: dict[str, Tensor], rule: RowsByHead, stored: Iterable[str]
+    path: Path, tensors: dict[str, Tensor], rule: RowsByHead, names_in_file: Iterable[str]
 ) -> dict[str, Tensor]:
     """Return a LoRA whose fused layers have all rows of q first, then k, then v.
+
+    Some programs order the rows by head instead: [q0 k0 v0, q1 k1 v1, ...].
 
     Args:
         path: Path of the file.
         tensors: Tensors under our names.
         rule: Layers whose rows some programs order by head, and the pattern of these programs' names.
-        stored: Names in the file.
+        names_in_file: Names in the file.
 
     Raises:
         CheckpointError: If the rows of a layer cannot be divided into heads, or cannot be reordered.
     """
-    if not any(re.search(rule.mark, name) for name in stored):  # no file of a program with rows by head
+    has_rows_by_head = any(re.search(rule.mark, name) for name in names_in_file)
+    if not has_rows_by_head:
         return tensors
     ending = rule.ending.replace(".", "_")
     modules = deltas.group_by_module(tensors)
     for name, factors in modules.items():
-        delta = read_delta(factors)
-        num_rows = delta.height() if name.endswith(ending) else None
-        # another layer, or factors that do not show a number of rows
-        if num_rows is None:
+        if not name.endswith(ending):
             continue
-        stacked = None
+        delta = read_delta(factors)
+        num_rows = delta.count_rows()
+        if num_rows is None:  # the factors do not show it
+            continue
+        reordered = None
         if num_rows % (3 * rule.head_width) == 0:  # q, k and v of each head
             row_order = stack_heads(torch.arange(num_rows), rule.head_width)
-            stacked = delta.rows(row_order)
-        if stacked is None:
+            reordered = delta.select_rows(row_order)
+        if reordered is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {num_rows} rows, and its program has them by head, "
                 f"{rule.head_width} of each query, key and value.\n  Give a plain LoRA that was trained for "
                 "this model.",
                 path,
             )
-        modules[name] = dict(stacked.factors)
+        modules[name] = dict(reordered.factors)
     return deltas.ungroup(modules)
 
 
@@ -700,25 +748,28 @@ def mend_split_alphas(
     sd-scripts joins the factors of k parts into one LoRA with k times the rank, but saves the alpha of one
     part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
-    mended = dict(tensors)
+    corrected = dict(tensors)
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")  # as `:g` writes a number below
-    num_mended = 0
+    num_corrected = 0
     for name, factors in deltas.group_by_module(tensors).items():
-        # not a plain LoRA
-        if set(factors) != {"alpha", *LORA}:
+        is_plain_lora = set(factors) == {"alpha", *LORA_FACTORS}
+        if not is_plain_lora:
             continue
         down = factors[DOWN]
         up = factors[UP]
         alpha = factors["alpha"]
-        if f"{float(alpha):g}" != trained_alpha:
-            continue  # the alpha has already been adapted to the joined rank
-        parts = [relative.part for relative in related_modules(name.removeprefix(OURS)) if relative.is_part]
-        # a module of these names can be fused of so many parts
-        num_parts = len({part.index for part in parts if is_cut(part)})
-        row_counts = fused_sizes(num_parts, len(up), down.shape[1])
+        is_alpha_of_part = f"{float(alpha):g}" == trained_alpha
+        if not is_alpha_of_part:
+            continue
+        part_indices: set[int | None] = set()
+        for related in related_modules(name.removeprefix(OURS)):
+            if related.is_part and is_row_slice(related.part):
+                part_indices.add(related.part.index)
+        row_counts = fused_sizes(len(part_indices), len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:
-            mended[f"{name}.alpha"] = alpha * len(row_counts)  # like the joined rank, k times that of a part
-            num_mended += 1
-    if num_mended:
-        logger.info(f"{path}: the alphas of {num_mended} modules with split factors are set right")
-    return mended
+            num_parts = len(row_counts)  # k
+            corrected[f"{name}.alpha"] = alpha * num_parts
+            num_corrected += 1
+    if num_corrected:
+        logger.info(f"{path}: the alphas of {num_corrected} modules with split factors are set right")
+    return corrected

@@ -1,8 +1,8 @@
 """Wrap the forward of modules with LoRAs that are active only at times or in regions of an image.
 
-The model's weights are unchanged, in any storage format. An `AddedPart` is one LoRA's addition to one module;
-an `AddedLayer` wraps the forward of a module and adds all of its parts. Switched off, it calls the original
-forward, so that training is unaffected.
+The model's weights are unchanged, in any storage format. A `LoraBranch` is one LoRA's addition to one module;
+a `LoraWrapper` wraps the forward of a module and adds all of its branches. Switched off, it calls the
+original forward, so that training is unaffected.
 """
 # Letters: R rank
 
@@ -23,10 +23,10 @@ from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import CPU, OF_BIAS, OF_LOW_RANK, SET
+from networks.deltas import BIAS_FACTORS, CPU, PLAIN_LORA_FACTORS, SET_WEIGHT
 from networks.depth_variants import fit_depths
-from networks.fused_parts import for_model
-from networks.kinds.composing import OF_MAGNITUDES, list_additive
+from networks.fused_parts import convert_fused_layers
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive
 from networks.kinds.factors import DOWN, UP
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -37,7 +37,7 @@ from networks.unused_tensors import text_side_of
 from runtime.run_blocks import stage_files_of
 
 logger = getLogger(__name__)
-_CORE = "lora_mid.weight"
+_TUCKER_CORE = "lora_mid.weight"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ChangedParameter:
 
     path: str  # path of the parameter
     module: nn.Module
-    leaf: str = "weight"
+    parameter_name: str = "weight"
 
     @property
     def module_path(self) -> str:
@@ -56,14 +56,14 @@ class ChangedParameter:
     @property
     def parameter(self) -> Tensor:
         """The current parameter of the module."""
-        parameter = getattr(self.module, self.leaf)
+        parameter = getattr(self.module, self.parameter_name)
         assert isinstance(parameter, Tensor)
         return parameter
 
     @property
     def unpacked(self) -> Tensor:
         """Return the parameter; for a weight in 8 or 4 bits, a placeholder with the unpacked shape."""
-        stored = quantized_weight_of(self.module) if self.leaf == "weight" else None
+        stored = quantized_weight_of(self.module) if self.parameter_name == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
     @property
@@ -81,18 +81,22 @@ class ChangedParameter:
         is_plain_convolution = (
             isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         )
-        return (self.is_linear or is_plain_convolution) and self.leaf == "weight"
+        return (self.is_linear or is_plain_convolution) and self.parameter_name == "weight"
 
     def has(self, name: str) -> bool:
         """Whether the module has a parameter of this name."""
         return isinstance(getattr(self.module, name, None), nn.Parameter)
 
 
-class AddedPart:
+class LoraBranch:
     """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors until `place_on`."""
 
     def __init__(
-        self, target: ChangedParameter, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
+        self,
+        target: ChangedParameter,
+        delta: Delta,
+        multiplier: float = 1.0,
+        uses_frozen_norms: bool = False,
     ) -> None:
         """Hold the change of one module; it has an effect only after `place_on`.
 
@@ -100,17 +104,17 @@ class AddedPart:
             target: Parameter that is changed.
             delta: The change, on the CPU.
             multiplier: Strength of the LoRA.
-            by_frozen_norms: Whether DoRA magnitudes are relative to the norms of the frozen weight (ComfyUI).
+            uses_frozen_norms: Whether DoRA magnitudes are relative to the frozen weight's norms (ComfyUI).
         """
         self.target = target
         self.delta = delta
         self.multiplier = multiplier
-        self._by_frozen_norms = by_frozen_norms
+        self._uses_frozen_norms = uses_frozen_norms
         # masks the addition, so that it acts only in a region of the image; None: everywhere
-        self.region: Callable[[Tensor], Tensor] | None = None
+        self.apply_region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.rotation = delta.rotation
-        self.rows: slice | None = None  # outputs that the rotation affects; None: all
+        self.output_rows: slice | None = None  # outputs that the rotation affects; None: all
         self._rotation_values: Tensor | None = None  # parameters of the rotation, float32
         self._low_rank_factors: list[Tensor] = []  # in the order of application: down, (core,) up
         # factors of other kinds, whose full matrix is computed in each pass
@@ -122,18 +126,18 @@ class AddedPart:
         self.release()
         factors = self.delta.factors
         if self.rotation is not None:
-            self._rotation_values = factors[self.rotation.part].to(device, torch.float32)
+            self._rotation_values = factors[self.rotation.factor_name].to(device, torch.float32)
             return
-        # up and down factor, perhaps with a core, alpha and biases, but nothing else
-        is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_CORE}
-        if self.target.adds_to_output and is_low_rank:
-            up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
-            # Tucker's third factor, between down and up
-            core = [factors[_CORE].to(device, dtype)] if _CORE in factors else []
-            self._low_rank_factors = [factors[DOWN].to(device, dtype), *core, up.to(dtype)]
-        elif factors.keys() - OF_BIAS - {"alpha"}:  # it changes more than the bias
+        is_low_rank = DOWN in factors and factors.keys() <= PLAIN_LORA_FACTORS | {_TUCKER_CORE}
+        changes_weight = bool(factors.keys() - BIAS_FACTORS - {"alpha"})
+        if is_low_rank and self.target.adds_to_output:
+            down = factors[DOWN].to(device, dtype)
+            up = factors[UP].to(device, torch.float32) * deltas.scaling_of(factors)  # alpha / rank
+            core = [factors[_TUCKER_CORE].to(device, dtype)] if _TUCKER_CORE in factors else []
+            self._low_rank_factors = [down, *core, up.to(dtype)]
+        elif changes_weight:
             self._full_delta = self.delta.to(device)
-        self._bias = self.delta.bias(device)
+        self._bias = self.delta.compute_bias_change(device)
 
     def release(self) -> None:
         """Release the tensors that `place_on` made."""
@@ -148,47 +152,47 @@ class AddedPart:
         return self._full_delta is not None
 
     @property
-    def sets_weight(self) -> bool:
+    def replaces_weight(self) -> bool:
         """Return whether this change replaces the weight and all earlier changes."""
-        return self.delta.sets_weight
+        return self.delta.replaces_weight
 
     @property
     def rotates_input(self) -> bool:
-        """Return whether the part rotates the input for all outputs and the whole image."""
-        return self.rotation is not None and self.region is None and self.rows is None
+        """Return whether the branch rotates the input for all outputs and the whole image."""
+        return self.rotation is not None and self.apply_region is None and self.output_rows is None
 
     def compute_input_change(self, x: Tensor) -> Tensor:
         """Return how the rotation changes the input: x R - x, of the shape of x."""
         assert self.rotation is not None
         assert self._rotation_values is not None
         with torch.autocast(x.device.type, enabled=False):
-            rotations = self.rotation.make(self._rotation_values, self.multiplier)
-            return self.rotation.of_input(x, rotations.to(x.dtype))
+            rotations = self.rotation.compute_rotations(self._rotation_values, self.multiplier)
+            return self.rotation.input_change(x, rotations.to(x.dtype))
 
-    def add_to(self, out: Tensor, x: Tensor, has_weight: bool = True) -> Tensor:
+    def add_to(self, out: Tensor, x: Tensor, includes_weight: bool = True) -> Tensor:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
 
         Args:
             out: Output of the module; it may be changed in place.
             x: Input of the module.
-            has_weight: Whether the change of the weight is added; False adds that of the bias only.
+            includes_weight: Whether the change of the weight is added; False adds that of the bias only.
         """
-        if has_weight and self._adds_in_place(out):
+        if includes_weight and self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
             down, *_, up = self._low_rank_factors
             hidden = self._apply_down(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
-        added = self._compute_weight_addition(out, x) if has_weight else None
+        added = self._compute_weight_addition(out, x) if includes_weight else None
         if self._bias is not None:
             bias = (self._bias * self.multiplier).to(out.dtype)
-            if not self.target.is_linear:  # a convolution, with outputs ... C H W
-                bias = bias[:, None, None]
+            is_convolution = not self.target.is_linear
+            if is_convolution:
+                bias = bias[:, None, None]  # outputs are ... C H W
             added = bias.expand_as(out) if added is None else added + bias
         if added is None:
             return out
-        # the part of the picture that the LoRA is limited to
-        if self.region is not None:
-            added = self.region(added)
+        if self.apply_region is not None:
+            added = self.apply_region(added)
         return out + added
 
     def _adds_in_place(self, out: Tensor) -> bool:
@@ -197,22 +201,22 @@ class AddedPart:
             return False
         if not self._low_rank_factors or self._bias is not None:
             return False
-        is_plain = self.target.is_linear and self.region is None
+        is_plain = self.target.is_linear and self.apply_region is None
         return is_plain and out.dtype == self._low_rank_factors[-1].dtype
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return what the change of the weight adds to the output; None if only the bias changes."""
         if self._rotation_values is not None:
-            # the rotated input minus the input, passed through the module's own weight
-            added = frozen_product(self.target.module, self.compute_input_change(x)).to(out.dtype)
-            if self.rows is None:
+            input_change = self.compute_input_change(x)
+            added = frozen_product(self.target.module, input_change).to(out.dtype)
+            if self.output_rows is None:
                 return added
             outputs = torch.zeros_like(added)
-            outputs[..., self.rows] = added[..., self.rows]
+            outputs[..., self.output_rows] = added[..., self.output_rows]
             return outputs
-        if self._low_rank_factors:  # factors of low rank
+        if self._low_rank_factors:
             return self._apply_low_rank(x).to(out.dtype)
-        if self._full_delta is None:  # only the bias changes
+        if self._full_delta is None:
             return None
         # recomputed in every pass: the full matrices of all modules would be as large as the model
         addition = self._compute_full_addition(self._full_delta, x.device)
@@ -222,25 +226,23 @@ class AddedPart:
         return self._run_operation(x.to(out.dtype), weight)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return the additions by parameter name, float32; for `sets_weight`, the replacement weight."""
+        """Return what is added to each parameter, by name, float32; or the weight that replaces it."""
         if self.rotation is not None and self._rotation_values is not None:
-            rotations = self.rotation.make(self._rotation_values, self.multiplier)
-            return {self.target.leaf: self.rotation.of_weight(self.target.parameter, rotations)}
+            rotations = self.rotation.compute_rotations(self._rotation_values, self.multiplier)
+            return {self.target.parameter_name: self.rotation.weight_change(self.target.parameter, rotations)}
         changes: dict[str, Tensor] = {}
-        if self._full_delta is not None and self.sets_weight:
-            changes[self.target.leaf] = self._full_delta.factors[SET].to(torch.float32)
+        if self._full_delta is not None and self.replaces_weight:
+            changes[self.target.parameter_name] = self._full_delta.factors[SET_WEIGHT].to(torch.float32)
         elif self._full_delta is not None:
-            device = self.target.parameter.device
-            changes[self.target.leaf] = (
-                self._compute_full_addition(self._full_delta, device) * self.multiplier
-            )
+            addition = self._compute_full_addition(self._full_delta, self.target.parameter.device)
+            changes[self.target.parameter_name] = addition * self.multiplier
         if self._bias is not None:
             changes["bias"] = self._bias * self.multiplier
         return changes
 
     def _compute_full_addition(self, delta: Delta, device: torch.device) -> Tensor:
         """Return the full matrix that a change adds to the weight at multiplier 1, float32."""
-        addition = delta.addition(self.target.parameter, device, self._by_frozen_norms)
+        addition = delta.compute_normalized_change(self.target.parameter, device, self._uses_frozen_norms)
         assert addition is not None
         return addition
 
@@ -248,18 +250,17 @@ class AddedPart:
         """Return what the LoRA adds to the output of its layer for x, in the layer's dtype."""
         down, *core, up = self._low_rank_factors
         if self.target.is_linear:
-            # `_apply_down` applies the multiplier and the mask of inactive ranks
-            return functional.linear(self._apply_down(x, down), up.flatten(1))
+            hidden = self._apply_down(x, down)  # includes the multiplier
+            return functional.linear(hidden, up.flatten(1))
         x = x.to(down.dtype)
         rank = len(down)
-        channels = self.target.parameter.shape[1]
-        if core:  # Tucker: only the core has the size of the kernel
+        _, channels, *kernel_size = self.target.parameter.shape
+        if core:  # Tucker decomposition: down and up are 1x1, and the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
-            # the down factor is 1x1 then
             kernel = core[0]
         else:
-            kernel = down.reshape(rank, channels, *self.target.parameter.shape[2:])
-        hidden = self._mask(self._run_operation(x, kernel) * self.multiplier, axis=1)
+            kernel = down.reshape(rank, channels, *kernel_size)
+        hidden = self._mask_ranks(self._run_operation(x, kernel) * self.multiplier, axis=1)
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _apply_down(self, x: Tensor, down: Tensor) -> Tensor:
@@ -271,9 +272,9 @@ class AddedPart:
         # are then equal to the bit
         rows = x.to(down.dtype).reshape(-1, x.shape[-1])
         hidden = functional.linear(rows, down.flatten(1)).view(*x.shape[:-1], len(down))
-        return self._mask(hidden * self.multiplier)
+        return self._mask_ranks(hidden * self.multiplier)
 
-    def _mask(self, hidden: Tensor, axis: int = -1) -> Tensor:
+    def _mask_ranks(self, hidden: Tensor, axis: int = -1) -> Tensor:
         """Return values between the down and the up factor, with inactive ranks set to 0.
 
         Args:
@@ -312,26 +313,26 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
     return functional.linear(x.to(weight.dtype), weight)
 
 
-class AddedLayer(nn.Module):
+class LoraWrapper(nn.Module):
     """Run a module, and add the outputs of LoRA parts to its output while `is_on`."""
 
-    def __init__(self, target: ChangedParameter, parts: Sequence[AddedPart]) -> None:
+    def __init__(self, target: ChangedParameter, branches: Sequence[LoraBranch]) -> None:
         super().__init__()
-        self.parts = tuple(parts)
+        self.branches = tuple(branches)
         self.is_on = False  # set it only while the parts are on a device
         self._target = target
-        self._original = (target.module,)  # in a tuple, so that it is not registered as a submodule
+        self._original_module = (target.module,)  # in a tuple, so that it is not registered as a submodule
         self._inner_forward: Callable[..., Tensor] = target.module.forward
 
     def attach(self) -> None:
         """Replace the module's forward by this one's. Call before compilation."""
-        self._inner_forward = self._original[0].forward
-        self._original[0].forward = self.forward
+        self._inner_forward = self._original_module[0].forward
+        self._original_module[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Copy the factors of all parts to a device in a dtype."""
-        for part in self.parts:
-            part.place_on(device, dtype)
+        for branch in self.branches:
+            branch.place_on(device, dtype)
 
     def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the parts to a device and activate them."""
@@ -341,87 +342,87 @@ class AddedLayer(nn.Module):
     def switch_off(self) -> None:
         """Deactivate the parts and release their tensors."""
         self.is_on = False
-        for part in self.parts:
-            part.release()
+        for branch in self.branches:
+            branch.release()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Run the module, and add the outputs of the active parts, each within its region."""
-        active: list[AddedPart] = []
+        """Run the module, and add the outputs of the active branches, each within its region of the image."""
+        active: list[LoraBranch] = []
         if self.is_on:
-            active = [part for part in self.parts if part.multiplier != 0]
+            active = [branch for branch in self.branches if branch.multiplier != 0]
         if not active:
             return self._inner_forward(*inputs, **named)
         if not self._target.adds_to_output:
-            # not linear (a norm, a block with its own parameter): run it with changed weights
-            if all(part.region is None for part in active):
-                return self._run_with(active, *inputs, **named)
-            original_out = self._inner_forward(*inputs, **named)
-            out = original_out
-            for part in active:
-                # a region needs the difference that each part makes
-                added = self._run_with([part], *inputs, **named) - original_out
-                if part.region is not None:
-                    added = part.region(added)
-                out = out + added
-            return out
+            return self._run_with_changed_weights(active, *inputs, **named)
         x = inputs[0]
-        if any(part.sets_weight for part in active):
+        if any(branch.replaces_weight for branch in active):
             return self._run_with_replacement(active, x)
-        rotations = [part for part in active if part.rotates_input]
+        rotations = [branch for branch in active if branch.rotates_input]
         if rotations and self._is_innermost:  # other wrappers inside need the original input
-            # one product for all: the changes of the input add up, as the changes of a weight do
-            change = functools.reduce(torch.add, [part.compute_input_change(x) for part in rotations])
+            # the changes of the input add up, so the module runs once for all rotations
+            change = functools.reduce(torch.add, [branch.compute_input_change(x) for branch in rotations])
             out = self._inner_forward(x + change)
-            active = [part for part in active if not part.rotates_input]
+            active = [branch for branch in active if not branch.rotates_input]
         else:
             out = self._inner_forward(*inputs, **named)
-        for part in active:
-            out = part.add_to(out, x)
+        for branch in active:
+            out = branch.add_to(out, x)
+        return out
+
+    def _run_with_changed_weights(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
+        """Run a module that is no linear layer, such as a norm, with the weights that the branches change."""
+        if all(branch.apply_region is None for branch in branches):
+            return self._run_with(branches, *inputs, **named)
+        original_out = self._inner_forward(*inputs, **named)
+        out = original_out
+        for branch in branches:
+            # each branch has its own region, so each needs its own difference
+            added = self._run_with([branch], *inputs, **named) - original_out
+            if branch.apply_region is not None:
+                added = branch.apply_region(added)
+            out = out + added
         return out
 
     @property
     def _is_innermost(self) -> bool:
         """Return whether this wraps the frozen module directly; other wrappers need the original input."""
-        return getattr(self._inner_forward, "__self__", None) is self._original[0]
+        return getattr(self._inner_forward, "__self__", None) is self._original_module[0]
 
-    def _run_with_replacement(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
-        """Run a layer whose weight one part replaces; earlier parts then add only their biases."""
+    def _run_with_replacement(self, branches: Sequence[LoraBranch], x: Tensor) -> Tensor:
+        """Run a layer whose weight one branch replaces; earlier branches then add only their biases."""
         original_out = self._inner_forward(x)
         out = original_out.clone()  # `add_to` may change it in place
-        for index, part in enumerate(parts):
-            if not part.sets_weight:
-                out = part.add_to(out, x)
+        for index, branch in enumerate(branches):
+            if not branch.replaces_weight:
+                out = branch.add_to(out, x)
                 continue
-            # the output with the replacement weight alone
-            replaced_out = self._run_with([part], x)
-            if part.region is not None:  # the replacement weight is used within the region only
-                out = out + part.region(replaced_out - original_out)
-                continue
-            out = replaced_out
-            # the changes of the old weight are gone with it, but biases are still added
-            for earlier in parts[:index]:
-                out = earlier.add_to(out, x, has_weight=False)
+            replaced_out = self._run_with([branch], x)
+            if branch.apply_region is not None:
+                out = out + branch.apply_region(replaced_out - original_out)
+            else:
+                # earlier changes of the weight are replaced too, but their biases are still added
+                out = replaced_out
+                for earlier in branches[:index]:
+                    out = earlier.add_to(out, x, includes_weight=False)
         return out
 
-    def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
+    def _run_with(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
         """Run the module with changed weights, then restore the original weights."""
-        parameters = self._original[0]._parameters
-        names = [name for name in (self._target.leaf, "bias") if self._target.has(name)]
+        parameters = self._original_module[0]._parameters
+        names = [name for name in (self._target.parameter_name, "bias") if self._target.has(name)]
         originals = {name: parameters[name] for name in names}
-        # compute all changes from the original weights
-        changes = [part.changes() for part in parts]
+        changes_by_branch = [branch.changes() for branch in branches]  # all from the original weights
         try:
-            for part, change in zip(parts, changes, strict=True):
-                for name, delta in change.items():
+            for branch, changes in zip(branches, changes_by_branch, strict=True):
+                for name, change in changes.items():
                     parameter = parameters[name]
                     assert parameter is not None
-                    # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
-                    # the whole weight if the part sets it, else an addition
-                    changed = delta.reshape(weight.shape)
-                    # a part that sets the weight replaces it; a bias is always a difference
-                    if name != self._target.leaf or not part.sets_weight:
+                    changed = change.reshape(weight.shape)
+                    is_replacement = branch.replaces_weight and name == self._target.parameter_name
+                    if not is_replacement:
                         changed = changed + weight.float()
+                    # a new parameter, not new data: the backward pass needs the changed values
                     parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
             return self._inner_forward(*inputs, **named)
         finally:
@@ -431,7 +432,7 @@ class AddedLayer(nn.Module):
 class AddedLoras:
     """The LoRAs that wrap a model's modules; they can be switched on and off."""
 
-    def __init__(self, layers: Sequence[AddedLayer] = ()) -> None:
+    def __init__(self, layers: Sequence[LoraWrapper] = ()) -> None:
         self.layers = layers
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -464,9 +465,9 @@ class AddedLoras:
         """
         try:
             for layer in self.layers:
-                for part in layer.parts:
+                for branch in layer.branches:
                     # a given strength stays set afterwards
-                    part.multiplier = part.multiplier if strength is None else strength
+                    branch.multiplier = branch.multiplier if strength is None else strength
                 layer.switch_on(device, dtype)
             yield
         finally:
@@ -492,34 +493,42 @@ def add_loras(
         CheckpointError: If a file does not fit the model or has magnitudes.
     """
     parameters = find_parameters(dit)
-    parts: list[dict[str, AddedPart]] = []
+    branches_of_loras: list[dict[str, LoraBranch]] = []
     # `fit_depths` maps the blocks of a LoRA for a deeper or shallower model to those of this one
     for use in fit_depths(uses, parameters):
         reject_magnitudes(use.lora, option)
-        modules = fit_lora(use.lora, parameters, option)
+        deltas_by_module = fit_lora(use.lora, parameters, option)
         if is_compiled:
-            # changes that `AddedLayer` would make by replacing a parameter
-            left_out = [
-                name
-                for name, delta in modules.items()
-                if delta.sets_weight or not parameters[name].adds_to_output
-            ]
-            if left_out:
-                loading.warn_of_unused_parts(
-                    use.lora.path,
-                    left_out,
-                    total=len(modules),
-                    what="modules are not changed because blocks are compiled",
-                    consequence="compiled blocks take no other weights. Leave out --compile.",
-                )
-            modules = {name: delta for name, delta in modules.items() if name not in left_out}
-        added: dict[str, AddedPart] = {}
-        for name, delta in modules.items():
-            added[name] = AddedPart(parameters[name], delta, use.multiplier)
-            # a T-LoRA uses fewer ranks at high noise levels
-            added[name].mask_ranks(dit, use.lora.metadata)
-        parts.append(added)
-    return AddedLoras(attach_parts(parts, parameters))
+            deltas_by_module = _drop_changes_of_parameters(use.lora, deltas_by_module, parameters)
+        branches: dict[str, LoraBranch] = {}
+        for name, delta in deltas_by_module.items():
+            branch = LoraBranch(parameters[name], delta, use.multiplier)
+            branch.mask_ranks(dit, use.lora.metadata)  # a T-LoRA uses fewer ranks at high noise levels
+            branches[name] = branch
+        branches_of_loras.append(branches)
+    return AddedLoras(attach_branches(branches_of_loras, parameters))
+
+
+def _drop_changes_of_parameters(
+    lora: LoraFile, deltas_by_module: Mapping[str, Delta], parameters: Mapping[str, ChangedParameter]
+) -> dict[str, Delta]:
+    """Return the changes without those that replace a parameter, for compiled blocks; warn of these."""
+    remaining: dict[str, Delta] = {}
+    left_out: list[str] = []
+    for name, delta in deltas_by_module.items():
+        if delta.replaces_weight or not parameters[name].adds_to_output:
+            left_out.append(name)
+        else:
+            remaining[name] = delta
+    if left_out:
+        loading.warn_of_unused_parts(
+            lora.path,
+            left_out,
+            total=len(deltas_by_module),
+            what="modules are not changed because blocks are compiled",
+            consequence="compiled blocks take no other weights. Leave out --compile.",
+        )
+    return remaining
 
 
 _STAGE_LORAS = "_stage_loras"  # attribute of a network
@@ -548,23 +557,23 @@ def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
     return loras
 
 
-def attach_parts(
-    parts: Sequence[Mapping[str, AddedPart]], parameters: Mapping[str, ChangedParameter]
-) -> list[AddedLayer]:
-    """Wrap modules of a model with the parts of several LoRAs, switched off; return the wrappers.
+def attach_branches(
+    branches_of_loras: Sequence[Mapping[str, LoraBranch]], parameters: Mapping[str, ChangedParameter]
+) -> list[LoraWrapper]:
+    """Wrap modules of a model with the branches of several LoRAs, switched off; return the wrappers.
 
     Args:
-        parts: For each LoRA, its parts by our module names.
+        branches_of_loras: For each LoRA, its branches by our module names.
         parameters: Result of `find_parameters` for the model.
     """
-    by_module: dict[str, list[AddedPart]] = {}
-    for lora_parts in parts:
-        for name, part in lora_parts.items():
-            by_module.setdefault(name, []).append(part)
-    layers = [AddedLayer(parameters[name], module_parts) for name, module_parts in by_module.items()]
-    for layer in layers:
-        layer.attach()
-    return layers
+    branches_by_module: dict[str, list[LoraBranch]] = {}
+    for branches_of_lora in branches_of_loras:
+        for name, branch in branches_of_lora.items():
+            branches_by_module.setdefault(name, []).append(branch)
+    wrappers = [LoraWrapper(parameters[name], branches) for name, branches in branches_by_module.items()]
+    for wrapper in wrappers:
+        wrapper.attach()
+    return wrappers
 
 
 def reject_magnitudes(lora: LoraFile, option: str) -> None:
@@ -573,29 +582,33 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
     decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
     if decomposed:
         raise CheckpointError(
-            f"{option} {lora.path} is a {OF_MAGNITUDES} ({decomposed[0]}), which depends on the weights it "
-            f"was made for.\n  Give a {list_additive()}.",
+            f"{option} {lora.path} is a {MAGNITUDE_KIND_NAME} ({decomposed[0]}), which depends on the "
+            f"weights it was made for.\n  Give a {list_additive()}.",
             lora.path,
         )
 
 
-def find_parameters(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedParameter]:
+def find_parameters(
+    dit: nn.Module, to_published_name: Callable[[str], str] = str
+) -> dict[str, ChangedParameter]:
     """Return the parameters that LoRAs may change, by our module names: `lora_unet_blocks_0_ffn_0`.
 
     Args:
         dit: The transformer.
-        published: Returns the path that a module has in published files.
+        to_published_name: Returns the path that a module has in published files.
     """
     parameters: dict[str, ChangedParameter] = {}
     for path, module in dit.named_modules():
-        for leaf, _ in module.named_parameters(recurse=False):
-            if leaf == "bias":  # it belongs to the weight
+        for parameter_name, _ in module.named_parameters(recurse=False):
+            if parameter_name == "bias":  # it belongs to the weight
                 continue
-            name = published(path)
-            # a parameter of its own (a table, a token) is named as if it were a module
-            if leaf != "weight":  # the path of the root module is empty
-                name = f"{name}.{leaf}".lstrip(".")
-            parameters[OURS + name.replace(".", "_")] = ChangedParameter(f"{path}.{leaf}", module, leaf)
+            name = to_published_name(path)
+            # a parameter of its own, such as a table or a token, is named as if it were a module
+            if parameter_name != "weight":
+                name = f"{name}.{parameter_name}".lstrip(".")  # the path of the root module is empty
+            parameters[OURS + name.replace(".", "_")] = ChangedParameter(
+                f"{path}.{parameter_name}", module, parameter_name
+            )
     return parameters
 
 
@@ -610,29 +623,23 @@ def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option:
     Raises:
         CheckpointError: If the file does not fit the model.
     """
-    # split or join the changes of fused modules, so that they fit those of the model
     num_rows = {name: len(parameter.unpacked) for name, parameter in parameters.items()}
-    stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, num_rows.get)))
-    absent = [name for name in stored if name not in parameters]
+    tensors = convert_fused_layers(lora.tensors, num_rows.get)
+    deltas_in_file = read_deltas(deltas.group_by_module(tensors))
+    absent = [name for name in deltas_in_file if name not in parameters]
     modules = [name.removeprefix(OURS) for name in parameters]
     family = select_family(modules)
-    # none fits, which is allowed only for projections of a text encoder
-    if len(absent) == len(stored) and not lora.may_lack(absent):
+    model_has_none = len(absent) == len(deltas_in_file)
+    if model_has_none and not lora.may_lack(absent):
         raise _make_misfit_error(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
-    for name, delta in stored.items():
+    for name, delta in deltas_in_file.items():
         if name in parameters:
-            fitted[name] = _fit_delta(
-                lora,
-                name,
-                delta,
-                parameter=parameters[name],
-                option=option,
-            )
+            fitted[name] = _fit_delta(lora, name, delta, parameters[name], option)
     loading.warn_of_absent(
         lora.path,
         absent,
-        total=len(stored),
+        total=len(deltas_in_file),
         what="modules are not in this model",
         model=family,
         modules=modules,
@@ -686,24 +693,32 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
         CheckpointError: If the factors do not fit the module.
     """
     weight = parameter.unpacked
-    is_quantized = parameter.leaf == "weight" and quantized_weight_of(parameter.module) is not None
-    if delta.sets_weight and is_quantized:
+    is_quantized = parameter.parameter_name == "weight" and quantized_weight_of(parameter.module) is not None
+    if delta.replaces_weight and is_quantized:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
             "  Leave out the option that keeps it so, or merge the file into the model.",
             lora.path,
         )
-    # a first layer takes latents: image-to-video models have more input channels
-    channel_error = delta.find_other_channels(weight) if parameter.path.endswith(FIRST_LAYERS) else None
-    if channel_error is not None:
-        logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")
-        bias = delta.bias(CPU)
-        # only the bias is left, which does not depend on the input channels
-        delta = read_delta({} if bias is None else {"diff_b": bias})
+    if parameter.path.endswith(FIRST_LAYERS):
+        channel_error = delta.describe_channel_mismatch(weight)
+        if channel_error is not None:
+            logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")
+            bias = delta.compute_bias_change(CPU)
+            delta = read_delta({} if bias is None else {"diff_b": bias})
+    _check_delta_fits(lora, name, delta, parameter, option)
+    return delta
+
+
+def _check_delta_fits(
+    lora: LoraFile, name: str, delta: Delta, parameter: ChangedParameter, option: str
+) -> None:
+    """Raise CheckpointError if the shape of a module's weight or bias change does not fit the parameter."""
+    weight = parameter.unpacked
     for change in changes_of(LoraUse(lora), delta):
         target = weight
         target_name = name
-        if change.leaf == "bias":
+        if change.parameter_name == "bias":
             # a Linear or Conv2d without bias gets one as an addition to its output
             if not parameter.adds_to_output and not parameter.has("bias"):
                 raise CheckpointError(
@@ -713,12 +728,10 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
                 )
             target = weight.new_empty(len(weight))
             target_name = f"the bias of {name}"
-        # only for its errors; None: the LoRA's module is this weight, not a part of it
         change.fit(
-            None,
-            target,
+            related=None,
+            weight=target,
             name=target_name,
             model="this model",
             option=f"{option} ",
         )
-    return delta

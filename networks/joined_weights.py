@@ -31,41 +31,48 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
         return
     weights = [module.weight for module in modules]
     biases = [module.bias for module in modules if module.bias is not None]
-    # either all modules have a bias, or none
-    if len(biases) not in (0, len(modules)):
+    if not _can_be_joined(weights, biases, device):
         return
-    tensors: list[Tensor] = [*weights, *biases]
-    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    for parameters in (weights, biases):
+        if parameters:
+            joined = torch.cat([parameter.data for parameter in parameters])
+            views = joined.split([len(parameter) for parameter in parameters])
+            for parameter, view in zip(parameters, views, strict=True):
+                parameter.data = view
+
+
+def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor], device: torch.device) -> bool:
+    """Return whether weights and biases of several modules can be one matrix and one vector on a device."""
+    all_or_none_have_biases = len(biases) in (0, len(weights))
+    tensors = [*weights, *biases]
     dtype = weights[0].dtype
     # weights in other dtypes are cast in each pass, so they are not multiplied directly
-    if dtype not in (torch.bfloat16, torch.float16) or kinds != {(device, dtype)}:
-        return
-    if len({weight.shape[1:] for weight in weights}) > 1:
-        return
-    if not all(_is_alone(tensor) for tensor in tensors):
-        return
-    for group in (weights, biases):
-        if group:
-            parts = torch.cat([each.data for each in group]).split([len(each) for each in group])
-            for parameter, part in zip(group, parts, strict=True):
-                parameter.data = part
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    are_alike = all(tensor.device == device and tensor.dtype == dtype for tensor in tensors)
+    have_equal_inputs = len({weight.shape[1:] for weight in weights}) == 1
+    return (
+        all_or_none_have_biases
+        and is_half
+        and are_alike
+        and have_equal_inputs
+        and all(_owns_storage(tensor) for tensor in tensors)
+    )
 
 
-def _is_alone(tensor: Tensor) -> bool:
+def _owns_storage(tensor: Tensor) -> bool:
     """Return whether a tensor is not a view of a larger storage."""
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+def view_as_one_matrix(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return a view of the rows of all tensors if they are adjacent in memory; else None."""
     first = tensors[0]
     storage = first.untyped_storage().data_ptr()
-    end = first.storage_offset()
+    end = first.storage_offset()  # of the tensors before, in the storage
     num_rows = 0
     for tensor in tensors:
-        # begins where the tensor before it ends
-        is_next = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
-        if not (is_next and tensor.dtype == first.dtype and tensor.is_contiguous()):
+        is_adjacent = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
+        if not (is_adjacent and tensor.dtype == first.dtype and tensor.is_contiguous()):
             return None
         if tensor.shape[1:] != first.shape[1:]:
             return None
@@ -81,15 +88,17 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int
         total: Tensor to add to, M x (C of all parts), contiguous.
         left: Left matrices side by side, M x P R.
         right: Right matrices, transposed, one below another, (C of all parts) x R.
-        sizes: Sizes C of the parts; if they are equal, a single kernel computes all parts.
+        sizes: Sizes C of the parts; if they are equal, one batched product computes all parts.
     """
+    count = len(sizes)
     if len(set(sizes)) == 1:
-        # views as batches of equal parts
-        _parts(total, len(sizes)).baddbmm_(_parts(left, len(sizes)), _stack(right, len(sizes)).mT)
+        left_batch = _unstack_columns(left, count)
+        right_batch = _unstack_rows(right, count)
+        _unstack_columns(total, count).baddbmm_(left_batch, right_batch.mT)
         return
-    columns = zip(total.split(sizes, -1), left.chunk(len(sizes), -1), right.split(sizes), strict=True)
-    for part, factor, rows in columns:
-        part.addmm_(factor, rows.t())
+    parts = zip(total.split(sizes, -1), left.chunk(count, -1), right.split(sizes), strict=True)
+    for total_part, left_part, right_part in parts:
+        total_part.addmm_(left_part, right_part.t())
 
 
 def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -100,14 +109,17 @@ def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
         right: Right matrices one below another, (C of all parts) x R.
         sizes: Sizes C of the parts.
     """
+    count = len(sizes)
     rank = right.shape[1]
-    product = left.new_empty((len(left), len(sizes) * rank))
-    if len(set(sizes)) == 1:  # equal sizes: one batched product
-        torch.bmm(_parts(left, len(sizes)), _stack(right, len(sizes)), out=_parts(product, len(sizes)))
+    product = left.new_empty((len(left), count * rank))
+    if len(set(sizes)) == 1:
+        left_batch = _unstack_columns(left, count)
+        right_batch = _unstack_rows(right, count)
+        torch.bmm(left_batch, right_batch, out=_unstack_columns(product, count))
         return product
-    columns = zip(left.split(sizes, -1), right.split(sizes), product.split(rank, -1), strict=True)
-    for part, rows, target in columns:
-        torch.mm(part, rows, out=target)
+    parts = zip(left.split(sizes, -1), right.split(sizes), product.split(rank, -1), strict=True)
+    for left_part, right_part, target in parts:
+        torch.mm(left_part, right_part, out=target)
     return product
 
 
@@ -120,21 +132,20 @@ def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Te
         sizes: Sizes C of the parts.
     """
     count = len(sizes)
-    # parts of equal size: one batched product
     if len(set(sizes)) == 1:
-        return torch.bmm(_parts(left, count).mT, _parts(right, count)).flatten(0, 1)
+        return torch.bmm(_unstack_columns(left, count).mT, _unstack_columns(right, count)).flatten(0, 1)
     product = left.new_empty((left.shape[1], right.shape[1] // count))
-    columns = zip(left.split(sizes, -1), right.chunk(count, -1), product.split(sizes), strict=True)
-    for part, factor, target in columns:
-        torch.mm(part.t(), factor, out=target)
+    parts = zip(left.split(sizes, -1), right.chunk(count, -1), product.split(sizes), strict=True)
+    for left_part, right_part, target in parts:
+        torch.mm(left_part.t(), right_part, out=target)
     return product
 
 
-def _parts(matrix: Tensor, count: int) -> Tensor:
+def _unstack_columns(matrix: Tensor, count: int) -> Tensor:
     """Return a view of matrices side by side, M x P C, as P M C."""
     return matrix.unflatten(-1, (count, -1)).transpose(0, 1)
 
 
-def _stack(matrix: Tensor, count: int) -> Tensor:
+def _unstack_rows(matrix: Tensor, count: int) -> Tensor:
     """Return a view of matrices one below another, P C x R, as P C R."""
     return matrix.unflatten(0, (count, -1))

@@ -12,14 +12,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import PARTS, ROWS, SET
+from networks.deltas import FACTOR_NAMES, ROW_RANGE, SET_WEIGHT
 from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
-from networks.kinds.composing import FLAT
+from networks.kinds.composing import STORED_AS_VECTOR
 from networks.kinds.factors import Factors
 from networks.module_names import FAMILIES, alias, have_same_names, likely_families, module_path, sizes_fit
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
-from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
+from networks.rewriting import GLOBAL_ALPHA_KEYS, NEEDS_REWRITING, Rewritten, rewrite
 from networks.tensor_names import (
     IN_OUR_NAMES,
     ParsedKey,
@@ -33,7 +33,7 @@ from networks.tensor_names import (
 )
 
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
-_LEAVES = ("weight", "bias")
+_PARAMETER_NAMES = ("weight", "bias")
 # prefixes of tensor names in model files, removed in this order
 _MODEL_PREFIXES = (
     "model.diffusion_model.",
@@ -45,7 +45,7 @@ _MODEL_PREFIXES = (
     "net.",
 )
 # kinds of networks that are not supported -> endings of their tensor names
-_OTHER_KINDS = {
+_UNSUPPORTED_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     **{form: endings for kind in KINDS for form, endings in kind.unread.items()},
     "BOFT": (".boft_R", ".boft_s"),
@@ -63,14 +63,14 @@ class NativeTensors:
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
-    text_encoder: tuple[str, ...]  # keys for text encoders that are ignored, or that have no name of ours
-    texts: Mapping[str, Tensor]  # of text encoders, such as `lora_te1_text_model_....lora_down.weight`
-    unknown: tuple[str, ...]  # keys that do not belong to a LoRA
-    repeated: Mapping[str, str]  # key -> an earlier key with the same meaning
-    clash: tuple[str, str] | None  # two keys with the same meaning and different values
+    unnamed_text_keys: tuple[str, ...]  # for text encoders, but ignored or without a name of ours
+    text_tensors: Mapping[str, Tensor]  # of text encoders: `lora_te1_text_model_....lora_down.weight`
+    unknown_keys: tuple[str, ...]  # keys that do not belong to a LoRA
+    duplicate_keys: Mapping[str, str]  # key -> an earlier key with the same meaning
+    conflicting_keys: tuple[str, str] | None  # two keys with the same meaning and different values
     # our name of a module -> its path in the file, without prefix: `blocks.0.attn1.to_q`
-    paths: Mapping[str, str]
-    stacked: Mapping[str, int]  # our name of a module -> number of LoRAs that were joined into its factors
+    paths_in_file: Mapping[str, str]
+    joined_lora_counts: Mapping[str, int]  # our name of a module -> number of LoRAs in its factors
     families: tuple[FamilyNames, ...]  # families that have such names and sizes
     family_name: str | None  # the only family whose files have this form of names; None if there are several
     unknown_names: str  # description of the names if no family has them; else ""
@@ -86,8 +86,8 @@ class NativeTensors:
 class _ParsedKeys(NamedTuple):
     """The parsed keys of a file, by key, and the keys that do not belong to a LoRA."""
 
-    in_dit: dict[str, ParsedKey]
-    in_texts: dict[str, ParsedTextKey]
+    of_dit: dict[str, ParsedKey]
+    of_text_encoders: dict[str, ParsedTextKey]
     unknown: list[str]
 
 
@@ -104,67 +104,63 @@ def to_native(
         family_hint: Family that the user or the metadata name.
         with_texts: Whether to rename tensors of text encoders too.
     """
-    # files must not contain our internal marker
-    internal = tuple(key for key in tensors if ROWS in key)
-    rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    internal_keys = tuple(key for key in tensors if ROW_RANGE in key)  # files must not contain them
+    rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal_keys}, {})
     # some programs' fused or numbered factors become one LoRA for each module
-    if any(MARKS.search(key) for key in rewritten.tensors):
+    if any(NEEDS_REWRITING.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
 
-    # the family: by the dialect, by module names and sizes, and by the form of the names
     keys = _parse_keys(rewritten.tensors)
-    dialects = sorted({parsed.dialect for parsed in keys.in_dit.values()})
+    dialects = sorted({parsed.dialect for parsed in keys.of_dit.values()})
     family_name: str | None = rewritten.family_name or None
     for dialect in dialects:
         family_name = family_name or _FAMILY_OF_DIALECT.get(dialect)
     hint = family_hint or family_name
-    families = _find_families(keys.in_dit, rewritten.tensors, hint)
+    families = _find_families(keys.of_dit, rewritten.tensors, hint)
     if len(families) > 1:
-        families = _families_by_form(families, keys)
+        families = _narrow_families(families, keys)
         if len(families) == 1:
             family_name = families[0].name
-
-    # our name of each key
-    modules = _our_modules(keys.in_dit, families)
-    names = {key: f"{modules[parsed.path]}.{parsed.part}" for key, parsed in keys.in_dit.items()}
-    text_names: dict[str, str] = {}
-    if with_texts:
-        text_names = _name_texts(keys.in_texts, _find_family_for_texts(keys.in_texts, families, hint))
-
-    first_keys: dict[str, str] = {}  # our name -> the first key with this meaning
-    repeated: dict[str, str] = {}
-    for key, name in (names | text_names).items():
-        if first_keys.setdefault(name, key) != key:
-            # two keys of the file mean the same tensor
-            repeated[key] = first_keys[name]
     unknown_names = ""
     if not families:
-        unknown_names = describe_unknown(parsed.full_path for parsed in keys.in_dit.values())
+        unknown_names = describe_unknown(parsed.full_path for parsed in keys.of_dit.values())
+
+    our_modules = _map_paths_to_our_names(keys.of_dit, families)
+    our_names = {key: f"{our_modules[parsed.path]}.{parsed.part}" for key, parsed in keys.of_dit.items()}
+    text_names: dict[str, str] = {}
+    if with_texts:
+        text_family = _find_family_for_texts(keys.of_text_encoders, families, hint)
+        text_names = _map_text_keys_to_our_names(keys.of_text_encoders, text_family)
+    first_keys: dict[str, str] = {}  # our name -> the first key with this meaning
+    duplicate_keys: dict[str, str] = {}
+    for key, name in (our_names | text_names).items():
+        if first_keys.setdefault(name, key) != key:
+            duplicate_keys[key] = first_keys[name]
     return NativeTensors(
-        tensors=_rename(names, first_keys, rewritten.tensors),
+        tensors=_rename(our_names, first_keys, rewritten.tensors),
         dialect=" + ".join(dialects),
-        text_encoder=tuple(key for key in keys.in_texts if key not in text_names),
-        texts=_rename(text_names, first_keys, rewritten.tensors),
-        unknown=(*keys.unknown, *internal),
-        repeated=repeated,
-        clash=_find_clash(repeated, rewritten.tensors),
-        paths={modules[parsed.path]: parsed.path for parsed in keys.in_dit.values()},
-        stacked=_count_stacked(rewritten.stacked, names),
+        unnamed_text_keys=tuple(key for key in keys.of_text_encoders if key not in text_names),
+        text_tensors=_rename(text_names, first_keys, rewritten.tensors),
+        unknown_keys=(*keys.unknown, *internal_keys),
+        duplicate_keys=duplicate_keys,
+        conflicting_keys=_find_conflicting_keys(duplicate_keys, rewritten.tensors),
+        paths_in_file={our_modules[parsed.path]: parsed.path for parsed in keys.of_dit.values()},
+        joined_lora_counts=_count_joined_loras(rewritten.joined_lora_counts, our_names),
         families=tuple(families),
         family_name=family_name,
         unknown_names=unknown_names,
     )
 
 
-def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
+def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
     """Count the LoRAs that were joined into each module's factors, by our name of the module.
 
     Args:
-        stacked: Key of a joined factor -> number of factors that were joined into it.
+        joined_lora_counts: Key of a joined factor -> number of factors that were joined into it.
         names: Key -> our name of the tensor.
     """
     counts: dict[str, int] = {}
-    for key, count in stacked.items():
+    for key, count in joined_lora_counts.items():
         if key in names:
             module = names[key].partition(".")[0]
             counts[module] = count
@@ -182,22 +178,23 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
     """
     paths: dict[str, str] = {}
     for key in tensors:
-        module, _, part = key.partition(".")
+        module, _, factor_name = key.partition(".")
         path = module.removeprefix(OURS)
-        # another prefix, an unknown part, another program's spelling, or no module of the family
-        if path == module or part not in PARTS or FLAT.search(key) or module_path(path, family) is None:
+        has_other_prefix = path == module
+        has_other_spelling = factor_name not in FACTOR_NAMES or STORED_AS_VECTOR.search(key) is not None
+        if has_other_prefix or has_other_spelling or module_path(path, family) is None:
             return None
         paths[module] = path
     return NativeTensors(
         tensors=dict(tensors),
         dialect=IN_OUR_NAMES,
-        text_encoder=(),
-        texts={},
-        unknown=(),
-        repeated={},
-        clash=None,
-        paths=paths,
-        stacked={},
+        unnamed_text_keys=(),
+        text_tensors={},
+        unknown_keys=(),
+        duplicate_keys={},
+        conflicting_keys=None,
+        paths_in_file=paths,
+        joined_lora_counts={},
         families=(family,),
         family_name=None,
         unknown_names="",
@@ -211,10 +208,10 @@ def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
         parsed_text = split_text(key)
         parsed = None if parsed_text is not None else split_key(key)
         if parsed_text is not None:
-            keys.in_texts[key] = parsed_text
+            keys.of_text_encoders[key] = parsed_text
         elif parsed is not None:
-            keys.in_dit[key] = parsed
-        elif key not in FOR_ALL:
+            keys.of_dit[key] = parsed
+        elif key not in GLOBAL_ALPHA_KEYS:
             keys.unknown.append(key)
     return keys
 
@@ -230,35 +227,35 @@ def _find_families(
     return families_of(factors, hint) if factors else []
 
 
-def _families_by_form(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
+def _narrow_families(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
     """Narrow the possible families down by the form of the names and by the number of text encoders.
 
     Underscored aliases (`lora_unet_input_blocks_...`) occur only in files of families that use aliases, and a
     second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
     returned.
     """
-    max_number = max((parsed.number for parsed in keys.in_texts.values()), default=1)
+    last_encoder = max((parsed.number for parsed in keys.of_text_encoders.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
         # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
-        has_prefix = any(start.endswith(str(max_number)) for start, _ in family.encoders)
-        if has_prefix or len(family.encoders) >= max_number:
+        has_prefix = any(start.endswith(str(last_encoder)) for start, _ in family.encoders)
+        if has_prefix or len(family.encoders) >= last_encoder:
             by_texts.append(family)
     by_texts = by_texts or [*families]
-    underscored = {parsed.path for parsed in keys.in_dit.values() if "." not in parsed.path}
+    underscored = {parsed.path for parsed in keys.of_dit.values() if "." not in parsed.path}
     if not underscored:
         return by_texts
     by_aliases: list[FamilyNames] = []
     for family in by_texts:
         has_aliases = any(alias(path, family) != path for path in underscored)
-        # names that are no aliases of the family fit it anyway
-        if not has_aliases or family.always_underscored == "aliases":
+        uses_aliases = family.always_underscored == "aliases"
+        if uses_aliases or not has_aliases:
             by_aliases.append(family)
     return by_aliases or by_texts
 
 
-def _our_modules(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Return our names of modules by their paths in the file.
+def _map_paths_to_our_names(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
+    """Map paths of modules in the file, such as `blocks.0.attn1.to_q`, to our names with our prefix.
 
     A path of another layout is translated only if all possible families translate it in the same way.
     """
@@ -282,20 +279,20 @@ def _find_family_for_texts(
 
     Args:
         keys: Parsed keys of text encoders.
-        families: Possible families by the names of the DiT's modules.
+        families: Possible families by the names of the DiT's modules; none if the file has no such modules.
         hint: Family that the user or the metadata name, for a file of text encoders alone.
     """
-    max_number = max((parsed.number for parsed in keys.values()), default=1)  # text encoders count from 1
-    # a family with fewer encoders than the file names is not meant, if there are others
-    likely = [family for family in families if len(family.encoders) >= max_number] or families[:1]
+    num_encoders = max((parsed.number for parsed in keys.values()), default=1)  # they count from 1
+    likely = [family for family in families if len(family.encoders) >= num_encoders] or families[:1]
     if likely:
         has_same_encoders = len({family.encoders for family in likely}) == 1
         return likely[0] if has_same_encoders else None
-    # the file has no modules of a DiT
     return next((family for family in FAMILIES if family.name == hint), None)
 
 
-def _name_texts(keys: Mapping[str, ParsedTextKey], family: FamilyNames | None) -> dict[str, str]:
+def _map_text_keys_to_our_names(
+    keys: Mapping[str, ParsedTextKey], family: FamilyNames | None
+) -> dict[str, str]:
     """Map keys of text encoders to our names; keys without a name of ours are left out."""
     names: dict[str, str] = {}
     for key, parsed in keys.items():
@@ -319,21 +316,22 @@ def _rename(
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
     renamed: dict[str, Tensor] = {}
-    for key in FOR_ALL:
+    for key in GLOBAL_ALPHA_KEYS:
         if key in tensors:
             renamed |= {f"{module}.alpha": tensors[key] for module in modules}
-    # `names` has a name for each key; of several keys with one name, the first is used
     for name in names.values():  # an alpha of a module replaces the alpha for all
         key = first_keys[name]
         tensor = tensors[key]
-        if FLAT.search(key):  # a vector of magnitudes becomes a column
+        if STORED_AS_VECTOR.search(key):
             inner_axes = max(tensor.ndim - 1, 1)
             tensor = tensor.reshape(-1, *[1] * inner_axes)
         renamed[name] = tensor
     return renamed
 
 
-def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def _find_conflicting_keys(
+    repeated: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> tuple[str, str] | None:
     """Return two keys with the same meaning but different values; None if there are none.
 
     `repeated` maps each repeated key to the first key with the same meaning.
@@ -353,23 +351,23 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     `transformer_2`. The key of an alpha for all modules is in each group.
     """
     names = list(names)
-    experts = {name: further_expert(name) for name in names}
-    if not any(experts.values()):
+    experts = {name: further_expert(name) for name in names}  # None for names of the first network
+    has_single_network = not any(experts.values())
+    if has_single_network:
         return {None: names}
+    first_expert = find_networks()[IN_DIFFUSERS]
+    global_alphas = [name for name in names if name in GLOBAL_ALPHA_KEYS]
     by_expert: dict[str | None, list[str]] = {}
-    alpha_names = [name for name in names if name in FOR_ALL]
     for name, expert in experts.items():
-        if name not in FOR_ALL:
-            expert = expert or find_networks()[IN_DIFFUSERS]  # the first network has no number
-            # each group begins with the alphas for all modules
-            by_expert.setdefault(expert, [*alpha_names]).append(name)
+        if name not in GLOBAL_ALPHA_KEYS:
+            by_expert.setdefault(expert or first_expert, [*global_alphas]).append(name)
     return by_expert
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
     """Return an unsupported kind of network and a key that shows it; None if there is no such key."""
     for key in keys:
-        for kind, endings in _OTHER_KINDS.items():
+        for kind, endings in _UNSUPPORTED_KINDS.items():
             if key.endswith(endings):
                 return kind, key
     return None
@@ -381,13 +379,13 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
     """
-    path, _, leaf = name.rpartition(".")
-    if leaf not in _LEAVES:
+    path, _, parameter_name = name.rpartition(".")
+    if parameter_name not in _PARAMETER_NAMES:
         path = name
-        leaf = "weight"
+        parameter_name = "weight"
     for prefix in _MODEL_PREFIXES:
         path = path.removeprefix(prefix)
-    return path.replace(".", "_"), leaf
+    return path.replace(".", "_"), parameter_name
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
@@ -410,12 +408,12 @@ def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
     """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
-    if delta.is_part:  # the factors are those of a larger layer
-        size = delta.size()
-        return None if size is None else (delta.height() or 0, size[1])
-    full = delta.factors.get("diff", delta.factors.get(SET))
+    if delta.has_row_range:  # the factors are those of a larger layer
+        size = delta.matrix_size()
+        return None if size is None else (delta.count_rows() or 0, size[1])
+    full = delta.factors.get("diff", delta.factors.get(SET_WEIGHT))
     try:
-        shape = delta.shape() if full is None else tuple(full.shape)
+        shape = delta.change_shape() if full is None else tuple(full.shape)
     except MismatchError:  # not reported here, because messages about damaged files name the family too
         return None
     if not shape or 0 in shape:

@@ -13,13 +13,13 @@ from checkpoints.opening import open_checkpoint, reject_quantized
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
-from networks.alphas import read_alphas, unfold
+from networks.alphas import read_alphas, restore_folded_alphas
 from networks.delta import read_deltas
-from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
+from networks.deltas import SET_WEIGHT, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.fused_parts import mend_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
-from networks.kinds.composing import OF_MAGNITUDES, list_additive, list_read_kinds
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive, list_read_kinds
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
 from networks.metadata import (
@@ -329,23 +329,23 @@ def _read_part(
         is_written_here: Whether the file was written by us.
     """
     tensors = dict(native.tensors)
-    text_tensors = dict(native.texts)
+    text_tensors = dict(native.text_tensors)
     if is_written_here and FOLDED in metadata:  # alpha / rank is in the factors: restore the alphas
-        tensors = unfold(tensors, metadata)
-        text_tensors = unfold(text_tensors, metadata)
+        tensors = restore_folded_alphas(tensors, metadata)
+        text_tensors = restore_folded_alphas(text_tensors, metadata)
     if not is_written_here:  # other programs also write parts that change nothing
         tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
         text_tensors, replaced_in_texts = drop_replaced(drop_unused_alphas(text_tensors))
         names = [*replaced, *replaced_in_texts]
         if names:
             logger.warning(
-                f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as "
-                f"in ComfyUI: {list_some(names, 2)}"
+                f"{path}: {SET_WEIGHT} takes the place of the other parts of "
+                f"{count_of(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
-    native = replace(native, tensors=tensors, texts=text_tensors)
+    native = replace(native, tensors=tensors, text_tensors=text_tensors)
     modules = group_by_module(tensors) | group_by_module(text_tensors)
-    _reject_faulty(path, modules, native.unknown)
+    _reject_faulty(path, modules, native.unknown_keys)
     alpha_clause = ""
     lacks_alpha = any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values())
     if lacks_alpha:
@@ -356,7 +356,7 @@ def _read_part(
             expert=expert,
             is_written_here=is_written_here,
         )
-        alpha_clause = alphas.words
+        alpha_clause = alphas.description
         # alphas of the transformer carry its prefix, all others are for text encoders
         dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
         text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in dit_alphas}
@@ -400,9 +400,10 @@ def _recognize(
     if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
-            f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
+            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its writer has them "
+            "there"
         )
-    if not native.tensors and not native.texts:
+    if not native.tensors and not native.text_tensors:
         raise _make_no_lora_error(path, stored)
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
@@ -411,7 +412,7 @@ def _recognize(
         # some programs order the rows of fused weights by head
         tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
         native = replace(native, tensors=tensors)
-    if native.text_encoder or native.repeated or native.unknown:
+    if native.unnamed_text_keys or native.duplicate_keys or native.unknown_keys:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
     return native, metadata
 
@@ -428,7 +429,7 @@ def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) ->
 
 def _reject_clash(path: Path, native: NativeTensors) -> None:
     """Raise CheckpointError if a file changes one layer under two names."""
-    clash = native.clash or _named_twice(native)
+    clash = native.conflicting_keys or _named_twice(native)
     if clash:
         first, second = clash
         raise CheckpointError(
@@ -472,7 +473,7 @@ def _describe_part(
         expert: Expert of the part; None if names in the file do not show it.
     """
     modules = count_of(len(group_by_module(native.tensors)), "module")
-    num_text_modules = len(group_by_module(native.texts))
+    num_text_modules = len(group_by_module(native.text_tensors))
     if num_text_modules:
         modules = f"{modules} and {num_text_modules} of text encoders"
     clauses = [modules, dialect_in_words(native.dialect)]
@@ -524,7 +525,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
-        pair = next(_find_pairs(family, native.paths), None)
+        pair = next(_find_pairs(family, native.paths_in_file), None)
         if pair is None:
             return None
         pairs.append(pair)
@@ -555,13 +556,13 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
         total: Number of all keys in the file.
     """
     ignored = (
-        (native.text_encoder, "tensors of a text encoder are ignored"),
-        (list(native.repeated), "tensors of parts named once more are ignored"),
+        (native.unnamed_text_keys, "tensors of a text encoder are ignored"),
+        (list(native.duplicate_keys), "tensors of parts named once more are ignored"),
     )
     for keys, description in ignored:
         if keys:
             logger.warning(f"{path}: {count_words(len(keys), description)}: {list_some(keys)}")
-    names_by_reason = group_by_reason(native.unknown, partial(explain_unused_tensor, family))
+    names_by_reason = group_by_reason(native.unknown_keys, partial(explain_unused_tensor, family))
     for reason, names in names_by_reason.items():
         warn_of_unused_parts(
             path,
@@ -637,7 +638,7 @@ class LoraUse:
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
 
-    def keeps(self, factors: Iterable[str], *names: str) -> bool:
+    def selects(self, factors: Iterable[str], *names: str) -> bool:
         """Return whether the patterns select any factor of a module.
 
         Args:
@@ -817,7 +818,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
 
 def _keeps_any(use: LoraUse, modules: Mapping[str, Factors]) -> bool:
     """Return whether the patterns of a LoRA select any of these modules."""
-    return any(use.keeps(factors, name) for name, factors in modules.items())
+    return any(use.selects(factors, name) for name, factors in modules.items())
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:

@@ -308,7 +308,7 @@ def _factors_for_network(
         lora: The LoRA file.
         network_modules: Factors of the network's modules, by name.
     """
-    from networks.fused_parts import for_model  # only for --network_weights
+    from networks.fused_parts import convert_fused_layers  # only for --network_weights
 
     num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
     # a rotation applies to all rows, so any number will do
@@ -317,7 +317,7 @@ def _factors_for_network(
             num_rows[name] = 1
     text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
     # split or joined as the network's modules are; it asks for their rows by name
-    tensors = for_model({**lora.tensors, **text_tensors}, num_rows.get)
+    tensors = convert_fused_layers({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 

@@ -23,7 +23,7 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, LORA, group_by_module, hollow, strength
+from networks.deltas import CPU, LORA_FACTORS, group_by_module, hollow, scaling_of
 from networks.depth_variants import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
@@ -331,7 +331,7 @@ def merge_into_file(
             tensor = checkpoint.read(name)  # not mapped from the file, so it may be changed in place
             check_finite(model, name, tensor)
             written_dtype = written[name].dtype
-            if not patch.touches(name):
+            if not patch.changes_parameter(name):
                 return tensor.to(written_dtype)
             # for another dtype, the sum stays in float32 and is rounded once
             weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
@@ -512,7 +512,7 @@ def _list_summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
         lora = use.lora
         tensors = {**in_own_form(lora.tensors, lora.family()), **lora.text_tensors}
         for name, factors in group_by_module(tensors).items():
-            if set(factors) - {"alpha"} != set(LORA):
+            if set(factors) - {"alpha"} != set(LORA_FACTORS):
                 raise CheckpointError(
                     f"{lora.path} cannot be merged into a LoRA: {name} has {', '.join(sorted(factors))}.\n"
                     "  Only plain LoRAs can; merge it into the model instead.",
@@ -572,7 +572,7 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
                     f"{change.in_words()} there, {first.in_words()} here. Give LoRAs for one model.",
                     summand.lora.path,
                 )
-        scale = summand.multiplier * strength(summand.factors)
+        scale = summand.multiplier * scaling_of(summand.factors)
         root = abs(scale) ** 0.5  # split between both factors, so that neither underflows in 16 bits
         signed_root = root if scale >= 0 else -root  # the sign goes into one factor only
         scaled.append(_LowRank(change.down * signed_root, change.up * root))

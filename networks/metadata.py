@@ -19,7 +19,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
 from networks.deltas import group_by_module, hollow, rank_of
-from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES, sizes_by_word
+from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES, sizes_by_word
 from networks.kinds.factors import Factors
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
@@ -181,10 +181,10 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     hollow_tensors = {name: hollow(checkpoint.tensors[name]) for name in names}
     native = key_formats.to_native(hollow_tensors, hint)
     in_dit = group_by_module(native.tensors)
-    in_texts = group_by_module(native.texts)
+    in_texts = group_by_module(native.text_tensors)
     modules = in_dit | in_texts
     # in a whole model, some names may look like those of a LoRA
-    if not modules or 2 * len(native.unknown) > len(names):
+    if not modules or 2 * len(native.unknown_keys) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
     # no family has these names: believe the metadata
@@ -222,8 +222,8 @@ def _describe_kinds(modules: Mapping[str, Factors]) -> str:
     """Return the kinds of a network by the factors of its modules: `a LoHa and LoRA`."""
     parts = {part for factors in modules.values() for part in factors}
     if MAGNITUDES in parts:
-        return f"a {OF_MAGNITUDES}"
-    kinds = {kind.name: kind for mark, kind in MARKS.items() if mark in parts}
+        return f"a {MAGNITUDE_KIND_NAME}"
+    kinds = {kind.name: kind for mark, kind in KIND_BY_FACTOR.items() if mark in parts}
     if not kinds:
         return "a whole differences of weights"
     names = sorted(kinds)

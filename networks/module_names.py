@@ -376,7 +376,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[RelatedModule]":
             for theirs, ours in each_family.aliases:
                 if theirs.replace(".", "_") in foreign_names:
                     parts.append(WeightPart(theirs, ours))
-        # `theirs` is a name in the other layout, `ours` the weight here; each is the relative of the other
+        # `theirs` is a name in the other layout, `ours` the weight here; each is related to the other
         for part in parts:
             pairs.append((part.ours, RelatedModule(part.theirs, part, is_part=True)))
             pairs.append((part.theirs, RelatedModule(part.ours, part, is_part=False)))

@@ -133,7 +133,7 @@ def _select_targets(
                 split_sizes=settings.split_sizes_of(path, module) if settings.splits_fused_layers else (),
                 rate_factor=1.0
                 if settings.block_settings is None
-                else settings.block_settings.factor_of(path),
+                else settings.block_settings.rate_factor_of(path),
             )
     if settings.pattern_ranks:
         log_overlaps("network_reg_dims", settings.pattern_ranks, matches)
@@ -223,7 +223,7 @@ def _size_by_block_and_type(path: str, module: LoraModule, settings: LoraSetting
     # 1x1 convolutions count as linear layers
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.block_settings is not None:
-        block_size = settings.block_settings.size_of(path, is_convolution)
+        block_size = settings.block_settings.rank_and_alpha_of(path, is_convolution)
         if block_size is not None:
             rank, alpha = block_size
             default_alpha = settings.conv_alpha if is_convolution else settings.alpha
@@ -432,10 +432,10 @@ def _factors_for(
     modules_by_name: Mapping[str, ModuleWithPath], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Convert tensors of any layout to the model's modules; return the factors by module name."""
-    from networks.fused_parts import for_model  # only for a file or a state
+    from networks.fused_parts import convert_fused_layers  # only for a file or a state
 
     num_rows = {name: len(target.module.weight) for name, target in modules_by_name.items()}
-    return group_by_module(add_missing_alphas(for_model(tensors, num_rows.get)))
+    return group_by_module(add_missing_alphas(convert_fused_layers(tensors, num_rows.get)))
 
 
 def _list_encoder_modules(encoder: nn.Module) -> Iterator[ModuleWithPath]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from networks.delta import read_delta
-from networks.deltas import LORA, OF_BIAS, SET, strength
+from networks.deltas import BIAS_FACTORS, LORA_FACTORS, SET_WEIGHT, scaling_of
 from networks.fused_parts import joined_blocks
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
@@ -42,19 +42,19 @@ _FUSED_PARTS = {
     "kv": ("to_k", "to_v"),
 }
 # names of a tensor that is the alpha of all modules without their own
-FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
+GLOBAL_ALPHA_KEYS = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
     """The tensors of a LoRA file after fused and numbered factors became one LoRA per module."""
 
     tensors: dict[str, Tensor]
-    stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
+    joined_lora_counts: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
     family_name: str = ""  # the only family with files of this form; "" if there are several
 
 
 # matches a name in files that `rewrite` changes; of numbered factors, the one with the number 1
-MARKS = re.compile(
+NEEDS_REWRITING = re.compile(
     r"\.processor\.|to_(?:added_)?q?kv\.|\.lora_(?:A|B|down|up)\.1\.weight|[._]1\.lora_(?:A|B|down|up)\.weight"
 )
 
@@ -141,7 +141,7 @@ def _split_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
     parts: list[Factors] = []
     first_row = 0
     for num_rows in split_sizes:
-        parts.append(delta.part(first_row, first_row + num_rows).factors)
+        parts.append(delta.slice_rows(first_row, first_row + num_rows).factors)
         first_row += num_rows
     return parts
 
@@ -171,7 +171,7 @@ def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
     remaining rows equally.
     """
-    size = read_delta(factors).size()
+    size = read_delta(factors).matrix_size()
     if size is None:
         return ()
     full_height, width = size
@@ -190,7 +190,11 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether all factors that are cut by rows have the rows of the full layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
-    by_rows = (read_delta(factors).row_parts() or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
+    by_rows = (read_delta(factors).find_factors_with_rows() or set()) | factors.keys() & {
+        "diff",
+        SET_WEIGHT,
+        *BIAS_FACTORS,
+    }
     return all(len(factors[part]) == height for part in by_rows)
 
 
@@ -200,8 +204,10 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
     Modules without their own alpha have the alpha for all modules, if the file has one.
     """
     joined = dict(tensors)
-    stacked: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
-    alphas_for_all = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
+    joined_lora_counts: dict[str, int] = {}  # name of a joined down factor -> number of LoRAs in it
+    alphas_for_all = [
+        tensors[key] for key in GLOBAL_ALPHA_KEYS if key in tensors and tensors[key].numel() == 1
+    ]
     alpha_for_all = alphas_for_all[0] if alphas_for_all else None
     for module, keys_by_number in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_for_all)
@@ -216,8 +222,8 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
         joined.pop(f"{module}.alpha", None)
         for part, tensor in _build_diagonal(loras).items():
             joined[f"{module}.{part}"] = tensor
-        stacked[f"{module}.{DOWN}"] = len(loras)
-    return Rewritten(joined, stacked)
+        joined_lora_counts[f"{module}.{DOWN}"] = len(loras)
+    return Rewritten(joined, joined_lora_counts)
 
 
 def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]) -> bool:
@@ -229,7 +235,7 @@ def _can_be_joined(module: str, numbers: Sequence[int], loras: Sequence[Factors]
         return False
     if len(numbers) not in count_parts(module):  # no model fuses so many parts into this module
         return False
-    return all(set(LORA) <= set(piece) and piece[UP].ndim == 2 for piece in loras)
+    return all(set(LORA_FACTORS) <= set(piece) and piece[UP].ndim == 2 for piece in loras)
 
 
 def _order_loras(
@@ -266,7 +272,7 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
 
 def _build_diagonal(loras: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs for consecutive rows into one LoRA with a block-diagonal up factor."""
-    scales = [strength(piece) for piece in loras]  # alpha / rank
+    scales = [scaling_of(piece) for piece in loras]  # alpha / rank
     scale = scales[0]
     ups = [piece[UP] for piece in loras]
     down = torch.cat([piece[DOWN] for piece in loras])

@@ -17,7 +17,13 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from networks.joined_weights import MAX_JOINED, add_products, joined, multiply_parts, multiply_transposed
+from networks.joined_weights import (
+    MAX_JOINED,
+    add_products,
+    multiply_parts,
+    multiply_transposed,
+    view_as_one_matrix,
+)
 from networks.lora_products import add_product, project_in_place_gradient, rows_of
 
 
@@ -121,8 +127,8 @@ class SharedInput:
             num_rows = x.numel() // x.shape[-1]
             # one product for all layers saves kernel launches, which only matter for small outputs
             if num_rows * sum(split_sizes) <= MAX_JOINED:
-                joined_weight = joined(weights)
-                joined_bias = joined(biases) if joined_weight is not None and biases else None
+                joined_weight = view_as_one_matrix(weights)
+                joined_bias = view_as_one_matrix(biases) if joined_weight is not None and biases else None
             outputs: Sequence[Tensor]
             # joined unless there are biases that could not be joined
             if joined_weight is not None and (joined_bias is not None or not biases):

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
-from networks.deltas import PARTS
+from networks.deltas import FACTOR_NAMES
 from networks.kinds import KINDS
 from networks.kinds.composing import ENDS, MAGNITUDES, SPELLINGS
 from networks.module_names import FAMILIES, is_known_module
@@ -83,7 +83,7 @@ _ENDINGS = {
     ".w_norm": "diff",  # LyCORIS, of norms
     ".b_norm": "diff_b",
     **dict.fromkeys((".lora_alpha", ".network_alpha", ".lora.alpha"), "alpha"),
-    **{f".{part}": part for part in PARTS},
+    **{f".{part}": part for part in FACTOR_NAMES},
 }
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 # `.lora_A.weight`, `.lora.down.weight`, `.lora_linear_layer.up.weight`; `.lora_A`, a bare parameter; PEFT's
@@ -208,7 +208,7 @@ def split_end(key: str) -> tuple[str, str]:
     match = _FACTOR.search(key)
     if match is not None:
         part = f"{FACTORS[match['factor']]}{match['leaf'] or '.weight'}"
-        return (key[: match.start()], part) if part in PARTS else (key, "")
+        return (key[: match.start()], part) if part in FACTOR_NAMES else (key, "")
     key = in_default_spelling(key)
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
     return key.removesuffix(ending), _ENDINGS.get(ending, "")

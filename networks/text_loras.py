@@ -146,7 +146,7 @@ class TextLoras:
             return
         patch = LoraPatch(uses, rounding=self._rounding)
         for name, parameter in network.named_parameters():
-            if parameter.dtype.itemsize == 1 and patch.touches(published_parameter(name)):
+            if parameter.dtype.itemsize == 1 and patch.changes_parameter(published_parameter(name)):
                 raise CheckpointError(
                     f"{uses[0].lora.path} changes the text encoder {label}, whose weights are kept in 8 "
                     "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT alone.",
@@ -255,9 +255,9 @@ class FullPatch:
             text_uses = uses_for(renamed_uses, prefix)
             self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
-    def touches(self, name: str) -> bool:
+    def changes_parameter(self, name: str) -> bool:
         """Return whether any file changes the tensor of this name."""
-        return any(patch.touches(piece.name) for piece, patch in self._list_pieces(name))
+        return any(patch.changes_parameter(piece.name) for piece, patch in self._list_pieces(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Add the changes to the tensor in place, one piece (the weight of one module) at a time.

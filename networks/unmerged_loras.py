@@ -12,7 +12,7 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.apply import Change, LoraPatch
-from networks.gated_loras import AddedLayer, AddedPart, ChangedParameter, find_parameters
+from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, find_parameters
 from networks.kinds.contract import named
 from networks.loading import LoraUse
 from networks.rank_masks import rule_of
@@ -34,16 +34,16 @@ def add_unmerged(
     for name, weight_changes in changes.items():
         parameter = ChangedParameter(name, dit.get_submodule(name.removesuffix(".weight")))
         num_rows = len(parameter.unpacked)
-        parts = [AddedPart(parameter, change.delta, change.use.multiplier) for change in weight_changes]
-        for part, change in zip(parts, weight_changes, strict=True):
-            part.mask_ranks(dit, change.use.lora.metadata)
+        branches = [LoraBranch(parameter, change.delta, change.use.multiplier) for change in weight_changes]
+        for branch, change in zip(branches, weight_changes, strict=True):
+            branch.mask_ranks(dit, change.use.lora.metadata)
             # a rotation takes all inputs, and selects its outputs itself
-            if part.rotation is not None:
-                part.rows = change.rows
+            if branch.rotation is not None:
+                branch.output_rows = change.rows
             elif change.rows is not None:  # only some of the outputs change: pad the others with zeros
                 padding = (change.rows.start, num_rows - change.rows.stop)
-                part.region = partial(functional.pad, pad=padding)
-        layer = AddedLayer(parameter, parts)
+                branch.apply_region = partial(functional.pad, pad=padding)
+        layer = LoraWrapper(parameter, branches)
         layer.attach()
         layer.switch_on(device, dtype)
 
@@ -70,7 +70,7 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
     for parameter in find_parameters(dit).values():
         name = parameter.path
         # no LoRA changes this parameter
-        if not patch.touches(name):
+        if not patch.changes_parameter(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
             rule = rule_of(uses[0].lora.metadata)

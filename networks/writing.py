@@ -12,10 +12,10 @@ from torch import Tensor
 
 from networks import deltas, module_names
 from networks.delta import read_delta
-from networks.deltas import LORA, SET, add_missing_alphas
-from networks.fused_parts import cut_blocks, fuse, resolve_rows
+from networks.deltas import LORA_FACTORS, SET_WEIGHT, add_missing_alphas
+from networks.fused_parts import cut_blocks, join_parts, resolve_rows
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, kinds_of_parts
+from networks.kinds.composing import MAGNITUDE_KIND_NAME, MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_sizes
@@ -85,7 +85,7 @@ def _to_comfyui(modules: Mapping[str, Factors], family: FamilyNames) -> Translat
     plain_loras: dict[str, Factors] = {}
     other_modules: dict[str, Factors] = {}
     for name, factors in modules.items():
-        if is_split_in_diffusers and factors.keys() <= deltas.OF_LOW_RANK:
+        if is_split_in_diffusers and factors.keys() <= deltas.PLAIN_LORA_FACTORS:
             plain_loras[name] = factors
         else:
             other_modules[name] = factors
@@ -211,14 +211,22 @@ def _name_tensors(
 
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return the tensors of a module as ComfyUI reads them; a bias becomes a full difference."""
-    tensors = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
+    tensors = {
+        part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.BIAS_FACTORS)
+    }
     rank = deltas.rank_of(factors)
-    if tensors.keys() <= {*LORA, "diff", MAGNITUDES}:  # alpha can be folded into the factors of a LoRA
-        tensors = _fold(factors) | {part: tensor for part, tensor in tensors.items() if part not in LORA}
+    if tensors.keys() <= {
+        *LORA_FACTORS,
+        "diff",
+        MAGNITUDES,
+    }:  # alpha can be folded into the factors of a LoRA
+        tensors = _fold(factors) | {
+            part: tensor for part, tensor in tensors.items() if part not in LORA_FACTORS
+        }
     elif rank is not None:
         # an alpha of 0 stands for the rank, and is written as the rank
-        tensors["alpha"] = torch.tensor(deltas.strength(factors) * rank)
-    bias = read_delta(factors).stored_bias()
+        tensors["alpha"] = torch.tensor(deltas.scaling_of(factors) * rank)
+    bias = read_delta(factors).bias_in_file_dtype()
     if bias is not None:
         tensors["diff_b"] = bias
     return tensors
@@ -229,20 +237,22 @@ def _in_diffusers(factors: Factors) -> ConvertedFactors:
     delta = read_delta(factors)
     rotation = delta.rotation
     if rotation is not None:  # one tensor, which is written unchanged
-        return {rotation.part: factors[rotation.part]}
+        return {rotation.factor_name: factors[rotation.factor_name]}
     is_full_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_full_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
-    if factors.keys() - deltas.OF_LOW_RANK - {MAGNITUDES} or DOWN not in factors:
+    if factors.keys() - deltas.PLAIN_LORA_FACTORS - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(parts)} has no form in this dialect"
     if delta.has_input_magnitudes:
-        return f"its {OF_MAGNITUDES} magnitudes are by input, diffusers has them by output"
+        return f"its {MAGNITUDE_KIND_NAME} magnitudes are by input, diffusers has them by output"
     # alpha / rank goes into the factors, because PEFT's files have no alpha tensors
     tensors = _fold(factors)
-    bias = delta.stored_bias()
+    bias = delta.bias_in_file_dtype()
     if bias is not None and MAGNITUDES in factors:
-        return f"it has a bias together with {OF_MAGNITUDES} magnitudes, which has no form in that dialect"
+        return (
+            f"it has a bias together with {MAGNITUDE_KIND_NAME} magnitudes, which has no form in that dialect"
+        )
     if bias is not None:
         tensors[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
@@ -275,7 +285,7 @@ def _to_full_rank(factors: Factors) -> Factors:
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
     """Return LoRA factors, each multiplied by the square root of alpha / rank, under PEFT's names."""
-    scale = deltas.strength(factors)
+    scale = deltas.scaling_of(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
     if DOWN in factors:
@@ -291,7 +301,7 @@ def _in_toolkit(factors: Factors) -> ConvertedFactors:
     """Return the tensors as diffusers reads them, with alpha / rank folded in exactly, by powers of two."""
     if DOWN not in factors:
         return _in_diffusers(factors)
-    folded = deltas.fold_strength(factors)
+    folded = deltas.fold_scaling(factors)
     return _in_diffusers({part: tensor.contiguous() for part, tensor in folded.items()})
 
 
@@ -313,11 +323,11 @@ def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pi
     if placed.part.index != SWAPPED or delta.rotation is not None:
         return {placed.path: factors}
     # scale and shift of a norm: the two layouts have these halves of the rows in opposite orders
-    row_tensors = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
+    row_tensors = [factors[part] for part in (UP, "diff", SET_WEIGHT, "diff_b") if part in factors]
     num_rows = len(row_tensors[0]) if row_tensors else 0
     swapped = None
     if num_rows:
-        swapped = delta.rows(torch.arange(num_rows).roll(num_rows // 2))
+        swapped = delta.select_rows(torch.arange(num_rows).roll(num_rows // 2))
     return "it has no rows to swap" if swapped is None else {placed.path: swapped.factors}
 
 
@@ -332,7 +342,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     rotation = read_delta(factors).rotation
     if rotation is not None:
         # copies: files cannot hold tensors that share memory
-        return {path: {rotation.part: factors[rotation.part].clone()} for path in paths}
+        return {path: {rotation.factor_name: factors[rotation.factor_name].clone()} for path in paths}
     size = _size_to_cut(factors)
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
@@ -362,8 +372,8 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
     """Return rows and columns of a change that can be cut into parts; None for other factors."""
     if DOWN in factors and factors[UP].ndim == 2:
         return len(factors[UP]), factors[DOWN].shape[1]
-    full = factors.get("diff", factors.get(SET))
-    if full is not None and factors.keys() <= {"diff", SET, "diff_b", "alpha"} and full.ndim == 2:
+    full = factors.get("diff", factors.get(SET_WEIGHT))
+    if full is not None and factors.keys() <= {"diff", SET_WEIGHT, "diff_b", "alpha"} and full.ndim == 2:
         return len(full), full.shape[1]
     return None
 
@@ -374,7 +384,7 @@ def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | No
     parts: list[Factors | None] = []
     start = 0
     for size in split_sizes:
-        part = delta.rows(slice(start, start + size))
+        part = delta.select_rows(slice(start, start + size))
         parts.append(None if part is None else part.factors)
         start += size
     return parts
@@ -382,7 +392,7 @@ def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | No
 
 def _changes_any(factors: Factors) -> bool:
     """Return whether the factors change the weight: a tensor other than down factor and alpha is not zero."""
-    if SET in factors:  # replaces the weight, perhaps by zeros
+    if SET_WEIGHT in factors:  # replaces the weight, perhaps by zeros
         return True
     return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
 
@@ -440,8 +450,10 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
     fused: dict[str, Factors] = {}
-    unfused: list[str] = []  # modules that `fuse` could not join, so that they still have the name of a part
-    for name, factors in deltas.group_by_module(fuse(native, family=family)).items():
+    unfused: list[
+        str
+    ] = []  # modules that `join_parts` could not join, so that they still have the name of a part
+    for name, factors in deltas.group_by_module(join_parts(native, family=family)).items():
         if is_stacked(name.removeprefix(OURS), family):
             unfused.append(name)
         else:
@@ -465,7 +477,7 @@ def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Ma
     if family is not None and family.joined:
         return resolve_rows(take_apart(tensors, family))
     is_joined = family is None or family.parts
-    return resolve_rows(fuse(tensors, family=family) if is_joined else tensors)
+    return resolve_rows(join_parts(tensors, family=family) if is_joined else tensors)
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:

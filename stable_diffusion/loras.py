@@ -18,7 +18,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, hollow
-from networks.gated_loras import AddedPart, attach_parts, find_parameters, fit_lora
+from networks.gated_loras import LoraBranch, attach_branches, find_parameters, fit_lora
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
@@ -42,7 +42,7 @@ class AdjustableLoras:
         self,
         defaults: Multipliers,
         apply_strengths: Callable[[Multipliers], None],
-        layers: Sequence[Mapping[str, AddedPart]] | None,
+        layers: Sequence[Mapping[str, LoraBranch]] | None,
     ) -> None:
         """Store LoRAs whose strengths can be changed.
 
@@ -271,7 +271,7 @@ def _merge(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], rounding: st
             patch.check()
 
 
-def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
+def _log_added(use: LoraUse, parts: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
     anew = sum(part.needs_full_matrix for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
@@ -307,17 +307,17 @@ def _make_folding(
     return apply_strengths
 
 
-def _attach_loras(target: _LoraTarget, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
+def _attach_loras(target: _LoraTarget, uses: Sequence[LoraUse], model: Model) -> list[dict[str, LoraBranch]]:
     """Attach each file's LoRA to a network; return the added layers of each file by module name."""
     changeable = find_parameters(target.network, target.published_module)
-    files: list[dict[str, AddedPart]] = []
+    files: list[dict[str, LoraBranch]] = []
     for use in uses:
         fitted = [fit_lora(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
-        parts: dict[str, AddedPart] = {}
+        parts: dict[str, LoraBranch] = {}
         for name, delta in (fitted[0] if fitted else {}).items():
-            parts[name] = AddedPart(changeable[name], delta, 1.0, use.lora.has_frozen_norms)
+            parts[name] = LoraBranch(changeable[name], delta, 1.0, use.lora.has_frozen_norms)
         files.append(parts)
-    for layer in attach_parts(files, changeable):
+    for layer in attach_branches(files, changeable):
         layer.switch_on(model.device, model.dtype)
     return files
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.media.reading import read_image
-from networks.gated_loras import AddedPart
+from networks.gated_loras import LoraBranch
 from stable_diffusion.contract import RequestedImage, TextState, UnetCall, UnetHook
 
 _CHANNELS = 3
@@ -135,7 +135,7 @@ class Regions:
     def __init__(
         self,
         unet: Any,
-        lora_layers: Sequence[Mapping[str, AddedPart]] | None = (),
+        lora_layers: Sequence[Mapping[str, LoraBranch]] | None = (),
         num_colors: int | None = None,
     ) -> None:
         """Prepare a U-Net for regional prompts.
@@ -184,8 +184,8 @@ class Regions:
             if any(request.mask is not None for request in requests):  # LoRA i acts in the region of part i
                 for part, layers in enumerate(self._lora_layers):
                     for name, layer in layers.items():
-                        restore.callback(setattr, layer, "region", None)
-                        layer.region = batch.region_of(part, name)
+                        restore.callback(setattr, layer, "apply_region", None)
+                        layer.apply_region = batch.region_of(part, name)
             yield batch.move_to_device
 
 

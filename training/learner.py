@@ -143,7 +143,7 @@ def _make_lora(
 
     `module` is the network module of the family's LoRAs. `with_values` is for other makers and not used.
     """
-    return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
+    return make_network(options, module, dit, seed, encoders=encoders, trains_dit=in_dit, resumed=resumed)
 
 
 def _make_custom_network(

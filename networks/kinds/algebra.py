@@ -20,17 +20,17 @@ class Magnitudes(Protocol):
     """Norms for the changed weight: one for each output (out x 1 ...) or each input (1 x in ...)."""
 
     @property
-    def part(self) -> str:
+    def factor_name(self) -> str:
         """Ending of the tensor's name."""
 
-    def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
+    def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool) -> Tensor:
         """Return the addition to a weight, float32, after which its rows or columns have the new norms.
 
         Args:
             weight: The frozen weight, out in (kernel).
             delta: Change by the other factors, of the same shape.
             magnitudes: New norms of the rows or columns.
-            by_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
+            uses_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
                 one.
         """
 
@@ -42,21 +42,21 @@ class InputRotation(Protocol):
     """
 
     @property
-    def part(self) -> str:
+    def factor_name(self) -> str:
         """Name of the only part, which holds the values of the rotation."""
 
     @property
     def title(self) -> str:
         """Name with its article for messages, such as "an OFT"."""
 
-    def make(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I at a strength of the LoRA, as the argument `made` of `of_input` and `of_weight`."""
+    def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
+        """Return R - I at a strength of the LoRA, for `input_change` and `weight_change`."""
 
-    def of_input(self, x: Tensor, made: Tensor) -> Tensor:
-        """Return x (R - I) for inputs `x`, ... in; `made` is the result of `make`."""
+    def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Return x (R - I) for inputs `x`, ... in; `rotations` is the result of `compute_rotations`."""
 
-    def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
-        """Return W (R^T - I), float32; `made` is the result of `make`."""
+    def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
+        """Return W (R^T - I), float32; `rotations` is the result of `compute_rotations`."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight of this name; "" if they do.
@@ -88,7 +88,7 @@ class Algebra:
         """
         return None
 
-    def change(self, factors: Factors, scale: float) -> Tensor | None:
+    def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return the change of a weight, out in (kernel), as a new tensor; None if there is no change.
 
         Args:
@@ -97,11 +97,11 @@ class Algebra:
         """
         return None
 
-    def row_parts(self, factors: Factors) -> set[str] | None:
+    def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
         """Return the parts whose first axis is the weight's rows; None if rows are another axis of a part."""
         return set()
 
-    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+    def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
         """Return the factors to replace so that only some rows of the change remain; None if there are none.
 
         Args:
@@ -110,10 +110,10 @@ class Algebra:
         """
         return {}
 
-    def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+    def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
         """Return the factors of the rows from `start` to `stop`; None if the kind cannot cut there.
 
-        This is for kinds whose `rows` returns None, but which can be cut between blocks of rows.
+        This is for kinds whose `select_rows` returns None, but which can be cut between blocks of rows.
 
         Args:
             factors: Factors of the full change.

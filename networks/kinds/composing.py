@@ -9,34 +9,33 @@ from networks.kinds.factors import Factors
 
 # Here and in `kinds.contract`, a part is the ending of a tensor's name, such as `lora_up.weight`
 PARTS = tuple(part for kind in KINDS for part in kind.parts)
-MARKS = {
-    mark: kind for kind in KINDS for mark in kind.marks
-}  # part by which a kind is recognized -> the kind
-CORES = frozenset(core for kind in KINDS for core in kind.cores)
-RANK_PARTS = tuple(part for kind in KINDS for part in kind.rank_parts)
+# name of a factor by which a kind is recognized -> the kind
+KIND_BY_FACTOR = {mark: kind for kind in KINDS for mark in kind.marks}
+TUCKER_CORES = frozenset(core for kind in KINDS for core in kind.cores)
+FACTORS_WITH_RANK_AXIS = tuple(part for kind in KINDS for part in kind.rank_parts)
 # kinds that rotate inputs; magnitudes need the weight too, but are not `marks` of a kind
 ROTATING = tuple(kind for kind in KINDS if kind.marks and kind.needs_weight)
-PAIRS = tuple(pair for kind in KINDS for pair in kind.pairs)
+FACTOR_PAIRS = tuple(pair for kind in KINDS for pair in kind.pairs)
 # the kind with magnitudes, its part and its name; "" if there is no such kind
 MAGNITUDE_KIND = next((kind for kind in KINDS if kind.magnitudes), None)
 MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.magnitudes
-OF_MAGNITUDES = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.name
+MAGNITUDE_KIND_NAME = "" if MAGNITUDE_KIND is None else MAGNITUDE_KIND.name
 # kinds whose change of a weight is a product of other factors than a LoRA's
-PRODUCTS = tuple(kind.name for kind in KINDS if kind.marks and kind is not LORA and not kind.needs_weight)
-NEEDING_WEIGHT = tuple(part for kind in KINDS if kind.needs_weight for part in kind.parts)
-ENDS = {
-    end: part for kind in KINDS for end, part in kind.ends.items()
-}  # endings in other programs -> our parts
+PRODUCT_KIND_NAMES = tuple(
+    kind.name for kind in KINDS if kind.marks and kind is not LORA and not kind.needs_weight
+)
+FACTORS_NEEDING_WEIGHT = tuple(part for kind in KINDS if kind.needs_weight for part in kind.parts)
+# endings in other programs -> our parts
+ENDS = {end: part for kind in KINDS for end, part in kind.ends.items()}
 # matches names of tensors that are vectors in the file and columns here
-FLAT = re.compile("|".join(kind.flat for kind in KINDS if kind.flat) or r"(?!)")
+STORED_AS_VECTOR = re.compile("|".join(kind.flat for kind in KINDS if kind.flat) or r"(?!)")
 # (pattern of an ending in files, our ending)
 SPELLINGS = tuple((re.compile(old), new) for kind in KINDS for old, new in kind.spellings.items())
 # values of --network_module whose files grow with --network_dim
 RANKED_NETWORKS = tuple(kind.network_module for kind in KINDS if kind.is_sized_by_rank)
 BY_MODULE = {kind.network_module: kind for kind in KINDS if kind.network_module}
-VARIANTS = tuple(
-    kind for kind in KINDS if kind.switch
-)  # kinds that extend a LoRA if --network_args ask for it
+# kinds that extend a LoRA if --network_args ask for it
+VARIANTS = tuple(kind for kind in KINDS if kind.switch)
 SWITCHES = {kind.switch: kind for kind in VARIANTS}
 # arguments of LoRAs that have an effect with --dim_from_weights too
 WITH_FILE = {name for kind in KINDS if kind.is_with_file for name in (kind.switch, *kind.numbers)}

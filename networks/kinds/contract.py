@@ -27,7 +27,7 @@ LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
 NORMS_FORM = "ss_dora_scale_format"
 FROZEN_NORMS = "comfy_weight_norm"
 # arguments of --network_args that other kinds do not have, as messages list them
-FOR_LORAS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...", "tlora")
+LORA_ONLY_ARGUMENTS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...", "tlora")
 
 
 class Target(NamedTuple):
@@ -162,7 +162,7 @@ class NetworkKind:
         """Return whether a file has magnitudes for frozen norms, as in ComfyUI, without a metadata entry."""
         return False
 
-    def bring_norms(
+    def convert_magnitudes(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
         """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.
@@ -183,32 +183,32 @@ class NetworkKind:
         """
         return None
 
-    def check_settings(self, settings: "Settings", of_loras: bool) -> None:
+    def check_settings(self, settings: "Settings", has_lora_arguments: bool) -> None:
         """Check the settings of a network of this kind.
 
         Args:
             settings: All settings.
-            of_loras: Whether any of the arguments in `FOR_LORAS` is given.
+            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
 
         Raises:
             OptionError: If the kind does not support one of the settings.
         """
-        if of_loras or settings.dropouts is not None:
-            *first, last = FOR_LORAS
+        if has_lora_arguments or settings.dropouts is not None:
+            *first, last = LORA_ONLY_ARGUMENTS
             raise OptionError(
                 f"--network_dropout, and rank_dropout, module_dropout, {', '.join(first)} and {last} of "
                 "--network_args, are for LoRAs only: leave them out, or use --network_module networks.lora"
             )
 
     def make_layers(
-        self, targets: "Mapping[str, Target]", settings: "Settings", own: Any
+        self, targets: "Mapping[str, Target]", settings: "Settings", kind_arguments: Any
     ) -> "dict[str, nn.Module]":
         """Return the layers of a network.
 
         Args:
             targets: Modules that get a layer, by name.
             settings: Settings of the network.
-            own: Result of `read_arguments`.
+            kind_arguments: Result of `read_arguments`.
         """
         raise AssertionError(f"{self.name} has no layers of its own")
 

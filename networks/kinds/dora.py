@@ -70,7 +70,7 @@ class DoraKind(NetworkKind):
             and LAYOUT_KEY not in metadata
         )
 
-    def bring_norms(
+    def convert_magnitudes(
         self,
         lora: "LoraFile",
         family: "FamilyNames | None",

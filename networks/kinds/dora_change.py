@@ -15,33 +15,33 @@ def is_by_input(magnitudes: Tensor) -> bool:
 class DoraAlgebra(Algebra):
     """Magnitudes: new norms for the sum of weight and change, by output or by input."""
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, factor_name: str) -> None:
         """Set the name of the tensor with the magnitudes, such as `dora_scale`."""
-        self.part = part
+        self.factor_name = factor_name
         self.magnitudes = self  # this class implements the protocol `Magnitudes` too
 
     def find_error(self, factors: Factors) -> str | None:
         """Return the error if the number of magnitudes is neither that of rows nor of columns; else None."""
-        shape = factors[self.part].shape
+        shape = factors[self.factor_name].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
-            return f"its {self.part} has the shape {list(shape)}"
+            return f"its {self.factor_name} has the shape {list(shape)}"
         return None
 
-    def row_parts(self, factors: Factors) -> set[str] | None:
+    def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
         """Return the part whose values belong to rows: the magnitudes, or none if they belong to inputs."""
-        return set() if is_by_input(factors[self.part]) else {self.part}
+        return set() if is_by_input(factors[self.factor_name]) else {self.factor_name}
 
-    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+    def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
         """Return the magnitudes of some rows; None if there is one for each input, which all rows share."""
-        magnitudes = factors[self.part]
-        return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
+        magnitudes = factors[self.factor_name]
+        return None if is_by_input(magnitudes) else {self.factor_name: magnitudes[rows]}
 
-    def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
+    def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool) -> Tensor:
         """Return the float32 addition that gives a weight its new norms."""
-        return decompose(weight, delta, magnitudes, by_frozen_norms)
+        return decompose(weight, delta, magnitudes, uses_frozen_norms)
 
 
-def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool = False) -> Tensor:
+def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, uses_frozen_norms: bool = False) -> Tensor:
     """Return DoRA's addition to a weight at multiplier 1, float32.
 
     The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
@@ -51,7 +51,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
         weight: Frozen weight, out x in (x kernel).
         delta: Change of the weight, of the same shape.
         magnitudes: New norms, out x 1 (x 1 ...) or 1 x in (x 1 ...).
-        by_frozen_norms: Whether norms by output are divided by those of the frozen weight alone, as in
+        uses_frozen_norms: Whether norms by output are divided by those of the frozen weight alone, as in
             ComfyUI.
     """
     weight = weight.float()
@@ -59,7 +59,7 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     changed = weight + delta.reshape(weight.shape)
     # the axis whose rows or columns keep a norm each
     axis = 1 if is_by_input(magnitudes) else 0
-    uses_frozen = by_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
+    uses_frozen = uses_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
     norms = norms_of(weight if uses_frozen else changed, axis)
     return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.baking import Baking, Weights, open_weights, replace_factors, weight_of
+from networks.baking import Baking, Weights, open_weights, read_weight_of_module, replace_factors
 from networks.delta import read_delta
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.dora_change import is_by_input, norms_of
@@ -44,16 +44,16 @@ def with_norms(
     """
     tensors = {**lora.tensors, **lora.text_tensors}
     magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(PART)]
-    is_dora = any(not is_by_input(tensor) for tensor in magnitudes)  # magnitudes by input have one form
-    is_same_form = lora.has_frozen_norms == are_frozen
-    if not is_dora or is_same_form:
-        if baking is None:
-            return lora
-        state = "no DoRA by output" if not is_dora else "a DoRA of this form already"
+    is_dora_by_output = any(not is_by_input(tensor) for tensor in magnitudes)
+    has_target_form = lora.has_frozen_norms == are_frozen
+    needs_conversion = is_dora_by_output and not has_target_form
+    if not needs_conversion and baking is None:
+        return lora
+    if not needs_conversion:
+        state = "a DoRA of this form already" if is_dora_by_output else "no DoRA by output"
         raise OptionError(
             f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
         )
-    # only a DoRA in the other form is left
     if baking is not None:
         return _convert_norms(lora, family, baking, are_frozen)
     # without a model, the file keeps its form
@@ -97,9 +97,9 @@ def _compute_ratio_of_norms(
 ) -> Tensor:
     """Return the norm of each row of the frozen weight divided by that of the changed weight, on the CPU."""
     delta = read_delta(factors)
-    change = delta.dense(device)
+    change = delta.compute_change(device)
     assert change is not None
-    weight, path = weight_of(name, len(change), lora, weights)
+    weight, path = read_weight_of_module(name, len(change), lora, weights)
     Change(LoraUse(lora), delta).fit(None, weight, name, str(path))  # raises CheckpointError if shapes differ
     frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)

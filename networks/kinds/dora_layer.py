@@ -21,9 +21,10 @@ def extend(layer: LoraLayer) -> None:
 
 
 def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`.
+    """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`, with its bias.
 
-    Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+    With r = magnitude / norm, it is (out - bias) * r + bias + added * r. Gradients treat the norm as a
+    constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
 
     Args:
         layer: The layer.
@@ -38,18 +39,18 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
     if isinstance(layer.original, nn.Conv2d):
         ratio = ratio.view(-1, 1, 1)
         bias = None if bias is None else bias.view(-1, 1, 1)
-    # out = x W + bias; the result is x W * ratio + bias + added * ratio, so the bias is not scaled
     without_bias = out if bias is None else out - bias.to(out.dtype)
-    # at multiplier 0 nothing changes, at 1 the frozen output is scaled by the ratio
-    rescaled = without_bias * (layer.multiplier * (ratio - 1)).to(out.dtype)
-    return out + rescaled + added * ratio.to(out.dtype)
+    # the multiplier scales the difference from the frozen output: 0 changes nothing
+    difference = without_bias * (layer.multiplier * (ratio - 1)).to(out.dtype)
+    return out + difference + added * ratio.to(out.dtype)
 
 
 @torch.no_grad()
 def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     """Return the norms of the rows of W + change, float32, without computing the change.
 
-    For a row w of W and a row b of the up factor: |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
+    For a row w of W, a row b of the up factor, the down factor A, and s = alpha / rank:
+    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
 
     Args:
         layer: The layer.
@@ -59,17 +60,17 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     assert isinstance(frozen_squares, Tensor)
     down = layer.lora_down.weight.flatten(1)
     up = layer.lora_up.weight.flatten(1)
-    products = _frozen_products(layer, down, dtype)
+    down_by_weight = _multiply_by_frozen_weight(layer, down, dtype)  # A W^T
     with torch.autocast(down.device.type, enabled=False):
-        mixed = (up * products.T).sum(1)
-        change_squares = ((up @ (down @ down.T)) * up).sum(1)
+        mixed = (up * down_by_weight.T).sum(1)  # b (A w)
+        change_squares = ((up @ (down @ down.T)) * up).sum(1)  # b (A A^T) b^T
         squares = frozen_squares + 2 * layer.scale * mixed + layer.scale**2 * change_squares
         # rounding may make a square negative
         return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as in LyCORIS
 
 
-def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A W^T, R out, float32.
+def _multiply_by_frozen_weight(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product A W^T of the down factor A and the frozen weight W, R out, float32.
 
     For a linear layer, the frozen module's forward computes it, because its weight may be quantized.
 
@@ -80,8 +81,7 @@ def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tens
     """
     original = layer.original
     if isinstance(original, nn.Conv2d):
-        rows = gather_weight(original.weight).flatten(1)
-        return (down.to(rows.dtype) @ rows.T).float()
-    # the rows of A are the inputs: the result is A W^T plus the bias
-    products = layer.run_frozen(down.to(dtype)).float()
-    return products if original.bias is None else products - original.bias.float()
+        matrix = gather_weight(original.weight).flatten(1)
+        return (down.to(matrix.dtype) @ matrix.T).float()
+    out = layer.run_frozen(down.to(dtype)).float()  # A W^T + bias
+    return out if original.bias is None else out - original.bias.float()

@@ -62,7 +62,7 @@ class LohaKind(NetworkKind):
         return LohaAlgebra()
 
     def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, own: Any
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
         """Return a trained layer for each target."""
         from networks.factored_networks import make_layers  # torch

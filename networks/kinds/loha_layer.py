@@ -34,7 +34,7 @@ class LohaAlgebra(Algebra):
             raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
         return first
 
-    def change(self, factors: Factors, scale: float) -> Tensor | None:
+    def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return the element-wise product of the two low-rank matrices."""
         if "hada_w1_a" not in factors:
             return None
@@ -42,13 +42,13 @@ class LohaAlgebra(Algebra):
         second = product_with_core(factors["hada_w2_a"], factors["hada_w2_b"], factors.get("hada_t2"))
         return first.mul_(second)
 
-    def row_parts(self, factors: Factors) -> set[str] | None:
+    def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
         """Return the left factors; None if they have a core, because their rows are then the second axis."""
         if any(core in factors for _, _, core in MATRICES):
             return None
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}
 
-    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+    def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
         """Return some rows of the left factors; with a core, the rows are their second axis."""
         selected: dict[str, Tensor] = {}
         for left, _, core in MATRICES:

@@ -73,7 +73,7 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 
 
 def _translate_to_diffusers(
-    name: str, factors: Factors, family: "FamilyNames", is_cut: bool
+    name: str, factors: Factors, family: "FamilyNames", is_in_diffusers: bool
 ) -> "Pieces | str":
     """Return the factors of a LoKr by its path in diffusers, or the reason why diffusers cannot read it.
 
@@ -81,7 +81,7 @@ def _translate_to_diffusers(
         name: Name of the module.
         factors: Factors of the module, by name of the part.
         family: The model family.
-        is_cut: Whether the file has modules of diffusers' layout, which splits some of our modules.
+        is_in_diffusers: Whether the file has modules of diffusers' layout, which splits some of ours.
     """
     from networks import module_names
     from networks.names.layouts import SWAPPED
@@ -90,10 +90,12 @@ def _translate_to_diffusers(
     parts = module_names.parts_of(name, family)
     if any(placed.part.index == SWAPPED for placed in parts):  # a LoKr has no rows that could be swapped
         return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
-    if not is_cut:
+    if not is_in_diffusers:
         return single_piece(module_names.module_path(name, family), factors)
-    # one counterpart in diffusers, or a name of its layout already; None: it has several parts
-    path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
+    if len(parts) == 1:
+        path: str | None = parts[0].path
+    else:
+        path = module_names.part_path(name, family)  # None unless the name is one of diffusers' layout
     return single_piece(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
@@ -127,32 +129,32 @@ class LokrKind(NetworkKind):
         Raises:
             OptionError: If the value of an argument is invalid.
         """
-        factor = arguments.pop("factor", -1)
+        factor_text = arguments.pop("factor", -1)
         decompose_both = str(arguments.pop("decompose_both", False))
         try:
-            size = int(factor)
+            factor = int(factor_text)
         except ValueError:
-            size = 0  # invalid, for the error below
-        if size < 1 and size != -1:
+            factor = 0  # invalid, for the error below
+        if factor < 1 and factor != -1:
             raise OptionError(
-                f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+                f"--network_args factor={factor_text}: give a whole number from 1, or -1 for equal parts"
             )
         if decompose_both not in _BOOLEANS:
             raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
-        return functools.partial(make_shapes, factor=size, decompose_both=_BOOLEANS[decompose_both])
+        return functools.partial(make_shapes, factor=factor, decompose_both=_BOOLEANS[decompose_both])
 
     def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: "MakeShapes"
     ) -> "dict[str, nn.Module]":
         """Return a trained layer for each target.
 
-        `own` is what `read_arguments` returned: it computes the shapes of a layer's factors from the shape of
-        its weight and the rank.
+        `kind_arguments`, the result of `read_arguments`, computes the shapes of a layer's factors from the
+        shape of its weight and the rank.
         """
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
-        return make_layers(targets, own, PRODUCT)
+        return make_layers(targets, kind_arguments, PRODUCT)
 
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
@@ -188,11 +190,11 @@ class LokrKind(NetworkKind):
         if not all(factors.keys() <= {"alpha", *FACTORS} for factors in modules.values()):
             return None
         # either all modules are written in diffusers' layout, which has no prefix, or all in ComfyUI's
-        is_cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
+        is_in_diffusers = any(part_path(name.removeprefix(OURS), family) for name in modules)
         return writing.write_modules(
             modules,
-            "" if is_cut else IN_COMFYUI,
-            lambda name, factors: _translate_to_diffusers(name, factors, family, is_cut),
+            "" if is_in_diffusers else IN_COMFYUI,
+            lambda name, factors: _translate_to_diffusers(name, factors, family, is_in_diffusers),
             writing.in_comfyui,
         )
 

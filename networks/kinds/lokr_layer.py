@@ -33,19 +33,20 @@ class LokrAlgebra(Algebra):
         Raises:
             MismatchError: If the small matrix has kernel axes that the large one lacks.
         """
-        if not any(part in shapes for part in _FIRST):
+        if not any(name in shapes for name in _FIRST):
             return None
-        first = shapes.get("lokr_w1") or shape_with_core(shapes["lokr_w1_a"], shapes["lokr_w1_b"], None)
-        second = shapes.get("lokr_w2") or shape_with_core(
-            shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2")
-        )
-        if len(second) < len(first):
-            raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
-        # the small matrix has no kernel: axes of size 1 leave that of the large one
-        padded = (*first, *[1] * (len(second) - len(first)))
-        return tuple(size * other_size for size, other_size in zip(padded, second, strict=True))
+        small = shapes.get("lokr_w1")
+        if not small:
+            small = shape_with_core(shapes["lokr_w1_a"], shapes["lokr_w1_b"], core=None)
+        large = shapes.get("lokr_w2")
+        if not large:
+            large = shape_with_core(shapes["lokr_w2_a"], shapes["lokr_w2_b"], shapes.get("lokr_t2"))
+        if len(large) < len(small):
+            raise MismatchError(f"its matrices are {list(small)} and {list(large)}")
+        kernel_axes = [1] * (len(large) - len(small))  # only the large matrix has a kernel
+        return tuple(a * b for a, b in zip((*small, *kernel_axes), large, strict=True))
 
-    def change(self, factors: Factors, scale: float) -> Tensor | None:
+    def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return the Kronecker product of the two matrices."""
         if not any(part in factors for part in _FIRST):
             return None
@@ -59,11 +60,11 @@ class LokrAlgebra(Algebra):
         scaled = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
         return torch.kron(scaled, second.contiguous())
 
-    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+    def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
         """Return None for a LoKr, because a row of the change comes from rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
-    def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+    def factors_of_rows(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
         """Return the factors of rows that begin and end between copies of the large matrix; else None."""
         first = next(part for part in _FIRST if part in factors)
         block_height = height // len(factors[first])  # rows of the large matrix, k
@@ -84,22 +85,24 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
     Returns:
         ... l*k.
     """
-    # each is one matrix, or its two low-rank factors
-    first = _in_order(factors, "lokr_w1")
-    second = _in_order(factors, "lokr_w2")
-    n = second[0].shape[1]
+    # each matrix is stored itself, or as two low-rank factors
+    w1_factors = _in_order(factors, "lokr_w1")
+    w2_factors = _in_order(factors, "lokr_w2")
+    n = w2_factors[0].shape[1]
     # kron(w1, w2) acts as w2 on the last axis and w1 on the one before it
     hidden = x.unflatten(-1, (x.shape[-1] // n, n))  # ... m n
-    for factor in second:
+    for factor in w2_factors:
         hidden = functional.linear(hidden, factor.to(x.dtype))
     hidden = hidden.transpose(-1, -2)  # ... k m
-    for factor in (first[0] * strength, *first[1:]):
+    for factor in (w1_factors[0] * strength, *w1_factors[1:]):
         hidden = functional.linear(hidden, factor.to(x.dtype))
     return hidden.transpose(-1, -2).flatten(-2)  # ... k l -> ... l*k
 
 
 def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
     """Return the convolution of x with kron(w1, w2) without forming it.
+
+    w2, which has the kernel, acts on n of the m*n channels at a time; then w1 mixes the m groups.
 
     Args:
         x: Input, B m*n H W.
@@ -110,15 +113,15 @@ def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
     Returns:
         B l*k H' W'.
     """
-    first = _in_order(factors, "lokr_w1")
-    second = _in_order(factors, "lokr_w2")
-    m = first[0].shape[1]
+    w1_factors = _in_order(factors, "lokr_w1")
+    w2_factors = _in_order(factors, "lokr_w2")
+    m = w1_factors[0].shape[1]
     hidden = x.unflatten(1, (m, x.shape[1] // m)).flatten(0, 1)  # B*m n H W
-    hidden = geometry.convolve(hidden, second[0].to(x.dtype))
-    for factor in second[1:]:
+    hidden = geometry.convolve(hidden, w2_factors[0].to(x.dtype))
+    for factor in w2_factors[1:]:
         hidden = functional.conv2d(hidden, factor.to(x.dtype)[:, :, None, None])
     hidden = hidden.unflatten(0, (len(x), m))  # B m k H' W'
-    for factor in (first[0] * strength, *first[1:]):
+    for factor in (w1_factors[0] * strength, *w1_factors[1:]):
         hidden = torch.einsum("l m, b m k h w -> b l k h w", factor.to(x.dtype), hidden)
     return hidden.flatten(1, 2)
 

@@ -38,7 +38,7 @@ class LoraKind(NetworkKind):
         return LoraAlgebra()
 
     def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, own: Any
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
         """Return a trained layer for each target, extended by the variants in the settings, such as DoRA."""
         from networks.lora_layer import LoraLayer  # torch

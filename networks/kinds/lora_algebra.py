@@ -30,7 +30,7 @@ class LoraAlgebra(Algebra):
             raise MismatchError(f"{UP} {list(shapes[UP])} is not for the rank {rank}")
         return out_features, in_features, *kernel
 
-    def change(self, factors: Factors, scale: float) -> Tensor | None:
+    def compute_change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return up @ down, or up @ core @ down for a convolution with a core."""
         if DOWN not in factors:
             return None
@@ -40,10 +40,10 @@ class LoraAlgebra(Algebra):
             down = torch.einsum("r s ..., s i -> r i ...", factors[MID], down.flatten(1))
         return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
-    def row_parts(self, factors: Factors) -> set[str] | None:
+    def find_factors_with_rows(self, factors: Factors) -> set[str] | None:
         """Return the names of the parts with one row per output: the up factor and its bias."""
         return factors.keys() & {UP, BIAS}
 
-    def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+    def select_rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
         """Return some rows of the up factor and of the bias; all rows share the down factor."""
         return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}

@@ -12,7 +12,14 @@ from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import CheckpointError, OptionError
-from networks.kinds.contract import FOR_LORAS, LoraModule, NetworkKind, Settings, Target, TranslatedModules
+from networks.kinds.contract import (
+    LORA_ONLY_ARGUMENTS,
+    LoraModule,
+    NetworkKind,
+    Settings,
+    Target,
+    TranslatedModules,
+)
 from networks.kinds.factors import Factors
 from networks.names.layouts import COMFYUI
 
@@ -104,9 +111,10 @@ class OftKind(NetworkKind):
         from modules.text_files import parse_json, read_text  # only with an OFT
         from networks.alphas import PEFT_FILE
 
-        is_adapter = path.is_dir() or path.name.startswith("adapter_model")
-        settings_path = (path if path.is_dir() else path.parent) / PEFT_FILE
-        if not is_adapter or not settings_path.is_file():
+        folder = path if path.is_dir() else path.parent
+        settings_path = folder / PEFT_FILE
+        is_peft_adapter = path.is_dir() or path.name.startswith("adapter_model")
+        if not is_peft_adapter or not settings_path.is_file():
             return
         try:
             settings = dict(parse_json(read_text(settings_path)))
@@ -135,38 +143,37 @@ class OftKind(NetworkKind):
             return None
         return block_size_of(factors[PART].shape[1])
 
-    def check_settings(self, settings: Settings, of_loras: bool) -> None:
+    def check_settings(self, settings: Settings, has_lora_arguments: bool) -> None:
         """Raise OptionError for settings that an OFT does not support.
 
         Args:
             settings: Settings of the network.
-            of_loras: Whether any of the arguments in `FOR_LORAS` is given.
+            has_lora_arguments: Whether any of the arguments in `LORA_ONLY_ARGUMENTS` is given.
         """
-        if of_loras or settings.conv_rank is not None:
+        if has_lora_arguments or settings.conv_rank is not None:
             raise OptionError(
-                f"--network_module {MODULE} rotates the inputs of linear layers. {', '.join(FOR_LORAS)} and "
-                "conv_dim of --network_args are for LoRAs only: leave them out, or use --network_module "
-                "networks.lora"
+                f"--network_module {MODULE} rotates the inputs of linear layers. "
+                f"{', '.join(LORA_ONLY_ARGUMENTS)} and conv_dim of --network_args are for LoRAs only: "
+                "leave them out, or use --network_module networks.lora"
             )
         if settings.has_rank_dropout:
             raise OptionError(
                 "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of "
                 "blocks that do not rotate in a step, or module_dropout"
             )
-        # for an OFT, --network_dim is the size of a block of inputs that are rotated together
-        sizes = [settings.rank, *settings.ranks_by_pattern]
-        if 1 in sizes:
+        block_sizes = [settings.rank, *settings.ranks_by_pattern]  # --network_dim of an OFT
+        if 1 in block_sizes:
             raise OptionError(
                 "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
             )
-        if max(sizes) > MAX_BLOCK:
+        if max(block_sizes) > MAX_BLOCK:
             raise OptionError(
-                f"--network_dim {max(sizes)}: {MAX_BLOCK} is the most values in a block of an OFT. Give "
-                "less; 32 is usual"
+                f"--network_dim {max(block_sizes)}: {MAX_BLOCK} is the most values in a block of an OFT. "
+                "Give less; 32 is usual"
             )
 
     def make_layers(
-        self, targets: Mapping[str, Target], settings: Settings, own: Any
+        self, targets: Mapping[str, Target], settings: Settings, kind_arguments: Any
     ) -> "dict[str, nn.Module]":
         """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
 
@@ -179,21 +186,20 @@ class OftKind(NetworkKind):
         from networks.kinds.oft_layer import OftLayer
 
         layers: dict[str, nn.Module] = {}
-        changed: Counter[str] = Counter()  # description of a changed block size -> number of layers
+        adjustments: Counter[str] = Counter()  # description of a changed block size -> number of layers
         for name, target in targets.items():
             module = target.module
-            # an OFT leaves convolutions alone
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear):  # convolutions are not rotated
                 continue
-            size = fit_block_size(module.in_features, target.rank)
-            if size is None:
-                changed[f"{module.in_features} inputs: no rotation"] += 1
+            block_size = fit_block_size(module.in_features, target.rank)
+            if block_size is None:
+                adjustments[f"{module.in_features} inputs: no rotation"] += 1
                 continue
-            if size != target.rank:
-                changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
-            layers[name] = OftLayer(module, size)
-        if changed:
-            lines = [f"{change} ({count_of(count, 'layer')})" for change, count in sorted(changed.items())]
+            if block_size != target.rank:
+                adjustments[f"{module.in_features} inputs: {block_size} in place of {target.rank}"] += 1
+            layers[name] = OftLayer(module, block_size)
+        if adjustments:
+            lines = [f"{text} ({count_of(count, 'layer')})" for text, count in sorted(adjustments.items())]
             logger.info(
                 "block sizes that do not divide a layer's inputs become the nearest that do. "
                 f"{'; '.join(lines)}"
@@ -214,12 +220,13 @@ class OftKind(NetworkKind):
 
         from networks.kinds.oft_layer import OftLayer
 
-        size = self.size_of(factors)
-        if size is not None and isinstance(module, nn.Linear):
+        block_size = self.size_of(factors)
+        if block_size is not None and isinstance(module, nn.Linear):
             num_blocks = len(factors[PART])
-            # a single block that is shared by all inputs cannot be trained
-            if num_blocks * size == module.in_features:
-                return OftLayer(module, size)
+            # False for a single block that all inputs share, which cannot be trained
+            covers_all_inputs = num_blocks * block_size == module.in_features
+            if covers_all_inputs:
+                return OftLayer(module, block_size)
         raise CheckpointError(
             f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, which are not the "
             "blocks of this layer's inputs, and only those can be trained"

@@ -72,29 +72,29 @@ class OftAlgebra(Algebra):
 
     title = "an OFT"
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, factor_name: str) -> None:
         """Set the name of the tensor with the rotation values, such as `oft_R.weight`."""
-        self.part = part
+        self.factor_name = factor_name
         self.rotation = self  # this class implements the protocol `InputRotation` too
 
     def find_error(self, factors: Factors) -> str | None:
         """Return the error if no block size has this number of values; else None."""
-        shape = factors[self.part].shape
+        shape = factors[self.factor_name].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
-        return f"its {self.part} has the shape {list(shape)}, of which no block has so many values"
+        return f"its {self.factor_name} has the shape {list(shape)}, of which no block has so many values"
 
-    def make(self, values: Tensor, strength: float) -> Tensor:
+    def compute_rotations(self, values: Tensor, strength: float) -> Tensor:
         """Return R - I of all blocks, n b b."""
         return compute_rotations(values, strength)
 
-    def of_input(self, x: Tensor, made: Tensor) -> Tensor:
+    def input_change(self, x: Tensor, rotations: Tensor) -> Tensor:
         """Return x (R - I), the change of an input."""
-        return rotate(x, made)
+        return rotate(x, rotations)
 
-    def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
-        """Return W (R^T - I), the change of a weight; `made` is R - I of each block."""
-        return rotate_weight(weight, made)
+    def weight_change(self, weight: Tensor, rotations: Tensor) -> Tensor:
+        """Return W (R^T - I), the change of a weight; `rotations` is R - I of each block."""
+        return rotate_weight(weight, rotations)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight, as the end of a sentence; "" if they do."""

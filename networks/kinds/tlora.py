@@ -7,6 +7,7 @@ Source: Soboleva et al. 2025, arXiv 2507.05964.
 """
 # Letters: S samples, R rank
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,12 +119,10 @@ class TLoraKind(NetworkKind):
         default = TLoraRule()
         min_text = arguments.get(MIN_RANK, default.minimum)
         power_text = arguments.get(ALPHA, default.power)
-        try:
+        rule: TLoraRule | None = None
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             rule = TLoraRule(int(min_text), float(power_text))
-        except (ValueError, TypeError, OverflowError):
-            rule = TLoraRule(minimum=0)  # invalid, for the error below
-        # values that are no numbers also end here, by `minimum=0`
-        if rule.minimum < 1 or not 0 < rule.power < math.inf:
+        if rule is None or rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
                 f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
                 f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",

@@ -19,7 +19,7 @@ from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from networks import averaging
 from networks.apply import LoraPatch
-from networks.averaging import LARGEST_SIGMA, AveragingOptions, exponent_of, file_weights
+from networks.averaging import LARGEST_SIGMA, AveragingOptions, compute_file_weights, find_gamma
 from networks.formats import LoraFormat
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import add_hashes, model_hashes
@@ -71,17 +71,17 @@ def options(**values: object) -> AveragingOptions:
 
 
 def test_a_beta_counts_files_as_its_powers() -> None:
-    assert file_weights(4, options(beta=0.9)) == pytest.approx([0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1])
+    assert compute_file_weights(4, options(beta=0.9)) == pytest.approx([0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1])
 
 
 @pytest.mark.parametrize("sigma", [0.05, LARGEST_SIGMA])
 def test_a_width_gives_the_power_function_with_that_deviation(sigma: float) -> None:
-    gamma = exponent_of(sigma)
+    gamma = find_gamma(sigma)
     # Karras et al. 2023: a density proportional to t^gamma on 0..1
     mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
     assert (square - mean**2) ** 0.5 == pytest.approx(sigma)
     count = 500
-    weights = torch.tensor(file_weights(count, options(sigma_rel=sigma)), dtype=torch.float64)
+    weights = torch.tensor(compute_file_weights(count, options(sigma_rel=sigma)), dtype=torch.float64)
     edges = torch.linspace(0, 1, count + 1, dtype=torch.float64) ** (gamma + 1)
     torch.testing.assert_close(weights, edges.diff())  # file k stands for the time from (k - 1) to k
 
@@ -335,7 +335,11 @@ def test_a_dora_of_text_encoders_in_one_file_with_the_model(tmp_path: Path) -> N
     bake(tmp_path, 5000, "--dit", str(model))
 
     expected, found = (
-        {name: patch.add_to(name, one.clone()) - one for name, one in state.items() if patch.touches(name)}
+        {
+            name: patch.add_to(name, one.clone()) - one
+            for name, one in state.items()
+            if patch.changes_parameter(name)
+        }
         for file in ("saved", "plain")
         for lora in [read_lora(tmp_path / f"{file}.safetensors", with_texts=True)]
         for patch in [FullPatch([LoraUse(lora)], state, model)]

@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from modules.errors import OptionError
-from networks.block_numbers import read_factors
+from networks.block_numbers import read_rate_factors
 from networks.lora_settings import read_settings
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network, select_modules
@@ -86,9 +86,9 @@ def test_blocks_of_rate_0_have_no_modules_and_others_have_rates_of_their_own() -
 
 
 def test_curves_and_short_lists_are_those_of_known_trainers(caplog: pytest.LogCaptureFixture) -> None:
-    assert read_factors("up_lr_weight", "reverse_linear+.25", 3) == [1.25, 0.75, 0.25]
-    assert read_factors("up_lr_weight", "sine", 3) == pytest.approx([0, 2**-0.5, 1])
-    assert read_factors("up_lr_weight", "0.5,0.25", 3) == [0.5, 0.25, 1.0]
+    assert read_rate_factors("up_lr_weight", "reverse_linear+.25", 3) == [1.25, 0.75, 0.25]
+    assert read_rate_factors("up_lr_weight", "sine", 3) == pytest.approx([0, 2**-0.5, 1])
+    assert read_rate_factors("up_lr_weight", "0.5,0.25", 3) == [0.5, 0.25, 1.0]
     assert "missing ones are 1" in caplog.text
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from networks.delta import read_delta
-from networks.deltas import strength
-from networks.gated_loras import AddedLayer, AddedPart, ChangedParameter
+from networks.deltas import scaling_of
+from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper
 from tests.commands import ROOT, run_python
 from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
 
@@ -76,20 +76,20 @@ FORMULAS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
 @pytest.mark.parametrize(("factors", "expected"), FORMULAS.values(), ids=list(FORMULAS))
 def test_a_change_is_that_of_its_formula(factors: dict[str, Tensor], expected: Tensor) -> None:
     assert read_delta(factors).find_error() is None
-    delta = read_delta(factors).dense(CPU)
+    delta = read_delta(factors).compute_change(CPU)
     assert delta is not None
     torch.testing.assert_close(delta.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
-    shape = read_delta(factors).shape()
+    shape = read_delta(factors).change_shape()
     assert shape == tuple(delta.shape)
 
 
 @pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(0.0)}])
 def test_missing_or_zero_alpha_means_the_rank(alpha: dict[str, Tensor]) -> None:
-    assert strength({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3), **alpha}) == 1.0
+    assert scaling_of({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3), **alpha}) == 1.0
 
 
 def test_a_difference_of_a_bias_is_the_change() -> None:
-    delta = read_delta({"diff_b": drawn(3)}).bias(CPU)
+    delta = read_delta({"diff_b": drawn(3)}).compute_bias_change(CPU)
     assert delta is not None
     assert torch.equal(delta, drawn(3))
 
@@ -174,7 +174,7 @@ def dora(name: str, module: nn.Module) -> Factors:
 def change_of(factors: Factors, module: nn.Module) -> Tensor:
     """What factors add to the weight of a module, by the formulas above."""
     weight = module.weight.detach()  # type: ignore[union-attr, operator]
-    delta = read_delta(factors).dense(CPU)
+    delta = read_delta(factors).compute_change(CPU)
     assert delta is not None
     delta = delta.reshape(weight.shape)
     if "dora_scale" not in factors:
@@ -211,9 +211,9 @@ def test_what_is_added_equals_a_changed_weight(
     for name, multiplier in (("one", 0.5), ("two", -2.0), ("off", 0.0)):
         factors = form(name, changed)
         change = change_of(factors, changed)
-        parts.append(AddedPart(place, read_delta({**factors, "diff_b": random(8, seed=name)}), multiplier))
+        parts.append(LoraBranch(place, read_delta({**factors, "diff_b": random(8, seed=name)}), multiplier))
         weight += multiplier * change.reshape(weight.shape)
-    layer = AddedLayer(place, parts)
+    layer = LoraWrapper(place, parts)
     layer.attach()
     wanted.weight.copy_(weight)  # type: ignore[operator]
     bias = 0.5 * random(8, seed="one") - 2 * random(8, seed="two")
@@ -222,7 +222,7 @@ def test_what_is_added_equals_a_changed_weight(
 
     layer.switch_on(CPU, torch.float32)
     torch.testing.assert_close(changed(x), wanted(x) + bias, rtol=1e-5, atol=1e-5)
-    parts[1].region = torch.zeros_like
+    parts[1].apply_region = torch.zeros_like
     parts[1].multiplier, parts[2].multiplier = 0.7, 0.0
     alone = changed(x)
     parts[1].multiplier = 0.0
@@ -238,7 +238,7 @@ def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape:
     place, names = ChangedParameter("x.weight", module), ("one", "two")
     factors = {name: low_rank(name, module) for name in names}
     plain = module(x)
-    layer = AddedLayer(place, [AddedPart(place, read_delta(factors[name]), 0.5) for name in names])
+    layer = LoraWrapper(place, [LoraBranch(place, read_delta(factors[name]), 0.5) for name in names])
     layer.attach()
     layer.switch_on(CPU, dtype)
 
@@ -262,13 +262,13 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
     factors = low_rank("one", module)
     change = change_of(factors, module)
     parts = [
-        AddedPart(place, read_delta(factors), 0.5),
-        AddedPart(place, read_delta({**factors, "diff_b": bias}), 1.0),
+        LoraBranch(place, read_delta(factors), 0.5),
+        LoraBranch(place, read_delta({**factors, "diff_b": bias}), 1.0),
     ]
-    layer = AddedLayer(place, parts)
+    layer = LoraWrapper(place, parts)
     layer.attach()
     layer.switch_on(CPU, torch.float32)
-    parts[0].region = torch.zeros_like
+    parts[0].apply_region = torch.zeros_like
 
     torch.testing.assert_close(module(x), plain + x @ change.T + bias, rtol=1e-5, atol=1e-5)
 
@@ -277,7 +277,7 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
 def test_a_change_of_a_bias_alone_is_added() -> None:
     module, x, change = nn.Conv2d(6, 8, 3), random(2, 6, 5, 7, seed="x", scale=1), random(8, seed="bias")
     place, plain = ChangedParameter("x.weight", module), module(x)
-    layer = AddedLayer(place, [AddedPart(place, read_delta({"diff_b": change}), 2.0)])
+    layer = LoraWrapper(place, [LoraBranch(place, read_delta({"diff_b": change}), 2.0)])
     layer.attach()
     layer.switch_on(CPU, torch.float32)
 
@@ -289,12 +289,12 @@ def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
     norm, x = nn.LayerNorm(6), random(2, 6, seed="x", scale=1)
     plain = norm(x)
     place = ChangedParameter("norm.weight", norm)
-    parts = [AddedPart(place, read_delta({"diff": random(6, seed=name)})) for name in ("one", "two")]
-    layer = AddedLayer(place, parts)
+    parts = [LoraBranch(place, read_delta({"diff": random(6, seed=name)})) for name in ("one", "two")]
+    layer = LoraWrapper(place, parts)
     layer.attach()
     layer.switch_on(CPU, torch.float32)
-    parts[0].region = torch.zeros_like
-    parts[1].region = lambda added: added * 2
+    parts[0].apply_region = torch.zeros_like
+    parts[1].apply_region = lambda added: added * 2
 
     wanted = plain + 2 * functional.layer_norm(x, (6,)) * random(6, seed="two")
     torch.testing.assert_close(norm(x), wanted)

@@ -202,7 +202,7 @@ def test_the_output_is_that_of_the_weight_that_generation_makes(
     x = torch.randn(2, 5, 16)
     factors = layer.state_dict()
     assert factors.keys() == {"alpha", "lora_down.weight", "lora_up.weight", "dora_scale"}
-    delta = read_delta(factors).dense(CPU)
+    delta = read_delta(factors).compute_change(CPU)
     assert delta is not None
     merged = weight + 0.5 * decompose(weight, delta, factors["dora_scale"])
     layer.multiplier = 0.5

@@ -60,9 +60,9 @@ def test_every_layer_of_a_transformer_is_read(tiny: TinyDit, dialect: str) -> No
 
     native = to_native(write_lora(layers, DIALECTS[dialect]))
 
-    assert not native.unknown
-    assert not native.text_encoder
-    assert modules_of({**native.tensors, **native.texts}) == {
+    assert not native.unknown_keys
+    assert not native.unnamed_text_keys
+    assert modules_of({**native.tensors, **native.text_tensors}) == {
         OURS + path.replace(".", "_") for path in layers
     }
 
@@ -74,7 +74,7 @@ def test_every_layer_of_minimax_h3_is_read(tmp_path: Path, dialect: str) -> None
 
     native = to_native(write_lora(layers, DIALECTS[dialect]), "minimax_h3")
 
-    assert not native.unknown
+    assert not native.unknown_keys
     assert modules_of(native.tensors) == {OURS + path.replace(".", "_") for path in layers}
 
 
@@ -93,7 +93,7 @@ def test_every_layer_of_a_unet_is_read(kind: str, dialect: str) -> None:
 
     native = to_native(write_lora(layers, UNET_DIALECTS[dialect]))
 
-    assert not native.unknown
+    assert not native.unknown_keys
     assert modules_of(native.tensors) == {OURS + path.replace(".", "_") for path in layers}
 
 
@@ -148,9 +148,9 @@ def test_every_layer_of_a_text_encoder_is_read(kind: str, dialect: str, is_deep:
 
     native = to_native(tensors, kind)
 
-    assert not native.unknown
-    assert not native.text_encoder
-    assert modules_of(native.texts) == expected
+    assert not native.unknown_keys
+    assert not native.unnamed_text_keys
+    assert modules_of(native.text_tensors) == expected
 
 
 def test_a_family_by_names_is_not_said_to_be_in_the_metadata(

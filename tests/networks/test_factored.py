@@ -137,7 +137,7 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
     delta = read_delta(
         {name: tensor for name, tensor in layer.state_dict().items() if name != "dora_scale"}
-    ).dense(x.device)
+    ).compute_change(x.device)
     assert delta is not None  # as generation merges it
     torch.testing.assert_close(delta.view(weight), scale * change.detach().view(weight), rtol=1e-4, atol=1e-4)
     if kind != "DoRA":
@@ -147,7 +147,7 @@ def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) ->
 def size_of(shapes: Any) -> tuple[int, int]:
     """Outputs and inputs of the weight that factors of these shapes change."""
     factors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    found = read_delta(factors).shape()
+    found = read_delta(factors).change_shape()
     assert found is not None
     rows, columns = found
     return rows, columns
@@ -170,7 +170,7 @@ def test_output_and_gradients_are_those_of_the_merged_weight(kind: str) -> None:
     original, layer = random_layer(kind)
     x = torch.randn(2, 5, original.in_features, requires_grad=True)
     layer.multiplier = 0.5
-    delta = read_delta(layer.state_dict(keep_vars=True)).dense(x.device)  # as generation merges it
+    delta = read_delta(layer.state_dict(keep_vars=True)).compute_change(x.device)  # as generation merges it
     assert delta is not None
     expected = nn.functional.linear(x, original.weight + layer.multiplier * delta, original.bias)
     layer.attach()
@@ -192,7 +192,7 @@ def test_output_and_gradients_are_those_of_the_merged_weight(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_norm_is_that_of_the_change_and_shrinks_with_it(kind: str) -> None:
     _, layer = random_layer(kind)
-    delta = read_delta(layer.state_dict()).dense(torch.device("cpu"))
+    delta = read_delta(layer.state_dict()).compute_change(torch.device("cpu"))
     assert delta is not None
     with torch.no_grad():
         torch.testing.assert_close(layer.norm(), torch.linalg.vector_norm(delta))

@@ -28,7 +28,7 @@ from networks.apply import LoraPatch
 from networks.delta import read_delta
 from networks.deltas import group_by_module
 from networks.extracting import decompose_change
-from networks.fused_parts import fuse
+from networks.fused_parts import join_parts
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import FamilyNames
 from tests.golden_cases import draw, make_weights, read_case
@@ -77,7 +77,8 @@ def model(path: Path) -> dict[str, Tensor]:
 
 def deltas(path: Path) -> dict[str, Tensor]:
     found = {
-        name: read_delta(factors).dense(CPU) for name, factors in group_by_module(load_file(path)).items()
+        name: read_delta(factors).compute_change(CPU)
+        for name, factors in group_by_module(load_file(path)).items()
     }
     return {name: delta for name, delta in found.items() if delta is not None}
 
@@ -200,7 +201,7 @@ def test_a_lora_is_extracted_as_recorded(tmp_path: Path, quantile: float) -> Non
         if name.endswith(".weight")
     }
     for module in CASE["extract"]["tuned"]["modules"]:
-        delta = read_delta(first[module]).dense(CPU)
+        delta = read_delta(first[module]).compute_change(CPU)
         assert delta is not None
         noise = draw(f"golden-a/input/flux_lora_tools/noise/{module}", list(delta.shape))
         tuned[paths[module]] = weights[paths[module]] + 0.5 * delta + 0.002 * torch.from_numpy(noise).float()
@@ -334,8 +335,10 @@ def test_parts_of_one_layer_are_joined_by_the_family_of_the_file() -> None:
         for path in ("ff_net_0_proj", "attn_to_out_0")
         for part in ("lora_down.weight", "lora_up.weight")
     }
-    assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(fuse(tensors, family=FLUX))
-    assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(fuse(tensors, family=HUNYUAN_VIDEO))
+    assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(join_parts(tensors, family=FLUX))
+    assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(
+        join_parts(tensors, family=HUNYUAN_VIDEO)
+    )
 
 
 def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:

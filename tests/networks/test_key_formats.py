@@ -168,7 +168,7 @@ def test_every_dialect_is_brought_into_ours(key: str, native: str) -> None:
     found = to_native({key: torch.ones(2, 2)})
 
     assert list(found.tensors) == [f"lora_unet_{native}"]
-    assert found.unknown == ()
+    assert found.unknown_keys == ()
 
 
 def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
@@ -181,8 +181,8 @@ def test_keys_of_text_encoders_and_unknown_ones_are_told_apart() -> None:
     found = to_native({key: torch.ones(2, 2) for key in keys})
 
     assert found.tensors == {}
-    assert list(found.texts) == [keys[0], "lora_te1_text_model_encoder_layers_0_x.lora_down.weight"]
-    assert found.unknown == keys[2:]
+    assert list(found.text_tensors) == [keys[0], "lora_te1_text_model_encoder_layers_0_x.lora_down.weight"]
+    assert found.unknown_keys == keys[2:]
 
 
 CLIP, T5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
@@ -214,17 +214,17 @@ def test_layers_say_which_text_encoder_it_is(
     key = f"{start}{name if start.startswith('lora') else path}.lora_A.weight"
     found = to_native({key: torch.ones(2, 2)}, family)
     if prefix is None:
-        assert found.text_encoder == (key,)
+        assert found.unnamed_text_keys == (key,)
     else:
-        assert list(found.texts) == [f"{prefix}_{name}.lora_down.weight"]
+        assert list(found.text_tensors) == [f"{prefix}_{name}.lora_down.weight"]
     assert not found.tensors
 
 
 def test_an_alpha_of_all_is_that_of_every_encoder_and_expert() -> None:
     key = f"text_encoder.{CLIP}.lora_A.weight"
     tensors = {"alpha": torch.tensor(2.0), key: torch.ones(2, 2)}
-    assert float(to_native(tensors).texts[f"lora_te1_{CLIP.replace('.', '_')}.alpha"]) == 2
-    assert to_native(tensors, with_texts=False).text_encoder == (key,)
+    assert float(to_native(tensors).text_tensors[f"lora_te1_{CLIP.replace('.', '_')}.alpha"]) == 2
+    assert to_native(tensors, with_texts=False).unnamed_text_keys == (key,)
     parts = split_names(
         ["alpha", *(f"{one}.blocks.0.self_attn.q.diff" for one in ("transformer", "transformer_2"))]
     )

@@ -15,7 +15,7 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
-from networks.fused_parts import cut
+from networks.fused_parts import split_fused
 from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import save_network
@@ -190,7 +190,7 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
     for name, layer in network.named_children():
         delta = read_delta(
             {f"lora_{part}.weight": getattr(layer, f"lora_{part}").weight for part in ("down", "up")}
-        ).dense(CPU)
+        ).compute_change(CPU)
         path = module_path(name.removeprefix("lora_unet_"), FRAMEPACK)
         assert delta is not None
         torch.testing.assert_close(3 / 4 * delta, expected[f"{path}.weight"], rtol=0, atol=2e-6)
@@ -202,7 +202,7 @@ def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFi
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(56, 2)}
     split_sizes = {f"{part}_attn_to_{character}": 8 for character in "qkv"} | {f"{part}_proj_mlp": 16}
 
-    assert cut(tensors, split_sizes.get).keys() == tensors.keys()
+    assert split_fused(tensors, split_sizes.get).keys() == tensors.keys()
     assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
 
 
@@ -301,4 +301,4 @@ def test_the_odd_names_of_the_known_tuners_conversion_are_read(knows_attention: 
     found = to_native({name: torch.ones(2, 2) for name in names})
 
     assert {name.partition(".")[0] for name in found.tensors} == set(network.names)
-    assert found.unknown == found.text_encoder == ()
+    assert found.unknown_keys == found.unnamed_text_keys == ()

@@ -19,10 +19,10 @@ from modules.errors import CheckpointError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.fused_parts import fuse
+from networks.fused_parts import join_parts
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.module_names import module_path, relatives
+from networks.module_names import module_path, related_modules
 from protocols.loading import Placement
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
@@ -108,9 +108,9 @@ def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None
         if not name.endswith(".weight") or path.endswith(("_norm1", "_norm2")):
             continue
         parts = [part.removesuffix(".weight").replace(".", "_") for part in diffusers_parts(name)]
-        assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)][: len(parts)] == parts
+        assert [relative.name for relative in related_modules(path, HUNYUAN_VIDEO)][: len(parts)] == parts
         for part in parts:
-            assert [relative.name for relative in relatives(part, HUNYUAN_VIDEO)] == [path]
+            assert [relative.name for relative in related_modules(part, HUNYUAN_VIDEO)] == [path]
 
 
 PUBLISHED_WIDTH = 3072
@@ -200,7 +200,7 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
         tensors[f"{name}.lora_up.weight"] = torch.ones(8, 2)
 
     with caplog.at_level(logging.INFO):
-        fused = fuse(tensors)
+        fused = join_parts(tensors)
 
     assert fused["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (7 * 8, 2)
     assert not fused["lora_unet_single_blocks_1_linear1.lora_up.weight"][24:].any()

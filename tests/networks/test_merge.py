@@ -92,7 +92,7 @@ def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: st
         [LoraUse(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)]
     )
     weight = torch.ones(ROWS, COLUMNS)
-    expected = read_delta(factors).dense(torch.device("cpu"))
+    expected = read_delta(factors).compute_change(torch.device("cpu"))
     assert expected is not None
 
     changed = patch("a.weight", weight)
@@ -128,12 +128,12 @@ def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.Log
         (r"blocks\.2\.", [False, False]),
     ]:
         (use,) = lora_uses(files, LoraPatternOptions.usual(include_patterns=(pattern,)))
-        assert [use.keeps(["diff"], name) for name in names] == kept
+        assert [use.selects(["diff"], name) for name in names] == kept
     for typed in (None, ("blocks_1_",)):  # what an option excludes beside them may fit nothing
         patterns = LoraPatternOptions.usual(exclude_patterns=typed).also_excluding("single_blocks|q$", 1)
         (use,) = lora_uses(files, patterns)
-        assert [use.keeps(["diff"], name) for name in names] == [typed is None, True]
-        assert not use.keeps(["diff"], "lora_unet_single_blocks_1")
+        assert [use.selects(["diff"], name) for name in names] == [typed is None, True]
+        assert not use.selects(["diff"], "lora_unet_single_blocks_1")
         assert "option" not in str(use.exclude)
 
     (said,) = caplog.messages
@@ -235,7 +235,7 @@ def test_each_part_learns_with_factors_of_its_own(path: str) -> None:
     out = layer(x)
 
     factors = group_by_module(made.state_dict())[name]
-    delta = read_delta(factors).dense(CPU)
+    delta = read_delta(factors).compute_change(CPU)
     assert delta is not None
     torch.testing.assert_close(out, nn.functional.linear(x, layer.weight + delta, layer.bias))
     parts = len(factors["lora_down.weight"]) // 2
@@ -289,7 +289,7 @@ def test_norms_of_split_layers_are_limited_by_their_whole_change() -> None:
         made.scale_norms(0.5, torch.device("cpu"))
 
     for factors in group_by_module(made.state_dict()).values():
-        delta = read_delta(factors).dense(CPU)
+        delta = read_delta(factors).compute_change(CPU)
         assert delta is not None
         assert float(delta.norm()) <= 0.5 * (1 + 1e-5)
 

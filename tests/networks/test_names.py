@@ -228,9 +228,9 @@ _T5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
 def test_text_encoders_have_the_names_of_the_family(family: str, theirs: str, ours: str) -> None:
     found = to_native({theirs: torch.zeros(1, 1), _IN_UNET[family]: torch.zeros(1, 1)})
 
-    assert set(found.texts) == {f"{ours.replace('.', '_')}.lora_down.weight"}
+    assert set(found.text_tensors) == {f"{ours.replace('.', '_')}.lora_down.weight"}
     assert len(found.tensors) == 1
-    assert not found.unknown
+    assert not found.unknown_keys
 
 
 @pytest.mark.parametrize(

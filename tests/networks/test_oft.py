@@ -18,7 +18,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
-from networks.gated_loras import AddedLayer, AddedPart, ChangedParameter, add_loras
+from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, add_loras
 from networks.kinds.oft import fit_block_size
 from networks.kinds.oft_layer import OftLayer
 from networks.kinds.oft_rotation import block_size_of, compute_rotations, rotate_weight
@@ -239,18 +239,18 @@ def test_next_to_the_weights_it_does_the_same(tmp_path: Path) -> None:
     other = nn.Linear(8, 6)
     learning, region = (
         OftLayer(other, 4),
-        AddedPart(ChangedParameter("x.weight", other), read_delta({"oft_R.weight": angles(2, 4)})),
+        LoraBranch(ChangedParameter("x.weight", other), read_delta({"oft_R.weight": angles(2, 4)})),
     )
     learning.oft_R.weight.data.copy_(angles(2, 4, 5))
     learning.attach()
-    outer = AddedLayer(ChangedParameter("x.weight", other), [region])
+    outer = LoraWrapper(ChangedParameter("x.weight", other), [region])
     outer.attach()
     y = torch.randn(5, 8)
     alone = other(y)
     outer.switch_on(CPU, torch.float32)
     expected = alone + nn.functional.linear(y, rotate_weight(other.weight, compute_rotations(angles(2, 4))))
     torch.testing.assert_close(other(y), expected)
-    region.rows = slice(2, 4)
+    region.output_rows = slice(2, 4)
     expected[:, :2], expected[:, 4:] = alone[:, :2], alone[:, 4:]
     torch.testing.assert_close(other(y), expected)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.cast_factors import cast_before_pass, group_layers, join_groups
-from networks.joined_weights import join_weights, joined
+from networks.joined_weights import join_weights, view_as_one_matrix
 from networks.lora_layer import Dropouts, LoraLayer
 from tests.networks.test_cast_factors import Kernels
 from tests.tiny.dits import DITS, TinyDit
@@ -175,17 +175,17 @@ def test_joined_weights_are_found_until_one_is_replaced() -> None:
     modules = [nn.Linear(WIDTH, height).bfloat16().requires_grad_(False) for height in (4, 8)]
     values = [module.weight.clone() for module in modules]
     weights = [module.weight for module in modules]
-    assert joined(weights) is None
+    assert view_as_one_matrix(weights) is None
 
     join_weights(modules, torch.device("cpu"))
 
     for module, value in zip(modules, values, strict=True):
         assert torch.equal(module.weight, value)
-    together = joined(weights)
+    together = view_as_one_matrix(weights)
     assert together is not None
     assert torch.equal(together, torch.cat(values))
     modules[1].weight.data = values[1]  # as block swap does
-    assert joined(weights) is None
+    assert view_as_one_matrix(weights) is None
 
 
 @pytest.mark.parametrize("other", ["trained", "half with bias", "part of a piece of memory", "float32"])

@@ -233,7 +233,9 @@ def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path:
 
     found = load_file(lora)
     assert {each.split("_")[1] for each in found} == {"unet", "te2"}
-    changes = {module: read_delta(factors).dense(CPU) for module, factors in group_by_module(found).items()}
+    changes = {
+        module: read_delta(factors).compute_change(CPU) for module, factors in group_by_module(found).items()
+    }
     layer = "lora_te2_text_model_encoder_layers_0_self_attn"
     largest = {key: float(one.abs().max()) for key, one in changes.items() if one is not None}
     assert largest[f"{layer}_q_proj"] > 0.1
@@ -274,7 +276,7 @@ def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tm
     changed = f"{text}encoder.layers.0.mlp.fc1.weight"
     torch.testing.assert_close(load_file(merged)[changed], tensors[changed] + 0.5)
     extract(old, merged, extracted)
-    delta = read_delta(group_by_module(load_file(extracted))[TEXT_LAYER]).dense(CPU)
+    delta = read_delta(group_by_module(load_file(extracted))[TEXT_LAYER]).compute_change(CPU)
     assert delta is not None
     torch.testing.assert_close(delta, torch.full((128, 64), 0.5), atol=1e-4, rtol=1e-4)
     # a fine-tuned file that has what the original leaves out

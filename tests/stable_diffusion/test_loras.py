@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
-from networks.gated_loras import AddedPart
+from networks.gated_loras import LoraBranch
 from networks.kinds.oft_rotation import compute_rotations, rotate_weight
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import AdjustableLoras, check_kind, read_networks
@@ -223,7 +223,7 @@ def test_layers_tell_each_lora_and_let_its_output_be_changed(fresh: Fresh, tmp_p
     assert set(first) == set(loaded.unet_modules(plain, lambda path: "attn" in path))
     assert set(second) == set(loaded.unet_modules(plain, lambda path: "conv1" in path))
     for layer in first.values():
-        layer.region = torch.zeros_like
+        layer.apply_region = torch.zeros_like
     wanted = fresh()
     add_by_hand(wanted, plain_changes(other))
     loaded.assert_same(loaded.results(model), loaded.results(wanted))
@@ -287,7 +287,7 @@ def test_what_a_file_says_of_itself_is_shown(
 
 
 @pytest.mark.parametrize("layers", [None, [{}, {}]], ids=["before", "added"])
-def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, AddedPart]] | None) -> None:
+def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, LoraBranch]] | None) -> None:
     """Ctrl-C cancels a prompt of --interactive; the next one has the strengths that it asks for."""
     weights, interrupts = [0.0, 0.0], [False]
 

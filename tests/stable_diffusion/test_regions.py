@@ -29,14 +29,14 @@ class Lora:
     def __init__(self, module: Any, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.change = torch.randn(module.weight.shape, generator=generator) * module.weight.std() * 0.5
-        self.region: Callable[[Tensor], Tensor] | None = None
+        self.apply_region: Callable[[Tensor], Tensor] | None = None
         self._module = module
         self._before = module.forward
         module.forward = self.forward
 
     def forward(self, x: Tensor) -> Tensor:
         added = apply(self._module, self.change, x)
-        return self._before(x) + (added if self.region is None else self.region(added))
+        return self._before(x) + (added if self.apply_region is None else self.apply_region(added))
 
 
 def apply(module: Any, weight: Tensor, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     changes = [{name: lora.change for name, lora in layers.items()} for layers in loras]
     expected = plain(unet, call, maker.read(masked, WIDTH, HEIGHT), changes)
     torch.testing.assert_close(made, expected, **CLOSE)
-    assert all(lora.region is None for layers in loras for lora in layers.values())
+    assert all(lora.apply_region is None for layers in loras for lora in layers.values())
 
 
 def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:

@@ -36,6 +36,6 @@ def unused(patch: LoraPatch) -> list[str]:
     return [
         f"{use.lora.path.name}: {key}"
         for use in patch._uses
-        for key in patch._list_keys(use)
-        if key not in patch._seen
+        for key in patch._list_selected_keys(use)
+        if key not in patch._keys_in_model
     ]
