@@ -109,8 +109,8 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     to_approximate: dict[str, Factors] = {}
     for name, factors in modules.items():
-        if factors.keys() & FACTORS_OF_OTHER_KINDS:
-            to_approximate[name] = factors
+        if module_factors.keys() & FACTORS_OF_OTHER_KINDS:
+            to_approximate[name] = module_factors
     if not to_approximate:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"

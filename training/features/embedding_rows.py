@@ -108,7 +108,8 @@ def make_word_vectors(
         has_file: Whether the vectors are also saved in an embedding file.
         encoders: The loaded networks of the text encoders that learn the word, in the family's order.
         seed: Seed of the run.
-        has_initial_values: Whether the vectors start with the values of a file; False where only sizes matter.
+        has_initial_values: Whether the vectors start with the values of a file; False where only sizes
+        matter.
     """
     if has_initial_values:
         _log_continued_word(word)

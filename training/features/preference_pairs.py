@@ -75,7 +75,7 @@ def pair_passes(
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch of 2B samples: the B chosen items, then the rejected ones with equal noise and captions."""
+    """Return a batch of 2B samples: B chosen items, then their rejected ones with equal noise and captions."""
     batch = noisy_batch.batch
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
