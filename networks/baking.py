@@ -108,7 +108,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     to_approximate: dict[str, Factors] = {}
-    for name, factors in modules.items():
+    for name, module_factors in modules.items():
         if module_factors.keys() & FACTORS_OF_OTHER_KINDS:
             to_approximate[name] = module_factors
     if not to_approximate:
