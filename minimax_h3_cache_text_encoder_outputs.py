@@ -19,7 +19,7 @@ def write_probe(options: "H3TextCachingOptions", family: Any, config: "DatasetCo
     from dataset.cache_files import empty_text_name
     from minimax_h3.cache_marks import save_probe
 
-    store = Stores(npz_names(family)).of_texts(config.datasets[0])
+    store = Stores(npz_names(family)).text_store(config.datasets[0])
     entry = store.read(empty_text_name(family.cache_tag))
     save_probe(options.uncond_output, entry.tensors, options.uncond_text)
 

@@ -13,7 +13,7 @@ from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from minimax_h3.options import FRAMES, SIZE, STEPS, resolve_generation
 from modules.media.lengths import ClipLengths
-from modules.option_values import read_full
+from modules.option_values import parse_int
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -59,7 +59,7 @@ DEFAULTS = ScriptDefaults(
         "keyframe": LineOption("keyframe", read_path, CANCELS, repeats=True),
         "condition_image": LineOption("condition_image", read_path, CANCELS, repeats=True),
         "reference_jsonl": LineOption("reference_jsonl", read_path, CANCELS),
-        "reference_index": LineOption("reference_index", read_full),
+        "reference_index": LineOption("reference_index", parse_int),
     },
     output_types=("video", "images", "latent", "both", "latent_images"),
 )

@@ -11,7 +11,7 @@ from generation.prompt_lines import (
 )
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from modules.option_values import read_full
+from modules.option_values import parse_int
 
 DEFAULTS = ScriptDefaults(
     fps=IMAGE_FPS,
@@ -26,7 +26,7 @@ DEFAULTS = ScriptDefaults(
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
         "mask_path": LineOption("mask_path", read_path, CANCELS),
-        "f": LineOption("output_layers", read_full),
+        "f": LineOption("output_layers", parse_int),
     },
     output_types=PICTURE_OUTPUTS,
     by_model={"output_layers": ""},  # of no use to other releases, which warn of it

@@ -13,8 +13,8 @@ from anima.configs import AdapterConfig
 from modules.attention.attend import attend
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
-from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
-from modules.layers.rope import Grid, GridTable, exact_table, table_maker
+from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, TokenGrid, bind_rotary_table, rotary_table
 from modules.speed_options import AttentionChoice
 
 
@@ -37,11 +37,11 @@ class AdapterAttention(nn.Module):
         """Return the attention of x, 1 T C, to `source`, 1 S C; both have rotary positions from 0."""
         # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have positions of their own, from 0
         heads = (-1, *self.q_norm.normalized_shape)
-        query = self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
-        key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
-        value = in_own_dtype(self.v_proj, source).unflatten(-1, heads)
+        query = self.q_norm(run_in_weight_dtype(self.q_proj, x).unflatten(-1, heads))
+        key = self.k_norm(run_in_weight_dtype(self.k_proj, source).unflatten(-1, heads))
+        value = run_in_weight_dtype(self.v_proj, source).unflatten(-1, heads)
         attended = attend(rotate_halves(query, rotary), rotate_halves(key, source_rotary), value, attention)
-        return in_own_dtype(self.o_proj, attended.flatten(2))
+        return run_in_weight_dtype(self.o_proj, attended.flatten(2))
 
 
 class AdapterBlock(nn.Module):
@@ -67,7 +67,7 @@ class AdapterBlock(nn.Module):
         x = x + self.self_attn(normed, normed, rotary, rotary, attention)
         x = x + self.cross_attn(self.norm_cross_attn(x), states, rotary, states_rotary, attention)
         first, gelu, second = self.mlp
-        return x + in_own_dtype(second, gelu(in_own_dtype(first, self.norm_mlp(x))))
+        return x + run_in_weight_dtype(second, gelu(run_in_weight_dtype(first, self.norm_mlp(x))))
 
 
 class AnimaAdapter(nn.Module):
@@ -81,7 +81,7 @@ class AnimaAdapter(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
         self.norm = RMSNorm(config.dim, config.eps)
         widths = (config.dim // config.num_heads,)
-        make_table = table_maker(exact_table, widths, config.rope_theta)
+        make_table = bind_rotary_table(rotary_table, widths, config.rope_theta)
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
@@ -97,12 +97,12 @@ class AnimaAdapter(nn.Module):
         states = states.to(dtype)
         if not states.shape[1]:
             states = functional.pad(states, (0, 0, 0, 1))
-        rotary = self._rotary.get_table(Grid((ids.shape[1],)), states.device)
-        states_rotary = self._states_rotary.get_table(Grid((states.shape[1],)), states.device)
+        rotary = self._rotary.get_table(TokenGrid((ids.shape[1],)), states.device)
+        states_rotary = self._states_rotary.get_table(TokenGrid((states.shape[1],)), states.device)
         x = self.embed(send_ahead(ids, states.device)).to(dtype)
         for block in self.blocks:
             x = block(x, states, rotary, states_rotary, attention)
-        return self.norm(in_own_dtype(self.out_proj, x))
+        return self.norm(run_in_weight_dtype(self.out_proj, x))
 
 
 def read_texts(

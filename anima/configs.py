@@ -71,8 +71,10 @@ class AnimaConfig:
 
 _DROPOUT = "caption_dropout_rate"
 # Qwen-Image's VAE. Training has the mean of its posterior
-LATENT: LatentSpec = replace(QWEN_LATENT, npz=NpzFormat("_anima", "_anima_te", of_table={_DROPOUT: _DROPOUT}))
-NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_image_tokens)
+LATENT: LatentSpec = replace(
+    QWEN_LATENT, npz=NpzFormat("_anima", "_anima_te", table_settings={_DROPOUT: _DROPOUT})
+)
+NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, count_tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("blocks",),
     shared_inputs=(
@@ -87,9 +89,9 @@ DIT = DitSpec(
         *(f".{ADAPTER}.blocks.", f".{ADAPTER}.out_proj"),
     ),
     input_layers=("x_embedder", ADAPTER),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
-    unswapped=2,
+    num_unswapped=2,
     # as they compute; 1 % of the model
     keep_float32=("t_embedder.", "t_embedding_norm."),
 )

@@ -81,7 +81,7 @@ class Anima(ModelOfImages):
         "base_model_version": "anima",
     }
     few_steps: ClassVar[FewSteps] = FEW_STEPS
-    can: ClassVar = Abilities(tell_few_steps=True, rate_parts=True, make_network=True)
+    abilities: ClassVar = Abilities(detects_few_steps=True, has_part_rates=True, has_custom_network=True)
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
     cache_tag: str = field(default="anima", init=False)
@@ -110,7 +110,7 @@ class Anima(ModelOfImages):
     @property
     def takes_mask(self) -> bool:
         """Return whether the ControlNet-LLLite in training also takes a mask."""
-        return self.noise.vary_inputs is not None
+        return self.noise.change_conditions is not None
 
     # encoding
 
@@ -285,7 +285,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
         from anima.lllite import MODULE, describe_lllite, draw_masks  # only to train one
 
         if options.lllite_cond_in_channels > 3:  # a mask follows the image's channels, drawn in each step
-            model = replace(model, noise=replace(NOISE, vary_inputs=draw_masks))
+            model = replace(model, noise=replace(NOISE, change_conditions=draw_masks))
         return replace(model, custom_network=describe_lllite(options), lora_module=MODULE)
     return model
 

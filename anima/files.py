@@ -17,7 +17,7 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from encoders.language_encoder import LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings
 from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from modules.speed_options import text_form
@@ -198,7 +198,7 @@ class AnimaFiles(QwenImageFiles):
     adapter: Path | None = None
     t5_tokenizer: Path | None = None
     t5_max_tokens: int = MAX_TOKENS
-    text_use: LanguageUse = make_use(MAX_TOKENS)
+    text_use: LanguageEncoderSettings = make_use(MAX_TOKENS)
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     called: ClassVar[str] = NAME

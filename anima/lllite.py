@@ -28,7 +28,7 @@ from encoders.control_pictures import CONTROL_MASK, check_control
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.random_masks import draw_mask
-from modules.option_values import FillIn, option_words
+from modules.option_values import Placeholder, option_argv
 from protocols.data import CONTROL_PIXELS, Conditions
 from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 
@@ -375,8 +375,8 @@ def _say_generation(
     takes_mask: bool, file: Path, sample: Mapping[str, Any], usual: Sequence[str]
 ) -> list[str]:
     """Return the command that generates with a trained file; `usual` is the command without the file."""
-    control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
+    control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     further = {"--lllite_weights": file, "--control_image": control}
     if takes_mask:
-        further["--mask_image"] = sample.get("mask_path") or FillIn("MASK")
-    return [*usual, *option_words(further)]
+        further["--mask_image"] = sample.get("mask_path") or Placeholder("MASK")
+    return [*usual, *option_argv(further)]

@@ -22,8 +22,15 @@ from modules.attention.attend import attend
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, activation_dtype, in_own_dtype
-from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, take_rows, turns
+from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import (
+    GridTable,
+    cos_and_sin,
+    rotation_angles,
+    select_rotations,
+    sinusoid,
+    spread_over_grid,
+)
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -62,7 +69,7 @@ class AnimaTokens:
 
         `kept` are the ascending indices of these tokens, B K.
         """
-        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
+        return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 
 
 class BranchRows(NamedTuple):
@@ -88,13 +95,13 @@ class AnimaAttention(nn.Module):
     def query(self, x: Tensor) -> Tensor:
         """Return the normalized queries of tokens, B L N D."""
         heads = (-1, *self.q_norm.normalized_shape)
-        return self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
+        return self.q_norm(run_in_weight_dtype(self.q_proj, x).unflatten(-1, heads))
 
     def key_and_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalized keys, and values, of `source`, B S source_dim: each B S N D."""
         heads = (-1, *self.k_norm.normalized_shape)
-        key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
-        return key, in_own_dtype(self.v_proj, source).unflatten(-1, heads)
+        key = self.k_norm(run_in_weight_dtype(self.k_proj, source).unflatten(-1, heads))
+        return key, run_in_weight_dtype(self.v_proj, source).unflatten(-1, heads)
 
     def attend_image(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the self-attention, B L C, of image tokens, with rotary positions."""
@@ -107,7 +114,7 @@ class AnimaAttention(nn.Module):
         attended = attend(query, key, value, tokens.attention)
         if part is not None:
             attended = part.gather_heads(attended)
-        return in_own_dtype(self.output_proj, attended.flatten(2))
+        return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the cross-attention, B L C, of image tokens to all text rows, including rows of zeros."""
@@ -117,7 +124,7 @@ class AnimaAttention(nn.Module):
             key, value = self.key_and_value(text)
             of_texts.append(attend(query, key, value, tokens.attention, repeats=repeats))
         attended = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
-        return in_own_dtype(self.output_proj, attended.flatten(2))
+        return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
 
 class AnimaFeedForward(nn.Module):
@@ -130,7 +137,7 @@ class AnimaFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to x, B L C."""
-        return in_own_dtype(self.layer2, functional.gelu(in_own_dtype(self.layer1, x)))
+        return run_in_weight_dtype(self.layer2, functional.gelu(run_in_weight_dtype(self.layer1, x)))
 
 
 def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
@@ -145,7 +152,7 @@ def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
 def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
     """Compute modulation vectors, B n*C float32, from the time embedding, B C, with `make_modulation`."""
     _, first, second = layers.children()
-    return in_own_dtype(second, in_own_dtype(first, time)).float()
+    return run_in_weight_dtype(second, run_in_weight_dtype(first, time)).float()
 
 
 class AnimaBlock(nn.Module):
@@ -202,7 +209,7 @@ class AnimaFinalLayer(nn.Module):
         rows = compute_rows(self.adaln_modulation, tokens.time)
         rows = rows + tokens.shifts[:, : rows.shape[1]]  # the first two of its three rows
         shift, scale = rows.unsqueeze(1).chunk(2, dim=-1)
-        return in_own_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
+        return run_in_weight_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
 
 
 class AnimaModel(BlockNetwork):
@@ -237,7 +244,7 @@ class AnimaModel(BlockNetwork):
         # the Identity and index 1 reproduce the names in the file
         proj = nn.ModuleList([nn.Identity(), nn.Linear(columns, dim, bias=False)])
         self.x_embedder = nn.ModuleDict({"proj": proj})
-        layers = TwoLayers("linear_1 linear_2", (dim, dim, 3 * dim), bias=False, in_float32=True)
+        layers = TwoLayerMlp("linear_1 linear_2", (dim, dim, 3 * dim), bias=False, in_float32=True)
         self.t_embedder = nn.ModuleList([nn.Identity(), layers])
         self.t_embedding_norm = RMSNorm(dim, config.eps)
         self.blocks = nn.ModuleList(AnimaBlock(config) for _ in range(config.num_layers))
@@ -292,7 +299,7 @@ class AnimaModel(BlockNetwork):
         )
         # the residual stream of the released weights leaves float16's range (ComfyUI, pull request 12249)
         stream_dtype = torch.float32 if dtype == torch.float16 else dtype
-        image = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(stream_dtype)
+        image = run_in_weight_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(stream_dtype)
         return Hidden(image, tokens)
 
     def _check_sizes(self, noisy: Tensor) -> None:
@@ -336,8 +343,8 @@ class AnimaModel(BlockNetwork):
         for size, width, ratio in zip(sizes, self.config.rotary_widths, self.config.rope_ratios, strict=True):
             theta = self.config.rope_theta * ratio ** (width / (width - 2))
             places = torch.arange(size, dtype=torch.float64)
-            axes.append(send_ahead(turns(angles_at(places, width, theta)).float(), device))
-        return on_grid(axes).unsqueeze(1)
+            axes.append(send_ahead(cos_and_sin(rotation_angles(places, width, theta)).float(), device))
+        return spread_over_grid(axes).unsqueeze(1)
 
 
 def cut_patches(latents: Tensor) -> Tensor:

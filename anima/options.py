@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, Options, not_needed, option, unsupported
 from modules.parser import typed_names
 from modules.speed_options import (
@@ -338,17 +338,17 @@ TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageT
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    texts = {"--qwen3": options.qwen3 or FillIn("QWEN3_FILE"), **options.text.words()}
-    return options.vae.file.words(), texts
+    texts = {"--qwen3": options.qwen3 or Placeholder("QWEN3_FILE"), **options.text.words()}
+    return options.vae.file.command_options(), texts
 
 
 def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
         "--llm_adapter_path": options.llm_adapter_path,
-        **options.vae.file.words(),
-        "--text_encoder": options.qwen3 or FillIn("QWEN3_FILE"),
+        **options.vae.file.command_options(),
+        "--text_encoder": options.qwen3 or Placeholder("QWEN3_FILE"),
         **options.text.words(),
         "--dit_dtype": options.dit_dtype,
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, qwen_tokenizer
 from encoders.language_models import QWEN3
 from encoders.text_encoder import END, TextTokenizer, TokenizerSource, fill_rows, weights_of
 from modules.errors import CheckpointError
@@ -50,22 +50,22 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache  # one object for each length
-def make_use(maximum: int) -> LanguageUse:
+def make_use(maximum: int) -> LanguageEncoderSettings:
     """Return the settings for using Qwen3 with at most `maximum` tokens of a prompt."""
-    return LanguageUse(
+    return LanguageEncoderSettings(
         name="qwen3",
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
         maximum=maximum,
-        at_once=1,  # so that a state does not depend on other prompts, to the last bit
+        batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     )
 
 
 class AnimaTextEncoder(LanguageModelEncoder):
     """Qwen3 with its final norm; states after the text's end are zeros. T5's tokens need no encoder."""
 
-    can = EncoderAbilities(learn=True, wait=True, divide=True, take_words=True)
+    abilities = EncoderAbilities(trainable=True, offloads_layers=True, shardable=True, accepts_new_words=True)
     lora_prefix = "lora_te"
 
     def __init__(

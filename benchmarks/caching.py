@@ -43,7 +43,7 @@ class WaitingFamily:
 
     seconds: float  # per clip
     name: str = "waiting"
-    can: Abilities = Abilities()
+    abilities: Abilities = Abilities()
     cache_tag: str = "waiting"
     latent: LatentSpec = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
     defaults: SamplingDefaults = SamplingDefaults(50, 16.0, 5.0, None, 5.0, "unipc", 832, 480, 81)

@@ -30,7 +30,7 @@ from benchmarks.evening_data import CONCEPT, draw_items  # noqa: E402
 from benchmarks.evening_page import ShownSample, write_evening_page  # noqa: E402
 from downloads.catalogue import ModelSet  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
-from modules.command import INTERRUPTED, as_typed, command_line, did_you_mean  # noqa: E402
+from modules.command import INTERRUPTED, command_line, did_you_mean, quote_command  # noqa: E402
 from modules.errors import OptionError, UserError  # noqa: E402
 from modules.installation import (  # noqa: E402
     RUN_GOES_ON,
@@ -43,7 +43,7 @@ from modules.text_files import parse_json, parse_toml, read_text  # noqa: E402
 from project.options import RUN_FILE, find_models, script_family  # noqa: E402
 from protocols.families import with_scripts  # noqa: E402
 from runtime.machine import GIB, describe_machine  # noqa: E402
-from training.config_options import OTHERS_TABLE  # noqa: E402
+from training.config_options import PROJECT_TABLE  # noqa: E402
 from training.reports.history import (  # noqa: E402
     HIGHEST,
     PREDICTED,
@@ -236,11 +236,11 @@ def _list_commands(evening: Evening) -> dict[str, list[list[str]]]:
     Raises:
         OptionError: If files of the model are missing.
     """
-    table = parse_toml(read_text(evening.data / RUN_FILE))[OTHERS_TABLE]
+    table = parse_toml(read_text(evening.data / RUN_FILE))[PROJECT_TABLE]
     download, *others = table["commands"]
     missing = [file for file in table["files"] if not (evening.data / file).exists()]
     if missing:
-        raise OptionError(f"{missing[0]} is missing. Download it: {as_typed(download)}")
+        raise OptionError(f"{missing[0]} is missing. Download it: {quote_command(download)}")
     training = [*others[-1], "--resume", "latest"]
     steps = str(evening.request["max_train_steps"])
     checks = [words for words in others if "--check" in words]

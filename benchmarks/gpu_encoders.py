@@ -80,7 +80,7 @@ def _llama(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     llama: Any = load_language_model(path, LLAMA, device, dtype, (-1 - SKIP_LAYERS,))
     start = VIDEO_TEMPLATE.crop_start or 0
-    shape = (LLAVA_USE.at_once, start + length)
+    shape = (LLAVA_USE.batch_size, start + length)
     ids, mask = (
         torch.randint(1, llama.embed_tokens.num_embeddings, shape),
         torch.ones(shape, dtype=torch.int64),

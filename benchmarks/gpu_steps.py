@@ -25,9 +25,9 @@ from generation.experts import ExpertOffloader, list_expert_order
 from generation.memory import predict_denoising
 from generation.network_setup import dit_loader
 from networks.adapter import make_network
-from protocols.data import HAS_AUDIO, SOUND, Batch, Joint
+from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioVideoShapes, Batch
 from protocols.family import audio_of
-from protocols.requests import Prepared, Request, settle
+from protocols.requests import Prepared, Request, resolve_request
 from protocols.steps import EncodedPrompts
 from runtime.network_setup import swapped_weights
 from runtime.planning.memory_plan import workspace
@@ -210,7 +210,7 @@ def random_batch(row: Row, family: Any) -> NoisyBatch:
     noise = drawn.numbers(*shape)
     size, audio = audio_shape(row, family), None
     if size is not None:
-        tensors |= {SOUND: drawn.numbers(1, *size), HAS_AUDIO: one}
+        tensors |= {AUDIO_LATENTS: drawn.numbers(1, *size), HAS_AUDIO: one}
         audio = NoisyAudio(drawn.numbers(1, *size), one / 2, one * 500, one)
     return NoisyBatch(Batch(tensors, ("",), ("random",)), noise, one / 2, one * 500, one, audio=audio)
 
@@ -222,7 +222,7 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
     texts = [without_batch(entry.texts(config, drawn, row.text_tokens)) for _ in range(2)]
     inputs = entry.inputs(config, drawn, family.latent.shape(size.frames, size.height, size.width))
     request = Request("", SEED, steps=row.steps)
-    prepared = settle(
+    prepared = resolve_request(
         request,
         default,
         (size.width, size.height, size.frames),
@@ -233,7 +233,7 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
     prepared = replace(prepared, family_record=entry.own())
     if (audio := audio_shape(row, family)) is not None:
         _, *image = section_of(row, family)
-        joint = Joint(tuple(image), audio)  # type: ignore[arg-type]  # four numbers
+        joint = AudioVideoShapes(tuple(image), audio)  # type: ignore[arg-type]  # four numbers
         prepared = replace(prepared, joint=joint, audio_shift=family.noise.audio_shift)
     return prepared, {0: EncodedPrompts(*texts)}, inputs
 

@@ -97,14 +97,14 @@ def _time(
     args: argparse.Namespace, stage: Any, network: Any, device: Any, known: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
     """Return seconds for each new picture, and the pictures that the stage makes."""
-    from modules.media.encoding import Picture
+    from modules.media.encoding import OutputFrame
     from postprocessing.contract import Clip, to_tensor
 
     clip = Clip(Path("clip"), args.size[1], args.size[0], Fraction(12), len(known), False)
 
-    def pictures() -> Iterator[Picture]:
+    def pictures() -> Iterator[OutputFrame]:
         for index, pixels in enumerate(known):
-            yield Picture(pixels, Fraction(index, 12), Fraction(1, 12))
+            yield OutputFrame(pixels, Fraction(index, 12), Fraction(1, 12))
 
     def bare() -> list[Any]:
         made, before = [], None

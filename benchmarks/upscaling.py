@@ -71,12 +71,12 @@ def _run(stage: Any, pixels: list[Any]) -> list[Any]:
     """Return the enlarged pictures."""
     from fractions import Fraction
 
-    from modules.media.encoding import Picture
+    from modules.media.encoding import OutputFrame
     from postprocessing.contract import Clip
 
     height, width = pixels[0].shape[:2]
     clip = Clip(Path("a clip"), width, height, Fraction(25), len(pixels), False)
-    given = (Picture(each, Fraction(index, 25), Fraction(1, 25)) for index, each in enumerate(pixels))
+    given = (OutputFrame(each, Fraction(index, 25), Fraction(1, 25)) for index, each in enumerate(pixels))
     return [image.pixels for image in stage.run(given, clip)]
 
 

@@ -65,8 +65,8 @@ def make_guidance(
     """
     plans = plan_steps(prepared, options)
     # cached, so that all steps get the same objects, because overrides are compared by identity
-    combine_overrides = functools.cache(Overrides.within)
-    guided_below = prepared.rules.below_share
+    combine_overrides = functools.cache(Overrides.merge)
+    guided_below = prepared.rules.max_signal
     steering = _Steering(options.nag) if options.nag.is_on else None
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
@@ -153,8 +153,8 @@ class _StepPlanner:
         self._skipped_by_rules = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
         self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
-        self._isolated = Pass("positive", Overrides(isolated=True))
-        self._unreferenced = Pass("positive", Overrides(drops_audio_reference=True))
+        self._isolated = Pass("positive", Overrides(isolate_modalities=True))
+        self._unreferenced = Pass("positive", Overrides(drop_audio_reference=True))
         self._guided_overrides = NO_OVERRIDES
         if options.disable_embedded_for_cfg:
             self._guided_overrides = Overrides(embedded_guidance=False)
@@ -244,8 +244,8 @@ class _StepPlanner:
             stages.append(rescale(rescale_fraction))
         if rules.norm_limit is not None:
             stages.append(limit_norm(rules.norm_limit))
-        if rules.token_side is not None:
-            stages.append(keep_norms(rules.token_side))
+        if rules.norm_patch_size is not None:
+            stages.append(keep_norms(rules.norm_patch_size))
         return tuple(stages)
 
     def _select_negative(self, index: int, weakens: bool) -> Pass:
@@ -308,7 +308,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     schedule = prepared.request.cfg_schedule
     num_steps = prepared.num_steps
     rules = prepared.rules
-    if rules.below_share is not None and rules.below_share <= 0:  # guidance ends before the first step
+    if rules.max_signal is not None and rules.max_signal <= 0:  # guidance ends before the first step
         return [(None,) * num_steps] * len(prepared.guidance_scale)
     if schedule and options.cfg_skip_mode != "none":
         raise OptionError(
@@ -318,7 +318,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     applied = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         applied = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    to_standard = 1 - rules.off_at  # converts a scale of the model to one of the standard formula
+    to_standard = 1 - rules.neutral_scale  # converts a scale of the model to one of the standard formula
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
@@ -459,7 +459,7 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
         if needs_guidance and not is_guided:
             raise OptionError(
                 f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than "
-                f"{prepared.rules.off_at:g} or a --cfg_schedule, or leave it out"
+                f"{prepared.rules.neutral_scale:g} or a --cfg_schedule, or leave it out"
             )
     if not passes:
         raise OptionError(
@@ -532,7 +532,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
 
     It is 1 in most models; a few count guidance from 0.
     """
-    off = prepared.rules.off_at
+    off = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     if not scheduled and all(scale is None or scale >= off for scale in used):

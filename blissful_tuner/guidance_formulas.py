@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
 from protocols.rules import Projection, StreamGuidance
-from protocols.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Section, Step
+from protocols.steps import NO_OVERRIDES, Calls, Overrides, PassVelocities, Predict, Section, Step
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
     return velocity
 
 
-def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
+def run_passes(calls: Calls, predict: Predict, _: Section) -> PassVelocities:
     """Run all passes in this process; passes with equal overrides share one call of `predict`.
 
     `predict` may run the conditions of a call as a batch.

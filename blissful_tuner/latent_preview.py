@@ -31,7 +31,7 @@ from modules.errors import OptionError, OutputError
 from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
 from protocols.data import LatentSpec
-from protocols.steps import Section, StepDone, Watcher
+from protocols.steps import CompletedStep, Section, StepCallback
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class LatentPreviews:
 @contextmanager
 def preview_clip(
     previews: LatentPreviews | None, fps: float, first_step: int = 0
-) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
+) -> Iterator[tuple[list[StepCallback], Callable[[Section], None]]]:
     """Yield functions to call with each step and each section of a clip; end its previews with the clip.
 
     Args:
@@ -239,17 +239,17 @@ class _ClipPreviews:
         self.is_on_cpu = previews.device.type == "cpu"
         self.writer = LatestWriter(previews.write, REST_ON_CPU if self.is_on_cpu else 0.0)
 
-    def watch(self, done: StepDone) -> bool:
+    def watch(self, done: CompletedStep) -> bool:
         """Preview the clean clip predicted from a step, without audio; False lets denoising continue."""
         if done.section.count == 1 and self.first_step <= done.step.index < done.step.num_steps - 1:
-            self._show(lambda: done.picture, done.step.index + 1)
+            self._show(lambda: done.image_latents, done.step.index + 1)
         return False
 
     def on_section(self, section: Section) -> None:
         """Show the finished sections before the next one is denoised."""
-        if section.previous is not None:
+        if section.previous_piece is not None:
             self.made_sections += 1
-            so_far = section.previous.so_far
+            so_far = section.previous_piece.previous_latents
             self._show(lambda: so_far, self.made_sections)
 
     def _show(self, latents: Callable[[], Tensor], count: int) -> None:

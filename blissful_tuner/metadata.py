@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from modules.atomic_write import make_storable
+from modules.atomic_write import replace_surrogates
 from modules.version import VERSION
 from protocols.requests import Box, Prepared
 from protocols.rules import ONE_EXPERT, Expert
@@ -80,9 +80,9 @@ def output_metadata(
     values |= _list_optional(prepared, device, created)
     if len(experts) > 1 or prepared.request.expert_guidance:
         values |= _describe_experts(prepared, experts)
-    if prepared.shown is not None:
-        values[SHOWN] = " ".join(map(str, prepared.shown))
-    for name, text in prepared.own_metadata.items():
+    if prepared.visible_region is not None:
+        values[SHOWN] = " ".join(map(str, prepared.visible_region))
+    for name, text in prepared.extra_metadata.items():
         values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text  # without folders
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
@@ -90,7 +90,7 @@ def output_metadata(
     # options of the run, then those of the prompt line, override the values above
     values |= _record({**(settings or {}), **prepared.request.settings})
     return {
-        f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
+        f"bt_{name}": NOT_SET if value is None else replace_surrogates(str(value))
         for name, value in values.items()
     }
 
@@ -103,7 +103,7 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
     boundaries = []
     for expert, scale in list(zip(experts, prepared.guidance_scale, strict=True))[1:]:
         values[f"guidance_scale_{expert.name}"] = scale
-        boundaries.append(f"{expert.lowest:g}")
+        boundaries.append(f"{expert.min_timestep:g}")
     if boundaries:
         values["timestep_boundary"] = ", ".join(boundaries)
     return values
@@ -120,9 +120,9 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
         CREATED: None if created is None else created.isoformat(timespec="seconds"),
     }
     if request.source is not None:
-        values |= request.source.in_words()
+        values |= request.source.to_metadata()
     # original prompts, before wildcards were drawn
-    values |= {f"original_{name}": text for name, text in request.typed.items()}
+    values |= {f"original_{name}": text for name, text in request.typed_texts.items()}
     for name in ("image_path", "end_image_path", "control_path"):
         path = getattr(request, name)
         if path is not None:
@@ -155,7 +155,7 @@ def read_decoded_metadata(
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in of_decoding}
     values["fps"] = f"{fps:g}"
-    return texts | {f"bt_{name}": make_storable(text) for name, text in values.items()}
+    return texts | {f"bt_{name}": replace_surrogates(text) for name, text in values.items()}
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, str]:

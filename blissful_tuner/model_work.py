@@ -19,9 +19,9 @@ from checkpoints.shards import split
 from checkpoints.writing import stream_tensors
 from modules.bars import BYTES, Bar
 from modules.command import did_you_mean
-from modules.console import as_size, count_of
+from modules.console import format_count, format_size
 from modules.control_codes import escape_control_codes, shorten
-from modules.devices import dtype_name, dtype_named
+from modules.devices import dtype_name, parse_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
 from modules.output_files import Answer, ask_to_overwrite, ask_to_replace, check_output_file, reject_replacing
@@ -193,11 +193,11 @@ def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) ->
     """
     yield f"{model.path}: {shorten(_join_lines(model.what), MAX_OF_KIND)}"
     files = f", {len(model.files)} files" if len(model.files) > 1 else ""
-    yield f"container: {model.container}{files}, {as_size(model.file_bytes)}"
+    yield f"container: {model.container}{files}, {format_size(model.file_bytes)}"
     numbers = "1 number" if model.numbers == 1 else f"{model.numbers:,} numbers"
     yield f"tensors: {len(model.tensors)}, with {numbers}"
     for name, count, size_bytes in count_dtypes(model.tensors):
-        yield f"  {name}: {count_of(count, 'tensor')}, {as_size(size_bytes)} ({size_bytes:,} bytes)"
+        yield f"  {name}: {format_count(count, 'tensor')}, {format_size(size_bytes)} ({size_bytes:,} bytes)"
     if model.left_out:
         yield f"in addition to the tensors, not read: {_shorten_line(', '.join(model.left_out))}"
     if model.metadata:
@@ -378,7 +378,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
 
 def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
     """Return the change to a checkpoint that the options request."""
-    dtype = None if options.dtype is None else dtype_named(options.dtype, "--dtype")
+    dtype = None if options.dtype is None else parse_dtype(options.dtype, "--dtype")
     cast = _make_selection(options)
     selected = changing.Selection(options.full_target_keys or (), options.full_exclude_keys or ())
     return changing.CheckpointChange(
@@ -478,6 +478,6 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
         paths = [output]
         what = str(output)
-    kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in count_dtypes(plan.tensors))
-    logger.info("Written: %s (%s: %s)", what, count_of(len(plan.tensors), "tensor"), kinds)
+    kinds = ", ".join(f"{name} {format_size(size)}" for name, _, size in count_dtypes(plan.tensors))
+    logger.info("Written: %s (%s: %s)", what, format_count(len(plan.tensors), "tensor"), kinds)
     return paths

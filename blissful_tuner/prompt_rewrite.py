@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from modules.chat_templates import TemplateError, render_chat
-from modules.control_codes import shorten, take_answer
+from modules.control_codes import extract_caption, shorten
 from modules.errors import CheckpointError, catch_panics
 from protocols.requests import Prepared, Prompts
 from runtime.offload.host_memory import LoadedNetwork
@@ -117,7 +117,7 @@ class PromptRewriter:
         if not prompt.strip():
             return prompt
         if prompt not in self._known:
-            answer = take_answer(self._ask(f"{INSTRUCTIONS[self.mode]}\n\nRequest: {prompt}"))
+            answer = extract_caption(self._ask(f"{INSTRUCTIONS[self.mode]}\n\nRequest: {prompt}"))
             if not answer:
                 logger.warning(
                     "the chat model gave no answer within %d tokens, so this prompt is used unchanged: %s",
@@ -164,5 +164,5 @@ def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
         sections[section] = replace(section_prompts, positive=new_prompt)
     # sections often share a prompt: list each rewritten prompt once
     rewritten = list(dict.fromkeys(section_prompts.positive.text for section_prompts in sections.values()))
-    metadata = {**prepared.own_metadata, "rewritten_prompt": "\n".join(rewritten)}
-    return replace(prepared, prompts=sections, own_metadata=metadata)
+    metadata = {**prepared.extra_metadata, "rewritten_prompt": "\n".join(rewritten)}
+    return replace(prepared, prompts=sections, extra_metadata=metadata)

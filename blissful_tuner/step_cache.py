@@ -9,7 +9,7 @@ from typing import Any
 
 from blissful_tuner.options import StepCacheOptions
 from modules.errors import OptionError
-from modules.option_values import MAX_NUMBER, show_number
+from modules.option_values import MAX_NUMBER, format_number
 from protocols.family import DitSpec
 from protocols.requests import Prepared
 from protocols.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
@@ -52,7 +52,7 @@ def select_step_cache(
         max_value = 1 if name in SHARES else MAX_NUMBER
         if not 0 <= value <= max_value:
             raise OptionError(
-                f"--{characters} {show_number(value)}: give 0 to {max_value:,}, as --{name} takes it"
+                f"--{characters} {format_number(value)}: give 0 to {max_value:,}, as --{name} takes it"
             )
         # the option that turns the cache on to which the value belongs
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"

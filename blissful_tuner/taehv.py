@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, relu
 
 from checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.devices import numbers_on, pin, send_ahead
+from modules.devices import pin, send_ahead, tensor_on
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from protocols.data import LatentSpec
@@ -36,8 +36,8 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
 
     It does not wait for the device, and computes in float32 even under autocast.
     """
-    factors = numbers_on(latents.device, spec.preview_factors, torch.float32)  # C 3
-    bias = numbers_on(latents.device, spec.preview_bias, torch.float32)
+    factors = tensor_on(latents.device, spec.preview_factors, torch.float32)  # C 3
+    bias = tensor_on(latents.device, spec.preview_bias, torch.float32)
     with torch.autocast(latents.device.type, enabled=False):
         return torch.einsum("cfhw,cr->rfhw", latents.float(), factors) + bias.view(3, 1, 1, 1)
 
@@ -264,7 +264,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
         for first, width in zip(STAGES, config.widths, strict=False):
             name = f"decoder.{first + 4}.conv.weight"
             # `width=width` keeps this turn's width; the function runs only when the weight is read
-            sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
+            sources[name] = sources[name].with_step(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * ENLARGEMENT
     stride = (config.frames, size, size)

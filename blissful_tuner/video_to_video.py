@@ -48,9 +48,9 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         CheckpointError: If saved latents cannot be read.
     """
     named = _name_source(source)
-    if source.option not in rules.takes:
-        options = " or ".join(f"--{option}" for option in rules.takes)
-        raise OptionError(f"{named}: {rules.who} does not take it. Use {options}")
+    if source.option not in rules.supported_options:
+        options = " or ".join(f"--{option}" for option in rules.supported_options)
+        raise OptionError(f"{named}: {rules.model_label} does not take it. Use {options}")
     if not source.path.exists():
         raise OptionError(f"{named}: no such file or folder.{explain_missing(source.path)}")
     if source.option == LATENTS:
@@ -89,7 +89,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
         num_frames = count_frames_up_to(source.path, prepared.frames)
         if num_frames < prepared.frames and source.pad_mode is None:
             raise _make_length_error(source, num_frames, prepared.frames)
-    if source.needs_vae and family.source.stretches:
+    if source.needs_vae and family.source.stretch_frames:
         _warn_of_stretching(prepared, source, family.latent)
     timesteps: Sequence[float] = prepared.timesteps
     if not timesteps:
@@ -99,7 +99,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
             prepared.steps,
             prepared.flow_shift,
             table=family.noise.table,
-            levels=prepared.levels,
+            levels=prepared.sigmas,
         )
         timesteps = schedule.timesteps.tolist()
     return replace(prepared, first_step=first_step(source, timesteps, prepared.steps))
@@ -200,7 +200,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     if source.option == LATENTS:
         saved = _load_saved_latents(source, family.source, family.latent)
         return _resize_latents(saved, shape[-2], shape[-1])
-    frames = _read_frames(source, prepared, family.source.stretches, alpha=family.latent.has_alpha)
+    frames = _read_frames(source, prepared, family.source.stretch_frames, alpha=family.latent.has_alpha)
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _make_length_error(source, len(frames), prepared.frames)
     num_frames = family.latent.lengths.fit(len(frames))  # the longest length that the VAE encodes
@@ -281,8 +281,8 @@ def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str,
         remedy: End of the message.
     """
     model = saved.metadata.get("bt_model_type")
-    if model is not None and model not in rules.latents_of:  # only our files record it
-        error = f"the latents were made by {model}, whose latents mean something else to {rules.who}"
+    if model is not None and model not in rules.compatible_models:  # only our files record it
+        error = f"the latents were made by {model}, whose latents mean something else to {rules.model_label}"
         raise CheckpointError(f"{start}: {error}. {remedy}", path)
 
 
@@ -305,7 +305,8 @@ def _load_saved_latents(
     check_maker(saved, rules, source.path, _name_source(source), remedy)
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
-            f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, {rules.who} has "
+            f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, "
+            f"{rules.model_label} has "
             f"{latent.channels}",
             source.path,
         )

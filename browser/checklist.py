@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from browser.command_output import OUT, REPAIR, OutputLine
 from browser.folders import MediaFolder
 from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
 LISTED = 3  # maximum number of files named in a row
@@ -90,7 +90,7 @@ def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word:
     rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
     if unreadable:
         names = join(", ", unreadable[:LISTED])
-        text = counted(
+        text = say_count(
             len(unreadable),
             "%(n)s file cannot be read: %(names)s",
             "%(n)s files cannot be read: %(names)s",
@@ -98,7 +98,7 @@ def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word:
         )
         rows.append(CheckRow(BAD, text, left_out=unreadable))
     if content.uncaptioned and trigger_word:
-        text = counted(
+        text = say_count(
             content.uncaptioned,
             "%(n)s file has no caption: %(word)s stands for it",
             "%(n)s files have no caption: %(word)s stands for it",
@@ -106,7 +106,7 @@ def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word:
         )
         rows.append(CheckRow(GOOD, text))
     elif content.uncaptioned:
-        text = counted(content.uncaptioned, "%(n)s file has no caption", "%(n)s files have no caption")
+        text = say_count(content.uncaptioned, "%(n)s file has no caption", "%(n)s files have no caption")
         rows.append(CheckRow(WARN, text, asks_for_captions=True))
     else:
         rows.append(CheckRow(GOOD, say("each has a caption")))

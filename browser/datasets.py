@@ -26,7 +26,7 @@ from modules.installation import program_environment, program_words
 from modules.media.labels import label_of
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.options import find_models
@@ -198,11 +198,11 @@ class MediaFiles:
         """The counts as a text such as `5 pictures, 1 clip`."""
         counts = []
         if self.pictures:
-            counts.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
+            counts.append(say_count(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
-            counts.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
+            counts.append(say_count(self.clips, "%(n)s clip", "%(n)s clips"))
         if self.audios:
-            counts.append(counted(self.audios, "%(n)s sound", "%(n)s sounds"))
+            counts.append(say_count(self.audios, "%(n)s sound", "%(n)s sounds"))
         return join(", ", counts) or say("no pictures or clips in its folders")
 
 

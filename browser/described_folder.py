@@ -21,13 +21,13 @@ from browser.captions import BOM, compute_checksum
 from browser.short_names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
 from project.kinds.composing import find_kind_of
 from project.kinds.whole_model import derive_times, saves_models
 from project.options import RUN_FILE, find_models
-from training.config_options import OTHERS_TABLE, toml_value
+from training.config_options import PROJECT_TABLE, toml_value
 
 DATASET_FILE = "dataset.toml"
 PROMPTS_FILE = "prompts.txt"
@@ -87,7 +87,7 @@ class KeyChanges:
         written = join(": ", (RUN_FILE, join(", ", lines)))
         if not unchanged:
             return written
-        return counted(
+        return say_count(
             len(unchanged),
             "%(written)s. %(kept)s stays, as typed by hand",
             "%(written)s. %(kept)s stay, as typed by hand",
@@ -177,7 +177,7 @@ def read_described(folder: Path) -> DescribedFolder:
     run = parse_toml(run_content.decode())
     try:
         values = dict(run[TRAINING_TABLE])
-        project = run[OTHERS_TABLE]
+        project = run[PROJECT_TABLE]
         commands = [list(map(str, words)) for words in project["commands"]]
         download = commands[0]  # `new` writes the download of the model as the first command
         family = download[download.index("--family") + 1]
@@ -258,7 +258,7 @@ def list_commands(run_content: bytes) -> list[list[str]]:
 @functools.lru_cache(maxsize=8)  # an open page polls it
 def _parse_commands(content: bytes) -> tuple[tuple[str, ...], ...]:
     run = parse_toml(content.decode())
-    return tuple(tuple(str(word) for word in words) for words in run[OTHERS_TABLE]["commands"])
+    return tuple(tuple(str(word) for word in words) for words in run[PROJECT_TABLE]["commands"])
 
 
 def keep_copies(folder: Path, target: Path) -> None:
@@ -400,7 +400,7 @@ def _list_holders(document: Any, name: str) -> list[Any]:
     while tables:
         table = tables.pop(0)
         for key, value in table.items():
-            if isinstance(value, dict) and key != OTHERS_TABLE:
+            if isinstance(value, dict) and key != PROJECT_TABLE:
                 tables.append(value)
             elif key == name:
                 holders.append(table)

@@ -40,7 +40,7 @@ from modules.text_files import bad_character, parse_toml, read_content
 from package.reelsmith.commands import ScriptCommand
 from project.kinds.composing import kinds_by_script
 from project.options import RUN_FILE
-from training.config_options import OTHERS_TABLE, toml_value
+from training.config_options import PROJECT_TABLE, toml_value
 
 TRAINS = ("train", "finetune")  # first words of the commands that train
 CACHES = "cache"  # first word of the commands that cache
@@ -84,7 +84,7 @@ def read_keys(text: str) -> dict[str, Any]:
         for key, value in tables.pop(0).items():
             if not isinstance(value, dict):
                 keys[key] = value
-            elif key != OTHERS_TABLE:  # the table of `run`: commands and files, no options
+            elif key != PROJECT_TABLE:  # the table of `run`: commands and files, no options
                 tables.append(value)
     return keys
 
@@ -260,7 +260,7 @@ def find_training_script(text: str) -> str:
     """
     try:
         # `new` writes the training, `python SCRIPT ...`, as the last command
-        argv = parse_toml(text)[OTHERS_TABLE]["commands"][-1]
+        argv = parse_toml(text)[PROJECT_TABLE]["commands"][-1]
         script = str(argv[1])
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{RUN_FILE} names no training script") from None
@@ -285,7 +285,7 @@ def find_caching_argv(run_text: str) -> list[str]:
         OptionError: With the reason, if there is no such command.
     """
     try:
-        commands = parse_toml(run_text)[OTHERS_TABLE]["commands"]
+        commands = parse_toml(run_text)[PROJECT_TABLE]["commands"]
         for line in commands:
             argv = [str(word) for word in line]
             if DATASET_FILE not in argv or "--check" in argv:

@@ -8,7 +8,7 @@ from typing import Any
 from browser.described_folder import DATASET_FILE, DescribedFolder
 from browser.runs import FINISHED, Runs, RunSummary, is_living, read_run_summary
 from modules.errors import UserError
-from modules.pages.language import Words, counted, say
+from modules.pages.language import TranslatableText, say, say_count
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text
 from training.reports.history import history_path
@@ -45,18 +45,18 @@ def describe_duration(
     )
 
 
-def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
+def _in_time(steps: int, seconds: float, is_rough: bool = False) -> TranslatableText:
     """Describe how long `steps` take at `seconds` per step, in seconds, minutes or hours."""
     hours = steps * seconds / 3600
     if hours >= 1:
         duration = say("%(hours)s hours", hours=f"{hours:.1f}")
     elif round(hours * 60) <= 1:
-        duration = counted(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
+        duration = say_count(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
     else:
-        duration = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
+        duration = say_count(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
     if is_rough:
         duration = say("about %(time)s", time=duration)
-    return counted(
+    return say_count(
         steps,
         "%(steps)s step take %(time)s: %(seconds)s seconds each",
         "%(steps)s steps take %(time)s: %(seconds)s seconds each",

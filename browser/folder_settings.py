@@ -46,12 +46,12 @@ from modules.errors import OptionError, UserError
 from modules.help_text import DescribedOption, describe_options
 from modules.installation import find_script
 from modules.option_tables import find_table
-from modules.pages.language import Words, join, say
+from modules.pages.language import TranslatableText, join, say
 from modules.table_parser import build_parser
 from modules.text_files import bad_character, parse_toml, read_text
 from project.options import RUN_FILE
 from project.run_options import STARTING
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 # options with which a run ends before training
@@ -66,7 +66,7 @@ class Setting(DescribedOption):
     """An option of a training script, as the page shows it."""
 
     @property
-    def about(self) -> Words:
+    def about(self) -> TranslatableText:
         """First sentence of the help text, which has a translation."""
         return say(re.split(r"(?<!e\.g)\. ", self.help)[0])
 
@@ -260,7 +260,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
 def read_chosen(lines: str) -> str | None:
     """Return the run.toml in the output of `new --print_run`; None if the output has none."""
     begin = lines.find(f"[{TRAINING_TABLE}]\n")
-    end = lines.find(f"\n[{OTHERS_TABLE}]\n", begin)
+    end = lines.find(f"\n[{PROJECT_TABLE}]\n", begin)
     if begin < 0 or end < 0:
         return None
     text = lines[begin : end + 1]

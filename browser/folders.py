@@ -15,7 +15,7 @@ from modules.media.labels import MASK_FOLDERS, label_of
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.output_files import fold_name
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.paths import expand_path
 from modules.run_limits import QUEUE_FOLDER
 from modules.text_files import bad_character, real_path
@@ -63,19 +63,19 @@ class MediaFolder:
         """The counts as a text such as `12 clips, 3 without caption`."""
         phrases = []
         if self.pictures:
-            phrases.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
+            phrases.append(say_count(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
-            phrases.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
+            phrases.append(say_count(self.clips, "%(n)s clip", "%(n)s clips"))
         if self.audios:
-            phrases.append(counted(self.audios, "%(n)s sound", "%(n)s sounds"))
+            phrases.append(say_count(self.audios, "%(n)s sound", "%(n)s sounds"))
         if self.inner:  # then all counted files are in the subfolders
-            phrases[-1] = counted(
+            phrases[-1] = say_count(
                 self.inner, "%(files)s in %(n)s folder", "%(files)s in %(n)s folders", files=phrases[-1]
             )
         if self.uncaptioned:
             phrases.append(say("%(uncaptioned)s without caption", uncaptioned=self.uncaptioned))
         if self.unreadable:
-            phrases.append(counted(self.unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
+            phrases.append(say_count(self.unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
         return join(", ", phrases)
 
 

@@ -59,8 +59,8 @@ from downloads.catalogue import model_sets
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
-from modules.pages.language import counted, join, say, show
-from modules.paths import complete_home, without_quotes
+from modules.pages.language import join, say, say_count, show
+from modules.paths import complete_home, strip_quotes
 from modules.text_files import real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
@@ -402,7 +402,7 @@ class GeneratePages:
             if row.path in form.strengths:
                 expert = form.experts.get(row.path) or choose_expert(row, recipe.folder)
                 loras += row.as_used(form.strengths[row.path], expert, recipe.has_experts)
-        path = without_quotes(form.texts.get("lora_file", "").strip())
+        path = strip_quotes(form.texts.get("lora_file", "").strip())
         if path:
             strength = form.texts.get("lora_strength", "").strip() or "1"
             row = LoraRow(path=path, title="")
@@ -496,7 +496,7 @@ class GeneratePages:
             repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
         self.render_worker.add(render_jobs)
-        return counted(
+        return say_count(
             len(seeds),
             "On the way: %(n)s result, seed %(first)s.",
             "On the way: %(n)s results, seeds %(first)s to %(last)s.",
@@ -523,7 +523,7 @@ class GeneratePages:
 
     def _check_lora_file(self, recipe: ModelRecipe, form: GenerateForm) -> None:
         """Raise OptionError if a typed LoRA lies outside the folders of this page or is not a LoRA file."""
-        text = without_quotes(form.texts.get("lora_file", "").strip())
+        text = strip_quotes(form.texts.get("lora_file", "").strip())
         if not text:
             return
         path = recipe.folder / text  # an absolute path replaces the folder

@@ -24,7 +24,7 @@ from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.run_limits import QUEUE_FOLDER, limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
@@ -531,7 +531,7 @@ class JobQueue:
         unknown = book.count_waiting() - (Counter() if known is None else known.jobs)
         if unknown:
             raise UnknownJobsError(
-                counted(
+                say_count(
                     unknown.total(),
                     "The queue is paused: %(n)s line came into %(folder)s while no page was open. "
                     "Read the jobs that wait, then start the queue",

@@ -24,7 +24,7 @@ from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
 from modules.command import did_you_mean
 from modules.control_codes import escape_control_codes, shorten
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,
@@ -322,7 +322,7 @@ def check_options(
         logger.debug("%s", argv, exc_info=error)
         return []  # undecided: the command counts as accepted
     if process.returncode and not _may_be_created_later(process.stderr, argv, folder, earlier):
-        raise OptionError(message_of(process.stderr))
+        raise OptionError(extract_error_message(process.stderr))
     if checks_files:
         _check_files(argv, folder, earlier)
     return [escape_control_codes(text) for text in WARNING.findall(process.stderr)]

@@ -25,7 +25,7 @@ from browser.state_names import name_state
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from training.reports.history import BEFORE_TRAINING
 
 RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
@@ -212,7 +212,9 @@ class MachineLine:
                 )
         num_waiting = sum(job.state == WAITING for job in now.jobs)
         if now.worker == "" and num_waiting:
-            text = counted(num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused")
+            text = say_count(
+                num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
+            )
             things.append(RunningThing(text, "/queue"))
         return things
 

@@ -21,7 +21,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.control_codes import escape_control_codes
 from modules.installation import PREFIX, ROOT, program_environment
 from modules.pages.language import join, say
-from modules.paths import expand_path, without_quotes
+from modules.paths import expand_path, strip_quotes
 from modules.text_files import read_tensor_header
 from project.model_sizes import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
@@ -181,7 +181,7 @@ def describe_file(text: str) -> str:
     if not text.strip() or "\0" in text:
         return ""
     try:
-        path = expand_path(without_quotes(text.strip()))
+        path = expand_path(strip_quotes(text.strip()))
     except ValueError as error:
         reason = str(error)
         return f"{reason[:1].upper()}{reason[1:]}."
@@ -233,7 +233,7 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
     path.
     """
     try:
-        path = expand_path(without_quotes(text.strip()))
+        path = expand_path(strip_quotes(text.strip()))
         if not path.is_absolute() or not path.is_file() or path.suffix.lower() not in MODEL_SUFFIXES:
             return ""
         status = path.stat()

@@ -12,11 +12,11 @@ from browser.described_folder import DescribedFolder, KeyChanges, change_steps
 from downloads.catalogue import ModelSet
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.output_files import check_output_name
 from modules.pages.language import join, say
 from modules.pages.page import encode_address
-from modules.paths import without_quotes
+from modules.paths import strip_quotes
 from project.kinds.composing import BY_NAME, KINDS, LORA, find_control_kind
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
@@ -112,7 +112,7 @@ class NewForm:
         family, _, task_of_family = texts.get("family", "").partition(" ")
         task = select_single_task(family, texts.get("task", task_of_family))
         return cls(
-            folder=without_quotes(texts.get("folder", "")),
+            folder=strip_quotes(texts.get("folder", "")),
             family=family,
             task=task,
             # "" if the model does not support this kind of run, or has no such recipe (below)
@@ -121,7 +121,7 @@ class NewForm:
             name=texts.get("name", ""),
             steps=without_groups(texts.get("steps", str(DEFAULT_STEPS))),
             model_files={
-                name.removeprefix("file_"): without_quotes(text)
+                name.removeprefix("file_"): strip_quotes(text)
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
@@ -382,7 +382,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
         "--overwrite": overwrite or None,
         "--dry_run": dry_run or None,
     }
-    argv = ["reelsmith", "new", form.folder, *option_words(options)]
+    argv = ["reelsmith", "new", form.folder, *option_argv(options)]
     for name, path in form.model_files.items():
         argv += ["--model_file", f"{name}={path}"]
     return argv

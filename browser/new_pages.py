@@ -131,7 +131,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
 from modules.line_kinds import CAPTIONS, MEND
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.pages.page import encode_address
 from modules.paths import complete_home
 from modules.text_encodings import NAMES
@@ -412,7 +412,7 @@ class NewPages:
         if not duration:
             with contextlib.suppress(OptionError):
                 info.append(
-                    counted(
+                    say_count(
                         read_steps(form.steps),
                         "%(steps)s step",
                         "%(steps)s steps",

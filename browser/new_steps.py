@@ -8,7 +8,7 @@ from browser.model_files import Download
 from browser.new_form import NewForm
 from browser.runs import FINISHED, RUNNING
 from browser.short_names import short_digest
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # action of the button
 CHANGES, FOLLOW = "changes", "follow"  # the button leads to a part of this page, or to another page
@@ -100,13 +100,13 @@ def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
 def _ask_for_captions(standing: FolderStanding) -> NextStep:
     """Return the next step "write captions", with a trigger word as the other choice."""
     missing = (
-        counted(
+        say_count(
             standing.uncaptioned,
             "the caption of %(n)s picture, or a trigger word",
             "captions of %(n)s pictures, or a trigger word",
         )
         if standing.only_pictures
-        else counted(
+        else say_count(
             standing.uncaptioned,
             "the caption of %(n)s file, or a trigger word",
             "captions of %(n)s files, or a trigger word",

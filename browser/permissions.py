@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from browser.described_folder import DATASET_FILE, TRAINING_TABLE, reject_share
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.pages.language import say
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE
 from project.run_options import STARTING
-from training.config_options import OTHERS_TABLE, OUR_NETWORKS
+from training.config_options import OUR_NETWORKS, PROJECT_TABLE
 from training.features.composing import options_reaching
 
 CODE = ("network_module",)  # options that load code
@@ -164,10 +164,10 @@ def _list_typed_only(words: Sequence[str]) -> list[str]:
 
 
 def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
-    commands = _as_list(_table(tables, OTHERS_TABLE).get("commands"))
+    commands = _as_list(_table(tables, PROJECT_TABLE).get("commands"))
     for number, words in enumerate(commands):
         texts = [str(word) for word in _as_list(words)]
-        text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
+        text = f"{'downloads with' if number == 0 else 'runs'} {quote_command(texts)}"
         starting = _list_typed_only(texts)
         note = say(NOT_STARTED, option=starting[0]) if starting else ""
         yield Permission(text, note=note, is_unusual=bool(starting))

@@ -18,8 +18,8 @@ from browser.check_lines import (
     UNREAD_FILES,
     UNREAD_LINES,
 )
-from modules.console import count_words
-from modules.pages.language import Words, join, say
+from modules.console import pluralize
+from modules.pages.language import TranslatableText, join, say
 from training.reports.history import PageCommand
 
 # if several patterns match a line, the first is used
@@ -400,16 +400,16 @@ def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 
-def _find(text: str, forms: Sequence[Words]) -> Words | None:
+def _find(text: str, forms: Sequence[TranslatableText]) -> TranslatableText | None:
     for form in forms:
         values = _read_values(form.key, text)
         if values is not None:
             translated = {name: _find_part(name, value) for name, value in values.items()}
-            return Words(text, form.key, translated)
+            return TranslatableText(text, form.key, translated)
     return None
 
 
-def _find_fault(line: str) -> Words | None:
+def _find_fault(line: str) -> TranslatableText | None:
     """Return a line such as `2 have no caption:` as a translatable text; None for any other line."""
     number, _, words = line.removesuffix(":").partition(" ")
     if not line.endswith(":") or not number.isdigit():
@@ -417,18 +417,18 @@ def _find_fault(line: str) -> Words | None:
     for form in FAULTS:
         key = form.key
         if number == "1":
-            key = count_words(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
+            key = pluralize(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
         values = _read_values(key, line[:-1])
         if values is not None:
-            fault = Words(line[:-1], form.key, values)
-            return Words(line, FAULT_LINE.key, {"fault": fault})
+            fault = TranslatableText(line[:-1], form.key, values)
+            return TranslatableText(line, FAULT_LINE.key, {"fault": fault})
     return None
 
 
 def _find_part(name: str, value: str) -> str:
     """Return the text of a placeholder, translatable if it matches a known pattern."""
     if name in OF_CATALOGUE:
-        return Words(value, value, {})
+        return TranslatableText(value, value, {})
     if name == "kinds":  # suffixes of files that are not read
         return join("; ", [_find(part, (UNREAD_FILES,)) or part for part in value.split("; ")])
     parts = (*REASONS, *PARTS_OF_CHECKS, *PARTS)

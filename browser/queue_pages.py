@@ -28,14 +28,14 @@ from browser.responses import Form, answer_form, answer_page, answer_text, answe
 from browser.run_start import TrackedRuns
 from browser.run_views import HERE, POLICY
 from browser.runs import RUNNING, Runs, RunSummary, is_living
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say, say_duration
 from modules.pages.page import render_page
 from training.reports.present_files import current_commands
 
-EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
+EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + quote_command(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
 NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
 MAX_ADDED = 40  # maximum number of jobs added at once

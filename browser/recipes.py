@@ -23,7 +23,7 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.pages.language import say
 from modules.text_files import bad_character
 from project.model_sizes import find_memory
@@ -705,7 +705,7 @@ class RenderRequest:
 
 def _as_argv(options: Mapping[str, Any]) -> list[str]:
     """Return options as words. An option without words is a switch."""
-    return option_words({flag: True if value == [] else value for flag, value in options.items()})
+    return option_argv({flag: True if value == [] else value for flag, value in options.items()})
 
 
 def _with_expert(flag: str, expert: str) -> str:

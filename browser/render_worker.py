@@ -28,7 +28,7 @@ from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from browser.sessions import find_session, limit_session
 from modules.atomic_write import explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
 from modules.installation import DRIVEN, FROM_QUEUE, program_environment
@@ -629,4 +629,4 @@ class RenderWorker:
 
     def read_last_error(self) -> str:
         """Return the error message that the process has logged, or a sentence that there is none."""
-        return message_of(self._read_log()) or say("the process has ended without a word")
+        return extract_error_message(self._read_log()) or say("the process has ended without a word")

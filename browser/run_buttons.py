@@ -61,10 +61,10 @@ from browser.samples import list_images
 from browser.score_jobs import make_score_argv
 from browser.server_state import Site
 from browser.short_names import free_name, short_digest
-from modules.command import as_typed
-from modules.console import as_size
+from modules.command import quote_command
+from modules.console import format_size
 from modules.errors import OptionError, UserError
-from modules.pages.language import counted, say
+from modules.pages.language import say, say_count
 from modules.pages.page import render_page
 from modules.paths import complete_home, expand_path
 from modules.text_files import read_content
@@ -311,7 +311,7 @@ class RunButtons:
         job = self.find_running_job(shown)
         if job is not None:
             return say("Ctrl-C for job %(id)s of the queue", id=job.id)
-        return as_typed(["touch", str(run.history.parent / f"{run.name}.stop")])
+        return quote_command(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, shown: ShownRun) -> Job | None:
         """Return the running job of the queue that trains a run; None if it was started elsewhere."""
@@ -519,10 +519,10 @@ class RunButtons:
         bin_folder = self.bin_folder.find_folder(paths[0])
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
-            "files": [(path, as_size(sizes[path])) for path in paths[:MAX_LISTED]],
+            "files": [(path, format_size(sizes[path])) for path in paths[:MAX_LISTED]],
             "more": max(0, len(paths) - MAX_LISTED),
-            "count": counted(len(paths), "%(n)s file or folder", "%(n)s files and folders"),
-            "size": as_size(sum(sizes.values())),
+            "count": say_count(len(paths), "%(n)s file or folder", "%(n)s files and folders"),
+            "size": format_size(sum(sizes.values())),
             "have": mark_removed(paths),
             "bin": bin_folder,
             "command": format_move(paths, bin_folder / name) if len(paths) <= MAX_LISTED else "",

@@ -26,7 +26,7 @@ from browser.short_names import short_digest
 from browser.state_names import name_state
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.control_codes import shorten_lines
-from modules.error_output import ERROR_LINE, message_of
+from modules.error_output import ERROR_LINE, extract_error_message
 from modules.errors import OptionError, UserError
 from modules.file_locks import only_one
 from modules.output_files import check_output_name
@@ -36,7 +36,7 @@ from modules.text_files import parse_toml, read_content, real_path
 from project.known_folders import recall_folder, remember_folder
 from project.options import MODELS, RUN_FILE
 from protocols.families import with_scripts
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 from training.reports.history import BEFORE_TRAINING, history_path
 from training.saving.files import state_pattern
 
@@ -176,7 +176,7 @@ def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
         if not (folder / DATASET_FILE).is_file():  # a described folder has a dataset.toml too
             return None
         return FolderPlan(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
-    if OTHERS_TABLE not in tables:
+    if PROJECT_TABLE not in tables:
         return None
     try:
         return _parse_plan(folder, tables, changed)
@@ -195,7 +195,7 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
-    commands = tables[OTHERS_TABLE]["commands"]
+    commands = tables[PROJECT_TABLE]["commands"]
     download = [str(word) for word in commands[0]]  # `new` writes the download of the model first
     next_words = dict(zip(download, download[1:], strict=False))  # word -> the word after it
     prompts = values.get("sample_prompts")
@@ -731,7 +731,7 @@ def _explain(job: Job, otherwise: str) -> str:
     if job.code in KILLED:
         return say("It was killed: memory ran out, or somebody ended it.")
     if ERROR_LINE.search(lines):
-        return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
+        return translate_reason(shorten_lines(extract_error_message(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise
     # UNWRITTEN: exit codes that a full disk causes, among other errors

@@ -18,7 +18,7 @@ from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
 from browser.server_state import ServerSettings
 from browser.tokens import PageToken, Ticket, select_token
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import OutputError
 from modules.installation import FROM_QUEUE, ROOT
 from modules.screen import has_screen
@@ -149,7 +149,7 @@ def may_open_page(options: BrowserOptions) -> bool:
 def log_runs(runs: Runs) -> None:
     """Log the number of runs, and how many of them are running."""
     states = [run.state for run in runs.list_all()]
-    count = count_of(len(states), "run")
+    count = format_count(len(states), "run")
     logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count, states.count(RUNNING))
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from modules.pages.language import Words, say
+from modules.pages.language import TranslatableText, say
 
 # search term -> related options of training scripts, or keys of dataset.toml
-WORDS: Mapping[Words, Sequence[str]] = {
+WORDS: Mapping[TranslatableText, Sequence[str]] = {
     say("vram"): (
         *("blocks_to_swap", "gradient_checkpointing", "gradient_checkpointing_cpu_offload", "fp8_base"),
         *("fp8_scaled", "convrot_int8", "nf4_base", "fused_backward_pass", "optimizer_type"),
@@ -103,7 +103,7 @@ WORDS: Mapping[Words, Sequence[str]] = {
     say("sampler"): ("timestep_sampling", "sample_every_n_steps", "sample_prompts", "sample_sampler"),
 }
 # keys of dataset.toml in WORDS -> description
-DATASET_KEYS: Mapping[str, Words] = {
+DATASET_KEYS: Mapping[str, TranslatableText] = {
     "batch_size": say("pictures or clips of one step"),
     "resolution": say("width and height that files are brought to"),
     "num_repeats": say("how often a file counts in an epoch"),
@@ -126,6 +126,6 @@ def rank_words(name: str) -> dict[str, int]:
     for word, names in WORDS.items():
         if name in names:
             rank = [*names].index(name)
-            for shown in (word.english(), word.shown().lower()):
+            for shown in (word.english(), word.translated().lower()):
                 ranks[shown] = min(rank, ranks.get(shown, rank))
     return ranks

@@ -17,8 +17,8 @@ from browser.responses import Form, answer_form, answer_move, answer_template, a
 from browser.server_state import Site
 from downloads.listing import gigabytes
 from modules.errors import UserError
-from modules.option_values import option_words
-from modules.pages.language import counted, join, say
+from modules.option_values import option_argv
+from modules.pages.language import join, say, say_count
 from project.options import MODELS
 
 MAX_ENTRIES = 200  # maximum number of listed entries of the bin
@@ -65,7 +65,7 @@ class SettingsPages:
             "phone_command": format_command(self.phone_argv(worker), Path.cwd()),
             "entries": entries[:MAX_ENTRIES],
             "num_more": max(0, len(entries) - MAX_ENTRIES),
-            "bin_words": join(", ", (counted(len(entries), "%(n)s removal", "%(n)s removals"), size))
+            "bin_words": join(", ", (say_count(len(entries), "%(n)s removal", "%(n)s removals"), size))
             if entries
             else say("empty"),
             "bin": bin_folder.folders[0],
@@ -149,7 +149,7 @@ class SettingsPages:
             "--read_only": self.site.read_only or None,
         }
         folders = [str(root) for root in (*self.site.runs.roots, *extra_folders)]
-        return ["python", "tools/run_browser.py", *folders, *option_words(options)]
+        return ["python", "tools/run_browser.py", *folders, *option_argv(options)]
 
     def change(self, request: Request, form: Form) -> Response:
         """Start or pause the queue, or empty the bin; then show the page again."""

@@ -1,6 +1,6 @@
 """Names of the states of runs and jobs, as pages show them."""
 
-from modules.pages.language import Words, say
+from modules.pages.language import TranslatableText, say
 
 NAMES = (
     say("draft"),
@@ -23,6 +23,6 @@ NAMES = (
 _BY_STATE = {name.english(): name for name in NAMES}
 
 
-def name_state(state: str) -> Words:
+def name_state(state: str) -> TranslatableText:
     """Return a state as a text that pages translate."""
     return _BY_STATE.get(state) or say(state)

@@ -12,7 +12,7 @@ from browser.offered_folders import list_media_folders_of
 from browser.runs import Runs
 from dataset.subset_options import KEPT
 from modules.errors import OptionError
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.text_files import bad_character, read_if_object, real_path
 
 SEPARATOR = ","
@@ -31,14 +31,14 @@ class TagChange:
     def about(self) -> str:
         """Message about the change and its number of captions."""
         if self.new:
-            return counted(
+            return say_count(
                 len(self.checksums),
                 "%(old)s became %(new)s in %(n)s caption.",
                 "%(old)s became %(new)s in %(n)s captions.",
                 old=self.old,
                 new=self.new,
             )
-        return counted(
+        return say_count(
             len(self.checksums),
             "%(old)s was removed from %(n)s caption.",
             "%(old)s was removed from %(n)s captions.",
@@ -158,7 +158,7 @@ class TagEditor:
             num_conflicts = self.captions.undo_all(change.checksums)
             changes.remove(change)  # only now: after an error, it can be undone again
         num_undone = len(change.checksums) - num_conflicts
-        about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
+        about = say_count(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
         return join(" ", [about, *_list_left(0, num_conflicts)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
@@ -186,7 +186,7 @@ def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
     lines: list[str] = []
     if num_emptied:
         lines.append(
-            counted(
+            say_count(
                 num_emptied,
                 "%(n)s has no other tag and stays as it is.",
                 "%(n)s have no other tag and stay as they are.",
@@ -194,7 +194,7 @@ def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
         )
     if num_conflicts:
         lines.append(
-            counted(
+            say_count(
                 num_conflicts,
                 "%(n)s was written by another program meanwhile and stays.",
                 "%(n)s were written by another program meanwhile and stay.",

@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.options import default_of, hints_of, info_of, option_name, record_of
+from modules.options import default_of, find_record_type, hints_of, info_of, option_name
 from modules.pages.language import say
 
 NUMBER, TEXT, SWITCH = "number", "text", "switch"
@@ -93,7 +93,7 @@ def find_default(record: type, name: str) -> Any:
     Raises KeyError if there is no such option.
     """
     for field in dataclasses.fields(record):
-        inner = record_of(hints_of(record)[field.name])
+        inner = find_record_type(hints_of(record)[field.name])
         if inner is not None and name in info_of(inner):
             return find_default(inner, name)
         if inner is None and option_name(field) == name:

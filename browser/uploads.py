@@ -24,7 +24,7 @@ from browser.runs import Runs
 from browser.short_names import number_names, short_digest
 from browser.upload_stream import DECODING, write_arriving
 from modules.atomic_write import atomic_files, claim_name, explain_errors, free_bytes, remove_leftovers
-from modules.console import as_size
+from modules.console import format_size
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
@@ -301,9 +301,9 @@ class FileUploads:
                     "%(spare_bytes)s are to stay free. Free some space, then drop it again",
                     name=name,
                     folder=folder,
-                    free=as_size(free),
-                    size=as_size(size - arrived),
-                    spare_bytes=as_size(limits.spare_bytes),
+                    free=format_size(free),
+                    size=format_size(size - arrived),
+                    spare_bytes=format_size(limits.spare_bytes),
                 )
             )
 

@@ -31,7 +31,7 @@ from checkpoints.shard_options import INDEX
 from checkpoints.shards import plan_shards, write_planned
 from checkpoints.stored.fp8 import dequantize, is_fp8
 from modules.atomic_write import atomic_files
-from modules.console import count_of
+from modules.console import format_count
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
@@ -150,7 +150,7 @@ def plan_change(
 
     metadata, notes = _make_metadata(checkpoint, change, dequantized, stale_metadata)
     if dequantized:
-        weights = count_of(len(dequantized), "weight")
+        weights = format_count(len(dequantized), "weight")
         notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
     if checkpoint.left_out:
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")

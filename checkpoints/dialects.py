@@ -325,7 +325,7 @@ def join_parts(
         sources[name] = _concatenate([parts[index] for index in sorted(parts)])
     for name in swapped:
         if name in sources:
-            sources[name] = sources[name].then(_swap_halves)
+            sources[name] = sources[name].with_step(_swap_halves)
     return sources
 
 
@@ -358,7 +358,7 @@ def _concatenate(parts: list[TensorSource]) -> TensorSource:
 
     def build(*file_tensors: Tensor) -> Tensor:
         """Concatenate tensors; use float32 if some are fp8, because torch cannot promote fp8 dtypes."""
-        tensors = [part.make(group) for part, group in _group_by_part(parts, file_tensors)]
+        tensors = [part.build_tensor(group) for part, group in _group_by_part(parts, file_tensors)]
         dtype = tensors[0].dtype
         if any(tensor.dtype.itemsize == 1 for tensor in tensors):
             dtype = torch.float32
@@ -433,7 +433,7 @@ def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """
 
     def build(*file_tensors: Tensor) -> Tensor:
-        fused_weight = source.make(file_tensors)
+        fused_weight = source.build_tensor(file_tensors)
         if len(fused_weight) % count == 0:
             return fused_weight.chunk(count)[index].contiguous()
         return fused_weight.contiguous()

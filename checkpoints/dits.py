@@ -343,7 +343,7 @@ def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     for name, blocks in spec.blocks(dit).items():
         counts.append(len(blocks))
         names += [f"{name}.{index}." for index in range(len(blocks))]
-    in_order = [names[index] for index in spec.order(counts)]
+    in_order = [names[index] for index in spec.execution_order(counts)]
     if len(in_order) < 4 * LAST_IN_16_BITS:
         return ()
     return tuple(in_order[-LAST_IN_16_BITS:])

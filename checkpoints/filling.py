@@ -418,7 +418,7 @@ class _TensorLoader:
     def _compute_unrounded(self, name: str, target: torch.dtype) -> Tensor:
         """Compute a tensor on the device, not yet cast to `target`; it may be a view of `read_buffer`."""
         source = self._sources[name]
-        tensor = source.make(self._read_parts(source))
+        tensor = source.build_tensor(self._read_parts(source))
         if tensor.ndim != len(self._shapes[name]):
             tensor = tensor.view(add_leading_axes(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:
@@ -540,7 +540,7 @@ def _find_unexpected(
 def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int, ...] | None:
     """Return the shape of a tensor that is built from stored tensors; None if their shapes do not match."""
     try:
-        return tuple(source.make([info.hollow() for info in infos]).shape)
+        return tuple(source.build_tensor([info.hollow() for info in infos]).shape)
     except (RuntimeError, IndexError):
         return None
 

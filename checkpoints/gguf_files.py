@@ -302,7 +302,7 @@ def _make_packing(kind: Kind, file_shape: tuple[int, ...], shape: tuple[int, ...
     rows = math.prod(leading)
     return Packing(
         shape=(rows, columns // kind.weights * kind.size),
-        companions=(),
+        companion_suffixes=(),
         make_quantized=partial(_make_quantized, kind, (rows, columns)),
         can_stay_quantized=has_full_rows,
     )

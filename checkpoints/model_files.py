@@ -13,12 +13,12 @@ from torch import Tensor
 from checkpoints.containers import load_pickled
 from checkpoints.finite import is_finite
 from checkpoints.opening import open_checkpoint
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.option_values import to_path
 from modules.paths import explain_missing
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 
 Found = TypeVar("Found")
 
@@ -37,7 +37,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
         CheckpointError: If the file or folder does not exist.
     """
     if path is None:
-        command = as_typed(["python", "tools/download.py", "--list"])
+        command = quote_command(["python", "tools/download.py", "--list"])
         raise OptionError(f"{option} is missing: {why}. {command} shows where it is from")
     if not path.exists():
         named = f"{option} is not given, and its default" if path == default else option
@@ -181,8 +181,8 @@ def _read_safetensors_latents(
         if info is not None:
             latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
         audio = None
-        if SOUND in file.tensors and not only_shape:
-            audio = file.read(SOUND)[None].float()
+        if AUDIO_LATENTS in file.tensors and not only_shape:
+            audio = file.read(AUDIO_LATENTS)[None].float()
         return latents, file.metadata, audio
 
 
@@ -196,6 +196,7 @@ def _check_latent_shapes(path: Path, option: str, latents: Tensor, audio: Tensor
         )
     if audio is not None and (audio.ndim != 4 or not audio.numel()):
         raise CheckpointError(
-            f"{option} {path}: `{SOUND}` has the shape {tuple(audio[0].shape)}; C T M of one clip is needed",
+            f"{option} {path}: `{AUDIO_LATENTS}` has the shape {tuple(audio[0].shape)}; C T M of one clip "
+            "is needed",
             path,
         )

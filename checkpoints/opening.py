@@ -432,7 +432,7 @@ def _register_packed_weights(
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
     """Return the names of a packed weight's additional tensors, such as its scales."""
     assert info.packing is not None
-    return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
+    return tuple(name.removesuffix("weight") + end for end in info.packing.companion_suffixes)
 
 
 def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:

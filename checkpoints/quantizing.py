@@ -37,7 +37,7 @@ from checkpoints.stored.int8 import GROUPS, Int8
 from checkpoints.writing import stream_tensors
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
-from modules.console import as_size, show_box
+from modules.console import format_size, show_box
 from modules.devices import dtype_name, select_device
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_own
@@ -165,7 +165,7 @@ def quantize_file(options: QuantizeOptions) -> None:
             write = _write_gguf if options.form == GGUF else _write_comfyui
         count = write(options, checkpoint, model, metadata=metadata, device=device)
         unchanged = len(sources) - count
-    size = as_size(options.output.stat().st_size)
+    size = format_size(options.output.stat().st_size)
     rows = [
         ("model", f"{options.model}: {model.description}"),
         ("form", options.form),
@@ -615,7 +615,7 @@ class _DequantizedFile:
         if name in self.unquantized:
             return self._checkpoint.borrow(name, read_buffer)
         source = self._sources[name]
-        value = source.make([self._checkpoint.read(part).to(self._device) for part in source.names])
+        value = source.build_tensor([self._checkpoint.read(part).to(self._device) for part in source.names])
         return value[tuple(map(slice, self.tensors[name].shape))].float()
 
     def close(self) -> None:

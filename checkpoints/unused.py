@@ -25,7 +25,7 @@ class UnusedTensors:
         infos = {}
         for name, source in self.sources.items():
             # made on the meta device, to learn its dtype and shape without reading the file
-            tensor = source.make([checkpoint.tensors[stored].hollow() for stored in source.names])
+            tensor = source.build_tensor([checkpoint.tensors[stored].hollow() for stored in source.names])
             infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
         return OpenedTensors(self.sources, checkpoint, infos)
 
@@ -41,4 +41,4 @@ class OpenedTensors:
     def read(self, name: str) -> Tensor:
         """Read a tensor of the file by its published name."""
         source = self.sources[name]
-        return source.make([self.checkpoint.read(stored) for stored in source.names])
+        return source.build_tensor([self.checkpoint.read(stored) for stored in source.names])

@@ -15,7 +15,7 @@ from checkpoints.kinds import is_lora
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import stream_tensors
-from modules.console import as_size, count_of, list_some, show_box
+from modules.console import format_count, format_size, list_some, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, not_needed, option
@@ -113,7 +113,7 @@ def merge_models(options: MergeModelsOptions) -> None:
             _check_fits(first, other, merged, options.unet_only)
         _warn_of_skipped(models, saved, options)
         if ema_names:
-            count = count_of(len(ema_names), "average")
+            count = format_count(len(ema_names), "average")
             verb = "is" if len(ema_names) == 1 else "are"
             logger.info("%s of %s %s left out: they would not be merged", count, first.path, verb)
         written: dict[str, TensorInfo] = {}
@@ -188,7 +188,8 @@ def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_onl
     if wrong[0] in FIRST_LAYERS and len(wrong) == 1:
         hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
     raise CheckpointError(
-        f"{other.path} does not fit {first.path}: {count_of(len(wrong), 'tensor')} of other sizes, such as "
+        f"{other.path} does not fit {first.path}: {format_count(len(wrong), 'tensor')} of other sizes, such "
+        "as "
         f"{wrong[0]}, {list(shapes[1])} and not {list(shapes[0])}. {hint}",
         other.path,
     )
@@ -222,7 +223,7 @@ def _warn_of_skipped(
             logger.warning(
                 "%s: %s not in %s, and skipped: %s",
                 other.path,
-                count_of(len(skipped), "tensor"),
+                format_count(len(skipped), "tensor"),
                 first.path,
                 skipped_names,
             )
@@ -231,7 +232,7 @@ def _warn_of_skipped(
             logger.warning(
                 "%s lacks %s, where %s has its share: %s",
                 other.path,
-                count_of(len(missing), "tensor"),
+                format_count(len(missing), "tensor"),
                 first.path,
                 list_some(missing, 3),
             )
@@ -248,7 +249,7 @@ def _show(options: MergeModelsOptions, num_merged: int) -> None:
     shares = zip(options.models, options.shares, strict=True)
     rows = [
         ("models", "\n".join(f"{path}, share {share:g}" for path, share in shares)),
-        ("merged", count_of(num_merged, "tensor")),
-        ("result", f"{options.output} ({as_size(options.output.stat().st_size)})"),
+        ("merged", format_count(num_merged, "tensor")),
+        ("result", f"{options.output} ({format_size(options.output.stat().st_size)})"),
     ]
     show_box("The models are merged", rows)

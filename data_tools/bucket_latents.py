@@ -18,7 +18,7 @@ from dataset.options import MAX_AT_ONCE, CachingOptions
 from dataset.sources.frames import bucket_of
 from dataset.subset_options import MAX_SIDE, SubsetOptions
 from dataset.subsets import folders_config
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import MediaError
 from modules.media.reading import image_size
 from modules.options import Options, not_needed, option
@@ -97,7 +97,7 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
         prepared[key][SIZE_KEY] = list(bucket_of(table, size, family.latent.pixel_step, image))
         num_images += 1
     write_metadata(options.out_json, prepared)
-    logger.info("wrote %s: %s of %s", options.out_json, SIZE_KEY, count_of(num_images, "image"))
+    logger.info("wrote %s: %s of %s", options.out_json, SIZE_KEY, format_count(num_images, "image"))
     conclude(report)
 
 

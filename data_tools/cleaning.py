@@ -15,7 +15,7 @@ from typing import Any
 
 from data_tools.metadata import CAPTION, TAGS, check_name, read_metadata, write_metadata
 from data_tools.tags.words import remove_underscores, split_tags
-from modules.console import count_of
+from modules.console import format_count
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 from modules.options import Options, option
@@ -89,7 +89,7 @@ def clean_metadata(options: CleaningOptions) -> None:
                     line = f"{key}: {name}: {text} -> {cleaned[key][name]}"
                     sys.stdout.write(escape_control_codes(line) + "\n")
     write_metadata(options.out_json, cleaned)
-    logger.info("wrote %s: %s changed", options.out_json, count_of(num_changed, "text"))
+    logger.info("wrote %s: %s changed", options.out_json, format_count(num_changed, "text"))
 
 
 def clean_tags(text: str) -> str:

@@ -16,7 +16,7 @@ from data_tools.masks.options import FACE_FILE
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import make_folder
 from modules.bars import track
-from modules.console import Row, count_of, list_some, show_box
+from modules.console import Row, format_count, list_some, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_SIDE
@@ -192,13 +192,13 @@ def crop_faces(options: CropFacesOptions) -> None:
     if without_face:
         logger.warning(
             "%s without a face that is large and certain enough: %s. A lower --least_score finds more.",
-            count_of(len(without_face), "image"),
+            format_count(len(without_face), "image"),
             list_some(without_face),
         )
-    rows: list[Row] = [("written", count_of(num_written, "image")), ("folder", str(options.dst_dir))]
+    rows: list[Row] = [("written", format_count(num_written, "image")), ("folder", str(options.dst_dir))]
     show_box("Faces", rows)
     if failures:
-        raise failure_error(failures, count_of(len(images), "image"))
+        raise failure_error(failures, format_count(len(images), "image"))
 
 
 def _load_detector(options: CropFacesOptions) -> Detector:

@@ -9,8 +9,8 @@ from typing import Any
 
 from data_tools.folders import walk_folders
 from data_tools.masks.places import list_media
-from modules.atomic_write import make_storable, write_text
-from modules.console import count_of, list_some
+from modules.atomic_write import replace_surrogates, write_text
+from modules.console import format_count, list_some
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, OptionError
 from modules.limits import MAX_METADATA_BYTES
@@ -97,10 +97,10 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
             "--caption_extension, or --recursive"
         )
     if missing:
-        num_missing = count_of(len(missing), "image")
+        num_missing = format_count(len(missing), "image")
         logger.warning("%s without a %s file: %s", num_missing, extension, list_some(missing))
     write_metadata(options.out_json, content)
-    subject = f"{name} of {count_of(num_texts, 'image')}"
+    subject = f"{name} of {format_count(num_texts, 'image')}"
     origin = "" if source is None else f", added to the content of {source}"
     logger.info("wrote %s: %s%s", options.out_json, subject, origin)
 
@@ -121,7 +121,7 @@ def write_metadata(path: Path, content: Mapping[str, Mapping[str, Any]]) -> None
     Raises:
         OutputError: If the file cannot be written.
     """
-    write_text(path, make_storable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n")
+    write_text(path, replace_surrogates(json.dumps(content, ensure_ascii=False, indent=2)) + "\n")
 
 
 def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from data_tools.folders import find_equal_stems, list_images
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import atomic_path, make_folder
 from modules.bars import track
-from modules.console import Row, count_of, show_box
+from modules.console import Row, format_count, show_box
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.limits import MAX_SIDE
 from modules.media.buckets import Fit, Size, fit_within
@@ -126,14 +126,14 @@ def resize_images(options: ResizeImagesOptions) -> None:
     if counts.existing:
         existing_text += "; delete them to make them again"
     rows: list[Row] = [
-        ("written", f"{count_of(counts.written, 'image')}, {existing_text}"),
+        ("written", f"{format_count(counts.written, 'image')}, {existing_text}"),
         ("folder", str(options.dst_img_folder)),
     ]
     if options.copy_associated_files:
-        rows.insert(1, ("copied", count_of(counts.companions, "file")))
+        rows.insert(1, ("copied", format_count(counts.companions, "file")))
     show_box("Smaller images", rows)
     if counts.failures:
-        raise failure_error(counts.failures, count_of(len(images), "image"))
+        raise failure_error(counts.failures, format_count(len(images), "image"))
 
 
 def _reject_equal_stems(images: Sequence[Path]) -> None:

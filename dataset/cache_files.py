@@ -21,9 +21,9 @@ from torch import Tensor
 from checkpoints.writing import stream_tensors
 from modules.devices import dtype_name
 from modules.errors import CacheError
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from modules.text_files import read_tensor_header
-from protocols.data import SOUND, LatentSpec
+from protocols.data import AUDIO_LATENTS, LatentSpec
 from protocols.loading import TensorInfo
 
 FORMAT_VERSION = "1.0.1"  # as in caches of musubi-tuner
@@ -48,7 +48,7 @@ class NpzNames(NamedTuple):
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
-_AUDIO_NAME = re.compile(rf"{SOUND}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
+_AUDIO_NAME = re.compile(rf"{AUDIO_LATENTS}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
 # latents or audio latents of any family; texts: first or further captions, the empty prompt; unfinished texts
 _CACHE_NAME = re.compile(
@@ -229,13 +229,13 @@ def tensor_name(
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
     if key.endswith("_mask"):
         return key
-    if key == SOUND:  # C T M is written T x M x C
+    if key == AUDIO_LATENTS:  # C T M is written T x M x C
         channels, length, width = tensor.shape
         return f"{key}_{length}x{width}x{channels}_{dtype_name(tensor.dtype)}"
     if key == "latents" or key.startswith("latents_"):
         frames_height_width = grid or tuple(tensor.shape[-3:])
         sizes = frames_height_width if has_frames else frames_height_width[1:]
-        return f"{key}_{as_shape(sizes)}_{dtype_name(tensor.dtype)}"
+        return f"{key}_{format_shape(sizes)}_{dtype_name(tensor.dtype)}"
     return f"{key}_{dtype_name(tensor.dtype)}"
 
 
@@ -248,7 +248,7 @@ def tensor_key(name: str) -> str:
     if latents is not None:
         return latents[1]
     if _AUDIO_NAME.fullmatch(name):
-        return SOUND
+        return AUDIO_LATENTS
     name = name.removeprefix(VARIABLE)
     return name if name.endswith("_mask") else re.sub(f"_{_DTYPE}$", "", name)
 
@@ -443,7 +443,7 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
         audio: Whether to check for an audio cache instead.
     """
     # latents have their size F x H x W in the name, audio latents have not
-    has_latents = SOUND in entry.keys if audio else bool(entry.grids)
+    has_latents = AUDIO_LATENTS in entry.keys if audio else bool(entry.grids)
     is_of_family = entry.metadata.get("architecture", architecture) == architecture
     return has_latents and is_of_family and _all_cache_names(entry)
 

@@ -265,10 +265,12 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     config = with_lengths(config, family.latent.lengths)
     tables = []
     for table in config.datasets:
-        if table.kind == "video" and family.can.match_audio_schedule and table.source_fps is None:
+        if table.kind == "video" and family.abilities.match_audio_schedule and table.source_fps is None:
             table = replace(table, source_fps=forms.AUTO)  # the frame rate of each file counts
-        finds_audio = family.latent.holds_audio and table.kind == "video"
-        tables.append(replace(table, finds_audio=finds_audio, shows_media=family.can.show_media))
+        finds_audio = family.latent.caches_audio and table.kind == "video"
+        tables.append(
+            replace(table, finds_audio=finds_audio, shows_media=family.abilities.takes_row_references)
+        )
     config = replace(config, datasets=tuple(tables))
     latent = family.latent
     if latent.has_layers or any(table.multiple_target for table in config.datasets):
@@ -276,12 +278,12 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 
         check_layers(config, latent.has_layers, family.name)
     guided = [table.name for table in config.datasets if table.has_guides]
-    if guided and not family.can.guide:
+    if guided and not family.abilities.trains_with_guides:
         raise DatasetError(
             f"{guided[0]}: this model is not trained with guides (keyframe_guide_directory, "
             "latent_idx_guide_directory). Leave these keys out"
         )
-    config = with_references(config, family.references, family.can.references)
+    config = with_references(config, family.references, family.abilities.references)
     has_audio_references = any(table.reference_audio_directory is not None for table in config.datasets)
     return _with_audio_references(config, family) if has_audio_references and not for_texts else config
 
@@ -384,7 +386,7 @@ def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint:
     tables = []
     for table in config.datasets:
         if rules.clips:  # references of clips; other models take reference images
-            table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropped)
+            table = replace(table, clip_references=rules, reference_dropout_rate=rules.dropout_probability)
         elif table.kind == "image":
             table = replace(table, references=rules)
         tables.append(table)

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from modules import paths
-from modules.command import as_typed, did_you_mean
+from modules.command import did_you_mean, quote_command
 from modules.errors import DatasetError
 from modules.text_encodings import guess_encoding
 from modules.text_files import bad_character, parse_json, parse_toml, read_text
@@ -118,7 +118,7 @@ def _path(value: str) -> Path:
     except ValueError as error:
         raise InvalidValue(str(error)) from None
     if not paths.path_exists(path):
-        reason = paths.explain_path(paths.without_quotes(value))
+        reason = paths.explain_path(paths.strip_quotes(value))
         if reason is not None:
             raise InvalidValue(reason)
     return path
@@ -434,7 +434,7 @@ def _advise_file(folder: Path) -> str:
     default = folder / "dataset.toml"
     if default.is_file():
         return f"Give {default}"
-    command = as_typed(["python", "new_project.py", str(folder)])
+    command = quote_command(["python", "new_project.py", str(folder)])
     return f"Give a .toml or .json file: {command} makes one"
 
 

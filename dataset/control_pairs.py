@@ -8,11 +8,11 @@ from dataset.listing import find_sources
 from dataset.sources.folders import ControlFolder
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetConfig
-from modules.console import count_of
+from modules.console import format_count
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 from modules.media.reading import image_size
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def check_pairs(config: DatasetConfig, network_name: str, warn: Callable[[str], 
         if unmatched:
             names = ", ".join(path.name for path in unmatched[:SHOWN])
             more = " ..." if len(unmatched) > SHOWN else ""
-            count = count_of(len(unmatched), "control picture")
+            count = format_count(len(unmatched), "control picture")
             raise DatasetError(
                 f"{folder}: {count} without a picture of the same name: "
                 f"{names}{more}. Rename them, or move them away"
@@ -71,12 +71,12 @@ def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
         control_width, control_height = image_size(source.control[0])
         ratio_of_ratios = width * control_height / (height * control_width)
         if abs(ratio_of_ratios - 1) > SHAPE_SLACK:
-            sizes = f"{as_shape((control_width, control_height))} and {as_shape((width, height))}"
+            sizes = f"{format_shape((control_width, control_height))} and {format_shape((width, height))}"
             mismatched.append(f"{source.control[0].name} ({sizes})")
     if not mismatched:
         return ""
     more = " ..." if len(mismatched) > SHOWN else ""
     return (
-        f"{folder}: {count_of(len(mismatched), 'control picture')} of another shape than the picture, "
+        f"{folder}: {format_count(len(mismatched), 'control picture')} of another shape than the picture, "
         f"so that places in them do not match: {', '.join(mismatched[:SHOWN])}{more}"
     )

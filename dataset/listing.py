@@ -158,7 +158,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
             num_references=len(source.references),
             has_mask=source.mask is not None,
             has_reference_audio=source.reference_audio is not None,
-            shown=source.shown,
+            shown=source.row_references,
             further_text=source.further_text,
         )
         for source in sources

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from modules.command import as_typed
+from modules.command import quote_command
 
 _A_FOLDER = "image_directory or video_directory"
 # key that only files of another trainer have -> name of the trainer, and how its keys are called here
@@ -34,7 +34,7 @@ def of_suffix(suffix: str) -> str:
     is_yaml = suffix.lower() in {".yaml", ".yml"}
     if not is_yaml:
         return ""
-    command = as_typed(["python", "reelsmith.py", "new", "FOLDER", "--from", "FILE.yaml"])
+    command = quote_command(["python", "reelsmith.py", "new", "FOLDER", "--from", "FILE.yaml"])
     return f". Files of AI Toolkit are no datasets: {command} takes them over. {_translate('folder_path')}"
 
 
@@ -58,6 +58,6 @@ def hint_of(content: Any) -> str:
 
 def _translate(key: str) -> str:
     """Advise to write a new file, with our keys that correspond to another trainer's `key`."""
-    command = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
+    command = quote_command(["python", "reelsmith.py", "new", "FOLDER"])
     _, our_keys = OF_OTHERS[key]
     return f"Write a new file ({command} does it): {our_keys}."

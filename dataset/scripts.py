@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset.options import CachingOptions, DebugOptions, EmptyPromptOptions
 from modules.command import name_as_typed, print_loading
-from modules.option_values import option_words, require
+from modules.option_values import option_argv, require
 from modules.options import option_values
 from modules.script_options import parse_spelled
 from protocols.families import FAMILIES, Script
@@ -83,7 +83,7 @@ def cache_family_latents(
         config = for_family(config, caches)
         command = [
             *_text_caching_command(config, family, family_options, typed),
-            *option_words({"--dataset_config": options.dataset_config, "--device": options.device}),
+            *option_argv({"--dataset_config": options.dataset_config, "--device": options.device}),
         ]
         remember = partial(
             remember_options,
@@ -141,7 +141,7 @@ def cache_family_texts(
             config = with_empty_prompts(config)
         # the training command, which is shown next: it repeats the options of both caching commands
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
-        training = option_words(join_options(entry.options_record("Training"), {}, repeated))
+        training = option_argv(join_options(entry.options_record("Training"), {}, repeated))
         command = ["python", f"{entry.training_script}.py", *entry.training, *training]
         command += ["--dataset_config", str(options.dataset_config), "--check"]
         remember = partial(
@@ -182,7 +182,7 @@ def _text_caching_command(
     encoders = {} if has_encoders else entry.text_encoder_options(family_options)
     repeated = [*repeat_given(family_options, typed), *recalled]
     joined = join_options(entry.options_record("TextCaching"), encoders, repeated)
-    return ["python", f"{entry.cache}_text_encoder_outputs.py", *option_words(joined)]
+    return ["python", f"{entry.cache}_text_encoder_outputs.py", *option_argv(joined)]
 
 
 def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOption]":

@@ -21,7 +21,7 @@ from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfi
 from dataset.timestep_keys import find_window_error
 from modules.errors import DatasetError
 from modules.integers import round_up
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def _table_fields(values: Table, table_label: str, is_masked: bool) -> dict[str,
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": buckets,
-        "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
+        "changes": dataclasses.replace(changes, varies_per_step=bool(changes.varying_keys)),
         "augmentation": Augmentation(**by_record["augmentation"]),
         "attributes": frozenset(name for name, value in values["custom_attributes"].items() if value),
     }
@@ -287,11 +287,13 @@ def _size_errors(values: Table) -> list[str]:
     if values["enable_bucket"] and not values["bucket_no_upscale"]:
         if min(size) < low:
             errors.append(
-                f"min_bucket_reso = {low} is above the resolution {as_shape(size)}; set at most {min(size)}"
+                f"min_bucket_reso = {low} is above the resolution {format_shape(size)}; set at most "
+                f"{min(size)}"
             )
         if max(size) > high:
             errors.append(
-                f"max_bucket_reso = {high} is below the resolution {as_shape(size)}; set at least {max(size)}"
+                f"max_bucket_reso = {high} is below the resolution {format_shape(size)}; set at least "
+                f"{max(size)}"
             )
     return errors
 
@@ -321,7 +323,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
         if table.cache_directory is None and table.cache_format in SHARED_CACHES:
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
-            name = as_shape(table.resolution)
+            name = format_shape(table.resolution)
             key = (os.path.normcase(real_path(folder)), name)
             used[key] += 1
             if used[key] > 1:

@@ -39,10 +39,10 @@ class CaptionChanges:
     warmup_step: float = 0.0
     # captions of sources are the text of the file, to which the changes and then trigger_word, caption_prefix
     # and caption_suffix are applied in each step
-    is_raw: bool = False
+    varies_per_step: bool = False
 
     @property
-    def moves_parts(self) -> bool:
+    def moves_tags(self) -> bool:
         """Return whether parts of a caption are shuffled or dropped."""
         return self.shuffle or self.part_dropout_rate > 0 or self.warmup_step > 0
 
@@ -389,7 +389,7 @@ class DatasetTable:
         Returns {} unless the text encoder sees reference images in the size in which the VAE encodes them.
         `bucket` is the item's width and height.
         """
-        if self.references is None or not self.references.as_encoded:
+        if self.references is None or not self.references.text_sees_vae_input:
             return {}
         return {"bucket": list(bucket), **self.non_default_values(REFERENCES)}
 

@@ -28,7 +28,7 @@ from torch.nn.functional import interpolate, l1_loss  # noqa: E402
 
 from blissful_tuner import upscaler, yolo_blur  # noqa: E402
 from checkpoints.writing import save_tensors  # noqa: E402
-from modules.media.encoding import Picture  # noqa: E402
+from modules.media.encoding import OutputFrame  # noqa: E402
 from modules.media.reading import Frame, read_image, video_frames  # noqa: E402
 from modules.media.writing import write_png, write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
@@ -238,17 +238,17 @@ def _draw_row(axes: Axes, pictures: Sequence[Shown], level: int) -> None:
         )
 
 
-def two_scenes() -> Iterator[Picture]:
+def two_scenes() -> Iterator[OutputFrame]:
     """Yield the pictures of a clip with a cut."""
     for index in range(2 * CUT):
         random = np.random.default_rng(int(index >= CUT))
         scene = drawing.scene(random, two=1)
         frame = drawing.draw(scene, index, 1)[0]
         pixels = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
-        yield Picture(pixels, Fraction(index, RATE_OF_CLIP), Fraction(1, RATE_OF_CLIP))
+        yield OutputFrame(pixels, Fraction(index, RATE_OF_CLIP), Fraction(1, RATE_OF_CLIP))
 
 
-def interpolated(folder: Path, given: Sequence[Picture], threshold: str) -> list[Shown]:
+def interpolated(folder: Path, given: Sequence[OutputFrame], threshold: str) -> list[Shown]:
     """Return the pictures that the tool makes of given ones, each marked as kept, repeated or made."""
     words = ["GIMMVFI", "--model", str(write_gimm_r(folder / "gimm")), "--mode", "gimmvfi_r"]
     words += ["--factor", str(FACTOR), "--scene_threshold", threshold]

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modules.command import as_typed
+from modules.command import quote_command
 
 # the commands of most sets, in the order they are run; sets of tools name their own
 STEPS = ("latents", "texts", "train", "generate")
@@ -128,7 +128,7 @@ class ModelSet:
             for word in shlex.split(command):
                 is_missing = word.startswith("{") and word not in paths
                 words.append(f"{word.strip('{}').upper()}_FILE" if is_missing else paths.get(word, word))
-            typed.append(as_typed(words))
+            typed.append(quote_command(words))
         return typed
 
 
@@ -298,7 +298,7 @@ class _Download:
         words = ["python", "tools/download.py", "--family", self.model.family, "--task", self.model.task]
         if self.in_fp8:
             words.append("--fp8_encoders")
-        return as_typed([*words, "--to", str(self.folder)])
+        return quote_command([*words, "--to", str(self.folder)])
 
     def runs_with(self, scripts: Collection[str]) -> bool:
         """Return whether one of these scripts runs the model."""

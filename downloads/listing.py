@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from downloads.catalogue import Component, ModelSet
-from modules.command import as_typed
-from modules.control_codes import columns_of, escape_control_codes, fold
+from modules.command import quote_command
+from modules.control_codes import escape_control_codes, terminal_width, wrap_text
 from modules.pages.language import say
 
 UNVERIFIED = "as far as known: read the model's page"
@@ -52,7 +52,7 @@ def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """Write lines to standard output, with control codes escaped, folded to the terminal's width."""
     text = "\n".join(escape_control_codes(line) for line in lines)
-    sys.stdout.write(fold(text, columns_of(sys.stdout)) + "\n")
+    sys.stdout.write(wrap_text(text, terminal_width(sys.stdout)) + "\n")
 
 
 def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
@@ -86,7 +86,7 @@ def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
     for model in sets:
         size = describe_total(model.components)
         rows.append((model.family, model.task, size, model.about))
-    command = as_typed(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
+    command = quote_command(["python", "tools/download.py", "--family", "FAMILY", "--task", "TASK", "--list"])
     example = f"{command} shows the files of one"
     return [*in_columns([("family", "task", "size", ""), *rows]), "", example]
 

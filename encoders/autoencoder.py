@@ -26,7 +26,7 @@ from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, A
 from encoders.tiles import AxisTiling, compute_in_tiles, sample_posterior
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.layers.convolution import Compute, lay_out, layouts
+from modules.layers.convolution import Compute, memory_formats, set_memory_format
 from modules.media.pixels import check_clip, from_bytes
 from protocols.loading import TensorSource
 
@@ -150,7 +150,7 @@ def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
     """
     for name, source in sources.items():
         if re.fullmatch(layers, name):
-            sources[name] = source.then(lambda weight: weight.flatten(1))
+            sources[name] = source.with_step(lambda weight: weight.flatten(1))
 
 
 # Letters: B batch, H height, W width, Z latent channels, h = H / 8, w = W / 8
@@ -274,7 +274,7 @@ class ImageVae(nn.Module):
 
     def place(self, x: Tensor) -> Tensor:
         """Convert a tensor to the VAE's device, dtype and memory format, which all layers preserve."""
-        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[1])
+        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[1])
 
 
 class Autoencoder(ImageVae):
@@ -345,7 +345,7 @@ def load_autoencoder(
             dtype=dtype,
             what="the autoencoder of FLUX",
         )
-    lay_out(network, device)
+    set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return network
 

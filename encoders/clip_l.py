@@ -122,7 +122,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     Prompt weights have no effect, because the vector is the state of the end token.
     """
 
-    can = EncoderAbilities(take_words=True)
+    abilities = EncoderAbilities(accepts_new_words=True)
     maximum = CLIP_TOKENS
     embedding = "embeddings.token_embedding.weight"
     word_keys = ("clip_l",)
@@ -202,5 +202,5 @@ class PooledClip(FileTextEncoder[ClipText]):
 class ClipTextEncoder(PooledClip):
     """CLIP-L that a LoRA can be trained for."""
 
-    can = EncoderAbilities(learn=True, take_words=True)
+    abilities = EncoderAbilities(trainable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX

@@ -29,7 +29,7 @@ from encoders.clip_checkpoints import (
     read_clip_vision,
 )
 from modules.errors import CheckpointError
-from modules.layers.norms import TwoLayers
+from modules.layers.norms import TwoLayerMlp
 from protocols.family import DitSpec
 from protocols.steps import Overrides
 from runtime.run_blocks import Hidden, run_blocks
@@ -120,7 +120,7 @@ class ClipLayer(nn.Module):
         self.self_attn = ClipAttention(config, is_causal)
         self.layer_norm2 = nn.LayerNorm(config.dim, config.eps)
         sizes = (config.dim, config.ffn_dim, config.dim)
-        self.mlp = TwoLayers("fc1 fc2", sizes, ACTIVATIONS[config.activation])
+        self.mlp = TwoLayerMlp("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
         """Return the tokens after the layer, B L C as the input; `tokens` is not used."""

@@ -15,7 +15,7 @@ from modules.control_codes import shorten
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.random_masks import draw_mask
 from modules.media.reading import read_image, read_mask, resize_frame
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from protocols.data import (
     CONTROL_PIXELS,
     CONTROL_STRENGTH,
@@ -90,8 +90,9 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, network_name: str) -
     image_size = tuple(stride * length for length in latents.shape[-2:])
     if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != image_size:
         raise CacheError(
-            f"{batch.keys[0]}: its control picture has {as_shape(controls.shape[-2:])} rows and columns, the "
-            f"picture {as_shape(image_size)}. Cache latents again."
+            f"{batch.keys[0]}: its control picture has {format_shape(controls.shape[-2:])} rows and "
+            "columns, the "
+            f"picture {format_shape(image_size)}. Cache latents again."
         )
     return {CONTROL_PIXELS: controls}
 

@@ -169,7 +169,7 @@ def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
 class OneTransformer:
     """Base class of families with a single transformer; most properties follow from their files."""
 
-    can: ClassVar[Abilities] = Abilities(tell_few_steps=True)
+    abilities: ClassVar[Abilities] = Abilities(detects_few_steps=True)
     named: ClassVar[Mapping[str, str]] = {}  # metadata with the model's name, if it is always the same
     few_steps: ClassVar[FewSteps] = FewSteps()  # releases distilled to few steps
 
@@ -260,11 +260,11 @@ class OneTransformer:
         return None
 
     @property
-    def fuller(self) -> tuple[str, ...]:
+    def teacher_only_conditions(self) -> tuple[str, ...]:
         """Names of the conditions that a teacher model always gets: the caption and any reference images."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence that a transformer was distilled to few steps; None if there is none."""
         for path in self.dit_files:
             verdict = judge_distillation(self.few_steps, path)
@@ -272,7 +272,7 @@ class OneTransformer:
                 return f"{path}: {verdict.evidence}"
         return None
 
-    def check_given_files(self) -> None:
+    def check_named_files(self) -> None:
         """Check all files that options name."""
         self.files.check()
 

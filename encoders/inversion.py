@@ -27,7 +27,7 @@ from encoders.new_words import (
     select_vectors,
     takes_words,
 )
-from modules.console import count_of, quiet
+from modules.console import format_count, quiet
 from modules.errors import CheckpointError, DatasetError, OptionError
 from protocols.bundled_embeddings import WordContent, find_words, is_of_word
 from protocols.family import TextEncoder
@@ -161,7 +161,7 @@ class Inversion:
         encoders = {1: "the text encoder", 2: "both text encoders"}[len(self.encoders)]
         return CustomNetwork(
             label=CALLED,
-            description=f"the word {word.text}: {count_of(word.count, 'vector')} for {encoders}",
+            description=f"the word {word.text}: {format_count(word.count, 'vector')} for {encoders}",
             architecture_suffix="textual-inversion",
             make=self.make,
             check=self.check,
@@ -257,7 +257,7 @@ class Inversion:
                 "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
                 option_names.init_word,
                 self.word_options.init_word,
-                count_of(len(ids), "token"),
+                format_count(len(ids), "token"),
                 encoder_number,
                 option_names.count,
                 count,
@@ -297,7 +297,7 @@ class Inversion:
         num_stored = len(next(iter(vectors.values())))
         if num_stored != self.word.count:
             raise CheckpointError(
-                f"{option} {path}: it has {count_of(num_stored, 'vector')}, {option_names.count} is "
+                f"{option} {path}: it has {format_count(num_stored, 'vector')}, {option_names.count} is "
                 f"{self.word.count}. Give {option_names.count} {num_stored}.",
                 path,
             )
@@ -350,7 +350,7 @@ class Inversion:
             )
         if not without:
             return ""
-        count = count_of(len(captions), "caption")
+        count = format_count(len(captions), "caption")
         return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
 
 

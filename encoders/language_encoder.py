@@ -140,7 +140,7 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
 
 # eq=False: hashed by identity, because mappings in it cannot be hashed and `read_once` caches by it
 @dataclass(frozen=True, eq=False)
-class LanguageUse:
+class LanguageEncoderSettings:
     """How a family uses a language model: the prompt template, and the hidden states to return."""
 
     name: str  # name of the encoder in messages and cache records
@@ -173,7 +173,7 @@ class LanguageUse:
     pad_to_multiple_of: int = 0
     pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
-    at_once: int = 8  # number of prompts in a batch; limits memory
+    batch_size: int = 8  # number of prompts in a batch; limits memory
     pictures: ImagePromptFormat | None = (
         None  # how images are put into a prompt; None: prompts have no images
     )
@@ -218,13 +218,15 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """Text encoder that returns a language model's hidden states for each token of a prompt."""
 
-    can = EncoderAbilities(wait=True, divide=True, see=True, take_words=True)
+    abilities = EncoderAbilities(
+        offloads_layers=True, shardable=True, has_vision_tower=True, accepts_new_words=True
+    )
     logs_truncation = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
         self,
-        use: LanguageUse,
+        use: LanguageEncoderSettings,
         path: Path,
         dtype: torch.dtype = torch.bfloat16,
         tokenizer: Path | None = None,
@@ -421,7 +423,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         # ids of prompts have been checked; the padding id of another model's tokenizer may be too large
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
         results: list[Conditions] = []
-        batch_size = self.use.at_once
+        batch_size = self.use.batch_size
         for first in range(0, len(token_ids), batch_size):
             batch = token_ids[first : first + batch_size]
             batch_images = images[first : first + batch_size]
@@ -576,8 +578,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         # some families check that text encoder and transformer saw the same images
         with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
-            if len(prompt.frames) == len(prompt.pictures):  # only prompts from a dataset have frames
-                hashes = image_format.hash_images(image_format.select(prompt.frames))
+            if len(prompt.image_pixels) == len(prompt.images):  # only prompts from a dataset have frames
+                hashes = image_format.hash_images(image_format.select(prompt.image_pixels))
                 conditions = {**conditions, image_hashes_key: [hashes]}
             with_hashes.append(conditions)
         return with_hashes
@@ -595,7 +597,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts with their images in front of the text."""
         image_format = self.use.pictures
-        if image_format is None or not any(prompt.pictures for prompt in prompts):
+        if image_format is None or not any(prompt.images for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
@@ -625,7 +627,7 @@ class LanguageModelFiles(TransformerFiles):
 
     @property
     @abstractmethod
-    def text_use(self) -> LanguageUse:
+    def text_use(self) -> LanguageEncoderSettings:
         """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
@@ -698,11 +700,11 @@ def _read_all_images(
     """Return the images of each prompt as input of the vision tower."""
     images = []
     for prompt in prompts:
-        if prompt.frames:  # prompts of a dataset have decoded images
-            frames = [image_format.show(frame) for frame in image_format.select(prompt.frames)]
+        if prompt.image_pixels:  # prompts of a dataset have decoded images
+            frames = [image_format.show(frame) for frame in image_format.select(prompt.image_pixels)]
         else:
             frames = [
-                image_format.read(path, prompt.image_size) for path in image_format.select(prompt.pictures)
+                image_format.read(path, prompt.image_size) for path in image_format.select(prompt.images)
             ]
         images.append(read_images(tower, frames, image_format))
     return images
@@ -724,7 +726,7 @@ def _put_in_front(
     )
 
 
-def _measure_states(checkpoint: Checkpoint, use: LanguageUse) -> int:
+def _measure_states(checkpoint: Checkpoint, use: LanguageEncoderSettings) -> int:
     config = read_language_model(checkpoint, use.model, use.state_indices).config
     if use.stacked:
         return config.dim
@@ -732,6 +734,7 @@ def _measure_states(checkpoint: Checkpoint, use: LanguageUse) -> int:
     return len(states) * config.dim
 
 
-# takes a `LanguageUse`, because `read_once` caches by the arguments and a `LanguageModel` cannot be hashed
-def _read_tower(checkpoint: Checkpoint, use: LanguageUse) -> Any:
+# takes a `LanguageEncoderSettings`, because `read_once` caches by the arguments and a `LanguageModel`
+# cannot be hashed
+def _read_tower(checkpoint: Checkpoint, use: LanguageEncoderSettings) -> Any:
     return read_vision_tower(checkpoint, use.model)

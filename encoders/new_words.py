@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.embedding_files import TABLE, describe_content, list_tensors, reject_embedding, to_rows
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CheckpointError
 from protocols.family import TextEncoder
 
@@ -112,7 +112,7 @@ class WordEncoder(TextEncoder, Protocol):
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
     """Return whether a text encoder accepts vectors of additional words."""
-    return encoder.can.take_words
+    return encoder.abilities.accepts_new_words
 
 
 def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> None:
@@ -173,7 +173,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
         )
     num_vectors = len(next(iter(rows.values())))
     covered = "" if len(rows) == len(encoders) else f", for {' and '.join(rows)} alone"
-    logger.info("%s: %s (%s%s)", word.source, word.text, count_of(num_vectors, "vector"), covered)
+    logger.info("%s: %s (%s%s)", word.source, word.text, format_count(num_vectors, "vector"), covered)
     return rows
 
 

@@ -63,9 +63,9 @@ class ImagePromptFormat:
     token: str = "<|image_pad|>"  # placeholder token of images
     # reads an image, at `Prompt.image_size` if that is set: H W 3 uint8; raises MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
-    # converts an image of `Prompt.frames`, H W C uint8, to H W 3
+    # converts an image of `Prompt.image_pixels`, H W C uint8, to H W 3
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
-    # returns hashes of `Prompt.frames` for caches, n 32 uint8; None: caches have no hashes
+    # returns hashes of `Prompt.image_pixels` for caches, n 32 uint8; None: caches have no hashes
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
     max_images: int | None = None  # number of images that are used, from the first on; None: all
     min_pixels: int = 3136  # minimum number of pixels; smaller images are enlarged

@@ -43,7 +43,7 @@ from protocols.requests import (
     check_size,
     full_patches,
     keep_usable_media,
-    settle,
+    resolve_request,
     size_of,
 )
 from protocols.rules import ReferenceRules, SourceRules
@@ -170,7 +170,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     prompt_set = prepared.prompts[0]  # an image has a single section
 
     def with_images(prompt: Prompt | None) -> Prompt:
-        return replace(prompt or Prompt(""), pictures=paths, image_size=size)
+        return replace(prompt or Prompt(""), images=paths, image_size=size)
 
     prompts = Prompts(
         with_images(prompt_set.positive),
@@ -267,7 +267,7 @@ class ModelOfImages(OneTransformer):
         size = *full_patches(width, height, self.latent), 1
         check_size(size, self.latent)
         shift = flow_shift if request.flow_shift is None else request.flow_shift
-        return settle(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
+        return resolve_request(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
 
     def keep_media(self, request: Request, model_name: str) -> Request:
         """Return the request without media that the model does not take, with warnings that name the model.
@@ -351,10 +351,10 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: 
     from modules.media.reading import image_size  # only with reference images
 
     option = "--control_image_path (--ci in a prompt line)"
-    if len(paths) > rules.maximum:
+    if len(paths) > rules.max_references:
         raise OptionError(
-            f"{option}: {len(paths)} reference pictures, {model_name} takes {rules.maximum} at most. "
-            f"Leave out {' '.join(map(str, paths[rules.maximum :]))}"
+            f"{option}: {len(paths)} reference pictures, {model_name} takes {rules.max_references} at most. "
+            f"Leave out {' '.join(map(str, paths[rules.max_references :]))}"
         )
     for path in paths:
         width, height = image_size(path)

@@ -99,7 +99,7 @@ USE = T5Naming()
 class T5TextEncoder(FileTextEncoder[T5Network]):
     """T5 with a fixed number of states per prompt. As in the release, texts are not cleaned."""
 
-    can = EncoderAbilities(learn=True, divide=True, take_words=True)
+    abilities = EncoderAbilities(trainable=True, shardable=True, accepts_new_words=True)
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"

@@ -29,7 +29,7 @@ from modules.limits import MAX_TOKENIZER_BYTES
 from protocols.data import Conditions, weigh_tokens
 from protocols.family import EncoderAbilities
 from protocols.requests import Prompt, Spans
-from protocols.rules import CharSpan, CountTokens, TokenCount, kept_characters, token_weights
+from protocols.rules import CharSpan, CountTokens, TokenCount, count_covered_characters, token_weights
 from runtime.offload.block_swap import move_network
 from runtime.offload.host_memory import LoadedNetwork
 
@@ -346,7 +346,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     Subclasses implement the template (`write`) and compute the conditions from tokens (`compute`).
     """
 
-    can: ClassVar[EncoderAbilities] = EncoderAbilities()
+    abilities: ClassVar[EncoderAbilities] = EncoderAbilities()
     name: str  # name in messages and cache records
     keys: frozenset[str]  # keys of the conditions that `encode` returns
     variable_length: frozenset[str] = frozenset()  # keys whose tensors have the length of the prompt
@@ -448,7 +448,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             ends = [0 if span is None else span[1] - written.start for span in spans_before_suffix]
             length = len(written.prompt)
             max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
-            characters_read = kept_characters(ends, max_tokens_read, length)
+            characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
             # caches hold the states of these tokens; encoders of fixed length pad to `maximum`
             num_stored = min(num_tokens, self.maximum) if self.variable_length else self.maximum

@@ -56,7 +56,7 @@ class Fibo2Config(LuminaConfig):
         return -int(-(fewest + share * (self.max_gist - fewest)) // step) * step
 
 
-NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)
+NOISE = NoiseSpec(training_offset=0.0, count_tokens=count_latents)
 DIT = DitSpec(
     block_lists=("layers",),
     shared_inputs=(
@@ -70,7 +70,7 @@ DIT = DitSpec(
     lora_exclude=("_modulation",),
     fp8_exclude=("norm", "adaLN_modulation", "cross_attn_gate", "latent_queries"),
     input_layers=("x_embedder", "perceiver"),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
     # they compute in float32; under 1 % of the model
     keep_float32=("t_embedder.",),

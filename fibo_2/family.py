@@ -61,9 +61,11 @@ class Fibo2(pictures.ModelOfImages):
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("dev (briaai/Fibo-2.0-dev)", also="edit-turbo", adapter="")
-    can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES, fit_captions=True)
+    abilities: ClassVar = Abilities(
+        detects_few_steps=True, sampling_dit_option=OF_SAMPLES, adjusts_captions=True
+    )
     references: ReferenceRules | None = field(
-        default=ReferenceRules(MAX_REFERENCES, seen_by_text=True, as_encoded=True), init=False
+        default=ReferenceRules(MAX_REFERENCES, seen_by_text=True, text_sees_vae_input=True), init=False
     )
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -101,7 +103,7 @@ class Fibo2(pictures.ModelOfImages):
 
     # captions that are JSON objects
 
-    def names_places(self, caption: str) -> bool:
+    def has_coordinates(self, caption: str) -> bool:
         """Return whether a caption may have coordinates in its image: whether it is a JSON object."""
         return looks_like_object(caption)
 
@@ -208,20 +210,20 @@ class Fibo2(pictures.ModelOfImages):
             return prompt
         # several images keep their trained sizes
         size = (prepared.width, prepared.height) if len(paths) == 1 else None
-        prompt = replace(prompt, pictures=paths, image_size=size)
+        prompt = replace(prompt, images=paths, image_size=size)
         if not mask:
             return prompt
         from fibo_2.references import read_masked  # only with a mask
 
         frames = read_masked(paths[0], Path(mask), (prepared.width, prepared.height))
-        return replace(prompt, frames=(frames,), presented=(mask,))
+        return replace(prompt, image_pixels=(frames,), media_before_text=(mask,))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images to edit as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         from fibo_2.references import read_edited  # only with images to edit
 
         prompt = prepared.prompts[0].positive
-        frames = prompt.frames or [read_edited(path, prompt.image_size) for path in prompt.pictures]
+        frames = prompt.image_pixels or [read_edited(path, prompt.image_size) for path in prompt.images]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for number, image in enumerate(frames):
             conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(image[None, None]))

@@ -24,7 +24,7 @@ from checkpoints.dialects import (
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from encoders.language_encoder import LanguageModelEncoder, LanguageModelFiles, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, LanguageModelFiles
 from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
 from fibo_2.names import FIBO_2
@@ -134,7 +134,7 @@ class Fibo2Files(LanguageModelFiles):
     encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    text_use: ClassVar[LanguageUse] = TEXT_USE
+    text_use: ClassVar[LanguageEncoderSettings] = TEXT_USE
 
     @property
     def dit_path(self) -> Path:

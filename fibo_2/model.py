@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from fibo_2.configs import DIT, PLACES, Fibo2Config
 from lumina.blocks import FeedForward, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, make_lengths
+from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
-from modules.layers.rope import GridTable, angles_at, on_grid, turns
+from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -87,13 +87,13 @@ class Fibo2Tokens(LuminaTokens):
             return attended[0]
         first, other = attended
         # in order: the image, clean tokens (references, the first text's gist), the second text's gist
-        num_image = self.second.before
-        num_second_gist = self.second.count
+        num_image = self.second.num_image_tokens
+        num_second_gist = self.second.num_text_tokens
         if self.part is not None:  # of these, the tokens that this process has
             num_image = self.part.count_among_first(num_image)
             num_second_gist = self.part.count_among_last(num_second_gist)
         second_start = first.shape[1] - num_second_gist
-        steered = self.second.steer(first[:, :num_image], other[:, :num_image])
+        steered = self.second.combine_attention(first[:, :num_image], other[:, :num_image])
         return torch.cat([steered, first[:, num_image:second_start], other[:, second_start:]], dim=1)
 
 
@@ -107,7 +107,7 @@ class Fibo2CrossAttention(ZImageAttention):
     def attend_text(self, x: Tensor, bundle: TextBundle, choice: AttentionChoice) -> Tensor:
         """Return the cross-attention of tokens x, B L C, to a bundle of text states: B L N D."""
         query, key, value = (
-            in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
+            run_in_weight_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
             for layer, tokens in ((self.to_q, x), (self.to_k, bundle.states), (self.to_v, bundle.states))
         )
         query, key = self.norm_q(query), self.norm_k(key)
@@ -133,7 +133,7 @@ class PerceiverLayer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self, x: Tensor, bundle: TextBundle, lengths: Lengths | None, choice: AttentionChoice
+        self, x: Tensor, bundle: TextBundle, lengths: SampleLengths | None, choice: AttentionChoice
     ) -> Tensor:
         """Apply the layer to gist tokens x, B G C: attend to the text, then to each other, then feed forward.
 
@@ -164,7 +164,7 @@ class Perceiver(nn.Module):
         self,
         text: TextStates,
         gist: int,
-        lengths: Lengths | None,
+        lengths: SampleLengths | None,
         choice: AttentionChoice,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -206,7 +206,7 @@ class Fibo2Block(JointTransformerBlock):
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Return scale and gate for attention and for the feed-forward, each B S C float32."""
-        rows = in_own_dtype(self.adaLN_modulation[-1], time).float()
+        rows = run_in_weight_dtype(self.adaLN_modulation[-1], time).float()
         scale1, gate1, scale2, gate2 = rows.chunk(4, dim=-1)
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
@@ -331,7 +331,7 @@ class Fibo2Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grids = tuple(map(self.grid_of, (noisy, *references)))
         patches = [rearrange(latents, "b z 1 h w -> b (h w) z") for latents in (noisy, *references)]
-        image = in_own_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
+        image = run_in_weight_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
         texts = [
             _read_states(arguments)
             for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask)
@@ -410,12 +410,12 @@ class Fibo2Model(BlockNetwork):
         theta = self.config.rope_theta
 
         def axis(positions: range, width: int) -> Tensor:
-            angles = angles_at(torch.tensor([*positions], dtype=torch.float64), width, theta)
-            return send_ahead(turns(angles.float()), device)
+            angles = rotation_angles(torch.tensor([*positions], dtype=torch.float64), width, theta)
+            return send_ahead(cos_and_sin(angles.float()), device)
 
         def grid(planes: range, rows: int, columns: int) -> Tensor:
             sides = zip((planes, range(rows), range(columns)), self.config.rotary_widths, strict=True)
-            return on_grid([axis(positions, width) for positions, width in sides])
+            return spread_over_grid([axis(positions, width) for positions, width in sides])
 
         tables = []
         for plane, (rows, columns) in enumerate(layout.grids, self.config.max_gist + 1):
@@ -428,7 +428,7 @@ class Gist(NamedTuple):
     """Gist tokens of a batch of texts, with their lengths."""
 
     tokens: Tensor  # B G C
-    lengths: Lengths | None  # real tokens of image, references and gist together; None: all
+    lengths: SampleLengths | None  # real tokens of image, references and gist together; None: all
 
 
 def _read_states(arguments: Mapping[str, Any]) -> TextStates:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import ImagePromptFormat
 from encoders.text_encoder import TemplatedPrompt
@@ -41,7 +41,7 @@ _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct"
 _SEEN = '"image{name}":"<|vision_start|>{{tokens}}<|vision_end|>",'
 
 
-TEXT_USE = LanguageUse(
+TEXT_USE = LanguageEncoderSettings(
     name="qwen3_vl",
     states_key=KEY,
     model=QWEN3_VL,
@@ -52,7 +52,7 @@ TEXT_USE = LanguageUse(
     before="<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
     stacked=STATES,
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
@@ -68,7 +68,9 @@ TEXT_USE = LanguageUse(
 class Fibo2TextEncoder(LanguageModelEncoder):
     """Qwen3-VL for JSON captions; each layer's states are scaled to a root mean square of 1 per token."""
 
-    def __init__(self, use: LanguageUse, path: Path, *settings: Any, **named_settings: Any) -> None:
+    def __init__(
+        self, use: LanguageEncoderSettings, path: Path, *settings: Any, **named_settings: Any
+    ) -> None:
         super().__init__(use, path, *settings, **named_settings)
         self._has_told = False  # how plain texts are encoded
         self._has_warned = False  # whether a warning about texts that are not drawn has been logged
@@ -81,12 +83,12 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         """
         if prompt.is_negative:
             return super().write(prompt)
-        caption = write_edit(prompt.text) if prompt.pictures else write_caption(prompt.text)
+        caption = write_edit(prompt.text) if prompt.images else write_caption(prompt.text)
         # only JSON can say which texts the image shows
         if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
         written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
-        if not prompt.pictures:
+        if not prompt.images:
             return written
         # the JSON's opening brace belongs before the image placeholders, so the text positions shift by one
         start = written.start
@@ -105,7 +107,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
     def _tell_reading(self, prompt: Prompt) -> None:
         """Log once whether a text is read as the JSON of the model's training data, or how it differs."""
-        text, is_edit = prompt.text, bool(prompt.pictures)
+        text, is_edit = prompt.text, bool(prompt.images)
         if looks_like_object(text):
             new = [error for error in _list_oddities(text, is_edit) if error not in self._told_errors]
             self._told_errors.update(new)

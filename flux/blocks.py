@@ -23,7 +23,7 @@ from hunyuan_model.blocks import (
 from hunyuan_model.joining import gelu, join_gelu
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayerMlp, run_in_weight_dtype
 
 
 class ModulationRows(nn.Module):
@@ -91,10 +91,10 @@ class DoubleBlock(DoubleStreamBlock):
         self.img_mod = make_modulation(config, "picture", index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
         sizes = (config.dim, config.ffn_dim, config.dim)
-        self.img_mlp = TwoLayers("0 2", sizes, gelu)
+        self.img_mlp = TwoLayerMlp("0 2", sizes, gelu)
         self.txt_mod = make_modulation(config, "text", index)
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.txt_mlp = TwoLayers("0 2", sizes, gelu)
+        self.txt_mlp = TwoLayerMlp("0 2", sizes, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Return a stream's modulation, output projection of attention, and feed-forward layers."""
@@ -131,7 +131,9 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(tokens.vector)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
         # in one split, so that its gradient is written once
-        *qkv, hidden = in_own_dtype(self.linear1, h).split(self.widths, dim=-1)
+        *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
         attended = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
-        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split)
+        return add_gated(
+            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
+        )

@@ -29,7 +29,7 @@ from flux.files import DIALECTS, FluxFiles
 from flux.model import FluxModel
 from flux.options import CONTROL_NET, FluxControlNetTrainingOptions
 from modules.errors import OptionError
-from modules.option_values import FillIn, option_words
+from modules.option_values import Placeholder, option_argv
 from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
 
@@ -206,5 +206,5 @@ def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: M
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
     """Return the command that generates with a trained file; `usual` is the command without it."""
-    control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
-    return [*usual, *option_words({CONTROL_NET: file, "--control_image": control})]
+    control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
+    return [*usual, *option_argv({CONTROL_NET: file, "--control_image": control})]

@@ -94,7 +94,7 @@ class Flux(ModelOfImages):
     cache_tag: str = field(default="flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
-    can: ClassVar = Abilities(tell_few_steps=True, make_network=True, tell_nodes=True)
+    abilities: ClassVar = Abilities(detects_few_steps=True, has_custom_network=True, has_comfy_nodes=True)
     few_steps: ClassVar = FewSteps(
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
         also="there",
@@ -102,11 +102,11 @@ class Flux(ModelOfImages):
         distilled_words="flash",
     )
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence for a transformer distilled to few steps, as schnell is; None without any."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
-        return super().why_few_steps()
+        return super().few_steps_evidence()
 
     @property
     def latent(self) -> LatentSpec:
@@ -206,9 +206,9 @@ class Flux(ModelOfImages):
             joined.append([replace(entry, tensors=tensors)])
         return joined
 
-    def check_given_files(self) -> None:
+    def check_named_files(self) -> None:
         """Check every file that an option names, and that the ControlNet fits. Loads nothing."""
-        super().check_given_files()
+        super().check_named_files()
         self._check_controlnet()
 
     def check_files(self, media: bool) -> None:
@@ -402,7 +402,7 @@ class Flux(ModelOfImages):
         if flow_shift is None:
             flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         negative = "" if self.negative_is_empty else None
-        return requests.settle(request, default, size, flow_shift, default_negative=negative)
+        return requests.resolve_request(request, default, size, flow_shift, default_negative=negative)
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""

@@ -16,9 +16,9 @@ from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, activate, join_tokens
 from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
-from modules.attention.attend import Lengths, make_lengths
-from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
-from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
+from modules.attention.attend import SampleLengths, make_lengths
+from modules.layers.norms import ScaleNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, TokenGrid, bind_rotary_table, joined_tables, rotary_table, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -33,7 +33,7 @@ class Approximator(nn.Module):
         self.config, self.rows = config, rows
         self.in_proj = nn.Linear(config.in_dim, config.dim)
         sizes = (config.dim,) * 3
-        self.layers = nn.ModuleList(TwoLayers(TWO_LAYERS, sizes) for _ in range(config.layers))
+        self.layers = nn.ModuleList(TwoLayerMlp(TWO_LAYERS, sizes) for _ in range(config.layers))
         self.norms = nn.ModuleList(ScaleNorm(config.dim, eps) for _ in range(config.layers))
         self.out_proj = nn.Linear(config.dim, out_dim)
 
@@ -55,10 +55,10 @@ class Approximator(nn.Module):
         shared_rows = shared.unsqueeze(1).expand(batch, self.rows, -1)
         numbered_rows = numbered.unsqueeze(0).expand(batch, -1, -1)
         x = torch.cat([shared_rows, numbered_rows], dim=2)
-        x = in_own_dtype(self.in_proj, x)
+        x = run_in_weight_dtype(self.in_proj, x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
-        return in_own_dtype(self.out_proj, x).float()
+        return run_in_weight_dtype(self.out_proj, x).float()
 
 
 class FluxFinalLayer(HunyuanFinalLayer):
@@ -109,10 +109,10 @@ class FluxModel(BlockNetwork):
         # Chroma computes all modulation with an approximator instead of the embeddings
         if config.approximator is None:
             number_sizes = (config.freq_dim, dim, dim)
-            self.time_in = TwoLayers(TWO_LAYERS, number_sizes, in_float32=True)
-            self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
+            self.time_in = TwoLayerMlp(TWO_LAYERS, number_sizes, in_float32=True)
+            self.vector_in = TwoLayerMlp(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
             if config.has_guidance:
-                self.guidance_in = TwoLayers(TWO_LAYERS, number_sizes, in_float32=True)
+                self.guidance_in = TwoLayerMlp(TWO_LAYERS, number_sizes, in_float32=True)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps
@@ -128,7 +128,7 @@ class FluxModel(BlockNetwork):
         self.controlnet: Callable[..., list[Tensor | None]] | None = None
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
-        self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
+        self._rotary = GridTable(joined_tables(bind_rotary_table(rotary_table, widths, config.rope_theta)))
 
     def embed(
         self,
@@ -166,9 +166,9 @@ class FluxModel(BlockNetwork):
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         latents = (noisy, *references)
-        images = [in_own_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
+        images = [run_in_weight_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
         # the index of the image or reference is its position on the first axis of the rotary embedding
-        grids = [Grid(grid_of(image), first=index) for index, image in enumerate(latents)]
+        grids = [TokenGrid(grid_of(image), first_position=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         # the approximator of Chroma takes a guidance input too, always 0 if not given
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
@@ -228,17 +228,17 @@ class FluxModel(BlockNetwork):
 
     def _embed_text(
         self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Lengths | None]:
+    ) -> tuple[Tensor, SampleLengths | None]:
         """Return text tokens, B T C, and sequence lengths including the `before` tokens in front."""
         if mask is None:
-            return in_own_dtype(self.txt_in, t5).to(dtype), None
+            return run_in_weight_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
         if self.config.approximator is not None:  # one token of padding stays visible, as trained
             maximum = mask.shape[1]
             counts = None if counts is None else [min(count + 1, maximum) for count in counts]
             longest = min(longest + 1, maximum)
         lengths = None if counts is None else make_lengths([before + count for count in counts], t5.device)
-        return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
+        return run_in_weight_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
     def _check(self, pictures: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:
         for latents in pictures:

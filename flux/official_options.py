@@ -11,7 +11,7 @@ from flux.options import CHROMA, DEFAULT_GUIDANCE, FLUX
 from modules.errors import OptionError
 from modules.integers import round_up
 from modules.minimal_options import MAX_SIDE, MinimalLoraOptions
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.options import Options, option
 from modules.script_options import parse_options
 
@@ -149,7 +149,7 @@ def generation_words(options: FluxMinimalOptions) -> list[str]:
         "--image_size": image.size,
         **model.lora_options,
     }
-    return option_words(values)
+    return option_argv(values)
 
 
 NO_NEGATIVE = "-"  # in a line: no negative prompt

@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.limits import MAX_BLOCKS
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -280,7 +280,7 @@ def join_swapped(args: argparse.Namespace) -> None:
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     latents = {
-        "--ae": options.vae.vae or FillIn("AE_FILE"),
+        "--ae": options.vae.vae or Placeholder("AE_FILE"),
         CONTROL_NET: options.controlnet,
         "--control_pictures": isinstance(options, FluxControlNetTrainingOptions),
     }
@@ -290,8 +290,8 @@ def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[
 def generation_options(options: FluxLearningOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        "--ae": options.vae.vae or FillIn("AE_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        "--ae": options.vae.vae or Placeholder("AE_FILE"),
         **_list_text_options(options),
         "--dit_dtype": options.dit_dtype,
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
@@ -302,9 +302,9 @@ def _list_text_options(options: FluxLearningOptions) -> dict[str, Any]:
     text = options.text
     is_chroma = options.model_type == CHROMA
     return {
-        "--t5xxl": text.t5xxl or FillIn("T5_FILE"),
+        "--t5xxl": text.t5xxl or Placeholder("T5_FILE"),
         "--t5xxl_tokenizer": text.t5xxl_tokenizer,
-        "--clip_l": None if is_chroma else text.clip_l or FillIn("CLIP_FILE"),
+        "--clip_l": None if is_chroma else text.clip_l or Placeholder("CLIP_FILE"),
         "--clip_l_tokenizer": None if is_chroma else text.clip_l_tokenizer,
         "--model_type": CHROMA if is_chroma else None,
         "--t5xxl_max_token_length": text.t5xxl_max_token_length,

@@ -19,13 +19,13 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     npz=NpzFormat("_flux", "_flux_te", zeros={"txt_ids": ("t5_out", 3)}),
 )
-NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_image_tokens)
+NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, count_tokens=count_image_tokens)
 GUIDANCE_UNIT = 1000.0  # the models were trained with 1000 times the scale
 FLUX_DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
     fp8_exclude=("norm", "bias"),  # modulations too are in 8 bits: they are a quarter of FLUX.1's weights
     input_layers=("img_in", "txt_in"),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     # of the released TeaCache code (Liu et al. 2024, arXiv 2411.19108) for FLUX.1
     teacache_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),

@@ -57,12 +57,12 @@ LATENT = LatentSpec(
     names_frames=False,
     shares_caches=True,
 )
-NOISE = NoiseSpec(tokens=count_latents)
+NOISE = NoiseSpec(count_tokens=count_latents)
 DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
     fp8_exclude=("norm",),
     input_layers=("img_in", "txt_in"),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     swap_counts=count_swapped,
     # they compute in float32; under 1 % of the model

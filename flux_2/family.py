@@ -74,12 +74,12 @@ class Flux2(pictures.ModelOfImages):
         undistilled_pattern="base",
     )
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence that the transformer is distilled klein (release or file name), else None."""
         version = self.files.version
         if version.is_distilled and version.defaults.embedded_guidance is None:
             return f"--model_version says {version.release.repositories[0]}"
-        return super().why_few_steps()
+        return super().few_steps_evidence()
 
     @property
     def name(self) -> str:
@@ -109,7 +109,7 @@ class Flux2(pictures.ModelOfImages):
     @property
     def references(self) -> ReferenceRules:
         """Return how many reference images the model takes, and which networks use them."""
-        return ReferenceRules(maximum=MAX_REFERENCES)
+        return ReferenceRules(max_references=MAX_REFERENCES)
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, ot
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from encoders.language_encoder import LanguageModelFiles, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles
 from flux_2.configs import AXES, Flux2Config
 from flux_2.model import Flux2Model
 from flux_2.names import FLUX_2
@@ -105,7 +105,7 @@ class Flux2Files(LanguageModelFiles):
         return VERSIONS[self.model_version]
 
     @property
-    def text_use(self) -> LanguageUse:
+    def text_use(self) -> LanguageEncoderSettings:
         """Return how the release uses its language model."""
         return self.version.use
 

@@ -20,11 +20,11 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import (
     Float32LayerNorm,
     ScaleNorm,
-    TwoLayers,
+    TwoLayerMlp,
     activation_dtype,
-    in_own_dtype,
+    run_in_weight_dtype,
 )
-from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
+from modules.layers.rope import GridTable, TokenGrid, bind_rotary_table, joined_tables, rotary_table, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -58,7 +58,7 @@ class SharedModulation(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         """Compute modulation rows, B count C float32, from a vector, B C."""
-        return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
+        return run_in_weight_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
 
 
 class PairNorm(nn.Module):
@@ -97,7 +97,7 @@ class GatedMlp(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the two layers to x, B L C."""
         first, _, second = self
-        return in_own_dtype(second, gate_half(in_own_dtype(first, x)))
+        return run_in_weight_dtype(second, gate_half(run_in_weight_dtype(first, x)))
 
 
 class Flux2DoubleBlock(blocks.DoubleStreamBlock):
@@ -144,10 +144,10 @@ class Flux2SingleBlock(nn.Module):
         shift, scale, gate = self.rows(tokens.vector)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
         # in one split, so that its gradient is written once
-        *qkv, hidden = in_own_dtype(self.linear1, h).split(self.widths, dim=-1)
+        *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
         attended = blocks.attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
-        branch = in_own_dtype(self.linear2, torch.cat([attended, gate_half(hidden)], dim=-1))
+        branch = run_in_weight_dtype(self.linear2, torch.cat([attended, gate_half(hidden)], dim=-1))
         return add_gated(x, gate, branch, tokens.split)
 
 
@@ -166,13 +166,13 @@ class PixelFinalLayer(nn.Module):
         `embedding` is B 1 C; `dtype` is the dtype of activations between layers.
         """
         vector = functional.silu(embedding)
-        shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, dtype))
+        shift, scale = run_in_weight_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
+        return run_in_weight_dtype(self.linear, modulate(self.norm_final(x), shift, scale, dtype))
 
 
-def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
+def number_embedding(freq_dim: int, dim: int) -> TwoLayerMlp:
     """Return the layers that embed a number's sinusoids, B freq_dim to B dim float32."""
-    return TwoLayers("in_layer out_layer", (freq_dim, dim, dim), bias=False, in_float32=True)
+    return TwoLayerMlp("in_layer out_layer", (freq_dim, dim, dim), bias=False, in_float32=True)
 
 
 class Flux2Model(BlockNetwork):
@@ -214,7 +214,7 @@ class Flux2Model(BlockNetwork):
         self.single_blocks = nn.ModuleList(Flux2SingleBlock(config) for _ in range(config.single_blocks))
         self.final_layer = PixelFinalLayer(dim, config.channels, config.eps)
         widths = (dim // config.num_heads // AXES,) * AXES
-        self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
+        self._rotary = GridTable(joined_tables(bind_rotary_table(rotary_table, widths, config.rope_theta)))
 
     def embed(
         self,
@@ -250,20 +250,20 @@ class Flux2Model(BlockNetwork):
         embedded = []
         for latents in images:
             pixels = latents.flatten(2).transpose(1, 2)  # B L Z
-            embedded.append(in_own_dtype(self.img_in, pixels).to(dtype))
+            embedded.append(run_in_weight_dtype(self.img_in, pixels).to(dtype))
         vector = self._embed_vector(timesteps, guidance if overrides.embedded_guidance else None)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text):
-            tokens = in_own_dtype(self.txt_in, prompt["text"]).to(dtype)
+            tokens = run_in_weight_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(tokens, None, vector))
         # positions of tokens: (APART * image, row, column, 0) in images, (0, 0, 0, index) in texts
         grids = []
         for number, latents in enumerate(images):
             _, _, _, rows, columns = latents.shape
-            grids.append(Grid((1, rows, columns, 1), first=APART * number))
+            grids.append(TokenGrid((1, rows, columns, 1), first_position=APART * number))
         for embedded_text in texts:
             length = embedded_text.tokens.shape[1]
-            grids.append(Grid((1, 1, 1, length)))
+            grids.append(TokenGrid((1, 1, 1, length)))
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         num_images = sum(tokens.shape[1] for tokens in embedded)
         return blocks.join_tokens(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, IDENTITY, OF_DECODING, OF_REFERENCES, OF_REQUEST, Options, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option
 
@@ -75,8 +75,8 @@ class Flux2GenerationOptions(Options, title=NAME):
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     version = {"--model_version": options.model_version}
-    latents = {**options.vae.file.words(), **version}
-    return latents, {**options.text.words("TEXT_ENCODER_FILE"), **version}
+    latents = {**options.vae.file.command_options(), **version}
+    return latents, {**options.text.command_options("TEXT_ENCODER_FILE"), **version}
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any])
     """
     controls = sample.get("control_images") or ()
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        **options.vae.file.words(),
-        **options.text.words("TEXT_ENCODER_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        **options.vae.file.command_options(),
+        **options.text.command_options("TEXT_ENCODER_FILE"),
         "--model_version": options.model_version,
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,

@@ -19,7 +19,7 @@ from encoders.autoencoder import Autoencoder, AutoencoderKind, read_autoencoder
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.layers.convolution import lay_out
+from modules.layers.convolution import set_memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,6 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
         mean, variance = (plan.checkpoint.read(name).float().to(device) for name in (MEAN, VARIANCE))
     network.mean = mean.view(-1, 1, 1)
     network.deviation = (variance + EPS).sqrt().view(-1, 1, 1)
-    lay_out(network, device)
+    set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return network

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.language_encoder import LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3, LanguageModel
 from encoders.pictures import image_defaults
 from encoders.text_encoder import TokenizerSource
@@ -39,7 +39,7 @@ _MISTRAL_FILES = TokenizerFiles(
     folders=(".", "mistral_3", "tokenizer", "../tokenizer"),
     unique_token="[INST]",
 )
-MISTRAL_USE = LanguageUse(
+MISTRAL_USE = LanguageEncoderSettings(
     name="m3",
     states_key=KEY,
     model=MISTRAL3,
@@ -50,9 +50,9 @@ MISTRAL_USE = LanguageUse(
     states=(10, 20, 30),
     pad="<pad>",
     pads_left=True,
-    at_once=1,
+    batch_size=1,
 )
-QWEN3_4B_USE = LanguageUse(
+QWEN3_4B_USE = LanguageEncoderSettings(
     name="qwen3",
     states_key=KEY,
     model=QWEN3,
@@ -62,7 +62,7 @@ QWEN3_4B_USE = LanguageUse(
     after=_AFTER,
     states=(9, 18, 27),
     pad="<|endoftext|>",
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
 QWEN3_8B_USE = replace(
     QWEN3_4B_USE,
@@ -90,7 +90,7 @@ class Flux2Version:
     cache_tag: str
     name: str  # in caches, samples and LoRAs
     architecture: str  # modelspec.architecture
-    use: LanguageUse
+    use: LanguageEncoderSettings
     release: ModelRelease
     defaults: SamplingDefaults
     dim: int  # width of the released transformer

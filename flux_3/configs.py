@@ -59,13 +59,13 @@ def count_swapped(blocks: int) -> tuple[int, ...]:
     return (*shares, joint)
 
 
-NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)  # in training too the time is 1000 sigma
+NOISE = NoiseSpec(training_offset=0.0, count_tokens=count_latents)  # in training too the time is 1000 sigma
 DIT = DitSpec(
     block_lists=(*MODE_LISTS, JOINT_BLOCKS),
     shared_inputs=(("q_proj", "k_proj", "v_proj", "mlp_in"),),
     fp8_exclude=("norm",),
     input_layers=("txt_in",),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     swap_counts=count_swapped,
     # they compute in float32; under 1 % of the model

@@ -54,7 +54,7 @@ class Flux3(pictures.ModelOfImages):
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("base (flux-3-image-klein-base)", also="it", adapter="")
-    can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES)
+    abilities: ClassVar = Abilities(detects_few_steps=True, sampling_dit_option=OF_SAMPLES)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -76,7 +76,7 @@ class Flux3(pictures.ModelOfImages):
         """Return whether the transformer is distilled, which its tensors show."""
         return self.files.dit is not None and self.files.dit_header().config.is_flow_map
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence that the transformer is distilled; None without any."""
         if not self.is_distilled:
             return None
@@ -95,7 +95,7 @@ class Flux3(pictures.ModelOfImages):
     @property
     def references(self) -> ReferenceRules:
         """Return how many reference images the model takes, and which networks use them."""
-        return ReferenceRules(maximum=MAX_REFERENCES)
+        return ReferenceRules(max_references=MAX_REFERENCES)
 
     # the network
 
@@ -170,7 +170,7 @@ class Flux3(pictures.ModelOfImages):
         sized = replace(request, width=request.width or width, height=request.height or height)
         prepared = self.resolve_image(sized, SHIFT, "")
         # if the user set one side, the result is not as large as the canvas, so nothing is cropped
-        return replace(prepared, shown=None if has_side else region)
+        return replace(prepared, visible_region=None if has_side else region)
 
     def _resolve_distilled(self, request: Request) -> Request:
         """Return the request without a guidance scale, which a distilled model does not use.

@@ -14,7 +14,7 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_3.configs import AXES, JOINT_BLOCKS, MODE_LISTS, PAD, Flux3Config
@@ -41,7 +41,7 @@ _BEFORE, _AFTER = qwen3_chat(thinks=True)  # the instruct model's template has n
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
 # inside the encoder's folder; next to a file; next to text_encoder (diffusers)
 BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
-FLUX_3_USE = LanguageUse(
+FLUX_3_USE = LanguageEncoderSettings(
     name="qwen3_vl",
     states_key=KEY,
     model=QWEN3_VL,
@@ -52,7 +52,7 @@ FLUX_3_USE = LanguageUse(
     states=(4, 8, 12, 16, 20, 24, 28, 32),
     pad="<|endoftext|>",
     pad_to_multiple_of=PAD,
-    at_once=1,  # as released
+    batch_size=1,  # as released
 )
 
 
@@ -136,7 +136,7 @@ class Flux3Files(LanguageModelFiles):
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    text_use: ClassVar[LanguageUse] = FLUX_3_USE
+    text_use: ClassVar[LanguageEncoderSettings] = FLUX_3_USE
 
     @property
     def dit_path(self) -> Path:

@@ -21,11 +21,19 @@ from torch import Tensor, nn
 
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
-from modules.attention.attend import Lengths, SecondText, attend, make_lengths
+from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
-from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
+from modules.layers.norms import Float32LayerNorm, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import (
+    GridTable,
+    cos_and_sin,
+    rotate,
+    rotation_angles,
+    select_rotations,
+    sinusoid,
+    spread_over_grid,
+)
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -55,10 +63,10 @@ class Flux3Tokens:
     vector: Tensor  # B S 7 C float32: rows for each kind of tokens
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    lengths: Lengths | None  # how many of the L+R+T tokens are real; None: all
-    text_lengths: Lengths | None  # how many of the T tokens of the text are real; None: all
+    lengths: SampleLengths | None  # how many of the L+R+T tokens are real; None: all
+    text_lengths: SampleLengths | None  # how many of the T tokens of the text are real; None: all
     second: SecondText | None = None
-    second_lengths: Lengths | None = None  # real tokens of the second text alone
+    second_lengths: SampleLengths | None = None  # real tokens of the second text alone
     parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property
@@ -89,10 +97,10 @@ class Flux3Tokens:
         `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         of_image, *others = self.counts
-        lengths = None if self.lengths is None else self.lengths.without(num_left_out)
+        lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
         return replace(
             self,
-            rotary=take_rows(self.rotary, kept, num_left_out),
+            rotary=select_rotations(self.rotary, kept, num_left_out),
             counts=(of_image - num_left_out, *others),
             lengths=lengths,
         )
@@ -123,19 +131,19 @@ class ParallelBlock(nn.Module):
         return rotate(query, rotary).to(value.dtype), rotate(key, rotary).to(value.dtype), value
 
     def _split(self, projection: nn.Module, h: Tensor) -> Tensor:
-        return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
+        return run_in_weight_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
         """Return the block's output, B L C, before its gate.
 
         `h` is the block's modulated input, B L C; `attended` is its attention, B L N D.
         """
-        output: Tensor = in_own_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
+        output: Tensor = run_in_weight_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
         return output
 
     def feed_forward(self, h: Tensor) -> Tensor:
         """Apply the feed-forward to modulated tokens, B L C; each token is processed independently."""
-        return in_own_dtype(self.mlp_out, gate_half(in_own_dtype(self.mlp_in, h)))
+        return run_in_weight_dtype(self.mlp_out, gate_half(run_in_weight_dtype(self.mlp_in, h)))
 
 
 class ModeBlock(ParallelBlock):
@@ -192,7 +200,7 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int
         attended = _attend(heads, tokens, tokens.text_lengths)
     else:
         # the tokens of a second text come last; the two texts do not see each other
-        num_second = tokens.second.count
+        num_second = tokens.second.num_text_tokens
         firsts = [tensor[:, :-num_second] for tensor in heads]
         seconds = [tensor[:, -num_second:] for tensor in heads]
         attended_first = _attend(firsts, tokens, tokens.text_lengths)
@@ -201,7 +209,7 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int
     return attended if token_part is None else token_part.gather_heads(attended)
 
 
-def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
+def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: SampleLengths | None) -> Tensor:
     """Return the self-attention of heads, B L N D; `lengths` count each sample's real tokens among the L."""
     query, key, value = heads
     return attend(query, key, value, tokens.attention, lengths=lengths)
@@ -219,15 +227,15 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
         attended = _attend(heads, tokens, tokens.lengths)
         return _give_back(attended, parts) if parts else attended
     # two passes over the image tokens: one with the first text, one with the second
-    with_first = _attend([second.without(tensor) for tensor in heads], tokens, tokens.lengths)
-    with_second = _attend([second.alone(tensor) for tensor in heads], tokens, second.lengths)
+    with_first = _attend([second.drop_second_text(tensor) for tensor in heads], tokens, tokens.lengths)
+    with_second = _attend([second.drop_first_text(tensor) for tensor in heads], tokens, second.lengths)
     if not parts:
         return second.combine(with_first, with_second)
     # The images of both passes are combined by `steer`, which needs all heads of a token; text tokens are
     # distributed again afterwards.
-    before = second.before  # index of the first text token
+    before = second.num_image_tokens  # index of the first text token
     texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
-    steered = second.steer(
+    steered = second.combine_attention(
         _give_back(with_first[:, :before], parts[:-1]), _give_back(with_second[:, :before], parts[:-1])
     )
     return torch.cat([steered, parts[-1].gather_heads(texts)], dim=1)
@@ -265,7 +273,7 @@ class Flux3Text(NamedTuple):
     counts: tuple[int, ...]  # real tokens of each sample
     is_even: bool  # all tokens are real
 
-    def lengths(self, before: int) -> Lengths | None:
+    def lengths(self, before: int) -> SampleLengths | None:
         """Return each sample's number of real tokens plus `before`; None without padding."""
         if self.is_even:  # attention gets no mask
             return None
@@ -399,14 +407,14 @@ class Flux3Model(BlockNetwork):
     def _embed_image(self, mode: str, latents: Tensor) -> Tensor:
         """Embed an image or a reference as tokens: B Z 1 H W to B L C."""
         pixels = latents.flatten(2).transpose(1, 2)  # B L Z
-        return in_own_dtype(self.emb_in[mode], pixels)
+        return run_in_weight_dtype(self.emb_in[mode], pixels)
 
     def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
         """Embed a text; `arguments` are its states as `text`, and `text_mask`, true for real tokens."""
         counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
         states = arguments["text"][:, : max(counts)]
         is_even = len(set(counts)) == 1
-        return Flux3Text(in_own_dtype(self.txt_in, states).to(dtype), counts, is_even)
+        return Flux3Text(run_in_weight_dtype(self.txt_in, states).to(dtype), counts, is_even)
 
     def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
         """Return modulation (6 rows) and time embedding of each of S modalities, B S 7 C."""
@@ -456,9 +464,9 @@ class Flux3Model(BlockNetwork):
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:
-            pair = turns(angles_at(axis, width, self.config.rope_theta)).float()
+            pair = cos_and_sin(rotation_angles(axis, width, self.config.rope_theta)).float()
             pairs.append(send_ahead(pair, device))
-        return on_grid(pairs).unsqueeze(1)
+        return spread_over_grid(pairs).unsqueeze(1)
 
 
 def _make_mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:

@@ -6,7 +6,7 @@ from typing import Any
 
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, OF_DECODING, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
@@ -76,7 +76,7 @@ class Flux3GenerationOptions(Options, title=NAME):
 
 def caching_options(options: Flux3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
+    return options.vae.file.command_options(), options.text.command_options("QWEN3_VL_FILE")
 
 
 def generation_options(options: Flux3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,9 +87,9 @@ def generation_options(options: Flux3TrainingOptions, sample: Mapping[str, Any])
         sample: Values of a sample to generate, by the names of `Request`.
     """
     return {
-        "--dit": options.distilled_dit or options.dit or FillIn("DIT_FILE"),
-        **options.vae.file.words(),
-        **options.text.words("QWEN3_VL_FILE"),
+        "--dit": options.distilled_dit or options.dit or Placeholder("DIT_FILE"),
+        **options.vae.file.command_options(),
+        **options.text.command_options("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": sample.get("control_images") or (),
     }

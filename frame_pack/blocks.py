@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanModulation, HunyuanTokens, attend_turned
 from hunyuan_model.joining import gelu, join_gelu
-from modules.attention.attend import Lengths, attend
+from modules.attention.attend import SampleLengths, attend
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, NamedFeedForward, RMSNorm, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, NamedFeedForward, RMSNorm, run_in_weight_dtype
 from modules.speed_options import AttentionChoice
 
 
@@ -75,11 +75,11 @@ class RefinerAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
+    def forward(self, x: Tensor, lengths: SampleLengths | None, attention: AttentionChoice) -> Tensor:
         """Apply self-attention to text tokens x, B T C."""
         # x: B T C
         q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths=lengths).flatten(2))
+        return run_in_weight_dtype(self.to_out[0], attend(q, k, v, attention, lengths=lengths).flatten(2))
 
 
 class HunyuanVideoTransformerBlock(DoubleStreamBlock):
@@ -120,8 +120,8 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         # x: B L+T C
         shift, scale, gate = self.norm(tokens.vector)
         h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.split)
-        joined = join_gelu(self.attn(h, tokens), in_own_dtype(self.proj_mlp, h))
-        return add_gated(x, gate, in_own_dtype(self.proj_out, joined), tokens.split)
+        joined = join_gelu(self.attn(h, tokens), run_in_weight_dtype(self.proj_mlp, h))
+        return add_gated(x, gate, run_in_weight_dtype(self.proj_out, joined), tokens.split)
 
 
 class FramePackRefinerBlock(nn.Module):
@@ -139,7 +139,7 @@ class FramePackRefinerBlock(nn.Module):
         self.norm_out = HunyuanModulation(dim, 2)
 
     def forward(
-        self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
+        self, x: Tensor, vector: Tensor, lengths: SampleLengths | None, attention: AttentionChoice
     ) -> Tensor:
         """Apply the block to text tokens x, B T C. `vector` is B C float32."""
         # x: B T C    vector: B C float32
@@ -150,4 +150,4 @@ class FramePackRefinerBlock(nn.Module):
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
     """Apply a linear layer to x, B L C, and split the result into heads, B L N D."""
-    return in_own_dtype(layer, x).unflatten(-1, (num_heads, -1))
+    return run_in_weight_dtype(layer, x).unflatten(-1, (num_heads, -1))

@@ -24,7 +24,7 @@ from hunyuan_model.vae import HunyuanVae
 from protocols.data import Conditions, MediaEncoders
 from protocols.family import NoiseSource
 from protocols.one_frame import OneFrame
-from protocols.steps import EncodedPrompts, Piece, Section
+from protocols.steps import EncodedPrompts, PreviewPiece, Section
 
 CPU = torch.device("cpu")
 Sections = Generator[Section, Tensor, Tensor]
@@ -76,7 +76,7 @@ def video_sections(
         latents = yield replace(
             to_denoise,
             first_latent_frame=1 + section.index * window,  # after the start image
-            previous=piece,
+            previous_piece=piece,
             label=f"section {number + 1} of {len(plan)}",
             count=len(plan),
         )
@@ -87,7 +87,7 @@ def video_sections(
     return order.video(first_image, history, len(plan) * window).to(device)
 
 
-def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
+def _take_newest(order: Order, history: Tensor, window: int, number: int) -> PreviewPiece:
     """Return the newest section with its neighbor's latents, so that a preview has the final transition.
 
     `history` is all that has been generated, in playing order; the newest section is at its front if
@@ -100,12 +100,12 @@ def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Pie
     # forwards, the start image adds a latent frame
     frames = (number + 1) * window
     so_far = history[:, :, :frames] if order.in_front else history[:, :, -(frames + 1) :]
-    return Piece(
+    return PreviewPiece(
         latents,
         overlap=section_frames(window) if number else 0,
-        in_front=order.in_front,
+        is_prepended=order.in_front,
         decode=decode_part,
-        so_far=so_far,
+        previous_latents=so_far,
     )
 
 
@@ -167,7 +167,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
 
 
 def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Decode a `Piece` in one go to pixels 1 3 F H W in playing order, unclamped until its transitions."""
+    """Decode the latents of a `PreviewPiece` at once to pixels, 1 3 F H W, which may lie outside of -1..1."""
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 

@@ -18,7 +18,7 @@ from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shap
 from checkpoints.encoders import ALL_IN_ONE, find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.clip_layers import ClipLayers, check_activation
-from modules.devices import dtype_name, half_where_fast
+from modules.devices import dtype_name, replace_slow_float16
 from modules.errors import CheckpointError
 from modules.media.pixels import to_pixels
 
@@ -168,7 +168,7 @@ def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.flo
 
     Raises CheckpointError if the file is damaged or holds another model.
     """
-    dtype = half_where_fast(device, dtype, "SigLIP")
+    dtype = replace_slow_float16(device, dtype, "SigLIP")
     with open_checkpoint(path) as checkpoint:
         plan = read_siglip(checkpoint)
         check_activation(plan.config, path, f"SigLIP has {SiglipConfig.activation}")

@@ -28,8 +28,14 @@ from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_wi
 from hunyuan_model.token_refiner import mean_text, refine_tokens
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import CPU, GridTable, angles_at, on_grid, sinusoid, turns
+from modules.layers.norms import (
+    Float32LayerNorm,
+    TwoLayerMlp,
+    activation_dtype,
+    run_float32,
+    run_in_weight_dtype,
+)
+from modules.layers.rope import CPU, GridTable, cos_and_sin, rotation_angles, sinusoid, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -108,7 +114,7 @@ def _table(
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
             axes.append(send_ahead(_average_turns(positions, width, theta, stretch.coarseness), device))
-        parts.append(on_grid(axes))
+        parts.append(spread_over_grid(axes))
     return torch.cat(parts).unsqueeze(1)
 
 
@@ -119,7 +125,7 @@ def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int)
     The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
     depend on the other axes.
     """
-    pairs = turns(angles_at(positions.double(), width, theta))
+    pairs = cos_and_sin(rotation_angles(positions.double(), width, theta))
     missing = -len(pairs) % coarseness
     pairs = torch.cat([pairs, pairs[-1:].expand(missing, -1, -1)])
     return pairs.unflatten(0, (-1, coarseness)).mean(dim=1).float()
@@ -142,10 +148,10 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         self._freq_dim = config.freq_dim
         numbers, texts = ((width, config.dim, config.dim) for width in (config.freq_dim, text_dim))
-        self.timestep_embedder = TwoLayers("linear_1 linear_2", numbers, in_float32=True)
+        self.timestep_embedder = TwoLayerMlp("linear_1 linear_2", numbers, in_float32=True)
         if has_guidance:
-            self.guidance_embedder = TwoLayers("linear_1 linear_2", numbers, in_float32=True)
-        self.text_embedder = TwoLayers("linear_1 linear_2", texts, in_float32=True)
+            self.guidance_embedder = TwoLayerMlp("linear_1 linear_2", numbers, in_float32=True)
+        self.text_embedder = TwoLayerMlp("linear_1 linear_2", texts, in_float32=True)
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Embed timesteps B, pooled text B text_dim and guidance B as one vector, B C float32."""
@@ -190,7 +196,7 @@ class FramePackRefiner(nn.Module):
     ) -> Tensor:
         """Refine text states, B T text_dim, to tokens, B T C of `dtype`; `counts` are the texts' lengths."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
-        tokens = in_own_dtype(self.proj_in, text).to(dtype)
+        tokens = run_in_weight_dtype(self.proj_in, text).to(dtype)
         blocks = self.token_refiner.refiner_blocks
         return refine_tokens(tokens, blocks, vector, counts=counts, attention=attention)
 
@@ -218,7 +224,7 @@ class CleanEmbedding(nn.Module):
             -size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True)
         )
         padded = functional.pad(latents, (0, columns, 0, rows, 0, frames), mode="replicate")
-        return in_own_dtype(layer, padded).flatten(2).transpose(1, 2)
+        return run_in_weight_dtype(layer, padded).flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ class FramePackModel(BlockNetwork):
         self.x_embedder = nn.ModuleDict({"proj": patches})
         self.clean_x_embedder = CleanEmbedding(config)
         self.context_embedder = FramePackRefiner(config)
-        self.image_projection = TwoLayers("up down", (config.image_dim, config.image_hidden_dim, dim))
+        self.image_projection = TwoLayerMlp("up down", (config.image_dim, config.image_hidden_dim, dim))
         self.time_text_embed = ConditionEmbedding(config, config.pooled_dim, has_guidance=True)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.transformer_blocks = nn.ModuleList(
@@ -333,7 +339,7 @@ class FramePackModel(BlockNetwork):
         if overrides.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = in_own_dtype(self.x_embedder["proj"], noisy)  # B C f h w
+        patches = run_in_weight_dtype(self.x_embedder["proj"], noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         video = [self.clean_x_embedder(kind.latents, kind.times).to(dtype) for kind in clean]
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))

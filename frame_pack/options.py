@@ -16,7 +16,7 @@ from hunyuan_model.options import (
     model_options,
 )
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, of_request, option
 
 SEPARATOR = ";;;"
@@ -210,10 +210,10 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     text = options.text
-    latents = options.vae.file.words()
-    latents["--image_encoder"] = options.image_encoder or FillIn("IMAGE_ENCODER_FILE")
-    encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
-    encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
+    latents = options.vae.file.command_options()
+    latents["--image_encoder"] = options.image_encoder or Placeholder("IMAGE_ENCODER_FILE")
+    encoders = {"--text_encoder1": text.text_encoder1 or Placeholder("TEXT_ENCODER1_FILE")}
+    encoders["--text_encoder2"] = text.text_encoder2 or Placeholder("TEXT_ENCODER2_FILE")
     return latents, encoders
 
 
@@ -239,8 +239,8 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         extra = {"one_frame": _join_places(example.places, cached_with)}
     words = {
         **model_options(options.dit, options.vae, options.text),
-        "--image_encoder": options.image_encoder or FillIn("IMAGE_ENCODER_FILE"),
-        "--image_path": image or FillIn("IMAGE_FILE"),
+        "--image_encoder": options.image_encoder or Placeholder("IMAGE_ENCODER_FILE"),
+        "--image_path": image or Placeholder("IMAGE_FILE"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
         "--latent_window_size": None if window == WINDOW else window,
     }

@@ -98,7 +98,9 @@ def prepare_request(
         *_, rows, columns = latent.shape(1, height, width)
         # the released schedule depends on the number of tokens that are denoised together
         flow_shift = compute_flow_shift(count_tokens(1 if is_image else window, rows, columns))
-    prepared = requests.settle(request, usual, (width, height, frames), flow_shift, default_negative="")
+    prepared = requests.resolve_request(
+        request, usual, (width, height, frames), flow_shift, default_negative=""
+    )
     # metadata of saved files, by the names of options
     metadata = dict(request.extra)
     metadata.pop("video_seconds", None)  # the typed length, replaced by that of whole sections below
@@ -113,7 +115,7 @@ def prepare_request(
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts=prompts,
         family_record=settings,
-        own_metadata=metadata,
+        extra_metadata=metadata,
     )
 
 

@@ -33,9 +33,9 @@ from generation.request import GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
-from modules.command import as_typed
-from modules.console import count_of, in_words, show_box
-from modules.devices import Failures, allow_fp16_accumulation, peak_in_words, select_device
+from modules.command import quote_command
+from modules.console import format_count, format_duration, show_box
+from modules.devices import Failures, allow_fp16_accumulation, format_peak_memory, select_device
 from modules.errors import OptionError, UserError
 from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
@@ -127,8 +127,8 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
         "Comparison is finished",
         [
             ("look at", "\n".join(map(str, grids))),
-            ("time", in_words(time.monotonic() - start)),
-            ("peak memory", peak_in_words(device)),
+            ("time", format_duration(time.monotonic() - start)),
+            ("peak memory", format_peak_memory(device)),
         ],
     )
 
@@ -202,7 +202,7 @@ def _show_start(
             ("model", ", ".join(model_names)),
             ("columns", "\n".join(labels)),
             ("prompts", f"{len(jobs)}; the first: {shorten_prompt(jobs[0].prepared.request.prompt)}"),
-            ("clips", f"{count_of(total, 'clip')}{finished}"),
+            ("clips", f"{format_count(total, 'clip')}{finished}"),
             ("folder", str(run.options.output.save_path)),
         ],
     )
@@ -517,7 +517,7 @@ def _make_row(
         variants: One variant for each column.
         paths: Paths of the clips, by label.
     """
-    steps = count_of(job.prepared.num_steps, "step")
+    steps = format_count(job.prepared.num_steps, "step")
     return Row(
         prompt=job.prepared.request.prompt,
         fps=job.prepared.fps,
@@ -536,4 +536,4 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
         multiplier = weight.replace("weight", "multiplier")
         for use in uses:
             words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]
-    return as_typed(words)
+    return quote_command(words)

@@ -72,7 +72,7 @@ def converse(run: GenerationRun, change_strengths: ChangeStrengths) -> None:
             if is_blank(line):
                 continue
             failures = Failures()
-            with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
+            with ring_after(run.options.output.bell), failures.collect_errors("the prompt", run.fatal):
                 conversation.generate_line(line, failures)
         except EOFError:
             sys.stdout.write("\n")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from modules.devices import dtype_of, send, send_ahead
+from modules.devices import compute_dtype_of, send, send_ahead
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
@@ -33,7 +33,7 @@ def denoise(
     latents: Tensor,
     solver: Solver,
     guidance: steps.Guidance,
-    watchers: Sequence[steps.Watcher] = (),
+    watchers: Sequence[steps.StepCallback] = (),
     split: bool = True,
     first_step: int = 0,
 ) -> Tensor:
@@ -58,7 +58,7 @@ def denoise(
     has_edit_reference = section.edit_reference is not None
     assert not (has_edit_reference and section.overrides.joint), "an anchor holds a picture alone"
     is_joint = section.overrides.joint is not None  # latents are video and audio in one tensor, B N
-    has_fixed = is_joint or section.clean_first_frames is not None or section.fixed_latents is not None
+    has_fixed = is_joint or section.clean_frames is not None or section.fixed_latents is not None
     latents = latents.float()
     # clean latents and unchanged regions of an edited image are inserted before the first step and after
     # each step
@@ -91,7 +91,7 @@ def denoise(
         ).float()
         if section.fixed_latents is not None:  # so that the prediction of fixed latents is their value
             velocity = section.fixed_latents.mix_prediction(step, velocity)
-        done = steps.StepDone(step, velocity, section)
+        done = steps.CompletedStep(step, velocity, section)
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
             return done.clean
@@ -141,14 +141,10 @@ def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
         latents = section.fixed_latents.insert_clean(latents)
     joint = section.overrides.joint
     if joint is None:
-        return (
-            latents
-            if section.clean_first_frames is None
-            else _put_first_frames(latents, section.clean_first_frames)
-        )
+        return latents if section.clean_frames is None else _put_first_frames(latents, section.clean_frames)
     image, audio = joint.split(latents)
-    if section.clean_first_frames is not None:
-        image = _put_first_frames(image, section.clean_first_frames)
+    if section.clean_frames is not None:
+        image = _put_first_frames(image, section.clean_frames)
     return joint.join(image, audio if section.clean_audio is None else section.clean_audio)
 
 
@@ -209,7 +205,7 @@ def predictor(
                 next_timestep=step.next_timestep,
                 pass_key=(*map(id, group), id(overrides)),  # all steps of a section use the same objects
             )
-            group_overrides = replace(overrides.within(all_passes), step_position=step_position)
+            group_overrides = replace(overrides.merge(all_passes), step_position=step_position)
             condition_batch = stack(group) if len(group) > 1 else group[0]
             set_level(dit, step.sigma, noisy.device)  # T-LoRAs mask their ranks by the noise level
             velocity = family.predict(dit, noisy_batch, timesteps, condition_batch, group_overrides)
@@ -268,7 +264,7 @@ def make_latents(
     device: torch.device,
     cpu_noise: bool = False,
     guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
-    watchers: Sequence[steps.Watcher] = (),
+    watchers: Sequence[steps.StepCallback] = (),
     split: bool = True,
     on_section: OnSection | None = None,
     run: steps.RunPasses = run_passes,
@@ -327,7 +323,9 @@ def make_latents(
         while True:
             if on_section is not None:
                 on_section(section)
-            section = on_device(replace(section, previous=None), device)  # `previous` is for `on_section`
+            section = on_device(
+                replace(section, previous_piece=None), device
+            )  # `previous` is for `on_section`
             section = sections.send(denoiser.denoise_section(section, device))
     except StopIteration as end:  # no more sections: the generator returns the latents of the clip
         if caches is not None:
@@ -346,7 +344,7 @@ class _SectionDenoiser:
     extra_noise: SeededNoise | None  # added to the noisy source latents
     step_caches: "StepCaches | None"
     guidance_options: GuidanceOptions
-    watchers: Sequence[steps.Watcher]
+    watchers: Sequence[steps.StepCallback]
     split: bool
     run: steps.RunPasses
 
@@ -364,7 +362,7 @@ class _SectionDenoiser:
             stage.flow_shift,
             family.noise.table,
             draw=self.noise.draw,
-            levels=stage.levels,
+            levels=stage.sigmas,
             audio_shift=stage.audio_shift,
         )
         # options of guidance and the step cache are for the first stage only
@@ -374,9 +372,9 @@ class _SectionDenoiser:
         if section.source is not None and prepared.request.source is not None:
             start, first_step = _find_start(section, prepared, solver.schedule, self.extra_noise)
         with ExitStack() as stack:
-            if stage.added:
+            if stage.stage_lora_strengths:
                 dit = self.dit_at(float(solver.schedule.timesteps[0]))
-                stack.enter_context(_switch_on_stage_loras(dit, stage.added, device))
+                stack.enter_context(_switch_on_stage_loras(dit, stage.stage_lora_strengths, device))
             dit_at = self.dit_at
             if self.step_caches is not None and not section.stage:
                 dit_at = stack.enter_context(self.step_caches.section(dit_at))
@@ -415,7 +413,7 @@ def sections_of(
     try:
         section = next(sections)
         while True:
-            section = replace(section, overrides=section.overrides.within(request_overrides))
+            section = replace(section, overrides=section.overrides.merge(request_overrides))
             if isinstance(source, Tensor):
                 from blissful_tuner.video_to_video import fit_frames  # only with a source
 
@@ -457,7 +455,7 @@ def _switch_on_stage_loras(
     with ExitStack() as stack:
         for loras, strength in zip(stage_loras_of(dit), strengths, strict=True):
             if strength:
-                stack.enter_context(loras.switched_on(device, dtype_of(dit), strength))
+                stack.enter_context(loras.switched_on(device, compute_dtype_of(dit), strength))
         yield
 
 
@@ -478,9 +476,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         negative=moved.get(id(section.negative)),
         blank=moved.get(id(section.blank)),
         source=None if section.source is None else section.source.to(device),
-        clean_first_frames=None
-        if section.clean_first_frames is None
-        else section.clean_first_frames.to(device),
+        clean_frames=None if section.clean_frames is None else section.clean_frames.to(device),
         clean_audio=None if section.clean_audio is None else section.clean_audio.to(device),
         fixed_latents=None if section.fixed_latents is None else section.fixed_latents.to(device),
         edit_reference=None if section.edit_reference is None else section.edit_reference.to(device),

@@ -18,7 +18,7 @@ from generation.options import GenerationOptions
 from generation.prompt_lines import lines_of, parse_generation_line
 from generation.request import prepare_line
 from modules.console import quiet
-from modules.devices import gib
+from modules.devices import format_gib
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
 from networks.apply import Change, LoraPatch
@@ -132,13 +132,15 @@ class ExpertSchedule:
         may_stay = not (self.lazy or self.one_at_a_time)
         if may_stay and device_memory is not None and bytes_with_all_experts <= device_memory.usable:
             notes.append(
-                f"The device has room for all experts at once, {gib(bytes_with_all_experts)} GiB: they stay "
+                f"The device has room for all experts at once, {format_gib(bytes_with_all_experts)} GiB: "
+                "they stay "
                 "there. --offload_inactive_dit keeps one at a time."
             )
         if free_host_bytes is not None and plan.host > free_host_bytes:
             smaller = "" if self.in_fp8 else " --fp8_scaled halves what they take."
             notes.append(
-                f"The host has {gib(free_host_bytes)} GiB free, and {gib(plan.host)} are asked for: experts "
+                f"The host has {format_gib(free_host_bytes)} GiB free, and {format_gib(plan.host)} are "
+                "asked for: experts "
                 f"will be loaded again instead of waiting.{smaller}"
             )
         return notes

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from modules.devices import free_memory, gib
+from modules.devices import format_gib, free_memory
 from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule
 from protocols.family import Family
@@ -165,8 +165,9 @@ class ExpertOffloader:
         free_host_bytes = self.free_host_memory()
         if free_host_bytes is not None and weights > free_host_bytes:
             raise MemoryPlanError(
-                f"the transformer would have to wait in host memory, which has {gib(free_host_bytes)} GiB "
-                f"free; it takes {gib(weights)} GiB"
+                "the transformer would have to wait in host memory, which has "
+                f"{format_gib(free_host_bytes)} GiB "
+                f"free; it takes {format_gib(weights)} GiB"
             )
         try:
             for dit, host_copy in on_device:
@@ -300,10 +301,10 @@ class ExpertOffloader:
             return
         if self._prefetch is not None or self.load_to_host is None:
             return
-        title = self.experts[next_expert].words
+        title = self.experts[next_expert].description
         reason = self._explain_no_prefetch(current_expert)
         if not reason:
-            current_title = self.experts[current_expert].words
+            current_title = self.experts[current_expert].description
             logger.info("The %s is read into host memory while the %s works", title, current_title)
             self._prefetch = self._read_in_thread(next_expert, self.load_to_host)
         elif next_expert not in self._logged_without_prefetch:
@@ -335,7 +336,7 @@ class ExpertOffloader:
         free_host_bytes = self.free_host_memory()
         needed = sum(tensor.nbytes for tensor in chain(dit.parameters(), dit.buffers()))
         if free_host_bytes is not None and needed > free_host_bytes:
-            return f": the host has {gib(free_host_bytes)} GiB free, it takes {gib(needed)} GiB"
+            return f": the host has {format_gib(free_host_bytes)} GiB free, it takes {format_gib(needed)} GiB"
         return ""
 
     def _take_prefetched(self, expert: int, prefetch: ExpertPrefetch) -> None:
@@ -348,14 +349,14 @@ class ExpertOffloader:
             self._cancel_prefetch(prefetch)
             return
         if not prefetch.future.done():
-            logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
+            logger.info("Waiting for the %s, which is still being read", self.experts[expert].description)
         prefetch.join()  # after Ctrl-C here, `phase` still ends the thread
         self._prefetch = None  # also if reading failed: the next video tries again
         try:
             dit, host_copy = prefetch.future.result()
         except (torch.OutOfMemoryError, MemoryError):
             logger.info(
-                "There was no memory to read the %s ahead: it is loaded now", self.experts[expert].words
+                "There was no memory to read the %s ahead: it is loaded now", self.experts[expert].description
             )
             return
         self._dits[expert] = dit.eval().requires_grad_(False)

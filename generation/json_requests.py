@@ -35,7 +35,7 @@ from generation.prompt_lines import find_option, store_value
 from generation.request import GenerationRun, make_job
 from modules.devices import Failures
 from modules.errors import OptionError
-from protocols.steps import StepDone
+from protocols.steps import CompletedStep
 
 LABEL = "the prompt"
 PREVIEW_EVERY = 2  # steps; one that is late is left out
@@ -153,7 +153,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
                 with (
                     interrupts.allowed(),
                     # a broken pipe ends the loop: nobody reads the answers any more
-                    failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)),
+                    failures.collect_errors(LABEL, (*run.fatal, BrokenPipeError)),
                     send_warnings(answers),
                 ):
                     request = read_request(line, run)
@@ -194,7 +194,7 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
     answers.send("begun", steps=job.prepared.num_steps)
     counter = itertools.count(1)  # continues over the sections of a video
 
-    def report_step(step: StepDone) -> bool:
+    def report_step(step: CompletedStep) -> bool:
         # a family's own solver decides the number of steps itself
         changed_total = {} if step.section.solver is None else {"steps": step.step.num_steps}
         answers.send("step", done=next(counter), **changed_total)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modules.flow.schedule import Schedule, noisy_source
 from protocols.rules import ConsistencyRules
-from protocols.steps import Section, StepDone
+from protocols.steps import CompletedStep, Section
 
 
 def restore_outside_mask(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
@@ -25,10 +25,10 @@ def restore_outside_mask(section: Section, latents: Tensor, schedule: Schedule, 
         step: Index in the schedule of the latents' noise level.
     """
     edit_reference = section.edit_reference  # the original image and its mask
-    if edit_reference is None or edit_reference.changed is None:
+    if edit_reference is None or edit_reference.changed_mask is None:
         return latents
     noisy_reference = noisy_source(edit_reference.latents, section.noise, schedule, step)
-    return torch.where(edit_reference.changed > 0, latents, noisy_reference)
+    return torch.where(edit_reference.changed_mask > 0, latents, noisy_reference)
 
 
 def restore_unchanged_regions(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
@@ -95,11 +95,11 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
     return functional.conv2d(blurred_rows, kernel.view(1, 1, -1, 1)).view(latents.shape)
 
 
-def save_changes(done: StepDone, folder: Path, stem: str) -> None:
+def save_changes(done: CompletedStep, folder: Path, stem: str) -> None:
     """Write the mask of changed latents at a step as an image, if the options ask for it."""
     edit_reference = done.section.edit_reference
     sigma = done.step.sigma
-    if edit_reference is not None and edit_reference.rules is not None and edit_reference.rules.saves:
+    if edit_reference is not None and edit_reference.rules is not None and edit_reference.rules.save_masks:
         noisy_reference = (1 - sigma) * edit_reference.latents + sigma * done.section.noise
         changed = find_changes(done.step.noisy - noisy_reference, edit_reference.rules)[0, 0, 0]
         path = folder / f"{stem}_rcm_{done.step.index:03d}.png"

@@ -46,7 +46,7 @@ from protocols.data import Conditions, MediaEncoders
 from protocols.family import Family, trains_audio
 from protocols.inputs import SOURCES
 from protocols.requests import Box
-from protocols.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
+from protocols.steps import CompletedStep, DitAt, EncodedPrompts, Section, StepCallback
 from runtime.planning.device_memory import comparison
 
 if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
@@ -208,7 +208,7 @@ def encode_all_inputs(
         again = run.options.output.output_type not in UNDECODED
         with run.session.media(with_image_encoder=True, needed_again=again) as encoders:
             for job in with_media:
-                with failures.note_errors(job.label, run.fatal):
+                with failures.collect_errors(job.label, run.fatal):
                     inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
         run.session.drop_image_encoder()
     return inputs
@@ -249,7 +249,7 @@ def denoise_all(
         if start is None:
             start = time.monotonic()  # the first network is loaded by now, and its time is not counted
         for job, texts, job_inputs in group:
-            with failures.note_errors(job.label, run.fatal):
+            with failures.collect_errors(job.label, run.fatal):
                 if len(requests) > 1:
                     log_job_progress(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
@@ -282,7 +282,7 @@ def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextM
     """Reserve a file name for a job until its clip is saved; a name from the user or job is used as is."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
-    name += job.prepared.name_end
+    name += job.prepared.output_suffix
     stem = job.stem or Path(output.file_name).stem
     if stem or output.output_type == NOTHING:
         return nullcontext(stem)
@@ -316,14 +316,14 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
 @contextmanager
 def progress_callbacks(
     run: GenerationRun, job: GenerationJob, stem: str
-) -> Iterator[tuple[list[Watcher], OnSection]]:
+) -> Iterator[tuple[list[StepCallback], OnSection]]:
     """Yield the callbacks of one job for each step and each section: progress bars and previews."""
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
     section_preview: _SectionPreview | None = None
     with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
-        watchers: list[Watcher] = []
+        watchers: list[StepCallback] = []
         preview_section: OnSection | None = None
         if run.previews is not None:
             from blissful_tuner.latent_preview import preview_clip  # only with previews
@@ -334,7 +334,7 @@ def progress_callbacks(
             )
         bar: Bar | None = None  # progress of the current section's steps
 
-        def advance(step: StepDone) -> bool:
+        def advance(step: CompletedStep) -> bool:
             """Advance the bar, and save the mask of changes in a masked section; return False to continue."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
@@ -350,7 +350,7 @@ def progress_callbacks(
             bars.close()
             if preview_section is not None:
                 preview_section(section)
-            if section.count > 1 or section.previous is not None:
+            if section.count > 1 or section.previous_piece is not None:
                 section_preview = section_preview or _SectionPreview(run, job, preview)
                 section_preview.add_previous(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
@@ -375,7 +375,7 @@ class _SectionPreview:
         hides_content = run.post is not None and run.post.hides_content
         if not run.options.output.shows_progress:
             return
-        if section.previous is None:  # `section` is the first one
+        if section.previous_piece is None:  # `section` is the first one
             if hides_content and section.count > 1:
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
             return
@@ -386,7 +386,7 @@ class _SectionPreview:
             tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
             decoding_bytes = None if run.predicted is None else run.predicted.decoding
             self.video = GrowingVideo(run.session, self.path, prepared.fps, needed=decoding_bytes, tags=tags)
-        self.video.add(section.previous)
+        self.video.add(section.previous_piece)
 
 
 def decode_all(
@@ -406,7 +406,7 @@ def decode_all(
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     # with --save_audio also for families without audio, to warn that there is none
-    has_audio = run.family.can.hear and trains_audio(run.family)
+    has_audio = run.family.abilities.trains_audio and trains_audio(run.family)
     if has_audio or output.save_audio is not None:
         jobs = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs, failures)
@@ -414,9 +414,9 @@ def decode_all(
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for job in denoised:
-            with failures.note_errors(job.label), keep_on_failure(job):
+            with failures.collect_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"
-                pixels = decode(run.family, encoders, job.latents, job.prepared.shown)
+                pixels = decode(run.family, encoders, job.latents, job.prepared.visible_region)
                 metadata, edit = job.metadata, job.prepared.edit
                 if edit is not None:  # a change of the decoded pixels
                     pixels = edit.apply(pixels)
@@ -450,7 +450,7 @@ def _decode_audio(
 
     @contextmanager
     def note(label: str) -> Iterator[None]:
-        with failures.note_errors(label), keep_on_failure(jobs[label]):
+        with failures.collect_errors(label), keep_on_failure(jobs[label]):
             yield
 
     return make_tracks(

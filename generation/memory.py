@@ -32,7 +32,7 @@ from generation.options import GenerationOptions
 from generation.request import Peaks
 from generation.script_options import UNDECODED
 from modules.console import quiet
-from modules.devices import dtype_of, gib
+from modules.devices import compute_dtype_of, format_gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.options import override_options
 from modules.private_torch import FakeTensor
@@ -202,7 +202,7 @@ def predict_text_encoding(
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
         encoder.load(META)
-        if can_see(encoder) and any(text.pictures for text in outputs):
+        if can_see(encoder) and any(text.images for text in outputs):
             encoder.load_tower(META)  # the image encoder; before the dry run, which must not load anything
         with rehearsing(encoder) as ledger:
             encoded = [encoder.encode([text])[0] for text in outputs]
@@ -271,7 +271,7 @@ def predict_denoising(
     swaps = memory_plan.swaps_of(dit, family.dit, speed.swap, processes)
     blocks = family.dit.blocks(dit)
     extrapolate = watch(dit)
-    if prepared.added:
+    if prepared.stage_lora_strengths:
         add_stage_loras(dit)
     with rehearsing(dit) as ledger:
         dry.track_blocks(blocks, ledger)
@@ -349,12 +349,12 @@ def _place_loras(
     """Allocate the LoRAs of quantized layers and of the request's stages on the device, for a dry run."""
     if lora_changes:
         with ledger.allocating(dry.NETWORK):
-            add_unmerged(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
-    if prepared.added:
+            add_unmerged(dit, lora_changes, dry.ACCELERATOR, compute_dtype_of(dit))
+    if prepared.stage_lora_strengths:
         with ledger.allocating(dry.ADAPTER):
-            for loras, strength in zip(stage_loras_of(dit), prepared.added, strict=True):
+            for loras, strength in zip(stage_loras_of(dit), prepared.stage_lora_strengths, strict=True):
                 if strength:
-                    loras.place_on(dry.ACCELERATOR, dtype_of(dit))
+                    loras.place_on(dry.ACCELERATOR, compute_dtype_of(dit))
 
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
@@ -376,10 +376,10 @@ def _list_work_between_steps(
         preview_bytes = decoding_bytes(decoder, torch.float16, height, width)
         work_between_steps.append((preview_bytes, "decoding a preview"))
     # networks that make the input of the request's next stage, each with the shape of its input
-    for load, shape in prepared.begun_by:
+    for load, shape in prepared.stage_start_networks:
         network = load(META)
         with rehearsing(network) as ledger:
-            network(torch.empty(shape, dtype=dtype_of(network), device=dry.ACCELERATOR))
+            network(torch.empty(shape, dtype=compute_dtype_of(network), device=dry.ACCELERATOR))
         _, bytes_by_kind = dry.largest(ledger.peaks)
         work_between_steps.append((sum(bytes_by_kind.values()), type(network).__name__))
     return work_between_steps
@@ -397,10 +397,10 @@ def heaviest_step(
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
         for index, plan in enumerate(plans):
             # the negative index prefers the first of equal steps
-            sort_keys.append((plan.max_together, len(plan.passes), expert.lowest, -index))
+            sort_keys.append((plan.max_together, len(plan.passes), expert.min_timestep, -index))
     _, _, lowest, negative_index = max(sort_keys)
     # a timestep of the expert that runs this step
-    timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
+    timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].min_timestep else lowest
     return Step(
         -negative_index,
         prepared.num_steps,
@@ -539,7 +539,7 @@ def suggest_options(
     if cheapest is not None:
         maximum = cheapest.max_swapped_blocks
         limit = f"even --blocks_to_swap {maximum} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {limit} {gib(cheapest.device(maximum))}")
+        lines.append(f"fewer frames or a smaller size: {limit} {format_gib(cheapest.device(maximum))}")
     return lines
 
 
@@ -551,7 +551,7 @@ def _suggest_for_other_phases(prediction: PhasePrediction, usable: int) -> list[
             remedy = REMEDIES.get(
                 phase.name, "a smaller form of the text encoder, if --help has --text_encoder_form"
             )
-            lines.append(f"{phase.name} needs {gib(phase.device)} GiB by itself: use {remedy}")
+            lines.append(f"{phase.name} needs {format_gib(phase.device)} GiB by itself: use {remedy}")
     return lines
 
 

@@ -24,7 +24,7 @@ from modules.command import LAUNCH
 from modules.console import quiet
 from modules.devices import select_device
 from modules.errors import OptionError
-from modules.lost_processes import OtherProcesses, meet_anew
+from modules.lost_processes import OtherProcesses, reconnect
 from modules.options import override_options
 from protocols.family import Family
 from protocols.requests import Prepared
@@ -147,7 +147,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, select_device(options.device))
         return
-    meet_anew()  # at a new port, if torchrun has restarted the processes
+    reconnect()  # at a new port, if torchrun has restarted the processes
     device = join_processes(options.device, speed.modes.flags[0])
     rank = distributed.get_rank()
     if rank > 0:

@@ -17,7 +17,7 @@ from generation.experts import Check
 from generation.options import GenerationOptions
 from generation.script_options import as_typed
 from modules.attention.attend import check_backend
-from modules.devices import dtype_of, own_stream, warn_if_emulated
+from modules.devices import compute_dtype_of, separate_stream, warn_if_emulated
 from modules.errors import OptionError
 from modules.options import override_options
 from modules.speed_options import Quantization
@@ -71,7 +71,7 @@ class DitLoader:
         if self.device.type != "cpu":
             swap = self.options.speed.swap
             host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
-        with own_stream(self.device):  # not in the queue of the expert that runs
+        with separate_stream(self.device):  # not in the queue of the expert that runs
             dit = self(expert, host_weights, check)
             return dit, HostCopy(dit, self.device, host_weights)
 
@@ -114,17 +114,17 @@ class DitLoader:
             check=check,
         )
         dit = family.load_dit(placement, expert)
-        warn_if_emulated(self.device, dtype_of(dit), "the transformer")
+        warn_if_emulated(self.device, compute_dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
         if merging is not None and merging.unmerged:
             from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers
 
-            add_unmerged(dit, merging.unmerged, self.device, dtype_of(dit))
+            add_unmerged(dit, merging.unmerged, self.device, compute_dtype_of(dit))
         if t_loras:
             from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
 
-            add_unmerged(dit, masked_changes(dit, t_loras), self.device, dtype_of(dit))
+            add_unmerged(dit, masked_changes(dit, t_loras), self.device, compute_dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages

@@ -23,7 +23,7 @@ from modules.media.encoding import resolve_codec
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
-from protocols.data import SOUND, LatentSpec
+from protocols.data import AUDIO_LATENTS, LatentSpec
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +161,11 @@ def save_latents(
         path: Path of the file.
         latents: Latents, 1 C F H W.
         metadata: Metadata of the file.
-        audio: Latents of the clip's audio, 1 C T M, written as `SOUND`; None without audio.
+        audio: Latents of the clip's audio, 1 C T M, written as `AUDIO_LATENTS`; None without audio.
     """
     tensors = {"latent": latents[0].float()}
     if audio is not None:
-        tensors[SOUND] = audio[0].float()
+        tensors[AUDIO_LATENTS] = audio[0].float()
     save_tensors(path, tensors, None if metadata is None else with_plain_keys(metadata))
 
 

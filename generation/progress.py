@@ -20,14 +20,14 @@ from torch import Tensor
 
 from generation.experts import experts_by_step
 from generation.loaded_networks import CPU, Session
-from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.devices import is_out_of_memory, peak_in_words
+from modules.console import Row, format_count, format_duration, format_size, show_box
+from modules.devices import format_peak_memory, is_out_of_memory
 from modules.errors import OutputError
 from modules.media.pixels import cross_fade, frames_of
 from modules.media.writing import encode_segment, join_segments
 from protocols.family import Family
 from protocols.requests import Prepared
-from protocols.steps import Piece
+from protocols.steps import PreviewPiece
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
     size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
     if prepared.is_audio_alone:
         size = f"{prepared.frames / prepared.fps:.2f} s of sound, "
-    return f"{size}{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
+    return f"{size}{format_count(prepared.num_steps, 'step')}, seed {prepared.seed}"
 
 
 def show_start(
@@ -82,16 +82,16 @@ def show_start(
         if request.joint is None:
             num_values += prod(family.latent.shape(request.frames, request.height, request.width))
         else:
-            num_values += prod(request.joint.picture) + prod(request.joint.audio)
-    latents_size = as_size(FLOAT_BYTES * num_values)
-    free = as_size(shutil.disk_usage(folder).free)
+            num_values += prod(request.joint.image) + prod(request.joint.audio)
+    latents_size = format_size(FLOAT_BYTES * num_values)
+    free = format_size(shutil.disk_usage(folder).free)
     lora_lines = []
     for expert, files in loras.items():
         purpose = f", for {expert.replace('_', ' ')}" if expert else ""
         lora_lines += [f"{name}, strength {strength:g}{purpose}" for name, strength in files]
     origin = None
     if is_single and source is not None:
-        origin = f"{source.path}, the last {first.num_steps} of {count_of(first.steps, 'step')}"
+        origin = f"{source.path}, the last {first.num_steps} of {format_count(first.steps, 'step')}"
     model_names = filter(None, map(family.metadata.get, NAMING))
     box: list[Row] = [
         ("model", ", ".join(model_names)),
@@ -127,9 +127,11 @@ def experts_in_words(family: Family) -> list[str]:
     for expert, file in zip(experts, family.dit_files, strict=False):
         if not expert.name:
             continue
-        higher_timesteps = [higher.lowest for higher in experts if higher.lowest > expert.lowest]
+        higher_timesteps = [
+            higher.min_timestep for higher in experts if higher.min_timestep > expert.min_timestep
+        ]
         upper = f" below timestep {min(higher_timesteps):g}" if higher_timesteps else ""
-        lower = f" from timestep {expert.lowest:g} on" if expert.lowest else ""
+        lower = f" from timestep {expert.min_timestep:g} on" if expert.min_timestep else ""
         joiner = " and" if lower and upper else ""
         lines.append(f"{expert.name.replace('_', ' ')}: {file.name}{lower}{joiner}{upper}")
     return lines
@@ -140,22 +142,22 @@ def turns_in_words(family: Family, prepared: Prepared) -> str:
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
-    shares = ", ".join(f"{count} by the {expert.words}" for expert, count in runs)
+    shares = ", ".join(f"{count} by the {expert.description}" for expert, count in runs)
     start = "" if prepared.num_steps == prepared.steps else f", the last {prepared.num_steps} of them"
-    steps = count_of(prepared.steps, "step")
+    steps = format_count(prepared.steps, "step")
     return f"{prepared.solver} grid, shift {prepared.flow_shift:g}, {steps}{start}: {shares}"
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
     """Log the results of a run, the time and the peak memory; a single result is logged with its path."""
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
-    size = as_size(sum(file.stat().st_size for file in files))
+    size = format_size(sum(file.stat().st_size for file in files))
     rows: list[Row] = [
         ("result", f"{paths[0]} ({size})" if len(paths) == 1 else None),
         ("results", f"{len(paths)} in {paths[0].parent} ({size})" if len(paths) > 1 else None),
         ("failed", str(failed) if failed else None),
-        ("time", in_words(seconds)),
-        ("peak memory", peak_in_words(device)),
+        ("time", format_duration(seconds)),
+        ("peak memory", format_peak_memory(device)),
     ]
     show_box("Generation is finished", rows)
 
@@ -171,7 +173,7 @@ def log_job_progress(label: str, requests: Sequence[Prepared], begun: int, secon
     """
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))
-    left = f", about {in_words(seconds * to_do / done)} left" if done else ""
+    left = f", about {format_duration(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
     prompt = shorten_prompt(requests[begun].request.prompt)
     logger.info("%s (%s): %s: %s", where, label, size_in_words(requests[begun]), prompt)
@@ -232,7 +234,7 @@ class GrowingVideo:
     _has_failed: bool = False
     _is_locked: bool = False
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: PreviewPiece) -> None:
         """Decode a new piece of the video and append it to the preview.
 
         If device memory is too small, the DiT is moved to host memory while the piece is decoded. An error
@@ -249,14 +251,14 @@ class GrowingVideo:
             clip = self._decode_without_dit(piece)
         with self._end_on_error():
             if clip is not None:
-                if self._grows_in_front not in (None, piece.in_front):
+                if self._grows_in_front not in (None, piece.is_prepended):
                     raise ValueError("a video can grow at one end only")
-                self._grows_in_front = piece.in_front
-                final, self._edge = fade_in_clip(self._edge, clip, piece.overlap, piece.in_front)
+                self._grows_in_front = piece.is_prepended
+                final, self._edge = fade_in_clip(self._edge, clip, piece.overlap, piece.is_prepended)
                 del clip  # frees its memory while files are written
                 self._write(final)
 
-    def _decode_next_to_dit(self, piece: Piece) -> Tensor | None:
+    def _decode_next_to_dit(self, piece: PreviewPiece) -> Tensor | None:
         """Decode a piece with the DiT still on the device; return None if there is too little memory."""
         try:
             return self._decode(piece)
@@ -269,7 +271,7 @@ class GrowingVideo:
             self.needed = None  # from now on, the DiT leaves the device before decoding
             return None
 
-    def _decode_without_dit(self, piece: Piece) -> Tensor | None:
+    def _decode_without_dit(self, piece: PreviewPiece) -> Tensor | None:
         """Decode a piece after moving the DiT to host memory; return None if decoding fails."""
         clip = None
         with ExitStack() as stack:
@@ -293,7 +295,7 @@ class GrowingVideo:
                 "The preview of the video has failed (%s). The video is still generated.%s", reason, stays
             )
 
-    def _decode(self, piece: Piece) -> Tensor:
+    def _decode(self, piece: PreviewPiece) -> Tensor:
         """Decode a piece to pixels, 1 3 F H W, in host memory."""
         with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)

@@ -18,7 +18,7 @@ from generation.line_options import key_of, known_names, suggest
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
-from modules.option_values import JOINED, few_digits, height_width, read_full, text_to_seed
+from modules.option_values import JOINED, height_width, parse_bounded_int, parse_int, text_to_seed
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
 
@@ -96,7 +96,7 @@ def read_switch(text: str) -> int:
 
 
 def _read_rate(text: str) -> int:
-    rate = read_full(text)
+    rate = parse_int(text)
     if not 1 <= rate <= MAX_FPS:
         raise ValueError(f"{text} is no frame rate: give a number from 1 to {MAX_FPS}")
     return rate
@@ -116,7 +116,7 @@ def read_size(text: str) -> dict[str, int]:
     width = match[3]
     if separator.strip():
         logger.warning("video_size %s: taken as a height of %s and a width of %s", text, height, width)
-    return {"video_size_height": few_digits(height), "video_size_width": few_digits(width)}
+    return {"video_size_height": parse_bounded_int(height), "video_size_width": parse_bounded_int(width)}
 
 
 def _read_side(text: str) -> int:
@@ -124,7 +124,7 @@ def _read_side(text: str) -> int:
     if joined is not None:
         height, width = height_width(joined)
         raise ValueError(f"{text!r} is not a whole number: give --w {width} --h {height}")
-    return read_full(text)
+    return parse_int(text)
 
 
 def read_path(text: str) -> str:
@@ -141,9 +141,9 @@ def read_name(text: str) -> str:
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", _read_side),
     "h": LineOption("video_size_height", _read_side),
-    "f": LineOption("video_length", read_full),
+    "f": LineOption("video_length", parse_int),
     "d": LineOption("seed", read_seed),
-    "s": LineOption("infer_steps", read_full),
+    "s": LineOption("infer_steps", parse_int),
     "g": LineOption("guidance_scale", read_number),
     "l": LineOption("guidance_scale", read_number),
     "fs": LineOption("flow_shift", read_number),
@@ -158,7 +158,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "cs": LineOption("cfg_schedule", str, NO_TEXT),
     "mcrr": LineOption("magcache_retention_ratio", read_number),
     "mct": LineOption("magcache_threshold", read_number),
-    "mck": LineOption("magcache_k", read_full),
+    "mck": LineOption("magcache_k", parse_int),
     "tct": LineOption("teacache_threshold", read_number),
 }
 
@@ -181,7 +181,7 @@ REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
     "f": LineOption("video_seconds", read_number, replaced_keys=("video_sections",)),
-    "vs": LineOption("video_sections", read_full),
+    "vs": LineOption("video_sections", parse_int),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     **REFERENCES,
     "cim": LineOption("control_image_mask_path", read_path, CANCELS, repeats=True),

@@ -22,17 +22,17 @@ from generation.options import GenerationOptions
 from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line, read_seed
 from generation.script_options import RequestOptions
-from modules.command import each_warning_once, one_line
+from modules.command import drop_repeated_warnings, shorten_word
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import SEED_BITS, to_path
-from modules.text_files import parse_json, texts_of_files
+from modules.text_files import metadata_of_files, parse_json
 from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.inputs import SOURCES
 from protocols.requests import Prepared, Request, check_values
 from protocols.rules import Source
-from protocols.steps import RunPasses, Watcher
+from protocols.steps import RunPasses, StepCallback
 
 if TYPE_CHECKING:  # they are loaded only if options ask for them
     from blissful_tuner.latent_preview import LatentPreviews
@@ -135,7 +135,9 @@ def make_request(
         extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         # the texts as typed, if wildcards or a file changed them
-        typed={name: text for name, text in typed_texts.items() if text is not None and text != texts[name]},
+        typed_texts={
+            name: text for name, text in typed_texts.items() if text is not None and text != texts[name]
+        },
     )
     check_values(request)
     return request
@@ -205,7 +207,7 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
         name,
         to_path(f"--{name}", path),
         denoise=line.get("denoise", options.denoise),
-        share=options.share,
+        denoise_option=options.share,
         noise_mode=options.v2v_noise_mode,
         pad_mode=options.v2v_pad_mode,
     )
@@ -217,7 +219,7 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
     Each path comes with the training option in brackets, or "" if the metadata do not name it.
     """
-    for path, metadata in texts_of_files(paths):
+    for path, metadata in metadata_of_files(paths):
         if metadata.get("ss_edit") == "True":
             yield path, " (--edit)"
             continue
@@ -289,7 +291,7 @@ def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
         logger.warning(
             "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
             "--lora_weight and its strength to --lora_multiplier",
-            one_line(tag),
+            shorten_word(tag),
         )
 
 
@@ -315,11 +317,11 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
             options.riflex_beyond,
         )
         return prepared
-    from modules.layers.rope import Slow  # only with --riflex_index
+    from modules.layers.rope import SlowedFrequency  # only with --riflex_index
 
     # over the whole video the frequency completes less than a period (TURN), so that motion does not repeat
     # the option counts frequencies from 1
-    return replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
+    return replace(prepared, slow_frames=SlowedFrequency(index - 1, prepared.frames / TURN))
 
 
 @dataclass(frozen=True)
@@ -359,7 +361,7 @@ class GenerationRun:
     fatal: tuple[type[Exception], ...] = ()  # errors that end the run even if other jobs remain
     run_passes: RunPasses = run_passes  # runs the passes of a step
     processes: int = 1  # number of processes that share the passes of a step
-    watchers: Sequence[Watcher] = ()  # called after each step, in addition to bars and previews
+    watchers: Sequence[StepCallback] = ()  # called after each step, in addition to bars and previews
     on_phase: Callable[[str], None] = lambda _: None  # called with the name of each phase that begins
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
@@ -449,9 +451,9 @@ def map_lines(
     """
     results: dict[str, T] = {}
     path = run.options.from_file
-    with each_warning_once():
+    with drop_repeated_warnings():
         for label, line in lines.items():
-            with failures.note_errors(label, fatal=CheckpointError):
+            with failures.collect_errors(label, fatal=CheckpointError):
                 where = label if path is None else f"{path}, {label}"
                 overrides = {} if line is None else run.read_line(line, where)
                 results[label] = make(run, label, overrides)

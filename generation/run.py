@@ -69,14 +69,14 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     start = time.monotonic()
     make_folder(run.options.output.save_path, "--save_path")
     audios = {str(path): files[path].audio for path in paths}
-    tracks = make_tracks(run, audios, failures.note_errors)
+    tracks = make_tracks(run, audios, failures.collect_errors)
     decoded: list[Path] = []
     with run.session.media(with_image_encoder=False, needed_again=False) as encoders:
         for path in paths:
             label = str(path)
             if label in failures.reasons:  # its audio could not be decoded
                 continue
-            with failures.note_errors(label):
+            with failures.collect_errors(label):
                 video = _decode_file(run, encoders, path, saved=files[path], track=tracks.get(label))
                 decoded.append(video)
                 if len(paths) > 1:
@@ -160,7 +160,8 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     _, channels, latent_frames, rows, columns = saved.latents.shape
     if channels != family.latent.channels:
         raise CheckpointError(
-            f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
+            f"--latent_path {path} has {channels} channels, {family.source.model_label} has "
+            f"{family.latent.channels}",
             path,
         )
     check_maker(saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model")
@@ -206,7 +207,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
     if shape != expected_shape:
         raise CheckpointError(
             f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values at a time, "
-            f"{family.source.who} has {' x '.join(map(str, expected_shape))}",
+            f"{family.source.model_label} has {' x '.join(map(str, expected_shape))}",
             path,
         )
 
@@ -507,7 +508,7 @@ def check_models(run: GenerationRun) -> None:
         if run.options.speed.swap.blocks_to_swap:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)  # without side blocks
+        num_blocks = sum(counts[:-1] if run.family.dit.second_list else counts)  # without side blocks
         if layers and max(layers) >= num_blocks:
             raise OptionError(
                 f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"
@@ -556,7 +557,7 @@ def save_merged_model(
         if index in merged:
             merge_into_file(files[index], loras_by_expert[index], targets[index], device, rounding=rounding)
         else:
-            logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
+            logger.warning(f"There is no LoRA for the {expert.description}: {files[index]} is used as it is")
 
 
 def make_lines(run: GenerationRun) -> None:

@@ -10,7 +10,7 @@ from generation import prompt_lines
 from generation.line_options import key_of
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.option_values import few_digits
+from modules.option_values import parse_bounded_int
 from modules.text_files import parse_json, parse_toml
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ Made = TypeVar("Made")
 
 
 def _read_leading_full(text: str) -> int:
-    return few_digits(_match_leading(r"[+-]?[0-9]+", text))
+    return parse_bounded_int(_match_leading(r"[+-]?[0-9]+", text))
 
 
 def _read_sample_seed(text: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
-from modules.command import each_warning_once, name_as_typed, print_loading
+from modules.command import drop_repeated_warnings, name_as_typed, print_loading
 from modules.options import option_values
 from protocols.families import FAMILIES, Script
 
@@ -39,7 +39,7 @@ def generation_script(
         record = entry.options_record("Generation")
         with contextlib.ExitStack() as stack:
             warnings = stack.enter_context(contextlib.ExitStack())
-            warnings.enter_context(each_warning_once())
+            warnings.enter_context(drop_repeated_warnings())
             options, family_options = read_generation(
                 about, defaults, record=record, argv=argv, add_more=add_more
             )

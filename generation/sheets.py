@@ -22,7 +22,7 @@ from generation.making import make_outputs
 from generation.outputs import reserve_stem, words_of
 from generation.progress import shorten_prompt
 from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, map_lines
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
 from modules.errors import CheckpointError
@@ -302,7 +302,7 @@ def make_cell_jobs(
     for indices, values in list_cells(axes, line):
         axis_values = [axis.describe(index) for axis, index in zip(axes, indices, strict=True)]
         name = ", ".join([label, *axis_values])
-        with failures.note_errors(name, fatal=CheckpointError):
+        with failures.collect_errors(name, fatal=CheckpointError):
             column, row = (*indices, 0)[:2]  # with a single axis all cells are in the first row
             jobs[column, row] = make_job(run, name, values)
     return jobs
@@ -366,7 +366,7 @@ def _make_metadata(run: GenerationRun, cells: JobByCell, paths: Mapping[CellInde
         for key, text in cell_metadata[0].items()
         if all(of_cell.get(key) == text for of_cell in cell_metadata)
     }
-    metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
+    metadata["bt_sheet"] = quote_command(run.options.sheet.sheet or ())
     row_by_row = sorted(paths, key=lambda cell_index: cell_index[::-1])  # places are (column, row)
     for column, row in row_by_row:
         indices = zip(run.options.axes, (column, row), strict=False)  # with one axis, the row is always 0

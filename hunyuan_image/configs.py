@@ -44,13 +44,13 @@ LATENT = LatentSpec(
 )
 # the shift by size counts tokens of halved sides, as in the known trainers, although patches are one pixel
 NOISE = NoiseSpec(
-    training_offset=0.0, integer_timesteps=True, table_is_shifted=True, tokens=count_image_tokens
+    training_offset=0.0, integer_timesteps=True, table_is_shifted=True, count_tokens=count_image_tokens
 )
 DIT = DitSpec(
     block_lists=HUNYUAN.block_lists,
     fp8_exclude=("norm", "_emb"),
     input_layers=HUNYUAN.input_layers,
-    token_wise=HUNYUAN.token_wise,
+    token_wise_methods=HUNYUAN.token_wise_methods,
     modulated_input=HUNYUAN.modulated_input,
     # a single block is about half as large
     swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2),

@@ -25,8 +25,8 @@ from hunyuan_model.blocks import (
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import make_lengths
-from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
-from modules.layers.rope import Grid, GridTable, exact_table, table_maker
+from modules.layers.norms import Float32LayerNorm, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, TokenGrid, bind_rotary_table, rotary_table
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -47,8 +47,8 @@ class GlyphEmbedding(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return text tokens, B G C, from the glyph encoder's states, B G glyph_dim."""
-        hidden = functional.gelu(in_own_dtype(self.fc1, self.layernorm(states)))
-        return in_own_dtype(self.fc3, functional.gelu(in_own_dtype(self.fc2, hidden)))
+        hidden = functional.gelu(run_in_weight_dtype(self.fc1, self.layernorm(states)))
+        return run_in_weight_dtype(self.fc3, functional.gelu(run_in_weight_dtype(self.fc2, hidden)))
 
 
 class HunyuanImageModel(BlockNetwork):
@@ -87,7 +87,7 @@ class HunyuanImageModel(BlockNetwork):
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
         self.final_layer = HunyuanFinalLayer(dim, config.out_dim, config.eps)
         side = dim // config.num_heads // 2  # rows and columns each rotate half of a head's channels
-        self._rotary = GridTable(table_maker(exact_table, (side, side), config.rope_theta))
+        self._rotary = GridTable(bind_rotary_table(rotary_table, (side, side), config.rope_theta))
 
     def embed(
         self,
@@ -119,9 +119,9 @@ class HunyuanImageModel(BlockNetwork):
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        pixels = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
+        pixels = run_in_weight_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
-        rotary = self._rotary.get_table(Grid((rows, columns)), noisy.device)
+        rotary = self._rotary.get_table(TokenGrid((rows, columns)), noisy.device)
         vector = activate(self.time_in(timesteps).unsqueeze(1), dtype)
         texts = []
         for prompt in overrides.texts(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
 from modules.parser import typed_names
 from modules.speed_options import (
@@ -180,18 +180,18 @@ TRAINER: Mapping[str, Any] = {
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return options.vae.file.words(), _list_text_options(options.text)
+    return options.vae.file.command_options(), _list_text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
-    files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
+    files = {"--dit": options.dit or Placeholder("DIT_FILE"), **options.vae.file.command_options()}
     return files | _list_text_options(options.text)
 
 
 def _list_text_options(text: HunyuanImageTextOptions) -> dict[str, Any]:
     return {
-        "--text_encoder": text.text_encoder or FillIn("QWEN_FILE"),
-        "--byt5": text.byt5 or FillIn("BYT5_FILE"),
+        "--text_encoder": text.text_encoder or Placeholder("QWEN_FILE"),
+        "--byt5": text.byt5 or Placeholder("BYT5_FILE"),
         "--text_encoder_tokenizer": text.text_encoder_tokenizer,
     }

@@ -16,7 +16,7 @@ import torch
 from checkpoints.model_files import inside
 from checkpoints.opening import fingerprint
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
 from encoders.language_models import QWEN25_VL
 from encoders.t5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
@@ -53,7 +53,7 @@ TOKENIZER = TokenizerSource(
 )
 
 
-QWEN_USE = LanguageUse(
+QWEN_USE = LanguageEncoderSettings(
     name="vlm",
     states_key="vlm_embed",
     mask_key="vlm_mask",
@@ -64,7 +64,7 @@ QWEN_USE = LanguageUse(
     after=AFTER,
     dropped=DROPPED,
     states=(-3,),  # two layers follow it; it is not normed
-    at_once=1,
+    batch_size=1,
 )
 
 # in this order; an apostrophe is not a mark, and a text ends on its line
@@ -112,7 +112,7 @@ class GlyphTextEncoder:
 
     name = "byt5"
     keys = frozenset({"byt5_embed", "byt5_mask", "ocr_mask"})
-    can = EncoderAbilities()
+    abilities = EncoderAbilities()
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, on_cpu: bool = False) -> None:

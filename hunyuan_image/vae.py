@@ -32,7 +32,7 @@ from encoders.autoencoder_blocks import EPS, Level, Middle, norm_and_silu
 from hunyuan_image.configs import LATENT, STRIDE
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.layers.convolution import lay_out
+from modules.layers.convolution import set_memory_format
 
 GROUPS = 32  # in every group norm
 FOLDED = 4  # pixels of one resolution in a pixel of the next
@@ -304,7 +304,7 @@ def load_vae(
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         vae = load_planned(plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=WHAT)
-    lay_out(vae, device)  # memory layout of the convolutions' weights that is fast on this device
+    set_memory_format(vae, device)  # memory layout of the convolutions' weights that is fast on this device
     if chunk_size is not None:
         compute_in_rows(vae, chunk_size)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

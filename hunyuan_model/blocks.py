@@ -17,10 +17,10 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
-from modules.attention.attend import Lengths, SecondText, Steer, attend
+from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, in_own_dtype
-from modules.layers.rope import take_rows
+from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayerMlp, run_in_weight_dtype
+from modules.layers.rope import select_rotations
 from modules.speed_options import AttentionChoice
 from runtime.run_blocks import Hidden
 
@@ -40,7 +40,7 @@ class HunyuanTokens:
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
-    lengths: Lengths | None  # number of the L + T tokens that are real, per sample; None: all
+    lengths: SampleLengths | None  # number of the L + T tokens that are real, per sample; None: all
     # B S C: timestep, pooled text and guidance after SiLU (`activate`), from which every block computes its
     # modulation. A second row belongs to the second text only
     vector: Tensor
@@ -63,8 +63,8 @@ class HunyuanTokens:
 
         Only tokens of the latents to learn are left out.
         """
-        lengths = None if self.lengths is None else self.lengths.without(num_left_out)
-        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
+        lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
+        return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
     def video(self) -> int:
@@ -77,8 +77,8 @@ class HunyuanTokens:
         if self.second is None:
             return 0
         if self.part is None:
-            return -self.second.count
-        return -self.part.count_among_last(self.second.count) or NOWHERE
+            return -self.second.num_text_tokens
+        return -self.part.count_among_last(self.second.num_text_tokens) or NOWHERE
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class TokensWithTurnedText(HunyuanTokens):
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for the tokens at the ascending positions `kept`, B K, and their rotary rows."""
-        of_image = take_rows(self.rotary_of_image, kept, num_left_out)
+        of_image = select_rotations(self.rotary_of_image, kept, num_left_out)
         return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
 
     @property
@@ -135,14 +135,14 @@ class EmbeddedText(NamedTuple):
     """Tokens of an embedded text, with their lengths and the modulation vector."""
 
     tokens: Tensor  # B T C
-    lengths: Lengths | None  # number of real tokens of video and this text, per sample; None: all
+    lengths: SampleLengths | None  # number of real tokens of video and this text, per sample; None: all
     vector: Tensor  # B 1 C, as `HunyuanTokens.vector`
 
 
 def join_tokens(
     video: Sequence[Tensor],
     texts: Sequence[EmbeddedText],
-    steer: Steer | None,
+    steer: CombineAttention | None,
     record: type[HunyuanTokens] = HunyuanTokens,
     /,
     **inputs: Any,
@@ -190,7 +190,7 @@ class HunyuanModulation(nn.Module):
         """Return `count` rows of modulation, each B S C float32, for a vector B S C of `activate`."""
         # vector: B S C -> count tensors B S C float32
         linear = getattr(self, self._name)
-        return in_own_dtype(linear, vector).float().chunk(self.count, dim=-1)
+        return run_in_weight_dtype(linear, vector).float().chunk(self.count, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -226,8 +226,10 @@ class DoubleStreamBlock(nn.Module):
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
-        video = add_gated(video, video_rows[2], in_own_dtype(video_project, video_branch), tokens.clean)
-        text = add_gated(text, text_rows[2], in_own_dtype(text_project, text_branch), tokens.split)
+        video = add_gated(
+            video, video_rows[2], run_in_weight_dtype(video_project, video_branch), tokens.clean
+        )
+        text = add_gated(text, text_rows[2], run_in_weight_dtype(text_project, text_branch), tokens.split)
 
         # positional: code that computes it in pieces passes arguments by position
         text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows[3:])
@@ -284,13 +286,13 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.img_attn_q_norm = RMSNorm(head_width, eps)
         self.img_attn_k_norm = RMSNorm(head_width, eps)
         self.img_attn_proj = nn.Linear(dim, dim)
-        self.img_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
+        self.img_mlp = TwoLayerMlp("fc1 fc2", (dim, ffn_dim, dim), gelu)
         self.txt_mod = HunyuanModulation(dim, 6)
         self.txt_attn_qkv = nn.Linear(dim, 3 * dim)
         self.txt_attn_q_norm = RMSNorm(head_width, eps)
         self.txt_attn_k_norm = RMSNorm(head_width, eps)
         self.txt_attn_proj = nn.Linear(dim, dim)
-        self.txt_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
+        self.txt_mlp = TwoLayerMlp("fc1 fc2", (dim, ffn_dim, dim), gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Return a stream's modulation, output projection of attention, and feed-forward layers."""
@@ -327,10 +329,12 @@ class MMSingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(tokens.vector)
         h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.split)
         # in one split, so that its gradient is written once
-        *qkv, hidden = in_own_dtype(self.linear1, h).split(self.widths, dim=-1)
+        *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
         attended = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
-        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split)
+        return add_gated(
+            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
+        )
 
 
 def split_heads(
@@ -341,7 +345,7 @@ def split_heads(
     k_norm: nn.Module | None = None,
 ) -> Heads:
     """Return query, key and value, each B L N D, of tokens B L C. Norms, if given, apply to q and k."""
-    q, k, v = in_own_dtype(qkv, x).unflatten(-1, (3, num_heads, -1)).unbind(2)
+    q, k, v = run_in_weight_dtype(qkv, x).unflatten(-1, (3, num_heads, -1)).unbind(2)
     return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k), v
 
 
@@ -359,16 +363,16 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
         attended = attend(query, key, value, choice, lengths=tokens.lengths)
         return (attended if part is None else part.gather_heads(attended)).flatten(2)
     first_attended = attend(
-        second.without(query),
-        second.without(key),
-        second.without(value),
+        second.drop_second_text(query),
+        second.drop_second_text(key),
+        second.drop_second_text(value),
         choice,
         lengths=tokens.lengths,
     )
     second_attended = attend(
-        second.alone(query),
-        second.alone(key),
-        second.alone(value),
+        second.drop_first_text(query),
+        second.drop_first_text(key),
+        second.drop_first_text(value),
         choice,
         lengths=second.lengths,
     )

@@ -97,7 +97,7 @@ class HunyuanVideo(OneTransformer):
 
     # encoding
 
-    def check_given_files(self) -> None:
+    def check_named_files(self) -> None:
         """Check all files that options name, and the transformer's input channels."""
         if self.files.dit is not None:
             self._check_dit()
@@ -247,7 +247,7 @@ class HunyuanVideo(OneTransformer):
         size = width, height, requests.full_frames(frames, LATENT)
         requests.check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        return requests.settle(request, default, size, flow_shift, default_negative="")
+        return requests.resolve_request(request, default, size, flow_shift, default_negative="")
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
         """Return whether the transformer starts from an image."""

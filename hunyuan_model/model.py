@@ -23,10 +23,10 @@ from hunyuan_model.blocks import (
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
-from modules.attention.attend import Lengths, make_lengths
+from modules.attention.attend import SampleLengths, make_lengths
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype
-from modules.layers.rope import Grid, GridTable, exact_table, table_maker
+from modules.layers.norms import Float32LayerNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, TokenGrid, bind_rotary_table, rotary_table
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -46,11 +46,11 @@ class HunyuanFinalLayer(nn.Module):
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the patches of the velocity for video tokens x, B L C to B L out_dim*4."""
         shift, scale = self.rows(tokens.vector[:, :1])
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+        return run_in_weight_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
     def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""
-        return in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
+        return run_in_weight_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
 
 
 class HunyuanVideoModel(BlockNetwork):
@@ -86,7 +86,7 @@ class HunyuanVideoModel(BlockNetwork):
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
         # takes one vector per sample, the pooled output of the CLIP text encoder
-        self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
+        self.vector_in = TwoLayerMlp(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
         if config.has_guidance:
             self.guidance_in = NumberEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
@@ -95,7 +95,7 @@ class HunyuanVideoModel(BlockNetwork):
         patch_numbers = math.prod(config.patch_size) * config.out_dim
         self.final_layer = HunyuanFinalLayer(dim, patch_numbers, config.eps)
         widths = rotary_widths(dim // config.num_heads)
-        self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
+        self._rotary = GridTable(bind_rotary_table(rotary_table, widths, config.rope_theta))
 
     def embed(
         self,
@@ -130,9 +130,9 @@ class HunyuanVideoModel(BlockNetwork):
         if self.config.has_guidance and guidance is None:
             raise ValueError("the model has a guidance embedding, but no guidance is given")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
+        patches = run_in_weight_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        rotary = self._rotary.get_table(Grid(grid, overrides.slow_frames), noisy.device)
+        rotary = self._rotary.get_table(TokenGrid(grid, overrides.slow_frames), noisy.device)
         guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
         embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
@@ -193,7 +193,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 
 def count_real(
     mask: Tensor, before: int, device: torch.device
-) -> tuple[int, list[int] | None, Lengths | None]:
+) -> tuple[int, list[int] | None, SampleLengths | None]:
     """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
 
     The last two are None if all texts are equally long. A sequence has `before` tokens in front of the text.

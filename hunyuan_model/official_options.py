@@ -11,7 +11,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.integers import round_up
-from modules.option_values import HEIGHT_WIDTH, option_words
+from modules.option_values import HEIGHT_WIDTH, option_argv
 from modules.options import Options, Rejection, option, unsupported
 from modules.script_options import parse_options
 
@@ -244,7 +244,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--apply_final_norm": model.apply_final_norm,
         "--reproduce": model.reproduce,
     }
-    words = option_words(values)
+    words = option_argv(values)
     # at scale 1, a negative prompt has no effect
     if video.cfg_scale != 1:
         negative = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt

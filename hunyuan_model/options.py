@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
@@ -158,9 +158,9 @@ def _check_channels(channels: int) -> None:
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the latent and the text caching script for a training run."""
     text = options.text
-    encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
-    encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
-    return options.vae.file.words(), encoders
+    encoders = {"--text_encoder1": text.text_encoder1 or Placeholder("TEXT_ENCODER1_FILE")}
+    encoders["--text_encoder2"] = text.text_encoder2 or Placeholder("TEXT_ENCODER2_FILE")
+    return options.vae.file.command_options(), encoders
 
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
     example = sample.get("example")
     starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)
     if starts_from_image:
-        default_image = (None if example is None else example.picture) or FillIn("IMAGE_FILE")
+        default_image = (None if example is None else example.picture) or Placeholder("IMAGE_FILE")
     return {
         **model_options(options.dit, options.vae, options.text),
         "--image_path": sample.get("image_path") or default_image,
@@ -181,10 +181,10 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
     """Return the command-line options that name the model's files; unset options get placeholders."""
     return {
-        "--dit": dit or FillIn("DIT_FILE"),
-        **vae.file.words(),
-        "--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE"),
-        "--text_encoder2": text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE"),
+        "--dit": dit or Placeholder("DIT_FILE"),
+        **vae.file.command_options(),
+        "--text_encoder1": text.text_encoder1 or Placeholder("TEXT_ENCODER1_FILE"),
+        "--text_encoder2": text.text_encoder2 or Placeholder("TEXT_ENCODER2_FILE"),
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,
         "--text_encoder2_tokenizer": text.text_encoder2_tokenizer,
     }

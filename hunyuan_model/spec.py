@@ -48,7 +48,7 @@ DIT = DitSpec(
     ),
     lora_exclude=("img_mod", "txt_mod", "modulation"),
     input_layers=("img_in", "txt_in"),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     # from the released TeaCache code (Liu et al. 2024); FramePack uses them too
     teacache_coefficients=(733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),

@@ -15,7 +15,7 @@ import torch
 from checkpoints.tokenizers import TokenizerFiles
 from encoders.clip_checkpoints import ClipNaming, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
 from encoders.language_models import LLAMA
 from encoders.text_encoder import TextTokenizer, TokenizerSource
 from hunyuan_model.options import SKIP_LAYERS
@@ -93,7 +93,7 @@ def select_template(system: str | None) -> PromptTemplate:
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
-LLAVA_USE = LanguageUse(
+LLAVA_USE = LanguageEncoderSettings(
     name="llm",
     states_key="llm",
     mask_key="llm_mask",
@@ -109,7 +109,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
     """Text encoder 1: the Llama 3 of LLaVA. Each prompt gives 256 states; those after its end are masked."""
 
     what = "text encoder 1"
-    usual: ClassVar[LanguageUse] = LLAVA_USE
+    usual: ClassVar[LanguageEncoderSettings] = LLAVA_USE
 
     def __init__(
         self,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import split_heads
 from hunyuan_model.configs import JointConfig
-from modules.attention.attend import Lengths, attend, make_lengths
-from modules.devices import numbers_on
+from modules.attention.attend import SampleLengths, attend, make_lengths
+from modules.devices import tensor_on
 from modules.layers.modulation import add_gated
-from modules.layers.norms import Float32LayerNorm, TwoLayers, in_own_dtype, run_float32
+from modules.layers.norms import Float32LayerNorm, TwoLayerMlp, run_float32, run_in_weight_dtype
 from modules.layers.rope import sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -50,19 +50,19 @@ class RefinerBlock(nn.Module):
         self.self_attn_qkv = nn.Linear(dim, 3 * dim)
         self.self_attn_proj = nn.Linear(dim, dim)
         self.norm2 = Float32LayerNorm(dim, config.eps, affine=True)
-        self.mlp = TwoLayers("fc1 fc2", (dim, config.refiner_ffn_dim, dim))
+        self.mlp = TwoLayerMlp("fc1 fc2", (dim, config.refiner_ffn_dim, dim))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(
-        self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
+        self, x: Tensor, vector: Tensor, lengths: SampleLengths | None, attention: AttentionChoice
     ) -> Tensor:
         """Apply the block to text tokens x, B T C. `vector` is B C float32."""
         # x: B T C    vector: B C float32
-        rows = in_own_dtype(self.adaLN_modulation[1], functional.silu(vector)).float()
+        rows = run_in_weight_dtype(self.adaLN_modulation[1], functional.silu(vector)).float()
         gate1, gate2 = rows.unsqueeze(1).chunk(2, dim=-1)
         q, k, v = split_heads(self.norm1(x).to(x.dtype), self.self_attn_qkv, self.num_heads)
         attended = attend(q, k, v, attention, lengths=lengths).flatten(2)
-        x = add_gated(x, gate1, in_own_dtype(self.self_attn_proj, attended))
+        x = add_gated(x, gate1, run_in_weight_dtype(self.self_attn_proj, attended))
         return add_gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
 
 
@@ -82,7 +82,7 @@ class TokenRefiner(nn.Module):
         self.input_embedder = nn.Linear(config.text_dim, config.dim)
         self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)
         sizes = (config.text_dim, config.dim, config.dim)
-        self.c_embedder = TwoLayers("linear_1 linear_2", sizes, in_float32=True)
+        self.c_embedder = TwoLayerMlp("linear_1 linear_2", sizes, in_float32=True)
         self.individual_token_refiner = IndividualTokenRefiner(config)
 
     def forward(
@@ -103,7 +103,7 @@ class TokenRefiner(nn.Module):
             attention: Passed to `modules.attention.attend`.
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
-        x = in_own_dtype(self.input_embedder, text).to(dtype)
+        x = run_in_weight_dtype(self.input_embedder, text).to(dtype)
         blocks = self.individual_token_refiner.blocks
         return refine_tokens(x, blocks, vector, counts=counts, attention=attention)
 
@@ -133,7 +133,7 @@ def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
     """
     if counts is None:
         return text.float().mean(dim=1)
-    lengths = numbers_on(text.device, counts)
+    lengths = tensor_on(text.device, counts)
     real = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # B T
     return (text.float() * real[:, :, None]).sum(dim=1) / lengths.clamp(min=1)[:, None]
 

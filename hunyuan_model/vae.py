@@ -30,7 +30,7 @@ from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, Hunyua
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.devices import dtype_name
 from modules.errors import OptionError
-from modules.layers.convolution import lay_out, layouts
+from modules.layers.convolution import memory_formats, set_memory_format
 from modules.media.pixels import byte_clips, check_clip, from_bytes
 from protocols.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch, split_items
 
@@ -175,7 +175,7 @@ class HunyuanVae(nn.Module):
         """Move to the VAE's device, dtype and memory layout, which all layers keep. Bytes become -1..1."""
         if x.dtype == torch.uint8:
             x = from_bytes(x.to(self.device))
-        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
+        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
 
 
 def _in_playing_order(pixels: Tensor) -> Iterator[Tensor]:
@@ -228,7 +228,7 @@ def load_vae(
             dtype,
             what="the HunyuanVideo VAE",
         )
-    lay_out(vae, device)
+    set_memory_format(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae
 

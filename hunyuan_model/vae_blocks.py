@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.attention.attend import attend
-from modules.devices import numbers_on
+from modules.devices import tensor_on
 from modules.integers import ceil_div
 from modules.layers.convolution import conv3d, empty_clip
 
@@ -92,7 +92,7 @@ class ClipNorm(nn.GroupNorm):
             shares.append((stop - start) / x.shape[2])
         groups = (self.num_groups, -1)
         # fraction of the frames in each piece
-        share = numbers_on(x.device, shares, torch.float32).view(-1, 1, 1, 1)
+        share = tensor_on(x.device, shares, torch.float32).view(-1, 1, 1, 1)
         means = torch.stack(piece_means).unflatten(2, groups)  # pieces B groups channels
         variances = torch.stack(piece_variances).unflatten(2, groups)
         mean = (share * means).sum(dim=0).mean(dim=-1, keepdim=True)

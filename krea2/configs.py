@@ -69,7 +69,7 @@ class Krea2Config(Krea2StreamConfig):
 
 
 LATENT = QWEN_LATENT  # the model shares Qwen-Image's VAE
-NOISE = NoiseSpec(tokens=count_image_tokens)  # 1000 sigma + 1 in training, as the known trainer
+NOISE = NoiseSpec(count_tokens=count_image_tokens)  # 1000 sigma + 1 in training, as the known trainer
 DIT = DitSpec(
     block_lists=("blocks",),
     shared_inputs=(
@@ -78,7 +78,7 @@ DIT = DitSpec(
     ),
     lora_lists=("txtfusion", "first", "last", "tmlp", "txtmlp", "tproj"),  # all layers, as the known trainer
     input_layers=("first", "txtfusion", "txtmlp"),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
     keep_float32=("tmlp.",),  # as it computes so; under 1 % of the model
 )

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from encoders import pictures
-from encoders.language_encoder import LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings
 from krea2 import options as own
 from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
 from krea2.files import (
@@ -68,7 +68,7 @@ class Krea2(pictures.ModelOfImages):
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, give --edit to caching and training; else remove them"
-    can: ClassVar = Abilities(tell_few_steps=True, sample_apart="--turbo_dit")
+    abilities: ClassVar = Abilities(detects_few_steps=True, sampling_dit_option="--turbo_dit")
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -131,7 +131,7 @@ class Krea2(pictures.ModelOfImages):
         release = self._find_release()
         return release is not None and not release.is_turbo
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence that the transformer is Turbo; None without any."""
         release = self._find_release()
         if release is None or not release.is_turbo:
@@ -145,7 +145,7 @@ class Krea2(pictures.ModelOfImages):
         """Return what cached latents depend on: the VAE and, for edits, the pixel size of references."""
         if self.references is None:
             return super().media_identity
-        area = "the target's" if self.references.area is None else str(self.references.area)
+        area = "the target's" if self.references.max_area is None else str(self.references.max_area)
         return {**super().media_identity, "reference_pixels": area}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -260,8 +260,8 @@ class Krea2(pictures.ModelOfImages):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
         area = prepared.width * prepared.height
-        if self.references and self.references.area:
-            area = self.references.area
+        if self.references and self.references.max_area:
+            area = self.references.max_area
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for index, path in enumerate(prepared.request.control_images):
             frames = pictures.read_reference(path, area, LATENT.pixel_step)
@@ -330,10 +330,14 @@ def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
     if is_edit is False:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL
-    return ReferenceRules(MAX_REFERENCES, seen_by_text=True, edits=bool(is_edit), own_shape=True, area=area)
+    return ReferenceRules(
+        MAX_REFERENCES, seen_by_text=True, edits=bool(is_edit), keeps_aspect_ratio=True, max_area=area
+    )
 
 
-def _make_files(options: own.Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:
+def _make_files(
+    options: own.Krea2ModelOptions, use: LanguageEncoderSettings, dit: Path | None = None
+) -> Krea2Files:
     files = Krea2Files(text_use=use).add_dit(dit or options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 

@@ -15,7 +15,7 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
 from encoders.files import judge_distillation
-from encoders.language_encoder import LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import ImagePromptFormat, read_within
 from krea2.configs import FEW_STEPS, PATCH, STATES, Krea2Config, Krea2StreamConfig
@@ -23,7 +23,7 @@ from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME, TURBO, VARIANT_KEY, VARIANTS
 from modules.errors import CheckpointError
-from modules.text_files import parse_json, read_text, texts_of_files
+from modules.text_files import metadata_of_files, parse_json, read_text
 from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
 from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
@@ -136,7 +136,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Map
     sources = join_parts(plain_sources(checkpoint), PATTERNS[header.dialect])
     flat = [name for name in sources if re.fullmatch(r"blocks\.\d+\.mod\.lin", name)]
     # diffusers has a row for each of what modulates a block
-    return sources | {name: sources[name].then(lambda rows: rows.flatten()) for name in flat}
+    return sources | {name: sources[name].with_step(lambda rows: rows.flatten()) for name in flat}
 
 
 # the last two are in files of the first days; no tool uses them
@@ -166,7 +166,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
     """
     if dit is None:
         return None
-    for _, metadata in texts_of_files([dit]):
+    for _, metadata in metadata_of_files([dit]):
         variant = metadata.get(VARIANT_KEY)
         if variant in VARIANTS:
             return Krea2Release(variant == TURBO, f"its {VARIANT_KEY} is {variant}")
@@ -187,7 +187,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
 class Krea2Files(QwenImageFiles):
     """Files of a run with Qwen-Image's VAE and Qwen3-VL's language model."""
 
-    text_use: LanguageUse = KREA_2_USE
+    text_use: LanguageEncoderSettings = KREA_2_USE
 
     format: ClassVar = FORMAT
     called: ClassVar[str] = NAME

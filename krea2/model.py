@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, make_lengths
+from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import CenteredNorm, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
+from modules.layers.norms import CenteredNorm, activation_dtype, run_float32, run_in_weight_dtype
+from modules.layers.rope import GridTable, TokenGrid, rotary_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.kv_cache import Remembers, remember, remembering
@@ -89,9 +89,9 @@ class GatedAttention(GroupedAttention):
 
     def heads(self, x: Tensor) -> Heads:
         """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
-        query = in_own_dtype(self.wq, x).unflatten(-1, (-1, self.head_width))
-        key = in_own_dtype(self.wk, x).unflatten(-1, (-1, self.head_width))
-        value = in_own_dtype(self.wv, x).unflatten(-1, (-1, self.head_width))
+        query = run_in_weight_dtype(self.wq, x).unflatten(-1, (-1, self.head_width))
+        key = run_in_weight_dtype(self.wk, x).unflatten(-1, (-1, self.head_width))
+        value = run_in_weight_dtype(self.wv, x).unflatten(-1, (-1, self.head_width))
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
@@ -99,7 +99,7 @@ class GatedAttention(GroupedAttention):
         return self.gated(x, self.attend_tokens(x, tokens))
 
     def attend_heads(
-        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
     ) -> Tensor:
         """Return the attention of tokens, B L N D; isolated references attend only to each other."""
         assert isinstance(tokens, Krea2Tokens)
@@ -107,18 +107,18 @@ class GatedAttention(GroupedAttention):
         rotated = rotate(query, rotary), rotate(key, rotary), value
         return attend_rotated(self, rotated, tokens, lengths)
 
-    def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+    def see_text(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
         """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
     def gated(self, x: Tensor, attended: Tensor) -> Tensor:
         """Multiply the attention output by gates computed from tokens x, and project it; all B L C."""
-        return in_own_dtype(self.wo, attended * in_own_dtype(self.gate, x).sigmoid())
+        return run_in_weight_dtype(self.wo, attended * run_in_weight_dtype(self.gate, x).sigmoid())
 
 
 def attend_rotated(
-    attention: Remembers, heads: Heads, tokens: Krea2Tokens, lengths: Lengths | None
+    attention: Remembers, heads: Heads, tokens: Krea2Tokens, lengths: SampleLengths | None
 ) -> Tensor:
     """Return the attention of tokens, B L N D, in which isolated references attend only to each other.
 
@@ -162,8 +162,8 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to x, B L C."""
-        gates = functional.silu(in_own_dtype(self.gate, x))
-        return in_own_dtype(self.down, gates * in_own_dtype(self.up, x))
+        gates = functional.silu(run_in_weight_dtype(self.gate, x))
+        return run_in_weight_dtype(self.down, gates * run_in_weight_dtype(self.up, x))
 
 
 class StreamBlock(nn.Module):
@@ -180,7 +180,7 @@ class StreamBlock(nn.Module):
 class TextBlock(StreamBlock):
     """Block over a language model's states, without positions or time."""
 
-    def forward(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None = None) -> Tensor:
+    def forward(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None = None) -> Tensor:
         """Apply the block to states x, B T C."""
         x = x + self.attn.see_text(self.prenorm(x), choice, lengths)
         output: Tensor = x + self.mlp(self.postnorm(x))
@@ -196,13 +196,13 @@ class TextFusion(nn.Module):
         self.projector = nn.Linear(config.states, 1, bias=False)
         self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
 
-    def forward(self, states: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+    def forward(self, states: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
         """Fuse the states of n layers for each text token, B T n C, to B T C."""
         # states: B T n C -> B T C
         x = states.flatten(0, 1)
         for block in self.layerwise_blocks:
             x = block(x, replace(choice, split=False))
-        x = in_own_dtype(self.projector, x.transpose(1, 2)).squeeze(-1).unflatten(0, states.shape[:2])
+        x = run_in_weight_dtype(self.projector, x.transpose(1, 2)).squeeze(-1).unflatten(0, states.shape[:2])
         for block in self.refiner_blocks:
             x = block(x, choice, lengths)
         return x
@@ -265,7 +265,7 @@ class LastLayer(nn.Module):
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Project image tokens x, B L C, to patches of the velocity."""
         scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin).chunk(2, dim=1)
-        return in_own_dtype(self.linear, modulate(self.norm.in_float32(x), shift, scale, tokens.dtype))
+        return run_in_weight_dtype(self.linear, modulate(self.norm.in_float32(x), shift, scale, tokens.dtype))
 
 
 class Krea2Layout(NamedTuple):
@@ -281,7 +281,7 @@ class Krea2Text(NamedTuple):
 
     states: Tensor  # B T C
     # how many of the tokens that attend to all are real, with this text last; None for all
-    lengths: Lengths | None
+    lengths: SampleLengths | None
 
 
 class Krea2Model(BlockNetwork):
@@ -342,7 +342,7 @@ class Krea2Model(BlockNetwork):
             # the first pass fills the cache; references are equal for all samples
             memory.update(self.remember([latents[:1] for latents in references]))
         # a pass that leaves references out takes none from the cache
-        if memory is None or overrides.leaves_out:
+        if memory is None or overrides.is_perturbed:
             memory = {}
         else:
             # the cached keys and values stand in for the references
@@ -480,20 +480,20 @@ class Krea2Model(BlockNetwork):
     def embed_image(self, latents: Tensor) -> Tensor:
         """Embed an image as tokens: B Z 1 H W to B L C."""
         patches = rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
-        return in_own_dtype(self.first, patches)
+        return run_in_weight_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Return all blocks' modulation and then the time embedding, B to B 7 C float32."""
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
-        rows = in_own_dtype(self.tproj[1], gelu(time)).float()
+        rows = run_in_weight_dtype(self.tproj[1], gelu(time)).float()
         return torch.cat([rows, time], dim=1).unflatten(1, (ROWS + 1, -1))
 
-    def embed_text(self, states: Tensor, lengths: Lengths | None) -> Tensor:
+    def embed_text(self, states: Tensor, lengths: SampleLengths | None) -> Tensor:
         """Embed a language model's states, B T n text_dim, as text tokens B T C."""
         norm, first, _, second = self.txtmlp
         fused = self.txtfusion(states, self.attention, lengths)
-        return in_own_dtype(second, gelu(in_own_dtype(first, norm(fused))))
+        return run_in_weight_dtype(second, gelu(run_in_weight_dtype(first, norm(fused))))
 
     def unembed(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
@@ -511,8 +511,10 @@ class Krea2Model(BlockNetwork):
         and (0, 0, 0) for texts.
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
-        grids = [Grid((1, *grid), first=number) for number, grid in enumerate(layout.references, 1)]
-        grids.append(Grid((1, *layout.grid), first=0))
-        images = [exact_table(grid, widths, theta, device) for grid in grids]
-        text = exact_table(Grid((1, 1, 1), first=0), widths, theta, device)
+        grids = [
+            TokenGrid((1, *grid), first_position=number) for number, grid in enumerate(layout.references, 1)
+        ]
+        grids.append(TokenGrid((1, *layout.grid), first_position=0))
+        images = [rotary_table(grid, widths, theta, device) for grid in grids]
+        text = rotary_table(TokenGrid((1, 1, 1), first_position=0), widths, theta, device)
         return torch.cat([*images, text.expand(layout.texts, -1, -1, -1)])

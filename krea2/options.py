@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -20,7 +20,7 @@ from modules.options import (
     option,
 )
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
-from modules.text_files import texts_of_files
+from modules.text_files import metadata_of_files
 from qwen_image.options import QwenImageVaeOptions
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -
 def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
     """Warn if edit LoRAs were trained with another --kv_cache setting."""
     how, mend = ("without", "Leave it out") if kv_cache else ("with", "Give it")
-    for path, metadata in texts_of_files(loras):
+    for path, metadata in metadata_of_files(loras):
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
         if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
             logger.warning(
@@ -226,11 +226,11 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     latents = {
-        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
+        "--vae": options.vae.file.vae or Placeholder("VAE_FILE"),
         "--edit": options.edit,
         "--match_target_res": options.match_target_res,
     }
-    texts = {**options.text.words("QWEN3_VL_FILE"), "--edit": options.edit}
+    texts = {**options.text.command_options("QWEN3_VL_FILE"), "--edit": options.edit}
     return latents, texts
 
 
@@ -251,11 +251,11 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
         if not sample.get("steps"):
             turbo = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {
-        "--dit": options.turbo_dit or options.dit or FillIn("DIT_FILE"),
+        "--dit": options.turbo_dit or options.dit or Placeholder("DIT_FILE"),
         **levels,
         **turbo,
-        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
-        **options.text.words("QWEN3_VL_FILE"),
+        "--vae": options.vae.file.vae or Placeholder("VAE_FILE"),
+        **options.text.command_options("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,
         "--match_target_res": bool(controls) and options.match_target_res,

@@ -22,9 +22,9 @@ from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.samples import track_info
 from modules.option_values import to_path
-from modules.options import is_given, option_name, override_options
-from modules.text_files import texts_of_files
-from protocols.data import REFERENCE_AUDIO, REFERENCE_LATENTS, SOUND, Batch, Conditions
+from modules.options import is_set, option_name, override_options
+from modules.text_files import metadata_of_files
+from protocols.data import AUDIO_LATENTS, REFERENCE_AUDIO, REFERENCE_LATENTS, Batch, Conditions
 from protocols.requests import Request
 from protocols.steps import Overrides
 
@@ -59,7 +59,7 @@ class AudioReferenceRules:
     def select(self, conditions: Conditions, overrides: Overrides) -> LtxAudioReferences:
         """Return the audio reference among a call's conditions, as an argument of the network."""
         latents = conditions.get(REFERENCE_AUDIO)
-        if not isinstance(latents, Tensor) or overrides.drops_audio_reference:
+        if not isinstance(latents, Tensor) or overrides.drop_audio_reference:
             return LtxAudioReferences()
         trains = overrides.step_position is None  # the denoising loop sets it, in which nothing is hidden
         return LtxAudioReferences(
@@ -82,7 +82,7 @@ def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
 
 def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
     """Warn about audio-reference options if the training's `strategy` uses no audio."""
-    given = [f"--{option_name(field)}" for field in fields(options) if is_given(options, field)]
+    given = [f"--{option_name(field)}" for field in fields(options) if is_set(options, field)]
     if given:
         logger.warning("%s: ignored, because %s takes no sound as reference", ", ".join(given), strategy)
 
@@ -97,7 +97,7 @@ def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
     lacking = []
     if VIDEO in strategy.needs and not any(name.startswith(REFERENCE_LATENTS) for name in names):
         lacking.append("reference_directory")
-    if AUDIO in strategy.needs and SOUND in names and REFERENCE_AUDIO not in names:
+    if AUDIO in strategy.needs and AUDIO_LATENTS in names and REFERENCE_AUDIO not in names:
         lacking.append("reference_audio_directory")
     if lacking:
         raise DatasetError(
@@ -137,7 +137,7 @@ def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -
         OptionError: If LoRAs record different positions, or anything but true and false.
     """
     recorded: dict[str, Path] = {}
-    for path, metadata in texts_of_files(loras):
+    for path, metadata in metadata_of_files(loras):
         if NEGATIVE in metadata:
             recorded[metadata[NEGATIVE]] = path
     if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:

@@ -22,7 +22,7 @@ from ltx_2.configs import EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from modules.attention.attend import attend
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import NamedFeedForward, RMSNorm, in_own_dtype
+from modules.layers.norms import NamedFeedForward, RMSNorm, run_in_weight_dtype
 from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -191,22 +191,24 @@ class LtxAttention(nn.Module):
 
     def queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return the queries of x, B L N D."""
-        return self._rotate_heads(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
+        return self._rotate_heads(self.q_norm(run_in_weight_dtype(self.to_q, x)), rotary)
 
     def keys(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return the normalized, rotated keys of x, B L N D."""
-        return self._rotate_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
+        return self._rotate_heads(self.k_norm(run_in_weight_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
         """Project x to values, B L N D."""
-        return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
+        return run_in_weight_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
         """Gate the attention output, B L N D, by tokens x, B L C, and project it to B L C."""
         if hasattr(self, "to_gate_logits"):
-            gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits give gates of 1
+            gates = (
+                2 * run_in_weight_dtype(self.to_gate_logits, x).sigmoid()
+            )  # B L N; zero logits give gates of 1
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
-        return in_own_dtype(self.to_out[0], attended.flatten(2))
+        return run_in_weight_dtype(self.to_out[0], attended.flatten(2))
 
     def _rotate_heads(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         heads = x.unflatten(-1, (self.num_heads, -1))

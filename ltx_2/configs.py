@@ -124,7 +124,7 @@ LATENT = LatentSpec(
     stride=(8, 32, 32),
     pixel_step=32,
     frame_step=8,
-    unsaid_fps=25.0,  # default of target_fps in the tables of musubi-tuner's fork, docs/ltx_2.md
+    default_fps=25.0,  # default of target_fps in the tables of musubi-tuner's fork, docs/ltx_2.md
 )
 
 
@@ -133,7 +133,7 @@ def count_tokens(shape: Sequence[int]) -> int:
     return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
 
 
-NOISE = NoiseSpec(training_offset=0.0, tokens=count_tokens)
+NOISE = NoiseSpec(training_offset=0.0, count_tokens=count_tokens)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ DIT = DitSpec(
         "caption_projection",
         "audio_caption_projection",
     ),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
 )
 

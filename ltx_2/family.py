@@ -82,7 +82,7 @@ from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
 from modules.media.samples import read_reference
 from modules.option_values import to_path
-from modules.options import NO_OPTIONS, in_one_spelling
+from modules.options import NO_OPTIONS, replace_synonyms
 from protocols import rules
 from protocols.data import (
     FIRST_FRAME,
@@ -91,10 +91,10 @@ from protocols.data import (
     REFERENCE_AUDIO,
     REFERENCE_LATENTS,
     AudioSpec,
+    AudioVideoShapes,
     Batch,
     CacheEntry,
     Conditions,
-    Joint,
     MediaBatch,
     MediaEncoders,
     MediaTable,
@@ -114,10 +114,10 @@ from protocols.requests import (
     check_size,
     full_frames,
     keep_usable_media,
-    settle,
+    resolve_request,
     size_of,
 )
-from protocols.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
+from protocols.steps import NO_OVERRIDES, CleanTokens, EncodedPrompts, Overrides, Section
 
 # keys of `Request.extra` that this family reads
 LINE_EXTRAS = (
@@ -156,7 +156,9 @@ class Ltx2(Ltx2Media):
     audio_references: AudioReferenceRules = AudioReferenceRules()
     reference_dropout_rate: float = 0.0  # fraction of training batches without their references
 
-    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True, guide=True)
+    abilities: ClassVar = Abilities(
+        trains_audio=True, takes_fps=True, detects_few_steps=True, trains_with_guides=True
+    )
     name: str = field(default="ltx2_v1", init=False)
     few_steps: ClassVar = FewSteps(
         base="the transformer called dev",
@@ -189,9 +191,9 @@ class Ltx2(Ltx2Media):
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
 
     @property
-    def fuller(self) -> tuple[str, ...]:
+    def teacher_only_conditions(self) -> tuple[str, ...]:
         """Return the conditions that only a teacher gets in training, not the network that learns from it."""
-        return (*super().fuller, FIRST_FRAME)
+        return (*super().teacher_only_conditions, FIRST_FRAME)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -227,7 +229,7 @@ class Ltx2(Ltx2Media):
             "model_type": self.name,
         }
         if isinstance(self.options, Ltx2TrainingOptions):
-            names |= in_one_spelling(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
+            names |= replace_synonyms(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
         # references of unscaled size are recorded only if the training is known to use them
@@ -317,11 +319,11 @@ class Ltx2(Ltx2Media):
         if timesteps.ndim == 2:  # a column for each stream
             image_times, audio_times = timesteps.unbind(1)
         num_frames = image.shape[2]
-        given = overrides.given or GivenTokens()
+        given = overrides.clean_tokens or CleanTokens()
         if given.keyframes is not None:  # only in training; a generation appends them to the noisy video
             keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
             image, shares = append_learned(image, given, keyframes, sigmas=image_times / 1000)
-            overrides = replace(overrides, given=shares)
+            overrides = replace(overrides, clean_tokens=shares)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
         if references and self.reference_strength != 1:
@@ -342,7 +344,7 @@ class Ltx2(Ltx2Media):
                 ),
                 SOUND_NAMES: self.audio_references.select(cond, overrides),
             },
-            keyframes=given.places,
+            keyframes=given.keyframe_indices,
             **arguments_of(cond),
         )
         if not self.files.has_images:  # joint latents have a velocity for both streams
@@ -414,7 +416,7 @@ class Ltx2(Ltx2Media):
         defaults = self.defaults
         flow_shift = request.flow_shift or defaults.flow_shift
         assert flow_shift is not None
-        prepared = settle(
+        prepared = resolve_request(
             request,
             defaults,
             size=(width, height, frames),
@@ -435,7 +437,7 @@ class Ltx2(Ltx2Media):
             rules=self._resolve_guidance(request, references),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             family_record=references,
-            own_metadata=self._make_output_metadata(references, media),
+            extra_metadata=self._make_output_metadata(references, media),
         )
         if self.stages is not None:
             prepared = self.stages.split(prepared, self.latent, self.vae_dtype)
@@ -449,7 +451,9 @@ class Ltx2(Ltx2Media):
             prepared = add_pasting(prepared, media, self.latent)
         return prepared
 
-    def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
+    def _check_audio_reference(
+        self, path: Path, joint: AudioVideoShapes | None, media: Ltx2GivenMedia
+    ) -> None:
         """Raise OptionError if a request's audio reference would have no effect."""
         if not self.strategy.takes_audio:
             raise OptionError(
@@ -510,7 +514,7 @@ class Ltx2(Ltx2Media):
                 "denoised take their places. Leave one of them out"
             )
 
-    def _make_joint(self, prepared: Prepared) -> Joint | None:
+    def _make_joint(self, prepared: Prepared) -> AudioVideoShapes | None:
         """Return the joint shape of video and audio latents; None without audio, as for a single image."""
         audio = self.audio
         is_alone = not self.files.has_images
@@ -520,7 +524,7 @@ class Ltx2(Ltx2Media):
             prepared.frames, prepared.height, prepared.width
         )
         image = (channels, 0 if is_alone else length, rows, columns)
-        return Joint(image, audio.shape(prepared.frames, prepared.fps))
+        return AudioVideoShapes(image, audio.shape(prepared.frames, prepared.fps))
 
     def _resolve_guidance(self, request: Request, references: RequestReferences) -> rules.GuidanceRules:
         (num_blocks,) = self.block_counts()
@@ -755,7 +759,7 @@ class Ltx2(Ltx2Media):
             joint = stage.joint
             if joint is None:
                 return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
-            image = noise.draw((1, *joint.picture))
+            image = noise.draw((1, *joint.image))
             audio = noise.draw((1, *joint.audio))
             return joint.join(image, audio)
 
@@ -772,13 +776,13 @@ class Ltx2(Ltx2Media):
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(
-                    section, clean_first_frames=first, overrides=Overrides(given_frames=first.shape[2])
+                    section, clean_frames=first, overrides=Overrides(num_clean_frames=first.shape[2])
                 )
             if given:
                 section = hold_given_parts(section, given, stage.joint)
             if not keyframes:
                 return section
-            level = stage.levels[0] if stage.levels else 1.0
+            level = stage.sigmas[0] if stage.sigmas else 1.0
             return append_keyframes(section, keyframes, stage.joint, noise, level)
 
         # without stages; a dry run that measures memory also has a single one
@@ -853,9 +857,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
-        gives=make_given_rules(options.given),
+        clean_token_rule=make_given_rules(options.given),
         # masks either select the given latents, or keep weighting the loss; guide images are put in anyway
-        vary_inputs=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
+        change_conditions=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
     )
     strategy = options.strategy
     takes_images = strategy.takes_images and not is_alone
@@ -865,7 +869,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         files,
         guidance=options.guidance,
         noise=noise,
-        dit=replace(DIT, lora_choice=LORA_PRESETS[options.lora_target_preset]),
+        dit=replace(DIT, lora_include=LORA_PRESETS[options.lora_target_preset]),
         audio_learning=learning,
         size=(options.width, options.height, options.sample_num_frames),
         makes_audio=not options.silent,
@@ -882,7 +886,7 @@ def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.Referenc
     dropped = 1 - options.ic_lora_ref_probability
     is_v2v = options.strategy is STRATEGIES["v2v"]
     edits = dropped > 0 or is_v2v or VIDEO in options.strategy.needs
-    return replace(make_rules(options.references), dropped=dropped, edits=edits)
+    return replace(make_rules(options.references), dropout_probability=dropped, edits=edits)
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:

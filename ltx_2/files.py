@@ -40,7 +40,7 @@ from ltx_2.video_vae_blocks import VideoVaeConfig
 from modules.devices import select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.speed_options import text_form
-from protocols.data import LATENTS_MADE, SOUND, AudioSpec, Batch, LatentSpec
+from protocols.data import AUDIO_LATENTS, LATENTS_MADE, AudioSpec, Batch, LatentSpec
 from protocols.family import TextEncoder
 from protocols.loading import Placement
 from protocols.rules import ShiftedLogit
@@ -196,8 +196,8 @@ class Ltx2Files(TransformerFiles):
             RATE,
             settings["in_channels"],
             partial(audio_shape, settings["latent_channels"], settings["mel_bins"] // JOINED),
-            without="--ltx2_mode video",
-            is_alone=not self.has_images,
+            silent_option="--ltx2_mode video",
+            audio_only=not self.has_images,
         )
 
     def _check_default_audio(self) -> None:
@@ -302,7 +302,7 @@ class Ltx2Files(TransformerFiles):
         text_dims = [stream.text_dim for stream in config.streams.values()]
         widths = dict(zip((VIDEO, AUDIO), text_dims, strict=False))
         needed = {prompt_key(stream): widths[stream] for stream in self.streams}
-        if not self.has_images and SOUND not in batch.tensors:
+        if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
             )

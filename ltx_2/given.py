@@ -18,8 +18,8 @@ from ltx_2.configs import LATENT, MEL_RATE, MEL_STRIDE
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.rope import place_latents
 from modules.errors import DatasetError
-from protocols.data import GUIDES, KEYFRAME_LATENTS, LATENT_GUIDE, LOSS_MASK, SOUND, Batch, Conditions
-from protocols.steps import WHOLE, GivenTokens
+from protocols.data import AUDIO_LATENTS, GUIDES, KEYFRAME_LATENTS, LATENT_GUIDE, LOSS_MASK, Batch, Conditions
+from protocols.steps import FULLY_CLEAN, CleanTokens
 
 logger = logging.getLogger(__name__)
 ROUNDING = 0.002  # rounding error of masks in caches, which are float16
@@ -214,7 +214,7 @@ class GivenRules:
                 changes[name] = replace(rule, probability=1.0)
         return replace(self, **changes)
 
-    def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
+    def draw(self, batch: Batch, generator: torch.Generator) -> CleanTokens | None:
         """Draw which latents of each clip are given as clean conditions; return None if none are.
 
         Raises:
@@ -231,7 +231,7 @@ class GivenRules:
             if not guide.is_keyframe:
                 image = _mark_guide(image, guide, batch)
         audio = None
-        sound = batch.tensors.get(SOUND)
+        sound = batch.tensors.get(AUDIO_LATENTS)
         if isinstance(sound, Tensor):
             audio = self._mark_audio(batch, sound.shape[2], draws)
         _warn_of_whole(batch.keys, image)
@@ -241,20 +241,20 @@ class GivenRules:
         keyframes += self._choose_keyframes(batch.tensor("latents"), generator)
         if image_shares is None and audio_shares is None and not keyframes:
             return None
-        given = GivenTokens(image_shares, audio_shares)
+        given = CleanTokens(image_shares, audio_shares)
         if not keyframes:
             return given
         # keyframes are extra frames after the clip; noise is needed if one is not entirely given
         latents = torch.cat([keyframe.latents for keyframe in keyframes], dim=2)
         shares = torch.stack([keyframe.shares for keyframe in keyframes], dim=1)
         noise = None
-        if shares.min() < WHOLE:
+        if shares.min() < FULLY_CLEAN:
             noise = torch.randn(latents.shape, generator=generator)
         return replace(
             given,
             keyframes=latents,
-            places=tuple(keyframe.index for keyframe in keyframes),
-            keyframe_shares=shares,
+            keyframe_indices=tuple(keyframe.index for keyframe in keyframes),
+            keyframe_strengths=shares,
             keyframe_noise=noise,
         )
 
@@ -266,7 +266,7 @@ class GivenRules:
         samples, _, frames = latents.shape[:3]
         if self.keyframes is None or frames == 1:
             return []
-        shares = (self.keyframes.choose(samples, frames, generator) * WHOLE).short()
+        shares = (self.keyframes.choose(samples, frames, generator) * FULLY_CLEAN).short()
         return [
             BatchGuide(latents[:, :, index : index + 1], LATENT.frame_step * index, shares[:, index])
             for index in shares.any(0).nonzero()[:, 0].tolist()
@@ -290,10 +290,10 @@ class GivenRules:
             is_drawn = draws[3] < self.mask.probability
             is_given |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
         # anchors are frames given by a fraction; where rules overlap, the larger share counts
-        shares = is_given * WHOLE
+        shares = is_given * FULLY_CLEAN
         if self.anchors is not None and frames > 1:
             marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
-            shares = torch.maximum(shares, marked * round(WHOLE * self.anchors.strength))
+            shares = torch.maximum(shares, marked * round(FULLY_CLEAN * self.anchors.strength))
         return shares[:, None].short()
 
     def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class GivenRules:
         if self.audio_times is not None:
             starts, ends = audio_bounds(count)
             covered = []
-            for key, times in zip(batch.keys, batch.given_times or (None,) * len(batch), strict=True):
+            for key, times in zip(batch.keys, batch.clean_times or (None,) * len(batch), strict=True):
                 if times is None:
                     raise DatasetError(
                         f"{key}: --ltx2_audio_inpaint_mask needs a file of its name, .json or .txt, in "
@@ -333,7 +333,7 @@ class GivenRules:
                     )
                 covered.append(cover_times(starts, ends, times))
             is_given |= self.audio_times.mark(torch.stack(covered), draws[7])
-        return (is_given * WHOLE).short()[:, None, :, None]
+        return (is_given * FULLY_CLEAN).short()[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ class BatchGuide:
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
-    shares: Tensor  # how much of it is given to each clip, as in `GivenTokens`, B int16
+    shares: Tensor  # how much of it is given to each clip, as in `CleanTokens`, B int16
     is_keyframe: bool = True  # True: appended to the clip; False: replaces a latent frame
 
 

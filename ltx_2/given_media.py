@@ -30,13 +30,13 @@ from modules.media.reading import is_still, read_image, resize_cover, video_fram
 from modules.media.samples import read_beginning, read_track
 from modules.option_values import to_path
 from modules.options import override_options
-from protocols.data import AudioSpec, Conditions, Joint, LatentSpec
+from protocols.data import AudioSpec, AudioVideoShapes, Conditions, LatentSpec
 from protocols.requests import Prepared, Request, check_frames, check_opens, count_frames_up_to
 from protocols.rules import ReferenceRules
-from protocols.steps import WHOLE, FixedLatents, GivenTokens, Section, clean_fraction
+from protocols.steps import FULLY_CLEAN, CleanTokens, FixedLatents, Section, clean_fraction
 
 logger = logging.getLogger(__name__)
-# names of conditions: clean latents, and the share of each latent that is kept, as in `GivenTokens`
+# names of conditions: clean latents, and the share of each latent that is kept, as in `CleanTokens`
 IMAGE, IMAGE_SHARES = "given_image", "given_image_shares"
 AUDIO, AUDIO_SHARES = "given_audio", "given_audio_shares"
 MASK = "inpaint_mask"
@@ -189,7 +189,7 @@ class GivenImages:
         """Return the number of latent frames."""
         return self.clean.shape[2]
 
-    def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = WHOLE) -> None:
+    def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = FULLY_CLEAN) -> None:
         """Mark latents, 1 C f H W, as given with a share, from the latent frame `first` on.
 
         Only positions where `is_kept`, broadcast to f H W, is true are marked.
@@ -339,7 +339,7 @@ def encode_given_audio(
         latents = encode(kept.samples, prepared.frames, prepared.fps).float().cpu()
         # later parts overwrite earlier ones
         clean = torch.where(kept.is_kept[:, None], latents, clean)
-        shares.masked_fill_(kept.is_kept[:, None], WHOLE)
+        shares.masked_fill_(kept.is_kept[:, None], FULLY_CLEAN)
     return {AUDIO: clean, AUDIO_SHARES: shares} if shares.any() else {}
 
 
@@ -417,7 +417,7 @@ def take_given(conditions: dict[str, Any]) -> Conditions:
     return {name: conditions.pop(name) for name in names if name in conditions}
 
 
-def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -> Section:
+def hold_given_parts(section: Section, given: Conditions, joint: AudioVideoShapes | None) -> Section:
     """Return the section with its given latents fixed, entirely or partly, at their clean values.
 
     Args:
@@ -434,7 +434,7 @@ def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -
         image, image_parts = _spread(given.get(IMAGE), image_shares, image)
         audio, audio_parts = _spread(given.get(AUDIO), audio_shares, audio)
         clean, shares = joint.join(image, audio), joint.join(image_parts, audio_parts)
-    tokens = GivenTokens(
+    tokens = CleanTokens(
         image_shares if isinstance(image_shares, Tensor) else None,
         audio_shares if isinstance(audio_shares, Tensor) else None,
     )
@@ -442,7 +442,7 @@ def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -
         section,
         noise=shares * clean + (1 - shares) * start,
         fixed_latents=FixedLatents(clean, shares),
-        overrides=replace(section.overrides, given=tokens),
+        overrides=replace(section.overrides, clean_tokens=tokens),
     )
 
 

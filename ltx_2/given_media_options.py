@@ -34,7 +34,7 @@ class PlacedImage:
 
     @property
     def share(self) -> int:
-        """Return the strength in the units of `protocols.steps.GivenTokens`."""
+        """Return the strength in the units of `protocols.steps.CleanTokens`."""
         return round(1000 * self.strength)
 
     @property

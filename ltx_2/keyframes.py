@@ -17,13 +17,13 @@ from torch import Tensor
 from ltx_2.given_media_options import PlacedImage
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels
-from protocols.data import Conditions, Joint
+from protocols.data import AudioVideoShapes, Conditions
 from protocols.family import NoiseSource
 from protocols.requests import Prepared, check_opens
-from protocols.steps import FixedLatents, GivenTokens, Section, clean_fraction
+from protocols.steps import CleanTokens, FixedLatents, Section, clean_fraction
 
 # names of conditions: clean latents 1 C K H W, their frame indices in the video 1 K int64, and how much of
-# each is kept, as in `GivenTokens`, 1 K int16
+# each is kept, as in `CleanTokens`, 1 K int16
 KEYFRAMES, PLACES, SHARES = "keyframe_latents", "keyframe_places", "keyframe_shares"
 FIRST = -1  # frame index of an image that guides the entire video
 
@@ -98,7 +98,7 @@ def take_keyframes(conditions: dict[str, Any]) -> Conditions:
 
 
 def append_keyframes(
-    section: Section, conditions: Conditions, joint: Joint | None, noise: NoiseSource, level: float
+    section: Section, conditions: Conditions, joint: AudioVideoShapes | None, noise: NoiseSource, level: float
 ) -> Section:
     """Append keyframes to a section's video as further latent frames, to be denoised with it.
 
@@ -130,25 +130,27 @@ def append_keyframes(
         return joint.join(torch.cat([image, keyframes], dim=2), audio)
 
     held = section.fixed_latents or FixedLatents(torch.zeros_like(start), torch.zeros_like(start))
-    given = append_shares(section.overrides.given, image, shares)
+    given = append_shares(section.overrides.clean_tokens, image, shares)
     overrides = replace(
         section.overrides,
-        given=replace(given, places=tuple(frame_indices[0].tolist()), num_generated=num_generated),
+        clean_tokens=replace(
+            given, keyframe_indices=tuple(frame_indices[0].tolist()), num_generated=num_generated
+        ),
     )
     if joint is not None and audio is not None:
-        channels, frames, rows, columns = joint.picture
+        channels, frames, rows, columns = joint.image
         picture = (channels, frames + clean.shape[2], rows, columns)
-        overrides = replace(overrides, joint=replace(joint, picture=picture))
+        overrides = replace(overrides, joint=replace(joint, image=picture))
     return replace(
         section,
         noise=append(start, noisy),
-        fixed_latents=FixedLatents(append(held.clean, clean), append(held.shares, clean_share)),
+        fixed_latents=FixedLatents(append(held.clean, clean), append(held.clean_weights, clean_share)),
         overrides=overrides,
-        shown=image.shape[2],
+        num_visible_frames=image.shape[2],
     )
 
 
-def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> GivenTokens:
+def append_shares(given: CleanTokens | None, image: Tensor, shares: Tensor) -> CleanTokens:
     """Return the clean share of each latent of a clip, and of the keyframes after it.
 
     Args:
@@ -156,7 +158,7 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
         image: Latents of the clip, B C F H W, of which only the shape is used.
         shares: Clean shares of the keyframes, B 1 K H W int16.
     """
-    given = given or GivenTokens()
+    given = given or CleanTokens()
     of_image = given.image
     if of_image is None:
         of_image = torch.zeros(len(image), 1, *image.shape[2:], dtype=torch.int16)
@@ -164,8 +166,8 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
 
 
 def append_learned(
-    image: Tensor, given: GivenTokens, keyframes: Tensor, sigmas: Tensor
-) -> tuple[Tensor, GivenTokens]:
+    image: Tensor, given: CleanTokens, keyframes: Tensor, sigmas: Tensor
+) -> tuple[Tensor, CleanTokens]:
     """Append keyframes to a training batch's noisy latents, noised unless they are given clean.
 
     Args:
@@ -178,8 +180,8 @@ def append_learned(
         The latents with the keyframes, and how much of each latent is given clean.
     """
     _, _, _, rows, columns = keyframes.shape
-    assert given.keyframe_shares is not None
-    shares = given.keyframe_shares[:, None, :, None, None]
+    assert given.keyframe_strengths is not None
+    shares = given.keyframe_strengths[:, None, :, None, None]
     if given.keyframe_noise is not None:
         kept_share = clean_fraction(shares, keyframes)
         levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - kept_share)
@@ -201,7 +203,7 @@ def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Sect
     try:
         while True:
             latents = yield section
-            joint, shown = section.overrides.joint, section.shown
+            joint, shown = section.overrides.joint, section.num_visible_frames
             if shown is not None and joint is None:
                 latents = latents[:, :, :shown]
             elif shown is not None and joint is not None:

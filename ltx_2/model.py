@@ -33,11 +33,17 @@ from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import (
+    Float32LayerNorm,
+    TwoLayerMlp,
+    activation_dtype,
+    run_float32,
+    run_in_weight_dtype,
+)
 from modules.layers.rope import GridTable, sinusoid
 from modules.private_torch import disable_modes
 from modules.speed_options import SDPA, AttentionChoice
-from protocols.steps import NO_OVERRIDES, WHOLE, Overrides
+from protocols.steps import FULLY_CLEAN, NO_OVERRIDES, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 DEFAULT_FPS = 24.0
@@ -122,12 +128,12 @@ def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
     num_given_tokens = inputs.num_given - num_reference_tokens  # of completely given frames
     with disable_modes():  # `unique` needs values, also in a dry run that measures memory
         shares = given.flatten(1).expand(len(latents), -1).clone()
-        shares[:, :num_given_tokens] = WHOLE
-        reference_share = WHOLE - round(WHOLE * references.share)
+        shares[:, :num_given_tokens] = FULLY_CLEAN
+        reference_share = FULLY_CLEAN - round(FULLY_CLEAN * references.share)
         reference_shares = shares.new_full((len(latents), num_reference_tokens), reference_share)
         # few distinct shares: modulation is computed once for each
         distinct, indices = torch.cat([reference_shares, shares], dim=1).unique(return_inverse=True)
-    fractions = 1 - distinct.float() / WHOLE
+    fractions = 1 - distinct.float() / FULLY_CLEAN
     return TokenTimes(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
 
 
@@ -183,7 +189,7 @@ class LtxModel(nn.Module):
         parts[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
-            parts[f"{prefix}caption_projection"] = TwoLayers("linear_1 linear_2", sizes, gelu)
+            parts[f"{prefix}caption_projection"] = TwoLayerMlp("linear_1 linear_2", sizes, gelu)
         # shift, scale and gate of self-attention, feed-forward and, in some releases, attention to the text
         parts[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
         if config.modulates_text and config.times_text:
@@ -283,7 +289,7 @@ class LtxModel(nn.Module):
         first_latents = next(iter(latents.values()))
         dtype = activation_dtype(first_latents.device, self.compute_dtype)
         prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[SOUND])
-        sees_other = len(latents) == 2 and not overrides.isolated
+        sees_other = len(latents) == 2 and not overrides.isolate_modalities
         parts = {}
         streams = {}
         for names, stream_latents in latents.items():
@@ -293,14 +299,14 @@ class LtxModel(nn.Module):
                 stream_latents,
                 timesteps=timesteps[names],
                 freq_dim=self.config.freq_dim,
-                given_frames=overrides.given_frames if is_video else 0,
+                given_frames=overrides.num_clean_frames if is_video else 0,
                 references=references.get(names, LtxReferences()),
                 keyframes=keyframes if is_video else (),
             )
-            if overrides.given is not None:
+            if overrides.clean_tokens is not None:
                 if is_video:
-                    inputs = replace(inputs, num_marked=overrides.given.num_generated)
-                given = overrides.given.image if is_video else overrides.given.audio
+                    inputs = replace(inputs, num_marked=overrides.clean_tokens.num_generated)
+                given = overrides.clean_tokens.image if is_video else overrides.clean_tokens.audio
                 if given is not None:
                     inputs = replace(inputs, times=find_token_times(inputs, given))
             text_name = "text" if is_video else "audio_text"
@@ -395,7 +401,7 @@ class LtxModel(nn.Module):
         if references.latents:
             in_front = [_flatten(names, reference) for reference in references.latents]
             flat = torch.cat([*in_front, flat], dim=1)
-        tokens = in_own_dtype(self._get_layer(names, "patchify_proj"), flat).to(dtype)
+        tokens = run_in_weight_dtype(self._get_layer(names, "patchify_proj"), flat).to(dtype)
         if names is not VIDEO or not self.config.marks_first:
             return tokens
         return self._mark_single_frames(tokens, inputs)
@@ -409,7 +415,7 @@ class LtxModel(nn.Module):
             shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
             normed = self._get_layer(names, "norm_out")(stream_x)
             h = modulate(normed, shift, scale, tokens.dtype, split=stream.split)
-            out = in_own_dtype(self._get_layer(names, "proj_out"), h).float()
+            out = run_in_weight_dtype(self._get_layer(names, "proj_out"), h).float()
             velocities[names] = _shape_velocity(out, names, tokens)
         return velocities
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, IDENTITY, OF_DECODING, Options, option
 from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 from modules.text_files import read_safetensors_texts
@@ -97,12 +97,12 @@ class Ltx2TextOptions(Options):
         encoder_file: Path | str | None = self.ltx2_text_encoder_checkpoint
         folder: Path | str | None = self.gemma_root
         if is_version_2_5(checkpoint):
-            encoder_file = encoder_file or FillIn("GEMMA_4_FILE")
+            encoder_file = encoder_file or Placeholder("GEMMA_4_FILE")
             folder = None
         elif self.gemma_safetensors is not None:
             folder = self.tokenizer
         elif folder == GEMMA and not GEMMA.is_dir():  # the default folder, which does not exist here
-            folder = FillIn("GEMMA_FOLDER") if encoder_file is None else None
+            folder = Placeholder("GEMMA_FOLDER") if encoder_file is None else None
         return {
             "--gemma_root": folder,
             "--gemma_safetensors": self.gemma_safetensors,

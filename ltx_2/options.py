@@ -32,7 +32,7 @@ from ltx_2.reference_options import Ltx2GivenReferences, Ltx2ReferenceOptions
 from ltx_2.refused_options import ALWAYS_GIVEN, GENERATION, LATENTS, TEXTS, TRAINING, declare_all
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -40,7 +40,7 @@ from modules.options import (
     NO_PIXELS,
     OF_SAMPLES,
     Options,
-    is_given,
+    is_set,
     not_needed,
     option,
     option_name,
@@ -129,7 +129,7 @@ def log_ignored(streams: Collection[str], *records: Options) -> None:
         lacking, reason = _OF_AUDIO, "pictures alone have no sound"
     else:
         return
-    given = [field for record in records for field in fields(record) if is_given(record, field)]
+    given = [field for record in records for field in fields(record) if is_set(record, field)]
     ignored = [f"--{option_name(field)}" for field in given if field.name in lacking]
     if ignored:
         logger.warning("%s: ignored, because %s", ", ".join(ignored), reason)
@@ -383,7 +383,7 @@ def with_recipe(options: R) -> R:
             if name in values:
                 values[name] = check_value(name, values[name], source)
                 typed = getattr(record, field.name)
-                if is_given(record, field) and typed != values[name]:
+                if is_set(record, field) and typed != values[name]:
                     raise OptionError(
                         f"--{name} {typed} and {source}, which says {values[name]}: give one of them"
                     )
@@ -555,9 +555,9 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}
     latents["--ltx2_audio_vae"] = options.vae.audio_vae
     if is_version_2_5(checkpoint):  # LTX-2.5 has the VAEs in separate files
-        latents["--ltx2_video_vae"] = options.vae.file.vae or FillIn("VIDEO_VAE_FILE")
+        latents["--ltx2_video_vae"] = options.vae.file.vae or Placeholder("VIDEO_VAE_FILE")
         if AUDIO in options.model.streams:
-            latents["--ltx2_audio_vae"] = options.vae.audio_vae or FillIn("AUDIO_VAE_FILE")
+            latents["--ltx2_audio_vae"] = options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE")
     texts = options.text.words(checkpoint)
     return {**model, **latents, **options.references.words()}, {**model, **texts}
 

@@ -32,8 +32,8 @@ from modules.integers import ceil_div
 from modules.media.pixels import to_pixels
 from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.options import override_options
-from modules.text_files import texts_of_files
-from protocols.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
+from modules.text_files import metadata_of_files
+from protocols.data import REFERENCE_LATENTS, AudioVideoShapes, Conditions, LatentSpec
 from protocols.family import NoiseSource
 from protocols.requests import count_frames_up_to
 from protocols.rules import ReferenceRules
@@ -62,7 +62,7 @@ def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
     """Return how many of a reference's `frames` are encoded: every n-th, to fill whole latent frames."""
     # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
-    maximum = min(count, rules.frames or count)
+    maximum = min(count, rules.max_frames or count)
     return (maximum - 1) // frame_step * frame_step + 1
 
 
@@ -157,7 +157,7 @@ class DenoisedReferences:
         return pack(image_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
 
 
-def split_audio(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
+def split_audio(latents: Tensor, joint: AudioVideoShapes | None) -> tuple[Tensor, Tensor | None]:
     """Split latents into video and audio by the shapes in `joint`; None for a clip without audio."""
     if joint is None:
         return latents, None
@@ -174,7 +174,10 @@ def split_denoised(
 
 
 def with_noisy_references(
-    sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
+    sections: Generator[Section, Tensor, Tensor],
+    strength: float,
+    joint: AudioVideoShapes | None,
+    noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
     """Wrap sections so that references are denoised together with the video, as frames after its last one.
 
@@ -198,7 +201,7 @@ def with_noisy_references(
 
 
 def _denoise_with_references(
-    section: Section, strength: float, joint: Joint | None, noise: NoiseSource
+    section: Section, strength: float, joint: AudioVideoShapes | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
     """Yield a section with its references appended to its video; return its latents without them."""
     joint = section.overrides.joint or joint
@@ -208,12 +211,12 @@ def _denoise_with_references(
     packed = pack(image, _blend_with_noise(references, strength, noise))
     # a yield hands the section to the sampler, and returns its denoised latents
     if joint is None or audio is None:
-        latents = yield replace(section, noise=packed, shown=frames)
+        latents = yield replace(section, noise=packed, num_visible_frames=frames)
         return latents[:, :, :frames]
-    packed_joint = Joint((packed.shape[1], *packed.shape[2:]), joint.audio)
+    packed_joint = AudioVideoShapes((packed.shape[1], *packed.shape[2:]), joint.audio)
     overrides = replace(section.overrides, joint=packed_joint)
     noise_of_both = packed_joint.join(packed, audio)
-    latents = yield replace(section, noise=noise_of_both, overrides=overrides, shown=frames)
+    latents = yield replace(section, noise=noise_of_both, overrides=overrides, num_visible_frames=frames)
     image, audio = packed_joint.split(latents)
     return joint.join(image[:, :, :frames], audio)
 
@@ -305,7 +308,7 @@ def read_factors(loras: Sequence[Path]) -> dict[str, int]:
     """
     factors: dict[str, int] = {}
     sources: dict[str, Path] = {}  # the LoRA that a factor was read from first
-    for path, metadata in texts_of_files(loras):
+    for path, metadata in metadata_of_files(loras):
         for option, names in FACTOR_NAMES.items():
             factor = _read_factor(path, metadata, names)
             if factor is None:
@@ -360,7 +363,7 @@ def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> Reference
         clips=True,
         size_factor=options.reference_downscale or 1,
         time_factor=options.reference_temporal_scale or 1,
-        frames=options.reference_frames or 0,
+        max_frames=options.reference_frames or 0,
     )
 
 
@@ -368,6 +371,6 @@ def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
     """Return metadata about the references that a LoRA was trained with, under all known names."""
     metadata = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
     metadata |= dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
-    if rules.frames:
-        metadata[FRAMES] = str(rules.frames)
+    if rules.max_frames:
+        metadata[FRAMES] = str(rules.max_frames)
     return metadata

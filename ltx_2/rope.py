@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltx_2.configs import MEL_RATE, MEL_STRIDE, LtxConfig
 from modules.devices import send_ahead
-from modules.layers.rope import THETA, turns
+from modules.layers.rope import THETA, cos_and_sin
 
 
 class Places(NamedTuple):
@@ -86,7 +86,7 @@ def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longes
     """Return the rotary pairs, n K 2, of the centers of `bounds`, at K = `count` frequencies."""
     frequencies = theta ** torch.linspace(0, 1, count, dtype=torch.float64)
     share = (bounds[:, 0] + bounds[:, 1]) / 2 / longest
-    return send_ahead(turns(torch.outer(share * 2 - 1, (frequencies * math.pi / 2).float())), device)
+    return send_ahead(cos_and_sin(torch.outer(share * 2 - 1, (frequencies * math.pi / 2).float())), device)
 
 
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:

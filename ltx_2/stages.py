@@ -23,10 +23,10 @@ from ltx_2.references import read_factors, split_audio
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.errors import OptionError
-from protocols.data import Joint, LatentSpec
+from protocols.data import AudioVideoShapes, LatentSpec
 from protocols.family import NoiseSource
 from protocols.requests import Prepared
-from protocols.rules import AS_PLAIN
+from protocols.rules import NO_GUIDANCE_RULES
 from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
@@ -121,13 +121,15 @@ class TwoStages:
             prepared,
             request=replace(request, cfg_schedule=None, step_cache=None),
             steps=self.steps,
-            levels=tuple(float(level) for level in levels),
+            sigmas=tuple(float(level) for level in levels),
             solver="euler",
             guidance_scale=(1.0,),
-            rules=AS_PLAIN,
+            rules=NO_GUIDANCE_RULES,
             family_record=RequestReferences(),  # references are only for the first stage
-            added=tuple(lora.second for lora in self.loras),  # strengths of the LoRAs in this stage
-            begun_by=self._plan_upscaling(shape, dtype),
+            stage_lora_strengths=tuple(
+                lora.second for lora in self.loras
+            ),  # strengths of the LoRAs in this stage
+            stage_start_networks=self._plan_upscaling(shape, dtype),
         )
         return replace(prepared, stages=(first, second))
 
@@ -142,7 +144,7 @@ class TwoStages:
         if joint is not None:  # later stages do not lengthen the audio
             # the clip's smaller latents, with audio of the full duration
             _, channels, length, rows, columns = latent.shape(frames, height, width)
-            joint = Joint((channels, length, rows, columns), joint.audio)
+            joint = AudioVideoShapes((channels, length, rows, columns), joint.audio)
         return replace(
             prepared,
             width=width,
@@ -150,7 +152,9 @@ class TwoStages:
             frames=frames,
             fps=prepared.fps / growth.frames,  # fewer frames in the same duration
             joint=joint,
-            added=tuple(lora.first for lora in self.loras),  # strengths of the LoRAs in this stage
+            stage_lora_strengths=tuple(
+                lora.first for lora in self.loras
+            ),  # strengths of the LoRAs in this stage
         )
 
     def _plan_upscaling(
@@ -252,7 +256,7 @@ def stage_sections(
     latents = yield _of_stage(section, first, 0)
     image, audio = split_audio(latents, first.joint)
     image = enlarge(image)
-    level = second.levels[0]
+    level = second.sigmas[0]
     start = _blend(image, _draw_image_tokens(noise, image), level)
     if second.joint is None or audio is None:
         section = begin(second, 1, start)

@@ -19,7 +19,7 @@ from checkpoints.filling import on_meta_device
 from checkpoints.model_files import inside
 from checkpoints.opening import fingerprint, open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
 from encoders.language_models import (
     ALL_STATES,
     FEED_NORM,
@@ -140,7 +140,7 @@ TOKENIZER_FILES = TokenizerFiles(
     folders=(".", "tokenizer", "../tokenizer"),
     unique_token="<start_of_turn>",
 )
-GEMMA_USE = LanguageUse(
+GEMMA_USE = LanguageEncoderSettings(
     name="gemma3",
     states_key=STATES,
     model=GEMMA_3,
@@ -149,7 +149,7 @@ GEMMA_USE = LanguageUse(
     states=ALL_STATES,
     # padding is not computed: its states are unused, and it only shifts the positions of other tokens
     pads_left=True,
-    at_once=1,
+    batch_size=1,
 )
 
 
@@ -161,7 +161,9 @@ def prompt_key(stream: str) -> str:
 class Ltx2TextEncoder(LanguageModelEncoder):
     """Gemma with the connectors, which give each prompt 1024 rows per stream."""
 
-    can = EncoderAbilities(wait=True, divide=True, have_side=True, take_words=True)
+    abilities = EncoderAbilities(
+        offloads_layers=True, shardable=True, has_text_layers=True, accepts_new_words=True
+    )
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         form: str | None = None,
         on_cpu: bool = False,
         streams: Collection[str] = STREAMS,
-        use: LanguageUse = GEMMA_USE,
+        use: LanguageEncoderSettings = GEMMA_USE,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
@@ -243,7 +245,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return network
 
     @property
-    def text_side(self) -> nn.Module:
+    def text_layers(self) -> nn.Module:
         """Return the connectors."""
         return self.network.get_submodule("connectors")
 

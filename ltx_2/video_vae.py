@@ -18,7 +18,7 @@ from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, split_into_tiles
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae_blocks import ClipMemory, VideoVaeConfig, VideoVaeDecoder, VideoVaeEncoder
 from modules.devices import dtype_name
-from modules.layers.convolution import lay_out, layouts
+from modules.layers.convolution import memory_formats, set_memory_format
 from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class LtxVideoVae(nn.Module):
         return self.latents_mean.view(1, -1, 1, 1, 1), self.latents_std.view(1, -1, 1, 1, 1)
 
     def _place(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
+        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
 
 
 def load_video_vae(
@@ -146,6 +146,6 @@ def load_video_vae(
             lambda name, _: torch.float32 if name.startswith("latents_") else dtype,
             what="the video VAE of LTX-2",
         )
-    lay_out(vae, device)
+    set_memory_format(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae

@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.layers.convolution import conv3d, empty_clip, layouts
+from modules.layers.convolution import conv3d, empty_clip, memory_formats
 
 KERNEL = 3  # size of every convolution
 EPS = 1e-8  # in every norm
@@ -306,7 +306,7 @@ class VideoVaeEncoder(nn.Module):
         """Encode the first frame, or whole groups of later frames: B 3 T H W to B Z+1 t h w."""
         # unlike a plain unfolding, the column in a patch changes slower than the row
         x = rearrange(x, "b c t (h p) (w q) -> b (c q p) t h w", p=self.patch, q=self.patch)
-        x = x.contiguous(memory_format=layouts(x.device)[0])
+        x = x.contiguous(memory_format=memory_formats(x.device)[0])
         for layer in (self.conv_in, *_flat(self.down_blocks), self.conv_out):
             x = layer(x, memory)
         return x

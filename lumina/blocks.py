@@ -16,10 +16,10 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lumina.configs import LuminaConfig
-from modules.attention.attend import Lengths, SecondText, attend
+from modules.attention.attend import SampleLengths, SecondText, attend
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype, run_float32
-from modules.layers.rope import rotate, sinusoid, take_rows
+from modules.layers.norms import Float32LayerNorm, RMSNorm, run_float32, run_in_weight_dtype
+from modules.layers.rope import rotate, select_rotations, sinusoid
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -39,7 +39,7 @@ class LuminaTokens:
 
     grid: tuple[int, int]  # image tokens along rows, columns
     rotary: Tensor  # rotations of all tokens, L+T 1 D/2 2, or B L+T 1 D/2 2 where captions differ in length
-    lengths: Lengths | None  # how many of the L + T tokens are real; None: all
+    lengths: SampleLengths | None  # how many of the L + T tokens are real; None: all
     time: Tensor  # B time_dim float32, from which every block computes its modulation
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
@@ -61,8 +61,8 @@ class LuminaTokens:
 
         `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
-        lengths = None if self.lengths is None else self.lengths.without(num_left_out)
-        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
+        lengths = None if self.lengths is None else self.lengths.shorten(num_left_out)
+        return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
     def image(self) -> int:
@@ -102,12 +102,12 @@ class GroupedAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Heads:
         """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
-        qkv = in_own_dtype(self.qkv, x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
+        qkv = run_in_weight_dtype(self.qkv, x).unflatten(-1, (self.num_heads + 2 * self.num_kv_heads, -1))
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         return self.q_norm(query), self.k_norm(key), value
 
     def attend_heads(
-        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
     ) -> Tensor:
         """Return the attention of tokens, B L N D, from heads without rotary embedding."""
         query, key, value = heads
@@ -134,9 +134,11 @@ class GroupedAttention(nn.Module):
             return attended.flatten(2)
         assert tokens.second_rotary is not None
         # the image attends with each text separately; then both results are combined
-        attended = self.attend_heads(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
+        attended = self.attend_heads(
+            map(second.drop_second_text, heads), tokens.rotary, tokens, tokens.lengths
+        )
         second_attended = self.attend_heads(
-            map(second.alone, heads), tokens.second_rotary, tokens, second.lengths
+            map(second.drop_first_text, heads), tokens.second_rotary, tokens, second.lengths
         )
         if part is None:
             return second.combine(attended, second_attended).flatten(2)
@@ -144,7 +146,7 @@ class GroupedAttention(nn.Module):
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""
-        return in_own_dtype(self.out, attended)
+        return run_in_weight_dtype(self.out, attended)
 
 
 def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to x, B L C."""
-        return in_own_dtype(self.w2, functional.silu(in_own_dtype(self.w1, x)) * in_own_dtype(self.w3, x))
+        return run_in_weight_dtype(
+            self.w2, functional.silu(run_in_weight_dtype(self.w1, x)) * run_in_weight_dtype(self.w3, x)
+        )
 
 
 class JointTransformerBlock(nn.Module):
@@ -211,7 +215,7 @@ class JointTransformerBlock(nn.Module):
         *before, last = self.adaLN_modulation
         for layer in before:
             time = layer(time)
-        rows = in_own_dtype(last, time).float()
+        rows = run_in_weight_dtype(last, time).float()
         scale1, gate1, scale2, gate2 = rows.unsqueeze(1).chunk(4, dim=-1)
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
@@ -237,5 +241,7 @@ class LuminaFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the patches of the prediction for image tokens x, B L C."""
-        scale = in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.time)).float().unsqueeze(1)
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), None, scale, tokens.dtype))
+        scale = (
+            run_in_weight_dtype(self.adaLN_modulation[1], functional.silu(tokens.time)).float().unsqueeze(1)
+        )
+        return run_in_weight_dtype(self.linear, modulate(self.norm_final(x), None, scale, tokens.dtype))

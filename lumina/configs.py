@@ -60,14 +60,16 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     npz=NpzFormat("_lumina", "_lumina_te"),
 )
-NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_image_tokens)
+NOISE = NoiseSpec(
+    training_offset=0.0, output_sign=-1.0, table_is_shifted=True, count_tokens=count_image_tokens
+)
 DIT = DitSpec(
     block_lists=("layers",),
     shared_inputs=(("feed_forward.w1", "feed_forward.w3"),),
     lora_lists=("noise_refiner", "context_refiner", "final_layer"),  # as the known trainer
     fp8_exclude=("norm", "adaLN_modulation"),
     input_layers=("x_embedder", "cap_embedder"),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
     # they compute in float32; under 1 % of the model
     keep_float32=("t_embedder.",),

@@ -127,7 +127,7 @@ class Lumina(ModelOfImages):
             prompts={0: prompts},
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             rules=guidance_rules(request.extra, CFG_TRUNC_RATIO, RENORM_CFG),
-            own_metadata={
+            extra_metadata={
                 "cfg_trunc_ratio": request.extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),
                 "renorm_cfg": request.extra.get("renorm_cfg", str(RENORM_CFG)),
             },
@@ -143,7 +143,7 @@ def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit
         raise OptionError(f"--cfg_trunc_ratio or --renorm_cfg: {error}. Give numbers") from None
     check_trunc_ratio(ratio, "--cfg_trunc_ratio (--ctr in a prompt line)")
     check_renorm(limit, "--renorm_cfg (--rcfg in a prompt line)")
-    return GuidanceRules(below_share=ratio if ratio < 1 else None, norm_limit=limit or None)
+    return GuidanceRules(max_signal=ratio if ratio < 1 else None, norm_limit=limit or None)
 
 
 def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:

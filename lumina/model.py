@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
-from modules.attention.attend import Lengths, SecondText, make_lengths
+from modules.attention.attend import SampleLengths, SecondText, make_lengths
 from modules.devices import send_ahead
-from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
-from modules.layers.rope import GridTable, angles_at, on_grid, turns
+from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
+from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -173,12 +173,12 @@ class LuminaModel(BlockNetwork):
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed patches, B L P, as image tokens, B L C."""
-        return in_own_dtype(self.x_embedder, patches).to(dtype)
+        return run_in_weight_dtype(self.x_embedder, patches).to(dtype)
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Embed text states, B T text_dim, as tokens, B T C; `counts` are the numbers of real states."""
         text = self.cap_embedder[0](caption.to(dtype))
-        return in_own_dtype(self.cap_embedder[1], text).to(dtype)
+        return run_in_weight_dtype(self.cap_embedder[1], text).to(dtype)
 
     def count_tokens(self, real: int) -> int:
         """Return the number of tokens of a text or image; subclasses add padding."""
@@ -204,7 +204,7 @@ class LuminaModel(BlockNetwork):
         rotary = self._rotary.get_table(layout, caption.device)
 
         # lengths of captions that follow `before` tokens
-        def lengths_behind(before: int) -> Lengths | None:
+        def lengths_behind(before: int) -> SampleLengths | None:
             if has_equal_lengths:  # then no token is padding, and attention needs no lengths
                 return None
             return make_lengths([before + count for count in counts], caption.device)
@@ -229,7 +229,7 @@ class LuminaModel(BlockNetwork):
         def axis(positions: Sequence[int], width: int) -> Tensor:
             """Return the (cosine, sine) pairs of one axis's channels."""
             exact = torch.tensor(positions, dtype=torch.float64)
-            pairs = turns(angles_at(exact, width, self.config.rope_theta))
+            pairs = cos_and_sin(rotation_angles(exact, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
         num_rows, num_columns = layout.grid
@@ -238,15 +238,15 @@ class LuminaModel(BlockNetwork):
         first_row = axis([0], row_width)
         first_column = axis([0], column_width)
         num_padding = self.count_tokens(num_rows * num_columns) - num_rows * num_columns
-        padding = on_grid([axis([0] * num_padding, position_width), first_row, first_column])
+        padding = spread_over_grid([axis([0] * num_padding, position_width), first_row, first_column])
         begin = self.config.first_place
         caption_positions = axis(range(begin, begin + layout.longest), position_width)
-        caption = on_grid([caption_positions, first_row, first_column])
+        caption = spread_over_grid([caption_positions, first_row, first_column])
         # the same for all samples: padding is at position 0, the caption starts at first_place
         after_image = torch.cat([padding, caption])
         tables = []
         for count in layout.captions:
-            image = on_grid([axis([begin + count], position_width), rows, columns])
+            image = spread_over_grid([axis([begin + count], position_width), rows, columns])
             tables.append(torch.cat([image, after_image]))
         # the added axis is for heads
         if len(tables) == 1:  # all captions have one length, so the batch shares a table

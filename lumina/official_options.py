@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lumina.options import CFG_TRUNC_RATIO, DEFAULT_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
 from modules.minimal_options import MAX_SIDE, MinimalLoraOptions
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.options import Options, option
 from modules.script_options import parse_options
 
@@ -120,4 +120,4 @@ def generation_words(options: LuminaMinimalOptions) -> list[str]:
         "--image_size": image.size,
         **model.lora_options,
     }
-    return option_words(values)
+    return option_argv(values)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
@@ -145,14 +145,14 @@ TRAINER: Mapping[str, Any] = {
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _list_text_options(options.text)
+    return {"--ae": options.vae.vae or Placeholder("AE_FILE")}, _list_text_options(options.text)
 
 
 def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        "--ae": options.vae.vae or FillIn("AE_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        "--ae": options.vae.vae or Placeholder("AE_FILE"),
         "--vae_dtype": options.vae.vae_dtype,
         "--text_encoder_dtype": options.text.text_encoder_dtype,
         **_list_text_options(options.text),
@@ -168,7 +168,7 @@ def extra_words(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _list_text_options(text: LuminaTextOptions) -> dict[str, Any]:
     return {
-        "--gemma2": text.gemma2 or FillIn("GEMMA2_FILE"),
+        "--gemma2": text.gemma2 or Placeholder("GEMMA2_FILE"),
         "--gemma2_tokenizer": text.gemma2_tokenizer,
         "--gemma2_max_token_length": text.gemma2_max_token_length,
         "--system_prompt": text.system_prompt or None,

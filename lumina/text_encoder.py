@@ -102,7 +102,7 @@ PROMPTS_AT_ONCE = 8  # number of prompts encoded at once, which limits memory
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     """Gemma 2 up to its second-to-last layer; states after the text's end are zeros and masked."""
 
-    can = EncoderAbilities(learn=True, divide=True, take_words=True)
+    abilities = EncoderAbilities(trainable=True, shardable=True, accepts_new_words=True)
     name = "gemma2"
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"

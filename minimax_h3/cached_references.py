@@ -37,7 +37,7 @@ def reference_of(medium: ReferenceMedium) -> H3Reference:
 
     Raises MediaError if the file of a clip cannot be read.
     """
-    audio = medium.audio
+    audio = medium.audio_path
     has_own_audio = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
     if audio is None and has_own_audio and track_info(medium.path) is not None:
         audio = medium.path

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
 from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, make_marks
 from minimax_h3.cached_references import ReferenceSizes, reference_of
 from minimax_h3.configs import LATENT
@@ -86,19 +86,24 @@ class H3CachingEncoder(H3TextEncoder):
     edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
 
     @property
-    def can(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
+    def abilities(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
         """Abilities, which depend on the task: whether the encoder sees the clip and references."""
         # for references, the length of the clip matters too
         sees_clip = self.task != "t2va" or self.teacher is not None
         sees_media = self.task == REFERENCES or self.teacher == SUBJECT
-        return replace(H3TextEncoder.can, mark=True, see_clip=sees_clip, see_media=sees_media)
+        return replace(
+            H3TextEncoder.abilities,
+            writes_cache_metadata=True,
+            encodes_clip=sees_clip,
+            encodes_media=sees_media,
+        )
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Return what the text states depend on besides the text: the task and the sizes of references."""
         info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
-        info["reference_edges"] = " ".join(map(str, self.edges)) if self.can.see_media else None
+        info["reference_edges"] = " ".join(map(str, self.edges)) if self.abilities.encodes_media else None
         named = {f"{self.name}_{fact}": value for fact, value in info.items() if value is not None}
         return {**super().identity, **named}
 
@@ -127,7 +132,7 @@ class H3CachingEncoder(H3TextEncoder):
         return [self._encode_item(prompt) for prompt in prompts]
 
     def _encode_item(self, prompt: Prompt) -> Conditions:
-        (conditions,) = super().encode([replace(prompt, presented=self._present(prompt))])
+        (conditions,) = super().encode([replace(prompt, media_before_text=self._present(prompt))])
         if self.teacher is not None and prompt.clip is not None:
             (of_teacher,) = super().encode([self._as_teacher_reads(prompt, prompt.clip)])
             rows = TEACHER_ROWS[self.teacher]
@@ -169,11 +174,11 @@ class H3CachingEncoder(H3TextEncoder):
     def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
         """Return the prompt with the text and media that --teacher_conditions shows the teacher."""
         if self.teacher == FIRST_LAST:
-            return replace(prompt, presented=present_keyframes(_list_keyframes(prompt)))
+            return replace(prompt, media_before_text=present_keyframes(_list_keyframes(prompt)))
         if self.teacher == CLIP:
             shown = show_clip(clip[..., :3], has_sound=True)
-            return replace(prompt, text=describe_copy(prompt.text), presented=(shown,))
-        images = tuple(show_image(frame[..., :3]) for frame in prompt.frames)
+            return replace(prompt, text=describe_copy(prompt.text), media_before_text=(shown,))
+        images = tuple(show_image(frame[..., :3]) for frame in prompt.image_pixels)
         images += self._show_references(prompt.media, len(clip))
         if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
@@ -181,10 +186,10 @@ class H3CachingEncoder(H3TextEncoder):
                 "else. Give the table control_directory, or name images in `references` of its rows."
             )
         # a caption of its own for the teacher, if the dataset has one
-        text = prompt.further_text
+        text = prompt.text_with_references
         if text is None:
             text = describe_subjects(prompt.text, len(images), is_still=len(clip) == 1)
-        return replace(prompt, text=text, presented=images)
+        return replace(prompt, text=text, media_before_text=images)
 
 
 def _list_keyframes(prompt: Prompt) -> list[Tensor]:
@@ -196,17 +201,17 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
     assert clip is not None, "the empty prompt shows nothing"
     if len(clip) > 1:
         return [clip[0][..., :3], clip[-1][..., :3]]
-    if not prompt.frames:
+    if not prompt.image_pixels:
         raise MediaError(
             "it is a single picture, which has no first and last frame, and there are no control pictures to "
             "show. Give the table control_directory, or cache it with --task t2va."
         )
     # `frames` are the control images, which a still image has in place of keyframes
-    return [frame[..., :3] for frame in prompt.frames]
+    return [frame[..., :3] for frame in prompt.image_pixels]
 
 
 @functools.cache  # cached, because uses are compared by identity
-def _make_use(blank: str) -> LanguageUse:
+def _make_use(blank: str) -> LanguageEncoderSettings:
     """Return how the text encoder is used, with `blank` in place of an empty prompt."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
@@ -223,7 +228,7 @@ class H3CachingFiles(H3Files):
     encoder_class = H3CachingEncoder
 
     @property
-    def text_use(self) -> LanguageUse:  # type: ignore[override]
+    def text_use(self) -> LanguageEncoderSettings:  # type: ignore[override]
         """Return how the text encoder is used, including the text of the empty prompt."""
         return _make_use(self.blank)
 
@@ -238,7 +243,7 @@ class H3CachingFiles(H3Files):
     def check_texts(self, config: object, needed: bool) -> None:
         """Check the text encoder, and also its vision tower if captions come with media."""
         super().check_texts(config, needed)
-        if self.language_model().can.see_clip:
+        if self.language_model().abilities.encodes_clip:
             self.check_tower()
 
 

@@ -38,7 +38,7 @@ from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
 from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips
-from protocols.data import INNER_AUDIO, IS_HEARD, CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from protocols.data import AUDIO_PRESENT, INNER_AUDIO, CacheEntry, MediaBatch, MediaEncoders, MediaTable
 
 # names of formats in musubi-tuner
 FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"
@@ -178,7 +178,7 @@ class H3Caching:
         tensors = {
             "latents": latents[0],
             INNER_AUDIO: audio_vae.encode_clip(audio, num_frames, FPS)[0],
-            IS_HEARD: torch.tensor(float(any(media.heard))),
+            AUDIO_PRESENT: torch.tensor(float(any(media.has_audio))),
         }
         # conditions: control images of an image, or the keyframes or references of a clip
         if media.table.kind == "image":
@@ -192,7 +192,7 @@ class H3Caching:
 
             image_edge, video_edge = self.edges
             sizes = ReferenceSizes(image_edge, video_edge, step)
-            (shown,) = media.shown
+            (shown,) = media.row_references
             tensors |= encode_references(vae, audio_vae, shown, frames=num_frames, sizes=sizes)
         return tensors
 

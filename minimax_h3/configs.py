@@ -65,7 +65,7 @@ AUDIO_SHIFT = 3.0
 NOISE = NoiseSpec(
     training_offset=0.0,
     output_sign=-1.0,
-    tokens=count_image_tokens,
+    count_tokens=count_image_tokens,
     audio_shift=AUDIO_SHIFT / IMAGE_SHIFT,
     base_shift=IMAGE_SHIFT,
 )
@@ -74,9 +74,9 @@ LATENT = LatentSpec(
     stride=(4, 16, 16),
     pixel_step=32,
     frame_step=4,
-    clip=CLIP,
-    tail=LAST_FRAMES,
-    holds_audio=True,
+    clip_frames=CLIP,
+    tail_frames=LAST_FRAMES,
+    caches_audio=True,
 )
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),
@@ -91,9 +91,9 @@ DIT = DitSpec(
     form_exclude={"int8": ("norm",)},
     lora_exclude=("adaln_proj",),
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
-    unswapped=2,
+    num_unswapped=2,
     keep_float32=(
         "video_patch_proj.",
         "audio_patch_proj.",

@@ -207,7 +207,9 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mappin
         swapped = [name for name in join_parts(stored, TABLE) if name.endswith(".mlp.fc1.weight")]
         return join_parts(stored, TABLE, swapped)
     stacks = _make_stackers(checkpoint, header)
-    return {name: source.then(stacks[name]) if name in stacks else source for name, source in stored.items()}
+    return {
+        name: source.with_step(stacks[name]) if name in stacks else source for name, source in stored.items()
+    }
 
 
 def _make_stackers(

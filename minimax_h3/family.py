@@ -83,10 +83,10 @@ from protocols import rules
 from protocols.data import (
     Audio,
     AudioSpec,
+    AudioVideoShapes,
     Batch,
     CacheEntry,
     Conditions,
-    Joint,
     LatentSpec,
     MediaBatch,
     MediaEncoders,
@@ -102,7 +102,7 @@ from protocols.requests import (
     Request,
     check_size,
     keep_usable_media,
-    settle,
+    resolve_request,
     size_of,
 )
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
@@ -137,13 +137,13 @@ class MiniMaxH3(OneTransformer):
     video_edge: int = VIDEO_EDGE  # short side of reference videos
     options: Any = NO_OPTIONS  # set for trainings only
 
-    can: ClassVar = Abilities(
-        hear=True,
-        tell_few_steps=True,
+    abilities: ClassVar = Abilities(
+        trains_audio=True,
+        detects_few_steps=True,
         match_audio_schedule=True,
-        show_media=True,
+        takes_row_references=True,
         one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
-        bring_empty=True,
+        reads_empty_prompt=True,
         views=(FIRST_LAST, CLIP, SUBJECT),
     )
     few_steps: ClassVar = FEW_STEPS
@@ -167,7 +167,7 @@ class MiniMaxH3(OneTransformer):
         frequencies = self.files.dit_header().config.frequencies
         return self.metadata_of(self.named | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)})
 
-    def why_few_steps(self) -> str:
+    def few_steps_evidence(self) -> str:
         """Return the reason why every run counts as distilled: guidance is built into the model."""
         return "it makes clips without a second pass for guidance"
 
@@ -177,7 +177,7 @@ class MiniMaxH3(OneTransformer):
         latent = self.files.latent
         if self.caching is None:
             return latent
-        return replace(latent, declared=self.caching.declared, in_sections=self.caching.one_frame)
+        return replace(latent, required_metadata=self.caching.declared, in_sections=self.caching.one_frame)
 
     @property
     def audio(self) -> AudioSpec:
@@ -282,12 +282,14 @@ class MiniMaxH3(OneTransformer):
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
         # plain text to video has no media conditions
-        if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
+        if not batch.condition_set and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
             return texts
-        if batch.view:
+        if batch.condition_set:
             # a teacher's pass: its own text states in place of the caption's
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
-            batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
+            batch.check_widths(
+                {teacher_key(batch.condition_set): config.text_dim}, self.files.dit_path, remedy
+            )
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
 
     def _make_shares(self) -> Conditions:
@@ -388,7 +390,7 @@ class MiniMaxH3(OneTransformer):
                 FPS,
             )
         flow_shift = request.flow_shift or self.noise.base_shift
-        prepared = settle(
+        prepared = resolve_request(
             request,
             self.defaults,
             size=(width, height, frames),
@@ -405,8 +407,8 @@ class MiniMaxH3(OneTransformer):
             # the text encoder also sees the images
             prompts={0: _with_presentation(prepared, media, sources)},
             family_record=H3Request(media, sources),
-            own_metadata=_describe_media(media),
-            joint=Joint((channels, length, rows, columns), self.audio.shape(frames, FPS)),
+            extra_metadata=_describe_media(media),
+            joint=AudioVideoShapes((channels, length, rows, columns), self.audio.shape(frames, FPS)),
             # relative: it turns the noise levels of images into those of the audio
             audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
@@ -548,7 +550,7 @@ class MiniMaxH3(OneTransformer):
         assert joint is not None, "there is always sound"
         conditions = dict(inputs.get(0, {}))
         conditions |= noise_conditions(conditions, noise)
-        image = noise.draw((1, *joint.picture))
+        image = noise.draw((1, *joint.image))
         channels, sides, length = joint.audio
         tokens = noise.draw((sides * length, channels))
         audio = tokens.mT.unflatten(1, (sides, length)).unsqueeze(0)
@@ -573,8 +575,8 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
     positive = replace(
         positive,
         text=positive.text.replace("\\n", "\n"),
-        pictures=tuple(seen),
-        presented=sources.shown(media.references),
+        images=tuple(seen),
+        media_before_text=sources.shown(media.references),
     )
     return replace(prompts, positive=positive)
 
@@ -617,7 +619,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
         NOISE,
         base_shift=loss.h3_shift_video,
         audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to that of images
-        vary_inputs=partial(noise_inputs, clean),
+        change_conditions=partial(noise_inputs, clean),
     )
     return MiniMaxH3(
         files_of(options, options.chosen_task),

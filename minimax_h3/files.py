@@ -13,9 +13,9 @@ from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
 from checkpoints.tokenizers import TokenizerFiles
 from encoders.language_encoder import (
+    LanguageEncoderSettings,
     LanguageModelEncoder,
     LanguageModelFiles,
-    LanguageUse,
     read_qwen_tokenizer,
 )
 from encoders.language_models import QWEN3_VL
@@ -79,7 +79,7 @@ TOKENIZER = TokenizerFiles(
     unique_token=OWN_TOKENS[0],
 )
 TEXT_FILES = "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_encoder/ of MiniMaxAI/MiniMax-H3,"
-H3_USE = LanguageUse(
+H3_USE = LanguageEncoderSettings(
     name="vl",
     states_key=KEY,
     model=replace(QWEN3_VL, files=TEXT_FILES, word_key="qwen3vl_32b"),
@@ -88,7 +88,7 @@ H3_USE = LanguageUse(
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
     blank=BLANK,
-    at_once=1,  # so that a state does not depend on other prompts
+    batch_size=1,  # so that a state does not depend on other prompts
     pictures=USE,
 )
 
@@ -127,7 +127,7 @@ class H3TextEncoder(LanguageModelEncoder):
         """
         encoded = []
         for prompt in prompts:
-            is_presented = bool(prompt.presented)
+            is_presented = bool(prompt.media_before_text)
             encoded += [self._encode_presented(prompt)] if is_presented else super().encode([prompt])
         return encoded
 
@@ -135,7 +135,7 @@ class H3TextEncoder(LanguageModelEncoder):
         """Return the states of a prompt that follows its images and clips, with a tag for each token."""
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
-        shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())
+        shown = present(prompt.media_before_text, network.get_submodule("visual"), self.preprocessing())
         tokens = tokenizer.read(prompt.text)
         pads = [pad for pad in PADS if tokenizer.token_to_id(pad) in tokens.ids]
         # a typed placeholder would be replaced by an image
@@ -261,8 +261,8 @@ class H3Files(LanguageModelFiles):
             stride=(config.time_stride, space, space),
             pixel_step=2 * space,  # a token covers 2 x 2 latents
             frame_step=config.time_stride,
-            clip=config.clip,
-            tail=config.tail,
+            clip_frames=config.clip,
+            tail_frames=config.tail,
         )
 
     @property

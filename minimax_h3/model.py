@@ -26,8 +26,8 @@ from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import GridTable, sinusoid, turns
+from modules.layers.norms import RMSNorm, activation_dtype, run_float32, run_in_weight_dtype
+from modules.layers.rope import GridTable, cos_and_sin, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import Hidden, run_blocks
@@ -114,7 +114,9 @@ class H3Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value heads, each B L N D; queries and keys are normalized."""
-        query, key, value = in_own_dtype(self.qkv_proj, x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+        query, key, value = (
+            run_in_weight_dtype(self.qkv_proj, x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+        )
         return self.q_norm(query), self.k_norm(key), value
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
@@ -127,12 +129,12 @@ class H3Attention(nn.Module):
         attended = attend(query, key, value, tokens.attention)
         if tokens.part is not None:
             attended = tokens.part.gather_heads(attended)
-        return in_own_dtype(self.out_proj, attended.flatten(2))
+        return run_in_weight_dtype(self.out_proj, attended.flatten(2))
 
     def see_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:
         """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
-        return in_own_dtype(self.out_proj, attend(query, key, value, choice).flatten(2))
+        return run_in_weight_dtype(self.out_proj, attend(query, key, value, choice).flatten(2))
 
 
 class H3FeedForward(nn.Module):
@@ -145,8 +147,8 @@ class H3FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to x, B L C."""
-        gate, value = in_own_dtype(self.fc1, x).chunk(2, dim=-1)
-        return in_own_dtype(self.fc2, functional.silu(gate) * value)
+        gate, value = run_in_weight_dtype(self.fc1, x).chunk(2, dim=-1)
+        return run_in_weight_dtype(self.fc2, functional.silu(gate) * value)
 
 
 class H3StreamBlock(nn.Module):
@@ -201,7 +203,7 @@ class H3Block(H3StreamBlock):
 
     def rows(self, tokens: H3Tokens) -> tuple[Tensor, ...]:
         """Return shift, scale and gate for attention and for the feed-forward, each 1 S C float32."""
-        table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
+        table = run_in_weight_dtype(self.adaln_proj["linear"], tokens.times).float()
         by_slot = table.unflatten(-1, (KINDS, ROWS, -1)).flatten(0, 1)  # K*KINDS 6 C
         # stacking rows: indexing with a list would copy the list to the device, and the host would wait
         chosen = torch.stack([by_slot[slot] for slot in tokens.slots])
@@ -242,7 +244,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Project the tokens of noisy frames and audio to outputs, B V Z*4 and B M Z', float32."""
-        table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
+        table = run_in_weight_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
         images, audio = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.audio]
@@ -420,7 +422,7 @@ class H3Model(nn.Module):
         return run_float32(self.audio_patch_proj, latents.flatten(2).mT)
 
     def _embed_text(self, text: Tensor) -> Tensor:
-        embedded: Tensor = self.token_refiner(in_own_dtype(self.condition_proj, text), self.attention)
+        embedded: Tensor = self.token_refiner(run_in_weight_dtype(self.condition_proj, text), self.attention)
         return embedded
 
     def _embed_times(self, times: Sequence[float], device: torch.device) -> Tensor:
@@ -462,7 +464,7 @@ class H3Model(nn.Module):
         steps = torch.arange(0, 2 * self.config.frequencies, 2, dtype=torch.float32)
         frequencies = 1 / self.config.rope_theta ** (steps / (2 * self.config.frequencies))
         angles = places[:, :, None] * frequencies
-        return turns(angles.flatten(1)).unsqueeze(1).to(device)
+        return cos_and_sin(angles.flatten(1)).unsqueeze(1).to(device)
 
 
 def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenSegment]:

@@ -26,7 +26,7 @@ from minimax_h3.training_options import (
     granularity_option,
 )
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -346,15 +346,15 @@ def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[st
     """Return the options with which a training calls the latent and the text caching script."""
     task = {"--task": options.task}
     latents = {
-        "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
-        "--audio_vae": options.vae.audio_vae or FillIn("AUDIO_VAE_FILE"),
+        "--video_vae": options.vae.file.vae or Placeholder("VIDEO_VAE_FILE"),
+        "--audio_vae": options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE"),
     }
     return {**latents, **task}, {**_list_text_words(options), **task}
 
 
 def _list_text_words(options: H3ModelOptions) -> dict[str, Any]:
     return {
-        "--text_encoder": options.text.text_encoder or FillIn("QWEN3_VL_FILE"),
+        "--text_encoder": options.text.text_encoder or Placeholder("QWEN3_VL_FILE"),
         "--tokenizer": options.text.text_encoder_tokenizer,
     }
 
@@ -363,7 +363,7 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     latents, _ = caching_options(options)
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
         "--dit_dtype": options.dit_dtype,
         **latents,
         **_list_text_words(options),
@@ -377,7 +377,7 @@ def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
         return {
-            "--first_frame": first or (FillIn("IMAGE_FILE") if last is None else None),
+            "--first_frame": first or (Placeholder("IMAGE_FILE") if last is None else None),
             "--last_frame": last,
         }
     if task == "ref2va":
@@ -385,7 +385,7 @@ def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         named = extra.get(REF, "")
         if named and "\n" not in named:
             return {f"--{REF}": named}
-        return {f"--{JSONL}": extra.get(JSONL) or FillIn("REFERENCES_JSONL")}
+        return {f"--{JSONL}": extra.get(JSONL) or Placeholder("REFERENCES_JSONL")}
     return {}
 
 

@@ -26,7 +26,7 @@ from minimax_h3.model import IMAGES_LIE
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.training_options import VIEWS
 from modules.errors import CacheError
-from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions
+from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions
 from protocols.inputs import CLIP, FIRST_LAST, SUBJECT
 
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
@@ -55,7 +55,7 @@ def clean_shares(cond: Conditions) -> Clean:
 
 
 def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.Generator) -> Conditions:
-    """Add noise to a batch's keyframes and references, for `NoiseSpec.vary_inputs`."""
+    """Add noise to a batch's keyframes and references, for `NoiseSpec.change_conditions`."""
     noised = dict(tensors)
     for key in in_order(tensors):
         noised[key] = _add_noise(
@@ -63,7 +63,7 @@ def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.
         )
     if view == CLIP:
         noised[TAUGHT] = _add_noise(_read_tensor(tensors, "latents"), clean.visual, generator)
-        noised[TAUGHT_AUDIO] = _add_noise(_read_tensor(tensors, SOUND), clean.audio, generator)
+        noised[TAUGHT_AUDIO] = _add_noise(_read_tensor(tensors, AUDIO_LATENTS), clean.audio, generator)
     return noised
 
 
@@ -84,7 +84,7 @@ def _read_tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and token tags of the teacher's text; raise CacheError if they are missing."""
-    return teacher_texts(batch, _name_conditions(batch.view))
+    return teacher_texts(batch, _name_conditions(batch.condition_set))
 
 
 def teacher_key(view: str) -> str:
@@ -110,13 +110,13 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
     """
     tensors = batch.tensors
     # the view names what a teacher sees in place of the task's media; empty in an ordinary pass
-    if batch.view == CLIP:
+    if batch.condition_set == CLIP:
         return {**_show_full_clip(tensors, latents), **_read_places(tensors)}
     keys: list[str] = []
-    if batch.view == FIRST_LAST or (not batch.view and task == "fl2va"):
+    if batch.condition_set == FIRST_LAST or (not batch.condition_set and task == "fl2va"):
         keys = [key for key in in_order(tensors) if not key.startswith(REFERENCE)]
         _require(batch, task, keys, (FIRST, LAST))
-    if batch.view == SUBJECT or (not batch.view and task == "ref2va"):
+    if batch.condition_set == SUBJECT or (not batch.condition_set and task == "ref2va"):
         keys = [key for key in in_order(tensors) if key.startswith(REFERENCE)]
         _require(batch, task, keys, ("latents_ref_000_...",))
     media: dict[str, Tensor] = {}
@@ -135,10 +135,10 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
     """Raise CacheError if a batch has no cached conditions, or lacks a teacher's keyframe."""
     missing = [name for name in names if name not in keys]
     has_enough = any(key.startswith((CONTROL, REFERENCE)) for key in keys)
-    if not has_enough and missing and (batch.view or not keys):
+    if not has_enough and missing and (batch.condition_set or not keys):
         taker = f"--task {task}"
-        if batch.view:
-            taker = f"teacher matching with {_name_conditions(batch.view)}"
+        if batch.condition_set:
+            taker = f"teacher matching with {_name_conditions(batch.condition_set)}"
         task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
@@ -149,7 +149,7 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
 def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> None:
     """Raise CacheError if a cached condition does not have the shape that the network takes."""
     is_sound = not is_visual(key)
-    clip_audio = batch.tensors.get(SOUND)
+    clip_audio = batch.tensors.get(AUDIO_LATENTS)
     channels = clip_audio.shape[1] if is_sound and isinstance(clip_audio, Tensor) else latents.shape[1]
     # audio is B Z 2 A, images and clips are B Z F H W
     fits = (
@@ -176,5 +176,7 @@ def _show_full_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
         return {reference_key(0, IMAGE): clip}
     media = {reference_key(0, VIDEO): clip}
     if bool(_read_tensor(tensors, HAS_AUDIO).all()):
-        media[reference_key(0, AUDIO)] = _read_tensor(tensors, TAUGHT_AUDIO if TAUGHT in tensors else SOUND)
+        media[reference_key(0, AUDIO)] = _read_tensor(
+            tensors, TAUGHT_AUDIO if TAUGHT in tensors else AUDIO_LATENTS
+        )
     return media

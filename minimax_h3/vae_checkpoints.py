@@ -86,7 +86,8 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
     """Return sources with the fused matrix's rows reordered: all queries, then all keys, then all values."""
     stack = functools.partial(stack_heads, head_width=head_width)
     return {
-        name: source.then(stack) if ".attn.to_qkv." in name else source for name, source in stored.items()
+        name: source.with_step(stack) if ".attn.to_qkv." in name else source
+        for name, source in stored.items()
     }
 
 

@@ -19,7 +19,7 @@ from checkpoints.opening import open_checkpoint
 from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae_blocks import H3VideoDecoder, H3VideoEncoder, H3VideoVaeConfig
 from modules.devices import dtype_name
-from modules.layers.norms import in_own_dtype
+from modules.layers.norms import run_in_weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class H3VideoVae(nn.Module):
 
     def _decode_clip(self, latents: Tensor) -> Tensor:
         def decode(part: Tensor) -> Tensor:
-            return self.decoder(in_own_dtype(self.post_quant_conv, part))
+            return self.decoder(run_in_weight_dtype(self.post_quant_conv, part))
 
         return self._in_tiles(decode, latents, pixels_in=self.config.space_stride, pixels_out=1)
 

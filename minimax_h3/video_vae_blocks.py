@@ -14,8 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.attention.attend import attend
-from modules.layers.norms import RMSNorm, in_own_dtype
-from modules.layers.rope import turns
+from modules.layers.norms import RMSNorm, run_in_weight_dtype
+from modules.layers.rope import cos_and_sin
 
 GROUPS = 32  # number of groups of channels that are normalized together
 ENCODER_EPS = 1e-6
@@ -275,7 +275,7 @@ class H3VideoDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Decode latents, B Z f h w, to pixels, B 3 4f 16h 16w."""
         grid = latents.shape[2:]
-        x = in_own_dtype(self.x_embedder, latents.flatten(2).mT).float()
+        x = run_in_weight_dtype(self.x_embedder, latents.flatten(2).mT).float()
         num_latents = x.shape[1]
         registers = self.register_tokens.float().expand(len(x), -1, -1)
         # learned registers and a token of zeros follow the latents, as trained; the output leaves them out
@@ -284,7 +284,7 @@ class H3VideoDecoder(nn.Module):
         rotary = self._make_rotation(tuple(grid), x.shape[1] - num_latents, x.device)
         for block in self.transformer_blocks:
             x = block(x, rotary)
-        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_latents])).float()
+        patches = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, :num_latents])).float()
         patch_sizes = (3, self.config.time_stride, self.config.space_stride, self.config.space_stride)
         patches = patches.unflatten(1, grid).unflatten(-1, patch_sizes)  # B f h w 3 t s s
         pixels = patches.permute(0, 4, 1, 5, 2, 6, 3, 7)
@@ -304,4 +304,4 @@ class H3VideoDecoder(nn.Module):
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
         places = torch.cat([places, places.new_zeros(others, 3)])
         angles = 2 * math.pi * places[:, :, None] * frequencies
-        return turns(angles.flatten(1)).unsqueeze(1)
+        return cos_and_sin(angles.flatten(1)).unsqueeze(1)

@@ -302,7 +302,7 @@ def append_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def make_storable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     r"""Return the text as valid UTF-8, for metadata: undecodable bytes of file names become `\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

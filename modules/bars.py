@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from modules.console import as_size, in_words
+from modules.console import format_duration, format_size
 from modules.control_codes import escape_control_codes
 from modules.installation import PROGRESS
 
@@ -100,7 +100,7 @@ class Bar(ExitStack):
     def line(self) -> str:
         """Describe the progress, with an estimate of the remaining time and, for frames, the rate."""
         passed = self.now() - self._start
-        show = as_size if self.unit == BYTES else "{:g}".format
+        show = format_size if self.unit == BYTES else "{:g}".format
         progress = show(self.done)
         if self.total is not None:
             progress += f" of {show(self.total)}"
@@ -109,7 +109,7 @@ class Bar(ExitStack):
             parts.append(f"{self.done / passed:.3g} frames a second")
         if self.total is not None and self.done:
             seconds_left = passed * max(0, self.total - self.done) / self.done
-            parts.append(f"about {in_words(seconds_left)} left")
+            parts.append(f"about {format_duration(seconds_left)} left")
         separator = ", step " if self.unit == STEPS else ": "
         return f"{self.what}{separator}{', '.join(parts)}"
 

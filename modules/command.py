@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.control_codes import columns_of, escape_control_codes, fold, shorten, shorten_lines
+from modules.control_codes import escape_control_codes, shorten, shorten_lines, terminal_width, wrap_text
 from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
 from modules.installation import check_requirements, command_words
 
@@ -91,7 +91,7 @@ def wants_color(stream: Any) -> bool:
 
 
 @contextlib.contextmanager
-def each_warning_once() -> Iterator[None]:
+def drop_repeated_warnings() -> Iterator[None]:
     """Log each warning only once in the block: every line of a prompt file repeats warnings about options."""
     filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
     for handler, repeated_warnings in filters:
@@ -198,7 +198,7 @@ def command_line(
     except UserError as error:
         wait_for_first_process()
         message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
-        print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
+        print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
         is_short = str(error).count("\n") + 1 < MAX_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
             hint = explain(error.path)
@@ -225,7 +225,7 @@ def command_line(
         if trouble is not None:
             wait_for_first_process()
             message = plain_message(f"{type(error).__name__}: {trouble}")
-            print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
+            print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
         elif draws_boxes(sys.stderr):
             from modules.console import show_traceback  # imported only after errors
 
@@ -245,7 +245,8 @@ def _check_launcher() -> None:
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS):
             raise OptionError(
-                f"the environment has {name}={one_line(value)}, which is no number. {_REMEDY}, which set it"
+                f"the environment has {name}={shorten_word(value)}, which is no number. {_REMEDY}, which "
+                "set it"
             )
     for rank_name, count_name in zip(RANK, COUNT, strict=True):
         rank = os.environ.get(rank_name)
@@ -317,11 +318,11 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     for word in typed:
         for part in (word, word.partition("=")[2]):
             if len(part) > MAX_OF_WORD or "\n" in part:
-                text = text.replace(part, one_line(part))
+                text = text.replace(part, shorten_word(part))
     return shorten_lines(escape_control_codes(text), MAX_OF_LINE)
 
 
-def one_line(word: str) -> str:
+def shorten_word(word: str) -> str:
     r"""Format a typed word for a message: shortened, with line breaks written as \n."""
     return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
 
@@ -352,7 +353,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     return f" Did you mean {continuations[0]}?" if len(continuations) == 1 else ""
 
 
-def as_typed(argv: Sequence[str]) -> str:
+def quote_command(argv: Sequence[str]) -> str:
     """Return a command as a user types it, quoted for this system's shell.
 
     In the installed package, scripts are its console commands.
@@ -413,6 +414,6 @@ class _LineFormatter(logging.Formatter):
         line = shorten_lines(escape_control_codes(super().format(record)), MAX_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
-        line = fold(line, columns_of(sys.stderr) if self._boxes else None)
+        line = wrap_text(line, terminal_width(sys.stderr) if self._boxes else None)
         start = self._colors.get(record.levelno) if self._color else None
         return f"{start}{line}\033[0m" if start else line

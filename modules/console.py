@@ -107,7 +107,7 @@ def show_traceback() -> None:
     Console(stderr=True).print_exception()
 
 
-def in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration for people: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
     total = round(min(max(0.0, seconds), MAX_SECONDS))
     if total < 100:
@@ -122,7 +122,7 @@ def in_words(seconds: float) -> str:
     return f"{days} d {hours} h" if hours else f"{days} d"
 
 
-def as_size(size_bytes: float) -> str:
+def format_size(size_bytes: float) -> str:
     """Format a number of bytes for people: `312 MB`, `1.4 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= size:
@@ -131,7 +131,7 @@ def as_size(size_bytes: float) -> str:
     return f"{round(size_bytes)} bytes"
 
 
-def count_of(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
     if number == 1:
         return f"1 {noun}"
@@ -148,7 +148,7 @@ def list_some(names: Sequence[str], maximum: int = SHOWN) -> str:
 _VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "needs"}
 
 
-def count_words(number: int, words: str) -> str:
+def pluralize(number: int, words: str) -> str:
     """Format a count with words in singular or plural: `1 table has no item`, `2 tables have ...`."""
     if number != 1:
         return f"{number} {words}"

@@ -59,7 +59,7 @@ def shorten_lines(text: str, maximum: int) -> str:
 _COMMAND = re.compile(r"(^|[\s:$])(python3?|reelsmith|accelerate|torchrun|pip|bash|cd|export) ")
 
 
-def fold(text: str, columns: int | None) -> str:
+def wrap_text(text: str, columns: int | None) -> str:
     """Wrap a text at blanks to the width of a terminal; commands and long words are not broken.
 
     If `columns` is None, because there is no terminal, the text is returned unchanged.
@@ -81,7 +81,7 @@ def fold(text: str, columns: int | None) -> str:
     return "\n".join(lines)
 
 
-def columns_of(stream: Any) -> int | None:
+def terminal_width(stream: Any) -> int | None:
     """Return the width of a stream's terminal in characters; None if it is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
@@ -99,7 +99,7 @@ _THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
-def take_answer(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
+def extract_caption(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
     """Return a model's answer as a caption of one line, cut off after `max_characters`.
 
     Thoughts before the answer, control codes, line breaks and enclosing quotation marks are removed.

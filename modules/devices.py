@@ -148,7 +148,7 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
 
-def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
     """Make a tensor of numbers, or rows of numbers, on a device without waiting as `torch.tensor` does."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
@@ -183,7 +183,7 @@ def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
     return False
 
 
-def dtype_named(name: str, option: str) -> torch.dtype:
+def parse_dtype(name: str, option: str) -> torch.dtype:
     """Return the torch dtype of an option's value. Raises OptionError, with a list, if it is unknown."""
     try:
         return DTYPES[name.lower()]
@@ -200,13 +200,13 @@ def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch
     """
     if name is None:
         return usual
-    dtype = dtype_named(name, option)
+    dtype = parse_dtype(name, option)
     if dtype.itemsize == 1:
         raise OptionError(f"{option} {name}: nothing is computed in fp8. Use bfloat16, float16 or float32.")
     return dtype
 
 
-def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
+def replace_slow_float16(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
     """Return float32 for float16 on a CPU, where it is slow; else `dtype`.
 
     `what` is the network, for the log.
@@ -217,7 +217,7 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
     return torch.float32
 
 
-def dtype_of(dit: nn.Module) -> torch.dtype:
+def compute_dtype_of(dit: nn.Module) -> torch.dtype:
     """Return the compute dtype of a network: its `compute_dtype`, else the dtype of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
@@ -312,7 +312,7 @@ def release_pinned_memory() -> None:
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def separate_stream(device: torch.device) -> Iterator[None]:
     """Run the block in a separate CUDA stream, so that threads run in parallel; wait for it at the end."""
     if device.type != "cuda":
         yield
@@ -349,7 +349,7 @@ class Failures:
     _codes: set[int] = field(default_factory=set, init=False)
 
     @contextmanager
-    def note_errors(
+    def collect_errors(
         self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
         """Record an error of the block and continue, unless it is `fatal` or comes from the compiler."""
@@ -377,7 +377,7 @@ class Failures:
         raise error
 
 
-def gib(size: int) -> str:
+def format_gib(size: int) -> str:
     """Return a size in GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
@@ -394,7 +394,7 @@ def host_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_in_words(device: torch.device) -> str:
+def format_peak_memory(device: torch.device) -> str:
     """Describe the peak memory use so far: of the device on CUDA, else of the host."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
-    return f"{gib(used)} GiB"
+    return f"{format_gib(used)} GiB"

@@ -12,7 +12,7 @@ ERROR_LINE = re.compile(
 )
 
 
-def message_of(errors: str) -> str:
+def extract_error_message(errors: str) -> str:
     """Return the message of the error that ended one of our programs, without the error's class name.
 
     Args:

@@ -33,7 +33,7 @@ from modules.errors import UserError
 SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
 KEY = "reelsmith/others"  # key in the shared store: port of process 0, and a password
 HERE, OVER, LOST = "here", "over", "lost"  # first words of lines
-ASKED, ANSWERED = "reelsmith/asked", "reelsmith/answered"  # keys of `meet_anew`
+ASKED, ANSWERED = "reelsmith/asked", "reelsmith/answered"  # keys of `reconnect`
 PAUSE = 0.1  # seconds until a question is repeated
 KILLED, SILENT = "killed", "silent"
 AGAIN = "Start the same command again."
@@ -193,7 +193,7 @@ class OtherProcesses:
         return f"{text}. The run cannot continue without it; what was saved is untouched.{tail}\n  {advice}"
 
 
-def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
+def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
     """Make processes that torchrun may restart meet at a port that no earlier attempt has used.
 
     torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from modules.command import as_typed, did_you_mean
+from modules.command import did_you_mean, quote_command
 from modules.option_tables import list_option_names
 from modules.option_values import HEIGHT_WIDTH
 from modules.options import KeyFile
@@ -297,19 +297,21 @@ def explain_rest(
     before = argv[index - 1] if index >= 1 else ""
     flag = argv[index - 2] if index >= 2 else ""
     if _takes_one(flags, flag) and flags[flag].type in NUMBER_TYPES:
-        values = as_typed([before, *unused])
+        values = quote_command([before, *unused])
         return f"{flag} takes one value and has {1 + len(unused)}, {values}. Give one."
     if before in flags and flags[before].nargs == 0 and first.lower() in SWITCHES:
         return f"{before} is a switch: leave {first} out, and to turn it off the switch too."
     if any(mark in word for word in argv for mark in "“”„«»"):
         return (
-            f"{as_typed(unused)} belongs to no option: the quotation marks “ ” are typographic, and the "
+            f"{quote_command(unused)} belongs to no option: the quotation marks “ ” are typographic, and the "
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
     if len(by_place) == 1 and by_place[0].nargs is None:
         name = by_place[0].dest
-        return f"{as_typed(unused)} is not used: give one {name}, and put quotes around a name with blanks."
-    return f"{as_typed(unused)} belongs to no option. Put a text with blanks in quotes."
+        return (
+            f"{quote_command(unused)} is not used: give one {name}, and put quotes around a name with blanks."
+        )
+    return f"{quote_command(unused)} belongs to no option. Put a text with blanks in quotes."
 
 
 def _takes_one(flags: Flags, flag: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.option_values import check_path, show_number
+from modules.option_values import check_path, format_number
 from modules.output_files import reject_replacing
 
 Info = Mapping[str, Any]
@@ -124,7 +124,7 @@ def _check_limits(option: str, number: Any, facts: Info) -> None:
         text = f"from {limit_texts['minimum']} to {limit_texts['maximum']}"
     else:
         text = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in limit_texts.items())
-    raise OptionError(f"{option} {show_number(number)}: give a number {text}{_find_hint(facts)}")
+    raise OptionError(f"{option} {format_number(number)}: give a number {text}{_find_hint(facts)}")
 
 
 def _join_alternatives(words: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from modules.paths import (
     explain_path,
     hide_secrets,
     path_exists,
-    without_quotes,
+    strip_quotes,
 )
 from modules.text_files import bad_character
 
@@ -36,7 +36,7 @@ MAX_DIGITS = 100  # maximum digits of an integer
 MAX_OF_ARGUMENT = 10_000  # maximum characters of one KEY=VALUE
 
 
-class FillIn(str):
+class Placeholder(str):
     """Placeholder in a printed command for a value that the user has to type, such as a path."""
 
 
@@ -67,7 +67,7 @@ def to_path(option: str, text: str) -> Path:
         path = expand_path(text)
     except ValueError as error:
         raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
-    why = None if path_exists(path) else explain_path(without_quotes(text))
+    why = None if path_exists(path) else explain_path(strip_quotes(text))
     if why is not None:
         raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
     return path
@@ -114,17 +114,17 @@ def check_numbers(option: str, value: Any) -> None:
         if isinstance(number, float) and not math.isfinite(number):
             raise OptionError(f"--{option} {number}: give a finite number")
         if abs(number) > MAX_NUMBER:
-            raise OptionError(f"--{option} {show_number(number)}: give a number of at most {MAX_NUMBER:,}")
+            raise OptionError(f"--{option} {format_number(number)}: give a number of at most {MAX_NUMBER:,}")
 
 
-def show_number(number: float) -> str:
+def format_number(number: float) -> str:
     """Format a number for messages; a very long number is described by its number of digits."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
-def as_shape(sizes: Iterable[int]) -> str:
+def format_shape(sizes: Iterable[int]) -> str:
     """Return sizes as people write them: `1024x768`."""
     return "x".join(map(str, sizes))
 
@@ -165,7 +165,7 @@ def require(value: T | None, option: str, why: str) -> T:
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise OptionError(f"{option} {show_number(seed)} does not fit 64 bits: give a number below 2^64")
+        raise OptionError(f"{option} {format_number(seed)} does not fit 64 bits: give a number below 2^64")
 
 
 def gibibytes(text: str) -> float:
@@ -277,7 +277,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
         ValueError: For a number of more digits than any seed has.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
-        return few_digits(text.strip())
+        return parse_bounded_int(text.strip())
     import hashlib  # imported here, because it loads OpenSSL, which --help does not need
 
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
@@ -309,14 +309,14 @@ def _mix_characters(text: str) -> int:
     return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
 
 
-def read_full(text: str) -> int:
+def parse_int(text: str) -> int:
     """Parse an integer. Raises ValueError if the text is not one."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
-    return few_digits(text)
+    return parse_bounded_int(text)
 
 
-def few_digits(text: str) -> int:
+def parse_bounded_int(text: str) -> int:
     """Parse an integer with a limited number of digits.
 
     Raises:
@@ -328,7 +328,7 @@ def few_digits(text: str) -> int:
     return int(text)
 
 
-def option_words(values: Mapping[str, Any]) -> list[str]:
+def option_argv(values: Mapping[str, Any]) -> list[str]:
     """Return options as arguments of a command line.
 
     True stands for a switch; None, False and an empty sequence leave an option out. A single text that begins
@@ -336,7 +336,7 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
     """
     words: list[str] = []
     for name, value in values.items():
-        texts = [] if isinstance(value, bool) else value_words(value)
+        texts = [] if isinstance(value, bool) else value_argv(value)
         if len(texts) == 1 and texts[0].startswith("-"):
             words.append(f"{name}={texts[0]}")
         elif texts or value is True:
@@ -344,17 +344,17 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def value_words(value: Any) -> list[str]:
+def value_argv(value: Any) -> list[str]:
     """Return an option's value as arguments of a command line: none for None, several for a sequence."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
-        return [text for item in value for text in value_words(item)]
-    if isinstance(value, FillIn):
+        return [text for item in value for text in value_argv(item)]
+    if isinstance(value, Placeholder):
         return [value]
     return [repr(value) if isinstance(value, float) else str(value)]
 
 
 def missing_words(words: Sequence[str]) -> list[str]:
     """Return each distinct word of a command that the user has to replace."""
-    return list(dict.fromkeys(word for word in words if isinstance(word, FillIn)))
+    return list(dict.fromkeys(word for word in words if isinstance(word, Placeholder)))

@@ -330,7 +330,7 @@ def _list_values(record: Options) -> dict[str, Any]:
 
 def _find_records(cls: type) -> dict[str, Any]:
     """Return the option records in a record, by the names of their fields."""
-    records = {name: record_of(hint) for name, hint in hints_of(cls).items()}
+    records = {name: find_record_type(hint) for name, hint in hints_of(cls).items()}
     return {name: record for name, record in records.items() if record is not None}
 
 
@@ -362,12 +362,12 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
         return None
     if hint is bool:
         return False
-    if record_of(hint) is not None:
+    if find_record_type(hint) is not None:
         return hint()
     raise TypeError(f"{cls.__name__}.{field.name} must be given")
 
 
-def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
+def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
     """Return whether a field of a record differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
@@ -383,7 +383,7 @@ def _has_given(record: Any) -> bool:
             continue
         # an optional record counts as given if it is not None, even with default values
         is_record = dataclasses.is_dataclass(hints[field.name])
-        if _has_given(getattr(record, field.name)) if is_record else is_given(record, field):
+        if _has_given(getattr(record, field.name)) if is_record else is_set(record, field):
             return True
     return False
 
@@ -395,7 +395,7 @@ def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
     if value is None or info.get("declared") is None:
         return
     check_value(option_name(field), value, info)
-    if is_given(record, field):
+    if is_set(record, field):
         check_relations(option_name(field), info, partial(_list_given, record))
         if info.get("ignored_without"):
             _warn_of_ignored(record, field)
@@ -436,7 +436,7 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
         value = getattr(record, field.name)
         if dataclasses.is_dataclass(value):
             idle += list_idle(value, written)
-        elif argument_of(field) in written and not is_given(record, field) and not _can_act(record, field):
+        elif argument_of(field) in written and not is_set(record, field) and not _can_act(record, field):
             idle.append(option_name(field))
     return idle
 
@@ -456,7 +456,7 @@ def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]
 def _list_given(record: Any, names: Collection[str]) -> list[str]:
     """Return which of the options with these public names are given and not turned off."""
     fields = record.fields_by_name
-    given = [name for name in names if is_given(record, fields[name])]
+    given = [name for name in names if is_set(record, fields[name])]
     off = {name: fields[name].metadata.get("off", ()) for name in given}
     return [name for name in given if getattr(record, fields[name].name) not in off[name]]
 
@@ -474,14 +474,14 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     if reach in ("writes", "appends"):
         for path in list_paths(value):
             reject_outside(name, path)
-    elif reach in ("sends", "configures") and is_given(record, field):
+    elif reach in ("sends", "configures") and is_set(record, field):
         if value not in field.metadata.get("stays", ()):  # values that send nothing
             reject_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             reject_in_queue(name)
-    elif reach == "starts" and is_given(record, field):
+    elif reach == "starts" and is_set(record, field):
         reject_starting(name)
-    elif reach == "connects" and is_given(record, field):
+    elif reach == "connects" and is_set(record, field):
         reject_starting(name, "joins other programs, which may run code here")
 
 
@@ -527,7 +527,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     typed: Collection[str] = getattr(args, TYPED, ())
     for option, field in cls.fields_by_name.items():
         is_typed = field.name not in records and option.replace("-", "_") in typed
-        if is_typed and not is_given(options, field):
+        if is_typed and not is_set(options, field):
             _warn_of_idle(options, field)
     for field in dataclasses.fields(cls):
         value = values[field.name]
@@ -571,7 +571,7 @@ def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
         outer = {fact: value for fact, value in field.metadata.items() if fact not in {"option", "declared"}}
-        record = record_of(hints[field.name])
+        record = find_record_type(hints[field.name])
         inner = {option_name(field): {}} if record is None else info_of(record)
         for name, info_inside in inner.items():
             info[name] = {**outer, **info_inside}
@@ -582,7 +582,7 @@ def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
 info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 
-def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def replace_synonyms(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace synonyms among values, such as "va" by "av", so that values of equal meaning compare equal.
 
     `values` are keyed by public name. The fact `same_as` of an option maps each synonym to its replacement.
@@ -608,12 +608,12 @@ def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
         value = getattr(record, field.name)
         if dataclasses.is_dataclass(value):
             names += list_given_with(value, fact)
-        elif field.metadata.items() >= fact.items() and is_given(record, field):
+        elif field.metadata.items() >= fact.items() and is_set(record, field):
             names.append(option_name(field))
     return tuple(names)
 
 
-def record_of(hint: Any) -> Any:
+def find_record_type(hint: Any) -> Any:
     """Return the option record in a field's type, `Record` or `Record | None`; None for any other type."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from modules.command import (
     LISTS_OPTIONS,
-    as_typed,
     did_you_mean,
-    one_line,
     plain_message,
+    quote_command,
+    shorten_word,
     wait_for_first_process,
     wants_color,
 )
@@ -33,10 +33,10 @@ from modules.options import (
     Rejection,
     default_of,
     find_reach,
+    find_record_type,
     find_rejection,
     hints_of,
     option_name,
-    record_of,
 )
 from modules.paths import path_exists
 
@@ -223,7 +223,8 @@ class Parser(argparse.ArgumentParser):
             return [*used, flags[0], *free]
         if len(free) > len(waiting):
             self.error(
-                f"{as_typed(free)}: {len(free)} words without an option, and only {' and '.join(flags)} can "
+                f"{quote_command(free)}: {len(free)} words without an option, and only "
+                f"{' and '.join(flags)} can "
                 "be left out. Put a name with blanks in quotes."
             )
         joined = [f"{flag}={word}" for flag, word in zip(flags, free, strict=False)]
@@ -271,9 +272,9 @@ class Parser(argparse.ArgumentParser):
         message = plain_message(message, sys.argv)
         wait_for_first_process()
         script = find_script(self.prog) if self.prog.endswith(".py") else None
-        shown = self.prog if script is None else as_typed(["python", script.as_posix()])
+        shown = self.prog if script is None else quote_command(["python", script.as_posix()])
         if self._front_words:
-            shown = as_typed(["python", *self._front_words])
+            shown = quote_command(["python", *self._front_words])
         self.exit(2, f"{self.prog}: error: {message}\n{shown}{LISTS_OPTIONS}\n")
 
     def _quote_help(self, name: str) -> str:
@@ -338,7 +339,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            shown = one_line(str(value))
+            shown = shorten_word(str(value))
             reason = getattr(action, "refused", {}).get(value)
             if reason is not None:
                 raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
@@ -394,7 +395,7 @@ def _explain_number(action: argparse.Action, word: str) -> str:
     if named is not None:  # settings of other trainers
         return f"{word}: write the number alone, {named[1]}"
     example = action.default if type(action.default) in NUMBERS else 1
-    return f"{one_line(word)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
+    return f"{shorten_word(word)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
@@ -456,7 +457,7 @@ def _add_field(
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
-    if record_of(hint) is hint:  # the field holds a record: declare that record's options
+    if find_record_type(hint) is hint:  # the field holds a record: declare that record's options
         inner = {} if declared is None else declared.settings
         records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(

@@ -42,7 +42,7 @@ def expand_path(text: str, base: Path | None = None) -> Path:
     """
     if "\0" in text:
         raise ValueError("it holds the character NUL (\\u0000), which no file's name can have")
-    plain = without_quotes(text)
+    plain = strip_quotes(text)
     if plain != text and path_exists(Path(text) if base is None else base / text):
         plain = text
     path = Path(plain)
@@ -74,7 +74,7 @@ def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
     return path.drive.startswith("\\\\") and path.drive.lower() != base.drive.lower()
 
 
-def without_quotes(text: str) -> str:
+def strip_quotes(text: str) -> str:
     """Return a text without a pair of quotation marks around it, straight or typographic; else unchanged."""
     inner = text.strip()
     is_pair = len(inner) > 2 and any(inner[0] == first and inner[-1] in last for first, last in _PAIRS)
@@ -89,7 +89,7 @@ def check_length(path: Path) -> None:
             raise ValueError("no file has so long a name. Give the path of a file")
 
 
-def path_from(folder: Path, path: Path) -> str:
+def parse_path(folder: Path, path: Path) -> str:
     """Return a path relative to a folder; absolute if they are on different drives of Windows."""
     try:
         return os.path.relpath(path, folder)

@@ -12,15 +12,15 @@ from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
 from modules.errors import OptionError
-from modules.option_values import FillIn, convert_value
+from modules.option_values import Placeholder, convert_value
 from modules.options import (
     Options,
+    find_record_type,
     hints_of,
     info_of,
-    is_given,
+    is_set,
     option_name,
     override_options,
-    record_of,
 )
 
 T = TypeVar("T", bound=Options)
@@ -63,7 +63,7 @@ def accepted_options(
         if declared is not None:
             declared_flags = declared.flags
             settings = declared.settings
-        inner = record_of(hint)  # the record that the field holds; None for an option
+        inner = find_record_type(hint)  # the record that the field holds; None for an option
         if inner is not None:
             inner_flags = {
                 key: info["flags"] for key, info in settings.get("settings", {}).items() if "flags" in info
@@ -98,7 +98,7 @@ def _list_given_values(options: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             yield from _list_given_values(value)
-        elif is_given(options, field):
+        elif is_set(options, field):
             yield option_name(field), value
 
 
@@ -108,7 +108,7 @@ def join_options(
     """Combine chosen options with the options of earlier commands; return the values by flag.
 
     Options that the command does not have are left out. A chosen value replaces that of an earlier command,
-    except that a `FillIn` (a placeholder) is replaced by it. Options are spelled as the user typed them.
+    except that a `Placeholder` (a placeholder) is replaced by it. Options are spelled as the user typed them.
 
     Args:
         record: Record of the command's options.
@@ -125,7 +125,7 @@ def join_options(
             continue
         flags = accepted[name].flags
         flag, value = joined.get(name, (flags[-1], option.value))  # the last flag is --NAME
-        if isinstance(value, FillIn):
+        if isinstance(value, Placeholder):
             value = option.value
         if option.typed in flags:
             flag = option.typed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn, show_number
+from modules.option_values import Placeholder, format_number
 from modules.options import HABIT, Options, option, option_name
 
 VAE_TILE = 256  # pixels, as for --vae_tiling in musubi-tuner
@@ -33,7 +33,8 @@ class VaeOptions(Options):
         size = self.vae_spatial_tile_sample_min_size
         if size is not None and (not MIN_TILE <= size <= MAX_TILE or size % TILE_STEP):
             raise OptionError(
-                f"--vae_spatial_tile_sample_min_size {show_number(size)}: give a multiple of {TILE_STEP}, at "
+                f"--vae_spatial_tile_sample_min_size {format_number(size)}: give a multiple of {TILE_STEP}, "
+                "at "
                 f"least {MIN_TILE} and at most {MAX_TILE}"
             )
 
@@ -44,9 +45,9 @@ class VaeOptions(Options):
             return self.vae_spatial_tile_sample_min_size
         return VAE_TILE if self.vae_tiling else None
 
-    def words(self) -> dict[str, Any]:
+    def command_options(self) -> dict[str, Any]:
         """Return the VAE's options for a command that is printed."""
-        return {"--vae": self.vae or FillIn("VAE_FILE")}
+        return {"--vae": self.vae or Placeholder("VAE_FILE")}
 
 
 def fp8_text_option(name: str, what: str) -> Any:
@@ -85,14 +86,14 @@ class TextEncoderOptions(Options):
     text_encoder_form: str | None = text_form_option()
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
-    def words(self, stand_in: str) -> dict[str, Any]:
+    def command_options(self, stand_in: str) -> dict[str, Any]:
         """Return the options that make a printed command encode texts with the same model.
 
         `stand_in` takes the place of a file that is not given.
         """
         fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
         return {
-            "--text_encoder": self.text_encoder or FillIn(stand_in),
+            "--text_encoder": self.text_encoder or Placeholder(stand_in),
             "--text_encoder_tokenizer": self.text_encoder_tokenizer,
             f"--{fp8}": self.in_fp8,
             "--text_encoder_form": self.text_encoder_form,

@@ -42,15 +42,15 @@ class MossImageConfig:
 
 # Source: the report's last stage of pre-training, arXiv 2610.23374; the mean sigma is 0.744
 TIMES = CutLogit(mean=1.09, std=0.95, cut=0.95, uniform_share=0.01)
-NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents, cut_logit=TIMES)
+NOISE = NoiseSpec(training_offset=0.0, count_tokens=count_latents, cut_logit=TIMES)
 DIT = DitSpec(
     block_lists=("layers",),
     shared_inputs=(("proj.q", "proj.k", "proj.v"),),
     fp8_exclude=("norm",),
-    fused={".proj.ffn_up_gate": 2, ".qkv": 3},
+    num_fused_matrices={".proj.ffn_up_gate": 2, ".qkv": 3},
     further_blocks=("text_embedder.blocks",),
     input_layers=("text_embedder",),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
     # they compute in float32; under 2 % of the model
     keep_float32=("time_embedding.", "shared_block_modulation.", "video_head_modulation."),

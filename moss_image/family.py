@@ -68,7 +68,7 @@ class MossImage(pictures.ModelOfImages):
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("Base (moss_image_base_bf16.safetensors)", also="it", adapter="")
-    can: ClassVar = Abilities(tell_few_steps=True, fit_captions=True)
+    abilities: ClassVar = Abilities(detects_few_steps=True, adjusts_captions=True)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
@@ -94,11 +94,11 @@ class MossImage(pictures.ModelOfImages):
     @property
     def references(self) -> ReferenceRules:
         """Return how many reference images the model takes, and which networks use them."""
-        return ReferenceRules(maximum=MAX_REFERENCES, seen_by_text=True)
+        return ReferenceRules(max_references=MAX_REFERENCES, seen_by_text=True)
 
     # layouts
 
-    def names_places(self, caption: str) -> bool:
+    def has_coordinates(self, caption: str) -> bool:
         """Return whether a caption may have coordinates in its image: whether it is a JSON object."""
         return looks_like_object(caption)
 
@@ -183,7 +183,7 @@ class MossImage(pictures.ModelOfImages):
                 made,
                 prepared.steps,
             )
-        return replace(prepared, steps=made, levels=levels)
+        return replace(prepared, steps=made, sigmas=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
         """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""

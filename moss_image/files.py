@@ -16,7 +16,7 @@ from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN35
 from encoders.picture_prompts import ImagePromptFormat
 from flux_2.vae import Flux2Vae, load_vae, read_vae
@@ -41,7 +41,7 @@ MAX_TOKENS = 4096  # maximum length of a prompt with its template; the rest is c
 RELEASE = re.compile(r"(?<![a-z])(sft|base)(?![a-z])")  # in the name of a file or folder
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "OpenMOSS-Team/MOSS-Image-Base")
-TEXT_USE = LanguageUse(
+TEXT_USE = LanguageEncoderSettings(
     name="qwen3_5",
     states_key=KEY,
     model=QWEN35,
@@ -53,7 +53,7 @@ TEXT_USE = LanguageUse(
     before=_BEFORE,
     after=f"{_AFTER}<think>\n",
     strips=True,
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
@@ -155,7 +155,7 @@ class MossImageFiles(LanguageModelFiles):
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
     vae_default: ClassVar = torch.float32
-    text_use: ClassVar[LanguageUse] = TEXT_USE
+    text_use: ClassVar[LanguageEncoderSettings] = TEXT_USE
 
     @property
     def dit_path(self) -> Path:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from krea2.model import Krea2Tokens, attend_rotated
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
 from lumina.model import real_tokens
-from modules.attention.attend import Lengths, SecondText, attend, make_lengths
+from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
+from modules.layers.norms import RMSNorm, activation_dtype, run_float32, run_in_weight_dtype
+from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, sinusoid, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from moss_image.configs import AXES, DIT, MossImageConfig
 from protocols.steps import NO_OVERRIDES, Overrides
@@ -70,18 +70,20 @@ class MossImageTextBlock(nn.Module):
         self.ffn_up = nn.Linear(dim, config.ffn_dim)
         self.ffn_down = nn.Linear(config.ffn_dim, dim)
 
-    def forward(self, x: Tensor, rotary: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, choice: AttentionChoice, lengths: SampleLengths | None
+    ) -> Tensor:
         """Apply the block to text tokens x, B T C."""
         # x: B T C
-        qkv = in_own_dtype(self.qkv, self.norm1(x)).unflatten(-1, (3, -1, self.head_width))
+        qkv = run_in_weight_dtype(self.qkv, self.norm1(x)).unflatten(-1, (3, -1, self.head_width))
         query, key, value = qkv.unbind(2)  # each B T N D
         query = rotate_halves(self.q_norm(query), rotary)
         key = rotate_halves(self.k_norm(key), rotary)
         attended = attend(query, key, value, choice, lengths=lengths)
-        x = x + in_own_dtype(self.proj, attended.flatten(2))
+        x = x + run_in_weight_dtype(self.proj, attended.flatten(2))
         h = self.norm2(x)
-        hidden = situ(in_own_dtype(self.ffn_up, h), in_own_dtype(self.ffn_gate, h))
-        return x + in_own_dtype(self.ffn_down, hidden)
+        hidden = situ(run_in_weight_dtype(self.ffn_up, h), run_in_weight_dtype(self.ffn_gate, h))
+        return x + run_in_weight_dtype(self.ffn_down, hidden)
 
 
 class MossImageText(nn.Module):
@@ -98,11 +100,11 @@ class MossImageText(nn.Module):
         stream: torch.dtype,
         rotary: Tensor,
         choice: AttentionChoice,
-        lengths: Lengths | None,
+        lengths: SampleLengths | None,
     ) -> Tensor:
         """Refine states, B T text_dim, to text tokens, B T C in the dtype `stream`."""
         # states: B T text_dim. stream: dtype of the result
-        x = in_own_dtype(self.proj, states).to(stream)
+        x = run_in_weight_dtype(self.proj, states).to(stream)
         for block in self.blocks:
             x = block(x, rotary, choice, lengths)
         return x
@@ -128,12 +130,12 @@ class MossImageBlock(GroupedAttention):
     def heads(self, x: Tensor) -> Heads:
         """Return heads of modulated tokens B L C: query, key, value, each B L N D; q and k normalized."""
         query, key, value = (
-            in_own_dtype(self.proj[name], x).unflatten(-1, (-1, self.head_width)) for name in "qkv"
+            run_in_weight_dtype(self.proj[name], x).unflatten(-1, (-1, self.head_width)) for name in "qkv"
         )
         return self.q_norm(query), self.k_norm(key), value
 
     def attend_heads(
-        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: SampleLengths | None
     ) -> Tensor:
         """Return the attention of tokens, B L N D; isolated references attend only to each other."""
         assert isinstance(tokens, MossImageTokens)
@@ -146,7 +148,7 @@ class MossImageBlock(GroupedAttention):
         # x: B R+L+T C
         shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
         h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.split)
-        branch = in_own_dtype(self.proj["o"], self.attend_tokens(h, tokens))
+        branch = run_in_weight_dtype(self.proj["o"], self.attend_tokens(h, tokens))
         x = add_gated(x, gate, branch, tokens.split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
@@ -164,8 +166,8 @@ class MossImageBlock(GroupedAttention):
     def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
         h = modulate(self.norm2(x), shift, scale, dtype)
-        value, gates = in_own_dtype(self.proj["ffn_up_gate"], h).chunk(2, dim=-1)
-        return add_gated(x, gate, in_own_dtype(self.proj["ffn_down"], situ(value, gates)))
+        value, gates = run_in_weight_dtype(self.proj["ffn_up_gate"], h).chunk(2, dim=-1)
+        return add_gated(x, gate, run_in_weight_dtype(self.proj["ffn_down"], situ(value, gates)))
 
 
 class MossImageLayout(NamedTuple):
@@ -189,7 +191,7 @@ class RefinedText(NamedTuple):
         """Return the text lengths, which set the images' time positions; one length if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
-    def lengths(self, before: int) -> Lengths | None:
+    def lengths(self, before: int) -> SampleLengths | None:
         """Return sequence lengths: each sample's real tokens plus `before`; None if all tokens are real."""
         if len(self.clocks) == 1:  # attention gets no mask
             return None
@@ -400,7 +402,7 @@ class MossImageModel(BlockNetwork):
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """Embed an image as tokens, one for each latent pixel: B Z 1 H W to B L C."""
-        return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
+        return run_in_weight_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Return the modulation rows of all blocks and the final layer, B to B 8 C float32."""
@@ -426,7 +428,7 @@ class MossImageModel(BlockNetwork):
         image = x[:, tokens.references : tokens.references + tokens.image]
         shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
         h = modulate(self.final_norm_video(image), shift, scale, tokens.dtype)
-        pixels = in_own_dtype(self.final_linear_video, h).float()
+        pixels = run_in_weight_dtype(self.final_linear_video, h).float()
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
@@ -461,9 +463,9 @@ class MossImageModel(BlockNetwork):
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:
-            pair = turns(angles_at(axis, width, self.config.rope_theta)).float()
+            pair = cos_and_sin(rotation_angles(axis, width, self.config.rope_theta)).float()
             pairs.append(send_ahead(pair, device))
-        return on_grid(pairs).unsqueeze(1)
+        return spread_over_grid(pairs).unsqueeze(1)
 
 
 def select_stream(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import Any
 
 from flux_2.options import Flux2VaeOptions
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -158,7 +158,7 @@ def check_schedule(name: str) -> str:
 
 def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return options.vae.file.words(), options.text.words("QWEN3_5_FILE")
+    return options.vae.file.command_options(), options.text.command_options("QWEN3_5_FILE")
 
 
 def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,9 +173,9 @@ def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, A
     schedule = extra.get("moss_schedule", options.moss_schedule)
     skips = extra.get("negative_skip_blocks", options.negative_skip_blocks)
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        **options.vae.file.words(),
-        **options.text.words("QWEN3_5_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        **options.vae.file.command_options(),
+        **options.text.command_options("QWEN3_5_FILE"),
         "--dit_dtype": options.dit_dtype,
         # None leaves an option out, which then has its default
         "--moss_schedule": None if schedule == OFFICIAL else schedule,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from checkpoints.finite import check_finite
 from checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
-from modules.console import count_of, quiet
-from modules.devices import numbers_on
+from modules.console import format_count, quiet
+from modules.devices import tensor_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
@@ -139,7 +139,7 @@ class ForeignNetwork:
         report: Sequence[Any] = self.module.apply_max_norm_regularization(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):
             return torch.stack([number.to(device, torch.float32) for number in report])
-        return numbers_on(device, [float(number) for number in report], torch.float32)
+        return tensor_on(device, [float(number) for number in report], torch.float32)
 
     def load_weights(self, path: Path) -> object:
         """Start from a file; return the network's own report.
@@ -345,7 +345,7 @@ def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
         errors = network.load_weights(path, dict(dit.named_parameters()))
     else:
         network.load_weights(path)
-    result = f"except for {count_of(len(errors), 'module')}, see above" if errors else "everything fits"
+    result = f"except for {format_count(len(errors), 'module')}, see above" if errors else "everything fits"
     logger.info(f"{path}: loaded, {result}")
 
 

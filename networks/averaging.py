@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints.finite import check_finite
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.writing import save_tensors, stream_tensors
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
@@ -276,7 +276,7 @@ def _advise(file: Checkpoint, first: Checkpoint) -> str:
         return "Give files of one run, with equal ranks."
     output = file.path.with_name(f"{file.path.stem}_{first_format}.safetensors")
     arguments = ["--input", str(file.path), "--output", str(output), "--target", _TARGETS[first_format]]
-    command = as_typed(["python", "convert_lora.py", *arguments])
+    command = quote_command(["python", "convert_lora.py", *arguments])
     return f"They were saved with other names (--lora_format). Convert it: {command}"
 
 

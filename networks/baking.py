@@ -15,7 +15,7 @@ from checkpoints.dialects import cut_parts, join_parts
 from checkpoints.dits import bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from checkpoints.quantizing import dequantized_on_read
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
@@ -235,7 +235,9 @@ def read_weight_of_module(
     without_prefix = name.removeprefix(f"{prefix_of(name)}_")  # in a separate file of the network
     for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
         for stored in weights.get(module, ()):
-            weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
+            weight = stored.source.build_tensor(
+                [stored.checkpoint.read(tensor) for tensor in stored.source.names]
+            )
             # separate files of text encoders may have equal module names, but other sizes
             if num_rows is None or num_rows == len(weight):
                 return weight, stored.checkpoint.path
@@ -314,6 +316,7 @@ def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) ->
     total_error = lost / change if change else 0.0
     advice = "; a higher rank loses less" if total_error > HIGH_LOSS else ""
     return (
-        f"{len(losses)} of {count_of(num_modules, 'module')} at rank {rank}: {100 * total_error:.2g} % of "
+        f"{len(losses)} of {format_count(num_modules, 'module')} at rank {rank}: {100 * total_error:.2g} % "
+        "of "
         f"the change is lost, at most {100 * relative_errors[worst]:.2g} % ({worst}){advice}"
     )

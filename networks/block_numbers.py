@@ -64,9 +64,9 @@ class BlockSettings:
                     "blocks. Give a number for each"
                 )
         # down, middle and up blocks have their own arguments, each with one factor per block
-        has_rates = any(argument in self.arguments for argument, _, _ in numbered.sides)
+        has_rates = any(argument in self.arguments for argument, _, _ in numbered.learning_rate_ranges)
         rate_factors = [1.0] * numbered.count if has_rates else []
-        for argument, start, count in numbered.sides:
+        for argument, start, count in numbered.learning_rate_ranges:
             if argument in self.arguments:
                 factors = read_rate_factors(argument, self.arguments[argument], count)
                 rate_factors[start : start + count] = factors

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoints.opening import checkpoint_paths, open_checkpoint
 from checkpoints.writing import save_tensors
-from modules.console import as_size, list_some, show_box
+from modules.console import format_size, list_some, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
@@ -298,7 +298,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     num_changed = len(renamed.keys() - stored.keys())
     rows = [
         ("from", str(source)),
-        ("to", f"{output} ({as_size(output.stat().st_size)})"),
+        ("to", f"{output} ({format_size(output.stat().st_size)})"),
         ("tensors", f"{len(renamed)}, {num_changed} with another name"),
     ]
     show_box("The LoRA is converted", rows)
@@ -652,7 +652,7 @@ def _save(
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),
         ("model", "not known" if family is None else family.name),
-        ("to", f"{output} ({as_size(output.stat().st_size)})"),
+        ("to", f"{output} ({format_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", loss_note),
     ]

@@ -19,7 +19,7 @@ from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors
-from modules.console import as_size, in_words, show_box
+from modules.console import format_duration, format_size, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
@@ -332,10 +332,10 @@ def _write_lora_of_difference(
     rows = [
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
-        ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
+        ("LoRA", f"{output} ({format_size(output.stat().st_size)}), rank {options.dim}"),
         ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
         ("kept", f"{accuracy.fraction:.1%} of the change of these modules, by its norm"),
-        ("time", in_words(time.monotonic() - start)),
+        ("time", format_duration(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, reject_quantized
-from modules.console import count_of, count_words, list_some
+from modules.console import format_count, list_some, pluralize
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import read_alphas, restore_folded_alphas
@@ -340,7 +340,7 @@ def _read_part(
         if names:
             logger.warning(
                 f"{path}: {SET_WEIGHT} takes the place of the other parts of "
-                f"{count_of(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
+                f"{format_count(len(names), 'weight')}, as in ComfyUI: {list_some(names, 2)}"
             )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, text_tensors=text_tensors)
@@ -472,7 +472,7 @@ def _describe_part(
         alphas: Clause that says which alphas were added; "" if none were.
         expert: Expert of the part; None if names in the file do not show it.
     """
-    modules = count_of(len(group_by_module(native.tensors)), "module")
+    modules = format_count(len(group_by_module(native.tensors)), "module")
     num_text_modules = len(group_by_module(native.text_tensors))
     if num_text_modules:
         modules = f"{modules} and {num_text_modules} of text encoders"
@@ -561,7 +561,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
     )
     for keys, description in ignored:
         if keys:
-            logger.warning(f"{path}: {count_words(len(keys), description)}: {list_some(keys)}")
+            logger.warning(f"{path}: {pluralize(len(keys), description)}: {list_some(keys)}")
     names_by_reason = group_by_reason(native.unknown_keys, partial(explain_unused_tensor, family))
     for reason, names in names_by_reason.items():
         warn_of_unused_parts(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.devices import numbers_on
+from modules.devices import tensor_on
 from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, perturbed, project_in_place_gradient, save_for_add_up
 from networks.rank_masks import RankMask
@@ -60,7 +60,7 @@ class DropoutSeed:
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
         """Return the seeds of all layers, layers x KINDS x (lower, upper 32 bits), int64, in one transfer."""
         seeds = [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers]
-        return numbers_on(device, seeds)
+        return tensor_on(device, seeds)
 
 
 class LoraLayer(nn.Module):

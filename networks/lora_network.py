@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modules.console import count_of, list_some
+from modules.console import format_count, list_some
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.delta import read_deltas
@@ -60,7 +60,9 @@ class OwnNetwork(nn.Module):
         ranks = sorted({layer.rank for layer in self.layers})
         rank_list = list_some([str(rank) for rank in ranks])
         first = self.layers[0]
-        logger.info(f"{first.kind} on {count_of(len(self.layers), 'module')}, {first.size_word} {rank_list}")
+        logger.info(
+            f"{first.kind} on {format_count(len(self.layers), 'module')}, {first.size_word} {rank_list}"
+        )
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
         """Give each layer of a Linear a buffer for the strengths of LoRA-GGPO's noise, one per row."""
@@ -142,7 +144,8 @@ class OwnNetwork(nn.Module):
         errors += [f"{name} is not in the file" for name in network_modules if name not in file_modules]
         if errors:
             logger.warning(
-                f"{path}: {count_of(len(fitting), 'module')} loaded, {len(errors)} not: {list_some(errors)}"
+                f"{path}: {format_count(len(fitting), 'module')} loaded, {len(errors)} not: "
+                f"{list_some(errors)}"
             )
         return errors
 

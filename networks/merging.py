@@ -16,7 +16,7 @@ from checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from checkpoints.writing import save_tensors, stream_tensors
 from modules.atomic_write import free_bytes
-from modules.console import as_size, in_words, list_some, show_box
+from modules.console import format_duration, format_size, list_some, show_box
 from modules.devices import dtype_name, select_device
 from modules.errors import CheckpointError
 from modules.output_files import reject_replacing
@@ -157,7 +157,7 @@ def _write_sum(
     metadata = save_sum(options, output, uses, device)
     rows = [
         ("LoRAs", _list_files(uses)),
-        ("result", f"{output} ({as_size(output.stat().st_size)})"),
+        ("result", f"{output} ({format_size(output.stat().st_size)})"),
         ("rank", metadata["ss_network_dim"]),
     ]
     show_box("The LoRAs are merged into one", rows)
@@ -351,8 +351,8 @@ def merge_into_file(
         )
         lora_rounding.report()
     rows = [
-        ("Merged model", f"{output} ({as_size(output.stat().st_size)})"),
-        ("time", in_words(time.monotonic() - start)),
+        ("Merged model", f"{output} ({format_size(output.stat().st_size)})"),
+        ("time", format_duration(time.monotonic() - start)),
     ]
     show_box("Merging is finished", rows)
 
@@ -370,8 +370,8 @@ def _show_merge(
     if num_quantized:
         change = f"{num_quantized} quantized weights become {dtype_name(dequantized_dtype)}"
         rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-    free = as_size(free_bytes(real_path(output).parent))
-    rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
+    free = format_size(free_bytes(real_path(output).parent))
+    rows.append(("disk", f"{format_size(size_bytes)}; {free} free"))
     show_box("Merging", rows)
 
 
@@ -533,7 +533,7 @@ class _LowRank(NamedTuple):
         """Return the input axes of the weight (with the kernel), and the number of outputs."""
         return self.down.shape[1:], len(self.up)
 
-    def in_words(self) -> str:
+    def format_duration(self) -> str:
         return f"{len(self.up)} x {self.down.shape[1]}"
 
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
@@ -569,7 +569,8 @@ def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) 
             if change.size != first.size:
                 raise CheckpointError(
                     f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
-                    f"{change.in_words()} there, {first.in_words()} here. Give LoRAs for one model.",
+                    f"{change.format_duration()} there, {first.format_duration()} here. Give LoRAs for one "
+                    "model.",
                     summand.lora.path,
                 )
         scale = summand.multiplier * scaling_of(summand.factors)

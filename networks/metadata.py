@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from checkpoints.opening import Checkpoint
 from checkpoints.writing import save_tensors
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
 from networks.deltas import group_by_module, hollow, rank_of
@@ -24,7 +24,7 @@ from networks.kinds.factors import Factors
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 from protocols.loading import TensorInfo
-from protocols.rules import named_expert
+from protocols.rules import parse_expert
 
 if TYPE_CHECKING:  # of a file that is described alone
     from networks.key_formats import NativeTensors
@@ -41,7 +41,7 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
     value = metadata.get(TRAINED_EXPERT, "").strip().lower()
     if value == FOR_BOTH:
         return FOR_BOTH
-    return EXPERT_VALUES.get(value) or named_expert(path.stem)
+    return EXPERT_VALUES.get(value) or parse_expert(path.stem)
 
 
 def in_words(expert: str) -> str:
@@ -196,7 +196,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     clauses = [
         f"{_describe_kinds(modules)}{model}, {dialect}",
         *_describe_scales(modules, alphas),
-        f"{count_of(len(modules), 'layer')}: {_describe_layers(modules)}",
+        f"{format_count(len(modules), 'layer')}: {_describe_layers(modules)}",
     ]
     if in_texts:
         clauses.append(f"{len(in_texts)} of them in text encoders")

@@ -56,13 +56,13 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
                 depths[list_name] = len(list(children[list_name].children()))
         check_blocks(settings, depths)
     optional_parts: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
-    if not spec.lora_choice:  # such a model lists the modules that get a layer instead
+    if not spec.lora_include:  # such a model lists the modules that get a layer instead
         optional_parts = tuple(
             part for part in spec.lora_exclude if part not in settings.enabled_optional_modules
         )
     if settings.block_settings is not None:
         # `numbered`: the blocks that --network_args address by number
-        settings = replace(settings, block_settings=settings.block_settings.fit(spec.numbered))
+        settings = replace(settings, block_settings=settings.block_settings.fit(spec.block_numbering))
     targets = _select_targets(_list_candidates(unet, settings), settings, OURS, optional_parts)
     if not targets:
         raise OptionError(
@@ -85,8 +85,8 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Module
         for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
             if rank:  # modules outside the blocks follow them, in this order
                 prefix_groups.append((path,))
-    patterns = [re.compile(pattern) for pattern in spec.lora_choice]
-    excluded = () if settings.has_convolutions else spec.with_convolutions
+    patterns = [re.compile(pattern) for pattern in spec.lora_include]
+    excluded = () if settings.has_convolutions else spec.conv_lora_modules
     for prefixes in prefix_groups:
         for candidate in _list_modules_below(unet, prefixes):
             if any(part in f".{candidate.path}" for part in excluded):

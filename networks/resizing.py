@@ -21,8 +21,8 @@ from torch import Tensor
 from checkpoints.finite import check_finite
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
-from modules.command import as_typed
-from modules.console import as_size, count_of, show_box
+from modules.command import quote_command
+from modules.console import format_count, format_size, show_box
 from modules.errors import CheckpointError, OptionError
 from modules.options import NO_PIXELS, Options, not_needed, option
 from modules.text_files import parse_json
@@ -251,7 +251,7 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
 def _plain_file_command(source: Path, *options: str) -> str:
     """Return the convert_lora.py command that stores a LoRA's alphas as tensors."""
     command = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
-    return as_typed([*command, "--output", "PLAIN.safetensors"])
+    return quote_command([*command, "--output", "PLAIN.safetensors"])
 
 
 def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
@@ -480,14 +480,14 @@ def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> No
     rows = [
         ("from", str(options.model)),
         ("to", str(options.save_to)),
-        ("size", as_size(options.save_to.stat().st_size)),
+        ("size", format_size(options.save_to.stat().st_size)),
         ("rank", f"{new_ranks}; before {old_ranks}"),
         ("modules", str(len(modules))),
         ("kept", f"{mean:.2f} % of the Frobenius norm, spread {spread:.2f} %"),
     ]
     idle = [module for module in modules if not module.has_learned]
     if idle:
-        rows.append(("learned nothing", f"{count_of(len(idle), 'module')}, of rank 1 now"))
+        rows.append(("learned nothing", f"{format_count(len(idle), 'module')}, of rank 1 now"))
     if all(module.rank == module.old_rank for module in modules):
         rows.append(("smaller", "no: no module has more ranks than asked for"))
     show_box("The LoRA is resized", rows)

@@ -21,7 +21,7 @@ from networks.rounding import LoraRounding
 from networks.unused_tensors import text_side_of
 from networks.use_options import NEAREST
 from protocols.bundled_embeddings import with_words
-from protocols.family import Family, TextEncoder, can_learn, has_text_side
+from protocols.family import Family, TextEncoder, can_learn, has_text_layers
 
 logger = getLogger(__name__)
 
@@ -111,7 +111,7 @@ class TextLoras:
                     f"not have, or that takes no LoRAs here, and are ignored: {list_some(names, 2)}"
                 )
         # the text side: modules between text encoder and transformer, such as connectors
-        if any(has_text_side(encoder) for encoder in encoders):
+        if any(has_text_layers(encoder) for encoder in encoders):
             return
         for use in self._text_side_uses:
             names = [*use.lora.tensors]
@@ -130,8 +130,8 @@ class TextLoras:
             prefix = encoder.lora_prefix
             uses = uses_for(self._uses, prefix, {prefix, *self._prefixes})
             self._merge(uses, encoder.network, encoder.name)
-        if self._text_side_uses and has_text_side(encoder):
-            self._merge(self._text_side_uses, encoder.text_side, encoder.name)
+        if self._text_side_uses and has_text_layers(encoder):
+            self._merge(self._text_side_uses, encoder.text_layers, encoder.name)
 
     def _merge(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
         """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change.

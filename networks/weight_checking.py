@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CheckpointError
 from modules.options import Options, option
 
@@ -31,7 +31,7 @@ def check_weights(options: WeightCheckOptions) -> None:
         names = [name for name in sorted(checkpoint.tensors) if options.show_all_keys or _is_matrix(name)]
         # down and up factor count as one module
         modules = {name.rpartition(".lora_")[0] for name in checkpoint.tensors if _is_matrix(name)}
-        sys.stdout.write(f"{count_of(len(modules), 'LoRA module')}\n")
+        sys.stdout.write(f"{format_count(len(modules), 'LoRA module')}\n")
         for name in names:
             tensor = checkpoint.read(name)
             sys.stdout.write(f"{name}: {_describe(tensor)}\n")
@@ -39,7 +39,8 @@ def check_weights(options: WeightCheckOptions) -> None:
                 damaged.append(name)
     if damaged:
         raise CheckpointError(
-            f"{options.file}: {count_of(len(damaged), 'tensor')} with values that are NaN or infinite, such "
+            f"{options.file}: {format_count(len(damaged), 'tensor')} with values that are NaN or infinite, "
+            "such "
             f"as {damaged[0]}. Take an earlier file, and train with a lower learning rate.",
             options.file,
         )

@@ -21,7 +21,7 @@ import wan_cache_text_encoder_outputs
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
 from modules.command import command_line
-from modules.layers.rope import angles_at
+from modules.layers.rope import rotation_angles
 from modules.options import read_options
 from modules.parser import add_options
 from pocket import train_text, train_vae
@@ -211,7 +211,9 @@ def write_random_dit(path: Path, seed: int) -> None:
     side = 2 * (width // 6)
     axes = (width - 2 * side, side, side)
     # D/2 pairs x 3 axes: the turn of one step along each axis
-    steps = torch.block_diag(*(angles_at(torch.arange(2, dtype=torch.float64), axis)[1:].T for axis in axes))
+    steps = torch.block_diag(
+        *(rotation_angles(torch.arange(2, dtype=torch.float64), axis)[1:].T for axis in axes)
+    )
     sharp = LOOK_STRENGTH * (steps.sum(1) > SHARPEST)  # D/2
     with torch.no_grad():
         for index, block in enumerate(dit.blocks):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.command import as_typed, did_you_mean
+from modules.command import did_you_mean, quote_command
 from modules.errors import OptionError, UserError
 from modules.installation import ONLY_OPTIONS, ROOT
 from modules.options import Options, option_values, read_options
@@ -337,7 +337,7 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
                 path = folder / model.path
                 logger.info("%s: --model is not given; %s is used", tool, path)
                 return path
-    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])
+    command = quote_command(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])
     missing = folders[0] / models[tasks[0]].files[0].name
     raise OptionError(
         f"no model is given, and {missing} is not there.\n  Give --model FILE (model=FILE in a chain), or "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modules.devices import send_ahead
 from modules.errors import OptionError
-from modules.media.encoding import Picture, Pixels
+from modules.media.encoding import OutputFrame, Pixels
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stage(Protocol):
         too small.
         """
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield the processed images in playing order, with a bounded number of images in memory.
 
         Unchanged images keep their pixels and dtype. A summary of the clip is logged after the last image.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import MediaError, OptionError, OutputError
 from modules.media.decoding import is_animation
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
@@ -122,7 +122,9 @@ def list_sources(chain: Chain) -> list[Path]:
     num_results = len(files) - len(sources)
     if num_results:
         logger.info(
-            "%s with names in %s: left out because they are results", count_of(num_results, "file"), ending
+            "%s with names in %s: left out because they are results",
+            format_count(num_results, "file"),
+            ending,
         )
     return sources
 

@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
-from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
+from modules.atomic_write import atomic_folder, claim_name, make_folder, replace_surrogates
 from modules.bars import FRAMES, Bar
-from modules.console import as_size, count_of, in_words
+from modules.console import format_count, format_duration, format_size
 from modules.devices import Failures, freeze_libraries, select_device
 from modules.errors import MediaError, OutputError
-from modules.media.encoding import Picture, in_eight_bits, resolve_codec
+from modules.media.encoding import OutputFrame, in_eight_bits, resolve_codec
 from modules.media.options import FormatOptions
 from modules.media.reading import (
     TOOL_TAG,
@@ -67,7 +67,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     descriptions = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
     for job in jobs:
-        with failures.note_errors(str(job.source)):
+        with failures.collect_errors(str(job.source)):
             if job.is_image:
                 run_image(stages, job, descriptions, chain.hides)
             else:
@@ -117,7 +117,7 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
                     written += 1
                     bar.update()
     seconds = time.monotonic() - started
-    logger.info("%s: %s in %s", frames, count_of(written, "frame"), in_words(seconds))
+    logger.info("%s: %s in %s", frames, format_count(written, "frame"), format_duration(seconds))
 
 
 # Run stages on a video: decode, stages and encode at the same time, with few images in memory.
@@ -125,7 +125,7 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     """Return metadata entries `post_N` for this run's tools; the numbers continue those in `names`."""
     numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
-    return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
+    return {f"post_{first + index}": replace_surrogates(text) for index, text in enumerate(done)}
 
 
 SECONDS = Fraction(1)  # duration of a single image, which no tool for images reads
@@ -152,7 +152,7 @@ def run_image(
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)
-    images = list(run_stages(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    images = list(run_stages(stages, iter([OutputFrame(pixels, Fraction(0), SECONDS)]), clips))
     assert len(images) == 1, f"{len(images)} pictures of one"  # no stage adds images to a single one
     texts = read_tags(job.source)
     # a thumbnail in the metadata could show what a tool has hidden
@@ -163,7 +163,7 @@ def run_image(
     logger.info("%s", job.output)
 
 
-def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
+def keep_pngs(pictures: Iterable[OutputFrame], folder: Path) -> Iterator[OutputFrame]:
     """Yield images, and write each one as a PNG file named by its index."""
     for index, image in enumerate(pictures):
         write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
@@ -201,7 +201,7 @@ def run_video(
     tags = number_done(read_tags(job.source), descriptions)
     rate = clips[-1].rate or info.rate
 
-    def write(pictures: Iterator[Picture]) -> None:
+    def write(pictures: Iterator[OutputFrame]) -> None:
         """Write the video while frames arrive, and with --keep_pngs also each frame."""
         with ExitStack() as opened:
             if form.keep_pngs:
@@ -239,8 +239,8 @@ def run_video(
     logger.info(
         "%s: %s in %s, %.3g a second, %s",
         job.output,
-        count_of(frames, "frame"),
-        in_words(seconds),
+        format_count(frames, "frame"),
+        format_duration(seconds),
         frames / seconds,
-        as_size(job.output.stat().st_size),
+        format_size(job.output.stat().st_size),
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError, OptionError
-from modules.media.encoding import Picture, in_eight_bits
+from modules.media.encoding import OutputFrame, in_eight_bits
 from modules.media.reading import join_alpha, split_alpha
 from postprocessing.blurring.stage import check_blur, make_blur
 from postprocessing.chain_options import NamedTools, ToolOptions, name_tool
@@ -88,8 +88,8 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
 
 
 def run_stages(
-    stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
-) -> Iterator[Picture]:
+    stages: Sequence[NamedStage], pictures: Iterator[OutputFrame], clips: Sequence[Clip]
+) -> Iterator[OutputFrame]:
     """Chain the stages: each one reads the images that the previous one yields; return the last results.
 
     Errors of a stage name its tool. Raises MemoryPlanError if memory runs out.
@@ -107,8 +107,8 @@ def run_stages(
 
 
 def _note_errors(
-    pictures: Iterator[Picture], clip: Clip, label: str, earlier_errors: list[BaseException]
-) -> Iterator[Picture]:
+    pictures: Iterator[OutputFrame], clip: Clip, label: str, earlier_errors: list[BaseException]
+) -> Iterator[OutputFrame]:
     """Pass images on; prefix errors with the tool's name, unless an earlier stage raised them."""
     try:
         with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
@@ -205,7 +205,7 @@ class PostTools:
         clips = results(self._stages, _describe_clip(first, None if is_single else rate))
         # `first` was taken from the iterator to learn the size
         numbered = enumerate(chain([first], frames))
-        images = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
+        images = (OutputFrame(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = run_stages(self._stages, images, clips)
         made = (join_alpha(in_eight_bits(image.pixels), alpha) for image in processed)
         return made, float(clips[-1].rate or fps)

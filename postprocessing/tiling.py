@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.compile_options import Compilation
-from modules.devices import free_memory, half_where_fast, is_out_of_memory, select_compute_dtype
+from modules.devices import free_memory, is_out_of_memory, replace_slow_float16, select_compute_dtype
 from modules.errors import CheckpointError, MemoryPlanError
 from modules.integers import ceil_div, round_up
 from postprocessing.options import ToolNetworkOptions
@@ -247,7 +247,7 @@ def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) 
     Raises:
         OptionError: If the dtype is unknown or fp8.
     """
-    return half_where_fast(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
+    return replace_slow_float16(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
 
 
 class Guarded:

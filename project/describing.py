@@ -23,9 +23,9 @@ from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from modules.output_files import is_windows_device
-from modules.paths import path_from
+from modules.paths import parse_path
 from modules.text_files import real_path
 from project.foreign.places import needs_subsets
 from project.foreign.settling import VARYING_TEXTS
@@ -41,7 +41,7 @@ from project.own_samples import find_origin
 from project.tags import TagLists, as_words
 from protocols.requests import COUNTS, VALUES
 from runtime.machine import lacks_bfloat16
-from training.config_options import OTHERS_TABLE, toml_value
+from training.config_options import PROJECT_TABLE, toml_value
 
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # subsets: minimum side of images, step of sides
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
@@ -143,7 +143,7 @@ class Choice:
 
     def inside(self, path: Path) -> str:
         """Return a path relative to the dataset folder, with forward slashes."""
-        return Path(path_from(self.folder, real_path(path))).as_posix()
+        return Path(parse_path(self.folder, real_path(path))).as_posix()
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,14 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
     span = ""
     if len(sizes) > 1:
-        span = f", of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
+        span = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
     default = model.data["resolution"]
     reduced = ""
     if _area(typical.size) > _area(default):
-        reduced = f", reduced to the area of {as_shape(default)} that the model's page has"
+        reduced = f", reduced to the area of {format_shape(default)} that the model's page has"
     return (
-        f"the size of a typical file, {typical.path.name} ({as_shape(typical.size)}){span}{reduced}. Every "
+        f"the size of a typical file, {typical.path.name} ({format_shape(typical.size)}){span}{reduced}. "
+        "Every "
         "file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
@@ -635,7 +636,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
         "",
         "# what `run` looks for and runs; the training leaves it alone",
     ]
-    return "\n".join([*lines, *_format_toml_table(f"[{OTHERS_TABLE}]", project), ""])
+    return "\n".join([*lines, *_format_toml_table(f"[{PROJECT_TABLE}]", project), ""])
 
 
 def _describe_targets(choice: Choice) -> list[str]:

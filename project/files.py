@@ -16,7 +16,7 @@ from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
 from downloads.catalogue import ModelSet, find_adapted
 from downloads.listing import describe_licenses, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import free_bytes, write_text
-from modules.console import count_of, quiet
+from modules.console import format_count, quiet
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.line_kinds import CAPTIONS, MEND, NEXT, KindLine, fault, show_kinds, warning
 from modules.media.reading import first_frame
@@ -416,7 +416,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
         write_text(copy, dataset)
         config = load_dataset_config(copy)
         config = with_lengths(config, describing.lengths_of(choice.model))
-        config = with_references(config, family.references, family.can.references)
+        config = with_references(config, family.references, family.abilities.references)
         for table in config.datasets:
             errors: list[Fault] = []
             sources: list[MediaSource] = []
@@ -535,7 +535,7 @@ def _summarize(choice: describing.Choice) -> str:
 def _count_media(media: Sequence[Media]) -> str:
     """Return the number of files of each kind as a text, such as `3 clips and 1 picture`."""
     counts = Counter[str](item.kind for item in media)
-    texts = [count_of(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
+    texts = [format_count(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)
 
 
@@ -627,7 +627,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
     tags = choice.tags or find_tags(_texts_of(choice.content))
     if tags is None:
         return []
-    count = count_of(len(tags.lists), "caption")
+    count = format_count(len(tags.lists), "caption")
     example = ", ".join(tags.lists[0][:3])
     found_text = f"{count}: lists of tags ({example}, ...)"
     if choice.tags is None:

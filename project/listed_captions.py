@@ -14,7 +14,7 @@ from typing import Any
 from dataset.forms.composing import FORMAT_OF_SUFFIX, column_names, read_columns
 from dataset.forms.rows import CAPTION_COLUMNS, PATH_COLUMNS, check_text
 from dataset.sources.captions import guess_windows_encoding
-from modules.console import count_of, list_some
+from modules.console import format_count, list_some
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
 from modules.line_kinds import fault, warning
@@ -131,7 +131,7 @@ def _add_rows(
         listed.lines.append(warning(text))
         return
     if missing:
-        count_of_rows = count_of(len(missing), "row")
+        count_of_rows = format_count(len(missing), "row")
         listed.lines.append(f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing)}")
     if without_text:
         listed.lines.append(f"{path.name}: no text as caption for {list_some(without_text)}")

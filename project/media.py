@@ -15,8 +15,8 @@ from dataset.sources.folders import ControlFolder, find_audio_beside
 from dataset.sources.layers import group_layers
 from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
-from modules.command import as_typed
-from modules.console import count_of
+from modules.command import quote_command
+from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.line_kinds import fault, warning
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -26,7 +26,7 @@ from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_info
 from modules.media.streams import source_info
-from modules.paths import path_from
+from modules.paths import parse_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.control_pairs import CONTROLS, describe_control_pairs
 from project.kinds.contract import RunKind
@@ -377,7 +377,7 @@ def _describe_regularising(
         return [warning(text)]
     content.regularization.append(subfolder)
     # the line that says how the folder is used
-    count = count_of(len(images), "regularization picture")
+    count = format_count(len(images), "regularization picture")
     caption = ""
     if uncaptioned and class_name is not None:
         caption = f", `{class_name.words}` for those without a caption"
@@ -486,7 +486,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
         if path.suffix.lower() == ".json" and count == 1:
             single_files.append(path)
         else:
-            lines.append(f"{path.name}: captions of {count_of(count, 'file')}")
+            lines.append(f"{path.name}: captions of {format_count(count, 'file')}")
     if single_files:
         article = "the" if len(single_files) > 1 else "a"
         lines.append(f"{name_some(single_files)}: captions of {article} file of that name")
@@ -595,7 +595,7 @@ def _explain_masks(folder: Path, place: Path) -> str:
 
     `folder` contains dataset.toml.
     """
-    inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
+    inside = Path(parse_path(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
 
@@ -1026,7 +1026,7 @@ def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
     visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
     if len(content.media) < FEW_MEDIA:
-        files = count_of(len(content.media), "file")
+        files = format_count(len(content.media), "file")
         lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
     images = [item.path for item in visible if item.kind == "image"]
     # first frames of clips are not written yet, and have no alpha
@@ -1123,7 +1123,7 @@ def _require_media(
         raise DatasetError(
             f"{folder}: {kind.title} learns from pairs of a picture and its control picture, and no picture "
             f"has one. Put them into {folder / CONTROL_FOLDER}, under the names of the pictures. This draws "
-            f"their edges: {as_typed([*DRAW_EDGES, str(folder / CONTROL_FOLDER), str(folder)])}{remarks}"
+            f"their edges: {quote_command([*DRAW_EDGES, str(folder / CONTROL_FOLDER), str(folder)])}{remarks}"
         )
     needs_audio = model_info.hears and not model_info.pairs_audios
     if needs_audio and not has_audios and not any(map(_has_audio, content.media)):

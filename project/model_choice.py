@@ -180,7 +180,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     if "ae" in names:  # puts --ae into --vae
         take_ae(args)
     with _without_log():
-        entry.make_family("training", read_options(record, args)).check_given_files()
+        entry.make_family("training", read_options(record, args)).check_named_files()
 
 
 def check_word(kind: RunKind, word: str | None) -> None:
@@ -219,7 +219,7 @@ def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps |
         return None
     reason = None
     with contextlib.suppress(UserError):  # the files may not be downloaded yet, only their names count
-        reason = family.why_few_steps()  # the released model that the options name
+        reason = family.few_steps_evidence()  # the released model that the options name
     for dit, released in zip(dits, _released_names(model), strict=False):
         kind = _find_kind(family, dit) or _find_kind(family, released)
         if kind is not None and kind.has_few_steps:

@@ -9,7 +9,7 @@ from checkpoints.opening import checkpoint_paths, open_checkpoint
 from downloads.catalogue import Component, Inside, ModelSet
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import to_path
-from modules.paths import explain_missing, without_quotes
+from modules.paths import explain_missing, strip_quotes
 from project.new_options import NewOptions
 
 
@@ -23,7 +23,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
     for typed in options.model_files:
         name, _, text = typed.partition("=")
         name = name.strip().lstrip("-")
-        text = without_quotes(text.strip())
+        text = strip_quotes(text.strip())
         if texts.get(name, text) != text:
             raise OptionError(f"--model_file {name}: {texts[name]} and {text} are given. Give one of them")
         texts[name] = text

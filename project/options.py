@@ -6,12 +6,12 @@ from pathlib import Path
 
 from downloads.catalogue import ModelSet, model_sets
 from modules import installation
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
 from modules.options import KeyFile, info_of
-from modules.paths import path_from
+from modules.paths import parse_path
 from modules.text_files import bad_character, real_path
 from protocols.families import FAMILIES, caption_formats, with_scripts
 
@@ -92,7 +92,7 @@ def times_of_steps(steps: int) -> dict[str, int]:
 
 def own_command(*words: str) -> str:
     """Return the text of a `reelsmith` command, such as `new` or `run` with its options."""
-    return as_typed(["python", FRONT_SCRIPT, *words])
+    return quote_command(["python", FRONT_SCRIPT, *words])
 
 
 def find_own_script(words: Sequence[str]) -> Path | None:
@@ -106,10 +106,10 @@ def typed_in(words: Sequence[str], folder: Path) -> str:
     """Return a command line as a user in `folder` would type it."""
     script = find_own_script(words)
     if script is None or installation.PREFIX:
-        return as_typed(words)
+        return quote_command(words)
     absolute = installation.ROOT / script
-    relative = path_from(folder, absolute)
-    return as_typed([words[0], min(relative, str(absolute), key=len), *words[2:]])
+    relative = parse_path(folder, absolute)
+    return quote_command([words[0], min(relative, str(absolute), key=len), *words[2:]])
 
 
 def as_operand(folder: Path) -> str:

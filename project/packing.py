@@ -18,7 +18,7 @@ from dataset.cache.commands import NAME
 from downloads.listing import print_lines
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, Bar
-from modules.console import as_size, count_of, list_some
+from modules.console import format_count, format_size, list_some
 from modules.errors import OptionError, OutputError
 from modules.installation import PREFIX
 from modules.limits import MAX_METADATA_BYTES
@@ -36,7 +36,7 @@ from project.relocating import (
     relocate_prompts,
     relocate_toml,
 )
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 from training.options import TrainingOptions
 
 PIECE_BYTES = 1 << 20
@@ -93,8 +93,8 @@ def pack_folder(options: PackOptions) -> None:
     members.sort(key=lambda member: member.name)
     _write(output, real_path(folder).name, members)
 
-    size = as_size(sum(member.size_bytes for member in members))
-    remarks = [f"{output}: {count_of(len(members), 'file')}, {size}"]
+    size = format_size(sum(member.size_bytes for member in members))
+    remarks = [f"{output}: {format_count(len(members), 'file')}, {size}"]
     if hidden:
         remarks.append(f"left out, as hidden or no file: {list_some(hidden)}")
     if secrets:
@@ -117,8 +117,8 @@ def read_described(folder: Path) -> PackSource:
     try:
         tables = parse_toml(read_text(path))
         training: Mapping[str, Any] = tables["training"]
-        files = [str(file) for file in tables[OTHERS_TABLE]["files"]]
-        commands = [[str(word) for word in words] for words in tables[OTHERS_TABLE]["commands"]]
+        files = [str(file) for file in tables[PROJECT_TABLE]["files"]]
+        commands = [[str(word) for word in words] for words in tables[PROJECT_TABLE]["commands"]]
         output = expand_path(str(training["output_dir"]), folder)
         logs = expand_path(str(training["logging_dir"]), folder) if "logging_dir" in training else output
         name = str(training["output_name"])

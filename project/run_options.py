@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset.options import DATASET_FILE
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.options import (
     SECRET,
     STARTS,
@@ -81,7 +81,7 @@ class RunOptions(Options):
         if self.models == MODELS:
             unsaid["models"] = None
         typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}
-        return ["run", as_operand(self.folder), *option_words(typed)]
+        return ["run", as_operand(self.folder), *option_argv(typed)]
 
     @property
     def going_on(self) -> str:

@@ -19,12 +19,12 @@ from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from downloads.options import leave_out
 from modules import installation
-from modules.command import INTERRUPTED, as_typed
+from modules.command import INTERRUPTED, quote_command
 from modules.control_codes import shorten
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.errors import OptionError
-from modules.option_values import option_words
-from modules.options import in_one_spelling
+from modules.option_values import option_argv
+from modules.options import replace_synonyms
 from modules.output_files import check_output_name
 from modules.paths import expand_path
 from modules.run_limits import describe_outside, limit_run, reject_outside
@@ -49,7 +49,7 @@ from project.options import (
 from project.run_options import RunOptions
 from project.tracing import RunTrace, trace_run
 from protocols.families import with_scripts
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 from training.features.composing import options_reaching
 from training.reports.history import history_path
 from training.saving.files import recover_states, state_pattern
@@ -184,7 +184,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     options = _download_words(project, models)
     return (
         f"{project.missing[0]} is missing{size}. Add {options}, or run\n"
-        f"  {as_typed(project.download)}\n"
+        f"  {quote_command(project.download)}\n"
         f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
     )
 
@@ -330,7 +330,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     # called only to raise an error for commands that are none of our scripts
     for argv_of_command in (project.download, *project.commands):
         _require_script(argv_of_command)
-    typed_argv = option_words({f"--{name}": value for name, value in typed.items()})
+    typed_argv = option_argv({f"--{name}": value for name, value in typed.items()})
     return _extend_training(replace(project, folder=real_path(folder)), typed_argv)
 
 
@@ -358,7 +358,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
 
     Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
     """
-    project_table = tables[OTHERS_TABLE]  # what `run` needs besides training options: commands and files
+    project_table = tables[PROJECT_TABLE]  # what `run` needs besides training options: commands and files
     values = {**tables["training"], **typed}
     download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
     output = expand_path(str(values["output_dir"]), folder)
@@ -397,7 +397,7 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
     for argv in commands:
         with contextlib.suppress(KeyError, IndexError):
             record = with_scripts()[script_family(argv)].options_record("Training")
-            chosen = in_one_spelling(record, chosen)
+            chosen = replace_synonyms(record, chosen)
     return {f"ss_{name}": value for name, value in chosen.items()}
 
 
@@ -459,7 +459,7 @@ def _download_words(project: Project, models: Path) -> str:
     """
     target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
-    return "--download" if is_allowed else as_typed(["--download", "--models", str(target)])
+    return "--download" if is_allowed else quote_command(["--download", "--models", str(target)])
 
 
 def _download_size(argv: Sequence[str]) -> str:
@@ -505,7 +505,7 @@ def _check_training(project: Project) -> None:
         errors="replace",
     )
     if process.returncode:
-        raise OptionError(message_of(process.stderr))
+        raise OptionError(extract_error_message(process.stderr))
 
 
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
@@ -581,7 +581,7 @@ def _require_script(argv: Sequence[str]) -> Path:
     script = find_own_script(argv)
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
-            f"{as_typed(argv)} is no command of a run, which downloads, caches, trains and generates. "
+            f"{quote_command(argv)} is no command of a run, which downloads, caches, trains and generates. "
             f"Correct {RUN_FILE}."
         )
     return script

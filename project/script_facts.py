@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules import installation
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.errors import OptionError
 from modules.help_text import DescribedOption, describe_options
 from modules.option_tables import find_table
@@ -100,7 +100,7 @@ def check_options(name: str, argv: Sequence[str], folder: Path) -> str | None:
     The script runs in `folder`, and ends after reading its options, before torch loads.
     """
     process = _run_script(name, argv, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"})
-    return message_of(process.stderr) if process.returncode else None
+    return extract_error_message(process.stderr) if process.returncode else None
 
 
 def _run_script(

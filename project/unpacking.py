@@ -18,7 +18,7 @@ from tomlkit.exceptions import TOMLKitError
 from downloads.listing import print_lines
 from modules.atomic_write import atomic_folder, check_space
 from modules.bars import BYTES, Bar
-from modules.console import as_size, count_of, list_some
+from modules.console import format_count, format_size, list_some
 from modules.control_codes import shorten
 from modules.errors import OptionError, OutputError, UserError
 from modules.limits import MAX_METADATA_BYTES
@@ -29,7 +29,7 @@ from modules.zip_files import BoundedFile
 from project.options import RUN_FILE, as_operand, download_options, own_command
 from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_error_of_name
 from project.relocating import change_texts
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 PIECE_BYTES = 1 << 20
 MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes 5 kB, and parsing a megabyte takes seconds
@@ -105,10 +105,10 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
         text = _place_models(_read_member(file).decode("utf-8-sig"), models)
-    others = parse_toml(text).get(OTHERS_TABLE, {})
+    others = parse_toml(text).get(PROJECT_TABLE, {})
     files = others.get("files", []) if isinstance(others, dict) else None
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
-        raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is not a table with a list of files")
+        raise TypeError(f"{RUN_FILE}: [{PROJECT_TABLE}] is not a table with a list of files")
     for path in files:
         expand_path(path)  # called only to raise ValueError for an invalid path
     return files
@@ -142,7 +142,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         raise ValueError(f"{conflict!r} is a file and a folder")
     total = sum(entry.file_size for entry in entries)
     if total > size_bytes:  # members are not compressed, so they cannot be larger than the archive
-        raise ValueError(f"it says that it holds {as_size(total)}, and has {as_size(size_bytes)}")
+        raise ValueError(f"it says that it holds {format_size(total)}, and has {format_size(size_bytes)}")
 
 
 def _read_member(file: Any) -> bytes:
@@ -229,8 +229,8 @@ def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> li
     `models` are the paths that run.toml lists.
     """
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    size = as_size(sum(path.stat().st_size for path in paths))
-    lines = [f"{folder}: {count_of(len(paths), 'file')}, {size}"]
+    size = format_size(sum(path.stat().st_size for path in paths))
+    lines = [f"{folder}: {format_count(len(paths), 'file')}, {size}"]
     missing = [file for file in models if not path_exists(expand_path(file, folder))]
     argv = ["run", as_operand(folder)]
     if missing:

@@ -24,7 +24,7 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 LOSS_MASK = "reelsmith_loss_mask"
 CONTROL_MASK = "vace_mask"  # uint8, 255 where pixels are generated; without a mask all of them are
 
-# conditions that a teacher may get and the trained model does not (`Described.fuller`)
+# conditions that a teacher may get and the trained model does not (`Described.teacher_only_conditions`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference image, in caches and conditions; several have _0, _1, ... appended
@@ -37,15 +37,15 @@ REFERENCE_LATENTS = "latents_reference"
 
 # Images that guide a clip. In caches, latents C 1 H W: keyframes (with _0, _1, ... appended), and an image
 # that replaces a latent frame. In batches, GUIDES has B G 2 int64 for these images in this order: index of
-# the frame (or latent frame), and the share in `steps.GivenTokens`
+# the frame (or latent frame), and the share in `steps.CleanTokens`
 KEYFRAME_LATENTS, LATENT_GUIDE, GUIDES = "latents_keyframe", "latents_guide", "guides"
 # latents of the rejected sample of a pair, in caches only; shaped like `latents`
 REJECTED_LATENTS = "latents_worse"
 
 # latents of a clip's audio, in caches (C T M), batches and conditions (B C T M)
-SOUND = "audio_latents"
+AUDIO_LATENTS = "audio_latents"
 # the same inside the cache of a clip's latents (`AudioSpec.is_in_latent_cache`); 0 for silence, else 1
-INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
+INNER_AUDIO, AUDIO_PRESENT = "latents_audio", "audio_present"
 # latents of the audio that a clip's audio is made after, next to SOUND; its T may differ
 REFERENCE_AUDIO = "reference_audio_latents"
 # which samples have audio, in batches and conditions: B bool, on the host. Missing, like the audio latents,
@@ -62,13 +62,13 @@ _OF_REFERENCES = (CONTROL, REFERENCE_LATENTS, REFERENCE_AUDIO)  # beginnings of 
 SIZES = "reelsmith_sizes"
 # the same in caches of other programs that record it: width and height of the file; left, top, right and
 # bottom of the box
-STATED_SIZES = "reelsmith_said_sizes"
+FOREIGN_SIZES = "reelsmith_said_sizes"
 
 # time indices of latent frames that are not consecutive (an image and its control images as frames of one
 # latent): F in caches, B F in batches and conditions, on the host
-PLACES = "f_indices"
+FRAME_INDICES = "f_indices"
 
-LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `MadeBy.part` for caches of latents and of audio
+LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `CacheOrigin.part` for caches of latents and of audio
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def name_text_and_mask(
 
 
 @dataclass(frozen=True)
-class MadeBy:
+class CacheOrigin:
     """The encoder that wrote a cache file, according to the file's metadata."""
 
     path: Path
@@ -139,7 +139,7 @@ class Batch:
     tensors: Conditions
     captions: tuple[str, ...]
     keys: tuple[str, ...]  # names of the items, for messages
-    made_by: tuple[MadeBy, ...] = ()  # of all cache files that record their encoder
+    made_by: tuple[CacheOrigin, ...] = ()  # of all cache files that record their encoder
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
     # custom_attributes that are enabled in the table of each sample; () if no table has any
     attributes: tuple[frozenset[str], ...] = ()
@@ -148,12 +148,12 @@ class Batch:
     crop_regions: tuple[tuple[int, ...] | None, ...] = ()
     # start and end of the parts of each sample's audio that training may keep clean, in seconds of the clip;
     # () if no table names files with them
-    given_times: tuple[tuple[tuple[float, float], ...] | None, ...] = ()
+    clean_times: tuple[tuple[tuple[float, float], ...] | None, ...] = ()
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # multiplier of the network in training steps with this batch
     # for `batch_conditions`: the conditions of a teacher (--teacher_sees); "": those of the trained network
-    view: str = ""
+    condition_set: str = ""
     empty_text: Conditions = field(default_factory=dict)  # of the empty prompt, for targets that need them
     # latents of the rejected sample of each pair, for targets that need them; shaped like `latents`
     rejected: Tensor | None = None
@@ -170,7 +170,7 @@ class Batch:
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
-    def tell(self, names: Collection[str]) -> "Batch":
+    def restore_dropped(self, names: Collection[str]) -> "Batch":
         """Return the batch with captions or references restored that dropout had removed.
 
         Args:
@@ -260,7 +260,7 @@ class MediaTable:
     guides: tuple[str, ...] = ()  # names for the latents of guides, the last of `MediaBatch.references`
     shown: tuple[
         tuple[ReferenceMedium, ...], ...
-    ] = ()  # `MediaBatch.shown` of each source; () if none has any
+    ] = ()  # `MediaBatch.row_references` of each source; () if none has any
 
 
 @dataclass(frozen=True)
@@ -281,8 +281,10 @@ class MediaBatch:
     control_mask: Tensor | None = None  # B F H W uint8: 255 where pixels are generated
     # audio of clips, for a family with `AudioSpec.is_in_latent_cache`: B C S float32, zeros for silence
     audio: Tensor | None = None
-    heard: tuple[bool, ...] = ()  # whether each clip has audio
-    shown: tuple[tuple[ReferenceMedium, ...], ...] = ()  # references of each item, from its row in a list
+    has_audio: tuple[bool, ...] = ()  # whether each clip has audio
+    row_references: tuple[
+        tuple[ReferenceMedium, ...], ...
+    ] = ()  # references of each item, from its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Split the items into batches for an encoder on `device`: single items on a CPU, else one batch.
@@ -307,8 +309,8 @@ class MediaBatch:
             references=tuple(reference[single] for reference in self.references),
             control_mask=None if self.control_mask is None else self.control_mask[single],
             audio=None if self.audio is None else self.audio[single],
-            heard=self.heard[single],
-            shown=self.shown[single],
+            has_audio=self.has_audio[single],
+            row_references=self.row_references[single],
         )
 
 
@@ -406,12 +408,12 @@ class LatentSpec:
     # whether training puts the latents of references before those of the clip, the last reference first
     references_first: bool = False
     # frames per second assumed for other programs' caches that do not record it; None: no assumption
-    unsaid_fps: float | None = None
-    clip: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
-    tail: int = 1  # number of frames that follow the complete clips of a video
-    holds_audio: bool = False  # see `AudioSpec.is_in_latent_cache`
+    default_fps: float | None = None
+    clip_frames: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
+    tail_frames: int = 1  # number of frames that follow the complete clips of a video
+    caches_audio: bool = False  # see `AudioSpec.is_in_latent_cache`
     # metadata (name, value of this run) that tell apart caches of the same name for different uses
-    declared: tuple[tuple[str, str], ...] = ()
+    required_metadata: tuple[tuple[str, str], ...] = ()
     has_size_conditions: bool = False  # whether batches have `SIZES`
     # whether image caches (means of the posterior) of another model with the same autoencoder can be used
     shares_caches: bool = False
@@ -423,7 +425,11 @@ class LatentSpec:
     lengths: ClipLengths = field(init=False, repr=False, compare=False)  # possible numbers of frames
 
     def __post_init__(self) -> None:
-        lengths = ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
+        lengths = (
+            ClipLengths(self.clip_frames, self.tail_frames)
+            if self.clip_frames
+            else ClipLengths(self.frame_step)
+        )
         object.__setattr__(self, "keeps_alpha", self.masks_latents or self.has_alpha)
         object.__setattr__(self, "is_of_images", self.stride[0] == 1)
         object.__setattr__(self, "lengths", lengths)
@@ -433,17 +439,17 @@ class LatentSpec:
 
         The first latent frame of each clip encodes a single frame.
         """
-        if not self.clip:
+        if not self.clip_frames:
             return (frames - 1) // self.stride[0] + 1
-        clips, rest = divmod(frames, self.clip)
-        return clips * ((self.clip - 1) // self.stride[0] + 1) + (rest - 1) // self.stride[0] + 1
+        clips, rest = divmod(frames, self.clip_frames)
+        return clips * ((self.clip_frames - 1) // self.stride[0] + 1) + (rest - 1) // self.stride[0] + 1
 
     def count_frames(self, latents: int) -> int:
         """Return the number of frames for a number of latent frames: the inverse of `count_latents`."""
-        if not self.clip:
+        if not self.clip_frames:
             return (latents - 1) * self.stride[0] + 1
-        clips, rest = divmod(latents, (self.clip - 1) // self.stride[0] + 1)
-        return clips * self.clip + max((rest - 1) * self.stride[0] + 1, 0)
+        clips, rest = divmod(latents, (self.clip_frames - 1) // self.stride[0] + 1)
+        return clips * self.clip_frames + max((rest - 1) * self.stride[0] + 1, 0)
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """Return the latents' shape, 1 C F H W, for a size in pixels."""
@@ -461,14 +467,14 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
-class Joint:
+class AudioVideoShapes:
     """Shapes of the latents of a clip and of its audio. The loops hold both as one tensor, B N.
 
     Image values come first. Code that treats each value separately, such as a solver, does not need to know
     that there are two parts.
     """
 
-    picture: tuple[int, int, int, int]  # C F H W
+    image: tuple[int, int, int, int]  # C F H W
     audio: tuple[int, int, int]  # C T M
 
     def join(self, picture: Tensor, audio: Tensor) -> Tensor:
@@ -477,8 +483,8 @@ class Joint:
 
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
         """Split B N into image latents B C F H W and audio latents B C T M, both as views."""
-        count = math.prod(self.picture)
-        return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.audio)
+        count = math.prod(self.image)
+        return joined[:, :count].unflatten(1, self.image), joined[:, count:].unflatten(1, self.audio)
 
 
 @dataclass(frozen=True)
@@ -491,10 +497,10 @@ class AudioSpec:
     # receive it: no lambda
     shape: Callable[[int, float], tuple[int, int, int]]
     modules: str = "audio"  # part of the path of each module that only clips with audio use
-    without: str = "another model"  # for messages: the option for a run without audio
-    is_alone: bool = False  # whether only the audio of clips is trained
+    silent_option: str = "another model"  # for messages: the option for a run without audio
+    audio_only: bool = False  # whether only the audio of clips is trained
     time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
-    # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `IS_HEARD`
+    # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`
     is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
     reference_dropout_rate: float = (

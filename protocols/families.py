@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from modules.command import as_typed, command_line
+from modules.command import command_line, quote_command
 from modules.errors import CheckpointError
 from modules.installation import EXTENSIONS, import_own
-from modules.option_values import FillIn, option_words
+from modules.option_values import Placeholder, option_argv
 from modules.options import Options
 from modules.script_options import parse_options
 
@@ -111,7 +111,7 @@ class FamilyEntry:
             return dict(by_release(family_options))
         flags = self.texts.split()[::2]
         words = self.texts.split()[1::2]
-        return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
+        return {flag: Placeholder(word) for flag, word in zip(flags, words, strict=True)}
 
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
         """Return the options that a training run needs to use these latent caches, by flag.
@@ -146,12 +146,12 @@ class FamilyEntry:
 
         def build_command(script: str, kind: str, needed: Mapping[str, Any]) -> list[str]:
             options = join_options(self.options_record(kind), needed, repeated)
-            words = option_words({"--dataset_config": str(dataset_config), **options})
+            words = option_argv({"--dataset_config": str(dataset_config), **options})
             return ["python", f"{self.cache}_{script}.py", *words]
 
         cache_latents = build_command("latents", "LatentCaching", latent_options)
         cache_texts = build_command("text_encoder_outputs", "TextCaching", text_options)
-        return as_typed([*cache_latents, *switches]), as_typed(cache_texts)
+        return quote_command([*cache_latents, *switches]), quote_command(cache_texts)
 
     def generation_words(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
@@ -169,7 +169,7 @@ class FamilyEntry:
 
         chosen = self.options.generation_options(family_options, sample)
         joined = join_options(self.options_record("Generation"), chosen, repeat_given(family_options, typed))
-        return [f"{self.generation_script}.py", *option_words(joined)]
+        return [f"{self.generation_script}.py", *option_argv(joined)]
 
     def make_family(self, kind: str, family_options: Any) -> Any:
         """Build the family for one kind of run from its options; this imports torch.

@@ -2,9 +2,9 @@
 
 Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is the share of noise (B, 0..1);
 `timesteps` is the model's input (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
-latents`, shaped like `noisy`. A picture and its audio are one tensor, B N (`Joint`), with a timestep each. A
-family is a frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no
-loop asks for its name.
+latents`, shaped like `noisy`. A picture and its audio are one tensor, B N (`AudioVideoShapes`), with a
+timestep each. A family is a frozen dataclass made by `family_for_training/caching/generation(options)` in
+its `family.py`; no loop asks for its name.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -34,23 +34,23 @@ from protocols.data import (
 from protocols.few_steps import FewSteps
 from protocols.loading import BlockPlace, Placement
 from protocols.requests import Prepared, Prompt, Request
-from protocols.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
+from protocols.steps import NO_OVERRIDES, CleanTokens, EncodedPrompts, Overrides, Section
 
 if TYPE_CHECKING:  # a generation fits no images to buckets
     from modules.media.buckets import Fit, Size
 
 
-class GivesTokens(Protocol):
+class CleanTokenRule(Protocol):
     """Rule by which training keeps some latents clean, in addition to first frames. Workers get a copy."""
 
-    def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
+    def draw(self, batch: Batch, generator: torch.Generator) -> CleanTokens | None:
         """Draw the clean latents of each sample; None if there are none.
 
         Raises:
             DatasetError: If all latents of a sample would be clean.
         """
 
-    def always(self) -> "GivesTokens":
+    def always(self) -> "CleanTokenRule":
         """Return the rule with all probabilities at 1, for measurements of memory."""
 
 
@@ -76,7 +76,7 @@ class NoiseSpec:
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
     # shape of the latents (B C F H W, or B C T M of audio) -> number of tokens, for shifts that depend on
     # the size. It must be picklable, because workers receive it: no lambda
-    tokens: Callable[[Sequence[int]], int] | None = None
+    count_tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # sigma of each of the 1000 timesteps, for a model that predicts noise
     keeps_variance: bool = False  # only with `table`: see above
     predicts_v: bool = False  # only with `keeps_variance`: `predict` returns v instead of the noise
@@ -84,10 +84,11 @@ class NoiseSpec:
     loss_factors: tuple[float, ...] = ()
     # changes the noise of training before it is added: (noise, latents in model space, generator) -> noise,
     # all B C F H W; None: the noise is used as drawn. It must be picklable, because workers receive it
-    vary: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
-    # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
+    vary_noise: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
+    # probability that a batch of clips trains with its first latent frame clean
+    # (`Overrides.num_clean_frames`)
     first_frame_probability: float = 0.0
-    gives: GivesTokens | None = None  # which other latents stay clean in training; None: none
+    clean_token_rule: CleanTokenRule | None = None  # which other latents stay clean in training; None: none
     shifted_logit: rules.ShiftedLogit | None = None  # settings of the sampler shifted_logit_normal
     cut_logit: rules.CutLogit | None = None  # settings of the sampler cut_logit_normal
     # time shift from the noise levels of images to those of their audio; 1: they are the same
@@ -95,11 +96,11 @@ class NoiseSpec:
     # time shift applied after every sampler. Options and draws refer to levels before it, over which the
     # model's generations are evenly spaced
     base_shift: float = 1.0
-    # changes the conditions of a training batch anew at each step: (conditions, `Batch.view`, generator) ->
-    # conditions. It must be picklable, because workers receive it: no lambda
-    vary_inputs: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
+    # changes the conditions of a training batch anew at each step: (conditions, `Batch.condition_set`,
+    # generator) -> conditions. It must be picklable, because workers receive it: no lambda
+    change_conditions: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
 
-    def data_shares(self, sigmas: Tensor) -> Tensor:
+    def signal_scale(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the clean latents in `noisy`, shaped like `sigmas`, float32."""
         shares = 1 - sigmas.float()
         if self.keeps_variance:
@@ -116,7 +117,7 @@ class NoiseSpec:
         """
         if self.predicts_v:
             rows = (-1, *([1] * (latents.ndim - 1)))
-            shares = self.data_shares(sigmas).view(rows)
+            shares = self.signal_scale(sigmas).view(rows)
             return shares * noise - sigmas.float().view(rows) * latents
         return noise if self.table else noise - latents
 
@@ -131,7 +132,7 @@ def count_image_tokens(shape: Sequence[int]) -> int:
 
 
 # for the video families; as in other trainers, the shift does not depend on the length of a video
-FLOW = NoiseSpec(tokens=count_image_tokens)
+FLOW = NoiseSpec(count_tokens=count_image_tokens)
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,14 @@ class NumberedBlocks:
     """Numbering of a network's blocks in --network_args that set ranks and learning rates per block."""
 
     count: int  # how many numbers block_dims and the like have
-    sides: tuple[tuple[str, int, int], ...]  # argument with learning rates, its first block, number of blocks
-    starts: tuple[tuple[str, int], ...]  # prefix of a module's path, number of its block
+    learning_rate_ranges: tuple[
+        tuple[str, int, int], ...
+    ]  # argument with learning rates, its first block, number of blocks
+    path_prefixes: tuple[tuple[str, int], ...]  # prefix of a module's path, number of its block
 
     def number_of(self, path: str) -> int | None:
         """Return the block number of a module; None if the module is not in a block."""
-        return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
+        return next((number for start, number in self.path_prefixes if path.startswith(f"{start}.")), None)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class DitSpec:
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
     # the second of two lists, if its blocks process a second stream (`Hidden.control_tokens`). They are
     # spread evenly: each runs before the first block of its share of the other list
-    side_list: str = ""
+    second_list: str = ""
     has_additions: bool = False  # whether a ControlNet adds to all tokens (`Hidden.block_residuals`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names that are never stored in fp8
     # storage form -> parts of parameter names, for other forms with different exclusions
@@ -162,31 +165,31 @@ class DitSpec:
     # parts of module paths in blocks, with a leading ".", that get a LoRA only on request
     lora_exclude: tuple[str, ...] = ()
     # patterns of module paths in blocks; if there are any, only modules that match one get a LoRA
-    lora_choice: tuple[str, ...] = ()
+    lora_include: tuple[str, ...] = ()
     lora_lists: tuple[str, ...] = ()  # other parts of the network whose modules may get a LoRA
     # parts of module paths, with a leading ".", that get a LoRA only with conv_dim, that is, if convolutions
     # larger than 1 x 1 get one: the residual blocks of U-Nets
-    with_convolutions: tuple[str, ...] = ()
-    numbered: NumberedBlocks | None = None  # None: this model does not support block_dims and the like
+    conv_lora_modules: tuple[str, ...] = ()
+    block_numbering: NumberedBlocks | None = None  # None: this model does not support block_dims and the like
     keep_float32: tuple[str, ...] = ()
     # attribute of a list of layers in blocks: with changing sizes, only these layers are compiled
     compiled_list: str = ""
     # ending of the path of a layer in blocks -> number of equally high matrices fused in its weight
-    fused: Mapping[str, int] = field(default_factory=dict, compare=False)
+    num_fused_matrices: Mapping[str, int] = field(default_factory=dict, compare=False)
     # groups of modules with the same input, as endings of their paths: LoRAs multiply the input only once
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     # attribute of a list of layers in blocks: if it has several layers, each is checkpointed instead of the
     # block
-    recomputed_list: str = ""
+    checkpointed_list: str = ""
     further_blocks: tuple[str, ...] = ()  # other lists of blocks, such as those for the text alone
     # large layers that turn inputs into tokens, for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
     # --blocks_to_swap -> number of swapped blocks in each list; None: no block can be swapped
     swap_counts: Callable[[int], tuple[int, ...]] | None = lambda blocks: (blocks,)
     # blocks of each list that stay on the device, as in other trainers; a list of two can still swap one
-    unswapped: int = 1
+    num_unswapped: int = 1
     # methods of some blocks that process each token (axis 1 of the first input) independently
-    token_wise: tuple[str, ...] = ()
+    token_wise_methods: tuple[str, ...] = ()
     # method of the first list's blocks: block input (x, tokens) -> input of its attention, B L C, which
     # TeaCache compares between steps; None: TeaCache is not supported
     modulated_input: str | None = None
@@ -201,13 +204,13 @@ class DitSpec:
             weight: Name of the weight.
         """
         path = f".{weight.removesuffix('.weight')}"
-        return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
+        return next((count for ending, count in self.num_fused_matrices.items() if path.endswith(ending)), 1)
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
         """Return the blocks of a network, by the attribute name of their list."""
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
-    def order(self, counts: Sequence[int]) -> list[int]:
+    def execution_order(self, counts: Sequence[int]) -> list[int]:
         """Return the indices of all blocks in the order in which they run.
 
         Indices count over all lists, in the order of `block_lists`.
@@ -216,18 +219,20 @@ class DitSpec:
             counts: Number of blocks in each list.
         """
         indices = list(range(sum(counts)))
-        if not self.side_list:
+        if not self.second_list:
             return indices
         main, side = counts
         share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list
         # side block k gets the sort key k * share - 0.5, just before main block k * share
         return sorted(indices, key=lambda index: index if index < main else (index - main) * share - 0.5)
 
-    def in_order(self, dit: nn.Module) -> list[nn.Module]:
+    def blocks_in_order(self, dit: nn.Module) -> list[nn.Module]:
         """Return all blocks of a network in the order in which they run."""
         lists = self.blocks(dit).values()
         blocks = [block for blocks_of_list in lists for block in blocks_of_list]
-        return [blocks[place] for place in self.order([len(blocks_of_list) for blocks_of_list in lists])]
+        return [
+            blocks[place] for place in self.execution_order([len(blocks_of_list) for blocks_of_list in lists])
+        ]
 
 
 class NoiseSource(Protocol):
@@ -241,24 +246,24 @@ class NoiseSource(Protocol):
 class EncoderAbilities:
     """Abilities that only some text encoders have."""
 
-    learn: bool = False  # the encoder is a `LearningEncoder`
-    have_side: bool = False  # the encoder is an `EncoderWithSide`
-    wait: bool = False  # the encoder is a `LayeredEncoder`
-    divide: bool = False  # the encoder is a `DividedEncoder`
-    see: bool = False  # the encoder is a `SeeingEncoder`
-    mark: bool = False  # the encoder is a `MarkingEncoder`
-    take_words: bool = False  # the encoder is an `encoders.new_words.WordEncoder`
+    trainable: bool = False  # the encoder is a `LearningEncoder`
+    has_text_layers: bool = False  # the encoder is an `EncoderWithTextLayers`
+    offloads_layers: bool = False  # the encoder is a `LayeredEncoder`
+    shardable: bool = False  # the encoder is a `DividedEncoder`
+    has_vision_tower: bool = False  # the encoder is a `SeeingEncoder`
+    writes_cache_metadata: bool = False  # the encoder is a `MarkingEncoder`
+    accepts_new_words: bool = False  # the encoder is an `encoders.new_words.WordEncoder`
     # the encoder also reads the clip of a caption (`Prompt.clip`), or the media of its row (`Prompt.media`):
     # a caption is encoded once per clip, and cached for one item of the clip
-    see_clip: bool = False
-    see_media: bool = False
+    encodes_clip: bool = False
+    encodes_media: bool = False
 
 
 class TextEncoder(Protocol):
     """One of a family's text encoders; loaded, used and freed one after the other."""
 
     @property
-    def can(self) -> EncoderAbilities:
+    def abilities(self) -> EncoderAbilities:
         """Abilities beyond this protocol, known without loading."""
 
     @property
@@ -320,23 +325,23 @@ class LearningEncoder(TextEncoder, Protocol):
 
 def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
     """Return whether the encoder can be trained with a LoRA."""
-    return encoder.can.learn
+    return encoder.abilities.trainable
 
 
-class EncoderWithSide(TextEncoder, Protocol):
+class EncoderWithTextLayers(TextEncoder, Protocol):
     """A text encoder followed by layers that are stored in the transformer's file.
 
     LoRA files name these layers like those of the transformer.
     """
 
     @property
-    def text_side(self) -> nn.Module:
+    def text_layers(self) -> nn.Module:
         """The loaded layers that follow the encoder."""
 
 
-def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
+def has_text_layers(encoder: TextEncoder) -> TypeGuard[EncoderWithTextLayers]:
     """Return whether the encoder is followed by layers from the transformer's file."""
-    return encoder.can.have_side
+    return encoder.abilities.has_text_layers
 
 
 class LayeredEncoder(TextEncoder, Protocol):
@@ -348,7 +353,7 @@ class LayeredEncoder(TextEncoder, Protocol):
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
     """Return whether the encoder can keep layers in host memory."""
-    return encoder.can.wait
+    return encoder.abilities.offloads_layers
 
 
 class DividedEncoder(TextEncoder, Protocol):
@@ -363,7 +368,7 @@ class DividedEncoder(TextEncoder, Protocol):
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
     """Return whether the encoder's blocks can be split over processes."""
-    return encoder.can.divide
+    return encoder.abilities.shardable
 
 
 class SeeingEncoder(TextEncoder, Protocol):
@@ -375,7 +380,7 @@ class SeeingEncoder(TextEncoder, Protocol):
 
 def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
     """Return whether the encoder has a vision tower that it can load."""
-    return encoder.can.see
+    return encoder.abilities.has_vision_tower
 
 
 class MarkingEncoder(TextEncoder, Protocol):
@@ -399,33 +404,35 @@ class MarkingEncoder(TextEncoder, Protocol):
 
 def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
     """Return whether the encoder records the purpose of a cache in its metadata."""
-    return encoder.can.mark
+    return encoder.abilities.writes_cache_metadata
 
 
 @dataclass(frozen=True)
 class Abilities:
     """Abilities that only some families have."""
 
-    hear: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
-    rate: bool = False  # the frame rate is an input of the model, in runs without audio too
-    tell_few_steps: bool = False  # the family is a `KnowsFewSteps`
+    trains_audio: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
+    takes_fps: bool = False  # the frame rate is an input of the model, in runs without audio too
+    detects_few_steps: bool = False  # the family is a `KnowsFewSteps`
     match_audio_schedule: bool = (
         False  # clips are read by their timestamps by default, as with source_fps = "auto"
     )
-    show_media: bool = False  # rows of lists may have `references` (`MediaBatch.shown`)
-    sample_apart: str = ""  # option that names a separate, frozen transformer for training samples
-    guide: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
+    takes_row_references: bool = False  # rows of lists may have `references` (`MediaBatch.row_references`)
+    sampling_dit_option: str = ""  # option that names a separate, frozen transformer for training samples
+    trains_with_guides: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
     references: str = ""  # for messages: the variant that takes references of clips, and how to select it
-    views: tuple[str, ...] = ()  # additional conditions that a training run can use (`Batch.view`)
+    views: tuple[str, ...] = ()  # additional conditions that a training run can use (`Batch.condition_set`)
     one_sample: str = ""  # why training batches have one sample: completes "batch_size 2: ..."
-    bring_empty: bool = False  # the family is a `BringsEmptyText`
-    rate_parts: bool = False  # the family is a `RatesParts`
-    bring_texts: bool = False  # the checkpoint contains the text encoders, which a training run can then use
-    train_checkpoint: bool = False  # the family is a `protocols.full_model.TrainsCheckpoint`
-    make_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
-    inpaint: bool = False  # the family is an `Inpaints` of the training feature for inpainting
-    fit_captions: bool = False  # the family is a `FitsCaptions`
-    tell_nodes: bool = (
+    reads_empty_prompt: bool = False  # the family is a `BringsEmptyText`
+    has_part_rates: bool = False  # the family is a `RatesParts`
+    has_text_encoders: bool = (
+        False  # the checkpoint contains the text encoders, which a training run can then use
+    )
+    trains_checkpoint: bool = False  # the family is a `protocols.full_model.TrainsCheckpoint`
+    has_custom_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
+    inpaints: bool = False  # the family is an `Inpaints` of the training feature for inpainting
+    adjusts_captions: bool = False  # the family is a `FitsCaptions`
+    has_comfy_nodes: bool = (
         False  # it has `comfy_model`, see `HasComfyNodes` in training/features/workflow_nodes.py
     )
 
@@ -434,7 +441,7 @@ class Described(Protocol):
     """What a family is: its names, abilities, latent space, network and defaults."""
 
     @property
-    def can(self) -> Abilities:
+    def abilities(self) -> Abilities:
         """Optional abilities, which not every family has."""
 
     @property
@@ -466,7 +473,7 @@ class Described(Protocol):
         """Caching options that latents need for the checkpoint of this training."""
 
     @property
-    def fuller(self) -> tuple[str, ...]:
+    def teacher_only_conditions(self) -> tuple[str, ...]:
         """Conditions that only a teacher gets in training: CAPTION, FIRST_FRAME or REFERENCE."""
 
     @property
@@ -489,7 +496,7 @@ class Described(Protocol):
 class Encodes(Protocol):
     """Encoding of texts and media: for caches, for generation and for training samples."""
 
-    def check_given_files(self) -> None:
+    def check_named_files(self) -> None:
         """Check every file that an option names, whether this run needs it or not, without loading it.
 
         Raises:
@@ -559,13 +566,13 @@ class KnowsFewSteps(Protocol):
     def few_steps(self) -> FewSteps:
         """How a training preserves the distillation of a transformer, and how many steps its samples take."""
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence that a file of this run was distilled to few steps; None if there is none."""
 
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
     """Return whether the family can tell whether its transformer was distilled to few steps."""
-    return family.can.tell_few_steps
+    return family.abilities.detects_few_steps
 
 
 class BringsEmptyText(Protocol):
@@ -584,7 +591,7 @@ class BringsEmptyText(Protocol):
 
 def brings_empty_text(family: Described) -> TypeGuard[BringsEmptyText]:
     """Return whether the family can read the empty prompt's conditions from a file."""
-    return family.can.bring_empty
+    return family.abilities.reads_empty_prompt
 
 
 class RatesParts(Protocol):
@@ -600,13 +607,13 @@ class RatesParts(Protocol):
 
 def part_rates_of(family: Described) -> Mapping[str, float]:
     """Return the learning rates of parts of the network; an empty mapping if the family has none."""
-    return cast("RatesParts", family).part_rates if family.can.rate_parts else {}
+    return cast("RatesParts", family).part_rates if family.abilities.has_part_rates else {}
 
 
 class FitsCaptions(Protocol):
     """A family with JSON captions that may contain coordinates in their image."""
 
-    def names_places(self, caption: str) -> bool:
+    def has_coordinates(self, caption: str) -> bool:
         """Return whether a caption is a JSON object that may contain coordinates in its image."""
 
     def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]:
@@ -623,7 +630,7 @@ class FitsCaptions(Protocol):
 
 def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
     """Return whether captions of the family may hold pixel coordinates, which change when it is cropped."""
-    return family.can.fit_captions
+    return family.abilities.adjusts_captions
 
 
 class HearsAudio(Protocol):
@@ -665,7 +672,7 @@ def trains_audio(family: Described) -> TypeGuard[HearsAudio]:
 
 def audio_of(family: Described) -> AudioSpec | None:
     """Return the audio format of this run; None if the run has no audio."""
-    return cast("HearsAudio", family).audio if family.can.hear else None
+    return cast("HearsAudio", family).audio if family.abilities.trains_audio else None
 
 
 class Passes(Protocol):

@@ -76,4 +76,4 @@ class HasCustomNetwork(Described, Protocol):
 
 def custom_network_of(family: Described) -> CustomNetwork | None:
     """Return the network that a family trains instead of a LoRA; None if it trains LoRAs."""
-    return cast(HasCustomNetwork, family).custom_network if family.can.make_network else None
+    return cast(HasCustomNetwork, family).custom_network if family.abilities.has_custom_network else None

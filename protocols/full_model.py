@@ -21,7 +21,7 @@ class LearningParts:
 
     # of text encoders that learn, by their names; None: that of all
     texts: Mapping[str, float | None] = field(default_factory=dict)
-    # of the transformer's blocks, by their numbers in `DitSpec.numbered`; (): all have one rate
+    # of the transformer's blocks, by their numbers in `DitSpec.block_numbering`; (): all have one rate
     blocks: tuple[float, ...] = ()
     text_steps: int | None = None  # the text encoders learn during so many steps; None: to the end
 
@@ -89,4 +89,4 @@ DIT = "dit"  # the transformer among `networks`
 
 def trains_checkpoint(family: Described) -> TypeGuard[TrainsCheckpoint]:
     """Return whether training runs of the family write full checkpoints."""
-    return family.can.train_checkpoint
+    return family.abilities.trains_checkpoint

@@ -20,7 +20,7 @@ class Packing:
     """How a file packs a weight: in another shape than that of its values, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
-    companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
+    companion_suffixes: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
     make_quantized: Callable[
         ..., QuantizedWeight
     ]  # of the weight and the companions; ValueError for scales that are none
@@ -83,12 +83,12 @@ class TensorSource:
     build: Callable[..., Tensor] | None = None
     build_quantized: Callable[..., QuantizedWeight | None] | None = None
 
-    def then(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
+    def with_step(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
         """Return the same source with another step at its end, such as slicing rows or transposing."""
         build = self.build
         return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
-    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+    def build_tensor(self, tensors: Sequence[Tensor]) -> Tensor:
         """Build the network's tensor from the file's tensors, in the order of `names`."""
         return tensors[0] if self.build is None else self.build(*tensors)
 

@@ -34,7 +34,7 @@ class WordToLearn:
     lora: Path | None = None  # that learning continues from; it may bring the word
     # next to another network that learns
     rate: float | None = None  # of its vectors; None: as the network
-    until: float = 1.0  # share of the steps in which they learn
+    train_fraction: float = 1.0  # share of the steps in which they learn
 
 
 def find_error(word: str) -> str:

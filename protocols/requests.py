@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modules.errors import MediaError, OptionError
 from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
-from modules.option_values import check_seed, show_number
+from modules.option_values import check_seed, format_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
-from protocols.data import Joint, LatentSpec, SamplingDefaults
+from protocols.data import AudioVideoShapes, LatentSpec, SamplingDefaults
 from protocols.inputs import VIDEO
-from protocols.rules import AS_PLAIN, ONE_EXPERT, Expert, GuidanceRules, Source, StepCaching
+from protocols.rules import NO_GUIDANCE_RULES, ONE_EXPERT, Expert, GuidanceRules, Source, StepCaching
 
 if TYPE_CHECKING:  # caching has no use for positions
     from torch import Tensor
 
-    from modules.layers.rope import Slow
+    from modules.layers.rope import SlowedFrequency
 
 Spans = tuple[tuple[int, int, float], ...]
 
@@ -38,19 +38,21 @@ class Prompt:
     is_negative: bool = False  # set by families that encode negative prompts differently
     # set by families whose prompts may have syntax that captions lack (brackets for weights): the maximum
     # number of chunks of tokens; None: the text is encoded like a caption
-    marked_chunks: int | None = None
+    max_chunks: int | None = None
     # reference images that the encoder sees with the text, in order; it reads and resizes the files itself
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
     # width and height that each of `pictures` has to cover; None: the encoder's own size
     image_size: tuple[int, int] | None = None
     # pixels of `pictures`, H W C uint8 each, if they are already resized; (): the encoder reads the files
-    frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
+    image_pixels: "tuple[Tensor, ...]" = field(default=(), compare=False)
     # for a caption that is cached: frames of its clip in training, F H W C uint8, and its references
     clip: "Tensor | None" = field(default=None, compare=False)
     media: tuple[Any, ...] = ()
-    further_text: str | None = None  # for a caption that is cached: encoded with its references instead of it
+    text_with_references: str | None = (
+        None  # for a caption that is cached: encoded with its references instead of it
+    )
     # images, clips and audio that the family puts in front of the text, in order, as its own records
-    presented: tuple[Any, ...] = ()
+    media_before_text: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Request:
     # the family's own options as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
     # option -> text as the user typed it, for texts that were changed by wildcards
-    typed: Mapping[str, str] = field(default_factory=dict)
+    typed_texts: Mapping[str, str] = field(default_factory=dict)
     step_cache: StepCaching | None = None  # rule for skipped passes; None: no pass is skipped
     # options of the command line that a prompt line overrides, by name
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -138,12 +140,14 @@ class Prepared:
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    slow_frames: "Slow | None" = None  # slowed frequency of the frames' positions (RIFLEx), for long videos
+    slow_frames: "SlowedFrequency | None" = (
+        None  # slowed frequency of the frames' positions (RIFLEx), for long videos
+    )
     first_step: int = 0  # first step that is run; above 0 for video-to-video; set by the shared loop
-    rules: GuidanceRules = AS_PLAIN  # the model's own guidance rules
-    joint: Joint | None = None  # shapes of image and audio latents; None: there is no audio
+    rules: GuidanceRules = NO_GUIDANCE_RULES  # the model's own guidance rules
+    joint: AudioVideoShapes | None = None  # shapes of image and audio latents; None: there is no audio
     audio_shift: float = 1.0  # time shift from the noise levels of images to those of audio
-    levels: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
+    sigmas: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
     # timestep at the beginning of each step, if there is a source and the sections have their own solver;
     # (): computed from the solver's name and the other settings
     timesteps: tuple[float, ...] = ()
@@ -151,19 +155,19 @@ class Prepared:
     # cache options apply to the first
     stages: tuple["Prepared", ...] = ()
     # strength of each of the network's stage LoRAs (`networks.gated_loras.add_stage_loras`); (): none
-    added: tuple[float, ...] = ()
+    stage_lora_strengths: tuple[float, ...] = ()
     # for the memory plan: loaders of networks that produce the start of a stage, with their input shapes
-    begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
+    stage_start_networks: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
     family_record: Any = None  # the family's own settings, which only the family reads
-    name_end: str = ""  # appended to the names of output files
-    shown: Box | None = None  # region to which decoded pixels are cropped; None: all pixels
-    own_metadata: Mapping[str, str] = field(default_factory=dict)  # additional metadata of outputs
+    output_suffix: str = ""  # appended to the names of output files
+    visible_region: Box | None = None  # region to which decoded pixels are cropped; None: all pixels
+    extra_metadata: Mapping[str, str] = field(default_factory=dict)  # additional metadata of outputs
     edit: "PixelEdit | None" = None  # change of the decoded pixels; None: they are written as they are
 
     @property
     def is_audio_alone(self) -> bool:
         """Return whether the request generates audio without images."""
-        return self.joint is not None and not self.joint.picture[1]
+        return self.joint is not None and not self.joint.image[1]
 
     @property
     def is_still(self) -> bool:
@@ -215,7 +219,7 @@ def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
     return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
 
 
-def settle(
+def resolve_request(
     request: Request,
     defaults: SamplingDefaults,
     size: tuple[int, int, int],
@@ -454,7 +458,8 @@ def check_values(request: Request) -> None:
         count = getattr(request, name)
         if count is not None and not 1 <= count <= maximum:
             raise OptionError(
-                f"{option} {show_number(count)} (--{prompt_flag} in a prompt line): give a number from 1 to "
+                f"{option} {format_number(count)} (--{prompt_flag} in a prompt line): give a number from 1 "
+                "to "
                 f"{maximum}"
             )
     for name, (option, prompt_flag, maximum) in VALUES.items():

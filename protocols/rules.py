@@ -16,11 +16,11 @@ class Expert:
     """One network of a model, used from its lowest timestep up to where the next network begins."""
 
     name: str  # "high_noise": in options, file names and messages; "" if it is the only one
-    lowest: float  # lowest timestep, 0..1000, at which it is used
-    highest: float = math.inf  # used below this timestep
+    min_timestep: float  # lowest timestep, 0..1000, at which it is used
+    max_timestep: float = math.inf  # used below this timestep
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Name of the network in messages, such as "low-noise transformer"."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
@@ -40,7 +40,7 @@ _IN_SHORT = re.compile(
 )
 
 
-def named_expert(name: str) -> str | None:
+def parse_expert(name: str) -> str | None:
     """Return the expert that the name of a file (without suffix) or folder indicates, or None."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
     experts = set(_IN_FULL.findall(plain))
@@ -59,7 +59,7 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
             counts only if the sibling folders exist too.
     """
     for part in (path, path.absolute().parent):
-        expert = named_expert(part.name if part.is_dir() else part.stem)
+        expert = parse_expert(part.name if part.is_dir() else part.stem)
         if expert is not None:
             return expert
         if part.name in folders and all(part.with_name(name).is_dir() for name in folders):
@@ -69,14 +69,16 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
     """Return the index of the expert for a timestep: the last that begins at or below it, else the first."""
-    start = max(timestep, min(expert.lowest for expert in experts))
-    begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
+    start = max(timestep, min(expert.min_timestep for expert in experts))
+    begun = [
+        (expert.min_timestep, index) for index, expert in enumerate(experts) if expert.min_timestep <= start
+    ]
     return max(begun)[1]
 
 
 def noisiest(experts: Sequence[Expert]) -> int:
     """Return the index of the expert for the highest timesteps, which is the first to denoise noise."""
-    return max(range(len(experts)), key=lambda index: experts[index].lowest)
+    return max(range(len(experts)), key=lambda index: experts[index].min_timestep)
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,14 @@ class GuidanceRules:
     """How one request is guided: how the predictions of its passes, with and without its prompt, combine."""
 
     # guidance scale at which guidance has no effect: 1 in the usual formula
-    off_at: float = 1.0
+    neutral_scale: float = 1.0
     # guidance is used only while 1 - sigma is below this value, later only the positive pass; None: always
-    below_share: float | None = None
+    max_signal: float | None = None
     # maximum norm of a guided velocity, as a multiple of the positive velocity's norm; None: no limit
     norm_limit: float | None = None
     # in each square with this side in latent pixels, a guided velocity gets the norm of the positive one;
     # None: norms are not changed
-    token_side: int | None = None
+    norm_patch_size: int | None = None
     projection: Projection | None = None  # None: plain guidance
     # separate guidance of images and audio; (): the usual formula for both
     streams: tuple[StreamGuidance, ...] = ()
@@ -147,7 +149,7 @@ class GuidanceRules:
     negative_skips: NegativeSkips = NegativeSkips()
 
 
-AS_PLAIN = GuidanceRules()
+NO_GUIDANCE_RULES = GuidanceRules()
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class ConsistencyRules:
     is_relative: bool = False  # whether the threshold is a fraction of the largest difference
     kernel_size: int = 3  # odd size of the blur over differences, in latent pixels
     dilate_size: int = 0  # dilation of changed parts, in latent pixels
-    saves: bool = False  # whether the changed parts of each step are written to a file
+    save_masks: bool = False  # whether the changed parts of each step are written to a file
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class NpzFormat:
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     # arrays of a text file that store a setting of the table for other programs; our trainings ignore them.
     # Name of the array -> name of the setting
-    of_table: Mapping[str, str] = field(default_factory=dict)
+    table_settings: Mapping[str, str] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
     # whether names of latent arrays end in the size, so that a file may hold several resolutions
@@ -209,7 +211,7 @@ class Source:
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
     denoise: float  # 0..1; 1 keeps nothing of the source if the schedule begins with pure noise
-    share: str = "strength"  # the option that sets `denoise`, for messages and metadata
+    denoise_option: str = "strength"  # the option that sets `denoise`, for messages and metadata
     # "traditional": `denoise` is a fraction of the steps; "direct": the noise level of the first step
     noise_mode: str = "traditional"
     pad_mode: str | None = None  # where a short video is padded, "front" or "end"; None: it is rejected
@@ -225,9 +227,9 @@ class Source:
         """Return whether the VAE has to encode the source: all sources except latents."""
         return self.option != LATENTS
 
-    def in_words(self) -> Mapping[str, object]:
+    def to_metadata(self) -> Mapping[str, object]:
         """Return the metadata of the source for outputs, by option name."""
-        info: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
+        info: dict[str, object] = {self.option: self.path.name, self.denoise_option: self.denoise}
         info["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:
             info["v2v_pad_mode"] = self.pad_mode
@@ -240,10 +242,12 @@ class Source:
 class SourceRules:
     """Rules for how a family uses the starting point of a video."""
 
-    takes: tuple[str, ...]  # supported kinds: VIDEO, IMAGE, LATENTS
-    who: str  # the model in messages, such as "--task t2v-14B"
-    stretches: bool  # whether frames are stretched to the size (bicubic), not scaled to cover it and cropped
-    latents_of: frozenset[str]  # names in outputs' metadata of models with the same latent space
+    supported_options: tuple[str, ...]  # supported kinds: VIDEO, IMAGE, LATENTS
+    model_label: str  # the model in messages, such as "--task t2v-14B"
+    stretch_frames: (
+        bool  # whether frames are stretched to the size (bicubic), not scaled to cover it and cropped
+    )
+    compatible_models: frozenset[str]  # names in outputs' metadata of models with the same latent space
 
 
 @dataclass(frozen=True)
@@ -310,7 +314,7 @@ CharSpan = tuple[int, int] | None
 CountTokens = Callable[[str], TokenCount]
 
 
-def kept_characters(ends: Sequence[int], maximum: int, length: int) -> int:
+def count_covered_characters(ends: Sequence[int], maximum: int, length: int) -> int:
     """Return the number of characters that the first `maximum` tokens of a text cover.
 
     Args:
@@ -394,7 +398,7 @@ class AudioLearning:
     image_weight: float = 1.0  # loss weight of images, also without audio
     audio_weight: float = 1.0
     has_own_times: bool = False  # whether the noise level of audio is drawn separately from the images'
-    given: str = ""  # stream that is kept clean and not trained, for clips with audio; "": none
+    clean_stream: str = ""  # stream that is kept clean and not trained, for clips with audio; "": none
 
 
 @dataclass(frozen=True)
@@ -405,29 +409,29 @@ class ReferenceRules:
     family uses clips as references, only `maximum`, `clips` and the fields below `clips` count.
     """
 
-    maximum: int  # maximum number of references per item or request
+    max_references: int  # maximum number of references per item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # whether a text encoder sees them: changed images then need new text caches
     # whether text encoders see references exactly as the VAE does, with the same size, crop and colors
-    as_encoded: bool = False
+    text_sees_vae_input: bool = False
     edits: bool = False  # whether the model was trained for edits: a request without a reference is warned of
     # whether a single reference keeps its own aspect ratio and is reduced to `area`
-    own_shape: bool = False
-    area: int | None = None  # maximum number of pixels; None: that of the target
+    keeps_aspect_ratio: bool = False
+    max_area: int | None = None  # maximum number of pixels; None: that of the target
     # whether reference_directory and reference_path are supported, in addition to control media: a clip has
     # as many frames as its target, an image is one frame
     clips: bool = False
     size_factor: int = 1  # sides of references are smaller than those of the target by this factor
     time_factor: int = 1  # the first frame is kept, then one frame of each group of this many
-    frames: int = 0  # maximum number of frames; 0: that of the target
-    dropped: float = 0.0  # fraction of batches that are trained without references of clips
-    on_white: bool = False  # whether each is a single image (a clip's first frame), padded with white
+    max_frames: int = 0  # maximum number of frames; 0: that of the target
+    dropout_probability: float = 0.0  # fraction of batches that are trained without references of clips
+    pad_with_white: bool = False  # whether each is a single image (a clip's first frame), padded with white
     control_masks: bool = False  # whether control_mask_directory and control_mask_path are supported
 
     @property
     def factors(self) -> tuple[int, int, int]:
         """Return size factor, time factor and largest number of frames; caches record them."""
-        return self.size_factor, self.time_factor, self.frames
+        return self.size_factor, self.time_factor, self.max_frames
 
 
 @dataclass(frozen=True)
@@ -436,5 +440,5 @@ class ReferenceMedium:
 
     kind: str  # "image", "video" or "audio"
     path: Path
-    audio: Path | None = None  # file with the audio of a clip; None: the clip's own audio, if it has any
+    audio_path: Path | None = None  # file with the audio of a clip; None: the clip's own audio, if it has any
     is_silent: bool = False  # whether the audio of a clip is ignored

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from modules.devices import send_ahead
-from protocols.data import Conditions, Joint, MediaEncoders, add_batch_axis
+from protocols.data import AudioVideoShapes, Conditions, MediaEncoders, add_batch_axis
 from protocols.rules import ConsistencyRules
 
 if TYPE_CHECKING:  # caching has no use for attention and positions
-    from modules.attention.attend import Steer
+    from modules.attention.attend import CombineAttention
     from modules.flow.schedule import Schedule
-    from modules.layers.rope import Slow
+    from modules.layers.rope import SlowedFrequency
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class PreviewPiece:
     """The part that a section adds to a video generated in sections, for the preview."""
 
     latents: Tensor  # B C F H W, which can be decoded on their own
     overlap: int  # frames that are blended with the end of the video so far; 0 for the first piece
-    in_front: bool  # whether the piece is played before the video so far, not after it
+    is_prepended: bool  # whether the piece is played before the video so far, not after it
     decode: DecodePart  # decodes the latents to pixels, before blending
-    so_far: Tensor  # B C F H W, on the CPU: latents of all finished sections, in playing order
+    previous_latents: Tensor  # B C F H W, on the CPU: latents of all finished sections, in playing order
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class NagText:
     """The negative text of normalized attention guidance (NAG); a pass attends to it too."""
 
     text: Conditions  # by the family's cache names; inside a network, by names of its arguments
-    steer: "Steer"
+    steer: "CombineAttention"
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class StepPosition:
     pass_key: Hashable  # identifies the pass: the same in all steps of a section, different for other passes
 
 
-WHOLE = 1000  # value in `GivenTokens` for a latent that is entirely clean
+FULLY_CLEAN = 1000  # value in `CleanTokens` for a latent that is entirely clean
 
 
 @dataclass(frozen=True, eq=False)
-class GivenTokens:
+class CleanTokens:
     """How clean each latent of a clip is, as an integer n from 0 (noisy) to WHOLE (clean).
 
     At noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
@@ -96,14 +96,14 @@ class GivenTokens:
     image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
     audio: Tensor | None = None  # B 1 T 1; None: all audio latents are noisy
     keyframes: Tensor | None = None  # clean latents, B C K H W, with the values that caches store
-    places: tuple[int, ...] = ()  # frame of the clip for each of the K keyframes
+    keyframe_indices: tuple[int, ...] = ()  # frame of the clip for each of the K keyframes
     # share of each of `keyframes` in each clip, 0 to WHOLE, B K int16; 0: noise alone takes its place
-    keyframe_shares: Tensor | None = None
+    keyframe_strengths: Tensor | None = None
     keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all keyframes are clean
     # number of the last latent frames that are keyframes made from noise; the network marks them
     num_generated: int = 0
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> "CleanTokens":
         """Return a copy with `move` applied to every tensor."""
         moved: dict[str, Any] = {key: move(one) for key, one in vars(self).items() if isinstance(one, Tensor)}
         return replace(self, **moved)
@@ -111,7 +111,7 @@ class GivenTokens:
 
 def clean_fraction(given: Tensor, like: Tensor) -> Tensor:
     """Return how clean each latent is, stored in thousandths, as 0..1 float32 on the device of a tensor."""
-    return send_ahead(given, like.device).float() / WHOLE
+    return send_ahead(given, like.device).float() / FULLY_CLEAN
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,25 +124,29 @@ class Overrides:
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
-    isolated: bool = False  # image and audio do not attend to each other
-    drops_audio_reference: bool = False  # the audio that the audio is made after is left out
+    isolate_modalities: bool = False  # image and audio do not attend to each other
+    drop_audio_reference: bool = False  # the audio that the audio is made after is left out
     nag: NagText | None = None
-    slow_frames: "Slow | None" = None  # slows one frequency of the frames' rotary positions (RIFLEx)
+    slow_frames: "SlowedFrequency | None" = (
+        None  # slows one frequency of the frames' rotary positions (RIFLEx)
+    )
     embedded_guidance: bool = True  # False: the network gets no embedded guidance
     # number of clean latent frames at the start; the network knows them, and their velocity is 0
-    given_frames: int = 0
+    num_clean_frames: int = 0
     # which other latents are clean; their velocity is multiplied by 1 - share
-    given: GivenTokens | None = None
-    joint: Joint | None = None  # set if the latents are video and audio, B N; timesteps are then B or B 2
+    clean_tokens: CleanTokens | None = None
+    joint: AudioVideoShapes | None = (
+        None  # set if the latents are video and audio, B N; timesteps are then B or B 2
+    )
     # results that a network may cache between the passes of a section; None: it must not cache
     section_cache: dict[Any, Any] | None = None
     step_position: StepPosition | None = None  # set by the denoising loop
 
     @property
-    def leaves_out(self) -> bool:
+    def is_perturbed(self) -> bool:
         """Return whether a part of the network or of its inputs is skipped, as in skip-layer guidance."""
-        skips = self.skip_blocks or self.skip_self_attention or self.isolated
-        return bool(skips or self.drops_audio_reference)
+        skips = self.skip_blocks or self.skip_self_attention or self.isolate_modalities
+        return bool(skips or self.drop_audio_reference)
 
     def rename_nag(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
         """Return the overrides with the conditions of the negative attention text renamed by `rename`."""
@@ -151,7 +155,7 @@ class Overrides:
         return replace(self, nag=replace(self.nag, text=rename(self.nag.text)))
 
     @property
-    def steer(self) -> "Steer | None":
+    def steer(self) -> "CombineAttention | None":
         """How the negative attention text acts on attention; None without such a text."""
         return None if self.nag is None else self.nag.steer
 
@@ -170,7 +174,7 @@ class Overrides:
         }
         return [text, {name: second.get(name) for name in text}]
 
-    def within(self, all_passes: "Overrides") -> "Overrides":
+    def merge(self, all_passes: "Overrides") -> "Overrides":
         """Merge these overrides of one pass with those for all passes; where both set a value, these win."""
         if all_passes is NO_OVERRIDES:
             return self
@@ -178,13 +182,13 @@ class Overrides:
             self,
             skip_blocks=self.skip_blocks | all_passes.skip_blocks,
             skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
-            isolated=self.isolated or all_passes.isolated,
-            drops_audio_reference=self.drops_audio_reference or all_passes.drops_audio_reference,
+            isolate_modalities=self.isolate_modalities or all_passes.isolate_modalities,
+            drop_audio_reference=self.drop_audio_reference or all_passes.drop_audio_reference,
             nag=self.nag or all_passes.nag,
             slow_frames=self.slow_frames or all_passes.slow_frames,
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
-            given_frames=self.given_frames or all_passes.given_frames,
-            given=self.given or all_passes.given,
+            num_clean_frames=self.num_clean_frames or all_passes.num_clean_frames,
+            clean_tokens=self.clean_tokens or all_passes.clean_tokens,
             joint=self.joint or all_passes.joint,
             section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
         )
@@ -198,13 +202,15 @@ class EditReference:
     """A clean image to which the unchanged parts of an edited image are reset at each step."""
 
     latents: Tensor  # B C F H W
-    changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: `rules` decide at each step
+    changed_mask: Tensor | None = (
+        None  # B 1 F H W, above 0 where it changes; None: `rules` decide at each step
+    )
     rules: ConsistencyRules | None = None
 
     def to(self, device: torch.device) -> "EditReference":
         """Return the record with its tensors on `device`."""
-        changed = None if self.changed is None else self.changed.to(device)
-        return replace(self, latents=self.latents.to(device), changed=changed)
+        changed = None if self.changed_mask is None else self.changed_mask.to(device)
+        return replace(self, latents=self.latents.to(device), changed_mask=changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,19 +218,21 @@ class FixedLatents:
     """Clean latents that are kept, in part or entirely, while denoising; shaped like the noisy latents."""
 
     clean: Tensor
-    shares: Tensor  # float32, 0..1: fraction of `clean` in the clean prediction of each latent
+    clean_weights: Tensor  # float32, 0..1: fraction of `clean` in the clean prediction of each latent
 
     def to(self, device: torch.device) -> "FixedLatents":
         """Return the record with its tensors on `device`."""
-        return FixedLatents(self.clean.to(device), self.shares.to(device))
+        return FixedLatents(self.clean.to(device), self.clean_weights.to(device))
 
     def insert_clean(self, latents: Tensor) -> Tensor:
         """Return the latents with `clean` inserted wherever the share is 1."""
-        return torch.where(self.shares == 1, self.clean, latents)
+        return torch.where(self.clean_weights == 1, self.clean, latents)
 
     def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
         """Return the velocity whose clean prediction is, by `shares`, `clean` instead of the network's."""
-        return (1 - self.shares) * velocity + self.shares * (step.noisy - self.clean) / step.sigma
+        return (1 - self.clean_weights) * velocity + self.clean_weights * (
+            step.noisy - self.clean
+        ) / step.sigma
 
 
 @dataclass(frozen=True)
@@ -241,32 +249,36 @@ class Section:
     overrides: Overrides = NO_OVERRIDES  # for every pass
     # clean latents of its first frames, B C f H W, which the loop keeps fixed; the network is told by
     # `overrides.given_frames`
-    clean_first_frames: Tensor | None = None
+    clean_frames: Tensor | None = None
     clean_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
     fixed_latents: FixedLatents | None = None  # other fixed latents; the network is told by `overrides.given`
     # original of an edited image; None: the image may change everywhere
     edit_reference: EditReference | None = None
-    previous: Piece | None = None  # what the previous section added to the video
+    previous_piece: PreviewPiece | None = None  # what the previous section added to the video
     label: str = ""  # such as "section 2 of 4", for the progress bar
     count: int = 1  # number of sections of the clip
     stage: int = 0  # index into `Prepared.stages`
     # the family's own solver; None: the solver of the request
     solver: "OwnSolver | None" = None
-    shown: int | None = None  # number of latent frames in the clip; later ones are not shown. None: all
+    num_visible_frames: int | None = (
+        None  # number of latent frames in the clip; later ones are not shown. None: all
+    )
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:
         """Return whether all images are fixed instead of denoised, and whether all audio is."""
-        joint, frames = self.overrides.joint, self.clean_first_frames
-        has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
+        joint, frames = self.overrides.joint, self.clean_frames
+        has_image = joint is not None and frames is not None and frames.shape[2] == joint.image[1]
         return has_image, self.clean_audio is not None
 
 
 # predict(*conditions, overrides=...) -> one velocity per condition
 Predict = Callable[..., tuple[Tensor, ...]]
 Calls = Mapping[Overrides, Mapping[int, Conditions]]  # the passes of a step: overrides -> id -> conditions
-Made = Mapping[tuple[Overrides, int], Tensor]  # (overrides, id of the conditions) -> velocity of the pass
-RunPasses = Callable[[Calls, Predict, Section], Made]
+PassVelocities = Mapping[
+    tuple[Overrides, int], Tensor
+]  # (overrides, id of the conditions) -> velocity of the pass
+RunPasses = Callable[[Calls, Predict, Section], PassVelocities]
 
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
 
@@ -306,7 +318,7 @@ class OwnSolver(Protocol):
 
 
 @dataclass(frozen=True)
-class StepDone:
+class CompletedStep:
     """A completed denoising step, with the velocity after guidance."""
 
     step: Step
@@ -334,17 +346,17 @@ class StepDone:
         return joint.join(image - self.step.sigma * image_velocity, clean_audio)
 
     @property
-    def picture(self) -> Tensor:
+    def image_latents(self) -> Tensor:
         """Return the clean latents of the images without audio, B C F H W."""
         joint = self.section.overrides.joint
         latents = self.clean if joint is None else joint.split(self.clean)[0]
-        return latents[:, :, : self.section.shown]
+        return latents[:, :, : self.section.num_visible_frames]
 
 
 # Runs the network passes of a step and combines them to its velocity, shaped like `Step.noisy`.
 Guidance = Callable[[Step, Predict, Section], Tensor]
 
 
-# Called after each step. Returning True ends the section with `StepDone.clean` as its result. An exception
-# ends the loop without a result.
-Watcher = Callable[[StepDone], bool]
+# Called after each step. Returning True ends the section with `CompletedStep.clean` as its result. An
+# exception ends the loop without a result.
+StepCallback = Callable[[CompletedStep], bool]

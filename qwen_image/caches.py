@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from modules.errors import CacheError
-from protocols.data import LATENTS_MADE, Batch, MadeBy
+from protocols.data import LATENTS_MADE, Batch, CacheOrigin
 from qwen_image.files import KEY, VERSIONS, QwenImageFiles, Version
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
@@ -20,7 +20,7 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
         _check_cache(cache, version)
 
 
-def _check_cache(cache: MadeBy, version: Version) -> None:
+def _check_cache(cache: CacheOrigin, version: Version) -> None:
     """Raise CacheError if the cache records another release; other programs record none."""
     if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
         raise CacheError(

@@ -51,7 +51,7 @@ LATENT = LatentSpec(
 )
 # statistics of Qwen-Image-Layered, whose VAE has an alpha channel
 LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
-NOISE = NoiseSpec(tokens=count_image_tokens)
+NOISE = NoiseSpec(count_tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
     shared_inputs=(
@@ -63,7 +63,7 @@ DIT = DitSpec(
     form_exclude={"nf4": ("transformer_blocks.0.img_mod.",)},
     lora_exclude=("_mod.",),  # as the known trainer
     input_layers=("img_in", "txt_in"),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     # they compute in float32; under 1 % of the model
     keep_float32=("time_text_embed.",),

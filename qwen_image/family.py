@@ -93,7 +93,7 @@ class QwenImage(ModelOfImages):
         """Return the suffix of cache file names, which depends on the release."""
         return self.version.cache_tag
 
-    can: ClassVar = family.Abilities(tell_few_steps=True, tell_nodes=True)
+    abilities: ClassVar = family.Abilities(detects_few_steps=True, has_comfy_nodes=True)
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
@@ -191,7 +191,7 @@ class QwenImage(ModelOfImages):
             text = "--%s %s (--f in a prompt line) is ignored because %s makes no layers"
             logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
         prepared = self.resolve_image(fill_size(request), 1.0, NEGATIVE)
-        prepared = add_images(replace(prepared, rules=GuidanceRules(token_side=PATCH)), self.edit)
+        prepared = add_images(replace(prepared, rules=GuidanceRules(norm_patch_size=PATCH)), self.edit)
         if request.flow_shift is not None:
             return prepared
         # the release's own noise levels, between those for few and for many tokens

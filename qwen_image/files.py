@@ -16,7 +16,7 @@ from checkpoints.dits import DitFormat, DitHeader, own_names
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.language_encoder import LanguageModelFiles, LanguageUse, read_qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, read_qwen_tokenizer
 from encoders.language_models import QWEN25_VL
 from encoders.picture_prompts import ImagePromptFormat
 from encoders.text_encoder import TokenizerSource
@@ -40,7 +40,7 @@ TOKENIZER = TokenizerFiles(
     folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
     unique_token="<|im_start|>",
 )
-QWEN_USE = LanguageUse(
+QWEN_USE = LanguageEncoderSettings(
     name="vl",
     states_key=KEY,
     model=QWEN25_VL,
@@ -50,7 +50,7 @@ QWEN_USE = LanguageUse(
     "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
     dropped=34,
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
 _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
 # sizes as trained; the model sees one image
@@ -132,7 +132,7 @@ class Version:
     called: str  # in messages
     architecture: str  # modelspec.architecture, as in musubi-tuner
     release: ModelRelease
-    use: LanguageUse
+    use: LanguageEncoderSettings
     references: ReferenceRules | None = None
     clean_references: bool = False  # their tokens are modulated with time 0
     has_layers: bool = False  # it takes an image apart into layers
@@ -140,7 +140,7 @@ class Version:
 
 
 def _make_edit_version(
-    option: str, use: LanguageUse, maximum: int, clean_references: bool = False
+    option: str, use: LanguageEncoderSettings, maximum: int, clean_references: bool = False
 ) -> Version:
     """Return a release that edits up to `maximum` images; `option` is its value of --model_version."""
     rules = ReferenceRules(maximum, seen_by_text=True, edits=True)
@@ -180,7 +180,7 @@ VERSIONS = {
 class QwenImageFiles(LanguageModelFiles):
     """Files of a run with Wan2.1's VAE and Qwen2.5-VL's language model."""
 
-    text_use: LanguageUse = QWEN_USE
+    text_use: LanguageEncoderSettings = QWEN_USE
     version: Version = VERSIONS[ORIGINAL]
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
@@ -224,7 +224,9 @@ class QwenImageReleaseFiles(QwenImageFiles):
         return header
 
 
-def files_of(options: QwenImageModelOptions, version: Version, use: LanguageUse) -> QwenImageReleaseFiles:
+def files_of(
+    options: QwenImageModelOptions, version: Version, use: LanguageEncoderSettings
+) -> QwenImageReleaseFiles:
     """Return the files that the options of a training run or a generation name."""
     files = QwenImageReleaseFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -38,9 +38,9 @@ from protocols.requests import (
     check_size,
     full_patches,
     keep_usable_media,
-    settle,
+    resolve_request,
 )
-from protocols.rules import AS_PLAIN, GuidanceRules, ModelRelease, SourceRules
+from protocols.rules import NO_GUIDANCE_RULES, GuidanceRules, ModelRelease, SourceRules
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
@@ -145,10 +145,10 @@ class QwenImageLayered(ModelOfImages):
         """Predict the velocity, B C F H W float32.
 
         The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. If the first frame
-        is given (`Overrides.given_frames`), it is the input image: the network does not see it among the
+        is given (`Overrides.num_clean_frames`), it is the input image: the network does not see it among the
         noisy frames, and its velocity is 0.
         """
-        given = overrides.given_frames
+        given = overrides.num_clean_frames
         velocity: Tensor = dit(
             noisy[:, :, given:],
             timesteps.float(),
@@ -183,10 +183,12 @@ class QwenImageLayered(ModelOfImages):
         source_width, source_height = taken_size(source_size, seen_image.area, seen_image.target)
         tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
-        prepared = settle(request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE)
-        rules = GuidanceRules(token_side=PATCH) if self.keeps_norms else AS_PLAIN
+        prepared = resolve_request(
+            request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE
+        )
+        rules = GuidanceRules(norm_patch_size=PATCH) if self.keeps_norms else NO_GUIDANCE_RULES
         name_suffix = f"_{path.stem}" if self.edit.append_original_name else ""
-        return replace(prepared, rules=rules, name_end=name_suffix, family_record=seen_image)
+        return replace(prepared, rules=rules, output_suffix=name_suffix, family_record=seen_image)
 
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about dropped media."""

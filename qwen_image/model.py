@@ -27,10 +27,10 @@ from modules.layers.norms import (
     NamedFeedForward,
     RMSNorm,
     activation_dtype,
-    in_own_dtype,
     run_float32,
+    run_in_weight_dtype,
 )
-from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
+from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, sinusoid, spread_over_grid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
@@ -94,7 +94,7 @@ class QwenAttention(nn.Module):
             layers = (self.to_q, self.to_k, self.to_v)
             norm_q, norm_k = self.norm_q, self.norm_k
         heads = -1, *norm_q.normalized_shape
-        query, key, value = (in_own_dtype(layer, x).unflatten(-1, heads) for layer in layers)
+        query, key, value = (run_in_weight_dtype(layer, x).unflatten(-1, heads) for layer in layers)
         return norm_q(query), norm_k(key), value
 
 
@@ -154,7 +154,7 @@ class LastNorm(nn.Module):
 
     def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         """Return the modulated norm of tokens x, B L C."""
-        rows = in_own_dtype(self.linear, tokens.vector[:, :1]).float()
+        rows = run_in_weight_dtype(self.linear, tokens.vector[:, :1]).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
 
@@ -224,7 +224,7 @@ class QwenImageModel(BlockNetwork):
                 raise ValueError(f"{latents.shape[1]} input channels, the model takes {self.config.channels}")
             check_sizes(latents, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        embedded = [in_own_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
+        embedded = [run_in_weight_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
         grids = self._place_images(noisy, references)
         num_target = embedded[0].shape[1]
         num_images = sum(tokens.shape[1] for tokens in embedded)
@@ -238,7 +238,7 @@ class QwenImageModel(BlockNetwork):
         for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
-            text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
+            text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
         layout = QwenLayout(tuple(grids), tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
         rotary = self._rotary.get_table(layout, noisy.device)
@@ -271,7 +271,7 @@ class QwenImageModel(BlockNetwork):
     def unembed(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z F H W in float32."""
         num_tokens = math.prod(tokens.grid)
-        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_tokens], tokens)).float()
+        patches = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, :num_tokens], tokens)).float()
         return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
 
     def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:
@@ -287,7 +287,7 @@ class QwenImageModel(BlockNetwork):
         def axis(first: int, size: int, width: int) -> Tensor:
             """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
             positions = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = turns(angles_at(positions, width, self.config.rope_theta))
+            pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
         tables = []
@@ -296,7 +296,7 @@ class QwenImageModel(BlockNetwork):
             # rows and columns are counted from the middle of the image
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
-            tables.append(on_grid([image, along_rows, along_columns]))
+            tables.append(spread_over_grid([image, along_rows, along_columns]))
         start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.pictures)
         if self.config.has_layers:
             start = max(start, *(index + 1 for index, _, _ in layout.pictures))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -230,8 +230,8 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
     version = {"--model_version": _not_original(options.version)}
-    latents = {**options.vae.file.words(), **version}
-    return latents, {**options.text.words("QWEN_FILE"), **version}
+    latents = {**options.vae.file.command_options(), **version}
+    return latents, {**options.text.command_options("QWEN_FILE"), **version}
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,9 +241,9 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
     """
     controls = sample.get("control_images") or ()
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        **options.vae.file.words(),
-        **options.text.words("QWEN_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        **options.vae.file.command_options(),
+        **options.text.command_options("QWEN_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--model_version": _not_original(options.version),
         "--control_image_path": controls,

@@ -121,11 +121,11 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
         size = taken_size(image_size(paths[0]), find_area(options), target)
         # both compare the result with the first image pixel by pixel
         check_equal_size(option, paths[0], size, prepared)
-    metadata = dict(prepared.own_metadata)
+    metadata = dict(prepared.extra_metadata)
     if mask is not None:
         metadata[MASK] = Path(mask).name
     name_suffix = f"_{paths[0].stem}" if options.append_original_name else ""
-    return replace(show_references(prepared, target), own_metadata=metadata, name_end=name_suffix)
+    return replace(show_references(prepared, target), extra_metadata=metadata, output_suffix=name_suffix)
 
 
 def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
@@ -173,7 +173,7 @@ def read_anchor(
         is_relative=options.rcm_relative_threshold,
         kernel_size=options.rcm_kernel_size,
         dilate_size=options.rcm_dilate_size,
-        saves=options.rcm_debug_save,
+        save_masks=options.rcm_debug_save,
     )
     return EditReference(latents, rules=rules)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from encoders.language_encoder import PRE_NORM
 from modules.errors import CacheError
-from protocols.data import Batch, CacheEntry, MadeBy, MediaBatch
+from protocols.data import Batch, CacheEntry, CacheOrigin, MediaBatch
 from qwen_image_21.options import NAME
 
 SLOTS, SIZES = "image_slots", "reference_grids"  # places of references in a text, and their latents' sides
@@ -51,7 +51,7 @@ def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> li
     return hashed
 
 
-def check_states(cache: MadeBy, part: str) -> None:
+def check_states(cache: CacheOrigin, part: str) -> None:
     """Raise CacheError if a caption's states were taken after the final norm instead of before it.
 
     `part` is the text encoder's name in records. Caches of other programs have no records.

@@ -61,7 +61,7 @@ def count_tokens(shape: Sequence[int]) -> int:
 
 # sides are multiples of 2 latent pixels: a token of the text encoder's vision tower stands for 2 x 2
 LATENT = LatentSpec(channels=64, stride=(1, 16, 16), pixel_step=32, frame_step=1, has_alpha=True)
-NOISE = NoiseSpec(tokens=count_tokens)
+NOISE = NoiseSpec(count_tokens=count_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
     shared_inputs=(
@@ -69,7 +69,7 @@ DIT = DitSpec(
         ("img_mlp.gate_layer", "img_mlp.proj"),
     ),
     input_layers=("img_in", "txt_in"),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
     # they compute in float32; under 1 % of the model
     keep_float32=("time_text_embed.",),

@@ -52,7 +52,9 @@ DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
-REFERENCES = ReferenceRules(MAX_REFERENCES, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)
+REFERENCES = ReferenceRules(
+    MAX_REFERENCES, step=LATENT.pixel_step, seen_by_text=True, text_sees_vae_input=True
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class QwenImage21(pictures.ModelOfImages):
     keeps_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
 
     few_steps: ClassVar = FEW_STEPS
-    can: ClassVar = Abilities(tell_few_steps=True)
+    abilities: ClassVar = Abilities(detects_few_steps=True)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
@@ -100,7 +102,7 @@ class QwenImage21(pictures.ModelOfImages):
         turbo = find_turbo(self.files.dit)
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
-    def why_few_steps(self) -> str | None:
+    def few_steps_evidence(self) -> str | None:
         """Return the evidence that the transformer is Turbo; None without any."""
         turbo = find_turbo(self.files.dit)
         return None if turbo is None else f"{self.files.dit} is {NAME} Turbo: {turbo.source}"
@@ -178,7 +180,7 @@ class QwenImage21(pictures.ModelOfImages):
         turbo = find_turbo(self.files.dit)
         if turbo is not None and prepared.steps == len(turbo.levels):
             levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
-            return replace(prepared, flow_shift=shift, levels=(*levels.tolist(), 0.0))
+            return replace(prepared, flow_shift=shift, sigmas=(*levels.tolist(), 0.0))
         if turbo is not None:
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "

@@ -19,7 +19,7 @@ from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside
 from checkpoints.opening import Checkpoint, plain_sources
 from encoders.files import judge_distillation
-from encoders.language_encoder import LanguageModelFiles, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import ImagePromptFormat
 from modules.errors import CheckpointError, OptionError
@@ -38,7 +38,7 @@ from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 KEY = "vl_embed"  # key in musubi-tuner's caches
 MAX_TOKENS = 8192  # maximum length of a prompt, up to which positions are trained
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
-TEXT_USE = LanguageUse(
+TEXT_USE = LanguageEncoderSettings(
     name="vl",
     states_key=KEY,
     model=replace(
@@ -62,7 +62,7 @@ TEXT_USE = LanguageUse(
     blank=BLANK,
     pre_norm=True,
     keeps_after=True,
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    batch_size=1,  # so that a state does not depend on other prompts, to the last bit
     pictures=ImagePromptFormat(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
@@ -291,7 +291,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
 class QwenImage21Files(LanguageModelFiles):
     """Files of a run with the model's own VAE and Qwen3-VL's language model."""
 
-    text_use: LanguageUse = TEXT_USE
+    text_use: LanguageEncoderSettings = TEXT_USE
     dit_config: Path | None = None
 
     vae_folder: ClassVar[str] = "vae"

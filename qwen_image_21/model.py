@@ -33,10 +33,18 @@ from modules.layers.norms import (
     Float32LayerNorm,
     RMSNorm,
     activation_dtype,
-    in_own_dtype,
     run_float32,
+    run_in_weight_dtype,
 )
-from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
+from modules.layers.rope import (
+    GridTable,
+    cos_and_sin,
+    rotate,
+    rotation_angles,
+    select_rotations,
+    sinusoid,
+    spread_over_grid,
+)
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image_21.configs import DIT, QwenImage21Config
@@ -130,7 +138,7 @@ class QwenImage21Tokens:
         `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
         num_image = self.num_image - num_left_out
-        rotary = take_rows(self.rotary, kept, num_left_out)
+        rotary = select_rotations(self.rotary, kept, num_left_out)
         return replace(self, num_image=num_image, split=num_image, rotary=rotary)
 
 
@@ -151,11 +159,11 @@ class QwenImage21Attention(nn.Module):
         """Return the attention of tokens x, B L+P C."""
         # x: B L+P C
         heads = tuple(
-            in_own_dtype(layer, x).unflatten(-1, (-1, *self.norm_q.normalized_shape))
+            run_in_weight_dtype(layer, x).unflatten(-1, (-1, *self.norm_q.normalized_shape))
             for layer in (self.to_q, self.to_k, self.to_v)
         )
         attended = self.attend_tokens((self.norm_q(heads[0]), self.norm_k(heads[1]), heads[2]), tokens)
-        return in_own_dtype(self.to_out[0], attended.flatten(2))
+        return run_in_weight_dtype(self.to_out[0], attended.flatten(2))
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
@@ -169,8 +177,8 @@ class QwenImage21Attention(nn.Module):
             return attended if part is None else part.gather_heads(attended)
         assert tokens.second_rotary is not None
         # the image attends with each text separately; then both results are combined
-        first_heads = tuple(map(second.without, heads))
-        second_heads = tuple(map(second.alone, heads))
+        first_heads = tuple(map(second.drop_second_text, heads))
+        second_heads = tuple(map(second.drop_first_text, heads))
         attended = self.attend_heads(first_heads, tokens.rotary, tokens, tokens.segments)
         second_attended = self.attend_heads(
             second_heads, tokens.second_rotary, tokens, tokens.second_segments
@@ -245,8 +253,8 @@ class QwenImage21FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward to x, B L C."""
-        gates = functional.silu(in_own_dtype(self.gate_layer, x))
-        return in_own_dtype(self.out, gates * in_own_dtype(self.proj, x))
+        gates = functional.silu(run_in_weight_dtype(self.gate_layer, x))
+        return run_in_weight_dtype(self.out, gates * run_in_weight_dtype(self.proj, x))
 
 
 class QwenImage21Block(nn.Module):
@@ -315,7 +323,9 @@ class QwenImage21TextLayers(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Project text states, ... text_dim, to tokens, ... C."""
-        return in_own_dtype(self.out_layer, gelu(in_own_dtype(self.in_layer, self.text_norm(states))))
+        return run_in_weight_dtype(
+            self.out_layer, gelu(run_in_weight_dtype(self.in_layer, self.text_norm(states)))
+        )
 
 
 class QwenImage21LastNorm(nn.Module):
@@ -328,7 +338,7 @@ class QwenImage21LastNorm(nn.Module):
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Normalize tokens x, B L C, and scale them by the timestep's modulation."""
-        scale = in_own_dtype(self.linear, functional.silu(tokens.time)).float()
+        scale = run_in_weight_dtype(self.linear, functional.silu(tokens.time)).float()
         return modulate(self.norm(x), None, scale, tokens.dtype)
 
 
@@ -387,7 +397,7 @@ class QwenImage21Model(BlockNetwork):
             memory is None
             or overrides.step_position is None
             or overrides.nag is not None
-            or overrides.leaves_out
+            or overrides.is_perturbed
         ):
             return super().forward(*inputs, overrides=overrides, **named_inputs)
         which = overrides.step_position.pass_key
@@ -537,18 +547,18 @@ class QwenImage21Model(BlockNetwork):
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """Embed an image as tokens, one for each latent pixel: B Z 1 H W to B L C."""
-        return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
+        return run_in_weight_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def modulation_rows(self, times: Tensor) -> Tensor:
         """Return scale and gate for attention, then for the feed-forward: B S C to B S 4C float32."""
-        rows = in_own_dtype(self.modulation[1], functional.silu(times)).float()
+        rows = run_in_weight_dtype(self.modulation[1], functional.silu(times)).float()
         scale, gate, feed_scale, feed_gate = rows.chunk(ROWS, dim=-1)
         return torch.cat([scale, gate.tanh(), feed_scale, feed_gate.tanh()], dim=-1)
 
     def unembed(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Turn tokens B L+P C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        numbers = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.num_image], tokens)).float()
+        numbers = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, : tokens.num_image], tokens)).float()
         return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
@@ -570,7 +580,7 @@ class QwenImage21Model(BlockNetwork):
 
         def axis(first: int, size: int, width: int) -> Tensor:  # consecutive positions on one axis
             positions = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = turns(angles_at(positions, width, self.config.rope_theta))
+            pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
         def picture(grid: Grid, time: int) -> Tensor:  # rows and columns are counted from the middle
@@ -578,7 +588,7 @@ class QwenImage21Model(BlockNetwork):
             time_width, row_width, column_width = widths
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
-            return on_grid([axis(time, 1, time_width), along_rows, along_columns])
+            return spread_over_grid([axis(time, 1, time_width), along_rows, along_columns])
 
         # a text token advances the position by one, an image by its longer edge
         position = 0

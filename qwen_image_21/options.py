@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     OF_DECODING,
@@ -132,16 +132,16 @@ def resolve_generation(
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return dict(options.vae.file.words()), dict(options.text.words("QWEN3_VL_FILE"))
+    return dict(options.vae.file.command_options()), dict(options.text.command_options("QWEN3_VL_FILE"))
 
 
 def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
         "--dit_config": options.dit_config,
-        **options.vae.file.words(),
-        **options.text.words("QWEN3_VL_FILE"),
+        **options.vae.file.command_options(),
+        **options.text.command_options("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": sample.get("control_images") or (),
     }

@@ -77,12 +77,12 @@ def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prep
     if not paths:
         return prepared
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
-    metadata = dict(prepared.own_metadata)
+    metadata = dict(prepared.extra_metadata)
     if mask is not None:
         size = official_size(image_size(paths[0]), MEGAPIXEL) if target is None else target
         check_equal_size(f"--{MASK} {mask}", paths[0], size, prepared)
         metadata[MASK] = Path(mask).name
-    return replace(show_references(prepared, target), own_metadata=metadata)
+    return replace(show_references(prepared, target), extra_metadata=metadata)
 
 
 def read_anchor(prepared: Prepared, latents: Tensor) -> EditReference | None:

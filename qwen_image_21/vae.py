@@ -23,9 +23,9 @@ from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.autoencoder import ImageVae
-from modules.devices import dtype_name, numbers_on
+from modules.devices import dtype_name, tensor_on
 from modules.errors import CheckpointError
-from modules.layers.convolution import lay_out, repeat_pixels
+from modules.layers.convolution import repeat_pixels, set_memory_format
 from modules.media.pixels import from_bytes
 from protocols.loading import TensorSource
 from wan.vae_blocks import RmsNorm, WanFrameAttention
@@ -307,8 +307,8 @@ class QwenImage21Vae(ImageVae):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of the latents, Z 1 1, float32."""
-        mean = numbers_on(self.device, self.config.mean, torch.float32)
-        deviation = numbers_on(self.device, self.config.deviation, torch.float32)
+        mean = tensor_on(self.device, self.config.mean, torch.float32)
+        deviation = tensor_on(self.device, self.config.deviation, torch.float32)
         return mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
 
 
@@ -454,6 +454,6 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
         network = load_planned(
             read_vae(checkpoint), lambda config: QwenImage21Vae(config, tile), device, dtype, what=WHAT
         )
-    lay_out(network, device)
+    set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return network

@@ -53,7 +53,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
         The spec for checkpointing and other wrappers: it makes a compiled block be recomputed as a whole.
     """
     parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
-    outer_spec = replace(spec, recomputed_list="")
+    outer_spec = replace(spec, checkpointed_list="")
     # a spec with a compiled list compiles the layers of that list one by one, with sizes as variables unless
     # the options ask for fixed sizes
     if spec.compiled_list and choice.dynamic is not False:

@@ -294,7 +294,7 @@ def measure_pass(
     """
     before = hidden.x
     inner(dit, hidden, overrides)
-    if overrides.step_position is not None and not overrides.leaves_out:
+    if overrides.step_position is not None and not overrides.is_perturbed:
         first_block_input = functools.partial(
             compute_first_block_input, dit, Hidden(before, hidden.tokens), overrides
         )

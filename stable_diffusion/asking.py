@@ -115,7 +115,7 @@ class RequestBuilder:
         for line in lines:
             images: list[RequestedImage] = []
             self.num_lines += 1
-            with failures.note_errors(line.label):
+            with failures.collect_errors(line.label):
                 images = [
                     self._build_request(line, text, seed, number)
                     for number, (seed, text) in enumerate(self._list_seeds_and_prompts(line), self.num_images)

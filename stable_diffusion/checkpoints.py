@@ -336,7 +336,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     sources = dialects.rename_sources(stored_sources, rename)
     for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
         if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
-            sources[name] = source.then(_as_matrix)
+            sources[name] = source.with_step(_as_matrix)
     return vae, sources
 
 

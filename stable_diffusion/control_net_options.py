@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import FillIn, option_words
+from modules.option_values import Placeholder, option_argv
 from modules.options import CHANGEABLE, FREE, option
 from modules.speed_options import BASE_FORMS
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
@@ -65,14 +65,14 @@ def list_generation_command(
         _: Ignored; other kinds of networks need it.
     """
     arguments = {
-        "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
+        "--ckpt": options.ckpt or Placeholder("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
         "--fp16": options.mixed_precision == "fp16",
         "--bf16": options.mixed_precision == "bf16",
         flag: file,
-        "--guide_image_path": sample.get("control_path") or FillIn("CONTROL_PICTURE"),
-        "--prompt": sample.get("prompt") or FillIn("what it should show"),
+        "--guide_image_path": sample.get("control_path") or Placeholder("CONTROL_PICTURE"),
+        "--prompt": sample.get("prompt") or Placeholder("what it should show"),
         "--negative_prompt": sample.get("negative_prompt") or None,
         "--W": sample.get("width"),
         "--H": sample.get("height"),
@@ -82,4 +82,4 @@ def list_generation_command(
         "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
-    return ["gen_img.py", *option_words(arguments)]
+    return ["gen_img.py", *option_argv(arguments)]

@@ -20,7 +20,7 @@ from encoders import control_pictures
 from encoders.new_words import NewWord
 from encoders.pictures import ModelOfImages, image_defaults
 from modules.console import quiet
-from modules.devices import dtype_of, select_compute_dtype
+from modules.devices import compute_dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -191,13 +191,13 @@ class StableDiffusion(ModelOfImages):
     lora_words: tuple[LearnedWord, ...] = ()  # words in the LoRA files of a generation
 
     few_steps: ClassVar[FewSteps] = FewSteps(adapter="", targets=())  # Turbo, Lightning, LCM and the like
-    can: ClassVar[Abilities] = Abilities(
-        bring_texts=True,
-        train_checkpoint=True,
-        make_network=True,
-        inpaint=True,
-        tell_few_steps=True,
-        tell_nodes=True,
+    abilities: ClassVar[Abilities] = Abilities(
+        has_text_encoders=True,
+        trains_checkpoint=True,
+        has_custom_network=True,
+        inpaints=True,
+        detects_few_steps=True,
+        has_comfy_nodes=True,
     )
 
     @property
@@ -588,7 +588,7 @@ class StableDiffusion(ModelOfImages):
         Conditions: text states B L C of each encoder; for SDXL also the pooled state B C and sizes B 6.
         """
         device = noisy.device
-        dtype = dtype_of(dit)
+        dtype = compute_dtype_of(dit)
         names = sorted(self.text_keys - {POOLED})
         text_states = torch.cat([send_tensor(cond, name, device).to(dtype) for name in names], dim=-1)
         added_conditions: dict[str, Tensor] | None = None
@@ -663,7 +663,7 @@ class StableDiffusion(ModelOfImages):
     def _set_num_chunks(self, prompts: Prompts, uses_negative: bool) -> Prompts:
         """Set in prompt and negative prompt to how many 75-token chunks both are padded: those of the longer.
 
-        `Prompt.marked_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
+        `Prompt.max_chunks` also makes the text encoders parse `(weight:1.2)` as gen_img.py does.
 
         Args:
             prompts: The prompt and the negative prompt.
@@ -679,8 +679,8 @@ class StableDiffusion(ModelOfImages):
             )
         negative = prompts.negative
         if negative is not None:
-            negative = replace(negative, marked_chunks=num_chunks)
-        positive = replace(prompts.positive, marked_chunks=num_chunks)
+            negative = replace(negative, max_chunks=num_chunks)
+        positive = replace(prompts.positive, max_chunks=num_chunks)
         return replace(prompts, positive=positive, negative=negative)
 
     @cached_property
@@ -894,7 +894,9 @@ def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
     """Raise OptionError if the number of rates differs from the number of U-Net blocks."""
     numbered = number_blocks(files.unet_config) if rates else None
     if numbered is not None and len(rates) != numbered.count:
-        sides = ", ".join(f"{count} of {name.partition('_')[0]}" for name, _, count in numbered.sides)
+        sides = ", ".join(
+            f"{count} of {name.partition('_')[0]}" for name, _, count in numbered.learning_rate_ranges
+        )
         raise OptionError(
             f"--block_lr has {len(rates)} numbers, the U-Net of {files.path} has {numbered.count} blocks: "
             f"give one for its embeddings, {sides}, and one for its output"

@@ -16,7 +16,7 @@ from encoders.clip_l import PooledClip
 from encoders.inversion import Inversion, InvertedEncoder, find_in_lora
 from encoders.new_words import NewWord, compile_words
 from modules.console import quiet
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from stable_diffusion.contract import SDXL
@@ -187,4 +187,4 @@ def _list_generation_command(
     }
     if "--i2i_path" in arguments:  # of an inpainting model
         arguments["--image_path"] = arguments.pop("--i2i_path")
-    return ["gen_img.py", *option_words(arguments)]
+    return ["gen_img.py", *option_argv(arguments)]

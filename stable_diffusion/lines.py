@@ -23,7 +23,7 @@ from modules.errors import OptionError, UserError
 from modules.installation import import_user_module, rejects_code
 from modules.limits import MAX_VARIANTS
 from modules.media.reading import folder_images, image_size, read_tags
-from modules.option_values import read_full
+from modules.option_values import parse_int
 from modules.options import option_values
 from modules.paths import MAX_OF_NAME
 from stable_diffusion.options import GenImgOptions, ImageInputOptions
@@ -37,7 +37,7 @@ LONGEST_NAME = MAX_OF_NAME - 35
 
 
 def _read_seeds(text: str) -> tuple[int, ...]:
-    seeds = tuple(read_full(part.strip()) for part in text.split(","))
+    seeds = tuple(parse_int(part.strip()) for part in text.split(","))
     if not all(-(2**63) <= seed < 2**SEED_BITS for seed in seeds):
         raise ValueError("a seed has at most 64 bits")
     return seeds
@@ -63,9 +63,9 @@ def _read_unsharp(text: str) -> str | None:
 
 LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "n": prompt_lines.LineOption("negative_prompt", str, prompt_lines.NO_TEXT),
-    "w": prompt_lines.LineOption("W", read_full),
-    "h": prompt_lines.LineOption("H", read_full),
-    "s": prompt_lines.LineOption("steps", read_full),
+    "w": prompt_lines.LineOption("W", parse_int),
+    "h": prompt_lines.LineOption("H", parse_int),
+    "s": prompt_lines.LineOption("steps", parse_int),
     "d": prompt_lines.LineOption(SEEDS, _read_seeds),
     "l": prompt_lines.LineOption("scale", prompt_lines.read_number),
     "nl": prompt_lines.LineOption("negative_scale", _or_none(prompt_lines.read_number)),
@@ -73,21 +73,21 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "am": prompt_lines.LineOption(MULTIPLIERS, _read_numbers),
     "c": prompt_lines.LineOption("clip_prompt", str, prompt_lines.NO_TEXT),
     "f": prompt_lines.LineOption("file_name", str, prompt_lines.NO_TEXT),
-    "ow": prompt_lines.LineOption("original_width", read_full),
-    "oh": prompt_lines.LineOption("original_height", read_full),
-    "nw": prompt_lines.LineOption("original_width_negative", read_full),
-    "nh": prompt_lines.LineOption("original_height_negative", read_full),
-    "ct": prompt_lines.LineOption("crop_top", read_full),
-    "cl": prompt_lines.LineOption("crop_left", read_full),
-    "dsd1": prompt_lines.LineOption("ds_depth_1", _or_none(read_full)),
-    "dst1": prompt_lines.LineOption("ds_timesteps_1", read_full),
-    "dsd2": prompt_lines.LineOption("ds_depth_2", _or_none(read_full)),
-    "dst2": prompt_lines.LineOption("ds_timesteps_2", read_full),
+    "ow": prompt_lines.LineOption("original_width", parse_int),
+    "oh": prompt_lines.LineOption("original_height", parse_int),
+    "nw": prompt_lines.LineOption("original_width_negative", parse_int),
+    "nh": prompt_lines.LineOption("original_height_negative", parse_int),
+    "ct": prompt_lines.LineOption("crop_top", parse_int),
+    "cl": prompt_lines.LineOption("crop_left", parse_int),
+    "dsd1": prompt_lines.LineOption("ds_depth_1", _or_none(parse_int)),
+    "dst1": prompt_lines.LineOption("ds_timesteps_1", parse_int),
+    "dsd2": prompt_lines.LineOption("ds_depth_2", _or_none(parse_int)),
+    "dst2": prompt_lines.LineOption("ds_timesteps_2", parse_int),
     "dsr": prompt_lines.LineOption("ds_ratio", prompt_lines.read_number),
-    "glt": prompt_lines.LineOption("gradual_latent_timesteps", _or_none(read_full)),
+    "glt": prompt_lines.LineOption("gradual_latent_timesteps", _or_none(parse_int)),
     "glr": prompt_lines.LineOption("gradual_latent_ratio", prompt_lines.read_number),
     "gls": prompt_lines.LineOption("gradual_latent_ratio_step", prompt_lines.read_number),
-    "gle": prompt_lines.LineOption("gradual_latent_every_n_steps", read_full),
+    "gle": prompt_lines.LineOption("gradual_latent_every_n_steps", parse_int),
     "glsn": prompt_lines.LineOption("gradual_latent_s_noise", prompt_lines.read_number),
     "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _read_unsharp),
 }

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from checkpoints.dialects import LoadPlan
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, hollow
@@ -177,7 +177,7 @@ def _check_fit(prefix: str, plan: LoadPlan[Any], uses: Sequence[LoraUse], checkp
     published_name = published_parameter if prefix else str  # only text encoders have other names here
     for name, source in plan.sources.items():
         tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
-        patch.add_to(published_name(name), source.make(tensors))
+        patch.add_to(published_name(name), source.build_tensor(tensors))
     patch.reject_misfits()
 
 
@@ -275,7 +275,7 @@ def _log_added(use: LoraUse, parts: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
     anew = sum(part.needs_full_matrix for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
-    modules = count_of(len(parts), "module")
+    modules = format_count(len(parts), "module")
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from generation import denoise as loop
 from modules.bars import Bar
 from modules.errors import OptionError
-from protocols.steps import Section, StepDone
+from protocols.steps import CompletedStep, Section
 from stable_diffusion import contract, samplers, starting
 from stable_diffusion.guiding import Guides
 from stable_diffusion.loras import AdjustableLoras
@@ -187,7 +187,7 @@ class ImageGenerator:
         num_steps = sampler.schedule.num_steps - sampler.first_index
         with Bar(num_steps, "Denoising") as bar:
 
-            def update_bar(_: StepDone) -> bool:
+            def update_bar(_: CompletedStep) -> bool:
                 bar.update()
                 return False  # True would stop the loop
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modules.minimal_options import MinimalLoraOptions
-from modules.option_values import check_path, check_seed, option_words
+from modules.option_values import check_path, check_seed, option_argv
 from modules.options import Options, option
 from modules.script_options import parse_options
 from stable_diffusion.sampling_options import LARGEST_SIDE, MAX_STEPS, STEPS_HINT
@@ -114,4 +114,4 @@ def gen_img_words(options: MinimalInpaintingOptions, mask: Path, seed: int) -> l
         "--outdir": image.output_dir,
     }
     # one word, because a prompt may begin with a dash
-    return [*option_words(values), f"--prompt={line}"]
+    return [*option_argv(values), f"--prompt={line}"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from modules.devices import select_compute_dtype
 from modules.errors import OptionError
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from modules.options import read_options
 from modules.parser import add_options
 from modules.paths import explain_missing
@@ -55,7 +55,7 @@ class ModelUpscaler:
             stage = self._stages.setdefault(vae.device, make_upscaler(self.options, vae.device))
         clip = Clip(self.options.network.model, *imgs[0].size, None, len(imgs), is_deep=False)
         # images have no time: they start at 0 and take 1 second
-        images = (Picture(np.asarray(image), Fraction(0), Fraction(1)) for image in imgs)
+        images = (OutputFrame(np.asarray(image), Fraction(0), Fraction(1)) for image in imgs)
         return [Image.fromarray(picture.pixels) for picture in stage.run(images, clip)]
 
 

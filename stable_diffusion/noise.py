@@ -113,7 +113,7 @@ def make_noise_spec(
         keeps_variance=True,  # noisy = sqrt(1 - sigma^2) latents + sigma noise, as in DDPM
         predicts_v=predicts_v,
         loss_factors=factors,
-        vary=vary,
+        vary_noise=vary,
     )
 
 

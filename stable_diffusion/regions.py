@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from networks.gated_loras import LoraBranch
@@ -122,8 +122,9 @@ def check_regions(num_parts: int, num_loras: int, is_folded: bool) -> None:
         )
     if num_loras and num_loras != num_parts:
         raise OptionError(
-            f"the prompt has {count_of(num_parts, 'part')} between AND, --network_weights "
-            f"{count_of(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to "
+            f"the prompt has {format_count(num_parts, 'part')} between AND, --network_weights "
+            f"{format_count(num_loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA "
+            "2 to "
             "part 2 and so on, without those that are folded into the checkpoint: give as many LoRAs as "
             "parts, or leave the mask out"
         )

@@ -19,9 +19,9 @@ from PIL.Image import Image
 
 from generation.asking import line_reader
 from generation.prompt_lines import is_blank
-from modules.atomic_write import claim_name, make_folder, make_storable
-from modules.command import each_warning_once
-from modules.console import count_of
+from modules.atomic_write import claim_name, make_folder, replace_surrogates
+from modules.command import drop_repeated_warnings
+from modules.console import format_count
 from modules.control_codes import replace_control_codes
 from modules.devices import Failures, free_memory, freeze_libraries, select_device
 from modules.errors import MemoryPlanError, OutputError
@@ -107,7 +107,7 @@ class ImageFiles:
                 "crop-top": sizes.crop_top or 0,
                 "crop-left": sizes.crop_left or 0,
             }
-        return {key: make_storable(str(value)) for key, value in entries.items() if value is not None}
+        return {key: replace_surrogates(str(value)) for key, value in entries.items() if value is not None}
 
     def _yield_names(self, request: RequestedImage, stage_digit: str, number: int) -> Iterator[str]:
         """Yield candidate file names without suffix, the preferred one first."""
@@ -200,7 +200,7 @@ class Run:
                 paths += batch_paths
                 continue
             for request in batch:
-                with failures.note_errors(request.label, fatal=OutputError):
+                with failures.collect_errors(request.label, fatal=OutputError):
                     paths += self._generate_batch([request])
         return paths
 
@@ -211,7 +211,7 @@ class Run:
         except OutputError:
             raise
         except Exception as error:
-            pictures = count_of(len(batch), "picture")
+            pictures = format_count(len(batch), "picture")
             logger.warning("A batch of %s failed and is made one by one: %s", pictures, error)
             return None
 
@@ -229,7 +229,7 @@ class Run:
             free_memory(self.image_generator.model.device)
             settings = batch[0].settings
             raise MemoryPlanError(
-                f"the device has too little memory for {count_of(len(batch), 'picture')} of "
+                f"the device has too little memory for {format_count(len(batch), 'picture')} of "
                 f"{settings.width} x {settings.height}: {str(error).partition('. ')[0]}.\n"
                 "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
             ) from error
@@ -269,7 +269,7 @@ def generate(options: GenImgOptions, load: LoadGenerator = assemble) -> None:
         converse(load_run())
         return
     failures = Failures()
-    with each_warning_once():
+    with drop_repeated_warnings():
         if options.prompts.from_module is None:
             lines = list_lines(options, inputs)
             num_lines = len(lines) * options.prompts.n_iter
@@ -300,7 +300,7 @@ def _generate_from_module(run: Run, module: ModuleType, failures: Failures) -> l
 
     def yield_lines() -> Iterator[Line]:
         """Yield the prompts of a round; an error in the user's module ends the round."""
-        with failures.note_errors("the next prompt"):
+        with failures.collect_errors("the next prompt"):
             yield from make_lines(request_builder.seeds.round_seed)
 
     return run.generate_all(_repeat_for_rounds(run, yield_lines), failures)
@@ -318,7 +318,7 @@ def _generate_from_lines(
     """
     usable = []
     for line in lines:
-        with failures.note_errors(line.label):
+        with failures.collect_errors(line.label):
             check_line(options, line)
             usable.append(line)
     if not usable:
@@ -331,7 +331,7 @@ def _generate_from_lines(
         logger.warning(
             "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
             "--images_per_prompt to %d to use all",
-            count_of(unused, "picture"),
+            format_count(unused, "picture"),
             "was" if unused == 1 else "were",
             ceil_div(len(images), len(lines)),
         )

@@ -90,7 +90,7 @@ def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = Fa
     sources: dict[str, TensorSource] = {}
     for name, source in plain_sources(tower).items():
         for our_name, third in open_clip_names(name) or [(name, None)]:
-            sources[our_name] = source if third is None else source.then(partial(_cut_third, third))
+            sources[our_name] = source if third is None else source.with_step(partial(_cut_third, third))
     plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, USE)
     plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
     return TextPlan(_with_projection(plan, tower) if is_projected else plan, is_open_clip=True)
@@ -151,7 +151,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
             )
         source = plain_sources(checkpoint)[name]
         if not is_linear:
-            source = source.then(Tensor.t)
+            source = source.with_step(Tensor.t)
         return replace(
             plan,
             checkpoint=plan.checkpoint.join(checkpoint.select_by_prefix(name)),  # outside of `text_model.`

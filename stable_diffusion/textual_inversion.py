@@ -27,7 +27,7 @@ from checkpoints.embedding_files import (
 )
 from encoders.new_words import NewWord, compile_words, name_ids
 from generation.embedding_marks import OPTION
-from modules.console import count_of, list_some
+from modules.console import format_count, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from protocols.bundled_embeddings import WordsByFile
@@ -108,7 +108,9 @@ def read_lora_words(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
         for name, content in contents.items():
             word = _read_word(path, f"the word {name} in {option}", name, content)
             words_of_file.append(replace(word, is_from_lora=True))
-        names = ", ".join(f"{word.text} ({count_of(word.num_vectors, 'vector')})" for word in words_of_file)
+        names = ", ".join(
+            f"{word.text} ({format_count(word.num_vectors, 'vector')})" for word in words_of_file
+        )
         logger.info("%s brings learned words for prompts: %s", path, names)
         words += words_of_file
     return tuple(words)

@@ -90,7 +90,7 @@ class TextEncoderTraining:
 class LazyTextEncoder:
     """One text encoder of a checkpoint with its tokenizer, loaded on demand."""
 
-    can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True, take_words=True)
+    abilities: ClassVar[EncoderAbilities] = EncoderAbilities(trainable=True, accepts_new_words=True)
     variable_length: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
@@ -291,7 +291,7 @@ class LazyTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts; return the tensors `keys` of each one on the CPU, with gradients for trained parts.
 
-        Prompts with weights (`Prompt.marked_chunks`) are read as in gen_img.py. All texts of a call are
+        Prompts with weights (`Prompt.max_chunks`) are read as in gen_img.py. All texts of a call are
         padded to the same number of chunks, or to the longest text if captions are not padded to chunks.
         """
         if not prompts:
@@ -299,7 +299,7 @@ class LazyTextEncoder:
         _, loaded_tokenizer = self._loaded.get()
         chunks_by_text = [self._cut_prompt(prompt, loaded_tokenizer) for prompt in prompts]
         length = None  # number of states that are used; None for all
-        if not self._pads_captions and prompts[0].marked_chunks is None:
+        if not self._pads_captions and prompts[0].max_chunks is None:
             length = max(len(chunks[0].ids) for chunks in chunks_by_text) + 2  # with start and end token
         chunk_ids = [
             self._list_chunk_ids(chunk, loaded_tokenizer) for chunks in chunks_by_text for chunk in chunks
@@ -344,8 +344,8 @@ class LazyTextEncoder:
 
     def _cut_prompt(self, prompt: Prompt, loaded: LoadedTokenizer) -> list[Chunk]:
         """Return the token chunks of a prompt with the weights of their tokens, padded with empty chunks."""
-        count = self._max_chunks if prompt.marked_chunks is None else prompt.marked_chunks
-        if prompt.marked_chunks is None:
+        count = self._max_chunks if prompt.max_chunks is None else prompt.max_chunks
+        if prompt.max_chunks is None:
             chunks = cut_into_chunks([WeightedText(prompt.text)], loaded.tokenizer.tokenize)
         else:
             chunks = cut_into_chunks(parse_weights(prompt.text), loaded.tokenizer.tokenize)

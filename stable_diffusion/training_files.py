@@ -302,7 +302,7 @@ def widen_input(plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.U
     """Return a U-Net's plan with additional input channels for inpainting, whose weights start at zero."""
     added = checkpoints.INPAINTING_CHANNELS - checkpoints.LATENT_CHANNELS
     sources = dict(plan.sources)
-    sources[FIRST_LAYER] = sources[FIRST_LAYER].then(lambda weight: pad(weight, (0, 0, 0, 0, 0, added)))
+    sources[FIRST_LAYER] = sources[FIRST_LAYER].with_step(lambda weight: pad(weight, (0, 0, 0, 0, 0, added)))
     config = {**plan.config, "in_channels": checkpoints.INPAINTING_CHANNELS}
     return replace(plan, config=config, sources=sources)
 
@@ -462,7 +462,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     parts = unet_parts(config)
     return DitSpec(
         swap_counts=None,  # it runs its own loop
-        numbered=number_blocks(config),
+        block_numbering=number_blocks(config),
         block_lists=tuple(name for name, _ in parts),
         shared_inputs=(
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -470,9 +470,9 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
         ),
         # recompute the blocks of a transformer, up to ten of them; its norm and projections, which launch
         # half of the kernels of a transformer with one block, keep their activations
-        recomputed_list="transformer_blocks",
+        checkpointed_list="transformer_blocks",
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
-        with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
+        conv_lora_modules=(".resnets.", ".downsamplers.", ".upsamplers."),
         # inductor makes sizes that a convolution gets constants of its code, and fails on transposed queries
         # whose length is a height times a width; inside these layers a length is one number
         compiled_list="transformer_blocks",

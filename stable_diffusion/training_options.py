@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, IDENTITY, OF_SAMPLES, Options, not_needed, option
 from stable_diffusion.sampling_options import SAMPLERS
 
@@ -186,7 +186,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
 def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the latent and text caching scripts that match a training run."""
-    ckpt = options.ckpt or FillIn("CHECKPOINT")
+    ckpt = options.ckpt or Placeholder("CHECKPOINT")
     texts = {
         CKPT: ckpt,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
@@ -212,7 +212,7 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
     """
     chunks = options.chunks
     return {
-        "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
+        "--ckpt": options.ckpt or Placeholder("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
         # like the training's samples; float32 would double the U-Net's size

@@ -125,7 +125,7 @@ def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], networ
         return states[network][name]
     plan = plans[network]
     source = plan.sources[name]
-    return source.make([plan.checkpoint.read(stored) for stored in source.names])
+    return source.build_tensor([plan.checkpoint.read(stored) for stored in source.names])
 
 
 def make_writer(
@@ -265,7 +265,7 @@ def _plan_ldm_tensor(released: str, network: str, weights: Sequence[str], plans:
     hollow = []
     for weight in weights:
         source = plan.sources[weight]
-        hollow.append(source.make([plan.checkpoint.tensors[name].hollow() for name in source.names]))
+        hollow.append(source.build_tensor([plan.checkpoint.tensors[name].hollow() for name in source.names]))
     joined = join_released(released, hollow)
     shape = ldm_vae_shape(released, tuple(joined.shape))
     return SavedTensor(network, weights, TensorInfo(joined.dtype, shape))

@@ -187,7 +187,7 @@ def _plan_file(network: str, plans: Plans) -> NetworkFile:
         source = plan.sources[weight]
         # meta tensors, only for dtype and shape
         stored_tensors = [plan.checkpoint.tensors[stored_name].hollow() for stored_name in source.names]
-        tensor = source.make(stored_tensors)
+        tensor = source.build_tensor(stored_tensors)
         infos[name_in_file] = TensorInfo(tensor.dtype, tuple(tensor.shape))
     return NetworkFile(path, weights, infos)
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from modules.command import command_line
-from protocols.data import Audio, AudioSpec, Conditions, Joint
+from protocols.data import Audio, AudioSpec, AudioVideoShapes, Conditions
 from protocols.family import Abilities, Family, HearsAudio, NoiseSource
 from protocols.requests import Prepared, Request
-from protocols.rules import AS_PLAIN, GuidanceRules, StreamGuidance
+from protocols.rules import NO_GUIDANCE_RULES, GuidanceRules, StreamGuidance
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from wan.family import Wan
 
@@ -64,9 +64,9 @@ class Speaker(nn.Module):
 class AudioWan(Wan):
     """Wan with sound, made by `with_audio`."""
 
-    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
+    abilities: ClassVar = Abilities(trains_audio=True, takes_fps=True, detects_few_steps=True)
     audio: AudioSpec | None = AudioSpec(RATE, CHANNELS, audio_shape)
-    rules: GuidanceRules = AS_PLAIN
+    rules: GuidanceRules = NO_GUIDANCE_RULES
     levels: tuple[float, ...] = ()
     given_audio: Tensor | None = None  # C T M
     diary: list[str] = field(default_factory=list)
@@ -99,8 +99,8 @@ class AudioWan(Wan):
         if self.audio is None or prepared.frames == 1:
             return replace(prepared, rules=self.rules)
         _, *image = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        joint = Joint(tuple(image), self.audio.shape(prepared.frames, prepared.fps))
-        return replace(prepared, joint=joint, rules=self.rules, levels=self.levels)
+        joint = AudioVideoShapes(tuple(image), self.audio.shape(prepared.frames, prepared.fps))
+        return replace(prepared, joint=joint, rules=self.rules, sigmas=self.levels)
 
     def sections(
         self,
@@ -127,7 +127,7 @@ class AudioWan(Wan):
     ) -> Tensor:
         joint = overrides.joint
         # what Wan's own network does not know is made here
-        plain = replace(overrides, joint=None, skip_self_attention=frozenset(), isolated=False)
+        plain = replace(overrides, joint=None, skip_self_attention=frozenset(), isolate_modalities=False)
         if joint is None:
             return super().predict(dit, noisy, timesteps, cond, plain)
         image, audio = joint.split(noisy)
@@ -135,7 +135,7 @@ class AudioWan(Wan):
         velocity = super().predict(dit, image, of_image, cond, plain)
         velocity = velocity * (1 - 0.2 * len(overrides.skip_self_attention))
         loudness = torch.stack([text.mean() for text in cond["t5"]]).to(noisy).view(-1, 1, 1, 1)
-        if not overrides.isolated:
+        if not overrides.isolate_modalities:
             loudness = loudness + image.mean(dim=(1, 2, 3, 4)).view(-1, 1, 1, 1) / 10
             velocity = velocity + audio.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1, 1)
         loudness = 0.5 + loudness / 10 - 0.1 * len(overrides.skip_self_attention)

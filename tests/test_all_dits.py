@@ -17,7 +17,7 @@ from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.flow.solvers import solver_for
-from modules.layers.rope import Slow
+from modules.layers.rope import SlowedFrequency
 from modules.speed_options import AttentionChoice
 from protocols.data import Conditions
 from protocols.requests import Request
@@ -382,7 +382,7 @@ def test_a_pass_waits_for_nothing(tiny: TinyDit, tweaked: bool) -> None:
     dit = tiny.make(2).to(META)
     inputs = {name: sent(value) for name, value in tiny.inputs(LONGER, 2).items()}
     if tweaked:
-        slow = None if tiny.name == "framepack" else Slow(3, 90.0)
+        slow = None if tiny.name == "framepack" else SlowedFrequency(3, 90.0)
         inputs["overrides"] = Overrides(nag=NagText(texts_of(inputs), NAG), slow_frames=slow)
 
     assert waits(dit, inputs) == []
@@ -393,7 +393,7 @@ def test_given_frames_wait_for_nothing_either() -> None:
     dit = TI2V.make(2).to(META)
     inputs = {name: sent(value) for name, value in TI2V.inputs(LONGER, 2).items()}
 
-    assert waits(dit, {**inputs, "overrides": Overrides(given_frames=1)}) == []
+    assert waits(dit, {**inputs, "overrides": Overrides(num_clean_frames=1)}) == []
 
 
 class Halves:

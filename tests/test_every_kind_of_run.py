@@ -32,7 +32,7 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import KINDS as FOLDERS
 from tests.project.test_kinds_of_folders import default_kind, write_photos
 from tests.tiny.new_models import MODELS, write_new_model
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 WORD = "zorb"
 MEDIA = {".mp4", ".png", ".wav"}
@@ -62,7 +62,7 @@ def train(folder: Path) -> None:
     prompts = folder / "prompts.txt"
     first, *_ = prompts.read_text(encoding="utf-8").splitlines()
     prompts.write_text(f"{first} --s 1\n", encoding="utf-8")
-    _, *commands = parse_toml((folder / RUN_FILE).read_text(encoding="utf-8"))[OTHERS_TABLE]["commands"]
+    _, *commands = parse_toml((folder / RUN_FILE).read_text(encoding="utf-8"))[PROJECT_TABLE]["commands"]
     for _, script, *words in commands:
         succeed_here(script, *words, folder=folder)
 

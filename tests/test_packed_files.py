@@ -204,7 +204,7 @@ def test_texts_are_those_of_the_values_of_a_packed_encoder(tmp_path: Path, name:
         (tmp_path / "packed.safetensors").rename(packed)
     with open_checkpoint(packed) as checkpoint:
         values = {
-            key: source.make([checkpoint.read(part) for part in source.names])
+            key: source.build_tensor([checkpoint.read(part) for part in source.names])
             for key, source in plain_sources(checkpoint).items()
         }
         assert any(info.packing is not None for info in checkpoint.tensors.values())
@@ -266,7 +266,9 @@ def test_loras_are_merged_into_and_extracted_from_values(
         packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
     with open_checkpoint(packed) as checkpoint:
         made = plain_sources(checkpoint).items()
-        read = {n: source.make([checkpoint.read(part) for part in source.names]) for n, source in made}
+        read = {
+            n: source.build_tensor([checkpoint.read(part) for part in source.names]) for n, source in made
+        }
     plain = {name: one[tuple(map(slice, state[name].shape))].contiguous() for name, one in read.items()}
     save_file(plain, dit)
     coarse = [name for name, tensor in plain.items() if not torch.equal(tensor, state[name])]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import UserError
 
 
@@ -21,7 +21,9 @@ def explain_bad_step(
     """
     listed = ", ".join(keys)
     items = f" The items of this process in that step: {listed}." if listed else ""
-    again = f" The {count_of(before, 'step')} before it went wrong too, and were skipped." if before else ""
+    again = (
+        f" The {format_count(before, 'step')} before it went wrong too, and were skipped." if before else ""
+    )
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
         f"saved.{items}{again}\n"

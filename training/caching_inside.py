@@ -42,7 +42,7 @@ from dataset.sources.remarks import (
     warn_cut_captions,
 )
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
-from modules.console import as_size, quiet
+from modules.console import format_size, quiet
 from modules.errors import DatasetError, OptionError
 from modules.integers import ceil_div
 from modules.media.buckets import Size
@@ -54,7 +54,7 @@ from protocols.data import LOSS_MASK
 from protocols.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from protocols.full_model import trains_checkpoint
 from training.data.feed import BatchSources
-from training.data.live import LiveTexts, WithNetwork
+from training.data.live import LiveTextEncoders, WithNetwork
 from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS, NO_DATASET
 from training.features.hooks import OnMedia
 from training.options import TrainingOptions
@@ -107,7 +107,7 @@ def prepare_sources(
     config: DatasetConfig,
     options: CachingInRunOptions | None,
     device: torch.device,
-    texts: LiveTexts | None = None,
+    texts: LiveTextEncoders | None = None,
     commands: CachingCommands = NO_COMMANDS,
     needs: Collection[str] = (),
     on_media: Sequence[OnMedia] = (),
@@ -136,14 +136,16 @@ def prepare_sources(
             _encode_planned_tables(family, config, plans, options=options, device=device, stores=stores)
     # each process has encoded a part of the items: their caches in memory are exchanged
     memory_stores: list[MemoryStore] = []
-    for store_pair in stores.elsewhere.values():
+    for store_pair in stores.custom_stores.values():
         memory_stores += [store for store in store_pair if isinstance(store, MemoryStore)]
     if memory_stores:
         _share_entries(memory_stores)
     caches_in_memory = any(store.entries for store in memory_stores)
     if caches_in_memory:
         size_bytes = sum(store.size_bytes for store in memory_stores)
-        logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
+        logger.info(
+            "Caches in host memory: %s. Batches are read by no other process.", format_size(size_bytes)
+        )
     tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
     if os.environ.get("RANK", "0") == "0":  # all processes have the same tables
         _warn_of_live(family, config, tables, encoders=() if texts is None else texts.encoders)
@@ -356,7 +358,7 @@ def _warn_of_live(
     if tables_of_lists:
         warn_unused(DatasetConfig(config.path, tuple(tables_of_lists)), images)
     latent, fps = family.latent, family.defaults.fps
-    log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
+    log_warnings(find_media_warnings(images, latent, fps, family.abilities.takes_fps), LISTED)
     if not encoders:
         return
     sources = [source for live_table in tables.values() for source in live_table.live_sources.values()]
@@ -394,7 +396,9 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
 UNET_ONLY = "--network_train_unet_only"
 
 
-def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+def find_live_texts(
+    family: Family, options: TrainingOptions, config: DatasetConfig
+) -> LiveTextEncoders | None:
     """Return the text encoders that run during training; None if all text outputs are cached.
 
     Raises:
@@ -407,7 +411,9 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     return replace(texts, adds_empty_prompt=EMPTY_PROMPT in options.features.needs)
 
 
-def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+def _select_live_texts(
+    family: Family, options: TrainingOptions, config: DatasetConfig
+) -> LiveTextEncoders | None:
     """Return the text encoders that run during training: for varying captions, to be trained, or uncached.
 
     Returns:
@@ -440,18 +446,20 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
     stores = Stores(npz_names(family))
     cache_ending = text_file_name("", family.cache_tag)
     for table in config.datasets:
-        if any(name.endswith(cache_ending) for name in stores.of(table).names()):
+        if any(name.endswith(cache_ending) for name in stores.latent_store(table).names()):
             return None
-    return LiveTexts(_require_text_encoders(family, "there are no text caches"))
+    return LiveTextEncoders(_require_text_encoders(family, "there are no text caches"))
 
 
-def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTexts:
+def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTextEncoders:
     """Return all text encoders, for a run in which they learn the embedding of a new word."""
     encoders = _require_text_encoders(family, "they learn a new word")
     trainable_encoders = [encoder for encoder in encoders if can_learn(encoder)]
     learning = _select_learning_encoders(family, options, trainable_encoders)
-    word_encoders = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
-    return LiveTexts(
+    word_encoders = [
+        cast(WithNetwork, encoder) for encoder in encoders if encoder.abilities.accepts_new_words
+    ]
+    return LiveTextEncoders(
         encoders,
         learning,
         [encoder.lora_prefix for encoder in trainable_encoders],
@@ -459,7 +467,9 @@ def _texts_with_new_word(family: Family, options: TrainingOptions) -> LiveTexts:
     )
 
 
-def _varying_or_trained_texts(family: Family, options: TrainingOptions, varies: bool) -> LiveTexts | None:
+def _varying_or_trained_texts(
+    family: Family, options: TrainingOptions, varies: bool
+) -> LiveTextEncoders | None:
     """Return the text encoders whose captions vary or that get a LoRA; None if caches replace them.
 
     Args:
@@ -474,15 +484,15 @@ def _varying_or_trained_texts(family: Family, options: TrainingOptions, varies: 
     prefixes = [encoder.lora_prefix for encoder in trainable_encoders]
     learning = _select_learning_encoders(family, options, trainable_encoders)
     if varies or (learning and not caches_texts):
-        return LiveTexts(encoders, learning, prefixes)
+        return LiveTextEncoders(encoders, learning, prefixes)
     if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
-        return LiveTexts(learning, learning, prefixes)
+        return LiveTextEncoders(learning, learning, prefixes)
     if learning and _overrides_text_cache(family, options, learning):
-        return LiveTexts(encoders, learning, prefixes)
+        return LiveTextEncoders(encoders, learning, prefixes)
     return None
 
 
-def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
+def _select_full_texts(family: Family, caches_texts: bool) -> LiveTextEncoders | None:
     """Return the text encoders if some of them are fully fine-tuned; otherwise None.
 
     Raises:
@@ -500,7 +510,7 @@ def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
             f"--cache_text_encoder_outputs: outputs of {' and '.join(encoder.name for encoder in learning)} "
             "change, as they are trained. Leave out the caches, or train the U-Net alone"
         )
-    return LiveTexts(encoders, learning)
+    return LiveTextEncoders(encoders, learning)
 
 
 def _overrides_text_cache(

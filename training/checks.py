@@ -66,14 +66,14 @@ def check_before_loading(
         UserError: If the run is not possible.
     """
     sampling = others.sampling
-    family.check_given_files()
+    family.check_named_files()
     if options.full_dit is not None:
         reject_quantized_bases(family)
     for check_files in options.features.on.check_files:
         check_files(family, others)
     if sampling is not None:
-        sampling.check_given_files()
-        option = family.can.sample_apart
+        sampling.check_named_files()
+        option = family.abilities.sampling_dit_option
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
 
     check_experts(family, options)
@@ -251,7 +251,7 @@ def list_run_uses(family: Family, options: TrainingOptions, others: OtherFamilie
     takes_turns = len(family.experts) > 1 and options.by_expert.offload_inactive_dit
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),
-        samples_apart="" if others.sampling is None else family.can.sample_apart,
+        samples_apart="" if others.sampling is None else family.abilities.sampling_dit_option,
         further_models=tuple(options.features.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=OWN_MODULES,
@@ -285,7 +285,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         has_initial_lora = network.network_weights is not None and known_module is not None
         frozen_options = (options.features.merge, options.frozen.training_adapter)
         with quiet():  # the same warnings are logged when the network is built
-            check_network(network, module, depths, family.dit.numbered)
+            check_network(network, module, depths, family.dit.block_numbering)
             if has_initial_lora or frozen_options != (None, None):
                 uses = _read_loras(family, options, expert, network, has_initial_lora)
                 if uses and file is not None:

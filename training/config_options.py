@@ -25,7 +25,7 @@ from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
-OTHERS_TABLE = "reelsmith"  # table with settings of run_project.py
+PROJECT_TABLE = "reelsmith"  # table with settings of run_project.py
 OUR_NETWORKS = "networks."  # prefix of our own network modules
 LOG_SUFFIXES = (".log", ".txt")
 MIN_SIMILARITY = 0.9  # minimum similarity of a mistyped name and the intended one; 1: equal
@@ -55,7 +55,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
         raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
     actions = _map_actions_by_key(parser)
-    tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
+    tables = {name: value for name, value in _load(path).items() if name != PROJECT_TABLE}
     if isinstance(tables.get("datasets"), list):
         raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
     flat = dict(_flatten(tables))

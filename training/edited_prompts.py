@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from generation.loaded_networks import select_prompts
 from generation.sample_lines import read_sample_file
-from modules.console import count_of
+from modules.console import format_count
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
 from protocols.requests import Prepared
@@ -78,7 +78,7 @@ def _log_outcome(edited: Sampler, error: str) -> None:
         reason = shorten(" ".join(error.split()), MAX_ERROR_CHARACTERS)
         logger.warning("The edited sample prompts are not taken; the earlier ones stay: %s", reason)
         return
-    num_prompts = count_of(len(edited.prompts), "prompt")
+    num_prompts = format_count(len(edited.prompts), "prompt")
     logger.info("Samples are made of the edited %s: %s.", edited.source.path, num_prompts)
 
 

@@ -82,7 +82,7 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
     name_in_file = read_lora(path, by_expert=True).expert
     if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
         logger.info(
-            "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.words
+            "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.description
         )
         return None
     return read_use(path, expert.name, multiplier)
@@ -154,7 +154,9 @@ def log_experts(
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and not has_sample_only_networks:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if has_sample_only_networks and options.samples.sample_prompts is None:
-        logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
+        logger.warning(
+            "%s is ignored because there is no --sample_prompts", family.abilities.sampling_dit_option
+        )
     if len(all_experts) > 1:
         _log_trained_expert(family, options, times, has_sample_only_networks)
 
@@ -171,13 +173,13 @@ def _log_trained_expert(
     for expert in experts:
         _warn_of_other_experts_weights(family, network_for(options, expert), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not has_sample_only_networks:
-        option = family.can.sample_apart
+        option = family.abilities.sampling_dit_option
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
     # if only the expert from 0 on is trained, the boundary is the start of the other one
-    boundary = max(expert.lowest for expert in experts) or all_experts[-1].lowest
+    boundary = max(expert.min_timestep for expert in experts) or all_experts[-1].min_timestep
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
-    elif experts[0].lowest > 0:
+    elif experts[0].min_timestep > 0:
         logger.info("Only timesteps from %g on are trained, at which --dit_high_noise works.", boundary)
     elif trained is None:
         _warn_of_all_levels(options, boundary)
@@ -196,7 +198,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     changes_transformer = options.network is not None or options.full_dit is not None
     if options.features.keeps_few_step_ability or not (changes_transformer and knows_few_steps(family)):
         return ""
-    why = family.why_few_steps()
+    why = family.few_steps_evidence()
     if why is None:
         return ""
     rule = family.few_steps
@@ -293,7 +295,9 @@ def find_trained_expert(family: Family, times: Sequence[TimestepOptions]) -> Exp
     if experts != ONE_EXPERT:  # the file names its expert
         return experts[0]
     lowest, highest = find_level_range(times, family.noise)
-    fitting = [expert for expert in default if expert.lowest <= lowest and highest <= expert.highest]
+    fitting = [
+        expert for expert in default if expert.min_timestep <= lowest and highest <= expert.max_timestep
+    ]
     return fitting[0] if fitting else None
 
 

@@ -94,7 +94,7 @@ def find_learner(
         return FULL_MODEL
     if lora_replacement is not None:
         return replace(_describe_custom_network(lora_replacement(family)), is_embedding=True)
-    custom = custom_network_of(family) if family.can.make_network else None
+    custom = custom_network_of(family) if family.abilities.has_custom_network else None
     if custom is not None:
         return _describe_custom_network(custom)
     return Learner(

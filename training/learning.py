@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
-from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
+from modules.devices import compute_dtype_of, format_gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
 from networks.options import NetworkOptions
 from protocols.bundled_embeddings import word_of
@@ -82,7 +82,9 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     loading = Loading(plan, swap)
     encoders = {} if plan.texts is None else plan.texts.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
-    auxiliary_learners = [make(encoders, plan.progress.seed, True) for make in plan.features.on.beside]
+    auxiliary_learners = [
+        make(encoders, plan.progress.seed, True) for make in plan.features.on.auxiliary_learners
+    ]
     initial_lora = None if plan.options.network is None else plan.options.network.network_weights
     if initial_lora is not None:
         _check_initial_lora(plan, initial_lora, auxiliary_learners)
@@ -261,7 +263,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         process=accelerator.process_index // plan.steps.processes_per_batch,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_undropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
+        reads_undropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.teacher_only_conditions,
         reads_empty=EMPTY_PROMPT in features.needs,
         table_times=plan.table_times,
         reads_rejected=REJECTED_ONES in features.needs,
@@ -327,8 +329,8 @@ class Loading:
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
         placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=blocks)
         dit = family.load_dit(placement, index)
-        experts.check_dtype(family, options, dtype_of(dit))
-        compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
+        experts.check_dtype(family, options, compute_dtype_of(dit))
+        compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or compute_dtype_of(dit)
         if patch is not None or t_loras:
             _wrap_unmerged(dit, patch, t_loras, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
@@ -449,7 +451,8 @@ def _wrap_unmerged(
 def _require_room(size: int, room: int) -> None:
     if size > room:
         raise MemoryPlanError(
-            f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB are "
+            f"both transformers do not fit on the device: one takes {format_gib(size)} GiB, "
+            f"{format_gib(room)} GiB are "
             "left next to it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
         )
 

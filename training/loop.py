@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from modules.devices import numbers_on
+from modules.devices import tensor_on
 from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
 from protocols.rules import AUDIO_STREAM
@@ -149,7 +149,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     requested = _poll_requests(run)
     is_single_process = run.steps.num_processes == 1
     if not is_single_process:
-        values[REQUEST_COLUMNS] = numbers_on(
+        values[REQUEST_COLUMNS] = tensor_on(
             run.device, [run.requests.ending_requested, requested.saves, requested.samples], torch.float32
         )
         values = sum_over_processes(
@@ -196,7 +196,7 @@ def _find_updated_parameters(run: TrainingRun, group: range) -> list[Parameter]:
     if trainable.by_expert:
         experts = sorted({run.feed.find_expert(key) for key in keys})
         updated_parameters = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
-    if run.audio_parameters and not any(map(run.feed.has_sound, keys)):
+    if run.audio_parameters and not any(map(run.feed.has_audio, keys)):
         updated_parameters = [each for each in updated_parameters if each not in run.audio_parameters]
     if trainable.freeze_at_step:
         updated_parameters = [parameter for parameter in updated_parameters if parameter.requires_grad]
@@ -248,7 +248,7 @@ def _describe_step_kind(run: TrainingRun, group: range) -> str:
     names = []
     if len(experts) > 1:
         names += sorted({experts[run.feed.find_expert(key)].name for key in keys})
-    if run.audio_parameters and any(map(run.feed.has_sound, keys)):
+    if run.audio_parameters and any(map(run.feed.has_audio, keys)):
         names.append(AUDIO_STREAM)
     return " ".join(names)
 

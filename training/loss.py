@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
-from protocols.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
+from protocols.data import AUDIO_LATENTS, LOSS_MASK, AudioVideoShapes, Batch, Conditions
 from protocols.family import NoiseSpec, Trains
-from protocols.steps import NO_OVERRIDES, GivenTokens, Overrides, clean_fraction
+from protocols.steps import NO_OVERRIDES, CleanTokens, Overrides, clean_fraction
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
@@ -57,7 +57,7 @@ class NoisyBatch:
     timesteps: Tensor  # B, input of the network
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # first latent frames that stay clean and have no loss; fewer than all frames
-    given: GivenTokens | None = None  # other latents that stay clean and have no loss, by sample
+    clean_tokens: CleanTokens | None = None  # other latents that stay clean and have no loss, by sample
     expert: int = 0  # index of the expert that all samples go to
     perturbation: Tensor | None = None  # additional noise of the input, not predicted; shape of `noise`
     audio: NoisyAudio | None = None  # None: no sample has audio, and the network gets none
@@ -66,12 +66,12 @@ class NoisyBatch:
     notes: Mapping[str, float] = field(default_factory=dict)  # values that features pass to their own passes
 
     @property
-    def joint(self) -> Joint:
+    def joint(self) -> AudioVideoShapes:
         """Return the shapes of images and audio, whose latents the network gets as one tensor."""
         assert self.audio is not None
         _, *image = self.noise.shape
         _, *audio = self.audio.noise.shape
-        return Joint(tuple(image), tuple(audio))  # type: ignore[arg-type]  # four and three numbers
+        return AudioVideoShapes(tuple(image), tuple(audio))  # type: ignore[arg-type]  # four and three numbers
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -92,7 +92,7 @@ class NoisyBatch:
             weights=move(self.weights),
             perturbation=None if self.perturbation is None else move(self.perturbation),
             audio=None if self.audio is None else self.audio.moved(move),
-            given=None if self.given is None else self.given.moved(move),
+            clean_tokens=None if self.clean_tokens is None else self.clean_tokens.map_tensors(move),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
@@ -178,13 +178,13 @@ def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
         noisy_batch: Batch with noise and timesteps.
     """
     errors = errors[:, :, noisy_batch.given_frames :]
-    given = noisy_batch.given
+    given = noisy_batch.clean_tokens
     if given is None or given.image is None:
         return errors.flatten(1).mean(1)
-    return mean_of_noisy(errors, given.image[:, :, noisy_batch.given_frames :])
+    return mean_over_noisy_latents(errors, given.image[:, :, noisy_batch.given_frames :])
 
 
-def mean_of_noisy(errors: Tensor, given: Tensor) -> Tensor:
+def mean_over_noisy_latents(errors: Tensor, given: Tensor) -> Tensor:
     """Return the mean error of each sample, B, over its fully noisy latents; 0 if it has none.
 
     Args:
@@ -226,8 +226,8 @@ def sample_errors(
     audio_errors = element_errors(
         options, spec, audio_differences, sigmas=audio.sigmas, timesteps=audio.timesteps
     )
-    if noisy_batch.given is not None and noisy_batch.given.audio is not None:
-        return image_errors, mean_of_noisy(audio_errors, noisy_batch.given.audio)
+    if noisy_batch.clean_tokens is not None and noisy_batch.clean_tokens.audio is not None:
+        return image_errors, mean_over_noisy_latents(audio_errors, noisy_batch.clean_tokens.audio)
     return image_errors, audio_errors.flatten(1).mean(1)
 
 
@@ -269,13 +269,13 @@ def predict(
         autocast: Opens the autocast context of a pass.
         rule: How the prediction is compared.
     """
-    conditioned = noisy_batch.given  # latents that stay clean
+    conditioned = noisy_batch.clean_tokens  # latents that stay clean
     num_clean_frames = noisy_batch.given_frames
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     noise = noisy_batch.noise
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
-    noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
+    noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.signal_scale(noisy_batch.sigmas))
     if num_clean_frames:
         noisy = torch.cat([latents[:, :, :num_clean_frames], noisy[:, :, num_clean_frames:]], dim=2)
     if conditioned is not None:
@@ -283,7 +283,7 @@ def predict(
     timesteps = noisy_batch.timesteps
     overrides = NO_OVERRIDES
     if num_clean_frames or conditioned is not None:
-        overrides = Overrides(given_frames=num_clean_frames, given=conditioned)
+        overrides = Overrides(num_clean_frames=num_clean_frames, clean_tokens=conditioned)
     if noisy_batch.audio is not None:  # images and audio go through the network as one tensor, B N
         noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
         timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2
@@ -304,9 +304,13 @@ def predict(
 
 def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> Tensor:
     """Return the noisy latents of the audio; given latents stay clean."""
-    clean = noisy_batch.batch.tensor(SOUND).float()
-    noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.data_shares(audio.sigmas))
-    return noisy if noisy_batch.given is None else blend_clean_latents(noisy, clean, noisy_batch.given.audio)
+    clean = noisy_batch.batch.tensor(AUDIO_LATENTS).float()
+    noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.signal_scale(audio.sigmas))
+    return (
+        noisy
+        if noisy_batch.clean_tokens is None
+        else blend_clean_latents(noisy, clean, noisy_batch.clean_tokens.audio)
+    )
 
 
 def blend_clean_latents(noisy: Tensor, clean: Tensor, cleanness: Tensor | None) -> Tensor:
@@ -390,6 +394,6 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
     if options.huber_schedule == "exponential":
         progress = timesteps.float().clamp(0, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
-    shares = spec.data_shares(sigmas)  # factors of the clean latents in the noisy ones
+    shares = spec.signal_scale(sigmas)  # factors of the clean latents in the noisy ones
     # 1 / (1 + r), written so that a share of 0 is no division by 0
     return (1 - options.huber_c) * (shares / (shares + sigmas.float())).square() + options.huber_c

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.file_hashes import full_hash, short_hash
 from dataset.table import DatasetTable
-from modules.atomic_write import make_storable
+from modules.atomic_write import replace_surrogates
 from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
 from protocols.family import Family
@@ -211,7 +211,7 @@ def file_metadata(
             "ss_epoch": str(epoch),
         }
     values |= {f"modelspec.{key}": text for key, text in spec.items() if text is not None}
-    return {key: make_storable(text) for key, text in values.items()}
+    return {key: replace_surrogates(text) for key, text in values.items()}
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from modules.command import quote_for_powershell
 from modules.console import quiet
 from modules.installation import command_words
 from modules.limits import MAX_EXAMPLE_CHARACTERS
-from modules.option_values import FillIn, missing_words, option_words
+from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import STARTS, option_name, option_values, options_with
 from modules.repeated_options import RepeatedOption, accepted_options, fill_options
 from networks.kinds.contract import NetworkKind
@@ -188,7 +188,7 @@ class NextSteps:
         """Return the path of the base transformer for which a LoRA file was trained."""
         dit_files = self.plan.family.dit_files  # little noise first
         if not dit_files:
-            return FillIn("DIT_FILE")
+            return Placeholder("DIT_FILE")
         is_high = bool(self.plan.names.expert_names) and file.stem.endswith(HIGH_NOISE)
         return str(dit_files[-1] if is_high else dit_files[0])
 
@@ -299,7 +299,7 @@ class NextSteps:
                 family_options = fill_options(family_options, self.cache_options)
             typed = {**{option.name: option.typed for option in self.cache_options}, **typed}
         arguments = command.entry.generation_words(family_options, self.sample, typed)
-        return [*arguments, *option_words(say_for_generation(self.plan.options.speed))]
+        return [*arguments, *option_argv(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files of the save that `file` belongs to: high-noise files, then all other files."""
@@ -366,14 +366,14 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     values = {
-        "prompt": sample.get("prompt") or FillIn("what it should show"),
+        "prompt": sample.get("prompt") or Placeholder("what it should show"),
         "video_size": size if len(size) == 2 else None,
         **{name: sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
     }
     flags = spellings or {}
     spelled = {flags.get(name, f"--{name}"): value for name, value in values.items()}
     spelled.pop("", None)  # options that the script does not have are spelled ""
-    return option_words(spelled)
+    return option_argv(spelled)
 
 
 def _command(title: str, arguments: Sequence[str], note: str = "") -> PageCommand:

@@ -13,7 +13,7 @@ from dataset.subset_options import SubsetOptions
 from modules.command import name_as_typed
 from modules.errors import OptionError
 from modules.installation import FROM_QUEUE
-from modules.option_values import option_words, require, value_words
+from modules.option_values import option_argv, require, value_argv
 from modules.options import (
     CONFIGURES,
     FREE,
@@ -295,9 +295,9 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     """
     # the value when the option is not given: its default, or one taken from another option (`not_given`)
     default = getattr(action, "not_given", action.default)
-    texts = value_words(value)
+    texts = value_argv(value)
     are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
-    is_changed = value != default if are_numbers else texts != value_words(default)
+    is_changed = value != default if are_numbers else texts != value_argv(default)
     flags = [flag for flag in action.option_strings if flag.startswith("--")]
     by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
     flag = next(flag for flag in by_preference if flag in flags)
@@ -307,7 +307,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
-        words=option_words({flag: True if is_switch else value}),
+        words=option_argv({flag: True if is_switch else value}),
         is_changed=is_changed,
         is_typed=not follows,
     )

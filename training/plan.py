@@ -34,7 +34,7 @@ from training.checks import (
     select_lora_format,
 )
 from training.data.feed import BatchSources
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.data.table_times import check_timesteps, list_timestep_options, timestep_options_by_group
 from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
@@ -88,7 +88,7 @@ class TrainingPlan:
     steps: StepPlan
     table_times: Mapping[int, TimestepOptions]  # by the group of tables with equal timestep options
     sources: BatchSources  # where batches are read from
-    texts: LiveTexts | None  # encoded while training; None: all come from caches
+    texts: LiveTextEncoders | None  # encoded while training; None: all come from caches
     changes: Mapping[str, str]  # settings that --resume_changed allows to differ from the state
     adapter: str | None  # --training_adapter with a hash of its content at the start of the run
 
@@ -168,9 +168,9 @@ def make_plan(
     features = begin_run(options, family, config.datasets)
     if options.network is None:
         _check_tables(config)  # a whole model takes no table with keys for a network
-    if family.can.one_sample:
-        _check_batch_sizes(family.can.one_sample, config)
-    texts: LiveTexts | None = None
+    if family.abilities.one_sample:
+        _check_batch_sizes(family.abilities.one_sample, config)
+    texts: LiveTextEncoders | None = None
     may_encode = _may_encode(options, config)
     if may_encode:
         from training.caching_inside import find_live_texts  # most runs read caches alone
@@ -300,7 +300,7 @@ def _find_sources(
     options: TrainingOptions,
     config: DatasetConfig,
     device: torch.device,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
     commands: CachingCommands,
     features: RunFeatures,
     may_encode: bool,
@@ -452,7 +452,7 @@ def _find_items(
     commands = sources.encoders.commands
     # what identifies the checkpoint's own text encoders, by their names; caches of others are rejected
     trained_encoder_ids: Mapping[str, Mapping[str, str]] = {}
-    if family.can.bring_texts and not trusts_caches:
+    if family.abilities.has_text_encoders and not trusts_caches:
         trained_encoder_ids = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 

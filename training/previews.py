@@ -16,7 +16,7 @@ from dataset.config import DatasetConfig
 from dataset.options import DebugOptions
 from dataset.sources.media_source import Fault
 from dataset.table import DatasetTable
-from modules.console import count_of
+from modules.console import format_count
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from protocols.family import Family, audio_of
@@ -31,7 +31,7 @@ from training.caching_inside import (
 )
 from training.checks import describe_learning_rate, reject_foreign_module, reject_quantized_bases
 from training.data.feed import BatchSources
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.data.table_times import describe_times
 from training.experts import describe_few_steps
 from training.features.composing import begin_run
@@ -219,7 +219,7 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
         max_steps = options.validation.max_validation_steps
         measured = num_validation if max_steps is None else min(num_validation, max_steps)
         limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
-        lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
+        lines.append(f"Each validation measures {format_count(measured, 'batch')} of one item{limit}")
     rate = describe_learning_rate(options, learner)
     if "HIGH" in rate or "LOW" in rate:
         lines.append(f"Learning rate: {rate}")
@@ -236,7 +236,7 @@ def _plan(
 ) -> None:
     """Print how much memory the run would need (--plan), on one GPU or divided over several."""
     reject_foreign_module(family, options)
-    family.check_given_files()  # first: caches are made with them
+    family.check_named_files()  # first: caches are made with them
     if options.full_dit is not None:
         reject_quantized_bases(family)
     config = read_config(options, family, learner)
@@ -282,7 +282,7 @@ def _plan(
 
 
 def _require_caches_on_disk(
-    plans: Sequence[TablePlan], commands: CachingCommands, texts: LiveTexts | None
+    plans: Sequence[TablePlan], commands: CachingCommands, texts: LiveTextEncoders | None
 ) -> None:
     """Raise OptionError if a table's latents or texts are not in files, which --plan could read."""
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
@@ -308,7 +308,7 @@ def _read_for_plan(
     options: TrainingOptions,
     commands: CachingCommands,
     config: DatasetConfig,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     live = () if texts is None else texts.keys  # texts that are encoded at each step, not cached

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from modules.command import RANK
 from modules.devices import acts_on_cuda, allow_fp16_accumulation
 from modules.errors import OptionError
-from modules.lost_processes import meet_anew
+from modules.lost_processes import reconnect
 from runtime.ways.composing import reject_other_splits
 from training.run_options import AcceleratorOptions
 
@@ -38,7 +38,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     _check_environment()
     has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_processes:
-        meet_anew()
+        reconnect()
     minutes = DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout
     try:
         accelerator = Accelerator(

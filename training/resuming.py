@@ -16,7 +16,7 @@ from checkpoints.opening import fingerprint
 from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
-from modules.options import in_one_spelling, option_values, options_with
+from modules.options import option_values, options_with, replace_synonyms
 from networks.kinds.composing import kind_of_module
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
 from protocols.family import Family
@@ -118,8 +118,10 @@ def initial_progress(
     if isinstance(saved, states.SavedState):
         with states.errors_name_the_state(saved.folder):
             # saved values of inactive features are passed on unchanged and not checked
-            for state_class in options.features.remembers:
-                saved.progress.of(state_class)  # restores the feature's values; TypeError for a wrong type
+            for state_class in options.features.progress_records:
+                saved.progress.feature_state(
+                    state_class
+                )  # restores the feature's values; TypeError for a wrong type
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
         [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
@@ -129,8 +131,8 @@ def initial_progress(
     else:
         logger.info("Using a random seed: --seed %d.", seed)
     progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
-    for state_class in options.features.remembers:
-        progress.of(state_class)  # creates the default values of an active feature
+    for state_class in options.features.progress_records:
+        progress.feature_state(state_class)  # creates the default values of an active feature
     return progress
 
 
@@ -176,7 +178,7 @@ def collect_run_settings(
     identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
     identity[GROUP_SIZE] = plan.group_size
     identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
-    experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
+    experts = [f"{expert.name or 'one'} from {expert.min_timestep:g}" for expert in family.experts]
     identity[TRANSFORMERS] = ", ".join(experts)
     identity[TRAINING_ADAPTER] = adapter
     return RunSettings(identity, _habits_of(family, options, config), type(family.options))
@@ -315,7 +317,7 @@ def _saved_habits(saved: states.SavedState, habits: Mapping[str, Any]) -> dict[s
         current = habits.get(name)
         # an option that is off now counts as unchanged, however its default is written
         saved_habits[name] = default if current else current
-    return saved_habits | saved.habits
+    return saved_habits | saved.changeable_settings
 
 
 def _reject_differences(
@@ -398,7 +400,7 @@ def _normalize_identity(identity: Mapping[str, Any], record: type) -> dict[str, 
     by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}
     resolved = {
         **identity,
-        **{f"--{name}": value for name, value in in_one_spelling(record, by_name).items()},
+        **{f"--{name}": value for name, value in replace_synonyms(record, by_name).items()},
     }
     if "--optimizer_type" in resolved:
         name = str(resolved["--optimizer_type"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.command import INTERRUPTED, LAUNCHED
-from modules.console import count_of
+from modules.console import format_count
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 
@@ -124,7 +124,7 @@ def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], 
     try:
         code = process.wait(max_seconds)
     except subprocess.TimeoutExpired:
-        seconds = count_of(round(max_seconds), "second")
+        seconds = format_count(round(max_seconds), "second")
         logger.warning("%s: %s still runs after %s. It is left alone.", option, program, seconds)
     except KeyboardInterrupt:
         logger.warning("%s: %s is not waited for any longer.", option, program)

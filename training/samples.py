@@ -39,8 +39,8 @@ from generation.sample_lines import (
     read_sample_file,
 )
 from modules.bars import Bar
-from modules.command import each_warning_once
-from modules.console import count_of
+from modules.command import drop_repeated_warnings
+from modules.console import format_count
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.layers import write_layers
@@ -54,7 +54,7 @@ from protocols.family import Family, trains_audio
 from protocols.loading import BlockPlace
 from protocols.requests import Prepared, Prompts, Request, check_values
 from protocols.rules import expert_at
-from protocols.steps import EncodedPrompts, Section, StepDone, Watcher
+from protocols.steps import CompletedStep, EncodedPrompts, Section, StepCallback
 from training.loss import Autocast, DitOf
 
 logger = logging.getLogger(__name__)
@@ -230,8 +230,8 @@ class Sampler:
             (track,) = decode_tracks(family, {stem: audio}, self.session.device, nullcontext).values()
         with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
             pixels = family.decode(encoders, latents)
-            if prepared.shown is not None:
-                pixels = map(prepared.shown.of, pixels)
+            if prepared.visible_region is not None:
+                pixels = map(prepared.visible_region.of, pixels)
             frames = frames_of(pixels)
             metadata = self._make_metadata(prepared, model)
             is_audio_alone = latents.shape[2] == 0
@@ -273,7 +273,7 @@ def _show_steps(
     check: Callable[[], None],
     show_progress: Callable[[str], None],
     preview_section: OnSection,
-) -> Iterator[tuple[Watcher, OnSection]]:
+) -> Iterator[tuple[StepCallback, OnSection]]:
     """Yield callbacks for steps and sections that show the progress of a sample on a bar.
 
     Args:
@@ -296,7 +296,7 @@ def _show_steps(
             num_steps = stage.num_steps if section.solver is None else section.solver.schedule.num_steps
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
-        def on_step(_: StepDone) -> bool:
+        def on_step(_: CompletedStep) -> bool:
             """Show a step on the bar; return False, because no preview image is needed."""
             bars[-1].update()
             show_progress(bars[-1].line())
@@ -492,7 +492,7 @@ def parse_requests(
         raise OptionError(
             f"{error}; the samples of --sample_prompts need it. Give it, or leave --sample_prompts out"
         ) from None
-    with each_warning_once():
+    with drop_repeated_warnings():
         return entries, read_all(enumerate(entries, 1), partial(_prepare_entry, family, prompt_file))
 
 
@@ -602,7 +602,7 @@ def _with_fitted_size(
         warnings.append(f"{pixels}: sides are multiples of {side}")
     if fitted_frames != frames:
         why = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
-        warnings.append(f"{count_of(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
+        warnings.append(f"{format_count(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
     if warnings:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(warnings))
     return replace(request, width=fitted_width, height=fitted_height, frames=fitted_frames)

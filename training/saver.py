@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.devices import DTYPES, dtype_of
+from modules.devices import DTYPES, compute_dtype_of
 from modules.errors import OptionError
 from runtime.offload.block_swap import write_back_all
 from runtime.offload.sharding import as_split
@@ -189,7 +189,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     precision = options.saving.save_precision
     if precision is not None:
         return DTYPES[precision]
-    return None if options.network is None else dtype_of(dit)
+    return None if options.network is None else compute_dtype_of(dit)
 
 
 def collect_state(model: TrainedModel) -> states.SavedState:
@@ -216,7 +216,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
         folder=Path(),
         progress=plan.progress,
         identity=plan.settings.identity,
-        habits=plan.settings.habits,
+        changeable_settings=plan.settings.habits,
         parts=parts,
         optimizer=optimizer,
         schedule=model.schedule.state_dict(),

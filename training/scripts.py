@@ -103,7 +103,7 @@ def training_script(
                 family_options=family_options,
                 family=family,
             )
-            others = _make_other_families(entry, model.can.sample_apart, family_options)
+            others = _make_other_families(entry, model.abilities.sampling_dit_option, family_options)
             exit_code = train_network(model, options, command, others=others)
         if exit_code:
             raise SystemExit(exit_code)

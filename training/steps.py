@@ -55,7 +55,7 @@ class Progress:
             values |= asdict(record)
         return values
 
-    def of(self, kind: type[T]) -> T:
+    def feature_state(self, kind: type[T]) -> T:
         """Return a feature's state of the dataclass `kind`: restored from a saved state, or new.
 
         Raises:

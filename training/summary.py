@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import free_bytes
-from modules.command import as_typed
-from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.devices import gib, host_peak, peak_in_words
+from modules.command import quote_command
+from modules.console import Row, format_count, format_duration, format_size, show_box
+from modules.devices import format_gib, format_peak_memory, host_peak
 from modules.installation import RUN_GOES_ON
 from modules.text_files import real_path
 from networks.kinds.composing import RANKED_NETWORKS
@@ -124,15 +124,15 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     model_keys = ("architecture", "task", "sd_model_name")
     model = [text for key, text in plan.family.metadata.items() if text and key.startswith(model_keys)]
     num_weights = sum(parameter.numel() for parameter in parameters)
-    data = f"{count_of(plan.order.num_items, 'item')} with repeats"
+    data = f"{format_count(plan.order.num_items, 'item')} with repeats"
     if plan.validation:
-        data += f", {count_of(len(plan.validation), 'item')} for validation"
-    data += f", {count_of(plan.steps.num_batches, 'batch')}"
+        data += f", {format_count(len(plan.validation), 'item')} for validation"
+    data += f", {format_count(plan.steps.num_batches, 'batch')}"
     times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
     targets = plan.features.describe_targets() if plan.features.targets or plan.features.info.targets else ()
     return [
         ("model", ", ".join(model)),
-        ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
+        ("learns", f"{_describe_learner(plan, sizes)}, {format_count(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
         ("data", data),
         ("timesteps", "\n".join(times)),
@@ -232,7 +232,7 @@ def _describe_length(plan: TrainingPlan) -> str:
     beginning = f", from step {first_step + 1} on" if first_step else ""
     if steps.total_steps < steps.steps_per_epoch:
         return f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch{beginning}"
-    epochs = count_of(steps.num_epochs, "epoch")
+    epochs = format_count(steps.num_epochs, "epoch")
     return f"{steps.total_steps} in {epochs} of {steps.steps_per_epoch}{beginning}"
 
 
@@ -280,12 +280,14 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     rows: list[Row] = []
     for path in names.files(names.name).values():
         if path.exists():
-            rows.append(("result", f"{path} ({as_size(_size_of(path))})"))
+            rows.append(("result", f"{path} ({format_size(_size_of(path))})"))
     if run_history.validations:
         rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
     clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
-    rows.append(("steps", f"{clock.steps} in {in_words(clock.seconds_of_steps)}{speed}, without pauses"))
+    rows.append(
+        ("steps", f"{clock.steps} in {format_duration(clock.seconds_of_steps)}{speed}, without pauses")
+    )
     if run.features.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
@@ -295,7 +297,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
         rows.append(("samples", str(samples)))
     if not run.options.logs.no_page:
         rows.append(("page", str(page_path(names.folder, names.name))))
-    peak = peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
+    peak = format_peak_memory(run.device) if run.memory is None else f"{format_gib(run.memory.highest)} GiB"
     rows.append(("peak memory", peak))
     network_kinds = [] if run.options.network is None else run.options.network.kinds
     rows += [("other tools", kind.elsewhere) for kind in network_kinds if kind.elsewhere][:1]
@@ -309,7 +311,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
     following_rows += [
-        (heading, as_typed(arguments)) for heading, arguments in run.features.info.commands.items()
+        (heading, quote_command(arguments)) for heading, arguments in run.features.info.commands.items()
     ]
     show_box(f"{names.name} is trained", rows, following_rows)
 
@@ -349,14 +351,15 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
     model_bytes, state_bytes = written
     needed = num_models * model_bytes + num_states * state_bytes
     free = free_bytes(folder)
-    states = f" and {count_of(num_states, 'state')}" if num_states else ""
-    text = f"about {as_size(needed)} for {count_of(num_models, 'save')}{states}; {as_size(free)} free"
+    states = f" and {format_count(num_states, 'state')}" if num_states else ""
+    saves = format_count(num_models, "save")
+    text = f"about {format_size(needed)} for {saves}{states}; {format_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 
 def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
     """Return values for the progress bar: peak device memory, and the step of the next samples."""
-    shown = {"mem": peak_in_words(plan.accelerator.device).replace(" GiB", "G")}
+    shown = {"mem": format_peak_memory(plan.accelerator.device).replace(" GiB", "G")}
     following = next_samples(plan.options.samples, plan.steps, step, plan.progress.epoch)
     return shown if following is None else {**shown, "sample": str(following)}
 
@@ -476,12 +479,12 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
     """Return the names and values of the page's lines on memory use."""
-    host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
+    host = ("most host memory of this process so far, measured", f"{format_gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]
     sizes: tuple[int | None, ...] = (None, None, None)
     if watch is not None:
         sizes = watch.predicted, watch.measured, watch.highest
     labels = history.PREDICTED, "a training step, measured", history.HIGHEST
-    shown = ["not known" if size is None else f"{gib(size)} GiB" for size in sizes]
+    shown = ["not known" if size is None else f"{format_gib(size)} GiB" for size in sizes]
     return [("device", torch.cuda.get_device_name(device)), *zip(labels, shown, strict=True), host]

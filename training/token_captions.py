@@ -49,7 +49,7 @@ def check_source_captions(
 
 def _complete(caption: str, table: DatasetTable) -> str:
     """Return a caption with the texts that training adds at each step, such as the trigger word."""
-    if not table.changes.is_raw:  # the caption is already complete
+    if not table.changes.varies_per_step:  # the caption is already complete
         return caption
     if not table.changes.wildcards:
         caption = next(iter(lines_of(caption)), "")

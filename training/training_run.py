@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.devices import dtype_of
+from modules.devices import compute_dtype_of
 from protocols.family import Family, audio_of
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
 from runtime.planning.device_memory import MemoryWatch
@@ -181,7 +181,7 @@ class TrainedModel:
     def compute_dtype(self) -> torch.dtype:
         """Dtype in which the network computes: autocast's, or without autocast the weights' dtype."""
         precision = self.plan.options.accelerator.mixed_precision
-        return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
+        return AUTOCAST.get(precision, compute_dtype_of(self.dits.networks[0]))
 
     @property
     def options(self) -> TrainingOptions:

@@ -6,7 +6,7 @@ from typing import Any
 
 from modules.options import (
     argument_of,
-    is_given,
+    is_set,
     list_idle_reasons,
     option_name,
     option_values,
@@ -87,7 +87,7 @@ def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) 
         if is_dataclass(value):
             yield from _list_idle(value, reasons, typed)
             continue
-        is_written = is_given(record, field) or argument_of(field) in typed
+        is_written = is_set(record, field) or argument_of(field) in typed
         if is_written and (name in reasons or "acts_if" in field.metadata):
             idle_because = [reasons[name]] if name in reasons else list_idle_reasons(record, field)
             if idle_because:

@@ -15,7 +15,7 @@ from dataset.batches.items import TrainingItem
 from dataset.batches.order import RunPosition, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
-from protocols.data import SOUND, Batch
+from protocols.data import AUDIO_LATENTS, Batch
 from protocols.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at, times_of_audio
@@ -41,7 +41,7 @@ class Validation:
         sigmas = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]  # the middle of each band
         if self.is_of_images:
             sigmas = _list_image_sigmas(plan.options.timesteps)
-        lowest = min(expert.lowest for expert in plan.family.experts)
+        lowest = min(expert.min_timestep for expert in plan.family.experts)
         # levels below all trained experts are left out; an expert above all levels is measured at pure noise
         self.sigmas = [sigma for sigma in sigmas if NUM_TIMESTEPS * sigma >= lowest] or [1.0]
 
@@ -173,17 +173,17 @@ class Validation:
         noise = torch.randn(shape, generator=seed_generator("validation", *seed))
         times = times_at(options.timesteps, torch.tensor([sigma]), self.plan.family.noise)
         audio: NoisyAudio | None = None
-        audio_latents = batch.tensors.get(SOUND)
+        audio_latents = batch.tensors.get(AUDIO_LATENTS)
         if isinstance(audio_latents, Tensor):
             generator = seed_generator("validation sound", *seed)
             audio_noise = torch.randn(audio_latents.shape, generator=generator)
             audio_times = times_of_audio(times, self.plan.family.noise)
             audio = NoisyAudio(audio_noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
-        vary = self.plan.family.noise.vary_inputs
+        vary = self.plan.family.noise.change_conditions
         if vary is not None:
             generator = seed_generator("validation inputs", *seed)
             batch = replace(batch, tensors=vary(batch.tensors, "", generator))
-        given_tokens_spec = self.plan.family.noise.gives
+        given_tokens_spec = self.plan.family.noise.clean_token_rule
         given = None
         if given_tokens_spec is not None:
             given = given_tokens_spec.draw(batch, seed_generator("validation given tokens", *seed))
@@ -194,7 +194,7 @@ class Validation:
             timesteps=times.timesteps,
             weights=torch.ones(1),
             given_frames=given_frames,
-            given=given,
+            clean_tokens=given,
             audio=audio,
         )
 

@@ -11,7 +11,7 @@ from checkpoints.shards import SavedForm
 from modules.errors import OptionError
 from protocols.family import Described, DitSpec, part_rates_of
 from protocols.full_model import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.options import TrainingOptions
 from training.trainable import Trainable, WrittenFile, learns_by_name, reject_no_match, train_dit
 
@@ -20,7 +20,7 @@ def train_full(
     family: Described,
     options: TrainingOptions,
     dit: nn.Module,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
     writes: bool = True,
 ) -> Trainable:
     """Train all or selected weights of the transformer, and of the text encoders that are trained.
@@ -73,7 +73,7 @@ class _OptimizerGroups:
 def _train_checkpoint(
     family: TrainsCheckpoint,
     dit: nn.Module,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
     *,
     learning_rate: float,
     name_parts: Sequence[str],
@@ -132,7 +132,7 @@ def _select_rate(name: str, parts: LearningParts, spec: DitSpec, default_rate: f
     """Return the parameter group and the learning rate for a transformer weight by its name."""
     if not parts.blocks:
         return DIT, default_rate
-    assert spec.numbered is not None  # the family has rates of blocks
-    number = spec.numbered.number_of(name)
+    assert spec.block_numbering is not None  # the family has rates of blocks
+    number = spec.block_numbering.number_of(name)
     assert number is not None  # all blocks have numbers
     return f"{DIT} block {number}", parts.blocks[number]

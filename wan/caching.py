@@ -6,7 +6,7 @@ from torch import Tensor
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
 from protocols.data import (
-    PLACES,
+    FRAME_INDICES,
     Batch,
     CacheEntry,
     Conditions,
@@ -102,7 +102,7 @@ def batch_conditions(
     Raises:
         CacheError: With the command that makes it, if a tensor is missing or is for another number of images.
     """
-    if PLACES in batch.tensors:
+    if FRAME_INDICES in batch.tensors:
         from wan import one_frame  # only for single images
 
         return one_frame.batch_conditions(task, config, batch)

@@ -26,7 +26,7 @@ from checkpoints.dialects import (
 )
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.clip_checkpoints import MEAN, STD
-from modules.devices import dtype_name, half_where_fast
+from modules.devices import dtype_name, replace_slow_float16
 from modules.errors import CheckpointError
 from protocols.loading import TensorSource
 
@@ -87,8 +87,8 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
         )
     if "embeddings.class_embedding" in checkpoint.tensors:
         # Hugging Face stores both embeddings without the leading axes of size 1
-        sources["cls_embedding"] = sources["cls_embedding"].then(lambda tensor: tensor[None, None])
-        sources["pos_embedding"] = sources["pos_embedding"].then(lambda tensor: tensor[None])
+        sources["cls_embedding"] = sources["cls_embedding"].with_step(lambda tensor: tensor[None, None])
+        sources["pos_embedding"] = sources["pos_embedding"].with_step(lambda tensor: tensor[None])
     num_layers = count(sources, r"transformer\.\d+") - 1  # Wan uses the states before the last block
     _join_heads(sources, num_layers)
     shape = shapes_of(checkpoint, sources)
@@ -229,7 +229,7 @@ def load_clip(path: Path, device: torch.device, dtype: torch.dtype = torch.float
 
     Raises CheckpointError if the file is damaged or holds another model.
     """
-    dtype = half_where_fast(device, dtype, "CLIP")
+    dtype = replace_slow_float16(device, dtype, "CLIP")
 
     def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
         """Keep norms and embeddings in float32."""

@@ -19,7 +19,7 @@ from modules.speed_options import text_form
 from protocols.data import (
     CAPTION,
     FIRST_FRAME,
-    PLACES,
+    FRAME_INDICES,
     Batch,
     CacheEntry,
     Conditions,
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # condition, network argument
-VACE_REFERENCES = ReferenceRules(MAX_REFERENCES, clips=True, on_white=True, control_masks=True)
+VACE_REFERENCES = ReferenceRules(MAX_REFERENCES, clips=True, pad_with_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Wan(OneTransformer):
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
     noise: NoiseSpec = FLOW  # set for trainings only
 
-    can: ClassVar = Abilities(
-        tell_few_steps=True,
-        sample_apart="--sample_dit_other",
-        tell_nodes=True,
+    abilities: ClassVar = Abilities(
+        detects_few_steps=True,
+        sampling_dit_option="--sample_dit_other",
+        has_comfy_nodes=True,
         references="VACE takes it: cache with --vace, and train with --task vace-1.3B, vace-14B or vace-A14B",
     )
     name: str = field(default="wan", init=False)
@@ -132,7 +132,7 @@ class Wan(OneTransformer):
         return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
 
     @property
-    def fuller(self) -> tuple[str, ...]:
+    def teacher_only_conditions(self) -> tuple[str, ...]:
         """Return the conditions that only a teacher gets: the caption, and for TI2V the first frame."""
         return (CAPTION, FIRST_FRAME) if self.files.task.keeps_image else (CAPTION,)
 
@@ -280,7 +280,7 @@ class Wan(OneTransformer):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a batch: text and, by task, `condition_latents` and CLIP features."""
-        if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
+        if self.image_kind == ONE_FRAME and FRAME_INDICES not in batch.tensors:
             from wan.one_frame import note_clips  # only for single images
 
             note_clips()
@@ -312,7 +312,7 @@ class Wan(OneTransformer):
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
-        positions = cond.get(PLACES)
+        positions = cond.get(FRAME_INDICES)
         if isinstance(positions, Tensor):  # on the host, the same for all samples
             arguments["places"] = tuple(positions[0].tolist())
         clip = cond.get("clip")
@@ -384,8 +384,8 @@ class Wan(OneTransformer):
         return SourceRules(
             tuple(option for option, is_taken in takes.items() if is_taken),
             f"--task {task.name}",
-            stretches=True,
-            latents_of=frozenset({"wan"}),
+            stretch_frames=True,
+            compatible_models=frozenset({"wan"}),
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -433,8 +433,8 @@ class Wan(OneTransformer):
         if isinstance(first_latents, Tensor):
             section = replace(
                 section,
-                clean_first_frames=first_latents,
-                overrides=Overrides(given_frames=first_latents.shape[2]),
+                clean_frames=first_latents,
+                overrides=Overrides(num_clean_frames=first_latents.shape[2]),
             )
         latents = yield section
         if is_image:

@@ -26,7 +26,7 @@ from protocols.requests import (
     check_size,
     full_frames,
     keep_usable_media,
-    settle,
+    resolve_request,
     size_of,
 )
 from protocols.rules import Expert
@@ -292,7 +292,7 @@ def prepare_request(
     default_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
     # the release replaces an empty negative prompt by its default
     request = replace(request, negative_prompt=request.negative_prompt or None)
-    return settle(
+    return resolve_request(
         request,
         defaults,
         size=size,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table_maker
+from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, run_float32, run_in_weight_dtype
+from modules.layers.rope import TABLES, GridTable, TokenGrid, bind_rotary_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
@@ -45,15 +45,15 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the attention among video tokens x, B L C to B L C."""
         heads = (self.num_heads, -1)
-        q = rotate(self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
-        k = rotate(self.norm_k(in_own_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
-        v = in_own_dtype(self.v, x).unflatten(-1, heads)
+        q = rotate(self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
+        k = rotate(self.norm_k(run_in_weight_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
+        v = run_in_weight_dtype(self.v, x).unflatten(-1, heads)
         part = tokens.part
         if part is not None:
             q, k, v = part.gather_tokens(q, k, v)
         attended = _attend(q, k, v, tokens)  # B L N D
         attended = attended if part is None else part.gather_heads(attended)
-        return in_own_dtype(self.o, attended.flatten(2))
+        return run_in_weight_dtype(self.o, attended.flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -72,20 +72,20 @@ class CrossAttention(SelfAttention):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the attention of video tokens x, B L C, to the texts and the image."""
         heads = (self.num_heads, -1)
-        q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
+        q = self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads)
         attended_texts = []
         for text, repeats in tokens.texts:  # repeats: how many equal padding rows a row stands for
-            k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
-            v = in_own_dtype(self.v, text).unflatten(-1, heads)
+            k = self.norm_k(run_in_weight_dtype(self.k, text)).unflatten(-1, heads)
+            v = run_in_weight_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
         # a second text, for guidance in the attention (NAG), is combined with the first
         attended = attended_texts[0] if tokens.combine is None else tokens.combine(*attended_texts)
         del attended_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
-            k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
-            v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
+            k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
+            v = run_in_weight_dtype(self.v_img, tokens.image).unflatten(-1, heads)
             attended = attended + _attend(q, k, v, tokens)
-        return in_own_dtype(self.o, attended.flatten(2))
+        return run_in_weight_dtype(self.o, attended.flatten(2))
 
 
 class WanAttentionBlock(nn.Module):
@@ -134,7 +134,7 @@ class WanAttentionBlock(nn.Module):
     ) -> Tensor:
         """Add the feed-forward branch to a segment x, B L C float32. Modulation rows are B 1 C each."""
         h = modulate(self.norm2(x), shift, scale, dtype)
-        h = in_own_dtype(self.ffn[2], self.ffn[1](in_own_dtype(self.ffn[0], h)))
+        h = run_in_weight_dtype(self.ffn[2], self.ffn[1](run_in_weight_dtype(self.ffn[0], h)))
         return add_gated(x, gate, h)
 
 
@@ -183,7 +183,7 @@ class ImageEmbedding(nn.Module):
                 )
             features = features.float() + self.emb_pos.float()
         norm1, linear1, gelu, linear2, norm2 = self.proj
-        return norm2(in_own_dtype(linear2, gelu(in_own_dtype(linear1, norm1(features)))))
+        return norm2(run_in_weight_dtype(linear2, gelu(run_in_weight_dtype(linear1, norm1(features)))))
 
 
 class WanModel(BlockNetwork):
@@ -251,7 +251,7 @@ class WanModel(BlockNetwork):
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
         spatial_width = 2 * (head_width // 6)
         widths = (head_width - 2 * spatial_width, spatial_width, spatial_width)
-        self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
+        self._rotary = GridTable(bind_rotary_table(TABLES[rope], widths, dtype=precision))
 
     def embed(
         self,
@@ -280,10 +280,10 @@ class WanModel(BlockNetwork):
         """
         self._check(noisy, image_embeds)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
+        patches = run_in_weight_dtype(self.patch_embedding, noisy).float()  # B C f h w
         _, _, frames, rows, columns = patches.shape
         grid = (frames, rows, columns)
-        time, modulation = self._embed_times(timesteps, overrides.given_frames > 0)
+        time, modulation = self._embed_times(timesteps, overrides.num_clean_frames > 0)
         text_is_image = self.config.has_image and image_embeds is None
         # equal padding rows are merged, unless the first rows of the text stand for the image
         merges = None if text_is_image else self.attention
@@ -296,10 +296,12 @@ class WanModel(BlockNetwork):
             first, _ = embedded[0]
             image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
             embedded = [(text_rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for text_rows, repeats in embedded]
-        given_patches = overrides.given_frames // self.config.patch_size[0]
+        given_patches = overrides.num_clean_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
-            rotary=self._rotary.get_table(Grid(grid, overrides.slow_frames, places=places), noisy.device),
+            rotary=self._rotary.get_table(
+                TokenGrid(grid, overrides.slow_frames, frame_positions=places), noisy.device
+            ),
             texts=tuple(embedded),
             image=image_tokens,
             time=time,
@@ -335,7 +337,7 @@ class WanModel(BlockNetwork):
         samples = [rows.to(noisy.device) for rows in text]
         rows, repeats = pad_texts(samples, self.config.text_len, merges)
         first, gelu, second = self.text_embedding
-        embedded = in_own_dtype(second, gelu(in_own_dtype(first, rows))).to(dtype)
+        embedded = run_in_weight_dtype(second, gelu(run_in_weight_dtype(first, rows))).to(dtype)
         # one text may serve all samples
         return embedded.expand(len(noisy), -1, -1), repeats
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels
 from protocols.data import (
-    PLACES,
+    FRAME_INDICES,
     Batch,
     CacheEntry,
     Conditions,
@@ -35,7 +35,7 @@ from protocols.requests import (
     check_opens,
     check_size,
     keep_usable_media,
-    settle,
+    resolve_request,
     size_of,
 )
 from protocols.rules import Expert
@@ -105,7 +105,7 @@ def prepare(
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
     request = replace(request, negative_prompt=request.negative_prompt or None)
-    prepared = settle(
+    prepared = resolve_request(
         request,
         defaults,
         size=(width, height, 1),
@@ -113,7 +113,7 @@ def prepare(
         default_negative=negative,
         experts=experts,
     )
-    return replace(prepared, family_record=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
+    return replace(prepared, family_record=order, extra_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
 
 
 def _read_order(request: Request, where: str) -> FrameOrder:
@@ -188,7 +188,7 @@ def encode_request(
     conditions = dict[str, Tensor | list[Tensor]]()
     if task.has_features:
         conditions["clip"] = encode_features(encoders, _list_feature_images(request))
-    conditions[PLACES] = torch.tensor([order.places])
+    conditions[FRAME_INDICES] = torch.tensor([order.places])
     conditions["condition_latents"] = _make_condition(order, controls, gray)
     return conditions
 
@@ -252,7 +252,7 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
 
 def _make_entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> CacheEntry:
     item_tensors = {name: tensor[item] for name, tensor in tensors.items()}
-    return CacheEntry({**item_tensors, PLACES: places})
+    return CacheEntry({**item_tensors, FRAME_INDICES: places})
 
 
 def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:
@@ -268,12 +268,12 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
     if task.has_features:
         needed["clip"] = CACHE_AGAIN
     batch.check(needed, f"--task {task.name}")
-    places = batch.tensor(PLACES)
+    places = batch.tensor(FRAME_INDICES)
     image = batch.tensor("latents_image").float()
     _check_places(batch, places, num_frames=image.shape[2])
     conditions: dict[str, Tensor | list[Tensor]] = {
         "t5": batch.tensors["t5"],
-        PLACES: places,
+        FRAME_INDICES: places,
         "condition_latents": image,
     }
     if task.has_features:
@@ -285,7 +285,7 @@ def _check_places(batch: Batch, places: Tensor, num_frames: int) -> None:
     """Raise CacheError if places, B F, do not fit the latents, or differ between items."""
     if places.is_floating_point() or places.shape != (len(batch), num_frames):
         raise CacheError(
-            f"{batch.keys[0]}: its {PLACES} do not fit its latents. Cache again with {CACHE_AGAIN}."
+            f"{batch.keys[0]}: its {FRAME_INDICES} do not fit its latents. Cache again with {CACHE_AGAIN}."
         )
     if bool((places != places[:1]).any()):
         raise CacheError(

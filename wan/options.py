@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import (
     FREE,
     HABIT,
@@ -360,14 +360,14 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
     """Return the options of the latent and the text caching script for a training run."""
     task = TASKS[options.task]
     latents = {
-        "--vae": options.vae.vae or FillIn(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
-        "--clip": (options.clip or FillIn("CLIP_FILE")) if task.has_features else None,
+        "--vae": options.vae.vae or Placeholder(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
+        "--clip": (options.clip or Placeholder("CLIP_FILE")) if task.has_features else None,
         "--i2v": task.takes_image and not task.has_features,
         "--flf2v": options.task.startswith("flf2v") and not options.one_frame,
         "--vace": task.kind == VACE,
         "--one_frame": options.one_frame,
     }
-    return latents, {"--t5": options.text.t5 or FillIn("T5_FILE")}
+    return latents, {"--t5": options.text.t5 or Placeholder("T5_FILE")}
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,16 +386,16 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     else:
         low_noise_dit = low_noise_dit or options.sample_dit_other
     boundary = None if high_noise_dit is None else options.experts.timestep_boundary
-    clip = (options.clip or FillIn("CLIP_FILE")) if task.has_features else None
+    clip = (options.clip or Placeholder("CLIP_FILE")) if task.has_features else None
     return {
         "--task": options.task,
         "--timestep_boundary": boundary,
-        "--dit": low_noise_dit or FillIn("DIT_FILE"),
+        "--dit": low_noise_dit or Placeholder("DIT_FILE"),
         "--dit_high_noise": high_noise_dit,
         "--vace": options.vace,
         "--vace_high_noise": options.vace_high_noise,
-        "--vae": options.vae.vae or FillIn("VAE_FILE"),
-        "--t5": options.text.t5 or FillIn("T5_FILE"),
+        "--vae": options.vae.vae or Placeholder("VAE_FILE"),
+        "--t5": options.text.t5 or Placeholder("T5_FILE"),
         "--clip": clip,
         "--t5_tokenizer": options.text.t5_tokenizer,
         "--dit_dtype": options.dit_dtype,
@@ -419,13 +419,16 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         inputs = _list_sample_inputs(options, sample)
     present = {flag: value for flag, value in inputs.items() if value}
     needed: dict[str, Any] = {
-        "--image_path": FillIn("IMAGE_FILE") if task.takes_image else None,
-        "--end_image_path": FillIn("END_IMAGE_FILE") if task.kind == "flf2v" else None,
-        "--control_path": FillIn("CONTROL_FILE") if task.has_control else None,
+        "--image_path": Placeholder("IMAGE_FILE") if task.takes_image else None,
+        "--end_image_path": Placeholder("END_IMAGE_FILE") if task.kind == "flf2v" else None,
+        "--control_path": Placeholder("CONTROL_FILE") if task.has_control else None,
     }
     # in this mode the control images replace all other inputs
     if one_frame:
-        needed = {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
+        needed = {
+            "--one_frame_inference": "default",
+            "--control_image_path": Placeholder("CONTROL_IMAGE_FILE"),
+        }
     return needed | present
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from modules.layers.rope import take_rows
+from modules.layers.rope import select_rotations
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.data import LatentSpec
 from protocols.family import DitSpec
@@ -79,7 +79,7 @@ DIT = DitSpec(
         "img_emb",
     ),
     input_layers=("patch_embedding", "text_embedding", "img_emb"),
-    token_wise=("feed_forward",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     # they compute in float32; under 1 % of the model
     keep_float32=("time_embedding.", "time_projection.", "head.head."),
@@ -89,7 +89,7 @@ DIT = DitSpec(
 VACE_DIT = replace(
     DIT,
     block_lists=("blocks", "vace_blocks"),
-    side_list="vace_blocks",
+    second_list="vace_blocks",
     # the released sizes have 5 or 2 blocks for one of VACE
     swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
     input_layers=(*DIT.input_layers, "vace_patch_embedding"),
@@ -138,7 +138,7 @@ class WanTokens:
 
         `kept` are the ascending positions of the kept tokens, B K; `num_left_out` tokens are missing.
         """
-        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
+        return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out))
 
 
 def pad_texts(

@@ -97,7 +97,7 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
 class WanTextEncoder(FileTextEncoder[T5Network]):
     """umT5, which encodes each prompt as one state per token, at most 512 including the end token."""
 
-    can = EncoderAbilities(divide=True, take_words=True)
+    abilities = EncoderAbilities(shardable=True, accepts_new_words=True)
     name = "t5"
     keys = variable_length = TEXT_KEYS
     what = "umT5"

@@ -47,7 +47,7 @@ class VaceRequest:
                 no white pixels.
             MediaError: If the mask is too short.
         """
-        metadata = dict(prepared.own_metadata)
+        metadata = dict(prepared.extra_metadata)
         if self.mask is not None and prepared.request.control_path is not None:
             metadata["src_mask_path"] = str(self.mask)
             _check_mask_shape(self.mask, prepared.request.control_path, prepared)
@@ -57,7 +57,7 @@ class VaceRequest:
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
-        return replace(prepared, family_record=self, own_metadata=metadata)
+        return replace(prepared, family_record=self, extra_metadata=metadata)
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
@@ -160,7 +160,7 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     MediaError if a video is too short.
     """
     # with the libraries of media, which networks run without
-    from modules.media.canvas import on_white
+    from modules.media.canvas import composite_on_white
     from modules.media.reading import first_frame
 
     request = prepared.request
@@ -178,7 +178,7 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
         mask = read_mask(settings.mask, width, height, frames)
     halves = encode_halves(vae, pixels, mask).cpu()
     images = [first_frame(path) for path in request.control_images]
-    references = [vae.encode(on_white(image, width, height)).cpu() for image in images]
+    references = [vae.encode(composite_on_white(image, width, height)).cpu() for image in images]
     control = join_control(halves, fold_mask(mask), references)
     return {"vace_control": control, "vace_scales": torch.tensor([settings.scales])}
 

@@ -12,7 +12,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.layers.norms import in_own_dtype
+from modules.layers.norms import run_in_weight_dtype
 from runtime.run_blocks import Hidden
 from wan.configs import WanConfig
 from wan.model import WanAttentionBlock, WanModel
@@ -33,9 +33,9 @@ class WanVaceBlock(WanAttentionBlock):
     def forward(self, side: Tensor, x: Tensor, tokens: WanTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the next control stream and its hint. `x` enters the network's first block."""
         if self.before_proj is not None:
-            side = in_own_dtype(self.before_proj, side).float() + x
+            side = run_in_weight_dtype(self.before_proj, side).float() + x
         side = super().forward(side, tokens)
-        return side, in_own_dtype(self.after_proj, side).float()
+        return side, run_in_weight_dtype(self.after_proj, side).float()
 
 
 class WanVaceModel(WanModel):
@@ -68,7 +68,7 @@ class WanVaceModel(WanModel):
         hidden = super().embed(*inputs, **named_inputs)
         if control is not None:
             # the stream through VACE's blocks, which turn it into hints for Wan's blocks
-            patches = in_own_dtype(self.vace_patch_embedding, control).float()
+            patches = run_in_weight_dtype(self.vace_patch_embedding, control).float()
             hidden.control_tokens = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()
             hidden.control_scales = hint_scales
         return hidden

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
 from encoders.tiles import add_in_tiles, decode_in_tiles, split_into_tiles
-from modules.devices import dtype_name, numbers_on
-from modules.layers.convolution import lay_out, layouts
+from modules.devices import dtype_name, tensor_on
+from modules.layers.convolution import memory_formats, set_memory_format
 from modules.media.pixels import check_clip
 from wan.configs import RELEASES
 from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeHalf
@@ -148,7 +148,7 @@ class WanVae(nn.Module):
 
     def _place(self, x: Tensor) -> Tensor:
         """Move a tensor to the VAE's device, dtype and memory layout, which all layers keep."""
-        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[0])
+        return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
 
 
 def normalise(means: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation, 1 Z 1 1 1, float32: in 16 bits they would tint every video."""
     release = RELEASES[channels]
     mean, std = (
-        numbers_on(device, values, torch.float32).view(1, -1, 1, 1, 1)
+        tensor_on(device, values, torch.float32).view(1, -1, 1, 1, 1)
         for values in (release.mean, release.std)
     )
     return mean, std
@@ -178,6 +178,6 @@ def load_vae(
         plan = read_vae(checkpoint)
         name = f"the {RELEASES[plan.config.latent_channels].name} VAE"
         vae = load_planned(plan, lambda config: WanVae(config, cache_on_cpu, tile), device, dtype, what=name)
-    lay_out(vae, device)
+    set_memory_format(vae, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))
     return vae

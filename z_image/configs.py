@@ -47,7 +47,7 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     flat_in_caches=True,
 )
-NOISE = NoiseSpec(output_sign=-1.0, tokens=count_image_tokens)
+NOISE = NoiseSpec(output_sign=-1.0, count_tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
     shared_inputs=(
@@ -58,9 +58,9 @@ DIT = DitSpec(
     lora_lists=("noise_refiner", "context_refiner"),
     lora_exclude=("_modulation", "_refiner"),  # as the known trainer
     input_layers=("all_x_embedder", "cap_embedder"),
-    token_wise=("feed",),
+    token_wise_methods=("feed",),
     modulated_input="modulated_input",
-    unswapped=2,
+    num_unswapped=2,
     # in 16 bits they lose most; under 1 % of the model
     keep_float32=("t_embedder.",),
 )

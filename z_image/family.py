@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.files import judge_distillation
-from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
 from encoders.pictures import AutoencoderFiles, ModelOfImages, image_defaults
 from lumina.family import guidance_rules
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 KEY = "llm_embed"
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
-Z_IMAGE_USE = LanguageUse(
+Z_IMAGE_USE = LanguageEncoderSettings(
     name="llm",
     states_key=KEY,
     model=QWEN3,
@@ -62,7 +62,7 @@ Z_IMAGE_USE = LanguageUse(
     before=_BEFORE,
     after=_AFTER,
     states=(-2,),
-    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    batch_size=1,  # so that a state does not depend on other prompts, to the last bit
 )
 
 
@@ -89,7 +89,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
     vae_option: ClassVar[str] = "--vae"
 
     @property
-    def text_use(self) -> LanguageUse:
+    def text_use(self) -> LanguageEncoderSettings:
         """Return the prompt template of the language model, and which hidden states are the conditions."""
         return Z_IMAGE_USE
 
@@ -117,7 +117,7 @@ class ZImage(ModelOfImages):
         targets=(GUIDED, make_transfer_target("the base", "z_image_bf16.safetensors")),
         distilled_words="zit",
     )
-    can: ClassVar = Abilities(tell_few_steps=True, tell_nodes=True)
+    abilities: ClassVar = Abilities(detects_few_steps=True, has_comfy_nodes=True)
     cache_tag: str = field(default="zi", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as released
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -221,8 +221,8 @@ class ZImage(ModelOfImages):
             prepared,
             solver=solver,
             guidance_scale=tuple(max(scale, 0.0) for scale in prepared.guidance_scale),
-            rules=replace(rules, off_at=0.0),
-            own_metadata={
+            rules=replace(rules, neutral_scale=0.0),
+            extra_metadata={
                 "cfg_trunc_ratio": extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),
                 "renorm_cfg": extra.get("renorm_cfg", str(RENORM_CFG)),
             },

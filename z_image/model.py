@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lumina.blocks import GroupedAttention, Heads, JointTransformerBlock, LuminaFinalLayer, TimeEmbedding
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
-from modules.devices import numbers_on
+from modules.devices import tensor_on
 from modules.integers import round_up
-from modules.layers.norms import RMSNorm, in_own_dtype
+from modules.layers.norms import RMSNorm, run_in_weight_dtype
 from z_image.configs import DIT, TIME_SCALE, TOKEN_STEP, ZImageConfig
 
 PART = "2-1"  # part of the names of layers for patches of 2 x 2 latent pixels of one frame
@@ -36,14 +36,14 @@ class ZImageAttention(GroupedAttention):
     def heads(self, x: Tensor) -> Heads:
         """Return query, key and value heads of tokens B L C, each B L N D; q and k are normalized."""
         query, key, value = (
-            in_own_dtype(layer, x).unflatten(-1, (self.num_heads, -1))
+            run_in_weight_dtype(layer, x).unflatten(-1, (self.num_heads, -1))
             for layer in (self.to_q, self.to_k, self.to_v)
         )
         return self.norm_q(query), self.norm_k(key), value
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""
-        return in_own_dtype(self.to_out[0], attended)
+        return run_in_weight_dtype(self.to_out[0], attended)
 
 
 class ZImageTransformerBlock(JointTransformerBlock):
@@ -85,7 +85,7 @@ class ZImageModel(LuminaModel):
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed patches, B P 4Z, as image tokens, B L C, with padding tokens at the end."""
-        tokens = in_own_dtype(self.all_x_embedder[PART], patches).to(dtype)
+        tokens = run_in_weight_dtype(self.all_x_embedder[PART], patches).to(dtype)
         return _fill_up(tokens, self.x_pad_token, self.count_tokens(tokens.shape[1]))
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -95,8 +95,8 @@ class ZImageModel(LuminaModel):
         """
         tokens = super().embed_caption(caption, counts, dtype)
         if min(counts) < tokens.shape[1]:
-            places = numbers_on(tokens.device, range(tokens.shape[1]))
-            is_real = places < numbers_on(tokens.device, counts)[:, None]
+            places = tensor_on(tokens.device, range(tokens.shape[1]))
+            is_real = places < tensor_on(tokens.device, counts)[:, None]
             tokens = torch.where(is_real[..., None], tokens, self.cap_pad_token.to(dtype))
         return _fill_up(tokens, self.cap_pad_token, self.count_tokens(tokens.shape[1]))
 

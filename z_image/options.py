@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio, extra_words
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
@@ -81,15 +81,15 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return options.vae.words(), options.text.words("QWEN3_FILE")
+    return options.vae.command_options(), options.text.command_options("QWEN3_FILE")
 
 
 def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        **options.vae.words(),
-        **options.text.words("QWEN3_FILE"),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        **options.vae.command_options(),
+        **options.text.command_options("QWEN3_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--use_32bit_attention": options.use_32bit_attention,
         **extra_words(sample),

@@ -10,7 +10,7 @@ from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionLocation
 from dataset.caching.prefetch import run_ahead
 from dataset.sources.captions import add_trigger
-from modules.control_codes import take_answer
+from modules.control_codes import extract_caption
 from modules.limits import MAX_CAPTION_BYTES
 from modules.media.reading import Frame, pick_frames, read_image, resize_stretched
 
@@ -134,7 +134,7 @@ def caption_in(answer: str, was_cut: bool) -> str:
     Raises:
         NoCaptionError: If no caption is left.
     """
-    caption = take_answer(_TOKENS.sub(" ", answer), _MAX_CHARACTERS)
+    caption = extract_caption(_TOKENS.sub(" ", answer), _MAX_CHARACTERS)
     if not caption:
         why = ", and --max_new_tokens ended it: raise that" if was_cut else ""
         raise NoCaptionError(f"the model's answer holds no text{why}")

@@ -51,7 +51,7 @@ from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
 from modules.backups import keep_backup
 from modules.bars import Bar
-from modules.console import Row, count_of, in_words, show_box
+from modules.console import Row, format_count, format_duration, show_box
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError, MediaError, OptionError, UserError
 from modules.text_files import read_if_object
@@ -190,7 +190,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", foreign),
         ("not said", maker.describe_unsaid()),
-        ("time", in_words(time.monotonic() - start)),
+        ("time", format_duration(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
     if failures:
@@ -204,7 +204,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
 
 def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionLocation, str], num_kept: int) -> None:
     """Print the captions that would be written, for --dry_run."""
-    counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
+    counts = f"{format_count(len(jobs), 'caption')} would be made, {num_kept} are kept"
     lines = [f"{location.source.path} ({why}): {location}" for location, why in jobs.items()]
     _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
 
@@ -411,7 +411,7 @@ def edit_captions(
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(
-            f"{count_of(len(emptied), 'caption')} would be empty and stay as they are, such as "
+            f"{format_count(len(emptied), 'caption')} would be empty and stay as they are, such as "
             f"{emptied[0].location.media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove "
             "them and have new ones made."
         )
@@ -420,7 +420,7 @@ def edit_captions(
 def _print_edits(edits: Sequence[_Edit]) -> None:
     """Print the captions before and after editing, for --dry_run."""
     lines = [f"{edit.location.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
-    head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
+    head = f"{format_count(len(edits), 'caption')} would be changed. Nothing is written."
     _print([head, *first_lines(lines, LISTED_EDITS)])
 
 

@@ -21,7 +21,7 @@ from protocols.data import Conditions, LatentSpec
 from protocols.families import FAMILIES
 from protocols.family import EncoderAbilities, TextEncoder
 from protocols.requests import Prompt
-from protocols.rules import CountTokens, TokenCount, kept_characters
+from protocols.rules import CountTokens, TokenCount, count_covered_characters
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options
@@ -126,8 +126,8 @@ def _make_of_family(
     text_family = entry.make_family(
         "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
     )
-    media_family.check_given_files()
-    text_family.check_given_files()
+    media_family.check_named_files()
+    text_family.check_named_files()
     return PipelineNetworks(
         architecture=media_family.name,
         latent=media_family.latent,
@@ -188,7 +188,7 @@ class CogTextEncoder:
 
     name = "t5_xxl"
     keys = frozenset({KEY})
-    can = EncoderAbilities()
+    abilities = EncoderAbilities()
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path, dtype: torch.dtype, max_tokens: int) -> None:
@@ -222,7 +222,7 @@ class CogTextEncoder:
             """Return how many tokens a caption has, and how many characters fit within the maximum."""
             ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
             # the last token is the end token, which covers no text
-            num_characters = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
+            num_characters = count_covered_characters(ends[:-1], self.max_tokens - 1, len(text))
             return TokenCount(text, len(ends), self.max_tokens, num_characters)
 
         return count

@@ -27,7 +27,7 @@ from dataset.sources.moments import PreparedFolder, read_prepared, write_prepare
 from dataset.sources.remarks import warn_cut_captions
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar
-from modules.console import Row, count_of, show_box
+from modules.console import Row, format_count, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError, OptionError
 from protocols.data import Conditions
@@ -95,7 +95,7 @@ def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do
     """Print what will be prepared, and how much of it is not done yet."""
     who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
     where = f"{options.source.data_root} -> {options.output_dir}"
-    counts = f"{count_of(num_items, 'clip')}, {num_to_do} of them to do"
+    counts = f"{format_count(num_items, 'clip')}, {num_to_do} of them to do"
     show_box("Preparing", [("data", where), (who, counts)])
 
 
@@ -127,7 +127,7 @@ def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
     """Write the list files with the names of all finished items."""
     for name, text in clips.list_texts([(item, item.read_info()) for item in items]).items():
         write_text(folder / name, text)
-    logger.info("%s in the lists of %s", count_of(len(items), "item"), folder)
+    logger.info("%s in the lists of %s", format_count(len(items), "item"), folder)
 
 
 def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:

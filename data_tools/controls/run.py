@@ -10,7 +10,7 @@ from data_tools.folders import find_equal_stems, list_images
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import make_folder
 from modules.bars import track
-from modules.console import Row, count_of, list_some, show_box
+from modules.console import Row, format_count, list_some, show_box
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.edges import draw_edges
 from modules.media.labels import label_of
@@ -116,13 +116,16 @@ def make_control_images(options: ControlImageOptions) -> None:
             write_png(target, draw(image), {MADE: method})
     num_kept = len(plan.done) + len(plan.other_method) + len(plan.foreign)
     rows: list[Row] = [
-        ("made", f"{count_of(len(plan.jobs) - len(failures), 'control picture')}, {num_kept} there before"),
+        (
+            "made",
+            f"{format_count(len(plan.jobs) - len(failures), 'control picture')}, {num_kept} there before",
+        ),
         ("by", method),
         ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
     ]
     show_box("Control pictures", rows)
     if failures:
-        raise failure_error(failures, count_of(len(plan.jobs), "picture"))
+        raise failure_error(failures, format_count(len(plan.jobs), "picture"))
 
 
 def _find_images(folder: Path) -> list[Path]:
@@ -196,13 +199,13 @@ def _warn_of_kept(plan: Plan) -> None:
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            count_of(len(plan.other_method), "control picture"),
+            format_count(len(plan.other_method), "control picture"),
             list_some([path.name for path in plan.other_method]),
         )
     if plan.foreign:
         logger.warning(
             "%s kept, not made by this program. Move them away, or give another --output, to replace them: "
             "%s",
-            count_of(len(plan.foreign), "control picture"),
+            format_count(len(plan.foreign), "control picture"),
             list_some([path.name for path in plan.foreign]),
         )

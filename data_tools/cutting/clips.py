@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
 from data_tools.cutting.scenes import SceneChange, SceneDetector
-from modules.media.encoding import Picture, Pixels, in_eight_bits
+from modules.media.encoding import OutputFrame, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import SourceInfo
 
@@ -58,7 +58,7 @@ class VideoLook:
 
 
 def look_at(
-    info: SourceInfo, frames: Iterable[Picture], detector: SceneDetector, black_threshold: float
+    info: SourceInfo, frames: Iterable[OutputFrame], detector: SceneDetector, black_threshold: float
 ) -> VideoLook:
     """Decode a video once, to find its frame times, scene changes and measures."""
     look = VideoLook(info.width, info.height)

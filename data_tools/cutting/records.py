@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.cutting.clips import PlannedClip, VideoLook
 from data_tools.cutting.options import CuttingOptions
-from modules.atomic_write import make_storable, write_bytes, write_text
+from modules.atomic_write import replace_surrogates, write_bytes, write_text
 from modules.errors import DatasetError, OutputError
 from modules.limits import MAX_METADATA_BYTES
 from modules.options import option_values
@@ -236,7 +236,7 @@ def _make_entry(output: Path, record: CutRecord, written: WrittenClip) -> dict[s
     clip = written.clip
     return {
         "video_path": str(output / written.name),
-        "source": make_storable(record.source),
+        "source": replace_surrogates(record.source),
         "scene": clip.scene,
         "first_frame": clip.first,
         "start_seconds": round(clip.start, 6),

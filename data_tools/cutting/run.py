@@ -21,10 +21,10 @@ from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar
-from modules.console import Row, count_of, in_words, show_box
+from modules.console import Row, format_count, format_duration, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
-from modules.media.encoding import Picture, resolve_codec
+from modules.media.encoding import OutputFrame, resolve_codec
 from modules.media.measures import clock_time
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.media.streams import shown_frames, source_info
@@ -110,7 +110,7 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
     failed_sources = [Failure(path, str(error), 0, path.stem) for path, error in failures]
-    raise failure_error(failed_sources, count_of(num_sources, "video"))
+    raise failure_error(failed_sources, format_count(num_sources, "video"))
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
@@ -145,7 +145,7 @@ def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float)
         ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
         ("clips", f"{num_clips}, {num_written} of them written now"),
         ("left out", _describe_reasons([clip for result in new for clip in result.clips])),
-        ("time", in_words(seconds)),
+        ("time", format_duration(seconds)),
         ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
     ]
     show_box("Cutting is finished", rows)
@@ -284,7 +284,7 @@ class Cutter:
                     "another --output."
                 )
 
-    def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[Picture, None, None]:
+    def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[OutputFrame, None, None]:
         """Yield the frames of a video, with a progress bar. Raises MediaError if one cannot be decoded."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):
@@ -349,7 +349,9 @@ class Cutter:
         return len(missing)
 
 
-def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: PlannedClip) -> Iterator[Picture]:
+def _frames_of(
+    frames: Iterator[tuple[int, OutputFrame]], source: Path, clip: PlannedClip
+) -> Iterator[OutputFrame]:
     """Yield the frames of a planned clip, with times that start at 0; no later frame is read."""
     origin: Fraction | None = None
     for number, frame in frames:
@@ -400,8 +402,8 @@ def _format_scene_line(clip: PlannedClip) -> str:
 
 def _count_in_words(clips: Sequence[PlannedClip]) -> str:
     """Return a line with the numbers of scenes, of clips, and of clips left out for each reason."""
-    scenes = count_of(len({clip.scene for clip in clips}), "scene")
-    written = count_of(sum(not clip.dropped for clip in clips), "clip")
+    scenes = format_count(len({clip.scene for clip in clips}), "scene")
+    written = format_count(sum(not clip.dropped for clip in clips), "clip")
     reasons = _describe_reasons(clips)
     left_out = f"; left out: {reasons}" if reasons else ""
     return f"{scenes}, {written}{left_out}"

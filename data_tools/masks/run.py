@@ -23,7 +23,7 @@ from data_tools.masks.places import (
 from data_tools.masks.shaping import MaskShape, Values, steady
 from dataset.caching.prefetch import Failure, failure_error
 from modules.bars import track
-from modules.console import Row, count_of, list_some, show_box
+from modules.console import Row, format_count, list_some, show_box
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.reading import Frame, read_image, video_frames
 from modules.text_files import real_path
@@ -86,7 +86,7 @@ def make_masks(options: MaskOptions) -> None:
     _warn_of_kept(plan)
     if options.dry_run:
         names = list_some([place.medium.name for place in plan.jobs])
-        text = f"{count_of(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
+        text = f"{format_count(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
         show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
         return
     outcome = MaskOutcome()
@@ -97,7 +97,7 @@ def make_masks(options: MaskOptions) -> None:
             _make_mask(place, frames, _make_texts(place, method, options.mode), outcome)
     _show_outcome(outcome, places, num_kept=len(places) - len(plan.jobs), method=method)
     if outcome.failures:
-        raise failure_error(outcome.failures, count_of(len(plan.jobs), "file"))
+        raise failure_error(outcome.failures, format_count(len(plan.jobs), "file"))
 
 
 def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: int, method: str) -> None:
@@ -106,7 +106,7 @@ def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: i
     _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.black)
     masked = [place for place in places if place.mask is not None]
     mask_folders = dict.fromkeys(place.folder for place in [*masked, *outcome.written])
-    made = f"{count_of(len(outcome.written), 'mask')}, {num_kept} left as they were"
+    made = f"{format_count(len(outcome.written), 'mask')}, {num_kept} left as they were"
     rows: list[Row] = [("made", made), ("by", method)]
     show_box("Masks", rows, [("In dataset.toml", mask_line(folder)) for folder in mask_folders])
 
@@ -311,19 +311,19 @@ def _warn_of_kept(plan: MaskPlan) -> None:
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            count_of(len(plan.other_method), "mask"),
+            format_count(len(plan.other_method), "mask"),
             list_some([place.medium.name for place in plan.other_method]),
         )
     if plan.by_hand:
         logger.warning(
             "%s kept, drawn or accepted by a person. --mode replace replaces them: %s",
-            count_of(len(plan.by_hand), "mask"),
+            format_count(len(plan.by_hand), "mask"),
             list_some([place.medium.name for place in plan.by_hand]),
         )
     if plan.removed:
         logger.warning(
             "%s removed before and not made again; --mode replace does: %s",
-            count_of(len(plan.removed), "mask"),
+            format_count(len(plan.removed), "mask"),
             list_some([place.medium.name for place in plan.removed]),
         )
 
@@ -332,5 +332,5 @@ def _warn_of_files(text: str, places: Sequence[MaskPlace]) -> None:
     """Log a warning with the number of files and the first names; nothing without files."""
     if places:
         logger.warning(
-            text, count_of(len(places), "file"), list_some([place.medium.name for place in places])
+            text, format_count(len(places), "file"), list_some([place.medium.name for place in places])
         )

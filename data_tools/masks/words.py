@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
 from data_tools.masks.options import MODEL_FOLDER
 from data_tools.masks.shaping import Values
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.control_codes import shorten
 from modules.devices import select_device
 from modules.errors import CheckpointError, InstallationError, MemoryPlanError
@@ -106,7 +106,8 @@ def read_kind(folder: Path) -> str:
             str(models),
         ]
         raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. {as_typed(argv)} downloads CLIPSeg, "
+            f"--model {folder}: there is no config.json in this folder. {quote_command(argv)} downloads "
+            "CLIPSeg, "
             "after its size and license",
             folder,
         )

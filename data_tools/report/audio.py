@@ -17,7 +17,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate
 from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
-from modules.console import count_words
+from modules.console import pluralize
 from modules.errors import MediaError
 from modules.media.reading import video_info
 from modules.media.samples import TrackInfo, track_info
@@ -56,7 +56,7 @@ def listen(source: MediaSource) -> Heard:
             if track is None:
                 raise NoAudio(f"{path}: it has no track of sound")
             # only a video file has its own duration to compare with
-            is_video = local.tensors is None and not local.path.is_dir() and not local.table.is_of_audio
+            is_video = local.precomputed is None and not local.path.is_dir() and not local.table.is_of_audio
             if is_video:
                 info = video_info(local.path)
                 rate = local.table.declared_fps or info.fps
@@ -116,7 +116,7 @@ def check_audio(
     total_valid = 0
     total_missing = 0
     # missing audio is an error if the table or the model needs it, otherwise a warning
-    findings_of_silence = errors if table.audio == REQUIRED or work.spec.is_alone else warnings
+    findings_of_silence = errors if table.audio == REQUIRED or work.spec.audio_only else warnings
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):
@@ -134,7 +134,7 @@ def check_audio(
             warnings.append(Fault("have sound that does not fit", text, stem))
     have = "can be heard" if table.is_of_audio else "clips have it"
     forms = _describe_tracks(tracks)
-    needs = count_words(total_missing, "items need encoding")
+    needs = pluralize(total_missing, "items need encoding")
     lines = [
         f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
         f"caches of sound: {total_valid} files are valid, {needs}",

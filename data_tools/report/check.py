@@ -55,8 +55,8 @@ from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import lack_references, reference_buckets
 from dataset.sources.remarks import find_media_warnings
 from modules.bars import Bar
-from modules.console import count_of, count_words
-from modules.control_codes import columns_of, escape_control_codes, fold
+from modules.console import format_count, pluralize
+from modules.control_codes import escape_control_codes, terminal_width, wrap_text
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.integers import ceil_div
 from modules.media.buckets import Size
@@ -121,7 +121,7 @@ def print_check(
 def _print_lines(lines: Sequence[str]) -> None:
     """Print lines, folded to the width of the terminal, with control codes made visible."""
     text = escape_control_codes("\n".join(lines))
-    sys.stdout.write(fold(text, columns_of(sys.stdout)) + "\n")
+    sys.stdout.write(wrap_text(text, terminal_width(sys.stdout)) + "\n")
 
 
 # --- caching
@@ -198,9 +198,9 @@ def check_caching(
             findings.remarks += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, counters, are_cached=scope.texts)
         _check_objects(findings, family)
-        findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
+        findings.title = f"{table.name}: {format_count(len(findings.sources), table.holds)}"
         if scope.media:
-            findings.title += f", {count_of(findings.num_items, 'item')}"
+            findings.title += f", {format_count(findings.num_items, 'item')}"
         return findings
 
     tables = [check_table(table) for table in config.datasets]
@@ -243,18 +243,18 @@ def _make_cache_settings(
         fps=family.defaults.fps,
         count_sections=sections,
         stores=stores,
-        stores_frame_rate=family.can.rate,
+        stores_frame_rate=family.abilities.takes_fps,
         audio=audio_of(family),
     )
 
 
 def _describe_training(tables: Sequence[TableFindings]) -> str:
     """Return a line with the number of items and batches in an epoch."""
-    batches = count_of(count_batches(tables), "batch")
+    batches = format_count(count_batches(tables), "batch")
     num_held_back = sum(findings.held_back.total() for findings in tables)
     items = "all of it"
     if num_held_back:
-        items = f"it, without {count_of(num_held_back, 'item')} for validation"
+        items = f"it, without {format_count(num_held_back, 'item')} for validation"
     return f"Training on {items}: {batches} an epoch, as many steps without accumulation"
 
 
@@ -295,7 +295,7 @@ def _check_text_caches(
     for encoder, _ in encoders:
         num_missing = missing[encoder.name]
         num_valid = len(captions) - num_missing
-        needs = count_words(num_missing, "captions need encoding")
+        needs = pluralize(num_missing, "captions need encoding")
         findings.caches.append(f"caches of {encoder.name}: {num_valid} are valid, {needs}")
     return missing
 
@@ -306,7 +306,7 @@ def _check_objects(findings: TableFindings, family: Caches) -> None:
         return
     for source in findings.sources:
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
-        for caption in filter(family.names_places, captions):
+        for caption in filter(family.has_coordinates, captions):
             with contextlib.suppress(MediaError, OSError):  # the check of media reports errors
                 place = source.caption_path or source.path
                 for line in family.find_caption_errors(caption, image_size(source.path)):
@@ -349,7 +349,7 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
-    shown = tuple(source.shown for source in sources) if table.shows_media else ()
+    shown = tuple(source.row_references for source in sources) if table.shows_media else ()
     family.check_table(media_table(table, has_control, has_references, table.has_guides, shown))
     reject_companions(table, sources)
     findings.sources = use_moments(family, sources)
@@ -385,7 +385,7 @@ def _check_sources(
     findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)
     if plans and not findings.buckets:
-        text = f"{table.name}: not one of its {count_of(len(plans), table.kind)} gives an item"
+        text = f"{table.name}: not one of its {format_count(len(plans), table.kind)} gives an item"
         findings.faults.append(Fault(NO_ITEM, text))
     num_masked = sum(source.mask is not None for source in findings.sources)
     if num_masked:
@@ -401,7 +401,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
     """Return a line with the numbers of valid and of missing latent caches."""
     num_valid = sum(len(plan.valid_files) for plan in plans)
     num_missing = sum(len(plan.missing_spans or ()) for plan in plans)
-    needs = count_words(num_missing, "items need encoding")
+    needs = pluralize(num_missing, "items need encoding")
     return f"caches: {num_valid} files are valid, {needs}"
 
 
@@ -411,7 +411,7 @@ def _plan_sources(
     """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
     existing = LatentNames(
-        cache_settings.stores.of(table), cache_settings.tag, table.kind
+        cache_settings.stores.latent_store(table), cache_settings.tag, table.kind
     )  # names of cached latents
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, cache_settings, workers)
 
@@ -537,7 +537,7 @@ def check_training(
     hold_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if held_back:
-        tail.append(f"For validation: {count_of(len(held_back), 'item')}")
+        tail.append(f"For validation: {format_count(len(held_back), 'item')}")
     if any(findings.faults for findings in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
     return CheckResult(head, tuple(tables), tuple(tail), counters)
@@ -556,11 +556,11 @@ def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str
     """Return a line with the number of items, batches and steps in an epoch."""
     order = BatchOrder(items, seed=0)
     num_steps = ceil_div(order.num_batches, batches_per_step)
-    steps = count_of(num_steps, "step")
+    steps = format_count(num_steps, "step")
     if batches_per_step > 1:
         steps += f" of {batches_per_step} batches"
-    repeated = count_of(order.num_items, "item")
-    return f"An epoch: {repeated} with repeats, {count_of(order.num_batches, 'batch')}, {steps}"
+    repeated = format_count(order.num_items, "item")
+    return f"An epoch: {repeated} with repeats, {format_count(order.num_batches, 'batch')}, {steps}"
 
 
 def _check_caches(

@@ -96,7 +96,7 @@ def _describe_look(look: Look) -> Numbers:
 
 def _list_parts(source: MediaSource) -> list[Numbers]:
     """Return the files of a source (media, control media, mask), with their archive or address."""
-    paths = [source.path] if source.tensors is not None else [path for path, _ in source.parts]
+    paths = [source.path] if source.precomputed is not None else [path for path, _ in source.latent_inputs]
     remote_or_packed = source.remote_or_packed or (None,) * len(paths)
     parts = []
     for path, origin in zip(paths, remote_or_packed, strict=False):
@@ -116,7 +116,7 @@ def _compare_caches(
     states: dict[str, States] = {source.stem: {} for source in findings.sources}
     try:
         stores = Stores(skip_existing=True)
-        store = stores.of(findings.table)
+        store = stores.latent_store(findings.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
         # the caches cannot be listed, so one entry with no model name holds the error
@@ -173,7 +173,7 @@ def _compare_media(
     that differ from them are outdated.
     """
     table = findings.table
-    store = stores.of(table)
+    store = stores.latent_store(table)
     caches = list(latent_names(names, tag, table.kind))
     if not caches:
         return {}
@@ -239,7 +239,7 @@ def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFi
     """Return a caption file with the reference images that its cache record names."""
     if source is None or not source.control:
         return file
-    return replace(file, source=source, references=source.parts[1 : 1 + len(source.control)])
+    return replace(file, source=source, references=source.latent_inputs[1 : 1 + len(source.control)])
 
 
 def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:

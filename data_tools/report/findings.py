@@ -20,7 +20,7 @@ from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import Fault, MediaSource, list_errors
 from dataset.sources.remarks import find_caption_warnings, find_cut_captions
 from modules.atomic_write import write_bytes, write_text
-from modules.console import as_size, count_of
+from modules.console import format_count, format_size
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.integers import ceil_div
@@ -111,15 +111,15 @@ class TableFindings:
         lines = []
         for row in self.bucket_rows():
             remainder = f" (the last has {row.last_batch})" if row.last_batch < size else ""
-            batches = f"{count_of(row.batches, 'batch')} of {size}{remainder}"
-            items = f"{count_of(row.items, 'item')} x {times}"
+            batches = f"{format_count(row.batches, 'batch')} of {size}{remainder}"
+            items = f"{format_count(row.items, 'item')} x {times}"
             lines.append(f"{self._bucket_in_words(row.bucket)}: {items}, {batches}")
         errors = list_errors([*self.faults, *self.remarks], LISTED)
         return [self.title, *indent([*lines, *self.caches, *errors])]
 
     def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
         """Describe a bucket: image size, and the number of frames or the references."""
-        frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
+        frames = f", {format_count(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_of_audio:
             return frames.removeprefix(", ")
         return f"{bucket[0]}x{bucket[1]}{frames}"
@@ -307,7 +307,7 @@ def _add_references(findings: TableFindings) -> None:
     counts = count_references(findings.sources)
     if not counts:
         return
-    words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)
+    words = ", ".join(f"{format_count(images, 'image')} with {number}" for number, images in counts)
     findings.caches.append(f"reference pictures: {words}")
     kind = "have no reference picture, while others have"
     for source in findings.sources:
@@ -370,8 +370,8 @@ def check_captions(
     for name, sizes in sizes_bytes.items():
         longest = max(sizes)
         if longest and are_cached:
-            total = as_size(sum(sizes))
-            sizes_text = f"{total}, that of the longest caption {as_size(longest)}{references}"
+            total = format_size(sum(sizes))
+            sizes_text = f"{total}, that of the longest caption {format_size(longest)}{references}"
             findings.caches.append(f"text caches of {name}: about {sizes_text}")
 
 
@@ -405,7 +405,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
             _repair_caption(path, guess, converted, left_unchanged)
-    counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
+    counts = f"{format_count(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
     return [f"{counts}, {len(left_unchanged)} left unchanged", *converted, *left_unchanged]
 
 

@@ -273,7 +273,7 @@ def _collect_facts(
     """
     facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
     try:
-        if source.tensors is not None:  # the clip itself is not read and may be missing
+        if source.precomputed is not None:  # the clip itself is not read and may be missing
             _read_tensors(source, latent, facts)
         else:
             with fetch(source) as local:
@@ -347,7 +347,7 @@ def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
 def _read_file_size(source: MediaSource) -> int | None:
     """Return the size of a source's file in bytes; None for a folder or an unreadable file."""
     try:
-        path = source.path if source.tensors is None else source.tensors.moments
+        path = source.path if source.precomputed is None else source.precomputed.moments
         return None if path.is_dir() else path.stat().st_size
     except OSError:
         return None

@@ -18,7 +18,7 @@ from dataset.sources.mask_files import masks_by_stem
 from dataset.sources.media_source import Fault
 from dataset.table import folder_id
 from modules.bars import Bar
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.integers import ceil_div
 from modules.media import reading
@@ -64,7 +64,7 @@ def check_masks(
     mean = sum(fraction.share for fraction in fractions) / len(fractions)
     lowest = min(fractions, key=lambda fraction: fraction.share)
     findings.caches.append(
-        f"of {count_of(len(fractions), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
+        f"of {format_count(len(fractions), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
         f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.share:.1%}"
     )
     for fraction in fractions:

@@ -16,7 +16,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
 from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.bars import Bar
-from modules.console import count_of, count_words, in_words
+from modules.console import format_count, format_duration, pluralize
 from modules.media.buckets import Fit, Size
 from modules.pages.page import write_page
 from protocols.data import LatentSpec
@@ -91,7 +91,7 @@ def write_check_page(
         for findings in tables
     ]
     values = {"result": result, "sections": table_sections, "files": num_files}
-    title = f"{config.path.name}: {count_of(num_files, 'file')} checked"
+    title = f"{config.path.name}: {format_count(num_files, 'file')} checked"
     _write_page(path, title, values, cards=cards, fps=fps)
 
 
@@ -126,7 +126,7 @@ def write_report_page(
         "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
         "number": _format_number,
-        "in_words": in_words,
+        "in_words": format_duration,
     }
     _write_page(path, config.path.name, values, cards=cards, fps=options.fps)
 
@@ -157,7 +157,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         "name_of": lambda path: Path(path).name,
         "source_name": name_source,
         "references_in_words": references_in_words,
-        "count_words": count_words,
+        "count_words": pluralize,
     }
     write_page(path, TEMPLATE, title, {**shared, **values})
     logger.info("wrote %s", path)

@@ -45,7 +45,9 @@ LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
 }
-LATENT_H3 = LatentSpec(24, (4, 16, 16), pixel_step=32, frame_step=4, clip=17, tail=5)  # by --frame_step 17
+LATENT_H3 = LatentSpec(
+    24, (4, 16, 16), pixel_step=32, frame_step=4, clip_frames=17, tail_frames=5
+)  # by --frame_step 17
 DEFAULT = (16, (4, 8, 8))
 
 
@@ -113,7 +115,7 @@ def _reject_downloads(config: DatasetConfig) -> None:
 
 def _select_latents(options: ReportOptions) -> LatentSpec:
     """Return the latent format of models with the typed --pixel_step and --frame_step."""
-    if options.frame_step == LATENT_H3.clip:
+    if options.frame_step == LATENT_H3.clip_frames:
         return replace(LATENT_H3, pixel_step=options.pixel_step)
     channels, stride = LATENTS.get((options.pixel_step, options.frame_step), DEFAULT)
     return LatentSpec(channels, stride, options.pixel_step, options.frame_step)
@@ -164,11 +166,11 @@ def _measure_table(
 
     def read(source: MediaSource) -> Look:
         """Read only the headers of a source, or decode and measure it, depending on the options."""
-        remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
+        remote_paths = (path for path, origin in source.latent_inputs if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
         # precomputed tensors are measured in any case, because only their header is read
-        if options.no_decode and source.tensors is None:
+        if options.no_decode and source.precomputed is None:
             return read_header(source, options.fps, latent)
         return measure(source, options.fps, latent)
 

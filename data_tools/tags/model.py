@@ -16,7 +16,7 @@ from data_tools.captions.places import CaptionLocation
 from data_tools.tags.labels import MAPPING, Label, has_mapping, read_labels
 from data_tools.tags.options import MODEL_FOLDER
 from data_tools.tags.words import TagChoice
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.errors import CheckpointError
 from modules.limits import MAX_ONNX_MEMORY, MAX_PIXELS
 from modules.media.reading import Frame
@@ -165,7 +165,8 @@ def load_tagger(
     if not path.is_file():
         target = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
         raise CheckpointError(
-            f"{option} {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(target)])} downloads a tagger, "
+            f"{option} {folder}: there is no {MODEL}. {quote_command([*_TYPED, str(target)])} downloads a "
+            "tagger, "
             "after its size and license",
             folder,
         )

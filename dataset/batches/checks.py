@@ -29,9 +29,9 @@ from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES
 from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, defaults_of
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CacheError
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from protocols import data
 
 if TYPE_CHECKING:  # loaded only if sources are compared
@@ -58,7 +58,7 @@ def check_channels(
         item = group[-1]
         if item.cache_info.live_buckets is not None:  # encoded while training: there is no cache
             continue
-        header = stores.of(item.table).read(item.latent_path.name, is_full=False)
+        header = stores.latent_store(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
         channels = next((shape[0] for shape in shapes if shape), latent.channels)
         if channels != latent.channels:
@@ -67,14 +67,14 @@ def check_channels(
                 f"  Make them again with: {commands.latents}\n"
                 "  To keep caches for both models, give each a cache_directory of its own."
             )
-        if latent.unsaid_fps is not None and data.FPS not in header.keys:
+        if latent.default_fps is not None and data.FPS not in header.keys:
             without_fps.append(item.latent_path)
     if without_fps:
         logger.warning(
             "%s, and maybe others, was made by another program and does not record its frame rate: %g "
             "frames per second are assumed. If it was cached at another rate (target_fps), cache it here: %s",
             without_fps[0],
-            latent.unsaid_fps,
+            latent.default_fps,
             commands.latents,
         )
 
@@ -171,11 +171,11 @@ def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRe
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
-    num_references = min(_count_references(item) or 0, rules.maximum)
+    num_references = min(_count_references(item) or 0, rules.max_references)
     # without records, nothing says how many images were seen: no error
     num_seen = min((len(record.references) for record in records.values()), default=num_references)
     if num_seen < num_references:
-        images = count_of(num_references, "reference picture")
+        images = format_count(num_references, "reference picture")
         yield f"its caption was encoded with {num_seen} of its {images}"
 
 
@@ -205,7 +205,7 @@ def latent_errors(
         bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
-            yield f"made for {as_shape(made_for)} pixels, {table.name} asks for {as_shape(bucket)}"
+            yield f"made for {format_shape(made_for)} pixels, {table.name} asks for {format_shape(bucket)}"
         yield from _find_changed_keys(table, tensors, record.options, latent)
         if record.parts != item.num_latent_files:
             yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
@@ -251,11 +251,12 @@ def _find_shape_errors(
     width, height = item.bucket[:2]
     frames = item.bucket[2] if len(item.bucket) == 3 else 1
     expected = list(latent.shape(frames, height, width)[1:])
-    if data.PLACES in tensors:
-        expected[1] = len(tensors[data.PLACES])  # a single image with its control images as frames
+    if data.FRAME_INDICES in tensors:
+        expected[1] = len(tensors[data.FRAME_INDICES])  # a single image with its control images as frames
     if shape != expected:
         yield (
-            f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
+            f"its latents have the shape {format_shape(shape)}, {item.table.name} asks for "
+            f"{format_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
     yield from _find_companion_errors(tensors, shape, expected)
@@ -270,10 +271,16 @@ def _find_companion_errors(
     """
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
-        yield f"the latents of its worse one are {as_shape(rejected.shape)}, its own are {as_shape(shape)}"
+        yield (
+            f"the latents of its worse one are {format_shape(rejected.shape)}, its own are "
+            f"{format_shape(shape)}"
+        )
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
-        yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
+        yield (
+            f"the mask of its loss is {format_shape(mask.shape)}, its latents are "
+            f"{format_shape(expected[1:])}"
+        )
 
 
 def _find_changed_keys(
@@ -335,7 +342,7 @@ def audio_errors(
     not used; callers pass the same arguments as for latents.
     """
     table = item.table
-    shape = tuple(tensors[data.SOUND].shape)
+    shape = tuple(tensors[data.AUDIO_LATENTS].shape)
     if item.audio_latent_shape and shape != item.audio_latent_shape:
         yield (
             f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio_latent_shape}"
@@ -389,9 +396,9 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     if rules is None:
         return
     num_cached = _count_unmirrored(tensors, data.CONTROL)
-    made_with = f"it was made with {count_of(num_cached, 'reference picture')}"
+    made_with = f"it was made with {format_count(num_cached, 'reference picture')}"
     num_now = _count_references(item)  # None: unknown
-    num_expected = None if num_now is None else min(num_now, rules.maximum)
+    num_expected = None if num_now is None else min(num_now, rules.max_references)
     if table.directory is None:  # a list
         if num_expected is not None and num_expected != num_cached:
             yield f"{made_with}, now {table.source} names {num_now}"
@@ -413,7 +420,7 @@ def _find_clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> I
         companions = _current_companions(item)
         num_now = num_cached if companions is None else companions.num_references
     if num_now != num_cached:
-        made_with = count_of(num_cached, "reference")
+        made_with = format_count(num_cached, "reference")
         yield f"it was made with {made_with}, now {table.name} has {num_now} for it"
 
 
@@ -464,16 +471,16 @@ class SameEncoders:
     """
 
     commands: CachingCommands = NO_COMMANDS
-    _first: dict[str, data.MadeBy] = field(default_factory=dict)  # first cache's origin, by part
+    _first: dict[str, data.CacheOrigin] = field(default_factory=dict)  # first cache's origin, by part
     _warned: set[str] = field(default_factory=set)  # parts with a warning
 
-    def warn(self, made_by: Iterable[data.MadeBy]) -> None:
+    def warn(self, made_by: Iterable[data.CacheOrigin]) -> None:
         """Log a warning if the batch's encoders differ from those of earlier batches."""
         warning = self.difference(made_by)
         if warning is not None:
             logger.warning(warning)
 
-    def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
+    def difference(self, made_by: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
         `made_by` are the origins of the batch's caches, each for a part such as latents. A part is warned

@@ -37,7 +37,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     cached_keys: frozenset[str] = frozenset()
     if item.cache_info.live_buckets is None:  # its latents are cached, not encoded while training
         with contextlib.suppress(UserError, OSError):
-            cached_keys = stores.of(table).read(item.file_name, is_full=False).keys
+            cached_keys = stores.latent_store(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
         _read_caption(item, stores),
         cached=cached_keys,
@@ -67,7 +67,7 @@ def _add_listed_files(example: ExampleItem, item: TrainingItem) -> ExampleItem:
 
     sources = find_sources(item.table, captions=False, faults=[])
     source = next((source for source in sources if source.stem == item.source_stem), None)
-    if source is None or any(source.remote_or_packed) or source.tensors is not None:
+    if source is None or any(source.remote_or_packed) or source.precomputed is not None:
         return example
     return replace(
         example,
@@ -82,7 +82,7 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
     """Return the image in a table's folder that an item's latents were made from, by their record."""
     if item.cache_info.live_buckets is not None or item.table.directory is None:
         return None
-    record = latent_record(stores.of(item.table).read(item.file_name, is_full=False))
+    record = latent_record(stores.latent_store(item.table).read(item.file_name, is_full=False))
     return None if record is None or not record.files else item.table.directory / record.files[0].name
 
 
@@ -99,7 +99,7 @@ def _read_caption(item: TrainingItem, stores: Stores) -> str:
     caption = ""
     with contextlib.suppress(UserError, OSError, LookupError):
         if item.cache_info.has_cached_texts:
-            entry = stores.of_texts(item.table).read(item.caption_path(0).name, is_full=False)
+            entry = stores.text_store(item.table).read(item.caption_path(0).name, is_full=False)
             records = text_records(entry)
             captions = [record.caption for record in records.values()]
             caption = captions[0] if captions else entry.metadata.get("caption1", "")

@@ -31,7 +31,7 @@ from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, source_format_of
 from dataset.sources.media_source import pause_garbage_collection
 from dataset.sources.missing import explain_lookup
-from modules.console import count_of, count_words
+from modules.console import format_count, pluralize
 from modules.errors import CacheError, DatasetError
 from protocols.data import FPS, REFERENCE_AUDIO, AudioSpec, LatentSpec
 
@@ -109,7 +109,7 @@ def find_items(
             audio=audio,
             trusts_index=trusts_index,
         )
-    if audio is not None and audio.is_alone:
+    if audio is not None and audio.audio_only:
         listing.why_audio_is_needed = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_in_latent_cache
     # audio that is encoded while training is unknown here, so nothing can be said of it
@@ -134,9 +134,9 @@ def _add_table(
     2. Otherwise list the latent caches, without those whose source is gone.
     3. Make an item of each latent cache whose captions are cached, too, with its audio cache.
     """
-    store = stores.of(table)
+    store = stores.latent_store(table)
     names = store.names()
-    in_own_folder = table.index not in stores.elsewhere
+    in_own_folder = table.index not in stores.custom_stores
     encodes_while_training = bool(cache_info.live_sources) or not cache_info.has_cached_texts
     may_use_index = trusts_index and in_own_folder and not encodes_while_training
     if may_use_index and is_indexed(table, audio) and not latent.has_layers:
@@ -151,7 +151,7 @@ def _add_table(
     latent_files = _latent_files(names, cache_info)
     if cache_info.live_sources or store.is_shared:  # a shared folder may also have caches of other tables
         latent_files = _leave_out_unlisted(listing, table, cache_info, latent_files)
-    texts_store = stores.of_texts(table)
+    texts_store = stores.text_store(table)
     text_names = names if texts_store is store else texts_store.names()
     text_caches = None
     if cache_info.has_cached_texts:
@@ -287,7 +287,7 @@ class _AudioCaches:
         """Find the audio caches in `names`; `add_audio` reports missing ones in `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
-        self._is_needed = table.audio == REQUIRED or spec.is_alone
+        self._is_needed = table.audio == REQUIRED or spec.audio_only
         ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
         # each shape as its own key: items share one tuple, which saves memory
@@ -340,7 +340,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     for item in items:
         is_unread = not item.reference_latent_sizes and item.cache_info.live_buckets is None
         if is_unread and _may_have_references(item.table):
-            sizes = reference_sizes(stores.of(item.table), item.file_name)
+            sizes = reference_sizes(stores.latent_store(item.table), item.file_name)
             item = replace(item, reference_latent_sizes=sizes)
         sized.append(item)
     return sized
@@ -363,7 +363,9 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
             source = item.cache_info.live_sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
-            references = item.reference_latent_sizes or reference_sizes(stores.of(item.table), item.file_name)
+            references = item.reference_latent_sizes or reference_sizes(
+                stores.latent_store(item.table), item.file_name
+            )
         if references:
             return False
     return bool(edited)
@@ -494,7 +496,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         folders = {path.parent for path in listing.missing_text}
         errors = [f"no text cache in {folder}" for folder in sorted(folders)]
     if listing.missing_all_audio is not None:
-        advice = listing.missing_all_audio.without
+        advice = listing.missing_all_audio.silent_option
         errors.append(f"no clip of the dataset has cached sound. Give some, or {advice}")
     for path in listing.missing_empty_prompts:
         errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
@@ -503,8 +505,8 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed_commands]))
     if listing.missing_text or listing.unlisted_caches:
         _warn_left_out(listing, commands)
-    num_items = count_of(len(listing.items), "item")
-    num_tables = count_of(len(tables_of(listing.items)), "data set")
+    num_items = format_count(len(listing.items), "item")
+    num_tables = format_count(len(tables_of(listing.items)), "data set")
     logger.info("In the caches: %s of %s", num_items, num_tables)
     return listing.items
 
@@ -531,7 +533,7 @@ def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
             lines += ["Shards are made whole by:", commands.latents, commands.text]
         raise CacheError("\n  ".join(lines))
     if listing.unfinished_text:
-        count = count_words(len(listing.unfinished_text), "text caches are unfinished")
+        count = pluralize(len(listing.unfinished_text), "text caches are unfinished")
         first = next(iter(listing.unfinished_text))
         raise CacheError(
             f"{count}, such as {first}: text caching was stopped before all text encoders had written.\n"
@@ -569,7 +571,7 @@ def _audio_errors(listing: FoundItems) -> list[str]:
     counts = Counter(path.parent for path in listing.missing_audio)
     for folder, count in counts.items():
         example = next(path.name for path in listing.missing_audio if path.parent == folder)
-        lacking = count_words(count, "clips have no sound")
+        lacking = pluralize(count, "clips have no sound")
         errors.append(
             f"{listing.why_audio_is_needed}, but {lacking} in {folder}, such as {example}. Take silent ones "
             "out"

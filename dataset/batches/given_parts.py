@@ -11,7 +11,7 @@ from dataset.cache_files import parse_latent_name
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_text
 from protocols import data
-from protocols.steps import WHOLE
+from protocols.steps import FULLY_CLEAN
 
 Spans = tuple[tuple[float, float], ...]
 KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # keys of a JSON file of spans
@@ -42,13 +42,13 @@ def add_clean_conditions(batch: data.Batch, items: Sequence[TrainingItem]) -> da
                 "Cache again"
             )
         # frame index, and strength in 1 / WHOLE; integers keep their values when a batch is cast
-        positions = [[guide.index, round(WHOLE * guide.strength)] for guide in guides]
+        positions = [[guide.index, round(FULLY_CLEAN * guide.strength)] for guide in guides]
         tensors[data.GUIDES] = torch.tensor(positions).expand(len(items), -1, -1)
     return replace(
         batch,
         tensors=tensors,
         crop_regions=regions if any(regions) else (),
-        given_times=tuple(clean_audio_spans) if any(spans is not None for spans in clean_audio_spans) else (),
+        clean_times=tuple(clean_audio_spans) if any(spans is not None for spans in clean_audio_spans) else (),
     )
 
 

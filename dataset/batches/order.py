@@ -340,7 +340,7 @@ def changed_caption(
         generator: Random generator.
     """
     # not raw: nothing is random, and trigger word, prefix and suffix were added when the source was listed
-    if not changes.is_raw:
+    if not changes.varies_per_step:
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
@@ -352,7 +352,7 @@ def changed_caption(
         text = fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text
     text = complete_caption(text, table.trigger_word, prefix, suffix)
-    if changes.moves_parts:
+    if changes.moves_tags:
         text = _vary_parts(text, changes, step=step, total_steps=total_steps, generator=generator)
     return join_parts(text, changes)
 

@@ -29,7 +29,7 @@ from modules.errors import CacheError
 from modules.media.buckets import inner_box
 from modules.media.colors import AS_SHOWN
 from modules.media.lengths import ClipLengths
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from protocols import data
 
 
@@ -123,9 +123,9 @@ def read_batch(
 
 def _list_makers(
     media: Sequence["_ItemTensors"], texts: Sequence["_ItemTensors"], further_texts: Sequence["_ItemTensors"]
-) -> tuple[data.MadeBy, ...]:
+) -> tuple[data.CacheOrigin, ...]:
     """List the encoders of a batch: for media and text of each item, then for additional texts."""
-    makers: list[data.MadeBy] = []
+    makers: list[data.CacheOrigin] = []
     for item_media, text in zip(media, texts, strict=True):
         makers += (*item_media.made_by, *text.made_by)
     for text in further_texts:
@@ -147,14 +147,14 @@ def _unpack_inner_audio(
         CacheError: If the caches have no audio.
     """
     audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
-    is_heard = tensors.pop(data.IS_HEARD, None)  # for each sample: 1, or 0 for a silent clip
+    is_heard = tensors.pop(data.AUDIO_PRESENT, None)  # for each sample: 1, or 0 for a silent clip
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
-        lacking = data.INNER_AUDIO if audio is None else data.IS_HEARD
+        lacking = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
         raise CacheError(
             f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
             f"Cache again with: {commands.latents}"
         )
-    tensors[data.SOUND] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
+    tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
     tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
@@ -181,7 +181,7 @@ def _join_media_and_texts(
 ) -> dict[str, Any]:
     """Stack the tensors of a batch's media and texts, and return them by key."""
     # items without audio or masks get placeholders, so that tensors can be stacked
-    has_audio = [data.SOUND in item.tensors for item in media]  # before silent items get zeros
+    has_audio = [data.AUDIO_LATENTS in item.tensors for item in media]  # before silent items get zeros
     if len(media) > 1:
         _fill_gaps(media)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
@@ -189,7 +189,7 @@ def _join_media_and_texts(
         _prepend_references(tensors)
     if any(has_audio):
         tensors[data.HAS_AUDIO] = torch.tensor(has_audio)
-    if latent.holds_audio and media:
+    if latent.caches_audio and media:
         _unpack_inner_audio(tensors, media[0].path, commands)
     rates = tensors.get(data.FPS)
     if isinstance(rates, Tensor):
@@ -218,7 +218,7 @@ class _ItemTensors:
     variable_length: frozenset[str] = frozenset()  # names of tensors of variable length
     caption: str = ""
     is_empty: bool = False  # the caption is known to be empty
-    made_by: tuple[data.MadeBy, ...] = ()
+    made_by: tuple[data.CacheOrigin, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a text cache
 
 
@@ -256,7 +256,7 @@ class _Reader:
                 mirrored[data.LOSS_MASK] = tensors[data.LOSS_MASK].flip(-1)
             tensors |= mirrored
         # sizes that the cache states are removed for all models, because few models are conditioned on sizes
-        cached_sizes = tensors.pop(data.STATED_SIZES, None)
+        cached_sizes = tensors.pop(data.FOREIGN_SIZES, None)
         if self.latent.has_size_conditions:
             tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)
         media.tensors = tensors
@@ -276,16 +276,16 @@ class _Reader:
                 item,
                 path=item.audio_path,
                 origin_name=data.AUDIO_MADE,
-                key=data.SOUND,
+                key=data.AUDIO_LATENTS,
                 find_errors=audio_errors,
             )
-            for name in (data.SOUND, data.REFERENCE_AUDIO):
+            for name in (data.AUDIO_LATENTS, data.REFERENCE_AUDIO):
                 if name in audio.tensors:
                     media.tensors[name] = audio.tensors[name]
             media.made_by += audio.made_by
         # other programs do not record the frame rate, so the rate that the family assumes is used
-        if self.latent.unsaid_fps is not None and data.FPS not in media.tensors:
-            media.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
+        if self.latent.default_fps is not None and data.FPS not in media.tensors:
+            media.tensors[data.FPS] = torch.tensor(self.latent.default_fps)
         return media
 
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
@@ -313,7 +313,7 @@ class _Reader:
         `caption` is the caption if it is read while training, or "", which the cache's record replaces.
         """
         path = item.caption_path(number)
-        store = self.stores.of_texts(item.table)
+        store = self.stores.text_store(item.table)
         with _add_caching_command(self.commands, store, is_text=True):
             entry = store.read(path.name)
             tensors = entry.tensors
@@ -343,7 +343,7 @@ class _Reader:
         if not caption:  # caches of other programs may not record it
             recorded = next((record.caption for record in records.values()), None)
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
-        made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
+        made_by = tuple(data.CacheOrigin(path, name, record.encoder) for name, record in records.items())
         # a caption counts as empty only if it is known: "" may also mean that no file records it
         is_known = number == EMPTY or bool(records) or "caption1" in entry.metadata
         return _ItemTensors(
@@ -369,11 +369,11 @@ class _Reader:
         Args:
             item: Item that the cache belongs to.
             path: Path of the cache; its name is read from the item's store.
-            origin_name: Value of `MadeBy.part` in the result.
+            origin_name: Value of `CacheOrigin.part` in the result.
             key: Name of a tensor that the cache must have.
             find_errors: Yields the reasons why the tensors do not fit the table.
         """
-        store = self.stores.of(item.table)
+        store = self.stores.latent_store(item.table)
         with _add_caching_command(self.commands, store, is_text=False):  # adds the command to errors
             entry = store.read(path.name)
             tensors = entry.tensors
@@ -396,7 +396,7 @@ class _Reader:
                     raise CacheError(f"{path}: {error}")
             if record is not None:
                 verify_tensors(entry, record.crc32)
-        made_by: tuple[data.MadeBy, ...] = ()
+        made_by: tuple[data.CacheOrigin, ...] = ()
         if record is not None:
             made_by = (self._describe_origin(item, path, origin_name, tensors=tensors, record=record),)
         return _ItemTensors(path, tensors, entry.variable, made_by=made_by)
@@ -408,12 +408,12 @@ class _Reader:
         origin_name: str,
         tensors: Mapping[str, Tensor],
         record: LatentRecord,
-    ) -> data.MadeBy:
+    ) -> data.CacheOrigin:
         """Return the encoder and the program version that made a cache of latents or audio."""
         is_video = item.table.kind == "video"
         has_companions = any(name.startswith((data.CONTROL, data.LOSS_MASK)) for name in tensors)
         is_older = is_video and record.decoding_version < AS_SHOWN
-        return data.MadeBy(
+        return data.CacheOrigin(
             path=path,
             part=origin_name,
             encoder=record.encoder,
@@ -458,7 +458,7 @@ def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
 
 def _fill_gaps(media: Sequence[_ItemTensors]) -> None:
     """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
-    fillings = {data.SOUND: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
+    fillings = {data.AUDIO_LATENTS: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
     for name, filling in fillings.items():
         template = next((item.tensors[name] for item in media if name in item.tensors), None)
         if template is not None:
@@ -513,8 +513,8 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
         shape = item.tensors[name].shape
         if shape != expected:
             raise CacheError(
-                f"{item.path}: {name} has the shape {as_shape(shape)}, in {first.path} it has "
-                f"{as_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
+                f"{item.path}: {name} has the shape {format_shape(shape)}, in {first.path} it has "
+                f"{format_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 
 

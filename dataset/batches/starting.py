@@ -26,9 +26,9 @@ from dataset.sources.audio import list_silent
 from dataset.sources.clock import selects_frames_as_before
 from dataset.sources.colors import reading_difference
 from dataset.sources.media_source import MediaSource
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CacheError, DatasetError, MediaError
-from protocols.data import MadeBy
+from protocols.data import CacheOrigin
 from protocols.family import Family
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def check_caches(
         stores: Stores of the run.
         has_live_texts: Whether captions are encoded while training.
         process: Rank of this process, and number of processes; each reads a part.
-        view: Part of a batch that a teacher sees (`Batch.view`); "" if there is no teacher.
+        view: Part of a batch that a teacher sees (`Batch.condition_set`); "" if there is no teacher.
         trained_encoder_ids: Identities of the trained model's text encoders by name, if cached texts are
             compared with them.
 
@@ -85,7 +85,7 @@ def check_caches(
     size_bytes = 0
     checks = CacheChecks()
     # caches of earlier versions, which read clips or their companions in another way
-    by_earlier_version: list[tuple[TrainingItem, MadeBy]] = []
+    by_earlier_version: list[tuple[TrainingItem, CacheOrigin]] = []
     # number of windows that each clip was cut into, as its caches record it; by table index and stem
     num_windows: dict[tuple[int, str], int] = {}
     for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, num_processes):
@@ -104,7 +104,7 @@ def check_caches(
             latents = family.latent.to_model(batch.tensor("latents"))
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if view:
-                family.batch_conditions(latents, replace(batch, view=view))
+                family.batch_conditions(latents, replace(batch, condition_set=view))
         for tensors in batch.tensors.values():
             tensor_list = tensors if isinstance(tensors, list) else [tensors]
             size_bytes += sum(tensor.nbytes for tensor in tensor_list)
@@ -117,7 +117,7 @@ def check_caches(
 
 
 def _require_trained_encoder(
-    origin: MadeBy, trained_id: Mapping[str, str], commands: CachingCommands
+    origin: CacheOrigin, trained_id: Mapping[str, str], commands: CachingCommands
 ) -> None:
     """Raise CacheError if a cached text was not encoded by the trained model's text encoder.
 
@@ -148,7 +148,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
 
 
 def _warn_of_earlier(
-    origins: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
+    origins: Sequence[tuple[TrainingItem, CacheOrigin]], family: Family, commands: CachingCommands
 ) -> None:
     """Warn of caches by earlier versions that would be made differently now.
 
@@ -180,7 +180,7 @@ def _warn_of_missing_windows(
         logger.warning(
             "%s with fewer latents than windows, such as %s, %d of %d: the others are left out. Cache again: "
             "%s",
-            count_of(len(incomplete), "clip"),
+            format_count(len(incomplete), "clip"),
             stem,
             num_cached[first],
             num_windows[first],
@@ -303,7 +303,7 @@ def compare_sources(
                 logger.warning(
                     "%s: %s with %s, such as %s: %s. Cache again: %s",
                     table.name,
-                    count_of(len(names), table.kind if table.kind == "image" else "clip"),
+                    format_count(len(names), table.kind if table.kind == "image" else "clip"),
                     problem,
                     names[0],
                     consequence,

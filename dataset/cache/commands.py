@@ -14,7 +14,7 @@ from dataset.config import DatasetConfig
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
 from modules.errors import OutputError
-from modules.option_values import value_words
+from modules.option_values import value_argv
 from modules.options import Options
 from modules.paths import path_exists
 from modules.repeated_options import (
@@ -148,7 +148,7 @@ def _is_list_item(value: Any, kind: Any) -> bool:
 def _can_be_shown(value: Any) -> bool:
     """Return whether a value may be shown in a command: short, on one line, without control codes."""
     values = value if isinstance(value, list) else [value]
-    arguments = value_words(value)
+    arguments = value_argv(value)
     if not all(isinstance(item, (str, int, float)) for item in values):
         return False
     for argument in arguments:

@@ -22,7 +22,7 @@ from dataset.options import ConvertCacheOptions
 from dataset.sources.media_source import OLD_INDEXES
 from modules.atomic_write import explain_errors, remove_leftovers
 from modules.bars import track
-from modules.console import as_size
+from modules.console import format_size
 from modules.errors import CacheError, OptionError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
             converted.copied,
             "would become" if options.dry_run else "are now",
             options.to,
-            as_size(converted.size_bytes),
+            format_size(converted.size_bytes),
             f"; {converted.unchanged} were there already" if converted.unchanged else "",
         )
     if config is not None and any(table.cache_format != options.to for table in config.datasets):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dataset import cache_files
 from dataset.config import DatasetTable
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.errors import CacheError, DatasetError
 
 
@@ -64,7 +64,7 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
         yield (
             f'{table.name}: cache_format = "{expected_format}", but in {folder} {misplaced} is in '
             f"{found_in}.\n"
-            f"  Convert what is there: {as_typed(command)}"
+            f"  Convert what is there: {quote_command(command)}"
         )
 
 

@@ -212,35 +212,35 @@ class Stores:
 
     names: NpzNames | None = None  # the family's names in npz files; None: no table has npz files
     # stores by table index, for tables whose entries are not where their cache_format says
-    elsewhere: Mapping[int, StorePair] = field(default_factory=dict)
+    custom_stores: Mapping[int, StorePair] = field(default_factory=dict)
     trusts_shared_caches: bool = False  # existing shared files count as valid without being read
     skip_existing: bool = False  # entries without a record are valid if their size or their caption fits
     verify: bool = False  # read all values to compare entries, no matter how many entries there are
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
 
-    def of(self, table: DatasetTable) -> CacheStore:
+    def latent_store(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's latents.
 
         Raises:
             DatasetError: If the table's format is npz but the family has no npz names.
         """
-        if table.index in self.elsewhere:
-            return self.elsewhere[table.index].latents
+        if table.index in self.custom_stores:
+            return self.custom_stores[table.index].latents
         key = table.index, table.cache_directory
         if key not in self._opened:
             self._opened[key] = open_store(table, self.names)
         return self._opened[key]
 
-    def of_texts(self, table: DatasetTable) -> CacheStore:
+    def text_store(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's texts, which is usually the store of its latents, too."""
-        if table.index in self.elsewhere:
-            return self.elsewhere[table.index].texts
-        return self.of(table)
+        if table.index in self.custom_stores:
+            return self.custom_stores[table.index].texts
+        return self.latent_store(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
         """Close the stores of these tables, so that all written entries survive."""
         for table in tables:
-            latents, texts = self.of(table), self.of_texts(table)
+            latents, texts = self.latent_store(table), self.text_store(table)
             latents.close(is_last)
             if texts is not latents:
                 texts.close(is_last)

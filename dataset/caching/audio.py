@@ -30,7 +30,7 @@ from modules.bars import Bar
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 from modules.media.samples import read_reference
-from protocols.data import REFERENCE_AUDIO, SOUND
+from protocols.data import AUDIO_LATENTS, REFERENCE_AUDIO
 from protocols.family import Caches, HearsAudio
 
 Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of an entry
@@ -89,7 +89,7 @@ class AudioWork:
         self._tag = cache_files.audio_tag(family.cache_tag)
         self._networks = None
         self._existing: ExistingNames = {
-            table.index: LatentNames(stores.of(table), self._tag, table.kind)
+            table.index: LatentNames(stores.latent_store(table), self._tag, table.kind)
             for table in tables
             if table.kind == "video"
         }
@@ -153,7 +153,7 @@ class AudioWork:
             return 0
         stale = self._existing[table.index].not_in(valid, except_of=failed)
         is_of_family = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
-        return remove_caches(self._stores.of(table), stale, is_of_family)
+        return remove_caches(self._stores.latent_store(table), stale, is_of_family)
 
     def free(self) -> None:
         """Release the networks, if they are loaded."""
@@ -212,10 +212,10 @@ class AudioWork:
         Raises:
             CacheError: If the audio has to be encoded again.
         """
-        entry = self._stores.of(source.table).read(file, is_full=verifies)
+        entry = self._stores.latent_store(source.table).read(file, is_full=verifies)
         record = records.latent_record(entry)
         if record is None:
-            if not self._stores.skip_existing or SOUND not in entry.keys:
+            if not self._stores.skip_existing or AUDIO_LATENTS not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return False
         difference = records.difference(record.encoder, self._family.audio_identity)
@@ -263,9 +263,9 @@ class AudioWork:
             seconds = [num_frames / fps for _, num_frames in spans]
             references = self._read_references(plan.source, seconds)
         except NoAudio as reason:
-            if plan.source.table.audio == REQUIRED or self.spec.is_alone:
+            if plan.source.table.audio == REQUIRED or self.spec.audio_only:
                 why_required = 'audio = "required" asks for it'
-                if self.spec.is_alone:
+                if self.spec.audio_only:
                     why_required = "sound alone is learned"
                 raise MediaError(f"{reason}; {why_required}") from None
             return replace(plan, silence_reason=str(reason))
@@ -300,7 +300,7 @@ class AudioWork:
         if tuple(latents.shape) != expected:  # batches are formed from the expected shape
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
-        tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
+        tensors = {AUDIO_LATENTS: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
         if plan.references:
             samples = plan.references[index][None]
             # its own length, in samples
@@ -316,7 +316,7 @@ class AudioWork:
         )
         return partial(
             write_entry,
-            self._stores.of(plan.source.table),
+            self._stores.latent_store(plan.source.table),
             self._family,
             file=file,
             named={cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()},
@@ -342,7 +342,7 @@ def _source_files(source: MediaSource) -> list[tuple[Path, Origin | None]]:
 
     These are the clip (for its rate), and separate files of its audio and of the reference for its audio.
     """
-    parts: list[tuple[Path, Origin | None]] = [source.parts[0]]
+    parts: list[tuple[Path, Origin | None]] = [source.latent_inputs[0]]
     if source.audio is not None:
         parts.append(source.audio)
     if source.reference_audio is not None:

@@ -47,7 +47,7 @@ def decode(
     """
     source, latent = plan.source, cache_settings.latent
     rate: float | None = None
-    if source.tensors is not None:
+    if source.precomputed is not None:
         from dataset.caching.precomputed import decode_moments  # few tables have moments
 
         media = decode_moments(source, latent)
@@ -160,8 +160,8 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
             first.source.table, has_control=bool(first.control), has_guides=bool(first.source.guides)
         ),
         audio=torch.stack(audios) if audios else None,
-        heard=tuple(item.is_heard for item in items),
-        shown=tuple(item.source.shown for item in items),
+        has_audio=tuple(item.is_heard for item in items),
+        row_references=tuple(item.source.row_references for item in items),
     )
 
 
@@ -268,7 +268,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
     """Return all tensors of an entry, including loss mask and frame rate, by their names in the file."""
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
-        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip)  # F H W of latents
+        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip_frames)  # F H W of latents
         end = entry.start + tensors["latents"].shape[1]  # an entry may be one section of the item
         tensors[data.LOSS_MASK] = mask[entry.start : end].clone()
     if item.rate is not None:

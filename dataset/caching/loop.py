@@ -26,9 +26,9 @@ from dataset.caching.indexing import write_index
 from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
-from modules.command import COUNT, LOCAL_RANK, RANK, as_typed
-from modules.console import Row, in_words
-from modules.devices import freeze_libraries, leave_cudnn_out, peak_in_words, select_device
+from modules.command import COUNT, LOCAL_RANK, RANK, quote_command
+from modules.console import Row, format_duration
+from modules.devices import format_peak_memory, freeze_libraries, leave_cudnn_out, select_device
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import missing_words
@@ -247,15 +247,15 @@ def run_caching(
         following.remember()  # stores this command's options for training
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config=config, report=report, fingerprints=fingerprints)
-    peak_memory = peak_in_words(select_device(options.device))
-    costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", peak_memory)]
+    peak_memory = format_peak_memory(select_device(options.device))
+    costs: list[Row] = [("time", format_duration(time.monotonic() - started)), ("peak memory", peak_memory)]
     if options.shard.num_shards is None:
         heading = f"Next, {next_step}"
         unknown_paths = missing_words(following.words)
         if unknown_paths:
             pronoun = "that path" if len(unknown_paths) == 1 else "those paths"
             heading += f" (fill in {' and '.join(unknown_paths)}: this command does not know {pronoun})"
-        conclude(report, costs, [(heading, as_typed(following.words))])
+        conclude(report, costs, [(heading, quote_command(following.words))])
         return
     shard_rows: list[Row] = [
         ("this shard", f"{report.num_assigned} of {report.num_total} {noun}"),

@@ -18,7 +18,7 @@ from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, RayOptions
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.console import show_box
 from modules.devices import leave_cudnn_out, select_device
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
@@ -209,7 +209,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
     done = [row for row in rows if not row["error"]]
     num_written = sum(row["written"] for row in done)
     num_kept = sum(row["kept"] for row in done)
-    command = as_typed(["python", f"{options.script}.py", *options.command[1:]])
+    command = quote_command(["python", f"{options.script}.py", *options.command[1:]])
     show_box(
         "Caching on Ray is finished",
         [
@@ -240,7 +240,7 @@ def _reject_unsuitable(
     family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any
 ) -> None:
     """Raise OptionError if the command only shows the dataset, or caches a single shard."""
-    options.shard.reject_beside(as_typed(["python", "tools/cache_on_ray.py"]))
+    options.shard.reject_beside(quote_command(["python", "tools/cache_on_ray.py"]))
     debug = arguments[0] if arguments else None
     if options.check or getattr(debug, "debug_mode", None) is not None:
         raise OptionError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")

@@ -34,18 +34,18 @@ from dataset.sources.media_source import (
     pause_garbage_collection,
 )
 from modules.bars import Bar
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.colors import AS_SHOWN
 from modules.media.reading import image_size
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from protocols.data import (
+    AUDIO_PRESENT,
     CONTROL,
     CONTROL_PIXELS,
     FPS,
     INNER_AUDIO,
-    IS_HEARD,
     LOSS_MASK,
     REJECTED_LATENTS,
     AudioSpec,
@@ -75,7 +75,7 @@ class LatentCacheSettings:
     stores: Stores
     # items of sources whose caches were found valid, by `SourcePlanner._make_shape_key`
     valid_sizes_by_shape: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    stores_frame_rate: bool = False  # each cache file records its frame rate (`Abilities.rate`)
+    stores_frame_rate: bool = False  # each cache file records its frame rate (`Abilities.takes_fps`)
     audio: AudioSpec | None = None  # None: the family has no audio
 
     def record_options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class LatentCacheSettings:
             options["fps"] = table.target_fps or family_fps
         if source.mask_from is not None:
             options["mask"] = source.mask_from
-        if source.tensors is not None:
+        if source.precomputed is not None:
             options["moments"] = True
         if table.augmentation.flip:
             options[FLIP] = True
@@ -116,8 +116,8 @@ class LatentCacheSettings:
                 options["audio"] = IGNORE
         if source.layers:
             options[LAYERS] = len(source.layers)
-        if source.shown:
-            options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
+        if source.row_references:
+            options[SHOWN] = [_describe_shown(medium) for medium in source.row_references]
         return options | table.non_default_values(
             SECTIONS
         )  # keys about sections that are not at their defaults
@@ -129,11 +129,11 @@ class LatentCacheSettings:
 
     def source_files(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
         """Return all files that the caches of a source are made from."""
-        parts = list(source.parts)
+        parts = list(source.latent_inputs)
         if source.audio is not None and self.stores_audio and source.table.audio != IGNORE:
             parts.append(source.audio)
-        for medium in source.shown:
-            parts += [(path, None) for path in (medium.path, medium.audio) if path is not None]
+        for medium in source.row_references:
+            parts += [(path, None) for path in (medium.path, medium.audio_path) if path is not None]
         return tuple(parts)
 
     def describe_difference(
@@ -149,14 +149,14 @@ class LatentCacheSettings:
         if is_early_record and selects_frames_as_before(source, self.fps):
             recorded_options[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder_identity)
-        if self.audio is not None and self.audio.is_alone:
+        if self.audio is not None and self.audio.audio_only:
             changed = None  # the model learns audio alone: latents of images are only placeholders
         return changed or records.options_difference(recorded_options, options, self.latent)
 
 
 def _describe_shown(medium: ReferenceMedium) -> str:
     """Describe a reference medium for a record; the text must not change, as it is compared."""
-    if medium.kind != "video" or medium.audio is None:
+    if medium.kind != "video" or medium.audio_path is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind
     return f"{medium.kind}, sound of a file"
 
@@ -252,7 +252,7 @@ class SourcePlanner:
         self.table = source.table
         self.existing_files = existing
         self.cache_settings = cache_settings
-        self.store = cache_settings.stores.of(source.table)
+        self.store = cache_settings.stores.latent_store(source.table)
         self.verifies_tensors = verifies_tensors
         self._headers: dict[str, Entry] = {}  # headers read so far, by file name
         self._records: dict[str, records.LatentRecord | None] = {}
@@ -302,9 +302,9 @@ class SourcePlanner:
             source.mask_from,
             len(source.control),
             source.audio is None,
-            source.shown,
+            source.row_references,
             len(source.layers),
-            source.tensors is None,
+            source.precomputed is None,
         ]
         for file in self.existing_files:
             try:
@@ -335,7 +335,9 @@ class SourcePlanner:
         if versions == {AS_SHOWN}:
             return True
         # since version 1, only the reading of files with codes of color, order or orientation has changed
-        return min(versions, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
+        return min(versions, default=0) > 0 and not any(
+            has_codes(path) for path, _ in self.source.latent_inputs
+        )
 
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
@@ -354,7 +356,7 @@ class SourcePlanner:
                 return unknown
             return self.compare(size, [(0, self.source.num_images)])  # one span of all images (layers)
         clip = self._read_recorded_clip() if self.existing_files else None
-        if self.source.tensors is not None:
+        if self.source.precomputed is not None:
             from dataset.sources.moments import full_span, measure_source  # few tables have moments
 
             clip = clip or measure_source(self.source, latent)
@@ -401,7 +403,7 @@ class SourcePlanner:
         why_no_items = None
         if not clip_spans:
             targets = ", ".join(map(str, table.target_frames))
-            why_no_items = f"{count_of(clip.kept_frames, 'frame')}, target_frames are {targets}"
+            why_no_items = f"{format_count(clip.kept_frames, 'frame')}, target_frames are {targets}"
         plan = self.compare(clip.size, clip_spans, clip.kept_frames, why_no_items)
         return replace(plan, size_changes=clip.size_changes)
 
@@ -537,7 +539,10 @@ class SourcePlanner:
     ) -> None:
         """Raise IncompatibleCache if the header of a file without a record does not fit."""
         self._check_unrecorded_tensors(path, header)
-        for key, value in self.cache_settings.latent.declared:  # metadata that the family's files always have
+        for (
+            key,
+            value,
+        ) in self.cache_settings.latent.required_metadata:  # metadata that the family's files always have
             if header.metadata.get(key, value) != value:
                 made_for = f"it was made for {key} {header.metadata[key]}"
                 raise IncompatibleCache(f"{path}: {made_for}, this run has {value}")
@@ -545,8 +550,10 @@ class SourcePlanner:
             raise IncompatibleCache(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
         if grid not in header.grids:
-            stored = ", ".join(as_shape(stored) for stored in sorted(header.grids)) or "no latents"
-            raise IncompatibleCache(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
+            stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
+            raise IncompatibleCache(
+                f"{path}: it holds {stored}, this configuration writes {format_shape(grid)}"
+            )
 
     def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:
         """Raise IncompatibleCache if a cache file without a record lacks a tensor that this run needs.
@@ -560,7 +567,7 @@ class SourcePlanner:
         # with preferences, each image is compared with a worse one, which is rejected
         if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
             raise IncompatibleCache(f"{path}: it has no latents of its worse one")
-        needs_frame_rate = self.cache_settings.stores_frame_rate and latent.unsaid_fps is None
+        needs_frame_rate = self.cache_settings.stores_frame_rate and latent.default_fps is None
         if needs_frame_rate and FPS not in header.keys:
             raise IncompatibleCache(f"{path}: it does not say how many frames make a second")
         # control images are reference images of an edit if the table has such; otherwise they guide the image
@@ -571,7 +578,7 @@ class SourcePlanner:
         has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
         if is_shared and sees_control and not has_control:
             raise IncompatibleCache(f"{path}: it has no control picture")
-        needed_keys = (INNER_AUDIO, IS_HEARD) if latent.holds_audio else ()
+        needed_keys = (INNER_AUDIO, AUDIO_PRESENT) if latent.caches_audio else ()
         for key in needed_keys:
             if key not in header.keys:
                 raise IncompatibleCache(f"{path}: it has no {key}, which this model needs with every clip")

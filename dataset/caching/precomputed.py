@@ -42,14 +42,14 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
         DatasetError: If the family cannot use moments, if another model's VAE made them, or if moments of
             first frames are required but missing.
     """
-    with_tensors = [source for source in sources if source.tensors is not None]
+    with_tensors = [source for source in sources if source.precomputed is not None]
     if not with_tensors:
         return list(sources)
     reject_moments(family, with_tensors[0].table)
     first_of_folder: dict[Path, MediaSource] = {}
     for source in reversed(with_tensors):  # so that the first source of each folder stays
-        assert source.tensors is not None
-        first_of_folder[source.tensors.folder] = source
+        assert source.precomputed is not None
+        first_of_folder[source.precomputed.folder] = source
     for folder, source in first_of_folder.items():
         _check_vae(family, folder, source)
     if family.moments.with_image:
@@ -57,8 +57,8 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
         return list(sources)
     without_first_frames = []
     for source in sources:
-        if source.tensors is not None:
-            source = dataclasses.replace(source, tensors=source.tensors.without_image())
+        if source.precomputed is not None:
+            source = dataclasses.replace(source, precomputed=source.precomputed.without_image())
         without_first_frames.append(source)
     return without_first_frames
 
@@ -68,7 +68,7 @@ def _require_image_moments(sources: Sequence[MediaSource]) -> None:
     kind = "moments of first frames are missing, which this model's image-to-video caches hold"
     errors = []
     for source in sources:
-        image = None if source.tensors is None else source.tensors.image
+        image = None if source.precomputed is None else source.precomputed.image
         if image is not None and not image.exists():
             errors.append(Fault(kind, str(image), source.stem))
     raise_errors(errors)
@@ -80,7 +80,7 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
     Raises:
         MediaError: If the moments cannot be used.
     """
-    paths = [path for path, _ in source.parts]
+    paths = [path for path, _ in source.latent_inputs]
     # copied, because a memory-mapped file can change, and cannot be replaced on Windows
     moments = tuple(moments_files.read_moments(path, latent).clone() for path in paths)
     clip = moments_files.measure(moments[0], latent, paths[0])
@@ -101,8 +101,8 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
     """Raise DatasetError if another model's VAE made the moments in a folder."""
-    assert source.tensors is not None
-    path = source.tensors.moments
+    assert source.precomputed is not None
+    path = source.precomputed.moments
     try:
         shape = moments_files.read_tensor(path).shape[-4:]  # C F H W, without a batch dimension
         channels = shape[0] if shape else 0

@@ -19,7 +19,7 @@ from dataset.options import CachingOptions
 from dataset.sources.frames import max_decoded_frames
 from dataset.sources.media_source import Fault, MediaSource
 from modules.bars import Bar
-from modules.console import Row, count_words, show_box
+from modules.console import Row, pluralize, show_box
 from modules.errors import DatasetError, MediaError, UserError
 from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.decoding import is_animation
@@ -123,7 +123,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         return
     if report.dropped:
         lines = "\n".join(first_lines(report.dropped, LISTED))
-        count = count_words(len(report.dropped), "sources give no item to train on")
+        count = pluralize(len(report.dropped), "sources give no item to train on")
         logger.warning("%s:\n%s", count, lines)
     if report.shortened:
         _log_clips(report.shortened, "clips give no item of some lengths", level=logging.WARNING)
@@ -134,7 +134,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
     if report.num_without_record:
         logger.warning(
             "%s by another program: only the size could be compared (--skip_existing)",
-            count_words(report.num_without_record, "files were made"),
+            pluralize(report.num_without_record, "files were made"),
         )
     has_files = report.written or report.reused
     is_partial = report.num_assigned < report.num_total  # a shard without files is a normal result
@@ -192,7 +192,7 @@ def workers_of(options: CachingOptions) -> int:
 def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
     """Log the number of clips to which `text` applies, and the first of these clips."""
     first = "; ".join(map(str, clips[:NAMED]))
-    logger.log(level, "%s. The first: %s", count_words(len(clips), text), first)
+    logger.log(level, "%s. The first: %s", pluralize(len(clips), text), first)
 
 
 def run_ahead(
@@ -369,7 +369,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     The header is read only if the table uses the whole clip.
     """
     table = source.table
-    if source.tensors is not None:
+    if source.precomputed is not None:
         return 0  # moments are small
     num_frames: float | None = 1 if table.kind == "image" else max_decoded_frames(table)
     if not num_frames:  # the table uses the whole clip

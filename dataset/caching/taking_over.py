@@ -12,7 +12,7 @@ from dataclasses import replace
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, parse_latent_name
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import CacheError
 from protocols.family import Caches
 
@@ -44,9 +44,9 @@ class OtherCaches:
             OutputError: If an entry cannot be written.
         """
         source = plan.source
-        if source.table.kind != "image" or source.tensors is not None:
+        if source.table.kind != "image" or source.precomputed is not None:
             return plan
-        store = self._cache_settings.stores.of(source.table)
+        store = self._cache_settings.stores.latent_store(source.table)
         rejected: dict[str, str] = {}  # why the latents of each model are unusable, by their first file
         has_incompatible = False
         for tag, names in self._list_others(plan, self._cache_settings.stores).items():
@@ -77,7 +77,7 @@ class OtherCaches:
             logger.info(
                 "%s: the latents that %s has cached with the same autoencoder are taken over, and nothing is "
                 "encoded for them",
-                count_of(count, "picture"),
+                format_count(count, "picture"),
                 maker,
             )
         if self._rejected:
@@ -86,7 +86,7 @@ class OtherCaches:
             logger.info(
                 "%s: the latents that %s has cached are not those that this command makes, and are not used. "
                 "The first: %s%s",
-                count_of(len(self._rejected), "picture"),
+                format_count(len(self._rejected), "picture"),
                 " and ".join(sorted(self._makers)),
                 next(iter(self._rejected.values())),
                 remedy if self._has_incompatible else "",
@@ -96,7 +96,7 @@ class OtherCaches:
         """Return the latent caches of other models in the table's folder, by the tag in their file names."""
         table = plan.source.table
         if table.index not in self._by_table:
-            store = stores.of(table)
+            store = stores.latent_store(table)
             found = (_TAG.search(name) for name in store.names())
             tags = sorted({match[1] for match in found if match is not None} - {self._cache_settings.tag})
             self._by_table[table.index] = {tag: LatentNames(store, tag, table.kind) for tag in tags}

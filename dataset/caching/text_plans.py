@@ -79,7 +79,7 @@ def caption_fitter(family: Caches) -> FitText | None:
 
 def _fit_caption(family: FitsCaptions, step: int, source: MediaSource, caption: str) -> str:
     """Return a caption with its positions converted to those in the resized image, if it has any."""
-    if not family.names_places(caption):
+    if not family.has_coordinates(caption):
         return caption
     try:
         size = image_size(source.path)
@@ -188,12 +188,12 @@ def _list_seen(source: MediaSource, visible_media: VisibleMedia) -> _SeenMedia:
     settings: dict[str, Any] = {}
     if source.control and table.texts_see_references:
         seen_source = source
-        files = source.parts[1 : 1 + len(source.control)]  # the first part is the source itself
+        files = source.latent_inputs[1 : 1 + len(source.control)]  # the first part is the source itself
         settings |= _list_reference_settings(source)
     if visible_media != CAPTIONS_ONLY:
         seen_source = source
         files = (*files, *_list_seen_files(source, visible_media))
-        media = source.shown if visible_media.reference_media else None
+        media = source.row_references if visible_media.reference_media else None
         settings |= table.visible_media_settings(
             visible_media.frames, media, further_text=source.further_text
         )
@@ -214,8 +214,8 @@ def _list_captions(
         settings["captions"] = len(captions)
     for number, caption in enumerate(captions):
         precomputed = None
-        if source.tensors is not None and number == 0:  # only first captions have precomputed embeddings
-            precomputed = source.tensors.embeds
+        if source.precomputed is not None and number == 0:  # only first captions have precomputed embeddings
+            precomputed = source.precomputed.embeds
         fitted = caption
         caption_settings = settings
         if fit is not None and caption is not None:
@@ -243,10 +243,10 @@ def _list_seen_files(
     """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
     files: list[tuple[Path, Origin | None]] = []
     if visible_media.frames:
-        files += source.parts[: 1 + len(source.control)]
+        files += source.latent_inputs[: 1 + len(source.control)]
     if visible_media.reference_media:
-        for medium in source.shown:
-            files += [(path, None) for path in (medium.path, medium.audio) if path is not None]
+        for medium in source.row_references:
+            files += [(path, None) for path in (medium.path, medium.audio_path) if path is not None]
     return tuple(files)
 
 
@@ -257,7 +257,7 @@ def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     (0, 0) if it cannot be read.
     """
     table = source.table
-    if source.remote_or_packed or table.references is None or not table.references.as_encoded:
+    if source.remote_or_packed or table.references is None or not table.references.text_sees_vae_input:
         return table.seen_settings(())
     try:
         bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
@@ -274,7 +274,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
     """
     first_texts: dict[tuple[Path | int, str], CaptionFile] = {}  # by store and name of the cache file
     for file in files:
-        store = stores.of_texts(file.table)
+        store = stores.text_store(file.table)
         # shared files are next to the images, so tables with the same images have the same files
         owner = store.folder if store.is_shared else file.table.index
         first = first_texts.setdefault((owner, file.file_name), file)
@@ -329,7 +329,7 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, verifies_tensor
 
     With `verifies_tensors`, tensors are compared with their checksums, too.
     """
-    store = stores.of_texts(file.table)
+    store = stores.text_store(file.table)
     # files of other programs count as valid without being read
     if stores.trusts_shared_caches and store.is_shared and file.file_name in store:
         return file
@@ -377,7 +377,7 @@ def find_outputs(
     Raises:
         CacheError: If a file of another program does not fit this model.
     """
-    store = stores.of_texts(file.table)
+    store = stores.text_store(file.table)
     has_record: dict[str, bool] = {}
     accepts_no_record = stores.skip_existing and not in_part and not file.settings
     name = file.file_name + PART if in_part else file.file_name

@@ -56,7 +56,7 @@ from dataset.sources.references import explain_reference, hold_references
 from dataset.sources.remarks import NAMED, find_caption_warnings, log_warnings, warn_cut_captions
 from dataset.subsets import reject_changing
 from modules.bars import Bar
-from modules.console import count_of, show_box
+from modules.console import format_count, show_box
 from modules.errors import CacheError, CaptionError, MediaError
 from modules.media.colors import AS_SHOWN
 from modules.paths import path_exists
@@ -98,7 +98,7 @@ class TextWork:
         self._existing: dict[int, list[str]] = {}
         self._parts: set[str] = set()
         for table in config.datasets:
-            names = stores.of_texts(table).names()
+            names = stores.text_store(table).names()
             existing = [name for name in names if is_text_name(name.removesuffix(PART), family.cache_tag)]
             self._existing[table.index] = existing
             self._parts |= {name for name in existing if name.endswith(PART)}
@@ -113,19 +113,20 @@ class TextWork:
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         log_warnings(find_caption_warnings(self._sources), NAMED)
-        family.check_given_files()
-        own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
+        family.check_named_files()
+        own_folders = [table for table in config.datasets if table.index not in stores.custom_stores]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
         encoders = list(family.text_encoders())
-        abilities = [encoder.can for encoder in encoders]
+        abilities = [encoder.abilities for encoder in encoders]
         self._visible_media = VisibleMedia(
-            any(can.see_clip for can in abilities), any(can.see_media for can in abilities)
+            any(abilities.encodes_clip for abilities in abilities),
+            any(abilities.encodes_media for abilities in abilities),
         )
-        fit = caption_fitter(family) if family.can.fit_captions else None
+        fit = caption_fitter(family) if family.abilities.adjusts_captions else None
         files = list_caption_files(self._sources, family.cache_tag, self._visible_media, fit)
         self._files = distinct_texts(files, stores)
         self.work_items: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
@@ -148,7 +149,7 @@ class TextWork:
             OutputError: If an entry cannot be written.
         """
         if label is not None:
-            captions = count_of(len(self._files), "caption")
+            captions = format_count(len(self._files), "caption")
             data = f"{self._config.path}, {captions}"
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
         all_files = [file for batch in batches for file in batch]
@@ -196,7 +197,7 @@ class TextWork:
             unfinished, encoders = self._find_outputs(file, in_part=True)
             self._write_complete(file, unfinished, encoders)
         elif part in self._parts and not self.stores.trusts_shared_caches:
-            self.stores.of_texts(file.table).remove(part)
+            self.stores.text_store(file.table).remove(part)
 
     def remove_stale(
         self, table: DatasetTable, valid: object, failed: Collection[str], keep_cache: bool
@@ -212,7 +213,7 @@ class TextWork:
         stale.sort()
         if keep_cache:
             stale = self._further_captions(table, stale)
-        store = self.stores.of_texts(table)
+        store = self.stores.text_store(table)
         is_of_family = partial(is_text_cache, architecture=self._family.name)
         return remove_caches(store, stale, is_of_family) if stale else 0
 
@@ -307,14 +308,14 @@ class TextWork:
         """
         source = file.source
         if source is None:
-            return Prompt(file.caption or "", pictures=())
+            return Prompt(file.caption or "", images=())
         references: tuple[Path, ...] = ()
         if source.table.references is not None:
             references = stack.enter_context(hold_references(source))
-        prompt = Prompt(file.caption or "", pictures=references)
+        prompt = Prompt(file.caption or "", images=references)
         rules = self._family.references
-        if rules is not None and rules.as_encoded:
-            prompt = dataclasses.replace(prompt, frames=self._decode_references(source))
+        if rules is not None and rules.text_sees_vae_input:
+            prompt = dataclasses.replace(prompt, image_pixels=self._decode_references(source))
         if self._visible_media.frames:
             prompt = self._add_media(prompt, source)
         return prompt
@@ -339,9 +340,10 @@ class TextWork:
         return dataclasses.replace(
             prompt,
             clip=torch.from_numpy(item.frames),
-            frames=prompt.frames or control_images,  # set already if encoders see references at encoded size
-            media=source.shown if self._visible_media.reference_media else (),
-            further_text=source.further_text,
+            image_pixels=prompt.image_pixels
+            or control_images,  # set already if encoders see references at encoded size
+            media=source.row_references if self._visible_media.reference_media else (),
+            text_with_references=source.further_text,
         )
 
     def _decode_references(self, source: MediaSource) -> tuple[Tensor, ...]:
@@ -444,7 +446,7 @@ class TextWork:
             OutputError: If writing fails.
             CacheError: If the outputs of other encoders are missing.
         """
-        store = self.stores.of_texts(file.table)
+        store = self.stores.text_store(file.table)
         checksums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
         metadata = {
             "architecture": self._family.name,
@@ -474,7 +476,7 @@ class TextWork:
             OutputError: If writing fails.
             CacheError: If the outputs of other encoders are missing; an incomplete file is never written.
         """
-        store = self.stores.of_texts(file.table)
+        store = self.stores.text_store(file.table)
         path = store.folder / file.file_name
         existing, encoders_in_file = self._find_outputs(file)
         if existing is not None:

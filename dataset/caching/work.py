@@ -31,7 +31,7 @@ from dataset.sources.remarks import find_media_warnings, log_warnings
 from dataset.subsets import reject_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
-from modules.console import Row, as_size, count_of, count_words, show_box
+from modules.console import Row, format_count, format_size, pluralize, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError
 from protocols.data import FPS, CacheEntry, MediaEncoders
@@ -50,14 +50,14 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     """Raise DatasetError with all errors that make tables unusable for a family."""
     errors = []
     audio_spec = audio_of(family)
-    learns_audio_alone = audio_spec is not None and audio_spec.is_alone
+    learns_audio_alone = audio_spec is not None and audio_spec.audio_only
     # all by table index
     tables_with_control = {source.table.index for source in sources if source.control}
     sources_with_companions: dict[int, list[MediaSource]] = {}  # with references or control masks
     reference_media: dict[int, list[tuple[ReferenceMedium, ...]]] = {}  # of each row
     for source in sources:
         if source.table.shows_media:
-            reference_media.setdefault(source.table.index, []).append(source.shown)
+            reference_media.setdefault(source.table.index, []).append(source.row_references)
         if source.references or source.control_mask is not None:
             sources_with_companions.setdefault(source.table.index, []).append(source)
     for table in config.datasets:
@@ -133,8 +133,8 @@ def _check_sources(
     # only lists have columns that may be unused, and only models that edit take reference images
     if any(table.directory is None or table.references is not None for table in config.datasets):
         warn_unused(config, sources)
-    family.check_given_files()
-    if any(source.tensors is not None for source in sources):
+    family.check_named_files()
+    if any(source.precomputed is not None for source in sources):
         from dataset.caching.precomputed import use_moments  # few tables have precomputed latents
 
         return use_moments(family, sources)
@@ -168,11 +168,11 @@ class MediaWork:
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
         self._existing: ExistingNames = {
-            table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
+            table.index: LatentNames(self.stores.latent_store(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
         self._audio: AudioWork | None = None
-        if not family.latent.holds_audio and trains_audio(family):
+        if not family.latent.caches_audio and trains_audio(family):
             from dataset.caching import audio  # only for families with audio
 
             hearing = cast("HearingFamily", family)
@@ -187,7 +187,7 @@ class MediaWork:
         self.listing_report = listing.report
         self.complete_tables = listing.complete_tables
         self.work_items: Sequence[MediaSource] = _check_sources(family, config, listing.sources)
-        own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
+        own_folders = [table for table in config.datasets if table.index not in stores.custom_stores]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards
@@ -200,7 +200,7 @@ class MediaWork:
             fps=family.defaults.fps,
             count_sections=family.sections_of,
             stores=stores,
-            stores_frame_rate=family.can.rate,
+            stores_frame_rate=family.abilities.takes_fps,
             audio=audio_of(family),
         )
         self._family, self._config = family, config
@@ -306,7 +306,7 @@ class MediaWork:
         stale = self._existing[table.index].not_in(valid_names, except_of=failed)
         if stale:
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
-            count += remove_caches(self.stores.of(table), stale, is_of_family)
+            count += remove_caches(self.stores.latent_store(table), stale, is_of_family)
         return count
 
     def free(self) -> None:
@@ -400,10 +400,10 @@ class MediaWork:
         if item.rate is not None:  # also in the header, which is all that training reads to form batches
             item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
-        if self._family.latent.declared:  # other programs that read these caches require them
+        if self._family.latent.required_metadata:  # other programs that read these caches require them
             parts = self._cache_settings.source_files(item.source)
             fingerprints["media_fingerprints"] = _join_fingerprints(item.files, parts)
-        store = self.stores.of(item.source.table)
+        store = self.stores.latent_store(item.source.table)
         files = []
         for entry in entries:
             file = dataclasses.replace(name, section=entry.section).file_name(self._cache_settings.tag)
@@ -435,13 +435,13 @@ class MediaWork:
             if is_of_item and file not in files:
                 surplus.append(file)
         if surplus:
-            store = self.stores.of(item.source.table)
+            store = self.stores.latent_store(item.source.table)
             is_of_family = partial(is_latent_cache, architecture=self._family.name)
             write(partial(remove_caches, store, surplus, is_of_family))
 
     def _show_start(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
         """Show what is to be encoded, in the share of the work that `label` names."""
-        sources = count_of(num_sources, "source")
+        sources = format_count(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),
             (f"latents{label}", f"{sources}, {len(to_do)} of them to encode"),
@@ -468,7 +468,7 @@ class MediaWork:
         # sources of unknown size are assumed to have the average size
         needed = num_values * NUMBER_BYTES * len(plans) / num_with_sizes  # bytes
         free = free_bytes(self._config.datasets[0].cache_directory)
-        return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
+        return f"about {format_size(needed)}, more with control or start images; {format_size(free)} free"
 
 
 MASKS_HINT = (
@@ -532,6 +532,6 @@ def _warn_of_outdated(reasons: Sequence[str]) -> None:
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",
-        count_words(len(reasons), "sources have cache files of another kind"),
+        pluralize(len(reasons), "sources have cache files of another kind"),
         reasons[0],
     )

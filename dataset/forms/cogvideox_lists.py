@@ -61,7 +61,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
             caption_path=None,
             control=(),
             table=table,
-            tensors=tensors,
+            precomputed=tensors,
         )
         sources.append(source)
     # A clip may be listed with several captions, and becomes several sources with numbered stems. Precomputed

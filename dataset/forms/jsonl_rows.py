@@ -10,7 +10,7 @@ from dataset.forms.contract import InspectedColumns, TableRow
 from dataset.forms.rows import RowReader, find_base, list_rows, names_read, require_file
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.errors import DatasetError
 from modules.text_files import parse_json
 
@@ -110,8 +110,8 @@ def _reject_other_format(path: Path, line: str) -> None:
     # "[" alone, or followed by an object
     is_array = text.startswith("[") and text[1:].strip()[:1] in {"", "{"}
     if is_array:
-        output = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
-        remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {output}"
+        output = quote_command([str(path.with_name(f"{path.stem}_lines.jsonl"))])
+        remedy = f"{quote_command(['python', '-c', TO_LINES, str(path)])} > {output}"
         raise DatasetError(f"{path} is one JSON array; {rule}.\n  Convert it: {remedy}")
     # a line that ends in "}," is an object with a comma after it, which is reported as such
     continues = text.endswith(("{", "[", ":", ",")) and not text.endswith("},")

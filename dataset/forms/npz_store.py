@@ -43,7 +43,7 @@ from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
 from modules.media.buckets import Size, inner_box
-from protocols.data import LOSS_MASK, STATED_SIZES, LatentSpec
+from protocols.data import FOREIGN_SIZES, LOSS_MASK, LatentSpec
 from protocols.rules import NpzFormat
 
 logger = logging.getLogger(__name__)
@@ -307,7 +307,7 @@ class NpzStore:
             named[cache_files.tensor_name(key, latents)] = latents
         if self.latent.has_size_conditions:
             sizes = _read_sizes(path, arrays)
-            named[cache_files.tensor_name(STATED_SIZES, sizes)] = sizes
+            named[cache_files.tensor_name(FOREIGN_SIZES, sizes)] = sizes
         return cache_files.Entry.of(path, {}, named)
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -429,7 +429,7 @@ class NpzStore:
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return the arrays that other programs expect beside encoder outputs: constants, settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
-        for setting, table_field in self.format.of_table.items():
+        for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)
         for name, (output, num_columns) in self.format.zeros.items():
             if output in arrays:  # zeros with as many rows as this output
@@ -440,7 +440,7 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `STATED_SIZES` for latents of another program.
+    """Return `FOREIGN_SIZES` for latents of another program.
 
     Raises:
         CacheError: If the file lacks a size.

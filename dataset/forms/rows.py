@@ -115,7 +115,9 @@ class RowReader:
         if self.table.shows_media and values.get("references") is not None:
             from dataset.sources.shown import read_row_references  # few lists have references
 
-            source = replace(source, shown=read_row_references(values["references"], self.file, position))
+            source = replace(
+                source, row_references=read_row_references(values["references"], self.file, position)
+            )
         if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
             source = replace(source, further_text=self._read_further_text(values[FURTHER_TEXT.key], position))
         self._identities.append(media.identity)  # `assign_unique_stems` uses it
@@ -422,7 +424,7 @@ def make_source(
     caption, more_captions = split_first_caption(captions, position)
     masks = [file for file in (mask, control_mask) if file is not None]
     all_rejected = [] if rejected is None else [rejected]
-    # in the order of `MediaSource.parts`
+    # in the order of `MediaSource.latent_inputs`
     files = (media, *controls, *masks, *references, *all_rejected, *layers)
     remote_or_packed = tuple(origin for _, origin in files)
     media_path, _ = media

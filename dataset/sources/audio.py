@@ -49,7 +49,7 @@ def find_audio(source: MediaSource) -> Path:
         return file
     if table.audio_directory is not None:
         raise NoAudio(f"{path}: no file of its name in {table.audio_directory}")
-    if source.tensors is not None or path.is_dir() or is_animation(path):
+    if source.precomputed is not None or path.is_dir() or is_animation(path):
         raise NoAudio(f"{path}: only video files have audio of their own")
     rate = None if declared is None else file_rate(path)
     if declared is not None and rate is not None and abs(rate / declared - 1) > SAME_RATE:

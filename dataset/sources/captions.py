@@ -121,7 +121,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
         if table.multi_caption:
             captions = lines_of(text) or [""]
         return complete_captions(captions, table)
-    if table.changes.is_raw:
+    if table.changes.varies_per_step:
         return (text,)
     first_line = next(iter(lines_of(text)), "")
     (caption,) = complete_captions([first_line], table)

@@ -55,9 +55,11 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     rate = table.declared_fps or fps
     frames: Iterable[SampledFrame]
     if _is_timed(path, table):
-        frames = reading.frames_at(path, reading.slots(rate), alpha)
+        frames = reading.frames_at(path, reading.frame_times(rate), alpha)
     elif path.is_dir():
-        frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
+        frames = zip(
+            reading.video_frames(path, alpha), itertools.count(), reading.frame_times(rate), strict=False
+        )
     else:
         frames = _all_frames(path, alpha)
     if table.declared_fps is not None:  # frames are dropped to go from source_fps to `fps`
@@ -245,7 +247,7 @@ class _TimingComparison:
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
     """Yield the control clips, masks and references of a clip that are not still images."""
-    if source.table.kind == "video" and source.tensors is None:
+    if source.table.kind == "video" and source.precomputed is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):
             if path is not None and not is_still(path):
@@ -255,7 +257,7 @@ def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
 def has_companions(source: MediaSource) -> bool:
     """Return whether a clip has control clips, masks or references."""
     has_any = any((source.control, source.mask, source.control_mask, source.references))
-    return source.table.kind == "video" and source.tensors is None and has_any
+    return source.table.kind == "video" and source.precomputed is None and has_any
 
 
 def selects_frames_as_before(source: MediaSource, fps: float) -> bool:

@@ -38,9 +38,11 @@ def reading_difference(source: MediaSource, keeps_alpha: bool, decoder_version: 
     Files that still have to be downloaded count as equal. `decoder_version` is the version of the decoder
     that the cache's record states.
     """
-    if source.tensors is not None or not any(_may_differ(path, decoder_version) for path, _ in source.parts):
+    if source.precomputed is not None or not any(
+        _may_differ(path, decoder_version) for path, _ in source.latent_inputs
+    ):
         return None
-    if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
+    if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.latent_inputs):
         return None
     with fetch(source) as local:
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
@@ -136,7 +138,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
     warnings: dict[tuple[Path, str], Fault] = {}  # by file and kind of warning
     colors_of_files: dict[Path, Colors] = {}
     for source in sources:
-        if source.remote_or_packed or source.tensors is not None:
+        if source.remote_or_packed or source.precomputed is not None:
             continue
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         for path in (source.path, *source.control):
@@ -182,7 +184,7 @@ def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
     for source in sources:
         if source.remote_or_packed or source.table.kind == "image":
             continue
-        for path, _ in source.parts:
+        for path, _ in source.latent_inputs:
             if path in warnings or not path.is_dir() or len(warnings) == MAX_CHECKED_FILES:
                 continue
             warnings[path] = None

@@ -15,7 +15,7 @@ from dataset.sources.folders import list_entries
 from dataset.sources.frames import ClipCompanions
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -157,7 +157,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
     `sources` are the sources of the table that have references or a control mask.
     """
     rules = table.clip_references  # None: the model takes no references beside control clips
-    maximum = 0 if rules is None else rules.maximum
+    maximum = 0 if rules is None else rules.max_references
     accepts_masks = rules is not None and rules.control_masks
     for source in sources:
         if len(source.references) > maximum:
@@ -199,7 +199,7 @@ def _single_references(source: MediaSource) -> list[Path]:
         return [*source.references, *source.control]
     rules = source.table.clip_references
     # models that put references on a white canvas take images
-    return [*source.references] if rules is not None and rules.on_white else []
+    return [*source.references] if rules is not None and rules.pad_with_white else []
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
@@ -214,7 +214,7 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
         if not any(counts):  # no item has any
             continue
         items_by_count = sorted(Counter(counts).items())
-        parts = [f"{count_of(num_items, 'item')} with {count}" for count, num_items in items_by_count]
+        parts = [f"{format_count(num_items, 'item')} with {count}" for count, num_items in items_by_count]
         yield f"{title}: {', '.join(parts)}"
         for source, count in zip(sources, counts, strict=True):
             if not count:
@@ -258,7 +258,7 @@ def read_companions(
             f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
     reference_size = width // factor, height // factor
-    on_white = rules is not None and rules.on_white
+    on_white = rules is not None and rules.pad_with_white
     references: list[Clip] = []
     size_changes: list[str] = []
     for path in local.references:
@@ -285,9 +285,9 @@ def _read_reference_image(path: Path, size: Size, on_white: bool) -> Clip:
     """Read a reference image, 1 H W 3: cropped to a size, or padded with white to it."""
     if not on_white:
         return resize_cover(read_image(path), size)[None]
-    from modules.media.canvas import on_white as put_on_white  # only few models need white canvases
+    from modules.media.canvas import composite_on_white  # only few models need white canvases
 
-    return pixels_to_uint8(put_on_white(first_frame(path), *size))
+    return pixels_to_uint8(composite_on_white(first_frame(path), *size))
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:

@@ -30,10 +30,10 @@ from dataset.sources.frames import (
 from dataset.sources.media_source import ClipInfo, FileIdentity, MediaSource
 from dataset.sources.references import fit_reference, read_reference
 from dataset.table import DatasetTable
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import MediaError
 from modules.media.augmenting import change_colors, crop_anywhere, face_in_name, fit_face, mirror
-from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
+from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, select_interpolation
 from modules.media.decoding import is_animation
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import (
@@ -198,7 +198,7 @@ def decode_source(
         DatasetError: If the resolution is not a multiple of `step`.
     """
     with fetch(source) as local:
-        if source.tensors is not None:
+        if source.precomputed is not None:
             raise MediaError(
                 f"{source.path}: its latents are given (load_tensors), so that no frames are read"
             )
@@ -631,7 +631,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
         fit = fit_without_enlarging(size, width * height, sd_scripts_buckets.step)
     else:
         fit = fit_cover(size, bucket)
-    interpolation = how_to_resize(size, fit.resized)  # "none" if the size stays
+    interpolation = select_interpolation(size, fit.resized)  # "none" if the size stays
     if interpolation != "none" and sd_scripts_buckets.interpolation:
         interpolation = sd_scripts_buckets.interpolation
     return dataclasses.replace(fit, interpolation=interpolation)
@@ -696,5 +696,5 @@ def spans_or_reason(
     if table.source_fps == AUTO:
         selection = ' at the rate of the model (source_fps = "auto")'
     shortest = min(table.target_frames)
-    reason = f"{count_of(num_kept, 'frame')}{selection}, the shortest of target_frames is {shortest}"
+    reason = f"{format_count(num_kept, 'frame')}{selection}, the shortest of target_frames is {shortest}"
     return (), reason

@@ -40,7 +40,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         original_paths: dict[Path, Path] = {}  # copy -> the path that errors name
         folder: Path | None = None  # temporary folder, made for the first copy
         local_paths = []
-        for path, origin in source.parts:
+        for path, origin in source.latent_inputs:
             if isinstance(origin, Remote):
                 from dataset.sources.downloads import check_media, download  # only at addresses
 

@@ -14,7 +14,7 @@ from dataset.sources.mask_files import files_by_stem, masks_by_stem
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable, folder_id
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, label_of
@@ -337,7 +337,7 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
         with contextlib.suppress(DatasetError):  # already reported when the folder was listed
             unmatched = ControlFolder(folder, stems).unmatched
             if unmatched:
-                count = count_of(len(unmatched), "control image")
+                count = format_count(len(unmatched), "control image")
                 text = "%s: %s without an image of that name, such as %s: not read"
                 logger.info(text, table_names[folder], count, unmatched[0])
 

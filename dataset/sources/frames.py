@@ -21,7 +21,7 @@ from dataset.config_keys import AUTO
 from dataset.sources.mask_files import is_of_shape
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable, Guide
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import DatasetError, MediaError
 from modules.integers import ceil_div, round_up
 from modules.media import buckets
@@ -81,7 +81,7 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
     missing = [str(target) for target in table.target_frames if target not in lengths]
     if not missing:
         return None
-    return f"{count_of(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
+    return f"{format_count(kept_frames, 'frame')}, too few for {', '.join(missing)} of target_frames"
 
 
 def max_decoded_frames(table: DatasetTable) -> int | None:
@@ -205,7 +205,7 @@ def kept_rate(source: MediaSource, fps: float) -> float:
     """
     table, declared = source.table, source.table.declared_fps
     fps = table.target_fps or fps
-    if table.kind == "image" or table.source_fps == AUTO or source.tensors is not None:
+    if table.kind == "image" or table.source_fps == AUTO or source.precomputed is not None:
         return fps
     if declared is not None:
         return min(declared, fps)
@@ -246,7 +246,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     errors = []
     for source in clips[::step]:
         try:
-            rate = None if source.tensors is not None else file_rate(source.path)
+            rate = None if source.precomputed is not None else file_rate(source.path)
         except (MediaError, OSError):
             continue
         error = compare_rates(rate, source.table.source_fps, 1.0)  # 1.0 is unused: source_fps is set
@@ -267,7 +267,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     clips = []
     for source in sources:
         table = source.table
-        has_rate = table.kind == "video" and not table.is_of_audio and source.tensors is None
+        has_rate = table.kind == "video" and not table.is_of_audio and source.precomputed is None
         if has_rate and table.source_fps is None and not source.remote_or_packed:
             clips.append(source)
     errors = []

@@ -8,7 +8,7 @@ from dataset.table import DatasetConfig, DatasetTable
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import Frame, add_alpha, read_image
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 
 Layers = Mapping[Path, tuple[Path, ...]]  # layers of each full image, from back to front
 
@@ -118,8 +118,8 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
         layer_size = frame.shape[1], frame.shape[0]
         if layer_size != size:
             raise MediaError(
-                f"{path} has {as_shape(layer_size)} pixels, its picture, {source.path}, has "
-                f"{as_shape(size)}: a picture and its layers need one size"
+                f"{path} has {format_shape(layer_size)} pixels, its picture, {source.path}, has "
+                f"{format_shape(size)}: a picture and its layers need one size"
             )
         if frames and frame[..., 3].min() == 255:  # the first layer is the background, which may be opaque
             raise MediaError(

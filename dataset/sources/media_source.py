@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dataset.table import FROM_ALPHA, FROM_FILE, DatasetTable
-from modules.console import count_words
+from modules.console import pluralize
 from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
 from protocols.rules import ReferenceMedium
@@ -112,7 +112,7 @@ class MediaSource:
     table: DatasetTable
     more_captions: tuple[str, ...] = ()  # captions after the first one
     mask: Path | None = None  # an image, clip or folder of images: white is learned
-    tensors: PrecomputedTensors | None = None  # precomputed; then the file at `path` may be missing
+    precomputed: PrecomputedTensors | None = None  # precomputed; then the file at `path` may be missing
     remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
@@ -123,19 +123,19 @@ class MediaSource:
     caption_encoding: str | None = None  # encoding of its caption file, if that is not UTF-8
     # the rejected item of a preference pair: an image, clip or folder of images of the same size
     rejected: Path | None = None
-    shown: tuple[ReferenceMedium, ...] = ()  # reference media that its row names, on disk
+    row_references: tuple[ReferenceMedium, ...] = ()  # reference media that its row names, on disk
     further_text: str | None = None  # `FURTHER_TEXT` of its row
     layers: tuple[Path, ...] = ()  # layers of an image, from back to front
 
     @property
-    def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
+    def latent_inputs(self) -> tuple[tuple[Path, Origin | None], ...]:
         """Return the files or folders that latents are made from, each with its origin unless it is on disk.
 
         The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
         source with precomputed moments has only their files.
         """
-        if self.tensors is not None:
-            moments = (self.tensors.moments, self.tensors.image)
+        if self.precomputed is not None:
+            moments = (self.precomputed.moments, self.precomputed.image)
             return tuple((path, None) for path in moments if path is not None)
         masks = filter(None, (self.mask, self.control_mask))
         paths = (
@@ -278,7 +278,7 @@ def _list_other_values(source: MediaSource) -> tuple[object, ...]:
         source.references,
         source.control_mask,
         source.rejected,
-        source.shown,
+        source.row_references,
         source.further_text,
         source.layers,
     )
@@ -352,7 +352,7 @@ def list_errors(faults: Iterable[Fault], maximum: int) -> list[str]:
         by_kind.setdefault(fault.kind, []).append(fault.text)
     lines = []
     for kind, texts in by_kind.items():
-        lines.append(f"{count_words(len(texts), kind)}:")
+        lines.append(f"{pluralize(len(texts), kind)}:")
         lines += [f"  {text}" for text in texts[:maximum]]
         if len(texts) > maximum:
             lines.append(f"  ... and {len(texts) - maximum} more")

@@ -18,7 +18,7 @@ from dataset.sources.media_source import ClipInfo, MediaSource
 from modules.atomic_write import write_text
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.media.lengths import ClipLengths
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 from modules.text_files import parse_json, read_text
 from protocols.data import LatentSpec
 
@@ -59,7 +59,7 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
         moments = moments[0]
-    shape = as_shape(moments.shape)
+    shape = format_shape(moments.shape)
     if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
         raise MediaError(
             f"{path} holds {shape or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
@@ -112,8 +112,8 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
     Raises:
         MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
     """
-    assert source.tensors is not None
-    path = source.tensors.moments
+    assert source.precomputed is not None
+    path = source.precomputed.moments
     return measure(read_moments(path, latent), latent, path)
 
 

@@ -15,7 +15,7 @@ from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Size
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes, resize_cover
-from modules.option_values import as_shape
+from modules.option_values import format_shape
 
 Clip = NDArray[np.uint8]  # F H W C
 
@@ -68,8 +68,8 @@ def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> 
     """Raise MediaError if the rejected item of a source has another width or height in pixels."""
     if size != rejected_size:
         raise MediaError(
-            f"{source.path} has {as_shape(size)} pixels, its worse one, {source.rejected}, has "
-            f"{as_shape(rejected_size)}: both of a pair need one size. Make both alike"
+            f"{source.path} has {format_shape(size)} pixels, its worse one, {source.rejected}, has "
+            f"{format_shape(rejected_size)}: both of a pair need one size. Make both alike"
         )
 
 

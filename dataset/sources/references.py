@@ -62,7 +62,7 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     assert table.references is not None
     if not any(source.control for source in sources):  # none has references: nothing to limit or to miss
         return sources
-    maximum = table.references.maximum
+    maximum = table.references.max_references
     num_sources = len(sources)
     with_surplus = [source for source in sources if len(source.control) > maximum]
     if with_surplus:
@@ -200,9 +200,9 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
         cropped = (width // step * step, height // step * step)
         return Fit(size, (0, 0), cropped, "none")
     if resolution is None:
-        if not rules.own_shape or bucket is None:
+        if not rules.keeps_aspect_ratio or bucket is None:
             return None
-        area = bucket[0] * bucket[1] if rules.area is None else rules.area
+        area = bucket[0] * bucket[1] if rules.max_area is None else rules.max_area
         return fit_within(size, area, step)
     try:
         sizes = _bucket_sizes(*resolution, step)

@@ -87,7 +87,7 @@ def unvaried_captions(source: MediaSource) -> Iterator[str]:
     table = source.table
     if source.caption is None:
         return
-    if not table.changes.is_raw:
+    if not table.changes.varies_per_step:
         yield from (source.caption, *source.more_captions)
         return
     lines = lines_of(source.caption) or [""]
@@ -104,7 +104,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     for source in sources:
         kinds: dict[str, None] = {}  # ordered, each kind once
         # a JSON object would be torn apart if its parts are shuffled or dropped
-        if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
+        if source.table.changes.moves_tags and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
             if source.table.changes.wildcards:  # {a|b} is a random choice

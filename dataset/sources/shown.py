@@ -53,7 +53,9 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
     path = _locate(entry.get("path"), file, f"{position}: path")
     if entry.get("audio_path") is None:
         return ReferenceMedium(kind, path, is_silent="audio_path" in entry)
-    return ReferenceMedium(kind, path, audio=_locate(entry["audio_path"], file, f"{position}: audio_path"))
+    return ReferenceMedium(
+        kind, path, audio_path=_locate(entry["audio_path"], file, f"{position}: audio_path")
+    )
 
 
 def _locate(text: Any, file: Path, position: str) -> Path:

@@ -60,7 +60,7 @@ KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-
 # a LoRA leaves out modulations unless they are asked for, as musubi-tuner's
 KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
 # --discrete_flow_shift is for --timestep_sampling shift
-KONTEXT_NOISE = NoiseSpec(tokens=count_image_tokens)
+KONTEXT_NOISE = NoiseSpec(count_tokens=count_image_tokens)
 KONTEXT_LATENT = replace(LATENT, npz=None, flat_in_caches=True)
 GENERATION = image_defaults(25, 1.0, 256, embedded_guidance=DEFAULT_GUIDANCE)
 
@@ -124,7 +124,7 @@ class Kontext(Flux):
     @property
     def references(self) -> ReferenceRules:
         """Return the rules for references: one image, which is edited."""
-        return ReferenceRules(maximum=1, edits=True)
+        return ReferenceRules(max_references=1, edits=True)
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, OF_DECODING, OF_REFERENCES, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
@@ -76,15 +76,15 @@ class KontextGenerationOptions(Options, title=NAME):
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options by name that cache for a training: those of latent caching, then of text caching."""
-    return options.vae.file.words(), _list_text_options(options.text)
+    return options.vae.file.command_options(), _list_text_options(options.text)
 
 
 def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, with values, of a command that generates `sample` with the models of a training."""
     controls = sample.get("control_images") or ()
     return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        **options.vae.file.words(),
+        "--dit": options.dit or Placeholder("DIT_FILE"),
+        **options.vae.file.command_options(),
         **_list_text_options(options.text),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,
@@ -95,8 +95,8 @@ def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any
 
 def _list_text_options(text: KontextTextOptions) -> dict[str, Any]:
     return {
-        "--text_encoder1": text.text_encoder1 or FillIn("T5_FILE"),
+        "--text_encoder1": text.text_encoder1 or Placeholder("T5_FILE"),
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,
-        "--text_encoder2": text.text_encoder2 or FillIn("CLIP_FILE"),
+        "--text_encoder2": text.text_encoder2 or Placeholder("CLIP_FILE"),
         "--text_encoder2_tokenizer": text.text_encoder2_tokenizer,
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modules.attention.sdpa import causal_sdpa, cudnn_note, sdpa
-from modules.devices import dtype_name, numbers_on
+from modules.devices import dtype_name, tensor_on
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice, flag_of
 
@@ -27,7 +27,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and val
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SampleLengths:
     """Number of real tokens of each sample, which padding follows; `make_lengths` makes it once per pass."""
 
     # B numbers on the host: reading them from the device in every layer would make the host wait
@@ -36,31 +36,31 @@ class Lengths:
     starts: Tensor
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Number of tokens of the longest sample."""
         return max(self.counts)
 
-    def without(self, count: int) -> "Lengths":
+    def shorten(self, count: int) -> "SampleLengths":
         """Return the lengths of samples that have lost this many real tokens each."""
         return make_lengths([real - count for real in self.counts], self.starts.device)
 
 
-def make_lengths(counts: Sequence[int], device: torch.device) -> Lengths:
-    """Make the `Lengths` of a batch.
+def make_lengths(counts: Sequence[int], device: torch.device) -> SampleLengths:
+    """Make the `SampleLengths` of a batch.
 
     `counts` holds the number of real tokens of each sample, at least 1.
     """
-    starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
-    return Lengths(tuple(counts), starts)
+    starts = tensor_on(device, [0, *accumulate(counts)], torch.int32)
+    return SampleLengths(tuple(counts), starts)
 
 
-def pack(tokens: Tensor, lengths: Lengths) -> Tensor:
+def pack(tokens: Tensor, lengths: SampleLengths) -> Tensor:
     """Concatenate the real tokens of B L N D to T N D."""
     # unbind: the gradient of a slice of the batch would be a batch of zeros for each sample
     return torch.cat([sample[:count] for sample, count in zip(tokens.unbind(0), lengths.counts, strict=True)])
 
 
-def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
+def unpack(packed: Tensor, lengths: SampleLengths, length: int) -> Tensor:
     """Turn packed tokens, T N D, back into a padded batch, B `length` N D, with zeros in the padding."""
     return _fill_up(packed.split(lengths.counts), length)
 
@@ -84,12 +84,12 @@ def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return flash_attn_func(query, key, value)
 
 
-def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
     """Run FlashAttention 2 on packed samples: T N D."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        query, key, value, lengths.starts, lengths.starts, lengths.longest, lengths.longest
+        query, key, value, lengths.starts, lengths.starts, lengths.max_length, lengths.max_length
     )
 
 
@@ -100,11 +100,11 @@ def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _drop_normalizer(flash_attn_func(query, key, value))
 
 
-def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
     """Run FlashAttention 3 on packed samples: T N D."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    starts, longest = lengths.starts, lengths.longest
+    starts, longest = lengths.starts, lengths.max_length
     return _drop_normalizer(flash_attn_varlen_func(query, key, value, starts, starts, longest, longest))
 
 
@@ -125,7 +125,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return memory_efficient_attention(query, key, value)
 
 
-def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: SampleLengths) -> Tensor:
     """Run xFormers on packed samples, T N D, with a mask stored as a list of lengths, not a matrix."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
@@ -141,7 +141,7 @@ def _drop_normalizer(result: Any) -> Tensor:
 
 logger = logging.getLogger(__name__)
 
-Packed = Callable[[Tensor, Tensor, Tensor, Lengths], Tensor]  # query, key, value T N D -> T N D
+Packed = Callable[[Tensor, Tensor, Tensor, SampleLengths], Tensor]  # query, key, value T N D -> T N D
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -157,7 +157,7 @@ class Backend:
     capability: tuple[int, int] | None = None  # the lowest compute capability that it supports
     only: str | None = None  # name of the supported GPUs, if they need exactly that capability
     dtypes: tuple[torch.dtype, ...] | None = None  # None: any
-    learns: bool = True  # whether it has a backward pass
+    has_backward: bool = True  # whether it has a backward pass
 
 
 BACKENDS = {
@@ -190,7 +190,7 @@ BACKENDS = {
         install="from source: https://github.com/thu-ml/SageAttention",
         capability=(8, 0),
         dtypes=HALF_DTYPES,
-        learns=False,
+        has_backward=False,
     ),
     "xformers": Backend(
         dense=xformers,
@@ -207,7 +207,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     choice: AttentionChoice = SDPA,
-    lengths: Lengths | None = None,
+    lengths: SampleLengths | None = None,
     repeats: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax attention, scaled by 1/sqrt(D), in the inputs' dtype (under autocast in its dtype).
@@ -295,7 +295,7 @@ def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) 
 
 
 def _attend_to_real_tokens(
-    dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths
+    dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths
 ) -> Tensor:
     """Compute attention sample by sample, over its real tokens only. Returns B L N D, padded with zeros."""
     front = key.shape[1] - query.shape[1]
@@ -361,7 +361,7 @@ def rejection(
     The package of `backend` need not be installed. `capability` is None without a CUDA device. `dtype`
     returns the dtype of the model, which may read the checkpoint.
     """
-    if training and not backend.learns:
+    if training and not backend.has_backward:
         return "has no backward pass, so nothing would be learned: it is for generation only."
     if capability is None:
         return "runs on CUDA devices only, and this run does not use one."
@@ -412,27 +412,31 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
 
 
 # outputs of attention to the wanted text and to another one, each B L N D -> the output to use instead
-Steer = Callable[[Tensor, Tensor], Tensor]
+CombineAttention = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SecondText:
     """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
-    before: int  # tokens of the image, L
-    count: int  # tokens of the second text, T'
-    lengths: Lengths | None  # number of real tokens among L + T'; None: all
-    steer: Steer
+    num_image_tokens: int  # tokens of the image, L
+    num_text_tokens: int  # tokens of the second text, T'
+    lengths: SampleLengths | None  # number of real tokens among L + T'; None: all
+    combine_attention: CombineAttention
 
-    def without(self, x: Tensor) -> Tensor:
+    def drop_second_text(self, x: Tensor) -> Tensor:
         """Return the tokens of the image and of the first text, B L+T ..."""
-        return x[:, : -self.count]
+        return x[:, : -self.num_text_tokens]
 
-    def alone(self, x: Tensor) -> Tensor:
+    def drop_first_text(self, x: Tensor) -> Tensor:
         """Return the tokens of the image and of the second text, B L+T' ..."""
-        return torch.cat([x[:, : self.before], x[:, -self.count :]], dim=1)
+        return torch.cat([x[:, : self.num_image_tokens], x[:, -self.num_text_tokens :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
         """Combine attentions computed with one text each to the attention with both texts, B L+T+T' N D."""
-        steered = self.steer(first[:, : self.before], second[:, : self.before])
-        return torch.cat([steered, first[:, self.before :], second[:, self.before :]], dim=1)
+        steered = self.combine_attention(
+            first[:, : self.num_image_tokens], second[:, : self.num_image_tokens]
+        )
+        return torch.cat(
+            [steered, first[:, self.num_image_tokens :], second[:, self.num_image_tokens :]], dim=1
+        )

@@ -13,16 +13,16 @@ from torch.nn.functional import interpolate
 from torch.overrides import handle_torch_function, has_torch_function
 
 
-def layouts(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
+def memory_formats(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
     """Return the memory layouts of clips (B C T H W) and of single frames (B C H W) for a device."""
     if device.type in {"cpu", "cuda"}:
         return torch.channels_last_3d, torch.channels_last
     return torch.contiguous_format, torch.contiguous_format
 
 
-def lay_out(module: nn.Module, device: torch.device) -> None:
+def set_memory_format(module: nn.Module, device: torch.device) -> None:
     """Convert the weights of a module's convolutions to the memory layouts for the device."""
-    clip_layout, frame_layout = layouts(device)
+    clip_layout, frame_layout = memory_formats(device)
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
             layout = clip_layout if isinstance(part, nn.Conv3d) else frame_layout

@@ -16,7 +16,7 @@ def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
-def in_own_dtype(layer: Any, x: Tensor) -> Tensor:
+def run_in_weight_dtype(layer: Any, x: Tensor) -> Tensor:
     """Return layer(x), with x cast to the weight's dtype; under autocast or in fp8 the layer casts x."""
     dtype: torch.dtype = layer.weight.dtype
     if x.dtype == dtype or dtype.itemsize == 1 or torch.is_autocast_enabled(x.device.type):
@@ -31,7 +31,7 @@ def run_float32(layer: Any, x: Tensor) -> Tensor:
         return layer(x.to(torch.float32 if dtype.itemsize == 1 else dtype)).float()
 
 
-class TwoLayers(nn.Module):
+class TwoLayerMlp(nn.Module):
     """second(activation(first(x))), ... C -> ... C', each layer in its own dtype or both in float32."""
 
     def __init__(
@@ -56,7 +56,7 @@ class TwoLayers(nn.Module):
         self.add_module(self._first, nn.Linear(sizes[0], sizes[1], bias=bias))
         self.add_module(self._second, nn.Linear(sizes[1], sizes[2], bias=bias))
         self._activation = activation
-        self._run = run_float32 if in_float32 else in_own_dtype
+        self._run = run_float32 if in_float32 else run_in_weight_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the result of both layers, ... C' for ... C."""
@@ -65,7 +65,7 @@ class TwoLayers(nn.Module):
 
 
 class NamedFeedForward(nn.Module):
-    """`TwoLayers` with the names of diffusers' files: net.0.proj and net.2."""
+    """`TwoLayerMlp` with the names of diffusers' files: net.0.proj and net.2."""
 
     def __init__(
         self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor], bias: bool = True
@@ -79,7 +79,7 @@ class NamedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the result of both layers, ... C' for ... C."""
         first, _, last = self.net
-        return in_own_dtype(last, self._activation(in_own_dtype(first["proj"], x)))  # type: ignore[index]
+        return run_in_weight_dtype(last, self._activation(run_in_weight_dtype(first["proj"], x)))  # type: ignore[index]
 
 
 class Float32LayerNorm(nn.Module):

@@ -26,23 +26,25 @@ THETA = 10000.0  # base of the frequencies, as trained
 
 
 @dataclass(frozen=True)
-class Slow:
+class SlowedFrequency:
     """A frequency of one axis that is lowered so that a long video does not repeat itself (RIFLEx)."""
 
     index: int  # index of the frequency, from 0, fastest first
     period: float  # positions per full rotation
 
 
-class Grid(NamedTuple):
+class TokenGrid(NamedTuple):
     """The positions of a grid of tokens, as the key of its cached table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
-    slow: Slow | None = None  # lowered frequency of the frame axis
-    first: int = 0  # position of the first frame
-    places: tuple[int, ...] = ()  # positions of all frames, if they are not consecutive
+    slow: SlowedFrequency | None = None  # lowered frequency of the frame axis
+    first_position: int = 0  # position of the first frame
+    frame_positions: tuple[int, ...] = ()  # positions of all frames, if they are not consecutive
 
 
-def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
+def rotation_angles(
+    positions: Tensor, width: int, theta: float = THETA, slow: SlowedFrequency | None = None
+) -> Tensor:
     """Return the rotation angles of positions on an axis: n -> n x width/2, in the dtype of the positions.
 
     `width` is the number of channels that belong to the axis, which is even. `slow` replaces one of the
@@ -59,7 +61,7 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | 
     return torch.outer(positions, frequencies)
 
 
-def on_grid(axes: Sequence[Tensor]) -> Tensor:
+def spread_over_grid(axes: Sequence[Tensor]) -> Tensor:
     """Spread per-axis values over the tokens of a grid in row-major order, and concatenate the axes' pairs.
 
     `axes` are each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
@@ -73,8 +75,8 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
     return torch.cat(columns, dim=1)  # not a view of the grid: compiled blocks would depend on its sizes
 
 
-def exact_table(
-    grid: Grid,
+def rotary_table(
+    grid: TokenGrid,
     widths: Sequence[int],
     theta: float = THETA,
     device: torch.device = CPU,
@@ -91,24 +93,24 @@ def exact_table(
     pairs = []
     for axis, (size, width) in enumerate(zip(grid.sizes, widths, strict=True)):
         is_time = axis == 0
-        start = grid.first if is_time else 0
+        start = grid.first_position if is_time else 0
         slow = grid.slow if is_time else None  # a lowered frequency
         positions = torch.arange(start, start + size, dtype=dtype)
-        if is_time and grid.places:  # frames that are not consecutive
-            positions = torch.tensor(grid.places, dtype=dtype)
-        pair = turns(angles_at(positions, width, theta, slow)).float()
+        if is_time and grid.frame_positions:  # frames that are not consecutive
+            positions = torch.tensor(grid.frame_positions, dtype=dtype)
+        pair = cos_and_sin(rotation_angles(positions, width, theta, slow)).float()
         pairs.append(send_ahead(pair, device))
-    return on_grid(pairs).unsqueeze(1).to(stored)
+    return spread_over_grid(pairs).unsqueeze(1).to(stored)
 
 
-def turns(angles: Tensor) -> Tensor:
+def cos_and_sin(angles: Tensor) -> Tensor:
     """Return cosine and sine of angles, in a new last axis of 2."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-float32_table = functools.partial(exact_table, dtype=torch.float32)
+float32_table = functools.partial(rotary_table, dtype=torch.float32)
 # values of --rope_func
-TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": float32_table}
+TABLES: dict[str, Callable[..., Tensor]] = {"default": rotary_table, "comfy": float32_table}
 
 
 class TableMaker(Protocol[Asked]):
@@ -118,12 +120,12 @@ class TableMaker(Protocol[Asked]):
         """Make the table of rotations for a layout of tokens, on a device."""
 
 
-def table_maker(
+def bind_rotary_table(
     make: Callable[..., Tensor],
     widths: Sequence[int],
     theta: float = THETA,
     dtype: torch.dtype = torch.float32,
-) -> TableMaker[Grid]:
+) -> TableMaker[TokenGrid]:
     """Return a function that makes the tables of one network.
 
     `make` is one of the functions in `TABLES`, and `dtype` is the dtype of the table.
@@ -131,10 +133,10 @@ def table_maker(
     return functools.partial(make, widths=widths, theta=theta, stored=dtype)
 
 
-def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
+def joined_tables(make: TableMaker[TokenGrid]) -> TableMaker[tuple[TokenGrid, ...]]:
     """Return a function that makes one table for several grids whose tokens follow one another."""
 
-    def make_joined(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
+    def make_joined(grids: tuple[TokenGrid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
 
     return make_joined
@@ -173,7 +175,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return rotated.flatten(-2).type_as(x)
 
 
-def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
+def select_rotations(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
     """Return the rotations of some tokens: B K' 1 D/2 2.
 
     `table` has the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` has the ascending

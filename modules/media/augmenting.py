@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from modules.media.buckets import Fit, Size, how_to_resize
+from modules.media.buckets import Fit, Size, select_interpolation
 from modules.media.reading import Frame
 
 COLOR_RATE = 1 / 3  # fraction of images whose colors change, as in image trainers
@@ -93,7 +93,7 @@ def fit_face(
 
     left = start(face.x * scale, face.width * scale, axis=0)
     top = start(face.y * scale, face.height * scale, axis=1)
-    return Fit(resized, (left, top), bucket, how_to_resize(size, resized))
+    return Fit(resized, (left, top), bucket, select_interpolation(size, resized))
 
 
 def mirror(frame: Frame) -> Frame:

@@ -151,10 +151,10 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
         return fit
     if abs(size[0] * like[1] - size[1] * like[0]) > max(size[0] * like[1], size[1] * like[0]) // 50:
         return fit_cover(size, fit.bucket)
-    return Fit(fit.resized, fit.crop, fit.bucket, how_to_resize(size, fit.resized))
+    return Fit(fit.resized, fit.crop, fit.bucket, select_interpolation(size, fit.resized))
 
 
-def how_to_resize(size: Size, resized: Size) -> str:
+def select_interpolation(size: Size, resized: Size) -> str:
     """Return the resizing filter: "area" if both sides shrink, else "lanczos"; "none" for equal sizes."""
     if size == resized:
         return "none"

@@ -12,7 +12,7 @@ from modules.media.reading import resize_frame
 STEP = 8  # pixels per latent
 
 
-def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
+def composite_on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
     """Scale an image, H W 3, to fit inside `width` x `height`, and center it on white: 1 3 1 H W in -1..1.
 
     As in diffusers' WanVACEPipeline, sides are first reduced to multiples of 8 (Lanczos), then scaled and

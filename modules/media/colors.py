@@ -78,7 +78,7 @@ class _Profile:
     path: Path = field(compare=False)  # first image with the profile, for messages
 
 
-def upright(file: Image.Image) -> Image.Image:
+def apply_orientation(file: Image.Image) -> Image.Image:
     """Apply the EXIF orientation to an opened image, and return the image."""
     _note_info(file)
     ImageOps.exif_transpose(file, in_place=True)  # in place, to save memory
@@ -107,7 +107,7 @@ def _note_info(file: Image.Image) -> None:
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
     """Return the pixels on white, H W 3 RGB; with `alpha`, a transparent image as H W 4 instead.
 
-    `image` comes from `upright`. `path` is for messages only.
+    `image` comes from `apply_orientation`. `path` is for messages only.
     """
     image.load()  # loading may change the mode
     keeps_alpha = alpha and _may_be_transparent(image)
@@ -165,7 +165,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
     return None if content is None else _transform(_Profile(content, "RGB", Path()))[0]
 
 
-def look_at(path: Path, file: Image.Image) -> Colors:
+def inspect_colors(path: Path, file: Image.Image) -> Colors:
     """Return information about an opened image's colors. Pixels are read only if it may be transparent."""
     _note_info(file)
     profile = _find_profile(path, file)

@@ -48,7 +48,7 @@ class _Track:
     lost: int = 0  # packets
 
 
-class Companions:
+class OtherStreams:
     """The streams of a source video except its images, copied to a new video as its images are written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:

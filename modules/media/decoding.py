@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colors import blend_on_white, shown_pixels
@@ -106,7 +106,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise MediaError(
-                f"{path} is damaged or cut short: only {count_of(num_frames, 'frame')} could be read"
+                f"{path} is damaged or cut short: only {format_count(num_frames, 'frame')} could be read"
             )
         # the empty last packet flushes the decoder
         content = packet if packet.size else None

@@ -35,7 +35,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their
 
 
 @dataclass(frozen=True)
-class Picture:
+class OutputFrame:
     """A frame and the time at which it is shown, in exact seconds, so that rounding errors do not add up."""
 
     pixels: Pixels

@@ -29,13 +29,13 @@ from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.colors import (
     HDR,
     Colors,
+    apply_orientation,
     blend_on_white,
     code_transform,
     coded_pixels,
-    look_at,
+    inspect_colors,
     row_blocks,
     shown_pixels,
-    upright,
 )
 from modules.media.colors import Frame as Frame
 from modules.media.opening import AUDIO_FORMATS, open_container, open_image, open_video, reading
@@ -110,7 +110,7 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
         MediaError: If the image cannot be read.
     """
     with open_image(path) as file:
-        return shown_pixels(path, upright(file), alpha)
+        return shown_pixels(path, apply_orientation(file), alpha)
 
 
 def add_alpha(frame: Frame) -> Frame:
@@ -173,7 +173,7 @@ def media_colors(path: Path) -> Colors:
                 is_square=decoding.square_width(codec, stream) == codec.width,
             )
     with open_image(path) as file:
-        colors = look_at(path, file)
+        colors = inspect_colors(path, file)
         return replace(colors, is_transparent=False) if decoding.is_animation(path) else colors
 
 
@@ -372,7 +372,7 @@ class FrameSizes:
             yield frame
 
 
-def slots(rate: float) -> Iterator[float]:
+def frame_times(rate: float) -> Iterator[float]:
     """Yield, without end, the time in seconds of each frame of a clip at `rate`."""
     return ((count + PLACE_IN_FRAME) / rate for count in itertools.count())
 

@@ -89,7 +89,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
         seconds = Fraction(count, rate)
         layout = LAYOUTS[channels_read]
         try:
-            for samples in filled(path, index, begin, seconds, rate=rate, layout=layout):
+            for samples in read_filled(path, index, begin, seconds, rate=rate, layout=layout):
                 track[:, place : place + samples.shape[1]] = samples
                 place += samples.shape[1]
         except av.FFmpegError as error:
@@ -185,7 +185,7 @@ def _find_origin(container: Any) -> Fraction:
     return Fraction(main.start_time * main.time_base)
 
 
-def filled(
+def read_filled(
     path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
 ) -> Iterator[Samples]:
     """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.

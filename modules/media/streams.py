@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from modules.errors import MediaError
 from modules.media import decoding
 from modules.media.colors import HDR, blend_on_white
-from modules.media.encoding import Picture, in_eight_bits
+from modules.media.encoding import OutputFrame, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
 
@@ -73,7 +73,7 @@ def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> in
     return count if 0 < count <= maximum else None
 
 
-def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
+def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[OutputFrame]:
     """Yield the frames of a video file in playing order, upright, with strictly increasing times.
 
     With `deep`, frames have 16 bits per channel if the file has more than 8. At most `limit` frames are read.
@@ -83,13 +83,13 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     """
     if limit is not None and limit < 1:
         return
-    previous: Picture | None = None
+    previous: OutputFrame | None = None
     for index, frame in enumerate(
         _read_animation(path) if decoding.is_animation(path) else _read_timed(path, deep)
     ):
         if previous is not None:
             # a frame is shown until the next one starts
-            yield Picture(previous.pixels, previous.start, frame.start - previous.start)
+            yield OutputFrame(previous.pixels, previous.start, frame.start - previous.start)
         if index == limit:
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
@@ -105,11 +105,11 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         yield previous
 
 
-def _read_animation(path: Path) -> Iterator[Picture]:
+def _read_animation(path: Path) -> Iterator[OutputFrame]:
     start = Fraction(0)
     for pixels, duration in decoding.animation_frames(path):
         seconds = _round_animation_seconds(duration)
-        yield Picture(blend_on_white(pixels), start, seconds)
+        yield OutputFrame(blend_on_white(pixels), start, seconds)
         start += seconds
 
 
@@ -124,7 +124,7 @@ def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray
     return decoding.turn_upright(pixels, timed.orientation)
 
 
-def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
+def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
     """Yield the frames of a video with the time at which each is shown, and for how long."""
     with open_video(path) as (container, stream):
         rate = _find_rate(stream)
@@ -151,7 +151,7 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
             seconds = clock.duration(declared)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # duration of the last frame; others are not known yet
-            yield Picture(pixels, start, seconds)
+            yield OutputFrame(pixels, start, seconds)
 
 
 def _find_end(container: Any, stream: Any) -> Fraction | None:

@@ -25,7 +25,7 @@ from modules.media.opening import av, open_container, reading
 from modules.media.tracks import Track, TrackAudio
 
 if TYPE_CHECKING:  # imported below, only if another video's streams are copied
-    from modules.media.companions import Companions
+    from modules.media.companions import OtherStreams
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class SectionAudio:
 
     def _encode_track(self, index: int, stream: Any) -> Iterator[Any]:
         """Yield encoded packets of a track, cut to the section; missing sound becomes silence."""
-        from modules.media.samples import filled
+        from modules.media.samples import read_filled
 
         layout, rate = stream.layout.name, stream.rate
         section = self._section
         begin = section.start + time_origin(self._source)
-        parts = filled(
+        parts = read_filled(
             section.path,
             index,
             begin,
@@ -138,7 +138,7 @@ class Timing:
         """Duration of the images so far."""
         return self._end - self._begin
 
-    def note(self, frames: Iterable[encoding.Picture]) -> Iterator[encoding.Pixels]:
+    def note(self, frames: Iterable[encoding.OutputFrame]) -> Iterator[encoding.Pixels]:
         """Yield the pixels of frames, and remember the times of the frames.
 
         Raises:
@@ -263,7 +263,7 @@ def write_video(
         OutputError: If the file cannot be written.
     """
     rate = _make_rate(fps)
-    images = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
+    images = (encoding.OutputFrame(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
     write_timed_video(
         path, images, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track
     )
@@ -281,7 +281,7 @@ class WrittenVideo:
 
 def write_timed_video(
     path: Path,
-    frames: Iterable[encoding.Picture],
+    frames: Iterable[encoding.OutputFrame],
     rate: Fraction,
     codec: str,
     *,
@@ -380,7 +380,7 @@ def _open_writers(
     suffix: str,
     rate: Fraction,
     covers: bool,
-) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
+) -> Iterator[tuple["TrackAudio | OtherStreams | SectionAudio | None", "OtherStreams | None"]]:
     """Yield the writer of all streams other than images, and the writer of a fully copied video.
 
     The first writer adds a generated audio track, or streams of a video that this function opens. The second
@@ -398,9 +398,9 @@ def _open_writers(
         source = open_container(path)
     with source:
         if section is None:
-            from modules.media.companions import Companions  # only with companions
+            from modules.media.companions import OtherStreams  # only with companions
 
-            companions = Companions(path, source, suffix, rate=rate, covers=covers)
+            companions = OtherStreams(path, source, suffix, rate=rate, covers=covers)
             yield companions, companions
         else:
             yield SectionAudio(section, source), None

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from modules.console import in_words
+from modules.console import format_duration
 from modules.control_codes import escape_control_codes
 
 
@@ -50,14 +50,14 @@ def speaking(chosen: Language) -> Iterator[None]:
         _language.reset(before)
 
 
-class Words(str):
+class TranslatableText(str):
     """An English text with the key of its translation, and the values to insert into the translation."""
 
     __slots__ = ("key", "values")
     key: str
     values: Mapping[str, Any]
 
-    def __new__(cls, text: str, key: str, values: Mapping[str, Any]) -> "Words":
+    def __new__(cls, text: str, key: str, values: Mapping[str, Any]) -> "TranslatableText":
         """Make a text whose English form is `text`."""
         words = super().__new__(cls, text)
         words.key = key
@@ -68,9 +68,9 @@ class Words(str):
         return self
 
     def __html__(self) -> Markup:  # what `escape` calls
-        return escape(escape_control_codes(self.shown()))
+        return escape(escape_control_codes(self.translated()))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Words":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TranslatableText":
         return self
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
@@ -80,7 +80,7 @@ class Words(str):
         """Return the English text."""
         return str.__str__(self)
 
-    def shown(self) -> str:
+    def translated(self) -> str:
         """Return the text in the language of the page."""
         text = _language.get().texts.get(self.key)
         if text is None:
@@ -90,7 +90,7 @@ class Words(str):
         return text % {name: show(value) for name, value in self.values.items()}
 
 
-class JoinedWords(Words):
+class JoinedText(TranslatableText):
     """Texts with a separator between them, each of which is translated."""
 
     __slots__ = ()
@@ -100,15 +100,15 @@ class JoinedWords(Words):
         return self.key.join(str(show(text)) for text in self.values["texts"])
 
 
-def join(separator: str, texts: Iterable[str]) -> Words:
+def join(separator: str, texts: Iterable[str]) -> TranslatableText:
     """Join texts with a separator, so that each translatable text is still translated on its own."""
     row = list(texts)
-    return JoinedWords(separator.join(row), separator, {"texts": row})
+    return JoinedText(separator.join(row), separator, {"texts": row})
 
 
 def show(value: Any) -> Any:
     """Return a value for a page; a translatable text is translated to the page's language."""
-    return value.shown() if isinstance(value, Words) else value
+    return value.translated() if isinstance(value, TranslatableText) else value
 
 
 def show_all(value: Any) -> Any:
@@ -122,26 +122,26 @@ def show_all(value: Any) -> Any:
     return show(value)
 
 
-def say(text: str, /, **values: Any) -> Words:
+def say(text: str, /, **values: Any) -> TranslatableText:
     """Return a translatable English text, with `values` inserted for its `%(name)s`."""
-    return Words(text % values if values else text, text, values)
+    return TranslatableText(text % values if values else text, text, values)
 
 
-def counted(number: int, singular: str, plural: str, /, **values: Any) -> Words:
+def say_count(number: int, singular: str, plural: str, /, **values: Any) -> TranslatableText:
     """Select the singular or plural text for a number; translations are found by the plural.
 
     `%(n)s` in the texts stands for the number, with commas between thousands.
     """
     values = {"n": f"{number:,}", **values}
-    return Words((singular if number == 1 else plural) % values, plural, values)
+    return TranslatableText((singular if number == 1 else plural) % values, plural, values)
 
 
 UNITS = (say("%(n)s s"), say("%(n)s min"), say("%(n)s h"), say("%(n)s d"))
 
 
-def say_duration(seconds: float) -> Words:
+def say_duration(seconds: float) -> TranslatableText:
     """Format a duration for people, such as `2 h 10 min`, in the page's language."""
-    words = in_words(seconds).split()
+    words = format_duration(seconds).split()
     keys = {unit.split()[1]: unit for unit in UNITS}
     return join(
         " ", (say(keys[unit], n=number) for number, unit in zip(words[::2], words[1::2], strict=True))

@@ -29,10 +29,10 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from modules.atomic_write import write_text
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.control_codes import escape_control_codes
 from modules.media.colors import Frame
-from modules.pages.language import Words, fill_counted, fill_template, language
+from modules.pages.language import TranslatableText, fill_counted, fill_template, language
 from modules.run_limits import temporary_folder
 
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
@@ -70,8 +70,8 @@ def mark_folders(value: Any) -> Any:
 
     Control codes, which could hide or reorder the text, are written out.
     """
-    if isinstance(value, Words):  # in the language of the page
-        value = value.shown()
+    if isinstance(value, TranslatableText):  # in the language of the page
+        value = value.translated()
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value
     text, end = escape_control_codes(str(value)), 0
@@ -164,8 +164,13 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
-    values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
-    if not isinstance(title, Words):  # whose translation is escaped where it is shown
+    values = {
+        **values,
+        "reelsmith": quote_command(["python", "reelsmith.py"]),
+        "sheet": SHEET,
+        "script": SCRIPT,
+    }
+    if not isinstance(title, TranslatableText):  # whose translation is escaped where it is shown
         title = escape_control_codes(title)
     context = {**values, "title": title, "policy": policy}
     return _load_templates(template.parent).get_template(template.name).render(context)

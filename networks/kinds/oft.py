@@ -182,7 +182,7 @@ class OftKind(NetworkKind):
         """
         from torch import nn
 
-        from modules.console import count_of
+        from modules.console import format_count
         from networks.kinds.oft_layer import OftLayer
 
         layers: dict[str, nn.Module] = {}
@@ -199,7 +199,9 @@ class OftKind(NetworkKind):
                 adjustments[f"{module.in_features} inputs: {block_size} in place of {target.rank}"] += 1
             layers[name] = OftLayer(module, block_size)
         if adjustments:
-            lines = [f"{text} ({count_of(count, 'layer')})" for text, count in sorted(adjustments.items())]
+            lines = [
+                f"{text} ({format_count(count, 'layer')})" for text, count in sorted(adjustments.items())
+            ]
             logger.info(
                 "block sizes that do not divide a layer's inputs become the nearest that do. "
                 f"{'; '.join(lines)}"

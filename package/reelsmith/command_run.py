@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.errors import UserError
 from modules.installation import program_environment, program_words
 from package.reelsmith.events import (
@@ -196,5 +196,5 @@ class CommandRun:
             return
         output = "\n".join(self.lines)
         if code in (1, 2, 3) and "Traceback (most recent call last)" not in output:
-            raise UserError(message_of(output))
+            raise UserError(extract_error_message(output))
         raise RuntimeError(f"{self.script.name} ended with code {code}:\n{output[-MAX_OF_OUTPUT:]}")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from modules.command import name_as_typed
 from modules.console import quiet
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.errors import OptionError, UserError
 from modules.installation import EXTENSIONS
 from modules.option_tables import find_table
@@ -26,7 +26,7 @@ class _RaisingParser(Parser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Raise the message of a wrong option as OptionError instead of ending the process."""
-        raise OptionError(message_of(message or "the options ask for the help alone"))
+        raise OptionError(extract_error_message(message or "the options ask for the help alone"))
 
 
 class ScriptArguments:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from modules.devices import select_compute_dtype
 from modules.errors import NothingFoundError, OptionError
 from modules.integers import ceil_div
-from modules.media.encoding import Picture, Pixels, in_eight_bits
+from modules.media.encoding import OutputFrame, Pixels, in_eight_bits
 from modules.onnx_models import may_be_onnx
 from postprocessing.blurring.tracks import Box, Tracks, widened
 from postprocessing.contract import Clip, Stage
@@ -163,7 +163,7 @@ class _Waiting(NamedTuple):
     """An image whose boxes are not final until later images have been searched."""
 
     number: int
-    picture: Picture
+    picture: OutputFrame
     has_boxes: bool
 
 
@@ -192,7 +192,7 @@ class BlurStage:
         """Return the clip unchanged: blurring keeps size and frame rate."""
         return clip
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield all images with the found objects covered, also where only neighboring images show them.
 
         As many images as the larger of `hold` and `lookback` wait for boxes of later images.
@@ -244,7 +244,7 @@ class BlurStage:
             )
         logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
 
-    def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
+    def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> OutputFrame:
         image = waiting.picture
         boxes = tracks.boxes(waiting.number)
         tracks.forget(waiting.number)

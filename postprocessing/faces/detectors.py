@@ -9,7 +9,7 @@ import torch
 
 from checkpoints.containers import PICKLE
 from checkpoints.opening import open_checkpoint
-from modules.devices import half_where_fast
+from modules.devices import replace_slow_float16
 from modules.errors import CheckpointError
 from modules.limits import MAX_PICKLE_BYTES
 from modules.onnx_models import OnnxModel, load_onnx, may_be_onnx, shapes_text
@@ -78,7 +78,7 @@ def load_detector(
     _reject_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:
         plan = read_retinaface(checkpoint, option)
-        dtype = half_where_fast(device, dtype, "RetinaFace")
+        dtype = replace_slow_float16(device, dtype, "RetinaFace")
         return load_retinaface(plan, device, dtype, side=side, option=option)
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, leaky_relu
 
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
 from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.errors import CheckpointError
 from modules.option_values import to_path
 from modules.paths import explain_missing
@@ -373,7 +373,7 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
 
 def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
     """Return the error for a missing model file; `task` is its task in tools/download.py, if any."""
-    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
+    command = quote_command(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "
     return CheckpointError(
         f"{what}: no {file} is in {folder}.\n  Give another file or folder, or put it there: {download}take "

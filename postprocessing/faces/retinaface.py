@@ -21,7 +21,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.integers import ceil_div
-from modules.layers.convolution import lay_out, layouts
+from modules.layers.convolution import memory_formats, set_memory_format
 from postprocessing.contract import batch_norm
 from postprocessing.faces.boxes import FoundFace, select_best, shrunk
 from postprocessing.faces.retinaface_bodies import (
@@ -230,7 +230,7 @@ class RetinaFaceDetector:
         blue_first = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
         image = rearrange(blue_first, "h w c -> 1 c h w").float()
         image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
-        return image.contiguous(memory_format=layouts(self.device)[1])
+        return image.contiguous(memory_format=memory_formats(self.device)[1])
 
 
 def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
@@ -288,7 +288,7 @@ def load_retinaface(
         CheckpointError: If tensors have unexpected shapes.
     """
     network = load_planned(plan, RetinaFace, device=device, dtype=dtype, what=option)
-    lay_out(network, device)
+    set_memory_format(network, device)
     return RetinaFaceDetector(network, side, device)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
+from modules.media.encoding import OutputFrame, Pixels, in_eight_bits, in_sixteen_bits
 from modules.onnx_models import may_be_onnx
 from postprocessing.contract import Clip, Stage, enlarged_clip, enlarged_size
 from postprocessing.faces import restorers
@@ -229,7 +229,7 @@ class Facefix:
         """
         return enlarged_clip(clip, self.options.upscale, "--upscale")
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield images with restored faces; images without faces are only scaled."""
         steady = SteadyLandmarks(self.options.smooth)
         num_images = 0
@@ -258,7 +258,7 @@ class Facefix:
                 self.least_score,
             )
 
-    def _find_matrices(self, picture: Picture, steady: SteadyLandmarks) -> list[Matrix]:
+    def _find_matrices(self, picture: OutputFrame, steady: SteadyLandmarks) -> list[Matrix]:
         """Detect the faces to restore; return the matrix that aligns each face to the template."""
         faces = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
         if any(face.landmarks is None for face in faces):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from modules.errors import CheckpointError, MediaError, OptionError
-from modules.media.encoding import Picture, Pixels
+from modules.media.encoding import OutputFrame, Pixels
 from modules.media.measures import Thumbnail, clock_time, scene_distance, thumbnail
 from postprocessing.contract import Clip, Stage, to_pixels, to_tensor
 from postprocessing.interpolation.files import load_networks
@@ -83,7 +83,7 @@ class Interpolator:
         frames = None if clip.frames is None else (clip.frames - 1) * factor + 1
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield all frames, with interpolated frames between them.
 
         Raises:
@@ -116,7 +116,7 @@ class Interpolator:
 
     def _pair(
         self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
-    ) -> Iterator[Picture]:
+    ) -> Iterator[OutputFrame]:
         """Yield the first of two frames, then the frames interpolated between them.
 
         Nothing is interpolated across a cut, or between equal images: the first image is repeated. The time
@@ -140,7 +140,7 @@ class Interpolator:
         else:
             new_pixels = self._interpolate(first, second, is_deep)
         for index, pixels in enumerate(new_pixels, start=1):
-            yield Picture(pixels, start + index * step, step)
+            yield OutputFrame(pixels, start + index * step, step)
 
     def _interpolate(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
         times = [number / self._options.factor for number in range(1, self._options.factor)]
@@ -159,7 +159,7 @@ class Interpolator:
         image = to_tensor(pixels, self._device)
         return self._network.frame(pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate"))
 
-    def _make_pixels(self, image: Tensor, like: Picture, is_deep: bool) -> Pixels:
+    def _make_pixels(self, image: Tensor, like: OutputFrame, is_deep: bool) -> Pixels:
         """Convert an interpolated image to pixels without its padding; raise an error if it has NaN."""
         height, width = like.pixels.shape[:2]
         left, _, top, _ = self._measure_margins(height, width)
@@ -178,7 +178,7 @@ class Interpolator:
 class _Shown:
     """A frame of the video, whose features are computed on first use."""
 
-    def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
+    def __init__(self, picture: OutputFrame, make: Callable[[Pixels], Frame]) -> None:
         self.picture = picture
         self._make = make
 

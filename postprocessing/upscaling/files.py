@@ -21,7 +21,7 @@ from checkpoints.dialects import (
 )
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from modules.layers.convolution import lay_out
+from modules.layers.convolution import set_memory_format
 from postprocessing.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from postprocessing.upscaling.swinir import SwinIR, SwinirConfig
 
@@ -113,7 +113,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
 
         network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
     if device != META:  # on the meta device there are no values to arrange
-        lay_out(network, device)
+        set_memory_format(network, device)
     return Upscaler(kind, plan.config, network)
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from modules.devices import GIB
 from modules.integers import round_up
-from modules.layers.convolution import layouts
-from modules.media.encoding import Picture, Pixels
+from modules.layers.convolution import memory_formats
+from modules.media.encoding import OutputFrame, Pixels
 from postprocessing import tiling
 from postprocessing.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from postprocessing.options import UpscalerOptions
@@ -112,7 +112,7 @@ class UpscalerStage:
         """
         return enlarged_clip(clip, self.options.scale, "--scale")
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield upscaled images; only one batch is in memory at a time."""
         result = self.result(clip)
         size = (result.height, result.width)
@@ -131,7 +131,7 @@ class UpscalerStage:
         height, width = images.shape[-2:]
         factor = self.upscaler.config.factor
         images = tiling.pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
-        images = images.contiguous(memory_format=layouts(self.device)[1])
+        images = images.contiguous(memory_format=memory_formats(self.device)[1])
 
         def finish(enlarged: Tensor) -> Tensor:
             return resize(enlarged[..., : height * factor, : width * factor], size)

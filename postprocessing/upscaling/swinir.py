@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, leaky_relu, pad, scaled_dot_product_attention
 
-from modules.devices import numbers_on
+from modules.devices import tensor_on
 from modules.layers.convolution import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
@@ -335,7 +335,7 @@ class SwinIR(nn.Module):
         Args:
             x: Images, B 3 H W, 0..1, with H and W multiples of the window.
         """
-        mean = numbers_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
+        mean = tensor_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
         x = (x - mean) * self.config.pixel_range
         first = self.conv_first(x)
         tokens = as_tokens(first)

@@ -26,7 +26,7 @@ from project.recipes.reading import (
     list_paths,
     read_recipe,
 )
-from training.config_options import OTHERS_TABLE, toml_value
+from training.config_options import PROJECT_TABLE, toml_value
 from training.reports.history import END, RunHistory, Start, history_name, read_history, read_session
 
 DIGITS = 4  # significant digits of figures
@@ -150,7 +150,7 @@ def _read_commands(history: Path) -> list[list[str]]:
     for folder in (history.absolute().parent, history.absolute().parent.parent):
         path = folder / RUN_FILE
         if path.is_file():
-            commands = parse_toml(read_text(path)).get(OTHERS_TABLE, {}).get("commands", [])
+            commands = parse_toml(read_text(path)).get(PROJECT_TABLE, {}).get("commands", [])
             return [[str(word) for word in words] for words in commands]
     return []
 

@@ -345,7 +345,7 @@ def swap_blocks(
     pools = _make_slot_pools(dit, lists, host_weights)
     in_host_memory = {dit.get_parameter(name) for name in host_weights}
     # positions of the blocks in the order in which they run, counted over all lists
-    order = host.plan.spec.order([plan.num_blocks for plan in lists])
+    order = host.plan.spec.execution_order([plan.num_blocks for plan in lists])
     swap = BlockSwap(pools, order, in_host_memory, transfer or transfer_to(device))
     blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
     for position, block in enumerate(blocks):

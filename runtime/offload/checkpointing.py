@@ -252,8 +252,8 @@ def checkpoint_blocks(
 def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
     """Return the parts of a network that are recomputed, each by itself, in the order in which they run."""
     parts: list[nn.Module] = []
-    for block in spec.in_order(dit):
-        layers = getattr(block, spec.recomputed_list, ()) if spec.recomputed_list else ()
+    for block in spec.blocks_in_order(dit):
+        layers = getattr(block, spec.checkpointed_list, ()) if spec.checkpointed_list else ()
         parts += layers or [block]
     return parts
 
@@ -294,7 +294,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
     for block in chain.from_iterable(spec.blocks(dit).values()):
         if any(getattr(layer, WHOLE_INPUT_FLAG, False) for layer in block.modules()):
             continue
-        for name in spec.token_wise:
+        for name in spec.token_wise_methods:
             method = getattr(type(block), name, None)
             if method is not None:
                 changed.setdefault(method, _in_pieces(method, tokens))

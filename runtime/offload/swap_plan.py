@@ -145,8 +145,8 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
             "it out"
         )
     swapped = spec.swap_counts(blocks)
-    if not _fits(totals, swapped, spec.unswapped):
-        maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
+    if not _fits(totals, swapped, spec.num_unswapped):
+        maximum = max_blocks(totals, spec.swap_counts, spec.num_unswapped)
         has = " + ".join(map(str, totals))
         raise OptionError(
             f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {maximum} can be "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modules.devices import GIB, gib
+from modules.devices import GIB, format_gib
 from modules.errors import MemoryPlanError
 from modules.speed_options import SMALLER_WEIGHTS
 
@@ -106,7 +106,10 @@ def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanErro
 def comparison(predicted: int, measured: int) -> str:
     """Return a line for the log: the predicted and the measured peak, and by how much they differ."""
     difference = (predicted - measured) / measured
-    line = f"Memory: predicted {gib(predicted)} GiB, measured {gib(measured)} GiB ({difference:+.1%})."
+    line = (
+        f"Memory: predicted {format_gib(predicted)} GiB, measured {format_gib(measured)} GiB "
+        f"({difference:+.1%})."
+    )
     if abs(difference) > TOLERANCE:
         line += f" That is more than {TOLERANCE:.0%} off: please report it with this line and your options."
     return line
@@ -178,6 +181,6 @@ class MemoryWatch:
                 "memory (Windows: CUDA - Sysmem Fallback Policy), steps become many times slower.\n"
                 "  Run with --plan to see what to change, such as a larger --blocks_to_swap; or close other "
                 "programs that use the GPU.",
-                gib(reserved),
-                gib(total),
+                format_gib(reserved),
+                format_gib(total),
             )

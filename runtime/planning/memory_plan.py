@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modules.control_codes import escape_control_codes
-from modules.devices import GIB, gib
+from modules.devices import GIB, format_gib
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.speed_options import SMALL_FORMS
 from protocols.family import DitSpec
@@ -115,8 +115,9 @@ class OffloadedWeights:
             use_of_slots: Text behind the size of the slots, through which blocks are streamed.
         """
         if self.processes > 1:
-            return f"; blocks split over {self.processes} processes, {gib(self.slot_bytes)} to gather them"
-        return f"; {blocks} blocks swapped, {gib(self.slot_bytes)} {use_of_slots}" if self.host else ""
+            buffer = format_gib(self.slot_bytes)
+            return f"; blocks split over {self.processes} processes, {buffer} to gather them"
+        return f"; {blocks} blocks swapped, {format_gib(self.slot_bytes)} {use_of_slots}" if self.host else ""
 
 
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> OffloadedWeights:
@@ -164,7 +165,7 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     moves_layers = swap.img_in_txt_in_offloading
     slots = swap.block_swap_ring_size
-    max_swapped_blocks = max_blocks(totals, spec.swap_counts, spec.unswapped)
+    max_swapped_blocks = max_blocks(totals, spec.swap_counts, spec.num_unswapped)
     return [
         plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots))
         for count in range(max_swapped_blocks + 1)
@@ -253,17 +254,18 @@ def dtypes_of(dit: nn.Module) -> str:
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     # sizes below 0.005 GiB, which round to 0.00, are left out, unless there is nothing else
     listed = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
-    return ", ".join(f"{gib(size)} {name}" for name, size in listed)
+    return ", ".join(f"{format_gib(size)} {name}" for name, size in listed)
 
 
 def verdict(plan: MemoryPlan, device_memory: DeviceMemory | None, advice: Sequence[str] = ()) -> str:
     """Return the last line of a plan: whether it fits, and if not, what to change."""
-    needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
+    needed = f"{format_gib(plan.device)} GiB of tensors and about {format_gib(CONTEXT)} of CUDA itself"
     if device_memory is None:
         return (
             f"Needs {needed}. There is no CUDA device to compare with; --plan 24 plans for a card of 24 GiB."
         )
-    free = f"{device_memory.name}: {gib(device_memory.free)} of {gib(device_memory.total)} GiB are free"
+    free_gib, total_gib = format_gib(device_memory.free), format_gib(device_memory.total)
+    free = f"{device_memory.name}: {free_gib} of {total_gib} GiB are free"
     if device_memory.is_planned:
         free = f"{device_memory.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
     if plan.device <= device_memory.usable:
@@ -295,8 +297,8 @@ def show(plan: MemoryPlan, last_line: str) -> None:
 
 def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
     """Return name, device bytes, host bytes and note of a part as texts."""
-    host = gib(part.host) if part.host else ""
-    return part.name, gib(part.device), host, part.note
+    host = format_gib(part.host) if part.host else ""
+    return part.name, format_gib(part.device), host, part.note
 
 
 class Swappable(Protocol):
@@ -340,15 +342,16 @@ def swap_for(
     if device_memory is None:
         return 0, "--blocks_to_swap auto: 0, because there is no CUDA device to fit."
     count = smallest_swap(prediction, device_memory.usable)
-    usable = f"{gib(device_memory.usable)} of {device_memory.name} can be used"
+    usable = f"{format_gib(device_memory.usable)} of {device_memory.name} can be used"
     if count is None:
         return maximum, (
             f"--blocks_to_swap auto: {maximum}, the largest possible number; even so "
-            f"{gib(prediction.device(maximum))} GiB are predicted; {usable}."
+            f"{format_gib(prediction.device(maximum))} GiB are predicted; {usable}."
         )
-    fewer = f"; with {count - 1} it would be {gib(prediction.device(count - 1))}" if count else ""
+    fewer = f"; with {count - 1} it would be {format_gib(prediction.device(count - 1))}" if count else ""
     return count, (
-        f"--blocks_to_swap auto: {count}. {gib(prediction.device(count))} GiB are predicted, {usable}{fewer}."
+        f"--blocks_to_swap auto: {count}. {format_gib(prediction.device(count))} GiB are predicted, "
+        f"{usable}{fewer}."
     )
 
 
@@ -443,9 +446,9 @@ def advise(
         prediction = predict()
         needed = prediction.device(swapped)
         if needed <= usable:
-            return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
+            return [*lines, f"{name}: {format_gib(needed)} GiB{phase} fits"], None
         remark = SMALL_FORMS if "fp8" in name else ""
-        lines.append(f"{name}: {gib(needed)} GiB{phase}{remark}")
+        lines.append(f"{name}: {format_gib(needed)} GiB{phase}{remark}")
         fitting_swap = _describe_fitting_swap(prediction, usable, phase) if can_swap else None
         if fitting_swap is not None:
             return [*lines, fitting_swap], None
@@ -461,4 +464,4 @@ def _describe_fitting_swap(prediction: Swappable, usable: int, phase: str) -> st
     count = smallest_swap(prediction, usable)
     if count is None:
         return None
-    return f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB{phase} fits"
+    return f"--blocks_to_swap {count}: {format_gib(prediction.device(count))} GiB{phase} fits"

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from modules.command import LAUNCH, as_typed
+from modules.command import LAUNCH, quote_command
 from modules.control_codes import escape_control_codes
-from modules.devices import GIB, gib
+from modules.devices import GIB, format_gib
 from modules.errors import OptionError
 from modules.installation import find_script
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.options import override_options
 from runtime.options import Speed
 from runtime.planning.device_memory import DeviceMemory
@@ -132,7 +132,7 @@ def _options_of_division(division: Division) -> tuple[str, ...]:
     """Return the command-line arguments that divide a step in this way."""
     values = divided_options(division)
     return tuple(
-        option_words({f"--{name}": value for name, value in values.items() if value != UNDIVIDED[name]})
+        option_argv({f"--{name}": value for name, value in values.items() if value != UNDIVIDED[name]})
     )
 
 
@@ -173,7 +173,8 @@ def print_layouts(
     total = f"{device_memory.total / GIB:g}"
     with_added = f", with {' '.join(added)}, as nothing fits without" if added else ""
     lines = [
-        f"\n{cards} cards of {total} GiB, {gib(device_memory.usable)} GiB of each for tensors{with_added}:",
+        f"\n{cards} cards of {total} GiB, {format_gib(device_memory.usable)} GiB of each for "
+        f"tensors{with_added}:",
         *format_table(layouts),
     ]
     for layout in layouts:
@@ -188,7 +189,8 @@ def print_layouts(
         # nothing fits: show the plan that needs the least memory
         memory = min(plans, key=lambda plan: plan.device)
         lines.append(
-            f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
+            f"No way fits: {memory.worst.name} takes {format_gib(memory.device)} GiB at least. Run with "
+            "--plan "
             f"{total} to see what makes it smaller, or use more or larger cards."
         )
     show(memory, escape_control_codes("\n".join(lines)))
@@ -217,8 +219,8 @@ def format_table(layouts: Sequence[GpuLayout]) -> list[str]:
             rows.append(
                 (
                     " ".join(layout.extra_options) or "the whole model on each",
-                    gib(layout.memory.device),
-                    gib(layout.host),
+                    format_gib(layout.memory.device),
+                    format_gib(layout.host),
                     "fits" if layout.fits else "no",
                     str(layout.num_parallel),
                 )
@@ -255,6 +257,6 @@ def command_of(layout: GpuLayout, added: Sequence[str], argv: Sequence[str], is_
     script = Path(argv[0]).name
     command = [str(find_script(script) or script), *other_arguments, *added, *layout.extra_options]
     if not is_training and layout.num_parallel > 1:  # separate generations, each a process without a launcher
-        return as_typed(["python", *command])
+        return quote_command(["python", *command])
     # LAUNCH ends with N, a placeholder for the number of processes
-    return as_typed([*LAUNCH.split()[:-1], str(layout.division.processes), *command])
+    return quote_command([*LAUNCH.split()[:-1], str(layout.division.processes), *command])

@@ -6,7 +6,7 @@ The velocity of a pass comes from the process that runs it, so that all have the
 import torch
 from torch import Tensor
 
-from protocols.steps import Calls, Made, Overrides, Predict, Section
+from protocols.steps import Calls, Overrides, PassVelocities, Predict, Section
 from runtime.offload.context import ProcessGrid, device_mesh
 from runtime.offload.sharding import gather_parts
 
@@ -31,7 +31,7 @@ class SharedPasses:
         self._group = device_mesh(grid, device)["passes"].get_group()
         self._in_lockstep = in_lockstep
 
-    def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
+    def __call__(self, calls: Calls, predict: Predict, section: Section) -> PassVelocities:
         """Run this process's share of a step's passes, and return the velocities of all passes, float32.
 
         `calls` has the passes as overrides (changes to one call) -> id -> conditions; so does the result, by

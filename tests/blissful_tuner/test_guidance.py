@@ -199,7 +199,7 @@ def test_a_scale_below_the_one_that_turns_guidance_off_is_reported(
 ) -> None:
     prepared = prepare(Request("p", 0, steps=4, **asked), default_negative="")
 
-    warn_of_low_scales(replace(prepared, rules=replace(prepared.rules, off_at=off_at)))
+    warn_of_low_scales(replace(prepared, rules=replace(prepared.rules, neutral_scale=off_at)))
 
     assert [record.getMessage() for record in caplog.records] == ([message] if message else [])
 
@@ -242,13 +242,13 @@ def test_a_limited_velocity_equals_the_recorded_one(case: dict[str, float | str]
 
 @pytest.mark.parametrize(("sigma", "passes"), [(1.0, 2), (0.76, 2), (0.75, 1), (0.1, 1)])
 def test_late_steps_have_no_guidance(sigma: float, passes: int) -> None:
-    velocity, made = guided(3.5, GuidanceRules(below_share=0.25), sigma)
+    velocity, made = guided(3.5, GuidanceRules(max_signal=0.25), sigma)
     assert made == passes
     assert torch.equal(velocity, TENSORS["cond"][0].unsqueeze(2)) is (passes == 1)
 
 
 def test_a_share_of_zero_needs_no_negative_text() -> None:
     prepared = prepare(Request("p", 0, steps=3, guidance_scale=3.5))
-    late = replace(prepared, rules=GuidanceRules(below_share=0.0))
+    late = replace(prepared, rules=GuidanceRules(max_signal=0.0))
     assert select_prompts(prepared)[0].negative is not None
     assert select_prompts(late)[0].negative is None

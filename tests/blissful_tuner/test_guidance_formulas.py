@@ -19,7 +19,7 @@ from blissful_tuner.guidance_formulas import (
     perp_neg,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, NagOptions
-from protocols.data import Conditions, Joint
+from protocols.data import AudioVideoShapes, Conditions
 from protocols.requests import Request
 from protocols.rules import GuidanceRules, Projection, StreamGuidance
 from protocols.steps import NO_OVERRIDES, Overrides, Section, Step
@@ -224,7 +224,7 @@ def test_steps_are_counted_in_the_whole_schedule() -> None:
 # guidance of picture and sound
 
 TEXTS = ("positive", "negative", "blank")
-JOINT = Joint((2, 2, 3, 2), (2, 3, 4))
+JOINT = AudioVideoShapes((2, 2, 3, 2), (2, 3, 4))
 RULES = GuidanceRules(
     streams=(
         StreamGuidance(perturbed=1.5, modality=3.0, rescale=0.7),
@@ -237,9 +237,9 @@ RULES = GuidanceRules(
 class Hears:
     """Answers each kind of pass with random numbers of its own, and notes the passes."""
 
-    def __init__(self, joint: Joint | None) -> None:
+    def __init__(self, joint: AudioVideoShapes | None) -> None:
         generator = torch.Generator().manual_seed(0)
-        shape = (1, *JOINT.picture) if joint is None else (1, 24 + 24)
+        shape = (1, *JOINT.image) if joint is None else (1, 24 + 24)
         names = ("noisy", *TEXTS, "perturbed", "isolated")
         self.numbers = {name: torch.randn(*shape, generator=generator) for name in names}
         overrides = NO_OVERRIDES if joint is None else Overrides(joint=joint)
@@ -250,7 +250,13 @@ class Hears:
 
     def __call__(self, *conditions: Conditions, overrides: Overrides = NO_OVERRIDES) -> tuple[Tensor, ...]:
         assert overrides.skip_self_attention in (frozenset(), RULES.perturbed_blocks)
-        special = "perturbed" if overrides.skip_self_attention else "isolated" if overrides.isolated else ""
+        special = (
+            "perturbed"
+            if overrides.skip_self_attention
+            else "isolated"
+            if overrides.isolate_modalities
+            else ""
+        )
         names = [
             special or next(name for name in TEXTS if one is getattr(self.section, name))
             for one in conditions
@@ -259,13 +265,13 @@ class Hears:
         self.steered += names if overrides.nag is not None else []
         return tuple(self.numbers[name] for name in names)
 
-    def streams(self, joint: Joint | None) -> list[dict[str, Tensor]]:
+    def streams(self, joint: AudioVideoShapes | None) -> list[dict[str, Tensor]]:
         if joint is None:
             return [self.numbers]
         return [{name: joint.split(one)[index] for name, one in self.numbers.items()} for index in range(2)]
 
 
-def guide_streams(joint: Joint | None, **options: Any) -> tuple[Tensor, Hears]:
+def guide_streams(joint: AudioVideoShapes | None, **options: Any) -> tuple[Tensor, Hears]:
     request = replace(REQUEST, joint=joint, rules=options.pop("rules", RULES))
     network = Hears(joint)
     now = Step(0, 4, 0.6, 600.0, network.numbers["noisy"])
@@ -274,7 +280,7 @@ def guide_streams(joint: Joint | None, **options: Any) -> tuple[Tensor, Hears]:
 
 
 @pytest.mark.parametrize("joint", [None, JOINT], ids=["picture", "both"])
-def test_each_stream_is_guided_by_the_arithmetic_of_diffusers(joint: Joint | None) -> None:
+def test_each_stream_is_guided_by_the_arithmetic_of_diffusers(joint: AudioVideoShapes | None) -> None:
     """Its own functions between velocity and clean prediction, and its rescaling: float32, so 1e-5."""
 
     class Levels:
@@ -366,8 +372,8 @@ def test_norms_and_scales_are_those_of_each_stream(name: str) -> None:
 
 def test_tweaks_of_a_pass_and_of_its_section_are_joined() -> None:
     one = Overrides(skip_self_attention=frozenset({1}))
-    of_all = Overrides(skip_self_attention=frozenset({2}), isolated=True, joint=JOINT)
+    of_all = Overrides(skip_self_attention=frozenset({2}), isolate_modalities=True, joint=JOINT)
 
-    both = one.within(of_all)
+    both = one.merge(of_all)
 
-    assert (both.skip_self_attention, both.isolated, both.joint) == (frozenset({1, 2}), True, JOINT)
+    assert (both.skip_self_attention, both.isolate_modalities, both.joint) == (frozenset({1, 2}), True, JOINT)

@@ -18,7 +18,7 @@ from blissful_tuner.taehv import TinyDecoder, TinyVae, check_taehv, enlarge, loa
 from modules.errors import CheckpointError
 from modules.media.reading import read_image, video_info
 from protocols.data import LatentSpec
-from protocols.steps import Piece, Section, Step, StepDone
+from protocols.steps import CompletedStep, PreviewPiece, Section, Step
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.taehv import write_taehv
@@ -35,10 +35,10 @@ def draw(frames: int, seed: int = 0) -> Tensor:
     return torch.randn(1, 16, frames, 4, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def step(index: int, num_steps: int, frames: int = 1, section: Section | None = None) -> StepDone:
+def step(index: int, num_steps: int, frames: int = 1, section: Section | None = None) -> CompletedStep:
     noisy, velocity = draw(frames, index), draw(frames, 100 + index)
     section = section or Section(noisy, {})
-    return StepDone(Step(index, num_steps, 0.7, 700.0, noisy), velocity, section)
+    return CompletedStep(Step(index, num_steps, 0.7, 700.0, noisy), velocity, section)
 
 
 def colors_of(latents: Tensor) -> list[np.ndarray]:
@@ -55,7 +55,7 @@ class Shown(LatentPreviews):
         self.seen.append(latents)
 
 
-def shown(every: int, steps: Sequence[StepDone]) -> list[Tensor]:
+def shown(every: int, steps: Sequence[CompletedStep]) -> list[Tensor]:
     """What is shown of these steps, one clip after the other so that none replaces another."""
     previews = Shown(every, Path(), LATENT, torch.device("meta"), lambda _: True)
     with preview_clip(previews, 16.0) as ((watch,), on_section):
@@ -99,10 +99,10 @@ def test_a_tiny_vae_shows_every_frame_at_the_rate_of_the_video(tmp_path: Path) -
 def test_of_a_video_in_sections_the_finished_ones_are_shown(tmp_path: Path, in_front: bool) -> None:
     previews = Shown(2, tmp_path, LATENT, torch.device("meta"), lambda _: True)
     so_far = [draw(frames) for frames in (3, 6, 9, 12)]
-    pieces = [None, *(Piece(one, 0, in_front, lambda *_: iter(()), one) for one in so_far)]
+    pieces = [None, *(PreviewPiece(one, 0, in_front, lambda *_: iter(()), one) for one in so_far)]
     with preview_clip(previews, 30.0) as ((watch,), on_section):
         for piece in pieces:
-            section = Section(draw(3), {}, previous=piece, count=5)
+            section = Section(draw(3), {}, previous_piece=piece, count=5)
             on_section(section)
             for index in range(3):
                 watch(step(index, 3, section=section))

@@ -56,7 +56,7 @@ def test_metadata_has_the_known_keys_and_the_sizes() -> None:
 def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
     settings = {"guidance_rescale": 0.0, "sample_solver": "unipc"}
     made = output_metadata(
-        replace(REQUEST, own_metadata={"video_seconds": "5", "latent_window_size": "9"}),
+        replace(REQUEST, extra_metadata={"video_seconds": "5", "latent_window_size": "9"}),
         {},
         settings=settings,
     )

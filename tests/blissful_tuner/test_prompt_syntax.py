@@ -15,7 +15,7 @@ import wan_generate_video
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_rewrite import PromptRewriter
 from blissful_tuner.prompt_syntax import expand_texts, parse_weights, select_alternatives, unescape
-from modules.control_codes import take_answer
+from modules.control_codes import extract_caption
 from modules.errors import CheckpointError, OptionError
 from tests.golden_cases import read_case
 from tests.tiny.published import write_chat_model
@@ -246,7 +246,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_answer_is_one_paragraph(answer: str, taken: str) -> None:
-    assert take_answer(answer) == taken
+    assert extract_caption(answer) == taken
 
 
 def test_it_is_used_and_recorded(chat_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from jinja2 import nodes
 from browser import page_language
 from browser.page_language import CODES, NAMES, find_accepted, find_return_address, read_table, read_texts
 from downloads.catalogue import model_sets
-from modules.pages.language import Language, Words, counted, join, say, show_all, speaking
+from modules.pages.language import Language, TranslatableText, join, say, say_count, show_all, speaking
 from project.recipes.reading import list_shipped
 from tests.browser.page_texts import (
     PLACE,
@@ -130,7 +130,7 @@ class BareTexts(HTMLParser):
 
 
 def list_bare_texts(path: Path) -> list[str]:
-    """Return the words of a template that are in no call of `_` or `counted`, and reach the reader."""
+    """Return the words of a template that are in no call of `_` or `say_count`, and reach the reader."""
     text = path.read_text(encoding="utf-8")
     if path.parent.name == "reports":  # the page of a training alone is in English
         text = re.sub(r"\{% if not live %\}[^{]*\{% endif %\}", "", text)
@@ -297,18 +297,18 @@ def test_answers_of_buttons_and_json_are_in_the_language(served: Served) -> None
 def test_a_text_is_english_for_programs_and_translated_where_it_is_shown() -> None:
     text = say("place %(place)s in the queue", place=2)
     both = join(", ", (say("waiting"), text))
-    count = counted(1, "%(n)s picture", "%(n)s pictures")
+    count = say_count(1, "%(n)s picture", "%(n)s pictures")
 
     assert (text, both, count) == ("place 2 in the queue", "waiting, place 2 in the queue", "1 picture")
     assert json.loads(json.dumps([text])) == ["place 2 in the queue"]
     with speaking(Language("ja", read_texts("ja"))):
-        assert text.shown() == "キューの 2 番目"
-        assert both.shown() == "待機中, キューの 2 番目"
-        assert count.shown() == "画像 1 枚"
+        assert text.translated() == "キューの 2 番目"
+        assert both.translated() == "待機中, キューの 2 番目"
+        assert count.translated() == "画像 1 枚"
         assert show_all({"a": [text]}) == {"a": ["キューの 2 番目"]}
-        assert isinstance(str(ValueError(text)), Words)
-        assert say("no such text").shown() == "no such text"
-    assert text.shown() == "place 2 in the queue"
+        assert isinstance(str(ValueError(text)), TranslatableText)
+        assert say("no such text").translated() == "no such text"
+    assert text.translated() == "place 2 in the queue"
 
 
 def test_values_of_a_text_are_escaped_in_every_language(served: Served) -> None:

@@ -24,7 +24,7 @@ from browser.render_queue import PHASES
 from checkpoints.kinds import OF_PARTS, OF_TOOLS, UNSUPPORTED_MODELS
 from modules import installation
 from modules.errors import UserError
-from modules.pages.language import Language, Words, show, speaking
+from modules.pages.language import Language, TranslatableText, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
 from protocols.families import family_marks
@@ -65,10 +65,10 @@ def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
     with speaking(Language(code, read_texts(code))):
         for line in shown:
             words = translate_line(line)
-            assert isinstance(words, Words), line
+            assert isinstance(words, TranslatableText), line
             assert words == line  # what programs compare stays
-            assert words.shown() != line
-            assert any(ord(character) > 0x3000 for character in words.shown())
+            assert words.translated() != line
+            assert any(ord(character) > 0x3000 for character in words.translated())
     assert [translate_line(line) for line in shown] == shown
 
 

@@ -25,7 +25,7 @@ from flux_3.options import GUIDANCE_OF_DISTILLED, STEPS_OF_DISTILLED
 from generation.options import generation_parser
 from generation.prompt_lines import find_option
 from modules.errors import OptionError, UserError
-from modules.option_values import few_digits
+from modules.option_values import parse_bounded_int
 from modules.parser import add_options
 from protocols.families import HIGH_NOISE, with_scripts
 
@@ -288,7 +288,7 @@ def test_shapes_have_about_as_many_pixels_as_the_usual_one(tmp_path: Path) -> No
     assert shapes[:3] == [(832, 480), (480, 832), (640, 640)]
     for width, height in shapes:
         assert abs(width * height / (832 * 480) - 1) < 0.06
-        assert few_digits(str(width)) % 16 == 0
+        assert parse_bounded_int(str(width)) % 16 == 0
 
 
 @pytest.mark.parametrize(("family", "embeds"), [("flux", True), ("wan", False), ("hunyuan_video", True)])

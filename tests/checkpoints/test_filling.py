@@ -70,8 +70,11 @@ def test_sources_rename_split_and_transpose(tmp_path: Path) -> None:
     with torch.device("meta"):
         module = nn.ModuleDict({"k": nn.Linear(4, 8, bias=False), "v": nn.Linear(4, 8, bias=False)})
     stacked = torch.arange(64.0).reshape(4, 16)
-    both = TensorSource(("kv",)).then(torch.t)
-    sources = {"k.weight": both.then(lambda rows: rows[:8]), "v.weight": both.then(lambda rows: rows[8:])}
+    both = TensorSource(("kv",)).with_step(torch.t)
+    sources = {
+        "k.weight": both.with_step(lambda rows: rows[:8]),
+        "v.weight": both.with_step(lambda rows: rows[8:]),
+    }
 
     with open_checkpoint(write(tmp_path / "a.safetensors", {"kv": stacked})) as checkpoint:
         load_module(module, checkpoint, sources, device=CPU, dtype=same)

@@ -37,7 +37,7 @@ def marked(mark: Any, **changed: Tensor) -> dict[str, Tensor]:
 def value(path: Path) -> Tensor:
     with open_checkpoint(path) as checkpoint:
         source = plain_sources(checkpoint)["m.0.weight"]
-        return source.make([checkpoint.read(name) for name in source.names])
+        return source.build_tensor([checkpoint.read(name) for name in source.names])
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (), (1,)])

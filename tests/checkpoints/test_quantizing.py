@@ -37,7 +37,7 @@ def values(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, as networks are filled with them."""
     with open_checkpoint(path) as checkpoint:
         return {
-            name: source.make([checkpoint.read(part) for part in source.names])
+            name: source.build_tensor([checkpoint.read(part) for part in source.names])
             for name, source in plain_sources(checkpoint).items()
         }
 

@@ -51,7 +51,7 @@ class ToyAudio:
 class HearingToy(ToyAudio, ToyFamily):
     """The toy family with sound; `heard` has the samples of each item."""
 
-    can: Abilities = Abilities(hear=True, rate=True)
+    abilities: Abilities = Abilities(trains_audio=True, takes_fps=True)
     audio: AudioSpec | None = ToyAudio.audio
     audio_identity: Mapping[str, str] = field(default_factory=lambda: {"audio_vae": "first"})
     heard: list[Tensor] = field(default_factory=list)

@@ -27,7 +27,7 @@ from dataset.sources.decoding import decode_source
 from dataset.sources.media_source import MediaSource
 from modules.errors import CacheError, DatasetError
 from modules.media.samples import read_track
-from protocols.data import FPS, HAS_AUDIO, SOUND, AudioSpec
+from protocols.data import AUDIO_LATENTS, FPS, HAS_AUDIO, AudioSpec
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.caching.test_shards import entries, into, main_of, shard
 from tests.dataset.making import make_image, make_table
@@ -212,7 +212,7 @@ def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> 
 def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) -> None:
     """And what cannot be learned of them is told by name."""
     bells, clips = tmp_path / "bells", tmp_path / "clips"
-    unmatched = AudioSpec(RATE, 2, audio_shape, is_alone=True)
+    unmatched = AudioSpec(RATE, 2, audio_shape, audio_only=True)
     family = hearing(audio=unmatched, media_identity={"vae": "sound alone"})
     for folder in (bells, clips):
         folder.mkdir()
@@ -354,7 +354,7 @@ def test_a_mixed_batch_has_zeros_where_a_clip_is_silent(tmp_path: Path, form: st
         tuple(f"{stem}_00000-009_0032x0032_toy" for stem in stems) for stems in ("ab", "cd")
     ]
     for batch, fps in zip(batches, (25, 16), strict=True):
-        heard = batch.tensor(SOUND)
+        heard = batch.tensor(AUDIO_LATENTS)
         assert heard.shape == (2, *audio_shape(9, fps))
         assert batch.tensor(HAS_AUDIO).tolist() == [True, False]
         assert batch.tensor(FPS).tolist() == [1000 * fps] * 2
@@ -363,9 +363,9 @@ def test_a_mixed_batch_has_zeros_where_a_clip_is_silent(tmp_path: Path, form: st
         assert not heard[1].any()
         assert {made.part for made in batch.made_by} == {"latents", "sound", "t5"}
     silent = read_batch(found[1:2], PLAIN).tensors
-    assert not {SOUND, HAS_AUDIO} & silent.keys()
+    assert not {AUDIO_LATENTS, HAS_AUDIO} & silent.keys()
     ignored = make_set(tmp_path, batch_size=4, cache_format=form, audio="ignore")
-    assert not {SOUND, HAS_AUDIO} & read_batch(find(ignored).items[:2], PLAIN).tensors.keys()
+    assert not {AUDIO_LATENTS, HAS_AUDIO} & read_batch(find(ignored).items[:2], PLAIN).tensors.keys()
     required = find(make_set(tmp_path, cache_format=form, audio="required"))
     with pytest.raises(CacheError, match=r"(?s)but 2 clips have no sound.*such as b_.*caching script"):
         require_items(required)

@@ -292,7 +292,7 @@ def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
             lengths=ClipLengths(step, first), in_sections=in_sections, holds_audio=False, has_layers=False
         ),
         references=None,
-        can=SimpleNamespace(references="", match_audio_schedule=False, show_media=False),
+        abilities=SimpleNamespace(references="", match_audio_schedule=False, show_media=False),
     )
 
 
@@ -364,7 +364,9 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     mask = None if table.mask_directory is None else table.mask_directory / "a.png"
     image = Path("a.png")
     layers = (image,) if table.multiple_target else ()
-    source = MediaSource(image, "a", None, None, (image,), table, mask=mask, tensors=tensors, layers=layers)
+    source = MediaSource(
+        image, "a", None, None, (image,), table, mask=mask, precomputed=tensors, layers=layers
+    )
     cache_settings = LatentCacheSettings("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]

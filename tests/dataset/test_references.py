@@ -107,7 +107,7 @@ def test_lists_and_tars_give_other_numbers_too(tmp_path: Path) -> None:
         sources = find_sources(table)
 
         assert [len(one.control) for one in sources] == [2, 1, 0]
-        assert [len(one.parts) for one in sources] == [3, 2, 1]
+        assert [len(one.latent_inputs) for one in sources] == [3, 2, 1]
         assert len(decode_source(sources[0], 1.0).control) == 2
 
 

@@ -71,7 +71,7 @@ def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
         (1, 0, 2),
     ]
     assert (cat.resolution, cat.batch_size, cat.num_repeats, cat.class_tokens) == ((1024, 1024), 2, 10, "cat")
-    assert cat.changes == CaptionChanges(shuffle=True, keep_tokens=2, is_raw=True)
+    assert cat.changes == CaptionChanges(shuffle=True, keep_tokens=2, varies_per_step=True)
     assert (reg.is_reg, reg.prior_loss_weight, cat.prior_loss_weight) == (True, 0.5, 1.0)
     assert (reg.changes.keep_tokens, reg.num_repeats) == (1, 1)
     assert small.buckets == BucketRule(256, 1024, 32, "bicubic")

@@ -24,7 +24,7 @@ from protocols.data import (
 )
 from protocols.family import Abilities, EncoderAbilities
 from protocols.requests import Prompt
-from protocols.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
+from protocols.rules import CountTokens, ReferenceRules, TokenCount, count_covered_characters
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
 OPTIONS = CachingOptions(dataset_config=Path("data.toml"), device="cpu", num_workers=1)
@@ -39,7 +39,7 @@ class ToyText:
     """A prompt becomes as many rows as it has words."""
 
     name: str = "t5"
-    can: EncoderAbilities = EncoderAbilities()
+    abilities: EncoderAbilities = EncoderAbilities()
     variable_length: frozenset[str] = frozenset({"t5"})
     identity: Mapping[str, str] = field(default_factory=lambda: {"t5": "first"})
     calls: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class ToyText:
 
         def count(text: str) -> TokenCount:
             ends = [found.end() for found in re.finditer(r"\S+", text)]
-            return TokenCount(text, len(ends), 4, kept_characters(ends, 4, len(text)))
+            return TokenCount(text, len(ends), 4, count_covered_characters(ends, 4, len(text)))
 
         return count
 
@@ -80,7 +80,7 @@ class ToyFamily:
     """
 
     name: str = "toy"
-    can: Abilities = Abilities()
+    abilities: Abilities = Abilities()
     references: ReferenceRules | None = None
     cache_tag: str = "toy"
     latent: LatentSpec = LATENT
@@ -103,7 +103,7 @@ class ToyFamily:
         self.loaded += 1
         return MediaEncoders(vae=None)
 
-    def check_given_files(self) -> None: ...
+    def check_named_files(self) -> None: ...
 
     def check_table(self, table: MediaTable) -> None:
         if self.refuses is not None:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_encoder import (
+    LanguageEncoderSettings,
+    LanguageModelEncoder,
+    qwen3_chat,
+    qwen_tokenizer,
+)
 from encoders.language_models import (
     LLAMA,
     QWEN3,
@@ -56,20 +61,20 @@ TOLERANCE = 1e-5  # of the largest number, float32: the same operations, sums of
 PROMPTS = ("a rabbit in the grass", "", "日本 🐇 don't   blink\n", "the rabbit runs through tall grass " * 9)
 SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-4B")
 BEFORE, AFTER = qwen3_chat(thinks=True)
-Z_IMAGE = LanguageUse("llm", "llm_embed", QWEN3, SOURCE, 128, BEFORE, AFTER, states=(-2,))
-QWEN_IMAGE = LanguageUse("vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, dropped=None)
+Z_IMAGE = LanguageEncoderSettings("llm", "llm_embed", QWEN3, SOURCE, 128, BEFORE, AFTER, states=(-2,))
+QWEN_IMAGE = LanguageEncoderSettings("vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, dropped=None)
 KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad="<|endoftext|>", mask_key="mask")
-STACKED = LanguageUse(
+STACKED = LanguageEncoderSettings(
     *("vl", "krea2_vl_embed", QWEN3_VL, SOURCE, 128, BEFORE, AFTER, None),
     stacked=(0, 1, 3),
     keeps_after=True,
-    at_once=1,
+    batch_size=1,
 )
 MISTRAL_SOURCE = TokenizerSource(
     TokenizerFiles("--text_encoder_tokenizer", ("tokenizer.json",), "", "mistralai/Mistral", (".",)),
     adds_own=False,
 )
-FLUX2 = LanguageUse(
+FLUX2 = LanguageEncoderSettings(
     *("m3", "ctx_vec", MISTRAL3, MISTRAL_SOURCE, 128),
     before="<s>[SYSTEM_PROMPT]Draw.[/SYSTEM_PROMPT][INST]",
     after="[/INST]",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import (
     ImagePromptFormat,
@@ -50,11 +50,11 @@ def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
-def use_of(model: Any) -> LanguageUse:
+def use_of(model: Any) -> LanguageEncoderSettings:
     return USE if model.config.model_type == "qwen2_5_vl" else DEEP
 
 
-def processor(use: LanguageUse) -> Any:
+def processor(use: LanguageEncoderSettings) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     gray = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -88,7 +88,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def load(
-    folder: Path, model: Any, use: LanguageUse | None = None, layout: str = "transformers 4"
+    folder: Path, model: Any, use: LanguageEncoderSettings | None = None, layout: str = "transformers 4"
 ) -> LanguageModelEncoder:
     path = write_model(write_qwen_tokenizer(folder) / "model.safetensors", model, layout)
     made = LanguageModelEncoder(use or use_of(model), path, torch.float32)
@@ -106,7 +106,7 @@ def pictured(folder: Path, text: str, shown: list[Tensor]) -> Prompt:
     paths = tuple(folder / f"{index}_{image.shape}.png" for index, image in enumerate(shown))
     for path, image in zip(paths, shown, strict=True):
         Image.fromarray(image.numpy()).save(path)
-    return Prompt(text, pictures=paths)
+    return Prompt(text, images=paths)
 
 
 def encode(encoder: LanguageModelEncoder, *shown: tuple[str, list[Tensor]]) -> list[Tensor]:
@@ -146,12 +146,12 @@ def test_features_are_added_behind_the_first_layers_and_before_the_norm(tmp_path
 
 def test_a_picture_is_reduced_in_its_shape_and_never_enlarged(tmp_path: Path) -> None:
     large, small = pictures((600, 900), (40, 50))
-    paths = pictured(tmp_path, "", [large, small]).pictures
+    paths = pictured(tmp_path, "", [large, small]).images
     reduced = read_within(paths[0], area=384 * 384)
     theirs = Image.fromarray(large.numpy()).resize((470, 314), Image.Resampling.BICUBIC)
     assert torch.equal(reduced, torch.from_numpy(np.array(theirs)))
     assert torch.equal(read_within(paths[1], area=384 * 384), small)
-    (long,) = pictured(tmp_path, "", pictures((4, 60000))).pictures
+    (long,) = pictured(tmp_path, "", pictures((4, 60000))).images
     assert read_within(long, area=384 * 384).shape == (28, 47030, 3)
 
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_shown_is_refused(encoder: LanguageModelEncoder, tmp_path
         encode(encoder, ("a <|image_pad|>", pictures((60, 60))))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(MediaError, match=r"broken\.png"):
-        encoder.encode([Prompt("a", pictures=(tmp_path / "broken.png",))])
+        encoder.encode([Prompt("a", images=(tmp_path / "broken.png",))])
 
 
 def test_a_prompt_without_pictures_may_name_their_token_beside_one_with_pictures(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from torch import distributed
 
-from modules.lost_processes import meet_anew
+from modules.lost_processes import reconnect
 from tests.commands import QUIET, ROOT, run_in_processes, start_processes
 from tests.faults.runs import DYING, WAN, Scripts, assert_same_tensors, assert_whole, told
 from tests.waiting import PATIENCE
@@ -183,7 +183,7 @@ def test_processes_that_are_restarted_meet_where_no_earlier_attempt_did() -> Non
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
         environment |= {"RANK": str(rank), "WORLD_SIZE": "3"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        meet_anew(environment)
+        reconnect(environment)
         assert environment["TORCHELASTIC_USE_AGENT_STORE"] == "False"
         return environment["MASTER_PORT"]
 

@@ -77,9 +77,9 @@ def test_an_edit_shows_its_pictures_to_the_positive_prompt_alone(family: Fibo2, 
     Image.new("RGB", (640, 480), "red").save(tmp_path / "a.png")
     edit = replace(REQUEST, prompt="add a hat", control_images=(tmp_path / "a.png",))
     texts = family.prepare(edit).prompts[0]
-    assert (len(texts.positive.pictures), texts.positive.image_size) == (1, (64, 96))
+    assert (len(texts.positive.images), texts.positive.image_size) == (1, (64, 96))
     assert texts.negative is not None
-    assert texts.negative.pictures == ()
+    assert texts.negative.images == ()
     unsized = family.prepare(replace(edit, width=None, height=None))
     assert (unsized.width, unsized.height) == (1152, 864)
 

@@ -92,7 +92,7 @@ def test_a_plain_edit_is_told_as_it_is_read(
     caplog.set_level("INFO")
 
     own.token_counter()("add a hat")
-    own.encode([Prompt("add a hat", pictures=(tmp_path / "a.png",), image_size=(64, 64))])
+    own.encode([Prompt("add a hat", images=(tmp_path / "a.png",), image_size=(64, 64))])
 
     (told,) = [message for message in caplog.messages if message.startswith("plain texts")]
     assert told.endswith('such as {"edit_instruction":"add a hat"}')
@@ -141,7 +141,7 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
     encoder.encode_written = remember  # type: ignore[method-assign]
     for count in (1, 2):
         images = (tmp_path / "a.png",) * count
-        encoder.encode([Prompt("add a hat", pictures=images, image_size=(64, 96))])
+        encoder.encode([Prompt("add a hat", images=images, image_size=(64, 96))])
     del encoder.encode_written
     pad = "<|image_pad|>"
     for text, count in zip(written, (1, 2), strict=True):
@@ -149,7 +149,7 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
         shown = text.removeprefix(TEXT_USE.before).removesuffix(TEXT_USE.after)
         assert shown.replace(pad * 6, pad) == expected
     with pytest.raises(MediaError, match="stands for a picture"):
-        encoder.encode([Prompt(f"a {pad}", pictures=(tmp_path / "a.png",), image_size=(64, 96))])
+        encoder.encode([Prompt(f"a {pad}", images=(tmp_path / "a.png",), image_size=(64, 96))])
 
 
 def test_crops_cover(tmp_path: Path) -> None:

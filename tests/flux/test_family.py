@@ -19,7 +19,7 @@ from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
-from protocols.data import Batch, MadeBy, MediaTable
+from protocols.data import Batch, CacheOrigin, MediaTable
 from protocols.loading import Placement
 from protocols.requests import Request
 from protocols.steps import EncodedPrompts
@@ -182,7 +182,7 @@ def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     latents = torch.zeros(1, 16, 1, 4, 4)
     states, mask = torch.zeros(1, 257, 48), torch.ones(1, 257)
     texts = {"t5_attn_mask": mask, "l_pooled": torch.zeros(1, 24), "t5_out": states}
-    made = MadeBy(Path("a.npz"), "t5", {"t5_mask": "not used"})
+    made = CacheOrigin(Path("a.npz"), "t5", {"t5_mask": "not used"})
     batch = Batch(texts, ("a",), ("a",), (made,))
     dev = Flux(FluxFiles(write_dit(tmp_path / "dev", tiny_state())))
     schnell = Flux(FluxFiles(write_dit(tmp_path / "schnell", tiny_state("schnell"))))
@@ -323,7 +323,7 @@ def test_a_control_net_that_cannot_be_used_is_refused(
     dit = write_dit(tmp_path, tiny_state("dev", text_dim=T5_DIM, pooled_dim=CLIP_DIM))
 
     with pytest.raises(CheckpointError, match=says):
-        Flux(FluxFiles(dit), controlnet=path).check_given_files()
+        Flux(FluxFiles(dit), controlnet=path).check_named_files()
 
 
 def test_pictures_and_caches_go_with_a_control_net(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,8 +55,8 @@ def test_the_tensors_tell_base_from_distilled(folder: Path) -> None:
     assert (base.defaults.steps, base.defaults.guidance_scale) == (50, 3.5)
     assert (distilled.defaults.steps, distilled.defaults.guidance_scale) == (16, 1.0)
     assert base.defaults.flow_shift == distilled.defaults.flow_shift == 6.93
-    assert base.why_few_steps() is None
-    assert "the time that a step jumps to" in str(distilled.why_few_steps())
+    assert base.few_steps_evidence() is None
+    assert "the time that a step jumps to" in str(distilled.few_steps_evidence())
 
 
 def test_sizes_follow_the_first_reference_unless_they_are_asked_for(folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_sizes_follow_the_first_reference_unless_they_are_asked_for(folder: Path
     def prepared(*names: str, **asked: int) -> tuple[int, int, object]:
         images = tuple(folder / f"{name}.png" for name in names)
         made = family.prepare(Request("a cat", seed=1, control_images=images, **asked))
-        return made.width, made.height, made.shown and tuple(made.shown)
+        return made.width, made.height, made.visible_region and tuple(made.visible_region)
 
     assert prepared() == (1024, 1024, None)
     assert prepared("a") == (80, 64, (2, 1, 75, 61))

@@ -15,7 +15,7 @@ from generation.progress import fade_in_clip
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.script_options import parse_options
 from protocols.data import MediaEncoders
-from protocols.steps import DecodePart, Piece, Section
+from protocols.steps import DecodePart, PreviewPiece, Section
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
 from tests.tiny.hunyuan_vae import write_vae
 
@@ -41,12 +41,12 @@ class PaintingDit(nn.Module):
         return noisy - (2 * torch.rand(noisy.shape, generator=self.brush) - 1)
 
 
-def made(model: FramePack) -> tuple[list[Piece], Tensor]:
+def made(model: FramePack) -> tuple[list[PreviewPiece], Tensor]:
     """What each section but the last added, and the latents of the whole."""
-    pieces: list[Piece] = []
+    pieces: list[PreviewPiece] = []
 
     def note(section: Section) -> None:
-        pieces.extend([] if section.previous is None else [section.previous])
+        pieces.extend([] if section.previous_piece is None else [section.previous_piece])
         assert section.label == f"section {len(pieces) + 1} of {SECTIONS}"
 
     asked = request(video_frames(SECTIONS, model.window))
@@ -68,7 +68,7 @@ def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int
     pieces, latents = made(model)
     finished, final, edge = pixels(model.decode, latents), [], None
     for piece in pieces:
-        new, edge = fade_in_clip(edge, pixels(piece.decode, piece.latents), piece.overlap, piece.in_front)
+        new, edge = fade_in_clip(edge, pixels(piece.decode, piece.latents), piece.overlap, piece.is_prepended)
         final += [] if new is None else [new]
     assert edge is not None
     assert len(finished.unique()) > 5  # pictures, not a surface

@@ -171,8 +171,8 @@ def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -
         video["final_pixel_frames"],
         video["total_sections"],
     )
-    assert request.own_metadata["video_sections"] == str(video["total_sections"])
-    assert float(request.own_metadata["video_seconds"]) == pytest.approx(
+    assert request.extra_metadata["video_sections"] == str(video["total_sections"])
+    assert float(request.extra_metadata["video_seconds"]) == pytest.approx(
         video["final_pixel_frames"] / 30, rel=1e-4
     )
 

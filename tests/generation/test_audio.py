@@ -25,9 +25,9 @@ from generation.outputs import save_latents, save_pixels
 from modules.errors import CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.media.reading import read_tags, video_frames, video_info
-from protocols.data import SOUND, Joint
+from protocols.data import AUDIO_LATENTS, AudioVideoShapes
 from protocols.requests import Request
-from protocols.steps import Overrides, Section, StepDone
+from protocols.steps import CompletedStep, Overrides, Section
 from tests.commands import run_in_processes, run_script
 from tests.generation.test_outputs import output_options
 from tests.generation.test_post import chunks, post_of
@@ -68,7 +68,7 @@ def saved(folder: Path) -> dict[str, Tensor]:
 def same(one: Path, other: Path) -> bool:
     """Whether both folders have the latents of the same clip."""
     ours, theirs = saved(one), saved(other)
-    return all(torch.equal(ours[name], theirs[name]) for name in ("latent", SOUND))
+    return all(torch.equal(ours[name], theirs[name]) for name in ("latent", AUDIO_LATENTS))
 
 
 def streams(path: Path) -> list[str]:
@@ -99,7 +99,7 @@ def test_a_video_has_the_track_of_its_latents(model: list[str], tmp_path: Path, 
     names = make(model, tmp_path, "--output_type", "both", "--save_audio", "wav", "--container", container)
 
     assert names == sorted(["1.wav", f"1.{container}", "1_latent.safetensors"])
-    latents = saved(tmp_path)[SOUND]
+    latents = saved(tmp_path)[AUDIO_LATENTS]
     assert tuple(latents.shape) == SHAPE
     video = only(tmp_path, f"*.{container}")
     samples, rate = heard(video)
@@ -205,7 +205,7 @@ def test_sound_of_a_line_and_of_a_sheet_is_that_of_the_line_alone(model: list[st
 
     alone = saved(tmp_path / "alone")
     cells = [load_file(path) for path in (tmp_path / "sheet").glob("*.safetensors")]
-    assert sum(torch.equal(one[SOUND], alone[SOUND]) for one in cells) == 1
+    assert sum(torch.equal(one[AUDIO_LATENTS], alone[AUDIO_LATENTS]) for one in cells) == 1
     assert sorted(len(streams(path)) for path in (tmp_path / "sheet").glob("*.mp4")) == [1, 2, 2]
 
 
@@ -285,7 +285,7 @@ def test_given_sound_stays_and_is_told_to_be_clean(model: list[str], tmp_path: P
     make(model, tmp_path / "made", "--output_type", "latent", rules=STREAMS)
 
     ours, theirs = saved(tmp_path / "given"), saved(tmp_path / "made")
-    assert torch.equal(ours[SOUND], given)
+    assert torch.equal(ours[AUDIO_LATENTS], given)
     assert ours["latent"].isfinite().all()
     assert not torch.equal(ours["latent"], theirs["latent"])
 
@@ -301,7 +301,7 @@ class Answers:
         return noisy
 
 
-JOINT = Joint((2, 3, 2, 2), (2, 5, 4))
+JOINT = AudioVideoShapes((2, 3, 2, 2), (2, 5, 4))
 
 
 @pytest.mark.parametrize(
@@ -309,19 +309,19 @@ JOINT = Joint((2, 3, 2, 2), (2, 5, 4))
     [("one frame", "unipc"), ("picture", "dpm++sde"), ("sound", "lcm"), ("both", "unipc")],
 )
 def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
-    noise = torch.randn(1, math.prod(JOINT.picture) + math.prod(JOINT.audio))
+    noise = torch.randn(1, math.prod(JOINT.image) + math.prod(JOINT.audio))
     section = Section(noise, {}, overrides=Overrides(joint=JOINT))
     frames = {"one frame": 1, "picture": 3, "both": 3}.get(given, 0)
     image, audio = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.audio), 5.0)
     if frames:
         section = replace(
-            section, clean_first_frames=image, overrides=replace(section.overrides, given_frames=frames)
+            section, clean_frames=image, overrides=replace(section.overrides, num_clean_frames=frames)
         )
     if given in {"sound", "both"}:
         section = replace(section, clean_audio=audio)
     shown, network = list[Tensor](), Answers()
 
-    def watch(done: StepDone) -> bool:
+    def watch(done: CompletedStep) -> bool:
         shown.append(done.step.noisy)
         for clean, full, is_held in zip(
             JOINT.split(done.clean), (image, audio), section.clean_streams, strict=True

@@ -277,7 +277,7 @@ def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules:
         expected = [load_dit(path, Placement(CPU))(**inputs) for path in paths]
         with turns.phase(PLAN) as dit_at:
             for timestep in (*VIDEO, *VIDEO):
-                assert torch.equal(dit_at(timestep)(**inputs), expected[timestep >= HIGH.lowest])
+                assert torch.equal(dit_at(timestep)(**inputs), expected[timestep >= HIGH.min_timestep])
     gc.collect()
 
     one = sum(each.nbytes for each in load_dit(paths[0], Placement(CPU)).parameters())

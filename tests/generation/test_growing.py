@@ -31,7 +31,7 @@ from modules.media.writing import join_segments
 from protocols.data import MediaEncoders
 from protocols.loading import Placement
 from protocols.requests import Request
-from protocols.steps import EncodedPrompts, Piece, Section
+from protocols.steps import EncodedPrompts, PreviewPiece, Section
 from tests.generation.test_run import options as toy_options
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
 
@@ -56,13 +56,13 @@ def session(family: ToyFamily, device: str = "cpu", spare: int = 0, host: int | 
     return Session(family, there, dits)
 
 
-def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
+def pieces_of(family: ToyFamily) -> tuple[list[PreviewPiece], Tensor]:
     """What each section but the last added, and the latents of the whole video."""
-    pieces: list[Piece] = []
+    pieces: list[PreviewPiece] = []
 
     def note(section: Section) -> None:
-        if section.previous is not None:
-            pieces.append(section.previous)
+        if section.previous_piece is not None:
+            pieces.append(section.previous_piece)
 
     latents = make_latents(
         family, lambda _: ToyDit(), family.prepare(REQUEST), TEXTS, {0: {}}, CPU, on_section=note
@@ -73,20 +73,20 @@ def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
 ENCODERS = MediaEncoders(ToyVae([], {"vae": "cpu"}))
 
 
-def black_piece(family: ToyFamily) -> Piece:
+def black_piece(family: ToyFamily) -> PreviewPiece:
     latents = torch.zeros(1, 2, WINDOW, 4, 4)
-    return Piece(latents, 0, True, family.decode_part, latents)
+    return PreviewPiece(latents, 0, True, family.decode_part, latents)
 
 
-def joined(pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+def joined(pieces: list[PreviewPiece]) -> tuple[Tensor, Tensor]:
     """The frames that are final after all pieces, and those that wait."""
     shown: list[Tensor] = []
     edge: Tensor | None = None
     for piece in pieces:
         clip = torch.cat(list(piece.decode(ENCODERS, piece.latents)), dim=2)
-        final, edge = fade_in_clip(edge, clip, piece.overlap, piece.in_front)
+        final, edge = fade_in_clip(edge, clip, piece.overlap, piece.is_prepended)
         if final is not None:
-            shown = [final, *shown] if piece.in_front else [*shown, final]
+            shown = [final, *shown] if piece.is_prepended else [*shown, final]
     assert edge is not None
     return torch.cat(shown, dim=2), edge
 

@@ -310,7 +310,7 @@ def test_a_prompt_that_names_a_json_file_is_the_object_in_it(tmp_path: Path) -> 
 
     request = make_request(replace(OPTIONS, prompt=f"@{path}", negative_prompt=f" @{path} "))
     assert (request.prompt, request.negative_prompt) == (content, content)
-    assert request.typed["prompt"] == f"@{path}"
+    assert request.typed_texts["prompt"] == f"@{path}"
     assert make_request(OPTIONS, {"prompt": f"@{path}"}).prompt == content
     assert make_request(replace(OPTIONS, prompt="@ohwx in a hat")).prompt == "@ohwx in a hat"
 

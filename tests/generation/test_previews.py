@@ -20,7 +20,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.media.reading import video_info
 from protocols.data import LatentSpec
 from protocols.requests import Request
-from protocols.steps import EncodedPrompts, StepDone
+from protocols.steps import CompletedStep, EncodedPrompts
 from tests.generation.guided import Script
 from tests.generation.test_run import options
 from tests.generation.toy_family import ToyDit, ToyFamily
@@ -107,7 +107,7 @@ def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(ord
     so_far, section = [], next(sections)
     try:
         while True:
-            so_far.append(None if section.previous is None else section.previous.so_far)
+            so_far.append(None if section.previous_piece is None else section.previous_piece.previous_latents)
             assert section.count == 3
             section = sections.send(section.noise)
     except StopIteration as end:
@@ -215,11 +215,11 @@ def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> 
 def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None:
     family, told, estimates = ToyFamily(), list[int](), list[Tensor]()
 
-    def enough(done: StepDone) -> bool:
+    def enough(done: CompletedStep) -> bool:
         estimates.append(done.clean)
         return done.step.index == 1
 
-    def count(done: StepDone) -> bool:
+    def count(done: CompletedStep) -> bool:
         assert done.step.num_steps == 4
         return note(told, done.step.index)
 

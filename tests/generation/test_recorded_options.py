@@ -162,7 +162,7 @@ def recorded(options: GenerationOptions) -> Mapping[str, str]:
     dits = ExpertOffloader(ToyFamily().experts, device, lambda expert: torch.nn.Identity())
     run = GenerationRun(ToyFamily(), options, Session(ToyFamily(), device, dits))
     request = make_request(options.request)
-    metadata = run.metadata(replace(prepare(request), own_metadata=request.extra))
+    metadata = run.metadata(replace(prepare(request), extra_metadata=request.extra))
     assert metadata is not None
     return metadata
 

@@ -29,9 +29,9 @@ from protocols.family import (
     TextEncoder,
 )
 from protocols.loading import Placement
-from protocols.requests import Prepared, Prompt, Request, settle, size_of
+from protocols.requests import Prepared, Prompt, Request, resolve_request, size_of
 from protocols.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
-from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Piece, Section
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, PreviewPiece, Section
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy license", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
@@ -42,7 +42,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
-    can = EncoderAbilities()
+    abilities = EncoderAbilities()
     keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
@@ -131,7 +131,7 @@ class ToyFamily:
 
     diary: list[str] = field(default_factory=list)
     name: str = "toy"
-    can: Abilities = Abilities()
+    abilities: Abilities = Abilities()
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
@@ -187,7 +187,7 @@ class ToyFamily:
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         raise NotImplementedError
 
-    def check_given_files(self) -> None: ...
+    def check_named_files(self) -> None: ...
 
     def block_counts(self) -> tuple[int, ...]:
         return (2,)
@@ -241,7 +241,9 @@ class ToyFamily:
         width, height, frames = size_of(request, self.defaults)
         if self.sections_made:
             frames = video_frames(self.sections_made, WINDOW)
-        return settle(request, self.defaults, (width, height, frames), request.flow_shift or 3.0, "bad")
+        return resolve_request(
+            request, self.defaults, (width, height, frames), request.flow_shift or 3.0, "bad"
+        )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         raise NotImplementedError
@@ -279,14 +281,14 @@ class ToyFamily:
         for number in range(self.sections_made):
             latents = yield replace(
                 prompts.section(noise.draw(shape)),
-                previous=made,
+                previous_piece=made,
                 label=f"section {number + 1}",
                 count=self.sections_made,
             )
             before = [] if video is None else [video]
             video = torch.cat([latents, *before] if self.makes_last_first else [*before, latents], dim=2)
             newest = video[:, :, : 2 * WINDOW] if self.makes_last_first else video[:, :, -2 * WINDOW :]
-            made = Piece(
+            made = PreviewPiece(
                 newest if number else video,
                 section_frames(WINDOW) if number else 0,
                 self.makes_last_first,

@@ -217,8 +217,8 @@ def require(name: str, device: torch.device) -> bool:
     capability = torch.cuda.get_device_capability(device)
     if package.only is not None and capability != package.capability:
         pytest.skip(f"{package.name} runs on {package.only}")
-    check_backend(AttentionChoice(name), device, lambda: torch.bfloat16, training=package.learns)
-    return package.learns
+    check_backend(AttentionChoice(name), device, lambda: torch.bfloat16, training=package.has_backward)
+    return package.has_backward
 
 
 @pytest.mark.parametrize("length", [512, 1023])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from encoders import language_encoder
-from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
 from tests.encoders.test_language_models import KLEIN, QWEN_IMAGE, Z_IMAGE
 from tests.encoders.test_picture_prompts import USE, pictured, pictures
 from tests.tiny.language_models import qwen3, qwen25_vl, write_model, write_qwen_tokenizer
@@ -27,7 +27,11 @@ def encoded(encoder: LanguageModelEncoder, key: str, shown: list[list[Tensor]]) 
 @pytest.mark.parametrize("form", [None, "fp8"], ids=["whole", "fp8"])
 @pytest.mark.parametrize("use", [Z_IMAGE, KLEIN, USE], ids=["one state", "joined", "pictures"])
 def test_streamed_layers_give_the_same_states(
-    use: LanguageUse, form: str | None, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: LanguageEncoderSettings,
+    form: str | None,
+    device: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = qwen25_vl() if use.model is QWEN_IMAGE.model else qwen3()
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)

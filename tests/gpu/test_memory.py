@@ -23,7 +23,7 @@ from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
 from networks.adapter import make_network
 from protocols.data import Batch
-from protocols.requests import Request, settle
+from protocols.requests import Request, resolve_request
 from protocols.steps import EncodedPrompts
 from runtime.offload.swap_plan import SwapPlan, host_weights
 from runtime.planning.device_memory import TOLERANCE
@@ -254,7 +254,7 @@ def test_a_generation_takes_what_the_plan_says(
     family = family_for_generation(own)
     config = family.files.dit_header().config
     request = Request("", 0, steps=2, guidance_scale=5.0, solver="unipc", fps=16.0)
-    prepared = settle(request, family.defaults, (832, 480, 33), flow_shift=3.0, default_negative="")
+    prepared = resolve_request(request, family.defaults, (832, 480, 33), flow_shift=3.0, default_negative="")
     texts: list[Any] = [{"t5": [torch.randn(256, config.text_dim)]} for _ in range(2)]
     prompts = {0: EncodedPrompts(*texts)}
     plan = predict_denoising(family, options, prepared, prompts, {0: {}}, workspace(cuda, is_training=False))

@@ -18,7 +18,7 @@ from blissful_tuner.latent_preview import copy_to_host
 from checkpoints.filling import load_module
 from checkpoints.opening import open_checkpoint, plain_sources
 from modules.devices import send_ahead
-from modules.layers.convolution import lay_out, layouts, repeat_pixels
+from modules.layers.convolution import memory_formats, repeat_pixels, set_memory_format
 from protocols.family import DitSpec
 from protocols.loading import Placement, TensorInfo
 from protocols.steps import Overrides
@@ -332,7 +332,7 @@ def test_a_device_and_memory_for_copies_to_it_get_the_bytes_of_the_file(
 
 def clip(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return drawn.to(device, dtype, memory_format=layouts(device)[0])
+    return drawn.to(device, dtype, memory_format=memory_formats(device)[0])
 
 
 def test_a_preview_is_brought_home_without_a_wait(cuda: torch.device) -> None:
@@ -363,7 +363,7 @@ def test_pixels_are_repeated_beyond_what_32_bits_count(cuda: torch.device, size:
 
 def test_chunks_kept_in_host_memory_give_the_bits_of_those_on_the_device(cuda: torch.device) -> None:
     block = WanResidualBlock(32, 32).to(cuda, torch.bfloat16).requires_grad_(False)
-    lay_out(block, cuda)
+    set_memory_format(block, cuda)
     x = clip(cuda, torch.bfloat16, 1, 32, 13, 24, 16)
 
     def made(on_cpu: bool) -> Tensor:
@@ -379,7 +379,7 @@ def test_a_convolution_needs_no_column_for_each_pixel(cuda: torch.device, dtype:
     (pytorch/pytorch#166643): torch's own kernel would write out 27 values for each.
     """
     layer = WanCausalConv(96, 96).to(cuda, dtype).requires_grad_(False)
-    lay_out(layer, cuda)
+    set_memory_format(layer, cuda)
     x = clip(cuda, dtype, 1, 96, 4, 480, 832)
     layer(x, None)  # chooses its kernel
 

@@ -124,8 +124,8 @@ def test_training_feeds_whole_timesteps_up_to_1000() -> None:
     assert NOISE.integer_timesteps
     assert NOISE.training_offset == 0
     assert NOISE.table_is_shifted
-    assert NOISE.tokens is not None
-    assert NOISE.tokens((1, 64, 1, 32, 48)) == 16 * 24  # although a patch is one latent pixel
+    assert NOISE.count_tokens is not None
+    assert NOISE.count_tokens((1, 64, 1, 32, 48)) == 16 * 24  # although a patch is one latent pixel
     assert LATENT.to_model(torch.ones(1)).item() == pytest.approx(0.75289)
 
 

@@ -15,7 +15,7 @@ from frame_pack.model import FramePackRefiner as FramePackRefiner
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.vae import HunyuanVae, encode_latents, load_vae
-from modules.layers.rope import Grid, exact_table, rotate
+from modules.layers.rope import TokenGrid, rotary_table, rotate
 from protocols.data import MediaBatch
 from protocols.steps import Overrides
 from tests.golden_cases import FLOAT32_POWERS
@@ -115,7 +115,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def table() -> Tensor:
-    return exact_table(Grid((2, 3, 4)), (4, 6, 6))
+    return rotary_table(TokenGrid((2, 3, 4)), (4, 6, 6))
 
 
 def first_plainly(x: Tensor, turns: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[
 def test_a_name_says_which_one_it_is(family: Krea2, path: str, is_turbo: bool) -> None:
     """The same rule chooses the defaults, warns of a training, and refuses --turbo_dit."""
     named = replace(family, files=replace(family.files, dit=Path(path)))
-    why, (_, where) = named.why_few_steps(), find_release(Path(path)) or (False, "")
+    why, (_, where) = named.few_steps_evidence(), find_release(Path(path)) or (False, "")
     assert (named.defaults.steps, named.defaults.guidance_scale) == ((8, 1.0) if is_turbo else (28, 5.5))
     assert why == (f"{Path(path)} is Krea 2 Turbo: {where}" if is_turbo else None)
     options = Krea2TrainingOptions(turbo_dit=Path(path))
@@ -135,7 +135,7 @@ def test_a_release_says_it_in_its_own_words_and_training_is_warned(family: Krea2
         one = replace(family, files=replace(family.files, dit=folder))
         assert one.defaults.steps == (8 if told else 28)
         if told:
-            assert "is Krea 2 Turbo" in str(one.why_few_steps())
+            assert "is Krea 2 Turbo" in str(one.few_steps_evidence())
     (tmp_path / "B" / "model_index.json").write_text("[]", encoding="utf-8")
     with pytest.raises(CheckpointError, match="model_index.json cannot be read"):
         _ = one.defaults

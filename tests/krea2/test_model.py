@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from krea2.configs import STATES
-from modules.attention.attend import Steer
+from modules.attention.attend import CombineAttention
 from modules.compile_options import Compilation
 from modules.layers.norms import CenteredNorm, rms_norm
 from protocols.steps import NagText, Overrides
@@ -56,7 +56,7 @@ def compiled(model: nn.Module) -> None:
     compile_blocks(model, model.spec, Compilation(backend="eager", fullgraph=True))  # type: ignore[arg-type]
 
 
-STEER: Steer = lambda first, second: first + 2 * (first - second)  # noqa: E731
+STEER: CombineAttention = lambda first, second: first + 2 * (first - second)  # noqa: E731
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ltx_2.audio_reference_options import Ltx2GivenAudioReference
 from ltx_2.audio_references import resolve_positions
 from modules.errors import OptionError
 from modules.media.samples import read_track
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2 import test_family as pipelines
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
@@ -451,9 +451,9 @@ def test_sound_after_a_voice_equals_that_of_diffusers(
     samples = read_track(voice, Fraction(0), 3200, 16000, 2)
     assert samples is not None
     encoded = AudioVae(release.networks["audio_vae"]).encode(torch.from_numpy(samples.copy())[None])[0, :, :5]
-    latents, audio = expect_with_voice(pipe, encoded, is_before, scale, made[SOUND].shape[1])
+    latents, audio = expect_with_voice(pipe, encoded, is_before, scale, made[AUDIO_LATENTS].shape[1])
     assert_equal(made["latent"], latents, "images")
-    assert_equal(made[SOUND], audio, "sound")
+    assert_equal(made[AUDIO_LATENTS], audio, "sound")
     with safe_open(next((tmp_path / "made").iterdir()), "pt") as file:
         said = file.metadata()
     assert said["bt_reference_audio"] == "voice.wav"

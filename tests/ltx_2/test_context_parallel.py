@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from ltx_2.blocks import LtxAudioReferences, LtxReferences
 from ltx_2.configs import SOUND, VIDEO
 from ltx_2.model import NO_REFERENCES
-from protocols.steps import GivenTokens, NagText, Overrides
+from protocols.steps import CleanTokens, NagText, Overrides
 from runtime.offload.context import ProcessGrid
 from runtime.ways.context_parallel_tokens import share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
@@ -31,9 +31,9 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
     nag = NagText({"text": given["text"].flip(-1), "audio_text": given["audio_text"].flip(-1)}, toward_middle)
     cases: dict[str, Overrides] = {
-        "both": Overrides(given_frames=1),
+        "both": Overrides(num_clean_frames=1),
         "nag": Overrides(nag=nag),
-        "values": Overrides(skip_self_attention=frozenset({0}), isolated=True),
+        "values": Overrides(skip_self_attention=frozenset({0}), isolate_modalities=True),
     }
     cases |= dict.fromkeys(
         ("references", "noisy references", "dimmed references", "hidden audio"), Overrides()
@@ -41,7 +41,9 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     noisy, audio = given["noisy"], given["audio"]
     shares = torch.arange(noisy[:, :1].numel()).view_as(noisy[:, :1]) % 3 * 500
     of_audio = torch.arange(audio.shape[2]).view(1, 1, -1, 1) % 2 * 1000
-    cases["given"] = cases["keyframes"] = Overrides(given=GivenTokens(shares.short(), of_audio.short()))
+    cases["given"] = cases["keyframes"] = Overrides(
+        clean_tokens=CleanTokens(shares.short(), of_audio.short())
+    )
     drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
     more = {
         "references": {VIDEO: LtxReferences([drawn, drawn[:, :, :1]])},

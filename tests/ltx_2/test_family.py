@@ -20,7 +20,7 @@ from modules.media.pixels import video_pixels
 from modules.media.reading import read_image
 from modules.media.samples import read_track
 from modules.media.writing import write_png
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from tests.faults.messages import assert_one_message, run_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.tiny_dit import dit_in_diffusers
@@ -151,13 +151,13 @@ def assert_as_there(
         expected = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
         assert_equal(made["latent"], expected, "latents")
         assert_shown(vae, latents, shown)
-    if SOUND not in made:
+    if AUDIO_LATENTS not in made:
         assert not [*shown.rglob("*.wav")]
         return
     packed = pipe._pack_audio_latents(heard)
     packed = pipe._normalize_audio_latents(packed, audios.latents_mean, audios.latents_std)
     unpacked = pipe._unpack_audio_latents(packed, heard.shape[2], heard.shape[3])
-    assert_equal(made[SOUND], unpacked[0], "sound")
+    assert_equal(made[AUDIO_LATENTS], unpacked[0], "sound")
     wave = pipe.vocoder(audios.decode(heard).sample)[0].clamp(-1, 1)
     (path,) = shown.rglob("*.wav")
     rate = getattr(pipe.vocoder.config, "output_sampling_rate", 24000)
@@ -267,7 +267,7 @@ def test_sound_is_made_for_a_given_video(release: TinyRelease, tmp_path: Path) -
         expected = pipe.vae.encode(pixels).latent_dist.mode()
         normed = pipe._normalize_latents(expected, pipe.vae.latents_mean, pipe.vae.latents_std)
         assert_equal(made["latent"], normed[0], "latents")
-    assert not torch.equal(found[0][1][SOUND], found[1][1][SOUND])
+    assert not torch.equal(found[0][1][AUDIO_LATENTS], found[1][1][AUDIO_LATENTS])
 
 
 def test_a_file_that_nobody_typed_is_named_as_the_default_of_its_option() -> None:

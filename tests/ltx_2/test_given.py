@@ -23,7 +23,7 @@ from ltx_2.given import AnchorRule, Extension, GivenRules, KeyframeRule, MaskRul
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.options import Ltx2TrainingOptions, with_recipe
 from modules.errors import DatasetError, OptionError
-from protocols.data import SOUND, Batch
+from protocols.data import AUDIO_LATENTS, Batch
 from tests.ltx_2.release import dit_config
 from tests.ltx_2.test_model import in_diffusers
 from tests.ltx_2.test_options import read_own
@@ -291,8 +291,10 @@ def test_keyframes_are_ends_and_random_frames_between_them() -> None:
 
     seen = []  # of each clip: the frames of its keyframes
     for one in drawn:
-        shares = torch.zeros(2, 0) if one is None or one.keyframe_shares is None else one.keyframe_shares
-        places = () if one is None else one.places
+        shares = (
+            torch.zeros(2, 0) if one is None or one.keyframe_strengths is None else one.keyframe_strengths
+        )
+        places = () if one is None else one.keyframe_indices
         assert list(places) == sorted({*places})
         assert shares.sum(0).all()  # each is seen by a clip
         assert {*shares.unique().tolist()} <= {0, 1000}
@@ -309,16 +311,16 @@ def test_keyframes_are_ends_and_random_frames_between_them() -> None:
     }
     assert any(one != two for one, two in zip(seen[::2], seen[1::2], strict=True))
     assert always is not None
-    assert {0, 40} < set(always.places)
+    assert {0, 40} < set(always.keyframe_indices)
     assert always.keyframes is not None
-    assert always.keyframes.shape == (2, 8, len(always.places), 2, 3)
+    assert always.keyframes.shape == (2, 8, len(always.keyframe_indices), 2, 3)
     assert rules.draw(batch_of(1), torch.Generator().manual_seed(1)) is None  # a single image
 
 
 def batch_of(frames: int = 4, rows: int = 2, columns: int = 3, length: int = 0, **more: Any) -> Batch:
     tensors = {"latents": torch.zeros(2, 8, frames, rows, columns)}
     if length:
-        tensors[SOUND] = torch.zeros(2, 8, length, 16)
+        tensors[AUDIO_LATENTS] = torch.zeros(2, 8, length, 16)
     return Batch({**tensors, **more.pop("tensors", {})}, ("",) * 2, ("a", "b"), **more)
 
 

@@ -17,7 +17,7 @@ import ltx2_generate_video
 from ltx_2.keyframes import place_generated
 from modules.media.reading import resize_cover
 from modules.media.writing import write_png
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from tests.faults.messages import assert_one_message, run_here
 from tests.ltx_2.release import TinyRelease, write_release, write_upscaler
 from tests.ltx_2.test_family import (
@@ -326,7 +326,7 @@ def test_keyframes_guide_images_and_audio_and_lines_set_them_and_masks(
     same_masked = generate(release, tmp_path / "f", *plain, *typed, frames=FRAMES)
     two = make_by_line(release, tmp_path / "d", f"--gk 9:{image} --gk -1:{image} --gl 1:{image}", *plain)
 
-    for name in ("latent", SOUND):
+    for name in ("latent", AUDIO_LATENTS):
         torch.testing.assert_close(made[name], same[name])
         torch.testing.assert_close(masked[name], same_masked[name])
         assert made[name].shape == two[name].shape == other[name].shape
@@ -412,15 +412,17 @@ def test_kept_audio_stays_and_changes_the_rest(
     made = generate(release, tmp_path / "a", *plain, *typed, frames=FRAMES)
     other = generate(release, tmp_path / "b", *plain, frames=FRAMES)
 
-    starts = torch.arange(made[SOUND].shape[1]) * 0.04 - 0.03
+    starts = torch.arange(made[AUDIO_LATENTS].shape[1]) * 0.04 - 0.03
     is_kept = kept(starts)
     whole = generate(release, tmp_path / "c", *plain, "--drive_audio", tmp_path / "long.mp4", frames=FRAMES)
     if "--audio_prefix" not in words:  # which keeps the end of the file
-        torch.testing.assert_close(made[SOUND][:, is_kept], whole[SOUND][:, is_kept])
-    changed = (made[SOUND] - other[SOUND]).abs().amax((0, 2))
+        torch.testing.assert_close(made[AUDIO_LATENTS][:, is_kept], whole[AUDIO_LATENTS][:, is_kept])
+    changed = (made[AUDIO_LATENTS] - other[AUDIO_LATENTS]).abs().amax((0, 2))
     assert changed[is_kept].min() > 0.01
     assert (made["latent"] - other["latent"]).abs().max() > 1e-4
-    assert is_kept.all() or not torch.equal(made[SOUND][:, ~is_kept], whole[SOUND][:, ~is_kept])
+    assert is_kept.all() or not torch.equal(
+        made[AUDIO_LATENTS][:, ~is_kept], whole[AUDIO_LATENTS][:, ~is_kept]
+    )
 
 
 def expect_with_audio(pipe: Any, clean: Tensor, is_kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -479,13 +481,13 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
     made = generate(release, tmp_path / "a", *plain, *words, frames=FRAMES)
     whole = generate(release, tmp_path / "b", *plain, "--drive_audio", tmp_path / "long.mp4", frames=FRAMES)
 
-    starts = torch.arange(made[SOUND].shape[1]) * 0.04 - 0.03
+    starts = torch.arange(made[AUDIO_LATENTS].shape[1]) * 0.04 - 0.03
     is_kept = (starts + 0.04 <= 0.2) | (starts >= 0.4)
     pipe: Any = LTX2ConditionPipeline(**theirs(release).components)
     pipe.set_progress_bar_config(disable=True)
-    latents, audio = expect_with_audio(pipe, whole[SOUND], is_kept)
+    latents, audio = expect_with_audio(pipe, whole[AUDIO_LATENTS], is_kept)
     assert_equal(made["latent"], latents, "images")
-    assert_equal(made[SOUND], audio, "audio")
+    assert_equal(made[AUDIO_LATENTS], audio, "audio")
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ def test_guides_are_given_in_their_shares_at_their_frames() -> None:
     assert given.image[0, 0, :, 0, 0].tolist() == [1000, 0, 400, 1000]
     assert given.keyframes is not None
     assert given.keyframes[0, 0, :, 0, 0].tolist() == [1, 2]
-    assert given.places == (-1, 5)
-    assert given.keyframe_shares is not None
-    assert given.keyframe_shares.unique(dim=0).tolist() == [[1000, 700]]
+    assert given.keyframe_indices == (-1, 5)
+    assert given.keyframe_strengths is not None
+    assert given.keyframe_strengths.unique(dim=0).tolist() == [[1000, 700]]
     assert given.keyframe_noise is not None
     behind = {**tensors, "guides": torch.tensor([[[-1, 1000], [5, 700], [4, 400]]])}
     with pytest.raises(DatasetError, match="has the latent frames 0 to 3"):

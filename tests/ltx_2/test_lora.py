@@ -50,7 +50,7 @@ LINEARS = {"to_q", "to_k", "to_v", "to_out_0"}
 
 def make_network(dit: LtxModel, preset: str = "full", rank: int = 4, **arguments: Any) -> OwnNetwork:
     """A LoRA with random factors."""
-    dit.spec = replace(DIT, lora_choice=LORA_PRESETS[preset])
+    dit.spec = replace(DIT, lora_include=LORA_PRESETS[preset])
     network = make_lora("lora_ltx2", rank, 2.0, dit, **arguments)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -109,7 +109,7 @@ def test_streams_apart_and_self_attention_by_its_values_equal_those_of_diffusers
     given, model = dit_inputs(version), tiny_dit(version)
     theirs = dit_in_diffusers(version, dit_state(version))
 
-    isolated = model(**given, overrides=Overrides(isolated=True))
+    isolated = model(**given, overrides=Overrides(isolate_modalities=True))
     skipped = model(**given, overrides=Overrides(skip_self_attention=frozenset({1})))
 
     assert_both(isolated, in_diffusers(theirs, given, isolate_modalities=True))
@@ -131,7 +131,7 @@ def test_given_frames_have_the_time_0_and_stay() -> None:
     per_token[:, 0] = 0
     tokens = per_token.repeat_interleave(ROWS * COLUMNS, dim=1)
 
-    ours = tiny_dit("2.3")(**given, overrides=Overrides(given_frames=1, isolated=True))
+    ours = tiny_dit("2.3")(**given, overrides=Overrides(num_clean_frames=1, isolate_modalities=True))
 
     theirs = in_diffusers(
         dit_in_diffusers("2.3", dit_state()), given, timestep=tokens, isolate_modalities=True

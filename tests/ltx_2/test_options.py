@@ -25,7 +25,7 @@ from ltx_2.options import (
 )
 from ltx_2.reference_options import Ltx2ReferenceOptions
 from modules.errors import OptionError
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, reject_unsupported
 from modules.speed_options import GENERATION_VALUES
@@ -247,11 +247,11 @@ def test_commands_that_follow_from_a_training_are_read_again() -> None:
     words = "--ltx2_mode av --dit dit.safetensors --gemma_load_in_8bit --stg_blocks 3 5 --audio_cfg_scale 6"
     words += " --gemma_root gemma"
     own = read_own("ltx2_train_network", *words.split())
-    latents, texts = map(option_words, caching_options(own))
+    latents, texts = map(option_argv, caching_options(own))
 
     assert read_own("ltx2_cache_latents", *latents).model == own.model
     assert read_own("ltx2_cache_text_encoder_outputs", *texts).text == own.text
-    made = read_own("ltx2_generate_video", *option_words(generation_options(own, {})))
+    made = read_own("ltx2_generate_video", *option_argv(generation_options(own, {})))
     assert (made.dit_file, made.guidance, made.text) == (Path("dit.safetensors"), own.guidance, own.text)
     assert read_own("ltx2_generate_video").dit_file == CHECKPOINT
     assert made.guidance.rescaling("audio") is None

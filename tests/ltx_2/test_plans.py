@@ -19,7 +19,7 @@ from ltx_2.family import Ltx2, family_for_generation, family_for_training
 from ltx_2.options import Ltx2GenerationOptions, Ltx2TrainingOptions
 from modules.options import read_options
 from modules.parser import add_options
-from protocols.data import FPS, HAS_AUDIO, SOUND
+from protocols.data import AUDIO_LATENTS, FPS, HAS_AUDIO
 from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import MagCache
@@ -62,7 +62,7 @@ def batch_of(count: int, has_sound: bool) -> NoisyBatch:
     shape = (count, 2, MOMENTS, HEARD.channels // 2)
     times = found.sigmas
     audio = NoisyAudio(torch.zeros(shape), times, 1000 * times, torch.ones(count))
-    tensors |= {SOUND: torch.zeros(shape), HAS_AUDIO: torch.ones(count, dtype=torch.bool)}
+    tensors |= {AUDIO_LATENTS: torch.zeros(shape), HAS_AUDIO: torch.ones(count, dtype=torch.bool)}
     return replace(found, batch=replace(found.batch, tensors=tensors), audio=audio)
 
 

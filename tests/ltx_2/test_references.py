@@ -362,7 +362,7 @@ def test_positions_of_a_reference_are_spread_over_its_target() -> None:
     assert (tables[2] - tables[0]).abs().max() > 1e-3
     frames = torch.arange(33)[None, :, None, None, None]
     assert thin_out(frames, ReferenceRules(1, time_factor=4), 8).flatten().tolist() == [0, *range(1, 33, 4)]
-    assert thin_out(frames, ReferenceRules(1, frames=10), 8).shape[1] == 9
+    assert thin_out(frames, ReferenceRules(1, max_frames=10), 8).shape[1] == 9
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from modules.errors import UserError
 from modules.media.pixels import image_pixels
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from tests.faults.messages import succeed_here
 from tests.ltx_2.release import (
     KINDS,
@@ -144,7 +144,7 @@ def test_two_stages_equal_those_of_diffusers(
     expected = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
     assert_equal(made["latent"], expected, "latents")
     if mode == "av":
-        assert_equal(made[SOUND], audio[0], "sound of the first stage")
+        assert_equal(made[AUDIO_LATENTS], audio[0], "sound of the first stage")
     pixels = (vae.decode(latents, None).sample[0].clamp(-1, 1) + 1) * 127.5
     frames = [torch.from_numpy(read_image(path)) for path in sorted((tmp_path / "shown").rglob("*.png"))]
     assert (torch.stack(frames).permute(3, 0, 1, 2) - pixels).abs().max() < 0.6  # as near as bytes can be

@@ -92,11 +92,11 @@ def test_what_the_release_does_is_the_default() -> None:
     rules = prepared.rules
     assert (prepared.width, prepared.height, prepared.frames, prepared.steps) == (1024, 1024, 1, 36)
     assert (prepared.guidance_scale, prepared.flow_shift) == ((3.5,), 6)
-    assert (rules.below_share, rules.norm_limit) == (0.25, 1)
+    assert (rules.max_signal, rules.norm_limit) == (0.25, 1)
     assert prepare(solver="euler").solver == prepared.solver == "euler-trained"
     assert prepare(solver="unipc").solver == "unipc"
     assert prepare(width=100, height=47).width == 96  # cut to whole patches
-    unlimited = replace(rules, below_share=None, norm_limit=None)
+    unlimited = replace(rules, max_signal=None, norm_limit=None)
     assert prepare(extra={"cfg_trunc_ratio": "1", "renorm_cfg": "0"}).rules == unlimited
     assert FLOAT32.prepare(Request("a cat", 0)).seed == 0
 

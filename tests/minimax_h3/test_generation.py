@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimax_h3.options import canvas, resolve_length
 from modules.media.reading import read_image
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3 import test_video_vae
 from tests.parity.running import assert_equal
@@ -72,7 +72,7 @@ def test_video_and_sound_are_those_of_diffusers(tmp_path: Path, files: TinyH3) -
     made = latents_in(tmp_path / "made")
     assert made["latent"].shape == (24, 37, 4, 8)
     assert_equal(made["latent"], state["latents"][0], "pictures")
-    assert_equal(made[SOUND], state["audio_latents"].transpose(0, 1), "sound")
+    assert_equal(made[AUDIO_LATENTS], state["audio_latents"].transpose(0, 1), "sound")
     (video,) = (tmp_path / "made").glob("*.mp4")
     with av.open(str(video)) as opened:
         (stream,) = opened.streams.audio
@@ -102,7 +102,7 @@ def test_one_frame_is_a_picture(tmp_path: Path, files: TinyH3) -> None:
 
     made = latents_in(tmp_path / "made")
     assert made["latent"].shape == (24, 1, 4, 8)
-    assert made[SOUND].shape == (32, 2, 2)
+    assert made[AUDIO_LATENTS].shape == (32, 2, 2)
     (image,) = (tmp_path / "made").glob("*.png")
     assert read_image(image).shape == (32, 64, 3)
     assert not [*(tmp_path / "made").glob("*.mp4")]
@@ -205,4 +205,4 @@ def test_folders_of_diffusers_make_the_same(tmp_path: Path, files: TinyH3) -> No
 
 def test_pictures_and_sound_may_have_one_schedule(tmp_path: Path, files: TinyH3) -> None:
     generate(tmp_path, files, "--video_length", "1", "--output_type", "latent", "--h3_shift_audio", "12")
-    assert latents_in(tmp_path / "made")[SOUND].isfinite().all()
+    assert latents_in(tmp_path / "made")[AUDIO_LATENTS].isfinite().all()

@@ -18,7 +18,7 @@ from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import H3Files
 from minimax_h3.options import H3TrainingOptions, generation_options
 from minimax_h3.reference_options import OF_MEDIA
-from modules.option_values import FillIn
+from modules.option_values import Placeholder
 from tests.faults.messages import succeed_here
 from tests.generation.test_run import Typing
 from tests.minimax_h3.caches import random_clip
@@ -163,10 +163,10 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
             {"--first_frame": "a.png", "--last_frame": "b.png"},
         ),
         ("fl2va", {"end_image_path": "b.png"}, {"--last_frame": "b.png"}),
-        ("fl2va", {}, {"--first_frame": FillIn("IMAGE_FILE")}),
+        ("fl2va", {}, {"--first_frame": Placeholder("IMAGE_FILE")}),
         ("ref2va", {"extra": {"ref": "a.png;type=image"}}, {"--ref": "a.png;type=image"}),
         ("ref2va", {"extra": {"reference_jsonl": "a.jsonl"}}, {"--reference_jsonl": "a.jsonl"}),
-        ("ref2va", {}, {"--reference_jsonl": FillIn("REFERENCES_JSONL")}),
+        ("ref2va", {}, {"--reference_jsonl": Placeholder("REFERENCES_JSONL")}),
         ("t2va", {}, {}),
     ],
 )

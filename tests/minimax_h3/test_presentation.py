@@ -79,7 +79,7 @@ def test_keyframes_are_presented_as_by_diffusers(files: TinyH3, encoder: H3TextE
     frames = [pixels(64, 96, seed=number) for number in range(2)]
     expected = theirs(MiniMaxH3FL2VATextEncoderStep(), files, keyframes=[*map(image, frames)])
 
-    (conditions,) = encoder.encode([Prompt(PROMPT, presented=present_keyframes(frames))])
+    (conditions,) = encoder.encode([Prompt(PROMPT, media_before_text=present_keyframes(frames))])
 
     assert_same(conditions, expected)
     assert expected[1].tolist().count(0) == 2 * (2 + 7 * 10)
@@ -98,7 +98,7 @@ def test_references_are_presented_as_by_diffusers(files: TinyH3, encoder: H3Text
     expected = theirs(MiniMaxH3Ref2VATextEncoderStep(), files, normalized_references=references)
     presented = (show_image(picture), SHOWN_AUDIO, show_clip(clip, has_sound=True), show_clip(silent))
 
-    conditions, plain = encoder.encode([Prompt(PROMPT, presented=presented), Prompt(PROMPT)])
+    conditions, plain = encoder.encode([Prompt(PROMPT, media_before_text=presented), Prompt(PROMPT)])
 
     assert_same(conditions, expected)
     assert len(plain[KEY][0]) == expected[1].tolist()[::-1].index(0)  # the prompt alone
@@ -159,12 +159,12 @@ def test_the_file_next_to_the_tokenizer_counts(files: TinyH3, tmp_path: Path) ->
 def test_a_prompt_may_not_hold_the_token_of_a_picture(encoder: H3TextEncoder) -> None:
     presented = present_keyframes([pixels(32, 32)])
     with pytest.raises(MediaError, match="Leave it out"):
-        encoder.encode([Prompt("a <|video_pad|>", presented=presented)])
+        encoder.encode([Prompt("a <|video_pad|>", media_before_text=presented)])
 
 
 def test_too_many_tokens_are_refused(encoder: H3TextEncoder) -> None:
     """Before the network runs."""
-    long = Prompt("a," * 20000, presented=present_keyframes([pixels(32, 32)]))
+    long = Prompt("a," * 20000, media_before_text=present_keyframes([pixels(32, 32)]))
     with pytest.raises(MediaError, match="32768 are the most"):
         encoder.encode([long])
 
@@ -178,7 +178,10 @@ def test_equal_pictures_are_equal_prompts() -> None:
 def test_weights_count_for_the_prompt_alone(encoder: H3TextEncoder) -> None:
     presented = present_keyframes([pixels(256, 256)])
     plain, weighted_states_key = encoder.encode(
-        [Prompt("a cat", presented=presented), Prompt("a cat", ((2, 5, 2.0),), presented=presented)]
+        [
+            Prompt("a cat", media_before_text=presented),
+            Prompt("a cat", ((2, 5, 2.0),), media_before_text=presented),
+        ]
     )
     changed = (plain[KEY][0] != weighted_states_key[KEY][0]).any(dim=1)
     assert changed.any()

@@ -23,7 +23,7 @@ from torch import Tensor
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import UNDECIDED, H3Files
 from modules.errors import OptionError
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from protocols.requests import Request
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.test_generation import SCRIPT, latents_in
@@ -104,7 +104,7 @@ def theirs(files: TinyH3, configs: dict[str, int] | None = None, **inputs: Any) 
 
 def check(made: dict[str, Tensor], expected: Any) -> None:
     assert_equal(made["latent"], expected["latents"][0], "pictures")
-    assert_equal(made[SOUND], expected["audio_latents"].transpose(0, 1), "sound")
+    assert_equal(made[AUDIO_LATENTS], expected["audio_latents"].transpose(0, 1), "sound")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ SHORT = ("--video_length", "22", "--allow_experimental_duration")
 
 
 def equal(made: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(made[name], other[name]) for name in ("latent", SOUND))
+    return all(torch.equal(made[name], other[name]) for name in ("latent", AUDIO_LATENTS))
 
 
 def test_a_line_of_a_dataset_names_references(tmp_path: Path, files: TinyH3, folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_single_picture_stands_at_its_frame(tmp_path: Path, files: TinyH3, fol
     ]
 
     assert made[0]["latent"].shape == (24, 1, 4, 8)
-    assert made[0][SOUND].shape == (32, 2, 2)
+    assert made[0][AUDIO_LATENTS].shape == (32, 2, 2)
     assert not equal(made[0], made[1])
     assert not equal(made[0], made[2])
 

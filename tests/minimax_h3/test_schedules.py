@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from generation.denoise import denoise
 from minimax_h3.configs import AUDIO_SHIFT, IMAGE_SHIFT, NOISE
 from modules.flow.solvers import solver_for
-from protocols.data import Conditions, Joint
-from protocols.steps import NO_OVERRIDES, Overrides, Section, StepDone
+from protocols.data import AudioVideoShapes, Conditions
+from protocols.steps import NO_OVERRIDES, CompletedStep, Overrides, Section
 from training.data.timesteps import Timesteps, times_of_audio
 
-JOINT = Joint((2, 1, 2, 2), (3, 2, 4))
+JOINT = AudioVideoShapes((2, 1, 2, 2), (3, 2, 4))
 IMAGE, SOUND = torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2), torch.linspace(-1, 3, 24).view(1, 3, 2, 4)
 EXACT = 1e-5  # float32, values up to 10; levels are shifted once or twice
 
@@ -47,7 +47,7 @@ def test_euler_moves_each_stream_by_its_own_levels() -> None:
     """diffusers steps along data minus noise, the loop along noise minus data."""
     solver = solver_for("euler", 7, IMAGE_SHIFT, audio_shift=NOISE.audio_shift)
     section = Section(JOINT.join(IMAGE, SOUND), {}, overrides=Overrides(joint=JOINT))
-    seen: list[StepDone] = []
+    seen: list[CompletedStep] = []
 
     found = denoise(
         Curved(),

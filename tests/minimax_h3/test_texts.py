@@ -277,7 +277,7 @@ def presented(files: TinyH3, text: str, *shown: Any) -> tuple[Tensor, list[int]]
     encoder = H3TextEncoder(H3_USE, files.text_encoder, torch.float32, files.tokenizer)
     encoder.load(torch.device("cpu"))
     with torch.no_grad():
-        (conditions,) = encoder.encode([Prompt(text, presented=shown)])
+        (conditions,) = encoder.encode([Prompt(text, media_before_text=shown)])
     return conditions[KEY][0], conditions[TAGS][0].tolist()
 
 
@@ -362,7 +362,7 @@ def test_a_teacher_reads_the_clip_itself_with_its_sound(files: TinyH3) -> None:
     """The clip, two frames a second, and sound that it is told to copy."""
     clip = pixels(22, 64, 64)
     encoder = caching_encoder(files, "ref")
-    assert encoder.can.see_clip
+    assert encoder.abilities.encodes_clip
 
     with torch.no_grad():
         (made,) = encoder.encode([Prompt("a cat", clip=clip)])
@@ -380,7 +380,7 @@ def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
     images = (pixels(64, 64), pixels(64, 96))
     with torch.no_grad():
         (made,) = caching_encoder(files, "subject_ref").encode(
-            [Prompt("a cat", clip=pixels(1, 64, 64), frames=images)]
+            [Prompt("a cat", clip=pixels(1, 64, 64), image_pixels=images)]
         )
 
     text = describe_subjects("a cat", 2, is_still=True)

@@ -14,9 +14,9 @@ import pytest
 from modules import command
 from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
 from modules.command import LAUNCHED, command_line, name_as_typed
-from modules.console import as_size, count_of, count_words, draw_box, in_words, show_box
-from modules.control_codes import escape_control_codes, fold
-from modules.error_output import message_of
+from modules.console import draw_box, format_count, format_duration, format_size, pluralize, show_box
+from modules.control_codes import escape_control_codes, wrap_text
+from modules.error_output import extract_error_message
 from modules.errors import CheckpointError, OptionError
 from modules.parser import Parser, typed_names
 from tests.commands import ROOT, run_program
@@ -136,7 +136,7 @@ def test_commands_are_quoted_for_the_shell_of_the_system(
     # of this module alone: a path that another thread makes would be of a system that is not here
     monkeypatch.setattr(command, "os", SimpleNamespace(name=system))
     words = ["python", "x.py", "--vae", "models/my vae.pt", "--dataset_config", r"C:\d.toml"]
-    assert command.as_typed(words) == typed
+    assert command.quote_command(words) == typed
 
 
 def test_a_warning_is_not_shown_again_within_the_block(caplog: pytest.LogCaptureFixture) -> None:
@@ -147,7 +147,7 @@ def test_a_warning_is_not_shown_again_within_the_block(caplog: pytest.LogCapture
             logger.warning("%d is ignored", number)
             logger.error("line %d is skipped", number)
 
-    with command.each_warning_once():
+    with command.drop_repeated_warnings():
         speak()
     assert [message.split()[0] for message in caplog.messages] == ["1", "line", "2", "line", "line"]
     caplog.clear()
@@ -385,11 +385,11 @@ def test_a_terminal_is_told_that_torch_loads(
 )
 def test_the_message_of_a_program_is_told_from_its_head(before: str) -> None:
     said = "data.toml cannot be used:\nKeyError: b\n" + "c" * 3000
-    assert message_of(f"{before}DatasetError: {said}\n\nx") == said[:2000]
+    assert extract_error_message(f"{before}DatasetError: {said}\n\nx") == said[:2000]
     for program in ("make.py", "make_it", "reelsmith make", "reelsmith cache text wan"):  # and of the package
         errors = f"gcc: error: x\n{program}: error: no\n{program} --help lists all options\n"
-        assert message_of(errors) == "no"
-    assert message_of("Killed\n") == "Killed"
+        assert extract_error_message(errors) == "no"
+    assert extract_error_message("Killed\n") == "Killed"
 
 
 def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +448,7 @@ COMMAND = (
 
 def test_lines_end_at_blanks_and_commands_and_paths_stay_whole() -> None:
     path = f"/data/{'x' * 60}/clip.mp4: no caption next to it"
-    assert fold("\n".join([SENTENCE, COMMAND, path, "short"]), 60).split("\n") == [
+    assert wrap_text("\n".join([SENTENCE, COMMAND, path, "short"]), 60).split("\n") == [
         "  LTX-2 takes clips of 8n + 1 frames, and the sides of a",
         "  FramePack clip are multiples of sixteen.",
         COMMAND,
@@ -456,7 +456,7 @@ def test_lines_end_at_blanks_and_commands_and_paths_stay_whole() -> None:
         "no caption next to it",
         "short",
     ]
-    assert fold(SENTENCE, None) == SENTENCE  # no terminal
+    assert wrap_text(SENTENCE, None) == SENTENCE  # no terminal
 
 
 def test_a_box_is_logged_as_aligned_lines(caplog: pytest.LogCaptureFixture) -> None:
@@ -520,16 +520,16 @@ def test_colors_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: str
     ],
 )
 def test_words_behind_a_count_fit_one(words: str, of_one: str) -> None:
-    assert (count_words(1, words), count_words(2, words)) == (of_one, f"2 {words}")
+    assert (pluralize(1, words), pluralize(2, words)) == (of_one, f"2 {words}")
 
 
 def test_numbers_are_said_as_people_say_them() -> None:
     times = {0.4: "0 s", 99: "99 s", 100: "2 min", 3599: "1 h", 7800: "2 h 10 min", 48 * 3600: "2 d"}
     sizes = {12: "12 bytes", 9.96e3: "10.0 kB", 312e6: "312 MB", 1.44e9: "1.4 GB"}
-    assert {seconds: in_words(seconds) for seconds in times} == times
-    assert {size: as_size(size) for size in sizes} == sizes
-    assert in_words(100 * 3600) == "4 d 4 h"
-    endless = {in_words(seconds) for seconds in (1e10, 10**300, float("inf"))}
+    assert {seconds: format_duration(seconds) for seconds in times} == times
+    assert {size: format_size(size) for size in sizes} == sizes
+    assert format_duration(100 * 3600) == "4 d 4 h"
+    endless = {format_duration(seconds) for seconds in (1e10, 10**300, float("inf"))}
     assert endless == {f"{10**10 // 86400} d {round(10**10 % 86400 / 3600)} h"}
 
 
@@ -545,8 +545,8 @@ def test_wrong_numbers_of_a_launcher_are_refused_before_anything_waits(
     with pytest.raises(SystemExit):
         command_line(lambda: None)
     assert said in capsys.readouterr().err.replace("\n", " ")
-    assert (count_of(1, "clip"), count_of(0, "clip")) == ("1 clip", "0 clips")
-    assert (count_of(2, "batch"), count_of(2, "epoch")) == ("2 batches", "2 epochs")
+    assert (format_count(1, "clip"), format_count(0, "clip")) == ("1 clip", "0 clips")
+    assert (format_count(2, "batch"), format_count(2, "epoch")) == ("2 batches", "2 epochs")
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCaptureFixture) -> None:

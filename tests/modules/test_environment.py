@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modules import devices
-from modules.devices import IN_COMMAND, empty_pinned, numbers_on, select_device, send_ahead, warn_if_emulated
+from modules.devices import IN_COMMAND, empty_pinned, select_device, send_ahead, tensor_on, warn_if_emulated
 from modules.environment import _install, create_environment, provide_pip
 from modules.errors import OptionError, UserError
 from modules.installation import hide_packages
@@ -187,8 +187,8 @@ def test_a_launcher_chooses_the_current_gpu_where_none_is_named(current: list[to
 
 def test_numbers_are_sent_in_rows_and_as_the_dtype_asked_for() -> None:
     device = torch.device("cpu")
-    assert torch.equal(numbers_on(device, [[1, 1 << 40], [3, 4]]), torch.tensor([[1, 1 << 40], [3, 4]]))
-    assert numbers_on(device, [True, False], torch.float32).tolist() == [1.0, 0.0]
+    assert torch.equal(tensor_on(device, [[1, 1 << 40], [3, 4]]), torch.tensor([[1, 1 << 40], [3, 4]]))
+    assert tensor_on(device, [True, False], torch.float32).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("refuses", [False, True])

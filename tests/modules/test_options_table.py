@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
-from modules.option_values import check_numbers, to_path, value_words
+from modules.option_values import check_numbers, to_path, value_argv
 from modules.options import (
     BY_SCRIPT,
     Options,
     default_of,
+    find_record_type,
     hints_of,
     option,
     option_name,
     read_options,
-    record_of,
 )
 from modules.parser import Parser, add_options
 from runtime.options import SwapOptions
@@ -134,14 +134,14 @@ def _given(record: type[Options], name: str) -> Any:
 def _make(record: type[Options], **values: Any) -> Options:
     """The record with these values, and something for each field that must be given."""
     for field in fields(record):
-        if field.name in values or record_of(hints_of(record)[field.name]) is not None:
+        if field.name in values or find_record_type(hints_of(record)[field.name]) is not None:
             continue
         try:
             default_of(record, field)
         except TypeError:
             values[field.name] = _given(record, field.name)
     for field in fields(record):
-        inner = record_of(hints_of(record)[field.name])
+        inner = find_record_type(hints_of(record)[field.name])
         if inner is not None and inner is hints_of(record)[field.name] and field.name not in values:
             values[field.name] = _make(inner)
     return record(**values)
@@ -264,7 +264,7 @@ def test_a_usual_value_that_is_typed_alone_is_told(
     name = option_name(field)
     parser = Parser()
     add_options(parser, record)
-    args = parser.parse_args([f"--{name}", *value_words(_default(record, field))])
+    args = parser.parse_args([f"--{name}", *value_argv(_default(record, field))])
 
     read_options(record, args)
 

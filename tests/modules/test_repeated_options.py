@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modules.option_values import FillIn, missing_words, option_words
+from modules.option_values import Placeholder, missing_words, option_argv
 from modules.options import Options, option
 from modules.repeated_options import fill_options, join_options, repeat_given
 
@@ -47,14 +47,14 @@ def test_options_are_typed_again_as_they_were_typed() -> None:
     typed = {"vae": "--first_vae", "form": "--form"}
     repeated = repeat_given(given(form="nf4", steps=9, kind=True), typed)
 
-    assert option_words(join_options(NextOne, {}, repeated)) == ["--first_vae", "a vae.pt", "--form", "nf4"]
+    assert option_argv(join_options(NextOne, {}, repeated)) == ["--first_vae", "a vae.pt", "--form", "nf4"]
 
 
 def test_what_is_chosen_counts_and_a_missing_file_is_filled_in() -> None:
     repeated = repeat_given(given(form="nf4"))
-    chosen = {"--first_vae": FillIn("VAE_FILE"), "--form": None, "--t5": FillIn("T5_FILE")}
+    chosen = {"--first_vae": Placeholder("VAE_FILE"), "--form": None, "--t5": Placeholder("T5_FILE")}
 
-    words = option_words(join_options(NextOne, chosen, repeated))
+    words = option_argv(join_options(NextOne, chosen, repeated))
 
     assert words == ["--vae", "a vae.pt", "--t5", "T5_FILE"]
     assert missing_words(words) == ["T5_FILE"]

@@ -13,7 +13,7 @@ from modules.compile_options import (
     TrainingCompileOptions,
 )
 from modules.errors import OptionError
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from modules.script_options import parse_options
 from modules.speed_options import (
     AttentionChoice,
@@ -181,7 +181,7 @@ def test_words_that_do_nothing_or_clash_are_refused(
 def test_generation_keeps_the_model_as_a_training_did(training: str, generation: str) -> None:
     (options,) = parse_options(None, training.split(), TrainingSpeedOptions)
 
-    words = option_words(say_for_generation(options))
+    words = option_argv(say_for_generation(options))
 
     assert words == generation.split()
     (again,) = parse_options(None, words, GenerationSpeedOptions)

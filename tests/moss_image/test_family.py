@@ -51,16 +51,16 @@ def test_equal_levels_are_left_out_and_told(family: MossImage, caplog: pytest.Lo
     assert prepare(family, steps=218).steps == 218
     assert not caplog.records
     prepared = prepare(family, steps=500)
-    assert prepared.steps == len(prepared.levels) - 1 == GOLDEN["evaluations"]["500"]
+    assert prepared.steps == len(prepared.sigmas) - 1 == GOLDEN["evaluations"]["500"]
     assert "415 of the 500 steps are made" in caplog.text
 
 
 def test_the_simple_schedule_is_that_of_the_solver(family: MossImage) -> None:
     official = prepare(family, steps=8)
     simple = prepare(family, steps=8, extra={"moss_schedule": "simple"})
-    assert official.levels == snap_levels(8, 5.0)
-    assert (simple.levels, simple.flow_shift) == ((), 5.0)
-    assert prepare(family, steps=8, flow_shift=2.0).levels == snap_levels(8, 2.0)
+    assert official.sigmas == snap_levels(8, 5.0)
+    assert (simple.sigmas, simple.flow_shift) == ((), 5.0)
+    assert prepare(family, steps=8, flow_shift=2.0).sigmas == snap_levels(8, 2.0)
     with pytest.raises(OptionError, match="official or simple"):
         prepare(family, extra={"moss_schedule": "even"})
 

@@ -191,7 +191,7 @@ def test_pictures_stand_in_front_of_the_prompt_as_in_transformers(
     for number, image in enumerate(images):
         paths.append(tmp_path / f"{number}.png")
         image.save(paths[-1])
-    (states,) = states_of(encoder, Prompt("a cat", pictures=tuple(paths)))
+    (states,) = states_of(encoder, Prompt("a cat", images=tuple(paths)))
 
     model = qwen35()
     vision = model.config.vision_config

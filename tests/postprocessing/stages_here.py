@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.command import command_line
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from modules.media.options import FormatOptions
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_video
@@ -35,12 +35,12 @@ class Same:
     """Gives pictures on as they are, if `change` is not given."""
 
     name: str = "same"
-    change: Callable[[Picture], Picture] = lambda picture: picture
+    change: Callable[[OutputFrame], OutputFrame] = lambda picture: picture
 
     def result(self, clip: Clip) -> Clip:
         return clip
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         return map(self.change, pictures)
 
 
@@ -53,7 +53,7 @@ class Larger:
     def result(self, clip: Clip) -> Clip:
         return replace(clip, width=2 * clip.width, height=2 * clip.height)
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         for image in pictures:
             assert image.pixels.shape == (clip.height, clip.width, 3)
             yield replace(image, pixels=image.pixels.repeat(2, 0).repeat(2, 1))
@@ -69,14 +69,14 @@ class Smoother:
         assert clip.rate is not None
         return replace(clip, rate=2 * clip.rate, frames=None if clip.frames is None else 2 * clip.frames - 1)
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        before: Picture | None = None
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
+        before: OutputFrame | None = None
         for image in pictures:
             if before is not None:
                 half = (image.start - before.start) / 2
                 mean = (before.pixels.astype(np.uint16) + image.pixels) // 2
                 yield replace(before, seconds=half)
-                yield Picture(mean.astype(np.uint8), before.start + half, half)
+                yield OutputFrame(mean.astype(np.uint8), before.start + half, half)
             before = image
         if before is None:
             return
@@ -94,7 +94,7 @@ class Refusing:
     def result(self, clip: Clip) -> Clip:
         return clip
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         for index, image in enumerate(pictures):
             if index == self.at:
                 raise self.error
@@ -112,7 +112,7 @@ class Black:
     def result(self, clip: Clip) -> Clip:
         return clip
 
-    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         for image in pictures:
             yield replace(image, pixels=np.zeros_like(image.pixels))
 
@@ -192,7 +192,7 @@ def main() -> None:
     source, output = map(Path, sys.argv[1:3])
     form = replace(H264, keep_pngs=True)
 
-    def wait(picture: Picture) -> Picture:
+    def wait(picture: OutputFrame) -> OutputFrame:
         if picture.start == Fraction(3, 16):  # the encoder has its first frames
             print("at work", flush=True)  # noqa: T201
         if picture.start > Fraction(3, 16):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from modules.errors import MediaError, MemoryPlanError, OutputError, UserError
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from modules.media.reading import read_image, read_tags, video_frames, video_info
 from modules.media.writing import write_png, write_video
 from postprocessing.contract import Clip
@@ -217,7 +217,7 @@ def test_a_lack_of_memory_at_one_file_gives_the_memory_back(
     at_start = []
 
     class Heavy(Same):
-        def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
             at_start.append(sum(ref() is not None for ref in living))
             tensor = torch.zeros(8)
             living.append(weakref.ref(tensor))

@@ -32,7 +32,7 @@ from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import write_photos
 from tests.tiny.new_models import write_new_model
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 # of each script one model and kind that is no LoRA and no whole model
 CASES: dict[Path, tuple[str, str]] = {}
@@ -95,7 +95,7 @@ def test_its_script_takes_what_is_written(script: Path, tmp_path: Path) -> None:
     known = "no such file", " downloads it.", "it gives no rights"
     assert not [line for line in said.splitlines() if not any(words in line for words in known)]
     run = read_run(folder)
-    assert run[OTHERS_TABLE]["commands"][-1] == ["python", script.name, "--config_file", RUN_FILE]
+    assert run[PROJECT_TABLE]["commands"][-1] == ["python", script.name, "--config_file", RUN_FILE]
     values = run["training"]
     assert not [key for key in values if key in {"network_module", "network_alpha", "lora_format"}]
     (table,) = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))["datasets"]
@@ -119,9 +119,9 @@ def test_a_folder_of_pairs_becomes_a_control_network(place: str, tmp_path: Path)
     said = describe(folder, "sd xl")
     assert "a ControlNet-LLLite learns from its pairs with" in said
     assert "--train lora trains a LoRA without them" in said
-    assert read_run(folder)[OTHERS_TABLE]["commands"][-1][1] == "sdxl_train_control_net_lllite.py"
+    assert read_run(folder)[PROJECT_TABLE]["commands"][-1][1] == "sdxl_train_control_net_lllite.py"
     describe(folder, "sd xl", "--train", "lora", "--overwrite")
-    assert read_run(folder)[OTHERS_TABLE]["commands"][-1][1] == "sdxl_train_network.py"
+    assert read_run(folder)[PROJECT_TABLE]["commands"][-1][1] == "sdxl_train_network.py"
 
 
 @pytest.mark.parametrize("why", ["other names", "another folder", "pictures", "a word", "of another", "none"])
@@ -143,7 +143,7 @@ def test_control_pictures_next_to_a_folder_are_its_own_only_if_nothing_contradic
 
     describe(folder, "sd xl", *words)
 
-    script = read_run(folder)[OTHERS_TABLE]["commands"][-1][1]
+    script = read_run(folder)[PROJECT_TABLE]["commands"][-1][1]
     is_control = why in ("of another", "none")
     assert script == ("sdxl_train_control_net_lllite.py" if is_control else "sdxl_train_network.py")
 
@@ -156,7 +156,7 @@ def test_edges_that_are_drawn_leave_other_folders_alone(tmp_path: Path) -> None:
     scripts = {}
     for name in ("pictures", "fluffy"):
         describe(tmp_path / name, "sd xl")
-        scripts[name] = read_run(tmp_path / name)[OTHERS_TABLE]["commands"][-1][1]
+        scripts[name] = read_run(tmp_path / name)[PROJECT_TABLE]["commands"][-1][1]
 
     assert scripts == {"pictures": "sdxl_train_control_net_lllite.py", "fluffy": "sdxl_train_network.py"}
 
@@ -301,7 +301,7 @@ def train_as_described(folder: Path, *words: str) -> list[str]:
     prompts = folder / "prompts.txt"
     line = prompts.read_text(encoding="utf-8").splitlines()[0]
     prompts.write_text(f"{line} --s 1\n", encoding="utf-8")
-    _, *commands, training = read_run(folder)[OTHERS_TABLE]["commands"]
+    _, *commands, training = read_run(folder)[PROJECT_TABLE]["commands"]
     for command in commands:
         succeed_here(command[1], *command[2:], folder=folder)
     succeed_here(training[1], *training[2:], *words, folder=folder)
@@ -432,5 +432,5 @@ def test_images_are_their_own_control_images_for_inpainting(tmp_path: Path) -> N
         assert table["image_directory"] == table["control_directory"]
     run = read_run(folder)
     assert run["training"]["lllite_inpaint_masked_input"] is True
-    assert run[OTHERS_TABLE]["commands"][-1][-1] == "--lllite_cond_in_channels=4"
+    assert run[PROJECT_TABLE]["commands"][-1][-1] == "--lllite_cond_in_channels=4"
     assert "network_dim" not in run["training"]

@@ -24,7 +24,7 @@ from tests.faults.messages import assert_one_message, run_here
 from tests.sound_media import Track, write_media
 from tests.tiny.project import write_clips
 from tests.tiny.stable_diffusion import write_sd1, write_tiny_stable_diffusion
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 EDIT = ["--family", "qwen", "--task", "edit-2511", "--memory", "24"]
 
@@ -402,8 +402,8 @@ def test_a_named_checkpoint_brings_its_own_vae_and_is_not_downloaded_again(tmp_p
     assert "--vae: the one inside" in told.stdout
     assert "its files are there" in told.stdout
     assert "vae" not in run["training"]
-    assert len(run[OTHERS_TABLE]["files"]) == 1
-    download, *others = run[OTHERS_TABLE]["commands"]
+    assert len(run[PROJECT_TABLE]["files"]) == 1
+    download, *others = run[PROJECT_TABLE]["commands"]
     assert "--fp8_encoders" not in download
     assert download[download.index("--without") + 1 :][:2] == ["ckpt", "vae"]
     assert not any("--vae" in words for words in others)
@@ -436,7 +436,7 @@ def test_a_cpu_that_is_slow_in_bfloat16_gets_float32_in_all_commands(
     is_slow = (processor, memory) == ("AVX2", "0")
     assert run["training"]["mixed_precision"] == ("no" if is_slow else "bf16")
     assert (run["training"].get("dit_dtype") == "float32") == (is_slow and family != "sdxl")
-    _, check, _, latents, texts, _ = run[OTHERS_TABLE]["commands"]
+    _, check, _, latents, texts, _ = run[PROJECT_TABLE]["commands"]
     for command in (check, latents):
         assert ("--vae_dtype" in command) == (is_slow and family != "sdxl")
     assert ("--text_encoder_dtype" in texts) == (is_slow and family != "wan")

@@ -25,7 +25,7 @@ from dataset.config import load_dataset_config
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import folders_config
 from downloads.catalogue import ModelSet
-from modules.command import as_typed
+from modules.command import quote_command
 from modules.errors import DatasetError, OptionError
 from modules.installation import FROM_QUEUE, RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.reading import Frame
@@ -173,7 +173,9 @@ def test_a_command_on_another_drive_is_typed_by_its_whole_path(monkeypatch: pyte
 
     monkeypatch.setattr(os.path, "relpath", reject)
     words = ["python", "wan_train_network.py"]
-    assert running.typed_in(words, Path("clips")) == as_typed(["python", str(ROOT / "wan_train_network.py")])
+    assert running.typed_in(words, Path("clips")) == quote_command(
+        ["python", str(ROOT / "wan_train_network.py")]
+    )
 
 
 def test_no_hint_names_the_command_that_run_types_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from tests.project.test_foreign_runs import Described
 from tests.project.test_kinds_of_folders import write_photos
 from tests.tiny.new_models import write_new_model
 from tests.tiny.project import write_clips
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_sample_project_is_trained_to_its_first_step(name: str, models: Path, 
     text = run.read_text(encoding="utf-8")
     steps = parse_toml(text)["training"]["max_train_steps"]
     run.write_text(text.replace(f"max_train_steps = {steps}", "max_train_steps = 1"), encoding="utf-8")
-    _, *commands = parse_toml(text)[OTHERS_TABLE]["commands"]
+    _, *commands = parse_toml(text)[PROJECT_TABLE]["commands"]
     for _, script, *words in commands:
         succeed_here(script, *words, folder=photos)
 

@@ -15,7 +15,7 @@ from project.options import RUN_FILE, find_models
 from project.running import _scripts_of_runs
 from tests.faults.messages import assert_one_message, run_here
 from tests.project.test_new import write_photos
-from training.config_options import OTHERS_TABLE
+from training.config_options import PROJECT_TABLE
 
 # one model of each script, that learns pictures
 MODELS: dict[Path, ModelSet] = {}
@@ -68,7 +68,7 @@ def test_the_script_for_whole_models_takes_what_is_written(script: Path, tmp_pat
     known = "no such file", " downloads it.", "it gives no rights"
     assert not [line for line in said.splitlines() if not any(words in line for words in known)]
     run = read_run(folder)
-    assert run[OTHERS_TABLE]["commands"][-1] == ["python", script.name, "--config_file", RUN_FILE]
+    assert run[PROJECT_TABLE]["commands"][-1] == ["python", script.name, "--config_file", RUN_FILE]
     assert script in _scripts_of_runs()
     values = run["training"]
     assert not [name for name in values if name.startswith(("network_", "lora_")) or name in FORMS]

@@ -17,7 +17,7 @@ from dataset.cache_files import read_entry
 from generation.latent_masks import blur, find_changes, restore_outside_mask, restore_unchanged_regions
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
-from protocols.data import Batch, MadeBy
+from protocols.data import Batch, CacheOrigin
 from protocols.requests import Prepared, Request
 from protocols.rules import ConsistencyRules
 from protocols.steps import EditReference, Section
@@ -103,7 +103,7 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
 
     texts = prepared.prompts[0]
     found = [texts.positive, texts.negative, texts.blank, texts.nag]
-    assert [one.pictures for one in found if one is not None] == [paths] * 4
+    assert [one.images for one in found if one is not None] == [paths] * 4
     assert fitted.prompts[0].positive.image_size == (96, 64)
     assert texts.positive.image_size is None
     # a size that is not said: a megapixel in the shape of the last picture
@@ -278,7 +278,7 @@ def test_caches_of_another_release_are_one_message(files: TinyModel, tmp_path: P
 
     latents = torch.zeros(1, 16, 1, 4, 4)
     (encoder,) = family_of(files, "edit").text_encoders()
-    made = MadeBy(tmp_path / "a_qie_te.safetensors", encoder.name, encoder.identity)
+    made = CacheOrigin(tmp_path / "a_qie_te.safetensors", encoder.name, encoder.identity)
     batch = Batch({"latents": latents, "vl_embed": [torch.zeros(3, 64)]}, ("a",), ("a",), (made,))
     family_of(files, "edit").batch_conditions(latents, batch)
     with pytest.raises(CacheError, match=r"a_qie_te.*for Qwen-Image-Edit, this .* of Qwen-Image-Edit-2511"):

@@ -47,7 +47,7 @@ def test_what_is_not_said_is_as_released(family: QwenImage) -> None:
 
     assert (prepared.width, prepared.height, prepared.steps) == (1328, 1328, 25)
     assert (prepared.guidance_scale, prepared.negative_prompt) == ((4.0,), " ")
-    assert prepared.rules.token_side == 2
+    assert prepared.rules.norm_patch_size == 2
 
 
 @pytest.mark.parametrize(("steps", "width", "height"), [(25, 1328, 1328), (4, 512, 768), (1, 256, 256)])

@@ -62,7 +62,7 @@ def test_a_picture_and_its_layers_have_640_pixels_squared_in_its_shape(
 
     assert (prepared.width, prepared.height, prepared.frames) == (896, 448, 5)
     assert (prepared.steps, prepared.guidance_scale, prepared.negative_prompt) == (50, (4.0,), " ")
-    assert prepared.rules.token_side is None
+    assert prepared.rules.norm_patch_size is None
     assert prepare(family, picture, frames=2).frames == 3  # of a training's sample
     assert prepare(family, picture, extra={"output_layers": "6"}, frames=2).frames == 7
 
@@ -180,7 +180,7 @@ def test_the_picture_of_a_training_is_its_first_frame_and_may_be_left_out_of_wha
 
     full = family.predict(dit, noisy, times, cond)
     given = torch.cat([latents[:, :, :1], noisy[:, :, 1:]], dim=2)
-    rest = replace(family, layers_alone=True).predict(dit, given, times, cond, Overrides(given_frames=1))
+    rest = replace(family, layers_alone=True).predict(dit, given, times, cond, Overrides(num_clean_frames=1))
 
     torch.testing.assert_close(cond[CONTROL], latents[:, :, :1])
     expected = family.predict(dit, noisy[:, :, 1:], times, cond)

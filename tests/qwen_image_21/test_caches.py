@@ -16,7 +16,7 @@ from torch import Tensor
 from dataset.cache.records import record_metadata, text_records
 from dataset.cache_files import read_entry
 from modules.errors import CacheError
-from protocols.data import Batch, CacheEntry, MadeBy, MediaBatch
+from protocols.data import Batch, CacheEntry, CacheOrigin, MediaBatch
 from qwen_image_21.caches import (
     HASHES,
     SEEN_HASHES,
@@ -152,14 +152,14 @@ def test_a_text_that_saw_other_references_is_refused(
 def test_states_behind_the_norm_are_refused_with_the_version_that_made_them(tmp_path: Path) -> None:
     path = tmp_path / "a_qi21_te.safetensors"
     right = {"vl": "0", "vl_state": "-1, pre_norm", "vl_transformers": "5"}
-    check_states(MadeBy(path, "vl", right), "vl")
-    check_states(MadeBy(path, "vl", {}), "vl")  # of another program
-    check_states(MadeBy(path, "latents", {"vae": "0"}), "vl")
+    check_states(CacheOrigin(path, "vl", right), "vl")
+    check_states(CacheOrigin(path, "vl", {}), "vl")  # of another program
+    check_states(CacheOrigin(path, "latents", {"vae": "0"}), "vl")
 
     for state, words in (("-1", "read by transformers 4 behind the final norm"), (None, "pre_norm")):
         made_by = {"vl": "0", "vl_transformers": "4"} | ({} if state is None else {"vl_state": state})
         with pytest.raises(CacheError, match=f"a_qi21_te.*{words}"):
-            check_states(MadeBy(path, "vl", made_by), "vl")
+            check_states(CacheOrigin(path, "vl", made_by), "vl")
 
 
 def test_transparent_pictures_are_cached_as_diffusers_encodes_them(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def prepare(family: QwenImage21, **asked: Any) -> Prepared:
 
 
 def sigmas_of(prepared: Prepared) -> torch.Tensor:
-    solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, levels=prepared.levels)
+    solver = solver_for(prepared.solver, prepared.steps, prepared.flow_shift, levels=prepared.sigmas)
     return solver.schedule.sigmas
 
 
@@ -103,7 +103,7 @@ def test_turbo_keeps_its_own_levels_unless_it_gets_other_steps(
     assert (made.steps, made.guidance_scale) == (3, (1.0,))
     assert sigmas_of(made).tolist() == pytest.approx([*expected, 0.0], rel=1e-6)
     assert not caplog.text
-    assert prepare(turbo, steps=5).levels == ()
+    assert prepare(turbo, steps=5).sigmas == ()
     assert "distilled for its own 3 noise levels: with 5 steps" in caplog.text
 
 
@@ -122,7 +122,7 @@ def test_a_name_says_which_one_it_is(family: QwenImage21, path: str, is_turbo: b
     named = with_dit(family, Path(path))
     assert (find_turbo(Path(path)) is not None) == is_turbo
     assert named.defaults.steps == (len(TURBO_LEVELS) if is_turbo else 40)
-    assert (named.why_few_steps() is not None) == is_turbo
+    assert (named.few_steps_evidence() is not None) == is_turbo
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_an_edit_without_a_size_has_the_shape_of_its_last_picture(
         made = prepare_line(family, options_of("--prompt", "x", *words), {})
         assert (made.width, made.height) == size
         assert made.prompts[0].negative is not None
-        assert len(made.prompts[0].negative.pictures) == len(made.prompts[0].positive.pictures)
+        assert len(made.prompts[0].negative.images) == len(made.prompts[0].positive.images)
 
 
 def test_other_spellings_of_the_dtype_exclude_each_other() -> None:

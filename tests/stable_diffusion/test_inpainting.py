@@ -396,7 +396,7 @@ def test_diffusers_reads_a_widened_model_from_a_single_file(kind: str, folder: P
 class ShownMasks:
     """A family that keeps the mask of an image."""
 
-    can: Abilities = Abilities(inpaint=True)
+    abilities: Abilities = Abilities(inpaints=True)
 
     def encode_masked(self, _: Any, pixels: Tensor, mask: Tensor, generator: Any) -> dict[str, Tensor]:
         return {"mask": mask}

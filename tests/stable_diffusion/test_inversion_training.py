@@ -39,7 +39,7 @@ from tests.stable_diffusion.test_training_step import (
     plain_loss,
 )
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.loss import NoisyBatch
 from training.targets.passes import training_loss
 
@@ -57,10 +57,10 @@ def inversion_family(kind: str, folder: Path, **values: Any) -> StableDiffusion:
     return with_inversion(make_family(kind, folder, options=options, text_training=TextEncoderTraining({})))
 
 
-def make_rows(family: StableDiffusion) -> tuple[LearntRows, LiveTexts]:
+def make_rows(family: StableDiffusion) -> tuple[LearntRows, LiveTextEncoders]:
     """Load the text encoders, with rows in them that learn."""
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
-    texts = LiveTexts(encoders, encoders)
+    texts = LiveTextEncoders(encoders, encoders)
     texts.load(CPU)
     assert family.custom_network is not None
     torch.manual_seed(0)

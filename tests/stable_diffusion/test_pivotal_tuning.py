@@ -32,7 +32,7 @@ from tests.stable_diffusion.test_inversion_training import (
 )
 from tests.stable_diffusion.test_training_step import CPU, make_batch, make_family, plain_loss
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.features.embedding import EmbeddingOptions
 from training.features.embedding_rows import make_word_vectors
 from training.learner import find_learner
@@ -62,7 +62,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     for lora in (network, twin):
         lora.attach()
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, LazyTextEncoder)]
-    texts = LiveTexts(encoders, word_encoders=encoders)
+    texts = LiveTextEncoders(encoders, word_encoders=encoders)
     texts.load(CPU)
     assert texts.networks == {}
     of_word = base.word_network(word)

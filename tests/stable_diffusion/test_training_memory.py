@@ -113,7 +113,7 @@ def test_layers_of_a_block_are_recomputed_one_by_one_unless_it_is_compiled_as_a_
 
     set_up_network(unet, family.dit, CPU, compilation=compilation, checkpointing=Checkpointing())
 
-    for block in family.dit.in_order(unet):
+    for block in family.dit.blocks_in_order(unet):
         layers: Any = getattr(block, "transformer_blocks", [])
         if len(layers):
             changed = ["forward" in vars(layer) for layer in layers]

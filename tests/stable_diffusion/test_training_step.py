@@ -25,7 +25,7 @@ from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import LossWeightOptions
 from tests.tiny.stable_diffusion import tokenizer_folder, write_folder
 from training.data.feed import NoiseSampler
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.loss import NoisyBatch
 from training.noise_options import TimestepOptions
 from training.targets.passes import training_loss
@@ -265,7 +265,7 @@ def test_text_encoders_learn_as_in_a_plain_loop(kind: str, tmp_path: Path) -> No
     noisy_batch = make_batch(family, (300, 700))
     dit = family.load_dit(Placement(CPU)).requires_grad_(False)
     encoders = family.text_encoders()
-    texts = LiveTexts(encoders, encoders)  # type: ignore[arg-type]
+    texts = LiveTextEncoders(encoders, encoders)  # type: ignore[arg-type]
     texts.load(CPU)
     network = build_network("networks.lora", NetworkArguments(2, 1.0), None, texts.networks)
     network.attach()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions, Joint
+from protocols.data import AUDIO_LATENTS, HAS_AUDIO, AudioVideoShapes, Batch, Conditions
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
 from protocols.steps import NO_OVERRIDES, Overrides
@@ -24,7 +24,7 @@ from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
 from training.targets.passes import measure_streams, training_loss
 
-JOINT = Joint((2, 3, 2, 2), (2, 4, 3))
+JOINT = AudioVideoShapes((2, 3, 2, 2), (2, 4, 3))
 
 
 class Hearing(ToyFamily):
@@ -50,12 +50,12 @@ def batch_of(*has_sound: bool) -> Batch:
     """Random latents; sound for those that have some."""
     numbers = torch.Generator().manual_seed(0)
     count = len(has_sound)
-    tensors: dict[str, Any] = {"latents": torch.randn(count, *JOINT.picture, generator=numbers)}
+    tensors: dict[str, Any] = {"latents": torch.randn(count, *JOINT.image, generator=numbers)}
     tensors["letters"] = [torch.ones(1, 1)] * count
     if any(has_sound):
         mask = torch.tensor(has_sound)
         heard = torch.randn(count, *JOINT.audio, generator=numbers)
-        tensors |= {SOUND: heard * mask.view(-1, 1, 1, 1), HAS_AUDIO: mask}
+        tensors |= {AUDIO_LATENTS: heard * mask.view(-1, 1, 1, 1), HAS_AUDIO: mask}
     return Batch(tensors, ("",) * count, tuple("abc"[:count]))
 
 
@@ -78,7 +78,7 @@ def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
         output = (1 - sigma) * clean + sigma * noise
         return (output - (noise - clean)).square().flatten(1).mean(1)
 
-    latents, heard = noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND)
+    latents, heard = noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(AUDIO_LATENTS)
     audio = errors(heard, noisy.audio.noise, noisy.audio.sigmas)
     return errors(latents, noisy.noise, noisy.sigmas), audio
 
@@ -119,7 +119,7 @@ def test_clips_without_any_sound_are_an_ordinary_batch() -> None:
 
     fed, timesteps, overrides = family.__dict__["told"]
     assert noisy.audio is None
-    assert (fed.shape, timesteps.shape, overrides.joint) == ((2, *JOINT.picture), (2,), None)
+    assert (fed.shape, timesteps.shape, overrides.joint) == ((2, *JOINT.image), (2,), None)
 
 
 def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() -> None:
@@ -169,7 +169,7 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
 
 @pytest.mark.parametrize(("given", "is_image"), [(IMAGE_STREAM, True), (AUDIO_STREAM, False)])
 def test_a_given_stream_is_clean_and_not_learned(given: str, is_image: bool) -> None:
-    noisy = drawn(batch_of(True), AudioLearning(given=given))
+    noisy = drawn(batch_of(True), AudioLearning(clean_stream=given))
     family = Hearing()
 
     loss = training_loss(family, nn.Identity(), noisy, nullcontext)
@@ -177,7 +177,7 @@ def test_a_given_stream_is_clean_and_not_learned(given: str, is_image: bool) -> 
     image, heard = by_hand(noisy)
     assert torch.equal(loss, (heard if is_image else image).mean())
     parts = JOINT.split(family.__dict__["told"][0])
-    clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND))
+    clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(AUDIO_LATENTS))
     are_clean = [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)]
     assert are_clean == [is_image, not is_image]
 
@@ -187,7 +187,7 @@ def test_shifted_logit_normal_has_the_quantiles_of_its_formula(is_stretched: boo
     """By the definition: sigmoid(n + mu), stretched, mirrored at 0.001, a tenth of it uniform."""
     rule, count = ShiftedLogit(is_stretched=is_stretched), 40_000
     options = replace(TimestepOptions.usual(), timestep_sampling=SHIFTED_LOGIT)
-    spec = NoiseSpec(tokens=count_tokens, shifted_logit=rule)
+    spec = NoiseSpec(count_tokens=count_tokens, shifted_logit=rule)
     for shape, mu in (((1, 2, 3, 2, 2), 0.95), ((1, 2, 4, 3), 2.05)):
         generator = torch.Generator().manual_seed(1)
         sigmas = draw(options, count, generator, noise_spec=spec, shape=shape).sigmas

@@ -26,7 +26,7 @@ from tests.training.toy import ToyTextEncoder, same
 from tests.training.toy_images import LATENT, ImageFamily
 from training.caching_inside import TensorLocation, plan_tables, prepare_sources
 from training.data.feed import BatchSources
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.learner import FULL_MODEL
 from training.options import TrainingOptions
@@ -88,7 +88,7 @@ def cache(config: DatasetConfig) -> None:
 
 def prepare(folder: Path, *arguments: object, live: bool = False) -> BatchSources:
     options, made = read(folder, *arguments), family()
-    texts = LiveTexts(made.text_encoders()) if live else None
+    texts = LiveTextEncoders(made.text_encoders()) if live else None
     return prepare_sources(made, read_config(options, ImageFamily(), FULL_MODEL), options.caching, CPU, texts)
 
 
@@ -291,7 +291,7 @@ def test_texts_that_are_encoded_while_training_have_the_remarks_of_caching(
     options = read(tmp_path)
     config = read_config(options, ImageFamily(), FULL_MODEL)
 
-    prepare_sources(family(), config, options.caching, CPU, LiveTexts([OneCharacter()]))
+    prepare_sources(family(), config, options.caching, CPU, LiveTextEncoders([OneCharacter()]))
 
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     cut = [text for text in warnings if text.startswith("3 of 3 captions are longer than letters reads")]

@@ -19,7 +19,7 @@ from tests.training.toy_images import (
     write_subset,
 )
 from training.caching_inside import find_live_texts
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.learner import FULL_MODEL
 from training.plan import read_config
 from training.planning.memory import predict
@@ -237,8 +237,8 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     encoders = family.text_encoders()
 
     cached = largest(predict(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
-    frozen = largest(predict(family, options, batch, CPU, texts=LiveTexts(encoders)).phase_peaks)[1]
-    texts = LiveTexts(encoders, family.made[-2:-1])
+    frozen = largest(predict(family, options, batch, CPU, texts=LiveTextEncoders(encoders)).phase_peaks)[1]
+    texts = LiveTextEncoders(encoders, family.made[-2:-1])
     learning = largest(predict(family, options, batch, CPU, texts=texts).phase_peaks)[1]
 
     assert TEXTS not in cached

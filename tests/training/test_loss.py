@@ -81,7 +81,7 @@ class Told(ToyFamily):
     def predict(
         self, dit: Any, noisy: Any, timesteps: Any, cond: Any, overrides: Overrides = NO_OVERRIDES
     ) -> Any:
-        self.__dict__["given"] = overrides.given_frames
+        self.__dict__["given"] = overrides.num_clean_frames
         return super().predict(dit, noisy, timesteps, cond)
 
 
@@ -244,7 +244,7 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
             self, dit: Any, noisy: Any, timesteps: Any, cond: Any, overrides: Overrides = NO_OVERRIDES
         ) -> Any:
             seen.append(
-                (float(cond["letters"][0].mean()), float(noisy[0, 0, 0, 0, 0]), overrides.given_frames)
+                (float(cond["letters"][0].mean()), float(noisy[0, 0, 0, 0, 0]), overrides.num_clean_frames)
             )
             velocity = dit(noisy, timesteps, cond["letters"]).clone()
             velocity[:, :, 0] += 100  # of the first frame, which must not count for what is given
@@ -256,12 +256,12 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     teaching = TeacherComparison(TeacherTarget(1.0), teach_as_base)
     rule = LossRule(as_base=lambda: saying(dit, 0.75), targets=[teaching.compare])
 
-    errors = errors_of(batch, dit, Watching(fuller=(CAPTION, FIRST_FRAME)), rule)
+    errors = errors_of(batch, dit, Watching(teacher_only_conditions=(CAPTION, FIRST_FRAME)), rule)
     assert errors.tolist() == [0.25**2, 0.25**2]
     assert seen == [(7.0, 4.0 * LATENT.scale, 1), (1.0, 0.75 * 4.0 * LATENT.scale + 0.25, 0)]
 
     seen.clear()
-    errors_of(batch, dit, Watching(fuller=(CAPTION,)), rule)
+    errors_of(batch, dit, Watching(teacher_only_conditions=(CAPTION,)), rule)
     assert [given for *_, given in seen] == [0, 0]
 
 

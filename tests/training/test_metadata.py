@@ -46,7 +46,7 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
         options=NO_OPTIONS,
         hashed_files={},
         noise=SimpleNamespace(keeps_variance=False),
-        can=Abilities(),
+        abilities=Abilities(),
         lora_module=module,
     )
     return SimpleNamespace(

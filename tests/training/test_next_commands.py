@@ -53,7 +53,7 @@ def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[Sc
 def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video", processes: int = 1) -> Any:
     """The facts of a plan that stand in commands."""
     model: Any = SimpleNamespace(
-        name=family, experts=ONE_EXPERT, dit_files=(), can=Abilities(), lora_module="networks.lora"
+        name=family, experts=ONE_EXPERT, dit_files=(), abilities=Abilities(), lora_module="networks.lora"
     )
     return SimpleNamespace(
         options=options,

@@ -46,7 +46,7 @@ class OtherToy(toy.ToyFamily):
 class SampledToy(OtherToy):
     """A model whose samples another transformer may make."""
 
-    can: ClassVar[Abilities] = replace(toy.ToyFamily.can, sample_apart="--other_dit")
+    abilities: ClassVar[Abilities] = replace(toy.ToyFamily.abilities, sampling_dit_option="--other_dit")
 
 
 def other_words(folder: Path) -> list[object]:

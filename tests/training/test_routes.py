@@ -94,13 +94,13 @@ def family_with(**changes: Any) -> Any:
     return SimpleNamespace(**{**plain, **changes})
 
 
-SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
+SIDE_STREAM = DitSpec(("blocks", "others"), second_list="others")
 
 
 @pytest.mark.parametrize(
     ("family", "counts", "message"),
     [
-        (family_with(can=Abilities(hear=True)), (4,), "second stream, the sound"),
+        (family_with(abilities=Abilities(trains_audio=True)), (4,), "second stream, the sound"),
         (family_with(dit=SIDE_STREAM), (4, 2), "second stream of blocks adds"),
         (family_with(dit=DitSpec(("blocks",), has_additions=True)), (4,), "the ControlNet adds"),
         (family_with(), (3,), "3 blocks, from 0 to 2, and these are 2 to 1"),

@@ -184,10 +184,10 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
 
     made, again = found
     assert entry_of_line["seed"] == 7
-    assert replace(sample, request=made.request, own_metadata=made.own_metadata) == made
+    assert replace(sample, request=made.request, extra_metadata=made.extra_metadata) == made
     here, there = (output_metadata(one, {}, experts=family.experts) for one in (sample, made))
     assert here == there
-    assert replace(again, request=made.request, own_metadata=made.own_metadata) == made
+    assert replace(again, request=made.request, extra_metadata=made.extra_metadata) == made
     assert {key: getattr(made, key) for key in expected} == expected
     assert (made.joint is not None) == (case == "ltx_2 with sound")
 

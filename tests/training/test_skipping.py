@@ -177,8 +177,8 @@ def test_a_resumed_run_skips_the_same_steps_to_the_bit(tmp_path: Path) -> None:
         assert isinstance(state, SavedState)
         states.append(state.progress)
     assert states[0].skipped == states[1].skipped > 0
-    assert states[0].of(SkipProgress).norms == states[1].of(SkipProgress).norms
-    assert len(states[0].of(SkipProgress).norms[""]) == 40 - states[0].skipped
+    assert states[0].feature_state(SkipProgress).norms == states[1].feature_state(SkipProgress).norms
+    assert len(states[0].feature_state(SkipProgress).norms[""]) == 40 - states[0].skipped
 
 
 def test_a_skipped_step_changes_neither_weights_nor_average_nor_moments(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_the_scale_of_fp16_stays_as_it_is(tmp_path: Path, bad: bool) -> None:
         run = replace(run, model=replace(run.model, scaler=scaler, stepping=stepping))
         with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
             take_step(run, range(1), micro_batches)
-            in_a_row = run.progress.of(SkipProgress).bad_in_a_row
+            in_a_row = run.progress.feature_state(SkipProgress).bad_in_a_row
             assert in_a_row == run.progress.skipped == int(bad)
             assert scaler.get_scale() == scale
             run.progress.step += 1
@@ -252,7 +252,7 @@ def test_norms_of_two_transformers_are_not_compared(tmp_path: Path) -> None:
 
     state = read_state(tmp_path / "output" / "x-state")
     assert isinstance(state, SavedState)
-    counts = {kind: len(norms) for kind, norms in state.progress.of(SkipProgress).norms.items()}
+    counts = {kind: len(norms) for kind, norms in state.progress.feature_state(SkipProgress).norms.items()}
     assert counts.keys() == {"low_noise", "high_noise"}
     assert sum(counts.values()) == 30 - state.progress.skipped
 

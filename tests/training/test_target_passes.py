@@ -131,7 +131,7 @@ def test_an_anchor_has_its_weight_and_its_balance() -> None:
 def test_a_teacher_that_knows_the_first_frame_is_not_compared_there(
     frames: int, given: int, expected: int
 ) -> None:
-    family = toy.ToyFamily(fuller=(FIRST_FRAME,))
+    family = toy.ToyFamily(teacher_only_conditions=(FIRST_FRAME,))
     noisy_batch = replace(make_batch(0.5, frames=frames), given_frames=given)
 
     assert with_teacher_inputs(family, noisy_batch, "").given_frames == expected

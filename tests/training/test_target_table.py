@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modules.errors import OptionError
 from modules.options import Options
-from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions
+from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions
 from protocols.family import Abilities
 from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import runner_of
@@ -162,7 +162,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         tensors[MASK] = mask
     audio = None
     if "audio" in names:
-        tensors[SOUND] = draw(4, 3, 5, 1)
+        tensors[AUDIO_LATENTS] = draw(4, 3, 5, 1)
         tensors[HAS_AUDIO] = torch.tensor(having(names, "audio"))
         sigmas = torch.tensor(AUDIO_LEVELS)
         weights = tensors[HAS_AUDIO].float() * 0.9
@@ -267,7 +267,7 @@ class ByHand:
         rows = [(noisy, velocity, places, noisy_batch.weights, self.column(LEVELS), GUIDED.scale)]
         audio = noisy_batch.audio
         if audio is not None:
-            heard = self.batch.tensor(SOUND).flatten(1)
+            heard = self.batch.tensor(AUDIO_LATENTS).flatten(1)
             level = self.column(AUDIO_LEVELS)
             rows.append(
                 (
@@ -394,7 +394,7 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
     tmp_path: Path, names: tuple[str, ...], message: str
 ) -> None:
     if names == ("tread", "audio"):
-        hearing = SimpleNamespace(name="toy", can=Abilities(hear=True), dit=toy.ToyDit.spec)
+        hearing = SimpleNamespace(name="toy", abilities=Abilities(trains_audio=True), dit=toy.ToyDit.spec)
         with pytest.raises(OptionError, match=message):
             check_tread(TreadOptions(tread=0.5), hearing, (4,))  # type: ignore[arg-type]
         return

@@ -135,7 +135,7 @@ def test_a_resumed_run_may_have_another_teacher_and_is_told(
 
 def test_a_model_that_can_be_told_nothing_else_is_refused(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
-    family = toy.ToyFamily(fuller=())
+    family = toy.ToyFamily(teacher_only_conditions=())
 
     with pytest.raises(OptionError, match="--teacher base: the model toy takes no additional"):
         toy.train_toy(tmp_path, "--teacher", "base", family=family)

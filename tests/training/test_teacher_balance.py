@@ -66,7 +66,7 @@ def test_each_of_two_experts_gets_its_levels_with_a_focus() -> None:
     for one in times:
         side = TWO[one.expert]
         levels = 1000 * one.sigmas.double()
-        assert ((levels >= side.lowest) & (levels < side.highest)).all()
+        assert ((levels >= side.min_timestep) & (levels < side.max_timestep)).all()
     assert share(torch.cat([one.sigmas for one in times]), 0.85, 0.95) > 0.5
 
 
@@ -106,7 +106,7 @@ def test_the_balance_is_the_ratio_of_drawn_shares(experts: Expert | None) -> Non
 
     def inside(words: str) -> float:
         levels = 1000 * drawn(options(words), count=400_000).double()
-        levels = levels[(levels >= expert.lowest) & (levels < expert.highest)]
+        levels = levels[(levels >= expert.min_timestep) & (levels < expert.max_timestep)]
         return share(levels, 200, 920)
 
     default, focused = inside(SHIFTED), inside(words)

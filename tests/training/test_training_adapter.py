@@ -248,28 +248,28 @@ def test_families_know_their_releases_of_few_steps(tmp_path: Path) -> None:
     def of_flux(kind: str) -> str | None:
         return Flux(
             FluxFiles(tiny_flux.write_dit(tmp_path / kind, tiny_flux.tiny_state(kind)))
-        ).why_few_steps()
+        ).few_steps_evidence()
 
     def of_flux_2(version: str, name: str) -> str | None:
         path = tiny_flux_2.write_dit(tmp_path, tiny_flux_2.tiny_state("klein"), name=name)
-        return Flux2(Flux2Files(path, model_version=version)).why_few_steps()
+        return Flux2(Flux2Files(path, model_version=version)).few_steps_evidence()
 
     assert [of_flux(kind) is None for kind in ("dev", "schnell", "chroma")] == [True, False, True]
     assert "FLUX.2-klein-4B" in str(of_flux_2("klein-4b", "x"))
     assert "flux-2-klein-4b" in str(of_flux_2("klein-base-4b", "flux-2-klein-4b"))
     assert of_flux_2("klein-base-4b", "flux-2-klein-base-4b") is None
     path = tiny_z_image.write_dit(tmp_path, tiny_z_image.tiny_state(), name="z_image_turbo")
-    assert "z_image_turbo" in str(ZImage(ZImageFiles(path)).why_few_steps())
+    assert "z_image_turbo" in str(ZImage(ZImageFiles(path)).few_steps_evidence())
 
 
 @dataclass(frozen=True)
 class Turbo(toy.ToyFamily):
     """Says that its transformer is distilled."""
 
-    can: Abilities = Abilities(tell_few_steps=True)
+    abilities: Abilities = Abilities(detects_few_steps=True)
     few_steps: FewSteps = FewSteps("another")
 
-    def why_few_steps(self) -> str:
+    def few_steps_evidence(self) -> str:
         return "it is called turbo"
 
 
@@ -340,8 +340,8 @@ def test_checkpoints_of_stable_diffusion_are_known_by_their_names(
     path.touch()
     family = StableDiffusion(TrainingFiles((), path))
 
-    assert (family.why_few_steps() is not None) is found
-    assert family.can.tell_few_steps
+    assert (family.few_steps_evidence() is not None) is found
+    assert family.abilities.detects_few_steps
 
 
 def test_a_distilled_model_that_is_trained_whole_is_told_what_a_whole_model_can_do(

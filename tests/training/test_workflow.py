@@ -123,7 +123,7 @@ def test_files_are_called_as_in_the_catalogue() -> None:
 class DrawnFamily(toy.ToyFamily):
     """The toy, with nodes."""
 
-    can: Abilities = Abilities(tell_nodes=True)
+    abilities: Abilities = Abilities(has_comfy_nodes=True)
     files: tuple[Path, ...] = ()
 
     @property

@@ -32,7 +32,7 @@ from protocols.family import (
     Trains,
 )
 from protocols.loading import Placement
-from protocols.requests import Prepared, Prompt, Request, settle, size_of
+from protocols.requests import Prepared, Prompt, Request, resolve_request, size_of
 from protocols.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from training.features.composing import options_by_expert
@@ -100,7 +100,7 @@ class ToyTextEncoder:
     """A text becomes its length."""
 
     name = "letters"
-    can = EncoderAbilities()
+    abilities = EncoderAbilities()
     keys = frozenset({"letters"})
     variable_length = frozenset({"letters"})
     identity: Mapping[str, str] = {"letters": "1"}
@@ -127,7 +127,7 @@ class ToyFamily:
     on_decode: Callable[[Tensor], None] = lambda _: None
     dtype: torch.dtype = torch.float32
     name: str = "toy"
-    can: Abilities = Abilities()
+    abilities: Abilities = Abilities()
     references: ReferenceRules | None = None
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
@@ -137,7 +137,7 @@ class ToyFamily:
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[Expert, ...] = ONE_EXPERT
-    fuller: tuple[str, ...] = (CAPTION,)
+    teacher_only_conditions: tuple[str, ...] = (CAPTION,)
     caching_switches: tuple[str, ...] = ()
     options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class ToyFamily:
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(ToyVae())
 
-    def check_given_files(self) -> None: ...
+    def check_named_files(self) -> None: ...
 
     def block_counts(self) -> tuple[int, ...]:
         return ()
@@ -211,7 +211,8 @@ class ToyFamily:
         self.requests.append(request)
         flow_shift = 3.0 if request.flow_shift is None else request.flow_shift
         return replace(
-            settle(request, self.defaults, size_of(request, self.defaults), flow_shift, "bad"), solver="euler"
+            resolve_request(request, self.defaults, size_of(request, self.defaults), flow_shift, "bad"),
+            solver="euler",
         )
 
     def needs_media(self, prepared: Prepared) -> bool:

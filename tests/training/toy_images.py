@@ -79,7 +79,7 @@ class ImageFamily(ToyFamily):
     The network says which way the data lies; or the noise, if `noise` has a table.
     """
 
-    noise: NoiseSpec = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_tokens)
+    noise: NoiseSpec = NoiseSpec(training_offset=0.0, table_is_shifted=True, count_tokens=count_tokens)
     name: str = "pictures"
     cache_tag: str = "pic"
     latent: LatentSpec = LATENT
@@ -168,7 +168,7 @@ class TinyTextEncoder:
     key: str
     lora_prefix: str
     seed: int
-    can: EncoderAbilities = EncoderAbilities(learn=True)
+    abilities: EncoderAbilities = EncoderAbilities(trainable=True)
     asked: list[str] = field(default_factory=list)
     made: TinyText | None = None
     variable_length: frozenset[str] = frozenset()

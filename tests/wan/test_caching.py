@@ -197,11 +197,11 @@ def test_a_task_refuses_the_vae_of_other_latents(
     dit = write_dit(tmp_path, tiny_state(kind))
     family = Wan(WanFiles(dit=dit, vae=vaes[version], task=TASKS[task]))
     named = rf"is the Wan{version} VAE \(of {given}: .*--task {task} needs (.|\n)*Give {wanted}.* to --vae"
-    for check in (family.check_given_files, lambda: family.prepare(Request("cat", seed=1))):
+    for check in (family.check_named_files, lambda: family.prepare(Request("cat", seed=1))):
         with pytest.raises(CheckpointError, match=named):
             check()
     (right,) = set(vaes) - {version}
-    Wan(WanFiles(dit=dit, vae=vaes[right], task=TASKS[task])).check_given_files()
+    Wan(WanFiles(dit=dit, vae=vaes[right], task=TASKS[task])).check_named_files()
 
 
 def train_on(dataset: Path, task: str, kind: str, *more: str) -> None:

@@ -18,7 +18,7 @@ from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
 from protocols.data import Conditions
 from protocols.requests import Request
-from protocols.steps import NagText, Overrides, Section, StepDone
+from protocols.steps import CompletedStep, NagText, Overrides, Section
 from runtime.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
@@ -78,7 +78,7 @@ def test_given_frames_equal_diffusers_fed_a_time_for_each_token(given: int) -> N
     times = inputs["timesteps"].view(2, 1, 1, 1).repeat(1, 4, 2, 3)
     times[:, :given] = 0
 
-    velocity = tiny_model("ti2v")(**inputs, overrides=Overrides(given_frames=given))
+    velocity = tiny_model("ti2v")(**inputs, overrides=Overrides(num_clean_frames=given))
 
     with torch.no_grad():
         expected = theirs(inputs["noisy"], times.flatten(1), text, return_dict=False)[0]
@@ -89,7 +89,7 @@ def test_given_frames_equal_diffusers_fed_a_time_for_each_token(given: int) -> N
 
 def test_what_a_step_cache_compares_is_what_attention_gets_with_given_frames_too() -> None:
     model, inputs = tiny_model("ti2v"), tiny_inputs("ti2v")
-    hidden = model.embed(**inputs, overrides=Overrides(given_frames=1))
+    hidden = model.embed(**inputs, overrides=Overrides(num_clean_frames=1))
     x, tokens = hidden.x, hidden.tokens
     block, seen = model.blocks[0], []
     block.self_attn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -102,7 +102,7 @@ def test_what_a_step_cache_compares_is_what_attention_gets_with_given_frames_too
 def test_half_precision_of_the_modulation_reaches_given_frames() -> None:
     model = WanModel(CONFIGS["ti2v"], precision=torch.float16)
     model.load_state_dict(tiny_state("ti2v"))
-    inputs, overrides = tiny_inputs("ti2v"), Overrides(given_frames=1)
+    inputs, overrides = tiny_inputs("ti2v"), Overrides(num_clean_frames=1)
     exact = tiny_model("ti2v")(**inputs, overrides=overrides)
 
     with torch.no_grad():
@@ -182,7 +182,7 @@ def with_overrides(tiny: TinyDit, overrides: Overrides) -> TinyDit:
     return replace(tiny, inputs=lambda size, batch: {**tiny.inputs(size, batch), "overrides": overrides})
 
 
-GIVEN = with_overrides(TI2V, Overrides(given_frames=1))
+GIVEN = with_overrides(TI2V, Overrides(num_clean_frames=1))
 
 
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -218,7 +218,7 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_split_attention_and_a_second_text_keep_given_frames() -> None:
-    model, inputs, overrides = tiny_model("ti2v"), tiny_inputs("ti2v"), Overrides(given_frames=1)
+    model, inputs, overrides = tiny_model("ti2v"), tiny_inputs("ti2v"), Overrides(num_clean_frames=1)
     plain = model(**inputs, overrides=overrides)
     model.attention = AttentionChoice("sdpa", True)
     torch.testing.assert_close(model(**inputs, overrides=overrides), plain, atol=1e-5, rtol=1e-5)
@@ -241,7 +241,7 @@ class Told:
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, overrides: Overrides
     ) -> Tensor:
-        count = overrides.given_frames
+        count = overrides.num_clean_frames
         assert torch.equal(
             noisy[:, :, :count], GIVEN_LATENTS[:, :, :count].expand(len(noisy), -1, -1, -1, -1)
         )
@@ -251,7 +251,7 @@ class Told:
         return torch.cat([torch.zeros_like(velocity[:, :, :count]), velocity[:, :, count:]], dim=2)
 
 
-def run(section: Section, solver: str, watch: Callable[[StepDone], bool], **guidance: Any) -> Tensor:
+def run(section: Section, solver: str, watch: Callable[[CompletedStep], bool], **guidance: Any) -> Tensor:
     request = prepare(Request("p", 1, guidance_scale=5.0, steps=5))
     draw = SeededNoise(2, torch.device("cpu")).draw
     return denoise(
@@ -271,7 +271,7 @@ def section_of(frames: int, given: bool) -> Section:
     section = Section(noise, *answers)
     if not given:
         return section
-    return replace(section, clean_first_frames=GIVEN_LATENTS, overrides=Overrides(given_frames=1))
+    return replace(section, clean_frames=GIVEN_LATENTS, overrides=Overrides(num_clean_frames=1))
 
 
 GUIDED: dict[str, dict[str, Any]] = {
@@ -291,7 +291,7 @@ def test_given_frames_stay_and_change_no_guidance_of_the_others(
     """
     previews: list[Tensor] = []
 
-    def watch(done: StepDone) -> bool:
+    def watch(done: CompletedStep) -> bool:
         previews.append(done.clean)
         return False
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import CacheError, DatasetError
-from protocols.data import PLACES, Batch, MediaTable
+from protocols.data import FRAME_INDICES, Batch, MediaTable
 from tests.tiny.wan_dit import CONFIGS
 from wan.configs import TASKS
 from wan.one_frame import batch_conditions, check_table, order_frames
@@ -45,7 +45,7 @@ def batch(rows: int = 257, places: Tensor | None = None) -> Batch:
         "t5": [torch.zeros(3, 32)] * 2,
         "latents_image": torch.zeros(2, 20, 2, 4, 4),
         "clip": torch.zeros(2, rows, 8),
-        PLACES: torch.tensor([[0, 1], [0, 1]]) if places is None else places,
+        FRAME_INDICES: torch.tensor([[0, 1], [0, 1]]) if places is None else places,
     }
     return Batch(tensors, ("", ""), ("one", "two"))
 

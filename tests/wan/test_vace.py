@@ -28,11 +28,11 @@ VACE_ASK = ["--task", "vace-1.3B", "--save_path", "made"]
 
 
 def test_each_block_of_vace_runs_before_its_share_of_the_others() -> None:
-    order = VACE_DIT.order([40, 8])
+    order = VACE_DIT.execution_order([40, 8])
 
     assert order[:8] == [40, 0, 1, 2, 3, 4, 41, 5]
     assert order[-6:] == [47, 35, 36, 37, 38, 39]
-    assert VACE_DIT.order([30, 15])[:5] == [30, 0, 1, 31, 2]
+    assert VACE_DIT.execution_order([30, 15])[:5] == [30, 0, 1, 31, 2]
 
 
 @pytest.mark.slow_cases("True")

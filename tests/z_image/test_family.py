@@ -102,8 +102,8 @@ def test_a_schedule_counts_from_0_too(family: ZImage) -> None:
 def test_truncation_and_normalisation_are_those_of_the_official_pipeline(family: ZImage) -> None:
     prepared = prepare(family, extra={"cfg_trunc_ratio": "0.5", "renorm_cfg": "1.5"})
 
-    assert (prepared.rules.below_share, prepared.rules.norm_limit) == (0.5, 1.5)
-    assert (prepare(family).rules.below_share, prepare(family).rules.norm_limit) == (None, None)
+    assert (prepared.rules.max_signal, prepared.rules.norm_limit) == (0.5, 1.5)
+    assert (prepare(family).rules.max_signal, prepare(family).rules.norm_limit) == (None, None)
     with pytest.raises(OptionError, match="--cfg_trunc_ratio .* 2: give a share"):
         prepare(family, extra={"cfg_trunc_ratio": "2"})
 

@@ -38,7 +38,7 @@ from dataset.cache.store import Stores
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions, LatentSpec
+from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions, LatentSpec
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, ONE_EXPERT, AudioLearning, Expert
 from training.data.timesteps import Timesteps, draw, loss_weights, times_of_audio
@@ -171,7 +171,7 @@ class NoiseSampler:
     timesteps: TimestepOptions
     seed: int
     noise_spec: NoiseSpec = FLOW
-    latent: LatentSpec | None = None  # used by `NoiseSpec.vary` only
+    latent: LatentSpec | None = None  # used by `NoiseSpec.vary_noise` only
     experts: tuple[Expert, ...] = ONE_EXPERT
     # functions of shape, seed and number of a micro-batch that return noise for the input alone
     perturbations: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
@@ -179,7 +179,7 @@ class NoiseSampler:
     audio: AudioLearning | None = None  # None: the family has no sound
     # functions of this object and a drawn micro-batch that return the micro-batch to use instead
     batch_hooks: Sequence[Callable[["NoiseSampler", NoisyBatch], NoisyBatch]] = ()
-    view: str = ""  # additional conditions of a feature, as `Batch.view`
+    view: str = ""  # additional conditions of a feature, as `Batch.condition_set`
     caption_choices: Sequence[str] = ()  # replace captions: one is drawn for each sample
 
     def add_noise(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
@@ -192,7 +192,7 @@ class NoiseSampler:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
-        if self.noise_spec.vary is not None:
+        if self.noise_spec.vary_noise is not None:
             noise = self._change_noise(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
         num_clean_frames = 0
@@ -203,7 +203,7 @@ class NoiseSampler:
         if self.audio is not None:
             audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
             weights = self.audio.image_weight * weights
-            learns_audio_alone = self.audio.given == IMAGE_STREAM
+            learns_audio_alone = self.audio.clean_stream == IMAGE_STREAM
             if learns_audio_alone:  # images stay clean and have no loss
                 weights = zeros = torch.zeros(len(batch))
                 times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
@@ -221,19 +221,21 @@ class NoiseSampler:
             number=number,
             levels=tuple(times.levels.tolist()),
         )
-        if self.noise_spec.gives is not None:  # some latents stay clean, as conditions
+        if self.noise_spec.clean_token_rule is not None:  # some latents stay clean, as conditions
             generator = seed_generator(self.seed, "given tokens", number)
-            noisy_batch = replace(noisy_batch, given=self.noise_spec.gives.draw(batch, generator))
+            noisy_batch = replace(
+                noisy_batch, clean_tokens=self.noise_spec.clean_token_rule.draw(batch, generator)
+            )
         for change_batch in self.batch_hooks:
             noisy_batch = change_batch(self, noisy_batch)
         return noisy_batch
 
     def _change_noise(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
         """Return the noise as modified for training, for example by an offset."""
-        assert self.noise_spec.vary is not None  # checked by the caller
+        assert self.noise_spec.vary_noise is not None  # checked by the caller
         assert self.latent is not None  # set for every family that varies its noise
         latents = self.latent.to_model(batch.tensor("latents"))
-        return self.noise_spec.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
+        return self.noise_spec.vary_noise(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _change_conditions(self, batch: Batch, number: int) -> Batch:
         """Return the batch with conditions that the run or the family draws anew for each micro-batch."""
@@ -241,9 +243,9 @@ class NoiseSampler:
             rng = random.Random(derive_seed(self.seed, "sentences", number))
             captions = tuple(rng.choice(self.caption_choices) for _ in batch.captions)
             batch = replace(batch, captions=captions)
-        if self.noise_spec.vary_inputs is not None:
+        if self.noise_spec.change_conditions is not None:
             generator = seed_generator(self.seed, "varied inputs", number)
-            tensors = self.noise_spec.vary_inputs(batch.tensors, self.view, generator)
+            tensors = self.noise_spec.change_conditions(batch.tensors, self.view, generator)
             batch = replace(batch, tensors=tensors)
         return batch
 
@@ -259,11 +261,11 @@ class NoiseSampler:
             number: Index of the micro-batch in the run.
             first_sample: Number of samples that the run has seen before.
         """
-        latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_AUDIO)
+        latents, has_sound = batch.tensors.get(AUDIO_LATENTS), batch.tensors.get(HAS_AUDIO)
         if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
-        learns_images_alone = learning.given == AUDIO_STREAM
+        learns_images_alone = learning.clean_stream == AUDIO_STREAM
         if learns_images_alone:  # the audio stays clean and has no loss
             zeros = torch.zeros(len(batch))
             return NoisyAudio(noise, sigmas=zeros, timesteps=zeros, weights=zeros)
@@ -460,7 +462,7 @@ class Feed:
         noise_sampler = replace(self.noise_sampler, timesteps=self.table_times[group])
         return noise_sampler, self.order.group_items_before(epoch, index)
 
-    def has_sound(self, key: Key) -> bool:
+    def has_audio(self, key: Key) -> bool:
         """Return whether any clip of a micro-batch has audio, without reading files."""
         epoch, index = key
         return any(item.has_cached_audio for item in self.order.epoch(epoch)[index])

@@ -31,7 +31,7 @@ class WithNetwork(TextEncoder, Protocol):
 
 
 @dataclass(frozen=True)
-class LiveTexts:
+class LiveTextEncoders:
     """Text encoders that run during training; outputs of other text encoders are cached."""
 
     encoders: Sequence[TextEncoder]

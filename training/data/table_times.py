@@ -85,7 +85,7 @@ def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], fa
     options_of_tables = list_timestep_options(options, tables)
     if options.timestep_focus is not None:
         _check_focus(options, experts)
-    if len(experts) > 1 or experts[0].lowest > 0:
+    if len(experts) > 1 or experts[0].min_timestep > 0:
         check_experts_reached(options_of_tables, noise_spec, experts)
 
 
@@ -110,21 +110,22 @@ def _check_table(
             f"{table.name}: {_describe_table_keys(table)}: --timestep_sampling {sampler} draws no level "
             "there. Widen the window, or leave out --preserve_distribution_shape"
         )
-    lowest = min(expert.lowest for expert in experts)
+    lowest = min(expert.min_timestep for expert in experts)
     raise DatasetError(
         f"{table.name}: {_describe_table_keys(table)}: only levels from {lowest:g} on are trained (the "
-        f"{experts[0].words}), and this table has none of them. Widen its window, leave the table out, or "
+        f"{experts[0].description}), and this table has none of them. Widen its window, leave the table "
+        "out, or "
         "train both transformers"
     )
 
 
 def _check_focus(options: TimestepOptions, experts: Sequence[Expert]) -> None:
     low, high = options.timestep_focus_range
-    lowest = min(expert.lowest for expert in experts)
+    lowest = min(expert.min_timestep for expert in experts)
     if high <= lowest:
         raise OptionError(
             f"--timestep_focus_range {low} {high}: only levels from {lowest:g} on are trained (the "
-            f"{experts[0].words}). Give a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
+            f"{experts[0].description}). Give a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
         )
 
 

@@ -83,9 +83,9 @@ def draw(
             range of an expert.
     """
     flow_shift = find_shift(options, noise_spec, shape)
-    lowest_expert = min(experts, key=lambda expert: expert.lowest)
-    any_expert = replace(lowest_expert, highest=math.inf)  # covers the ranges of all experts
-    accepts_all_draws = not options.preserve_distribution_shape and lowest_expert.lowest <= 0
+    lowest_expert = min(experts, key=lambda expert: expert.min_timestep)
+    any_expert = replace(lowest_expert, max_timestep=math.inf)  # covers the ranges of all experts
+    accepts_all_draws = not options.preserve_distribution_shape and lowest_expert.min_timestep <= 0
     low, high = 0.0, 1.0  # range of the uniform numbers u
     if not accepts_all_draws:
         low, high = find_accepted_range(options, noise_spec, flow_shift, any_expert)
@@ -170,19 +170,19 @@ def find_shift(options: TimestepOptions, noise_spec: NoiseSpec, shape: Sequence[
     """
     if not options.follows_size:
         return options.flow_shift
-    if noise_spec.tokens is None:
+    if noise_spec.count_tokens is None:
         raise OptionError(
             f"--timestep_sampling {options.timestep_sampling}: the shift of this model does not follow the "
             "size. "
             "Use shift with --discrete_flow_shift"
         )
     # FLUX.2 has a token for each latent pixel, FLUX.1 one for 2 x 2
-    if options.timestep_sampling == "flux2_shift" and noise_spec.tokens(_FOUR_PIXELS) != 4:
+    if options.timestep_sampling == "flux2_shift" and noise_spec.count_tokens(_FOUR_PIXELS) != 4:
         raise OptionError(
             "--timestep_sampling flux2_shift: it counts each latent pixel, as FLUX.2 does. Use flux_shift, "
             "which counts the tokens of this model"
         )
-    tokens = noise_spec.tokens(shape)
+    tokens = noise_spec.count_tokens(shape)
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return ideogram_shift(tokens)
     if options.timestep_sampling == SHIFTED_LOGIT:
@@ -369,7 +369,7 @@ def is_accepted(options: TimestepOptions, fractions: Tensor, noise_spec: NoiseSp
         expert: The network that the batch trains, with its range of timesteps.
     """
     levels = NUM_TIMESTEPS * fractions.double()
-    fits = (levels >= expert.lowest) & (levels < expert.highest)
+    fits = (levels >= expert.min_timestep) & (levels < expert.max_timestep)
     return fits & is_in_range(options, fractions, noise_spec) if options.preserve_distribution_shape else fits
 
 
@@ -401,8 +401,10 @@ def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
         )
     counts_from_noisy_end = options.timestep_sampling == "sigma"
     return OptionError(
-        f"no timestep of this run reaches the {expert.words}, which is trained from {expert.lowest:g} "
-        f"{'on' if expert.highest == math.inf else f'to {expert.highest:g}'}: of {NUM_SCANNED_DRAWS} draws "
+        f"no timestep of this run reaches the {expert.description}, which is trained from "
+        f"{expert.min_timestep:g} "
+        f"{'on' if expert.max_timestep == math.inf else f'to {expert.max_timestep:g}'}: of "
+        f"{NUM_SCANNED_DRAWS} draws "
         f"of --timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
         "or change --min_timestep, --max_timestep, --discrete_flow_shift (or the dataset's keys of these "
         "names) or --timestep_boundary"

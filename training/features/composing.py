@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
-from modules.options import Options, find_reach, hints_of, info_of, option, record_of
+from modules.options import Options, find_reach, find_record_type, hints_of, info_of, option
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
 from training.features.hooks import RunEnd, RunFeatures
@@ -49,7 +49,7 @@ def options_of_blocks() -> list[str]:
 def options_by_expert() -> list[type[Options]]:
     """Return the features' option records that apply to the second of two transformers."""
     hints = [hint for feature in FEATURES for hint in hints_of(feature.options).values()]
-    return [record for record in map(record_of, hints) if record is not None]
+    return [record for record in map(find_record_type, hints) if record is not None]
 
 
 def rejected_for_full() -> dict[str, str]:

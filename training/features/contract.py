@@ -38,7 +38,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from modules.options import Options, is_given, option_name
+from modules.options import Options, is_set, option_name
 from training.features.hooks import RunFeatures
 from training.learning_options import NO_FROZEN_MODEL
 
@@ -113,7 +113,7 @@ def given_values(options: Options) -> dict[str, Any]:
     return {
         option_name(declared): _without_folders(getattr(options, declared.name))
         for declared in fields(options)
-        if is_given(options, declared)
+        if is_set(options, declared)
     }
 
 

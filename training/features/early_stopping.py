@@ -42,7 +42,7 @@ def reason_to_stop(run: "HookedRun", loss: float, patience: int, info: "RunInfo"
 
     If it ends, the metadata of files in `info` gets the step of the lowest loss.
     """
-    progress = run.progress.of(EarlyStoppingProgress)
+    progress = run.progress.feature_state(EarlyStoppingProgress)
     if loss < progress.lowest_loss:
         progress.lowest_loss, progress.lowest_step = loss, run.progress.step
         progress.measured_since = 0
@@ -68,7 +68,7 @@ def _require_validation(planned: "PlannedRun") -> None:
 def _join(run: "RunFeatures", options: EarlyStoppingOptions) -> None:
     patience = options.early_stopping_patience
     assert patience is not None  # the feature is on
-    run.remembers.append(EarlyStoppingProgress)
+    run.progress_records.append(EarlyStoppingProgress)
     run.on.plan.append(_require_validation)
     run.on.after_validation.append(partial(reason_to_stop, patience=patience, info=run.info))
 

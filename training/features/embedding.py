@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import OptionError
-from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, is_given, option, option_name
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, is_set, option, option_name
 from protocols.new_tokens import MAX_VECTORS, WordOptionNames, WordToLearn, find_error
 from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureOptions, given_values
 from training.learning_options import LARGEST_RATE
@@ -136,7 +136,7 @@ class EmbeddingOptions(
             weights=self.embedding_weights,
             lora=lora,
             rate=self.embedding_lr,
-            until=self.embedding_until,
+            train_fraction=self.embedding_until,
         )
 
 
@@ -167,13 +167,13 @@ def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
         run.embedding_words.append(word.text)
     run.caption_checks.append(network.check_captions)
     run.info.for_loading |= network.values
-    run.on.beside.append(partial(make_word_vectors, word, network, has_file))
+    run.on.auxiliary_learners.append(partial(make_word_vectors, word, network, has_file))
 
 
 def _describe(options: EmbeddingOptions) -> str:
     share = options.embedding_until
     length = "" if share == 1 else f", in the first {share:.0%} of the steps"
-    return f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
+    return f"{options.train_embedding}, {format_count(options.embedding_vectors, 'vector')}{length}"
 
 
 def _word_as_network(word: WordToLearn, family: "Described") -> "CustomNetwork":
@@ -197,7 +197,7 @@ def _list_explicit_options(record: Options | None) -> list[str]:
     if record is None:
         return []
     own = [field for field in fields(record) if not isinstance(getattr(record, field.name), Options)]
-    return [option_name(field) for field in own if is_given(record, field)]
+    return [option_name(field) for field in own if is_set(record, field)]
 
 
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:

@@ -88,7 +88,7 @@ class WordVectors:
             group_names=(*trainable.group_names, f"the word {word.text}"),
             written_files={**trainable.written_files, **files},
             # the step after which the word's vectors are no longer trained
-            freeze_at_step={**trainable.freeze_at_step, WORD: math.ceil(word.until * total_steps)},
+            freeze_at_step={**trainable.freeze_at_step, WORD: math.ceil(word.train_fraction * total_steps)},
         )
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
     from training.data.feed import BatchSources, NoiseSampler
-    from training.data.live import LiveTexts
+    from training.data.live import LiveTextEncoders
     from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
@@ -414,13 +414,13 @@ class Hooks:
     # given the model and other models: raises UserError for files and packages. Loads no network
     check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
     # given the text encoders that run during training: raises OptionError
-    texts: "list[Callable[[LiveTexts | None], None]]" = field(default_factory=list)
+    texts: "list[Callable[[LiveTextEncoders | None], None]]" = field(default_factory=list)
     # given the run with its items, before a network is loaded: raises UserError; texts are encoded here
     plan: list[Callable[[PlannedRun], None]] = field(default_factory=list)
     # given the records of all options, as they are resolved: entered before the first step
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     # given the loaded text encoders that learn a new word, by the prefixes of their names in LoRA files
-    beside: list[MakeAuxiliaryLearner] = field(default_factory=list)
+    auxiliary_learners: list[MakeAuxiliaryLearner] = field(default_factory=list)
     # given each network to train, after its trained part was added
     before_setup: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
@@ -466,7 +466,7 @@ class RunFeatures:
     targets: list[StepTarget] = field(default_factory=list)
     # whether a target or a merged LoRA takes care of a transformer that was distilled for few steps
     keeps_few_step_ability: bool = False
-    view: str = ""  # additional conditions of passes, as `Batch.view`
+    view: str = ""  # additional conditions of passes, as `Batch.condition_set`
     mask_input_option: str = ""  # option that uses the masks of tables as inputs instead of loss weights
     # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
@@ -485,7 +485,9 @@ class RunFeatures:
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None
-    remembers: list[type] = field(default_factory=list)  # dataclasses kept in `Progress` and saved in states
+    progress_records: list[type] = field(
+        default_factory=list
+    )  # dataclasses kept in `Progress` and saved in states
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
     on: Hooks = field(default_factory=Hooks)

@@ -56,7 +56,7 @@ class Inpaints(Protocol):
 
 
 def _can_inpaint(family: "Described") -> TypeGuard[Inpaints]:
-    return family.can.inpaint
+    return family.abilities.inpaints
 
 
 class InpaintingOptions(FeatureOptions, title="inpainting", at=AT_NOISE):

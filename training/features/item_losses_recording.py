@@ -22,7 +22,7 @@ from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Remote
 from dataset.table import DatasetTable
-from modules.atomic_write import append_text, atomic_path, make_storable, write_text
+from modules.atomic_write import append_text, atomic_path, replace_surrogates, write_text
 from modules.devices import empty_pinned
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import Frame, read_image, video_frames
@@ -74,13 +74,13 @@ def append_losses(folder: Path, name: str, process: int, draws: Iterable[ItemDra
 
 def _as_line(draw: ItemDraw) -> str:
     values = draw._asdict() | {"level": float(f"{draw.level:.6g}"), "loss": float(f"{draw.loss:.7g}")}
-    return make_storable(json.dumps(values, ensure_ascii=False)) + "\n"
+    return replace_surrogates(json.dumps(values, ensure_ascii=False)) + "\n"
 
 
 def write_images(folder: Path, name: str, pictures: Mapping[str, ItemImage]) -> None:
     """Write thumbnails of items, by their keys. Raises OutputError if one cannot be written."""
     values = {key: {"name": image.name, "data": image.data} for key, image in pictures.items()}
-    write_text(images_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
+    write_text(images_path(folder, name), replace_surrogates(json.dumps(values, ensure_ascii=False)) + "\n")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _prepare_passes(
     run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun"
 ) -> None:
     """Encode the prompts before the network is loaded; add the training passes once it is loaded."""
-    progress = plan.progress.of(LecoProgress)
+    progress = plan.progress.feature_state(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:
         logger.warning(
@@ -140,7 +140,7 @@ def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
         )
     )
     run.keeps_few_step_ability = True
-    run.remembers.append(LecoProgress)
+    run.progress_records.append(LecoProgress)
     preview = json.dumps([asdict(pair) for pair in pairs[:MAX_PAIRS_IN_METADATA]], ensure_ascii=False)
     run.info.in_files |= given_values(options) | {
         "leco_prompt_count": len(pairs),

@@ -230,6 +230,6 @@ def _draw_size_conditions(pair: LecoPair, height: int, width: int, rng: random.R
 def _draw_noise(family: Trains, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Return the initial noise on the CPU, with the family's changes such as --noise_offset."""
     noise = torch.randn((count, *family.latent.shape(1, height, width)[1:]), generator=generator)
-    if family.noise.vary is not None:
-        noise = family.noise.vary(noise, torch.zeros_like(noise), generator)
+    if family.noise.vary_noise is not None:
+        noise = family.noise.vary_noise(noise, torch.zeros_like(noise), generator)
     return noise

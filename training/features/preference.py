@@ -64,7 +64,9 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
     from protocols.family import audio_of, trains_audio  # loads torch, which --help does not need
 
     audio = audio_of(family)
-    if audio is not None and (audio.is_alone or (trains_audio(family) and family.audio_learning.given)):
+    if audio is not None and (
+        audio.audio_only or (trains_audio(family) and family.audio_learning.clean_stream)
+    ):
         raise OptionError(
             f"--preference {options.beta:g}: pairs are of images, and here one stream alone is learned. "
             "Leave it out"

@@ -55,7 +55,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
                 f"{item.table.name}: --preference needs the latents of the worse images, which are not "
                 f"encoded while training. Cache them first:\n  {commands.latents}"
             )
-        header = stores.of(item.table).read(item.file_name, is_full=False)
+        header = stores.latent_store(item.table).read(item.file_name, is_full=False)
         if REJECTED_LATENTS not in header.keys:
             raise CacheError(explain_no_rejected(item.latent_path, commands))
 
@@ -75,7 +75,7 @@ def pair_passes(
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch of 2B samples: B chosen items, then their rejected ones with equal noise and captions."""
+    """Return a batch of 2B samples: B chosen items, then their rejected ones with equal noise and text."""
     batch = noisy_batch.batch
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
@@ -101,7 +101,9 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         weights=_stack_twice(noisy_batch.weights),
         perturbation=None if perturbation is None else _stack_twice(perturbation),
         audio=None if noisy_batch.audio is None else _repeat_audio(noisy_batch.audio),
-        given=None if noisy_batch.given is None else noisy_batch.given.moved(_stack_twice),
+        clean_tokens=None
+        if noisy_batch.clean_tokens is None
+        else noisy_batch.clean_tokens.map_tensors(_stack_twice),
         levels=noisy_batch.levels * 2,
     )
 

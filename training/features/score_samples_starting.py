@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from modules.error_output import message_of
+from modules.error_output import extract_error_message
 from modules.installation import program_environment, program_words
-from modules.option_values import option_words
+from modules.option_values import option_argv
 from training.reports.history import history_path
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class SampleScorer:
         if self._has_failed:
             return
         history = history_path(self.folder, self.name)
-        command = [*self._script_command, str(history), *option_words(self.models), "--device", self.device]
+        command = [*self._script_command, str(history), *option_argv(self.models), "--device", self.device]
         self._stderr_file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
         try:
             self._process = subprocess.Popen(
@@ -111,7 +111,7 @@ class SampleScorer:
         said = self._stderr_file.read().decode("utf-8", "replace")
         self._stderr_file.close()
         if code:
-            self._fail(message_of(said) or f"exit code {code}")
+            self._fail(extract_error_message(said) or f"exit code {code}")
 
     def _fail(self, reason: str) -> None:
         self._has_failed = True

@@ -68,7 +68,7 @@ def show_timesteps(
         _print_statistics(counts_by_label, fractions_by_label, weights)
         return
     path = folder / "timesteps.png"
-    write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
+    write_bytes(path, draw_statistics(counts_by_label, weights, [expert.min_timestep for expert in experts]))
     legend = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
     lines = [f"{path}: {legend}\n"]
     for label, text in fractions_by_label.items():
@@ -93,10 +93,11 @@ def describe_fractions(counts: Tensor, experts: Sequence[Expert]) -> str:
         return ""
     lines = []
     for expert in experts:
-        end = min(expert.highest, NUM_TIMESTEPS)
-        share = float(counts[math.ceil(expert.lowest) : math.ceil(end)].sum() / counts.sum())
+        end = min(expert.max_timestep, NUM_TIMESTEPS)
+        share = float(counts[math.ceil(expert.min_timestep) : math.ceil(end)].sum() / counts.sum())
         lines.append(
-            f"{expert.words}: timesteps from {expert.lowest:g} to {end:g}, {share:.1%} of the draws\n"
+            f"{expert.description}: timesteps from {expert.min_timestep:g} to {end:g}, {share:.1%} of the "
+            "draws\n"
         )
     return "".join(lines)
 
@@ -112,7 +113,7 @@ def count_timesteps(
     """Return the number of draws at each of 1000 timesteps, and the loss weight of each timestep."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
     # with one expert for all levels, a batch has the distribution that all batches have together
-    lowest_expert = [min(experts, key=lambda expert: expert.lowest)]
+    lowest_expert = [min(experts, key=lambda expert: expert.min_timestep)]
     for number in range(num_batches):
         times = draw(
             options,

@@ -135,7 +135,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     """
     from training.processes import largest_of_processes  # loads torch, which --help does not need
 
-    progress = run.progress.of(SkipProgress)
+    progress = run.progress.feature_state(SkipProgress)
     skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)
     loss = float(step.loss)
     norm = float(gradient_norm)
@@ -198,7 +198,7 @@ def _join(run: "RunFeatures", options: SkipOptions) -> None:
             f"{flag} with --fused_backward_pass: weights are stepped inside the backward pass, before the "
             "norm of all gradients is known. Leave out one of the two"
         )
-    run.remembers.append(SkipProgress)
+    run.progress_records.append(SkipProgress)
     run.info.in_files |= asdict(options)
     run.on.before_step.append(judge_step)
 

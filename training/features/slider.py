@@ -16,7 +16,7 @@ from training.features.slider_file import SliderFile, read_sliders
 from training.features.step_targets import PassCounts, StepTarget
 
 if TYPE_CHECKING:
-    from training.data.live import LiveTexts
+    from training.data.live import LiveTextEncoders
     from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _check_tables(run: "RunFeatures", path: Path) -> None:
             )
 
 
-def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
+def _check_texts(path: Path, texts: "LiveTextEncoders | None") -> None:
     """Raise OptionError if text encoders are trained, because a slider's captions are encoded only once."""
     if texts is not None and texts.trained_encoders:
         names = " and ".join(encoder.name for encoder in texts.trained_encoders)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import OptionError
 from protocols.inputs import INPUTS
 from runtime.ways.contract import FurtherModel
@@ -18,19 +18,19 @@ from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.data.live import LiveTexts
+    from training.data.live import LiveTextEncoders
     from training.features.hooks import RunFeatures
     from training.other_models import OtherFamilies
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:
     """Raise OptionError if the family has no inputs that only the --teacher could get."""
-    if options.teacher_sees not in (INPUTS, *family.can.views):
+    if options.teacher_sees not in (INPUTS, *family.abilities.views):
         raise OptionError(
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
             "it out: the teacher then knows all conditions of the caches"
         )
-    if not family.fuller and options.teacher == BASE:
+    if not family.teacher_only_conditions and options.teacher == BASE:
         raise OptionError(
             f"--teacher {options.teacher}: the model {family.name} takes no additional conditions, so the "
             "teacher would know no more than the network. Leave it out"
@@ -43,7 +43,7 @@ def _check_files(options: TeacherOptions, family: "Family", others: "OtherFamili
     check_other_teacher(options, family, others)
 
 
-def _check_texts(options: TeacherOptions, texts: "LiveTexts | None") -> None:
+def _check_texts(options: TeacherOptions, texts: "LiveTextEncoders | None") -> None:
     """Raise OptionError if texts are encoded during training instead of read from caches."""
     if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)
@@ -59,7 +59,7 @@ def _describe(options: TeacherOptions) -> str:
     name = "the model without the network"
     if options.teacher != BASE:
         model = options.teacher_dit.name if options.teacher_dit is not None else "the model itself"
-        loras = count_of(len(options.loras()), "LoRA")
+        loras = format_count(len(options.loras()), "LoRA")
         name = f"{model} with {loras}" if options.loras() else model
         if options.teacher_delta:
             name = f"the change by {loras} in {model}"

@@ -62,7 +62,7 @@ def find_balance(
     unfocused = _count_unfocused_draws(
         options, low, high, noise_spec=noise_spec, flow_shift=flow_shift, expert=expert
     )
-    lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
+    lowest, highest = expert.min_timestep, min(expert.max_timestep, NUM_TIMESTEPS)
     in_focus_range = _DrawFractions(
         in_band=_fraction_of_focus_range(options, max(low, lowest), min(high, highest)),
         trained=_fraction_of_focus_range(options, lowest, highest),
@@ -100,7 +100,7 @@ def _count_unfocused_draws(
     """Return the fractions of draws in the band and in the expert's range without --timestep_focus."""
     fractions = sample_fractions(options, spread_evenly(), noise_spec, flow_shift)
     levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise_spec, ONE_EXPERT[0])]
-    is_trained = (levels >= expert.lowest) & (levels < expert.highest)
+    is_trained = (levels >= expert.min_timestep) & (levels < expert.max_timestep)
     is_inside = is_trained & (levels >= low) & (levels <= high)
     return _DrawFractions(in_band=_mean(is_inside), trained=_mean(is_trained))
 

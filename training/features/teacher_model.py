@@ -136,7 +136,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
     teacher = others.with_dit(options.teacher_dit)
     with _renaming_dit_option("--teacher_dit"):  # errors name this option instead of --dit
         files = set(teacher.dit_files)
-        teacher.check_given_files()
+        teacher.check_named_files()
     if files & set(family.dit_files):
         raise OptionError(
             f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modules.devices import numbers_on
+from modules.devices import tensor_on
 from protocols.data import FIRST_FRAME
 from protocols.family import Trains
 from protocols.steps import clean_fraction
@@ -68,7 +68,7 @@ class TeacherTarget:
     band: Band | None = None  # None: all levels
     anchor_weight: float = 1.0  # factor on the loss outside of the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
-    view: str = ""  # `Batch.view` inside the band
+    view: str = ""  # `Batch.condition_set` inside the band
 
 
 def make_target(options: TeacherOptions) -> TeacherTarget:
@@ -189,7 +189,7 @@ def _as_sample_weights(weights: Sequence[float], device: torch.device) -> "float
     """Return the weight of each sample as a tensor, B, or as one number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]
-    return numbers_on(device, weights, torch.float32)
+    return tensor_on(device, weights, torch.float32)
 
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
@@ -219,7 +219,7 @@ def _weighted_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tens
     if noisy_batch.audio is not None:
         prediction, audio = noisy_batch.joint.split(prediction)  # the network gets both as one tensor
         audios.append(audio)
-    given = noisy_batch.given  # how clean each latent of the input is; None: all are noisy
+    given = noisy_batch.clean_tokens  # how clean each latent of the input is; None: all are noisy
     if given is not None and given.image is not None:
         prediction = prediction * (clean_fraction(given.image, prediction) == 0)
     if given is not None and given.audio is not None:
@@ -239,9 +239,9 @@ def with_teacher_inputs(family: Trains, noisy_batch: NoisyBatch, view: str) -> N
         noisy_batch: Batch with noise and timesteps.
         view: Name of the additional conditions that the teacher gets; "" for none.
     """
-    has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
+    has_first = FIRST_FRAME in family.teacher_only_conditions and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))
-    batch = replace(noisy_batch.batch.tell(family.fuller), view=view)
+    batch = replace(noisy_batch.batch.restore_dropped(family.teacher_only_conditions), condition_set=view)
     return replace(noisy_batch, batch=batch, given_frames=given_frames)
 
 

@@ -60,9 +60,9 @@ def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) 
     """
     name = f"--tread {options.tread:g}"
     reason = ""
-    if family.can.hear:
+    if family.abilities.trains_audio:
         reason = "its blocks have a second stream, the sound, which would need a choice of its own"
-    elif family.dit.side_list:
+    elif family.dit.second_list:
         reason = "a second stream of blocks adds to all tokens of the first one"
     elif family.dit.has_additions:
         reason = "the ControlNet adds to all tokens behind each block"

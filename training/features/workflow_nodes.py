@@ -76,10 +76,11 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     """
     if others.sampling is not None:
         raise OptionError(
-            f"{FLAG} with {family.can.sample_apart}: its workflow has the transformers that learn, and "
+            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the transformers that "
+            "learn, and "
             "samples are made with another one. Leave out one of the two"
         )
-    if not family.can.tell_nodes:
+    if not family.abilities.has_comfy_nodes:
         raise OptionError(
             f"{FLAG}: which nodes of ComfyUI make the samples of {family.name} is not certain. Leave it out"
         )
@@ -396,7 +397,7 @@ class ComfyGraph:
 def cfg_scale(prepared: Prepared, expert: int) -> float:
     """Return the guidance scale of a transformer in the usual convention: 1 means no guidance."""
     scale = prepared.guidance_scale[expert]
-    return scale + 1 - prepared.rules.off_at
+    return scale + 1 - prepared.rules.neutral_scale
 
 
 @dataclass(frozen=True)

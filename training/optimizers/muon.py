@@ -134,8 +134,8 @@ def orthogonalize(
 def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     """Group the trained weights of a full network by how they are stepped.
 
-    Muon steps the matrices in blocks, each with its number of matrices (`DitSpec.fused`). AdamW steps all
-    others without weight decay: norms, biases, embedding layers, and the output layers.
+    Muon steps the matrices in blocks, each with its number of matrices (`DitSpec.num_fused_matrices`).
+    AdamW steps all others without weight decay: norms, biases, embedding layers, and the output layers.
     """
     names = trainable.names
     block_prefixes = tuple(f"{name}." for name in (*spec.block_lists, *spec.further_blocks))

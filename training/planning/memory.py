@@ -18,7 +18,7 @@ from dataset.batches.order import repeat_items
 from dataset.cache.records import CacheChecks
 from dataset.table import DatasetTable
 from modules.console import quiet
-from modules.devices import gib
+from modules.devices import format_gib
 from modules.options import override_options
 from protocols.data import LatentSpec
 from protocols.family import Described, Family, Trains
@@ -28,7 +28,7 @@ from runtime.planning import dry_run as dry
 from runtime.planning import memory_plan
 from runtime.planning.device_memory import DeviceMemory, MemoryWatch, device_memory_to_plan, free_host_memory
 from training.data.feed import BatchSources, NoiseSampler
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.experts import placement_of
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
 from training.learner import find_learner
@@ -64,7 +64,7 @@ class StepPrediction:
     host_average_bytes: int = 0  # bytes of a whole model's average in host memory
     num_further_dits: int = 0  # transformers that are trained, each like the one that was rehearsed
     num_sample_only_dits: int = 0  # transformers that only samples need
-    texts: LiveTexts | None = None  # encoded in each step
+    texts: LiveTextEncoders | None = None  # encoded in each step
     network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
@@ -185,7 +185,7 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     num_sample_only_dits: int = 0,
-    texts: LiveTexts | None = None,
+    texts: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
@@ -328,8 +328,8 @@ def read_largest(
     )
     # clean conditioning frames need a little more memory: if they can be drawn, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    if noise.gives is not None:
-        noise = replace(noise, gives=noise.gives.always())
+    if noise.clean_token_rule is not None:
+        noise = replace(noise, clean_token_rule=noise.clean_token_rule.always())
     randomness = NoiseSampler(
         options.timesteps,
         0,
@@ -349,7 +349,7 @@ def plan_one_card(
     device: torch.device,
     room: DeviceMemory | None,
     num_sample_only_dits: int,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
     """Print how much memory a step of the run needs on a single GPU, and what would save memory.
@@ -412,7 +412,7 @@ def suggest_larger_batch(prediction: StepPrediction, blocks: int, room: DeviceMe
     if batch_size == count:
         return []
     return [
-        f"batch_size {batch_size} in --dataset_config fits too, with {gib(needed(batch_size))} GiB: "
+        f"batch_size {batch_size} in --dataset_config fits too, with {format_gib(needed(batch_size))} GiB: "
         "steps of small items wait less for the host"
     ]
 
@@ -428,7 +428,7 @@ def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
     remedy = "train one transformer at a time, and make no samples by both"
     if options.speed.fp8.quantization is None:
         remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
-    return f"The host has {gib(free)} GiB free, and {gib(needed)} are needed: {remedy}."
+    return f"The host has {format_gib(free)} GiB free, and {format_gib(needed)} are needed: {remedy}."
 
 
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
@@ -454,8 +454,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
             needed = prediction.device(swap.number)
             logger.info(
                 "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
-                gib(needed),
-                gib(room.usable),
+                format_gib(needed),
+                format_gib(room.usable),
             )
             watch = MemoryWatch(
                 device, needed, prediction.num_elements

@@ -16,13 +16,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dataset.table import DatasetTable
-from modules.devices import dtype_of
+from modules.devices import compute_dtype_of
 from modules.private_torch import disable_modes
 from networks.gated_loras import add_loras
 from protocols.family import Trains
 from runtime.offload.checkpointing import recomputed_parts
 from runtime.planning import dry_run as dry
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.experts import AUTOCAST, TRAINING_ADAPTER, read_adapter, set_up_network
 from training.features.composing import begin_run
 from training.features.hooks import LearningPass
@@ -69,7 +69,7 @@ class Rehearsal:
     steps: ParameterSteps | None  # steps single weights; None: all are stepped at once
     states: list[Tensor]  # stand-ins for the average, and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all blocks, by the name of their list
-    texts: LiveTexts | None = None  # encoded in each step, without content
+    texts: LiveTextEncoders | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
     tables: Sequence[DatasetTable] = ()  # of the dataset
@@ -205,7 +205,7 @@ def rehearse(
     options: TrainingOptions,
     dit: nn.Module,
     noisy_batch: NoisyBatch,
-    texts: LiveTexts | None = None,
+    texts: LiveTextEncoders | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.extrapolate_on_one_device,
     tables: Sequence[DatasetTable] = (),
 ) -> tuple[dict[str, dry.BytesByKind], int]:
@@ -260,7 +260,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
     is_compiled = options.speed.compilation.choice is not None
     adapters = [add_loras(dit, [use], is_compiled, TRAINING_ADAPTER) for use in uses if use is not None]
     with ledger.allocating(dry.ADAPTER):
-        computed = AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit))
+        computed = AUTOCAST.get(options.accelerator.mixed_precision, compute_dtype_of(dit))
         for adapter in adapters:
             adapter.place_on(ledger.device, computed)
     for layer in adapters[0].layers if adapters else ():
@@ -272,7 +272,7 @@ def set_up_trainable(
     options: TrainingOptions,
     dit: nn.Module,
     ledger: dry.Ledger,
-    texts: LiveTexts | None = None,
+    texts: LiveTextEncoders | None = None,
 ) -> Rehearsal:
     """Prepare a DiT without values for a rehearsed step, which predicts the memory of a real one.
 
@@ -348,7 +348,7 @@ def _make_learning_groups(
     dit: nn.Module,
     *,
     ledger: dry.Ledger,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
 ) -> list[dict[str, Any]]:
     """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups.
 
@@ -375,7 +375,7 @@ def _make_learning_groups(
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if texts is None else texts.networks_with_new_word
     # features may train something next to the network, such as the vectors of a new word
-    for make in begin_run(options, family).on.beside:
+    for make in begin_run(options, family).on.auxiliary_learners:
         auxiliary = make(word_encoders, 0, False)
         dry.place(auxiliary.module, ledger, dry.NETWORK)
         groups.append(auxiliary.group(options.optimizer.learning_rate))

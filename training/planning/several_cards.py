@@ -14,7 +14,7 @@ from runtime.planning.memory_plan import share_blocks
 from runtime.planning.several_cards import SingleGpuRun, print_layouts, with_division
 from runtime.ways.contract import Division
 from training.checks import list_run_uses
-from training.data.live import LiveTexts
+from training.data.live import LiveTextEncoders
 from training.loss import NoisyBatch
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
@@ -29,7 +29,7 @@ def plan_several_cards(
     num_gpus: int,
     room: DeviceMemory,
     num_sample_only_dits: int,
-    texts: LiveTexts | None,
+    texts: LiveTextEncoders | None,
     tables: Sequence[DatasetTable],
 ) -> None:
     """Print the memory of each way to divide a training over several GPUs, and the cheapest one that fits.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
+from modules.atomic_write import append_text, atomic_path, identify_machine, replace_surrogates
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
 from protocols.families import HIGH_NOISE, LOW_NOISE
@@ -353,7 +353,7 @@ class History:
         if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
-        line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
+        line = replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n"
         if self.is_written:
             self._buffered_lines.append(line)
         if len(self._buffered_lines) >= MAX_WAITING:
@@ -375,7 +375,7 @@ class History:
             with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _read_lines(self.path, self.session, self._last_step_to_keep):
-                    file.write(make_storable(json.dumps(row, ensure_ascii=False)) + "\n")
+                    file.write(replace_surrogates(json.dumps(row, ensure_ascii=False)) + "\n")
             self._last_step_to_keep = None
         try:
             append_text(self.path, "".join(self._buffered_lines))

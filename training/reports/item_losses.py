@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from modules.atomic_write import make_storable
+from modules.atomic_write import replace_surrogates
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.media.colors import Frame
-from modules.pages.language import counted, say
+from modules.pages.language import say, say_count
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, read_text, require_regular_file
 from training.reports.history import RunHistory
@@ -77,7 +77,7 @@ class ItemImage:
         """Make a JPEG thumbnail of a frame, at most SIDE pixels on each side."""
         file = io.BytesIO()
         Image.fromarray(reduce_frame(frame, SIDE)).save(file, format="JPEG", quality=80)
-        return cls(make_storable(name), base64.b64encode(file.getvalue()).decode())
+        return cls(replace_surrogates(name), base64.b64encode(file.getvalue()).decode())
 
     @property
     def tag(self) -> Markup:
@@ -245,7 +245,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
             "Look at the first ones: a wrong caption, a broken or an odd picture is often among them. The "
             "last ones may be plain, or be there more than once."
         ),
-        counted(
+        say_count(
             len(items),
             "%(n)s picture or clip was learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
             "%(n)s pictures and clips were learned; the %(hard)s hardest and the %(easy)s easiest are shown.",

@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.bars import LINE_EVERY
-from modules.console import in_words
+from modules.console import format_duration
 from modules.devices import empty_pinned
 from modules.media.reading import Frame
-from modules.options import option_name, record_of
+from modules.options import find_record_type, option_name
 from networks.adapter import NormReport
 from training.reports.pauses import StepClock
 
@@ -236,7 +236,7 @@ class Logs:
         seconds = self.clock.seconds_per_step
         left = self.clock.estimate_remaining(report.step, self.total_steps)
         if seconds is not None and left is not None:
-            metrics = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
+            metrics = {"s/it": f"{seconds:.3g}", "left": format_duration(left)}
         metrics["avr_loss"] = f"{report.average:.4g}"
         rate = next(iter(report.rates.values()), None)
         if rate is not None:
@@ -277,7 +277,7 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
         for item in dataclasses.fields(record):
             value = getattr(record, item.name)
             name = option_name(item)
-            if record_of(hints[item.name]) is not None:
+            if find_record_type(hints[item.name]) is not None:
                 config |= {} if value is None else public_config(value)
             elif name != PRIVATE and not (item.metadata.get("secret") or "Path" in str(item.type)):
                 config[name] = value if isinstance(value, (int, float, str)) else str(value)

@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.console import as_size, count_of
+from modules.console import format_count, format_size
 from modules.pages.charts import Chart, Curve, draw_chart
-from modules.pages.language import counted, say, say_duration
+from modules.pages.language import say, say_count, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
@@ -241,7 +241,7 @@ def _make_metric_tile(run_history: RunHistory, tile: MetricTile) -> Tile | None:
     if not values:
         return None
     last = values[-SHOWN:]
-    note = f"{tile.note}; mean of the last {count_of(len(last), 'step')}"
+    note = f"{tile.note}; mean of the last {format_count(len(last), 'step')}"
     return tile.title, f"{sum(last) / len(last):.0%}", note
 
 
@@ -277,7 +277,7 @@ def _make_seconds_tile(run_history: RunHistory) -> Tile | None:
     if not seconds:
         return None
     last = seconds[-SHOWN:]
-    note = counted(
+    note = say_count(
         len(last),
         "mean of the last %(n)s step, without pauses; %(time)s in all",
         "mean of the last %(n)s steps, without pauses; %(time)s in all",
@@ -297,7 +297,7 @@ def _make_loss_tile(run_history: RunHistory) -> Tile | None:
         last_tenth = bins[-max(1, len(bins) // 10) :]
         latest = [loss for losses in last_tenth for loss in losses]
         mean = sum(latest) / len(latest)
-        note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
+        note = say_count(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
     num_not_finite = sum(loss is None for loss in run_history.loss.values())
     if num_not_finite:
         note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{num_not_finite:,}")
@@ -357,7 +357,7 @@ def _list_saved_files(run_history: RunHistory, folder: Path, best: str | None) -
                 "workflow": workflow and link(workflow),
                 "step": f"{step:,}",
                 "loss": say("not measured (average)") if run_history.is_average(name) else loss,
-                "size": as_size(path.stat().st_size),
+                "size": format_size(path.stat().st_size),
                 "twins": twins,
                 "is_best": best in (name, *twins),
             }

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modules.atomic_write import make_storable, write_text
+from modules.atomic_write import replace_surrogates, write_text
 from modules.pages.charts import Chart, Curve
-from modules.pages.language import counted, join, say
+from modules.pages.language import join, say, say_count
 from modules.text_files import parse_json, read_text
 from training.reports.history import MeasuredFile, RunHistory, select_lowest_loss
 from training.reports.sections import PageSection, scores_path
@@ -175,7 +175,7 @@ def write_scores(path: Path, scores: RunScores) -> None:
     best = find_best(scores.rows, scores.unsampled)
     values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
     values["remark"] = str(NO_TASTE)
-    write_text(path, make_storable(json.dumps(values, ensure_ascii=False, indent=1)) + "\n")
+    write_text(path, replace_surrogates(json.dumps(values, ensure_ascii=False, indent=1)) + "\n")
 
 
 def clip_score(cosine: float | None) -> float | None:
@@ -272,7 +272,7 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     if not num_copying:
         return best
     if without_copies:
-        remark = counted(
+        remark = say_count(
             num_copying,
             "%(n)s file whose samples copy a training picture is left out",
             "%(n)s files whose samples copy a training picture are left out",
@@ -440,7 +440,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
     missing = len(run_history.samples.keys() - {(row.step, row.mark) for row in scores.rows})
     if missing:
         notes.append(
-            counted(
+            say_count(
                 missing,
                 "Samples of %(n)s step are not scored yet: run tools/score.py again.",
                 "Samples of %(n)s steps are not scored yet: run tools/score.py again.",

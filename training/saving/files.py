@@ -14,7 +14,7 @@ from typing import Protocol
 
 from checkpoints.shard_options import is_model_folder
 from modules.atomic_write import make_folder, recover_folder, replace_file
-from modules.console import count_of
+from modules.console import format_count
 from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
@@ -343,8 +343,8 @@ def move_earlier_results(
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
         names.name,
-        count_of(len(entries_to_move) - num_states, "file"),
-        f", {count_of(num_states, 'state')}" if num_states else "",
+        format_count(len(entries_to_move) - num_states, "file"),
+        f", {format_count(num_states, 'state')}" if num_states else "",
         folder,
     )
     return folder

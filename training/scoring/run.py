@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blissful_tuner.metadata import read_value
 from dataset.config import load_dataset_config
-from modules.console import count_of, list_some
+from modules.console import format_count, list_some
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
@@ -489,7 +489,7 @@ def describe(scores: RunScores) -> str:
     if scores.num_training:
         lines.append(
             f"likeness: mean cosine to the {min(NUM_NEAREST, scores.num_training)} nearest of "
-            f"{count_of(scores.num_training, 'training picture')}."
+            f"{format_count(scores.num_training, 'training picture')}."
         )
     if scores.near_threshold is not None:
         lines.append(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modules.devices import numbers_on
-from protocols.data import LOSS_MASK, SOUND
+from modules.devices import tensor_on
+from protocols.data import AUDIO_LATENTS, LOSS_MASK
 from protocols.family import Trains
 from training.loss import (
     MASK,
@@ -128,7 +128,7 @@ def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     audio = noisy_batch.audio
     if audio is None:
         return target
-    audio_latents = noisy_batch.batch.tensor(SOUND).float()
+    audio_latents = noisy_batch.batch.tensor(AUDIO_LATENTS).float()
     audio_target = family.noise.velocity(audio_latents, audio.noise, audio.sigmas)
     return noisy_batch.joint.join(target, audio_target)
 
@@ -196,7 +196,7 @@ def measure_errors(
 
 def select_per_sample(is_selected: Sequence[bool], if_selected: Tensor, otherwise: Tensor) -> Tensor:
     """Return `if_selected` or `otherwise` for each sample; both have the shape B ..."""
-    mask = numbers_on(otherwise.device, is_selected, torch.bool)
+    mask = tensor_on(otherwise.device, is_selected, torch.bool)
     return torch.where(per_sample(mask, otherwise), if_selected, otherwise)
 
 

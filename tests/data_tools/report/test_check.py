@@ -46,7 +46,11 @@ def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
         """A family whose encoder was not named on the command line."""
 
         cache_tag, latent, defaults = "toy", LATENT, ToyFamily().defaults
-        check_table, sections_of, can = ToyFamily().check_table, ToyFamily().sections_of, ToyFamily().can
+        check_table, sections_of, abilities = (
+            ToyFamily().check_table,
+            ToyFamily().sections_of,
+            ToyFamily().abilities,
+        )
 
         @property
         def media_identity(self) -> dict[str, str]:

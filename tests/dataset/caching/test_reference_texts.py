@@ -29,9 +29,9 @@ class SeeingText(ToyText):
     """A prompt becomes as many rows as it has words, of the mean of its pictures."""
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        self.calls += [f"{prompt.text}|{len(prompt.pictures)}" for prompt in prompts]
+        self.calls += [f"{prompt.text}|{len(prompt.images)}" for prompt in prompts]
         means = [
-            sum(float(read_image(path).mean()) for path in prompt.pictures) if prompt.pictures else -1.0
+            sum(float(read_image(path).mean()) for path in prompt.images) if prompt.images else -1.0
             for prompt in prompts
         ]
         return [

@@ -70,7 +70,7 @@ class StoppingFamily(ToyFamily):
 
     stop: Any = None
 
-    def check_given_files(self) -> None:
+    def check_named_files(self) -> None:
         self.stop.here()
 
 

@@ -65,7 +65,13 @@ def test_companions_are_paired_by_name_read_and_cut(tmp_path: Path, caplog: pyte
     assert batch.control_mask.shape == (1, 5, 64, 64)
     assert bool((batch.control_mask == 255).all())
     assert len(batch.control) == 1
-    assert [path.name for path, _ in found["a"].parts] == ["a.mp4", "a.mp4", "a.png", "a_0.png", "a_1"]
+    assert [path.name for path, _ in found["a"].latent_inputs] == [
+        "a.mp4",
+        "a.mp4",
+        "a.png",
+        "a_0.png",
+        "a_1",
+    ]
 
 
 def test_lists_name_companions(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_animations_as_single_references_are_told(tmp_path: Path) -> None:
     keys = {"reference_directory": tmp_path / "references", "target_frames": (5,)}
 
     for on_white in (True, False):
-        rules = ReferenceRules(maximum=1, clips=True, on_white=on_white)
+        rules = ReferenceRules(max_references=1, clips=True, pad_with_white=on_white)
         sources = find_sources(make_table(tmp_path, clip_references=rules, **keys))
         texts = [error.text for error in find_moving_references(sources)]
         assert texts == [str(tmp_path / "references" / "a.gif")] * on_white

@@ -343,8 +343,8 @@ def test_each_form_gives_the_items_of_our_own_list(form: str, data: Path, tmp_pa
     expected = find_sources(make_table(tmp_path, "video_jsonl_file"))
 
     assert len(found) == 3
-    assert [(one.path, one.stem, one.caption, one.control, one.tensors) for one in found] == [
-        (one.path, one.stem, one.caption, one.control, one.tensors) for one in expected
+    assert [(one.path, one.stem, one.caption, one.control, one.precomputed) for one in found] == [
+        (one.path, one.stem, one.caption, one.control, one.precomputed) for one in expected
     ]
 
 
@@ -386,7 +386,7 @@ def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Pa
     sources = list_cogvideox(table, errors)
 
     assert not errors
-    assert [one.tensors.moments for one in sources if one.tensors] == [
+    assert [one.precomputed.moments for one in sources if one.precomputed] == [
         part / "video_latents" / f"{name}.pt" for name in "ab"
     ]
-    assert all(one.tensors and one.tensors.embeds is None for one in sources)
+    assert all(one.precomputed and one.precomputed.embeds is None for one in sources)

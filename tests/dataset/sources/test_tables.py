@@ -71,7 +71,7 @@ def test_relative_paths_start_in_the_working_folder_or_beside_the_table(
 
     def paths() -> list[Path]:
         sources = find_sources(table_of(tmp_path / "beside", rows, "t.jsonl"), faults=[])
-        return [path for source in sources for path, _ in source.parts]
+        return [path for source in sources for path, _ in source.latent_inputs]
 
     assert paths() == [Path("a.png"), Path("/c.png"), Path("m.png"), Path("gone.png")]
     make_image(tmp_path / "beside" / "a.png")
@@ -94,7 +94,7 @@ def test_lists_of_the_known_tuner_may_lie_with_their_media(
     table = make_table(tmp_path, "image_directory", directory=None, jsonl_file=path)
 
     def paths() -> list[Path]:
-        return [path for path, _ in find_sources(table)[0].parts]
+        return [path for path, _ in find_sources(table)[0].latent_inputs]
 
     assert paths() == [Path("a.png"), Path("sub/c.png")]
     make_image(beside / "a.png")
@@ -157,10 +157,10 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     for source, content in zip(sources, contents, strict=False):
         with fetch(source) as here:
             assert here.path.read_bytes() == content
-        then = identify(*source.parts[0])
+        then = identify(*source.latent_inputs[0])
         assert then.sha256 == hashlib.sha256(content).hexdigest()
-        assert is_unchanged(then, *source.parts[0])
-        assert is_unchanged(dataclasses.replace(then, mtime_ns=1), *source.parts[0])
+        assert is_unchanged(then, *source.latent_inputs[0])
+        assert is_unchanged(dataclasses.replace(then, mtime_ns=1), *source.latent_inputs[0])
     empty = r"train-1.v1.parquet, row 1 of row group 2: image.bytes is empty"
     with pytest.raises(MediaError, match=empty), fetch(sources[5]):
         pass
@@ -176,7 +176,7 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
         pass
     one, two = find_sources(table_of(tmp_path, [edits, other], control_column="be/fore"))
     with fetch(one) as here:
-        assert [path.read_bytes() for path, _ in here.parts] == contents[:3]
+        assert [path.read_bytes() for path, _ in here.latent_inputs] == contents[:3]
         assert (len(here.control), here.mask is None) == (1, False)
 
     plain = pa.table({"video": [b"GIF89a"], "id": ["x"]})
@@ -429,7 +429,7 @@ def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: 
     rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
     (error,) = find_unused(list_of(tmp_path, rows, form))
     assert error.text == "'control_path_1': of such files the model takes 1 an item."
-    assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(maximum=2))) == []
+    assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(max_references=2))) == []
 
 
 def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
 def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> None:
     rows = [{"image_path": "a.png", "caption": "x", "edit": "/c.png", "control_path_1": "/d.png"}]
-    changes = {"control_column": "edit", "references": ReferenceRules(maximum=2)}
+    changes = {"control_column": "edit", "references": ReferenceRules(max_references=2)}
 
     (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
 
@@ -470,7 +470,7 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
     rows = [row("/t.png", "/0.png", "x"), row("/t.png", "/1.png", "x"), row("/t-2.png", "/2.png", "x")]
     rows += [row("/t.png", "/1.png", "y"), row("/one.png", "/0.png", "z")]
 
-    found = find_sources(list_of(tmp_path, rows, form, references=ReferenceRules(maximum=2)))
+    found = find_sources(list_of(tmp_path, rows, form, references=ReferenceRules(max_references=2)))
 
     assert {one.stem: (str(one.control[0]), one.caption) for one in found} == {
         "t": ("/0.png", "x"),
@@ -480,7 +480,7 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
         "one": ("/0.png", "z"),
     }
     with pytest.raises(DatasetError, match="repeat another one and would share a cache file"):
-        find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(maximum=2)))
+        find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(max_references=2)))
 
 
 LINE = '{"image_path": "a.png", "caption": "a"}'

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoints.stored.fp8_products import supports_fp8
 from modules.media.reading import read_image
-from protocols.data import SOUND
+from protocols.data import AUDIO_LATENTS
 from tests.gpu.measuring import equal_bits, relative_error
 from tests.gpu.runs.project import CPU, ON_GPU, OUTPUT, Trained, read_trained, run
 from tests.gpu.runs.test_training import (
@@ -179,7 +179,7 @@ def test_pictures_and_sound_are_those_of_the_cpu(
 ) -> None:
     """The text encoder is in float32 on both."""
     ours, theirs = (project.generate(where, made(), *form) for where in (device, CPU))
-    for name in ("latent", SOUND):
+    for name in ("latent", AUDIO_LATENTS):
         assert relative_error(ours[name], theirs[name]) < (5e-2 if form else 2e-4), name
 
 

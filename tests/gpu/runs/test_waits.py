@@ -22,7 +22,7 @@ import generation.denoise
 import training.loop
 from modules.media.reading import Frame, read_image
 from pocket.measure import CLIP, FORMS, POCKET, model_options
-from protocols.steps import StepDone
+from protocols.steps import CompletedStep
 from tests.gpu.runs.project import CPU, DEEP, ON_GPU, OTHERS, Project, run
 from tests.pocket.detectors import look
 from tests.pocket.regression import write_in_float32
@@ -87,7 +87,7 @@ def waits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Waits:
         call = inspect.signature(denoise).bind(*arguments, **named)
         with contextlib.ExitStack() as stack:
 
-            def between(_: StepDone) -> bool:
+            def between(_: CompletedStep) -> bool:
                 stack.close()
                 stack.enter_context(found.noted())
                 return False

@@ -16,14 +16,14 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.rope import (
     CPU,
     TABLES,
-    Grid,
-    Slow,
-    angles_at,
-    exact_table,
+    SlowedFrequency,
+    TokenGrid,
+    bind_rotary_table,
     float32_table,
+    rotary_table,
     rotate,
+    rotation_angles,
     sinusoid,
-    table_maker,
 )
 from tests.golden_cases import read_case
 
@@ -118,7 +118,7 @@ WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
 def test_table_equals_the_recorded_one() -> None:
     _, tensors = read_case("wan_dit_t2v")  # heads of 64, latents 3 x 6 x 8 cut into patches 1 x 2 x 2
 
-    table = exact_table(Grid((3, 3, 4)), (24, 20, 20))
+    table = rotary_table(TokenGrid((3, 3, 4)), (24, 20, 20))
 
     torch.testing.assert_close(table.squeeze(1), tensors["freqs_i_real"], atol=1e-6, rtol=0)
 
@@ -128,13 +128,15 @@ def test_a_slowed_frequency_equals_the_recorded_table(case: str, width: int, ind
     _, tensors = read_case("guidance")
     expected = tensors[f"rope.riflex_{case}"][0, :, :, :, 0]  # cosine, sine
 
-    table = float32_table(Grid((9,), Slow(index, frames / 0.9)), (width,)).squeeze(1)
+    table = float32_table(TokenGrid((9,), SlowedFrequency(index, frames / 0.9)), (width,)).squeeze(1)
 
     torch.testing.assert_close(table, expected, atol=1e-6, rtol=0)
 
 
 def test_a_slowed_frequency_is_one_of_the_first_axis_alone() -> None:
-    default, slow = (exact_table(Grid((9, 3, 4), one), WIDTHS) for one in (None, Slow(5, 40.0)))
+    default, slow = (
+        rotary_table(TokenGrid((9, 3, 4), one), WIDTHS) for one in (None, SlowedFrequency(5, 40.0))
+    )
 
     changed = (default != slow).any(dim=0).squeeze(0).any(dim=-1).nonzero().flatten().tolist()
     expected = torch.tensor([math.cos(2 * math.pi / 40), math.sin(2 * math.pi / 40)])
@@ -145,14 +147,14 @@ def test_a_slowed_frequency_is_one_of_the_first_axis_alone() -> None:
 @pytest.mark.parametrize("index", [-1, 22])
 def test_an_axis_has_no_frequency_beyond_its_pairs(index: int) -> None:
     with pytest.raises(ValueError, match=f"22 frequencies, none of number {index}"):
-        angles_at(torch.arange(9.0), 44, slow=Slow(index, 40.0))
+        rotation_angles(torch.arange(9.0), 44, slow=SlowedFrequency(index, 40.0))
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_in_float16_rotates_in_float16(kind: str) -> None:
     x = torch.randn(1, 12, 2, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    exact = table_maker(TABLES[kind], WIDTHS)(Grid((1, 3, 4)), device=CPU)
-    half = table_maker(TABLES[kind], WIDTHS, dtype=torch.float16)(Grid((1, 3, 4)), device=CPU)
+    exact = bind_rotary_table(TABLES[kind], WIDTHS)(TokenGrid((1, 3, 4)), device=CPU)
+    half = bind_rotary_table(TABLES[kind], WIDTHS, dtype=torch.float16)(TokenGrid((1, 3, 4)), device=CPU)
 
     turned = rotate(x, half)
 
@@ -164,10 +166,12 @@ def test_a_table_in_float16_rotates_in_float16(kind: str) -> None:
 def test_positions_need_be_neither_counted_nor_whole() -> None:
     positions = torch.tensor([7.0, 0.0, 2.5, -1.0], dtype=torch.float64)
 
-    angles = angles_at(positions, 42)
+    angles = rotation_angles(positions, 42)
 
-    assert torch.equal(angles[:2], angles_at(FULL, 42)[[7, 0]])
-    torch.testing.assert_close(angles[2:], positions[2:, None] * angles_at(FULL, 42)[1], rtol=1e-15, atol=0)
+    assert torch.equal(angles[:2], rotation_angles(FULL, 42)[[7, 0]])
+    torch.testing.assert_close(
+        angles[2:], positions[2:, None] * rotation_angles(FULL, 42)[1], rtol=1e-15, atol=0
+    )
 
 
 NUMBERS = torch.tensor([0.0, 1.0, 37.5, 1000.0, 6000.0])

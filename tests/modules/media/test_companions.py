@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modules.errors import MediaError
-from modules.media.encoding import X264, Picture
+from modules.media.encoding import X264, OutputFrame
 from modules.media.reading import read_tags
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_timed_video
@@ -339,7 +339,7 @@ def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
-    frames = [Picture(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
+    frames = [OutputFrame(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
 
     with pytest.raises(MediaError, match=r"absent\.mkv does not exist"):
         write_timed_video(

@@ -15,13 +15,13 @@ from modules.errors import MediaError
 from modules.media.decoding import animation_durations, is_animation
 from modules.media.encoding import X264
 from modules.media.reading import (
+    frame_times,
     frames_at,
     image_size,
     image_suffixes,
     read_image,
     read_tags,
     resize_cover,
-    slots,
     video_frames,
     video_info,
 )
@@ -239,7 +239,7 @@ def make_video(path: Path, times: Sequence[int], codec: str = "ffv1", grays: Seq
 
 
 def at_rate(path: Path, rate: float) -> Iterator[np.ndarray]:
-    return (frame for frame, _, _ in frames_at(path, slots(rate)))
+    return (frame for frame, _, _ in frames_at(path, frame_times(rate)))
 
 
 def grays(frames: object) -> list[int]:

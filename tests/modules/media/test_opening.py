@@ -20,10 +20,10 @@ from modules.media.buckets import (
     Fit,
     bucket_sizes,
     fit_cover,
-    how_to_resize,
     image_bucket_sizes,
     inner_box,
     select_bucket,
+    select_interpolation,
 )
 from modules.media.reading import fit_frame, image_size, read_image, video_frames, video_info
 from tests.dataset.making import subset_table
@@ -235,7 +235,7 @@ def test_buckets_and_fits_are_those_of_the_known_trainer(tmp_path, case: dict[st
     ("resized", "how"), [((64, 48), "none"), ((32, 24), "area"), ((80, 24), "lanczos"), ((32, 60), "lanczos")]
 )
 def test_a_picture_is_averaged_only_if_both_sides_shrink(resized: tuple[int, int], how: str) -> None:
-    assert how_to_resize((64, 48), resized) == how
+    assert select_interpolation((64, 48), resized) == how
 
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from modules.errors import MediaError
-from modules.media.encoding import Picture, recompress
+from modules.media.encoding import OutputFrame, recompress
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_timed_video
 
@@ -25,11 +25,11 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 COLOURS |= {"grey": (128, 128, 128), "white": (255, 255, 255), "black": (0, 0, 0)}
 
 
-def shown(starts: Sequence[Fraction], height: int = 48, width: int = 64) -> Iterator[Picture]:
+def shown(starts: Sequence[Fraction], height: int = 48, width: int = 64) -> Iterator[OutputFrame]:
     """A picture from each start to the next one; the last start is the end."""
     for index, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         pixels = np.full((height, width, 3), 8 * index % 256, np.uint8)
-        yield Picture(pixels, start, end - start)
+        yield OutputFrame(pixels, start, end - start)
 
 
 def at_rate(rate: Fraction, count: int) -> list[Fraction]:
@@ -142,7 +142,7 @@ def test_equal_pictures_and_sound_become_equal_files_on_any_number_of_cores(
             # memory that is given back holds other values each time
             used = [np.full(size, attempt, np.uint8) for size in random.integers(1000, 3_000_000, 8)]
             del used
-            images = (Picture(*one, 1 / rate) for one in zip(moving, at_rate(rate, 7), strict=True))
+            images = (OutputFrame(*one, 1 / rate) for one in zip(moving, at_rate(rate, 7), strict=True))
             path = tmp_path / ("a.mkv" if codec == "prores" else "a.mp4")
             write_timed_video(path, images, rate, codec, crf=19, preset="medium", track=track)
             files.add(path.read_bytes())
@@ -160,7 +160,7 @@ def test_colors_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -
     for index, color in enumerate(COLOURS.values()):
         image[:, 32 * index : 32 * index + 32] = np.array(color) * (257 if deep else 1)
     path = tmp_path / f"colours{suffix}"
-    frames = [Picture(image, index / Fraction(25), 1 / Fraction(25)) for index in range(3)]
+    frames = [OutputFrame(image, index / Fraction(25), 1 / Fraction(25)) for index in range(3)]
 
     write_timed_video(path, frames, Fraction(25), codec)
 
@@ -179,7 +179,7 @@ def test_colors_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -
 def test_ten_bits_survive(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 128).round().astype(np.uint16)
     image = np.tile(ramp[None, :, None], (48, 1, 3))
-    frames: Iterable[Picture] = [Picture(image, Fraction(0), Fraction(1, 25))]
+    frames: Iterable[OutputFrame] = [OutputFrame(image, Fraction(0), Fraction(1, 25))]
 
     for path in (tmp_path / "first.mkv", tmp_path / "second.mkv"):
         write_timed_video(path, frames, Fraction(25), "prores")
@@ -191,7 +191,7 @@ def test_ten_bits_survive(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["h264", "prores"])
 def test_pictures_of_8_and_16_bits_may_be_mixed(tmp_path: Path, codec: str) -> None:
     images = [np.full((48, 64, 3), 100, np.uint8), np.full((48, 64, 3), 100 * 257, np.uint16)] * 2
-    frames = [Picture(image, Fraction(i, 25), Fraction(1, 25)) for i, image in enumerate(images)]
+    frames = [OutputFrame(image, Fraction(i, 25), Fraction(1, 25)) for i, image in enumerate(images)]
 
     write_timed_video(tmp_path / "mixed.mkv", frames, Fraction(25), codec)
 
@@ -213,13 +213,13 @@ def test_pictures_are_let_go_as_the_file_grows(tmp_path: Path, codec: str, suffi
     made: list[weakref.ref[np.ndarray]] = []
     maximum = 0
 
-    def counted() -> Iterator[Picture]:
+    def counted() -> Iterator[OutputFrame]:
         nonlocal maximum
         for index in range(200):
             pixels = np.full((16, 16, 3), index, np.uint8)
             made.append(weakref.ref(pixels))
             maximum = max(maximum, sum(one() is not None for one in made))
-            yield Picture(pixels, Fraction(index, 25), Fraction(1, 25))
+            yield OutputFrame(pixels, Fraction(index, 25), Fraction(1, 25))
             del pixels
 
     write_timed_video(tmp_path / f"long{suffix}", counted(), Fraction(25), codec, preset="ultrafast")
@@ -229,7 +229,7 @@ def test_pictures_are_let_go_as_the_file_grows(tmp_path: Path, codec: str, suffi
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MediaError])
 def test_an_interrupt_leaves_no_file(tmp_path: Path, error: type[BaseException]) -> None:
-    def interrupted() -> Iterator[Picture]:
+    def interrupted() -> Iterator[OutputFrame]:
         yield from shown(at_rate(FILM, 5))
         raise error("enough")
 
@@ -244,7 +244,7 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, error: type[BaseException])
 
 SMALL, LOW = list(shown(at_rate(FILM, 2), 32, 48)), list(shown(at_rate(FILM, 2), 1, 64))
 DEFAULT = list(shown(at_rate(FILM, 2)))
-WIDER = Picture(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)
+WIDER = OutputFrame(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ WIDER = Picture(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)
     ],
 )
 def test_what_cannot_be_written_is_refused_by_name(
-    tmp_path: Path, name: str, pictures: Iterable[Picture], codec: str, preset: str, message: str
+    tmp_path: Path, name: str, pictures: Iterable[OutputFrame], codec: str, preset: str, message: str
 ) -> None:
     with pytest.raises((MediaError, ValueError), match=message):
         write_timed_video(tmp_path / name, iter(pictures), FILM, codec, preset=preset or "ultrafast")
@@ -273,7 +273,7 @@ def test_ten_bit_pictures_are_converted_alike_each_time(tmp_path: Path) -> None:
     """With several threads swscale damaged the beginnings of rows, here in half of all conversions."""
     noise = np.random.default_rng(0).integers(0, 65536, (576, 720, 3), dtype=np.uint16)
     one = Fraction(1, 25)
-    frames = [Picture(noise, index * one, one) for index in range(4)]
+    frames = [OutputFrame(noise, index * one, one) for index in range(4)]
     write_timed_video(tmp_path / "a.mkv", frames, Fraction(25), "prores")
 
     first, *others = shown_frames(tmp_path / "a.mkv", deep=True)

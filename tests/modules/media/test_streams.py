@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modules.errors import MediaError
-from modules.media.encoding import X264, Picture
+from modules.media.encoding import X264, OutputFrame
 from modules.media.reading import timed_frames, video_frames, video_info
 from modules.media.streams import Clock, shown_frames, source_info
 from modules.media.writing import VideoSection, write_timed_video
@@ -294,7 +294,9 @@ RATE = 48_000
 
 def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, with_audio: bool = True) -> Path:
     pixels = np.zeros((48, 64, 3), np.uint8)
-    frames = (Picture(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25)))
+    frames = (
+        OutputFrame(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25))
+    )
     section = VideoSection(source, start, seconds, with_audio)
     write_timed_video(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
     return path

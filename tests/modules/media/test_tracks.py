@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modules.errors import OutputError
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from modules.media.reading import read_tags
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_timed_video, write_video
@@ -73,7 +73,7 @@ def test_a_track_lasts_as_long_as_the_pictures(
 
 def test_pictures_of_any_times_have_their_sound_beside_them(tmp_path: Path) -> None:
     times = [Fraction(0), Fraction(1, 10), Fraction(1), Fraction(5, 4)]
-    shown = (Picture(*one) for one in zip(frames(3), times, map(sub, times[1:], times), strict=False))
+    shown = (OutputFrame(*one) for one in zip(frames(3), times, map(sub, times[1:], times), strict=False))
 
     write_timed_video(tmp_path / "a.mp4", shown, Fraction(20), "h264", track=clicking(24000, 2, 2.0))
 

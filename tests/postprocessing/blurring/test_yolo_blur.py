@@ -18,7 +18,7 @@ from PIL import Image
 
 from blissful_tuner.yolo_blur import main
 from modules.errors import CheckpointError, NothingFoundError, OptionError
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
 from postprocessing.blurring.stage import cover, make_blur, within
@@ -188,9 +188,9 @@ def options(detector: Path, *words: str) -> BlurOptions:
     return made
 
 
-def pictures(frames: Sequence[np.ndarray]) -> Iterator[Picture]:
+def pictures(frames: Sequence[np.ndarray]) -> Iterator[OutputFrame]:
     for index, pixels in enumerate(frames):
-        yield Picture(pixels, Fraction(index, 12), Fraction(1, 12))
+        yield OutputFrame(pixels, Fraction(index, 12), Fraction(1, 12))
 
 
 def clip_of(frames: Sequence[np.ndarray]) -> Clip:
@@ -219,9 +219,9 @@ def test_pictures_keep_their_times_their_depth_and_all_other_pixels(detector: Pa
 def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
     frames = moving_dot([])
     stage = make_blur(options(detector, "--hold", "4", "--lookback", "6"), torch.device("cpu"))
-    taken: list[Picture] = []
+    taken: list[OutputFrame] = []
 
-    def noted() -> Iterator[Picture]:
+    def noted() -> Iterator[OutputFrame]:
         for image in pictures(frames):
             taken.append(image)
             yield image

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modules.errors import CheckpointError
-from modules.media.encoding import Picture, Pixels
+from modules.media.encoding import OutputFrame, Pixels
 from modules.media.reading import video_frames
 from modules.media.writing import write_video
 from postprocessing.chain_options import read_tool
@@ -49,9 +49,9 @@ def _pixels(*dots: tuple[int, int], dtype: type = np.uint8) -> Pixels:
     return pixels if dtype == np.uint8 else pixels.astype(np.uint16) * np.uint16(257)
 
 
-def _images(frames: Sequence[Pixels]) -> Iterator[Picture]:
+def _images(frames: Sequence[Pixels]) -> Iterator[OutputFrame]:
     for index, pixels in enumerate(frames):
-        yield Picture(pixels, Fraction(index, 10), Fraction(1, 10))
+        yield OutputFrame(pixels, Fraction(index, 10), Fraction(1, 10))
 
 
 def _linked(folder: Path, to: Path, *absent: str) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, MediaError, OptionError
-from modules.media.encoding import Picture, Pixels
+from modules.media.encoding import OutputFrame, Pixels
 from postprocessing.contract import Clip, to_pixels, to_tensor
 from postprocessing.interpolation.files import find_files, load_networks, read_settings
 from postprocessing.interpolation.layers import EncodedImage, FlowEstimator
@@ -49,10 +49,10 @@ def moving(count: int, width: int = 130, height: int = 128) -> list[Pixels]:
     return frames
 
 
-def stream(frames: list[Pixels], starts: list[Fraction]) -> Iterator[Picture]:
+def stream(frames: list[Pixels], starts: list[Fraction]) -> Iterator[OutputFrame]:
     ends = [*starts[1:], starts[-1] + Fraction(1, 24)]
     for pixels, start, end in zip(frames, starts, ends, strict=True):
-        yield Picture(pixels, start, end - start)
+        yield OutputFrame(pixels, start, end - start)
 
 
 class Counting:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from postprocessing.contract import Clip
 from postprocessing.options import ToolNetworkOptions, UpscalerOptions
 from postprocessing.tiling import pad_to_multiple
@@ -32,7 +32,7 @@ def clip(**changes: Any) -> Clip:
     return replace(Clip(Path("a.mkv"), WIDTH, HEIGHT, Fraction(24), FRAMES, False), **changes)
 
 
-def pictures(dtype: Any = np.uint8) -> list[Picture]:
+def pictures(dtype: Any = np.uint8) -> list[OutputFrame]:
     """Of smooth and of noisy parts."""
     generator = np.random.default_rng(0)
     maximum = np.iinfo(dtype).max
@@ -41,15 +41,15 @@ def pictures(dtype: Any = np.uint8) -> list[Picture]:
     for index in range(FRAMES):
         wave = np.sin((rows + columns * (index + 1)) / 9)[..., None] * np.ones(3) / 2 + 0.5
         wave[: HEIGHT // 2] = generator.random((HEIGHT // 2, WIDTH, 3))
-        made.append(Picture((wave * maximum).astype(dtype), Fraction(index, 24), Fraction(1, 24)))
+        made.append(OutputFrame((wave * maximum).astype(dtype), Fraction(index, 24), Fraction(1, 24)))
     return made
 
 
-def run(stage: Any, given: list[Picture], of: Clip) -> list[Picture]:
+def run(stage: Any, given: list[OutputFrame], of: Clip) -> list[OutputFrame]:
     return list(stage.run(iter(given), of))
 
 
-def full_clip(model: Path, given: list[Picture], scale: float, maximum: int) -> Tensor:
+def full_clip(model: Path, given: list[OutputFrame], scale: float, maximum: int) -> Tensor:
     """All pictures of a clip at once, in a few plain lines: F H W 3."""
     upscaler = load_upscaler(model, CPU, torch.float32)
     images = torch.stack([torch.from_numpy(each.pixels.astype(np.float32) / maximum) for each in given])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modules.errors import OptionError
-from modules.media.encoding import Picture
+from modules.media.encoding import OutputFrame
 from postprocessing.upscaling.stage import UpscalerStage, bytes_per_pixel, make_upscaler, result_bytes
 from tests.postprocessing.upscaling.plain_clips import (
     ALL_WRITERS,
@@ -66,7 +66,7 @@ def test_tiles_give_about_the_same_picture(tmp_path: Path) -> None:
 def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> None:
     taken: list[int] = []
 
-    def given() -> Iterator[Picture]:
+    def given() -> Iterator[OutputFrame]:
         for index, image in enumerate(pictures()):
             taken.append(index)
             yield image
@@ -86,7 +86,7 @@ def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogC
     config = stage.upscaler.config
     per_pixel = bytes_per_pixel(stage.upscaler.kind, config, torch.float32)
     room = round(80 * 80 * per_pixel) + 100 + result_bytes(config, 100, 90)
-    image = Picture(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
+    image = OutputFrame(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
     sizes = []
     stage.upscaler.network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-2:]))
 

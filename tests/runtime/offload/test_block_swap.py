@@ -322,7 +322,7 @@ def test_numbers_count_as_in_the_known_tuners() -> None:
 def test_as_many_blocks_are_swapped_as_the_known_tuners_allow(
     spec: DitSpec, blocks: list[int], maximum: int
 ) -> None:
-    assert max_blocks(blocks, spec.swap_counts, spec.unswapped) == maximum
+    assert max_blocks(blocks, spec.swap_counts, spec.num_unswapped) == maximum
     with pytest.raises(OptionError, match=f"at most {maximum} can be swapped. Use {maximum} or less"):
         check_swap(spec, maximum + 1, blocks)
 

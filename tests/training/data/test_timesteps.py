@@ -53,9 +53,9 @@ def from_numbers(
 
 
 IMAGE_NOISE = {
-    "flux": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
-    "hunyuan_image": NoiseSpec(0.0, integer_timesteps=True, table_is_shifted=True, tokens=count_tokens),
-    "lumina": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
+    "flux": NoiseSpec(0.0, table_is_shifted=True, count_tokens=count_tokens),
+    "hunyuan_image": NoiseSpec(0.0, integer_timesteps=True, table_is_shifted=True, count_tokens=count_tokens),
+    "lumina": NoiseSpec(0.0, table_is_shifted=True, count_tokens=count_tokens),
 }
 # what `predict` makes of the timesteps
 FED = {"flux": lambda fed: fed / 1000, "hunyuan_image": lambda fed: fed, "lumina": lambda fed: 1 - fed / 1000}
@@ -140,7 +140,7 @@ def test_the_shift_of_flux_2_counts_each_latent_pixel() -> None:
     """A picture of 1024 x 768 pixels is 64 x 48 of its latents: 3072 tokens."""
     made = options("--timestep_sampling flux2_shift")
 
-    found = from_numbers(made, NORMAL, NoiseSpec(tokens=count_latents), (1, 128, 1, 64, 48)).sigmas
+    found = from_numbers(made, NORMAL, NoiseSpec(count_tokens=count_latents), (1, 128, 1, 64, 48)).sigmas
 
     expected = shifted(NORMAL, 0.5 + (3072 - 256) * 0.65 / 3840)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
@@ -153,7 +153,7 @@ def test_the_shift_of_ideogram_grows_with_the_side_of_a_picture() -> None:
     made = options("--timestep_sampling ideogram4_shift")
     expected = torch.sigmoid(0.5 * math.log(1024 * 768 / 512**2) + 1.5 * NORMAL)
 
-    packed = from_numbers(made, NORMAL, NoiseSpec(tokens=count_latents), (1, 128, 1, 64, 48)).sigmas
+    packed = from_numbers(made, NORMAL, NoiseSpec(count_tokens=count_latents), (1, 128, 1, 64, 48)).sigmas
     halved = from_numbers(made, NORMAL, shape=(1, 16, 1, 128, 96)).sigmas
 
     torch.testing.assert_close(packed, expected, atol=1e-6, rtol=0)

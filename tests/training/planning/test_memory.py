@@ -60,7 +60,7 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
 
 def test_shorter_clips_have_a_length_of_the_model() -> None:
     """Clips of 17 frames, with 5 behind them, are encoded by themselves."""
-    latent = replace(LATENT, clip=17, tail=5)
+    latent = replace(LATENT, clip_frames=17, tail_frames=5)
     shape = (1, latent.count_latents(124), 8, 12)
 
     found = [
