@@ -357,7 +357,7 @@ class Planned:
     """A plan in which a swapped block saves a GiB."""
 
     whole: int  # GiB
-    maximum: int = 4
+    max_swapped_blocks: int = 4
 
     def device(self, blocks: int) -> int:
         return (self.whole - blocks) << 30

@@ -90,7 +90,7 @@ def test_a_place_that_a_mask_counts_a_little_takes_part() -> None:
 
 def family_with(**changes: Any) -> Any:
     """What the check asks of a family."""
-    plain = {"name": "toy", "can": Abilities(), "dit": DitSpec(("blocks",))}
+    plain = {"name": "toy", "abilities": Abilities(), "dit": DitSpec(("blocks",))}
     return SimpleNamespace(**{**plain, **changes})
 
 
