@@ -42,7 +42,8 @@ DIGESTS_FILE = "digests.txt"  # in it: a line "digest  name" for each file of th
 UNPACKED = "new"  # in it: files on their way into their places
 BACKUP = "back"  # in it: the files that the last zip file replaced
 PLAN_FILE = "update.json"  # in BACKUP: what the last zip file changed
-# in BACKUP, while files change; for a clone with the commits before and after. modules/interpreter.py knows it
+# in BACKUP, while files change; for a clone with the commits before and after. modules/interpreter.py knows
+# its name
 UNFINISHED = "unfinished"
 UPDATER_ZIP = "program.zip"  # in it: set_up.py and this file, of one version, whatever happens to the folder
 VERSION_FILES = (FILE_LIST, DIGESTS_FILE)
@@ -805,8 +806,8 @@ def _reject_user_edits(names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
-            f"You changed {', '.join(names[:3])}{more} since the update, and the version before would replace "
-            "that. Nothing was changed. Move what you changed to another folder, and run it again"
+            f"You changed {', '.join(names[:3])}{more} since the update, and the version before would "
+            "replace that. Nothing was changed. Move what you changed to another folder, and run it again"
         )
 
 
