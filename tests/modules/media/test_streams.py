@@ -298,7 +298,7 @@ def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, wit
         OutputFrame(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25))
     )
     section = VideoSection(source, start, seconds, with_audio)
-    write_timed_video(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
+    write_timed_video(path, frames, Fraction(25), "h264", preset="ultrafast", audio_section=section)
     return path
 
 
