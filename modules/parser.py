@@ -127,10 +127,10 @@ class Parser(argparse.ArgumentParser):
         flags_for_messages = self._record_typed_flags(argv)
         parsed, unused = super().parse_known_args(argv, namespace)
         if unused:
-            from modules.mistyped import explain_rest  # only mistakes need it
+            from modules.mistyped import explain_unused_words  # only mistakes need it
 
             positionals = self._get_positional_actions()
-            self.error(explain_rest(self._option_string_actions, argv, unused, positionals))
+            self.error(explain_unused_words(self._option_string_actions, argv, unused, positionals))
         if flags_for_messages:
             parsed.typed_names = flags_for_messages  # read by `typed_names`
         typed = frozenset(self._option_string_actions[flag].dest for flag in self._typed_spellings)
@@ -237,7 +237,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._normalize(argv), namespace)
 
     def _normalize(self, argv: Sequence[str]) -> list[str]:
-        """Return the words with `12`, `GB` joined to `12 GB`, and with - and _ in names of options corrected."""
+        """Join `12`, `GB` to one word `12 GB`, and correct - and _ in names of options; return the words."""
         words = list(argv)
         # from the end, so that the indices of earlier words stay valid
         for index in range(len(words) - 1, 0, -1):
@@ -317,9 +317,9 @@ class Parser(argparse.ArgumentParser):
         is_number = self._negative_number_matcher.match(word) is not None
         if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
             return ""
-        from modules.mistyped import guess_option, meant_elsewhere  # only mistakes need it
+        from modules.mistyped import explain_foreign_name, guess_option  # only mistakes need it
 
-        advice = meant_elsewhere(flags, name.lstrip("-"), self.key_files)  # for names of other programs
+        advice = explain_foreign_name(flags, name.lstrip("-"), self.key_files)  # for names of other programs
         abbreviated = [flag for flag in flags if flag.startswith(name)]  # argparse accepts abbreviations
         is_clear = len(abbreviated) == 1 and abbreviated[0] in advice
         if abbreviated and (not advice or is_clear):
