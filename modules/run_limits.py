@@ -70,13 +70,13 @@ def temporary_folder() -> Iterator[Path]:
         if not is_limited():
             yield folder
             return
-        folder_text = str(real_path(folder))
-        os.environ[FOLDERS] = json.dumps([*json.loads(os.environ[FOLDERS]), folder_text])
+        allowed = str(real_path(folder))
+        os.environ[FOLDERS] = json.dumps([*json.loads(os.environ[FOLDERS]), allowed])
         try:
             yield folder
         finally:
-            folders = json.loads(os.environ[FOLDERS])
-            os.environ[FOLDERS] = json.dumps([folder for folder in folders if folder != folder_text])
+            others = [other for other in json.loads(os.environ[FOLDERS]) if other != allowed]
+            os.environ[FOLDERS] = json.dumps(others)
 
 
 def is_limited() -> bool:
@@ -89,23 +89,24 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     text = os.environ.get(FOLDERS)
     if not text:
         return None
-    resolved, folders = _resolve(os.path.abspath(path)), _read_folders(text)  # noqa: PTH100
-    inside = [resolved.relative_to(folder) for folder in folders if resolved.is_relative_to(folder)]
-    if inside:
-        if not all(map(is_in_queue, inside)):
+    allowed_folders = _read_folders(text)
+    resolved = _resolve(os.path.abspath(path))  # noqa: PTH100
+    relative = [resolved.relative_to(folder) for folder in allowed_folders if resolved.is_relative_to(folder)]
+    if relative:
+        if not all(map(is_in_queue, relative)):
             return None
         return (
             f"{resolved} is in the folder of the browser's queue, whose files say what is started. Choose "
             "another folder"
         )
-    where = f"{resolved} is outside of {folders[0]}, the only place where"
+    restriction = f"{resolved} is outside of {allowed_folders[0]}, the only place where"
     if not os.environ.get(COMMAND):
         return (
-            f"{where} a button of the page for that folder writes. Correct it; or, if you want it there, "
-            "start the command in a terminal"
+            f"{restriction} a button of the page for that folder writes. Correct it; or, if you want it "
+            "there, start the command in a terminal"
         )
-    typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(resolved))
-    return f"{where} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {typed}"
+    command = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(resolved))
+    return f"{restriction} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {command}"
 
 
 def is_in_queue(path: Path) -> bool:
@@ -133,7 +134,7 @@ def reject_writing(path: Path) -> None:
 def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
     """Raise OptionError if an option sends something from this machine and is not typed for the run.
 
-    `is_of_run` says that `run` has the option too.
+    With `is_of_run`, the command `run` has the option too.
     """
     if not is_limited() or option in os.environ.get(TYPED, "").split():
         return
