@@ -341,10 +341,10 @@ def shorten_word(word: str) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
-    """Return " Did you mean NAME?" with the most similar of `names`; "" if none is similar.
+    """Return " Did you mean NAME?" with one of `names`; "" if none fits.
 
-    Without a similar name, NAME is one that `word` begins with, else the only one that begins with `word`
-    (both up to an underscore).
+    NAME is the first that is found of: the most similar name; a name with the letters of `word` in another
+    order; the longest name that `word` continues after an underscore; the only name that continues `word` so.
 
     Args:
         word: Word that is not known.
@@ -356,7 +356,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     similar = difflib.get_close_matches(compared, names, n=1, cutoff=min_similar)
     if not similar:
         letters = sorted(compared)
-        similar = [name for name in names if sorted(name) == letters]  # swapped letters of a short name: vea
+        similar = [name for name in names if sorted(name) == letters]
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]

@@ -8,7 +8,7 @@ from modules.command import name_as_typed
 from modules.installation import ONLY_OPTIONS
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, reject_unsupported, typed_names
-from modules.table_answers import CommandLine, take_answered
+from modules.table_answers import CommandLine, take_parsed_line
 
 
 def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Parser]) -> CommandLine:
@@ -18,9 +18,9 @@ def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Par
         argv: Arguments of the command line. None: those of the process, which the script's table has read.
         build_parser: Makes the script's parser from its records, if no compiled table has parsed the words.
     """
-    answered = take_answered() if argv is None else None
-    if answered is not None:
-        return answered
+    parsed = take_parsed_line() if argv is None else None
+    if parsed is not None:
+        return parsed
     parser = build_parser()
     return CommandLine(parser, parser.parse_args(argv))
 

@@ -1,5 +1,6 @@
 """Re-encode audio and convert subtitles for files that cannot hold them unchanged."""
 
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -185,24 +186,25 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
     stream = target.add_stream(_ENCODERS[suffix])
     stream.codec_context.subtitle_header = _HEADER
     stream.codec_context.time_base = source.time_base
-    codec = source.codec_context.name
+    with_length = suffix != ".mkv"  # MP4 and MOV store the length of a text before it
+    return stream, functools.partial(_convert_subtitle, source.codec_context.name, with_length)
 
-    def convert(packet: Any) -> Iterator[Any]:
-        content = bytes(packet) if packet.size else b""
-        text = _read_subtitle(codec, content)
-        if text:
-            encoded = text.encode("utf-8")
-            if suffix != ".mkv":  # MP4 and MOV store the length of a text before it
-                encoded = len(encoded).to_bytes(2, "big") + encoded
-            repacked = av.Packet(encoded)
-            repacked.time_base = packet.time_base
-            repacked.duration = packet.duration
-            repacked.pts = packet.pts
-            repacked.dts = packet.dts
-            repacked.is_keyframe = True
-            yield repacked
 
-    return stream, convert
+def _convert_subtitle(codec: str, with_length: bool, packet: Any) -> Iterator[Any]:
+    """Yield a packet with the plain text of a subtitle packet, unless the text is empty."""
+    text = _read_subtitle(codec, bytes(packet) if packet.size else b"")
+    if not text:
+        return
+    encoded = text.encode("utf-8")
+    if with_length:
+        encoded = len(encoded).to_bytes(2, "big") + encoded
+    repacked = av.Packet(encoded)
+    repacked.time_base = packet.time_base
+    repacked.duration = packet.duration
+    repacked.pts = packet.pts
+    repacked.dts = packet.dts
+    repacked.is_keyframe = True
+    yield repacked
 
 
 def _read_subtitle(codec: str, content: bytes) -> str:

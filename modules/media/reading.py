@@ -395,34 +395,33 @@ def frames_at(
     yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer than
     MAX_SHOWN_SECONDS.
     """
-    moments = iter(seconds)
-    moment = next(moments)
-    file_start = 0.0
-    current: Frame | None = None
-    start = 0.0  # start time of the current frame
-    end = 0.0
-    number = -1
-    is_first = True  # nothing has been yielded yet
+    times = iter(seconds)
+    time = next(times)
+    first_start = 0.0
+    shown: Frame | None = None  # decoded last; it is shown from `start` until the next frame starts
+    start = end = 0.0
+    index = -1
+    has_yielded = False
     for frame, frame_start, frame_end in timed_frames(path, alpha):
-        if current is None:
-            file_start = frame_start
-        while current is not None and moment < frame_start - file_start:
+        if shown is None:
+            first_start = frame_start
+        while shown is not None and time < frame_start - first_start:
             _check_duration(path, frame_start - start)
-            yield current, number, moment
-            is_first = False
-            moment = next(moments, math.inf)
-        if moment == math.inf:
+            yield shown, index, time
+            has_yielded = True
+            time = next(times, math.inf)
+        if time == math.inf:
             return
-        current = frame
+        shown = frame
         start = frame_start
         end = frame_end
-        number += 1
-    assert current is not None  # otherwise `timed_frames` raises
+        index += 1
+    assert shown is not None  # otherwise `timed_frames` raises
     _check_duration(path, end - start)
-    while is_first or moment < end - file_start:
-        yield current, number, moment
-        is_first = False
-        moment = next(moments, math.inf)
+    while not has_yielded or time < end - first_start:
+        yield shown, index, time
+        has_yielded = True
+        time = next(times, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:
@@ -580,25 +579,31 @@ def pick_frames(
     threads: int = 0,
     exact: bool = True,
 ) -> list[Frame]:
-    """Return selected frames of a clip, each passed through `reduce`; the clip is read to its end.
+    """Return selected frames of a clip; the clip is read to its end, which reveals damage.
 
-    Reading to the end reveals damage. `choose_indices` takes the number of frames and returns the indices to
-    select. `threads` is the number of decoding threads; 0 lets FFmpeg choose. If the header's number of
-    frames proves wrong, the selection is repeated with the real number; without `exact`, only if a selected
-    frame is missing.
+    If the header's number of frames proves wrong, the selection is repeated with the real number; without
+    `exact`, only if a selected frame is missing.
+
+    Args:
+        path: The clip.
+        choose_indices: Takes the number of frames and returns the indices to select.
+        reduce: Applied to each selected frame.
+        threads: Number of decoding threads; 0 lets FFmpeg choose.
+        exact: Whether the selection must be made with the real number of frames.
 
     Raises:
         MediaError: If the clip cannot be read.
     """
     expected_count = count_frames(path, threads)
     for _ in range(TRIES):
-        chosen = choose_indices(expected_count)
+        chosen_indices = choose_indices(expected_count)
         count = 0
         frames = []
-        for count, frame in enumerate(video_frames(path, threads=threads), 1):
-            if count - 1 in chosen:
+        for index, frame in enumerate(video_frames(path, threads=threads)):
+            count = index + 1
+            if index in chosen_indices:
                 frames.append(reduce(frame))
-        if count == expected_count or (not exact and len(frames) == len(chosen)):
+        if count == expected_count or (not exact and len(frames) == len(chosen_indices)):
             return frames
         expected_count = count
     raise MediaError(f"{path} has a different number of frames each time it is read. Is it being written?")
