@@ -97,14 +97,14 @@ for module in {MODULES!r}:
 print(json.dumps(said))
 """
 SHOW = """
-from reelsmith.modules.command import as_typed
-print(as_typed(["python", "wan_generate_video.py", "--prompt", "merge_lora.py"]))
-print(as_typed(["accelerate", "launch", "--num_processes", "2", "wan_train_network", "--seed", "1"]))
-print(as_typed(["git", "lfs", "pull"]))
-print(as_typed(["merge_lora"]))
-print(as_typed(["python", "reelsmith.py", "new", "clips"]))
-print(as_typed(["python", "tools/compare.py", "--lora", "x"]))
-print(as_typed(["python", "merge_lora.py", "--lora", "x"]))
+from reelsmith.modules.command import quote_command
+print(quote_command(["python", "wan_generate_video.py", "--prompt", "merge_lora.py"]))
+print(quote_command(["accelerate", "launch", "--num_processes", "2", "wan_train_network", "--seed", "1"]))
+print(quote_command(["git", "lfs", "pull"]))
+print(quote_command(["merge_lora"]))
+print(quote_command(["python", "reelsmith.py", "new", "clips"]))
+print(quote_command(["python", "tools/compare.py", "--lora", "x"]))
+print(quote_command(["python", "merge_lora.py", "--lora", "x"]))
 from reelsmith.modules.installation import own_name
 print(*map(own_name, ("modules.seeds", "networks.mine", "lycoris.kohya")))
 """
