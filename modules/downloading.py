@@ -189,24 +189,17 @@ def ask_http(
         request_headers["if-range"] = version
     try:
         session = _get_session(threading.get_ident())
-        with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
-            _check_answer(address, answer)
-            start = _find_first_byte(answer, have)
-            end = None
-            if not answer.headers.get("content-encoding"):  # else it is the compressed length
-                length = _read_number(answer, "content-length")
-                end = None if length is None else start + length
-            etag = answer.headers.get("etag", "")
-            # a weak ETag does not guarantee equal bytes
-            stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
-            if start and version is not None and stamp not in (None, version):  # some servers ignore if-range
+        with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as response:
+            _check_answer(address, response)
+            start = _find_first_byte(response, have)
+            size_bytes = _read_size(response, start)
+            new_version = _read_version(response)
+            if start and version is not None and new_version not in (None, version):
+                # some servers ignore if-range
                 raise RetryableError("the file has changed meanwhile", from_start=True)
-            yield Answer(
-                start,
-                end,
-                stamp or (version if start else None),  # partial answers may omit the version
-                _read_pieces(answer),
-            )
+            if start:  # partial answers may omit the version
+                new_version = new_version or version
+            yield Answer(start, size_bytes, new_version or None, _read_pieces(response))
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # errors that requests does not convert: redirects without an address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
@@ -216,6 +209,21 @@ def ask_http(
             "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         )
         raise RetryableError(f"the {problem} ({type(error).__name__})") from None
+
+
+def _read_version(response: "requests.Response") -> str | None:
+    """Return the strong ETag of a file, else the date of its last change; None if neither is stated."""
+    etag = response.headers.get("etag", "")
+    # a weak ETag does not guarantee equal bytes
+    return etag if etag.startswith('"') else response.headers.get("last-modified")
+
+
+def _read_size(response: "requests.Response", start: int) -> int | None:
+    """Return the size of the whole file, whose bytes from `start` on the response has; None if unknown."""
+    if response.headers.get("content-encoding"):  # the stated length is the compressed one
+        return None
+    length = _read_number(response, "content-length")
+    return None if length is None else start + length
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:

@@ -140,21 +140,24 @@ def command_words(argv: Sequence[str]) -> list[str]:
 
 
 def _locate_script(argv: list[str]) -> list[str]:
-    """Return a command in which the path of the script is valid in the user's working folder."""
+    """Return a checkout's command with the path of the script as it is valid in the user's working folder.
+
+    The checkout's folder is spelled as in the command that runs now: `python ../x/a.py` gives `../x/b.py`.
+    """
     if argv[:1] not in (["python"], ["accelerate"]):
         return argv
-    typed = Path(sys.argv[0])  # of the running script
+    running = Path(sys.argv[0])
     try:
-        relative = real_path(typed).relative_to(ROOT)
+        in_checkout = real_path(running).relative_to(ROOT)
     except ValueError:
-        relative = Path(typed.name)
-    folder = Path()  # of this checkout, as it was typed; "." if no script of it is running
-    if find_script(relative.as_posix()) is not None:
-        folder = typed.parent if len(relative.parts) == 1 else typed.parent.parent
+        in_checkout = Path(running.name)
+    checkout = Path()  # "." if no script of the checkout is running
+    if find_script(in_checkout.as_posix()) is not None:
+        checkout = running.parent if len(in_checkout.parts) == 1 else running.parent.parent
     for index, word in enumerate(argv[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*argv[:index], str(folder / script), *argv[index + 1 :]]
+            return [*argv[:index], str(checkout / script), *argv[index + 1 :]]
     return argv
 
 

@@ -72,24 +72,26 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         """Make a parser without options; the arguments are those of `ArgumentParser`."""
-        self._command_words = find_front_words()
+        self._command_words = find_front_words()  # "reelsmith.py", "train", "wan", if these were typed
         if self._command_words:
-            # started as `reelsmith.py train wan`: the help names that command instead of the script
+            # the help names that command instead of the script
             settings.setdefault("prog", " ".join(self._command_words))
-            script = rf"python (?:\w+/)?{re.escape(Path(sys.argv[0]).name)}"
-            typed = f"python {' '.join(self._command_words)}"
-            settings["description"] = re.sub(script, typed, settings.get("description") or "")
+            script_command = rf"python (?:\w+/)?{re.escape(Path(sys.argv[0]).name)}"
+            typed_command = f"python {' '.join(self._command_words)}"
+            description = settings.get("description") or ""
+            settings["description"] = re.sub(script_command, typed_command, description)
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
         self.typed_flags: dict[str, str] = {}  # `dest` of each given option -> its first typed flag
         self._typed_spellings: set[str] = set()  # all typed flags
-        self.key_files: list[KeyFile] = []  # settings files of the records
+        self.key_files: list[KeyFile] = []  # settings files whose keys may be typed as options by mistake
         self.left_out: dict[str, Any] = {}  # record options that the script lacks -> values
         # whether arguments may be replaced (by a file, for example) before records are read
         self.changes_values = False
-        help_flags = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
-        # declared only for the help; `_show_help` handles them earlier
-        for flag, text in help_flags.items():
-            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
+        if add_help:  # declared only for the help; `_show_help` handles both earlier
+            for flag, text in {"-h": "show the most common options", "--help": "show all options"}.items():
+                self.add_argument(
+                    flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text
+                )
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
         """Print all options by group, or with `is_short` one screen of options; in color on a terminal."""
@@ -181,20 +183,20 @@ class Parser(argparse.ArgumentParser):
         return {flag: shown for flag, shown in for_messages.items() if flag != shown}
 
     def _reject_joined_numbers(self, argv: Sequence[str]) -> None:
-        """Reject two numbers typed as one word, as people write sizes: 832x480."""
-        parts: list[str] = []
+        """Reject two numbers typed as one word for an option that takes two, such as 832x480."""
+        words: list[str] = []
         for word in argv:
-            parts += word.split("=", 1) if word[:2] == "--" else [word]
-        for before, word in pairwise(parts):
-            action = self._option_string_actions.get(before)
-            joined = JOINED.fullmatch(word)
-            if joined is None or action is None or action.type not in NUMBERS:
+            words += word.split("=", 1) if word[:2] == "--" else [word]
+        for flag, value in pairwise(words):
+            action = self._option_string_actions.get(flag)
+            numbers = JOINED.fullmatch(value)
+            if numbers is None or action is None or action.type not in NUMBERS:
                 continue
             if action.metavar == HEIGHT_WIDTH:
-                sides = " ".join(height_width(joined))
-                self.error(f"{before} {word}: give height and width: {before} {sides}")
+                sides = " ".join(height_width(numbers))
+                self.error(f"{flag} {value}: give height and width: {flag} {sides}")
             if action.nargs == 2:
-                self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
+                self.error(f"{flag} {value}: give two numbers: {flag} {numbers[1]} {numbers[3]}")
 
     def _insert_omitted_flags(
         self, argv: Sequence[str], without_flag: Sequence[argparse.Action]
@@ -308,31 +310,43 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Explain a word that looks like an option but is not one; "" for any other word.
+        """Return the message about a word that looks like an option but is not one; "" for any other word.
 
         `before` is the preceding word.
         """
         flags = self._option_string_actions
         name = word.partition("=")[0]
-        is_number = self._negative_number_matcher.match(word) is not None
-        if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
+        if not self._looks_like_unknown_option(before, word):
             return ""
         from modules.mistyped import explain_foreign_name, guess_option  # only mistakes need it
 
         advice = explain_foreign_name(flags, name.lstrip("-"), self.key_files)  # for names of other programs
         abbreviated = [flag for flag in flags if flag.startswith(name)]  # argparse accepts abbreviations
-        is_clear = len(abbreviated) == 1 and abbreviated[0] in advice
-        if abbreviated and (not advice or is_clear):
+        advises_abbreviated = len(abbreviated) == 1 and abbreviated[0] in advice
+        if abbreviated and (not advice or advises_abbreviated):
             return ""
-        is_value = before in flags and flags[before].nargs != 0
         has_two_dashes = word.startswith("--")
-        if " " in name or (" " in word and (is_value or not has_two_dashes)):
-            return ""  # argparse treats words with spaces as text
-        if is_value and not has_two_dashes:
+        if self._takes_value(before) and not has_two_dashes:
             return f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
         if not advice and not has_two_dashes and path_exists(Path(word)):
             advice = f" Of the file of this name write ./{word}"
         return f"Unknown option {name}.{advice or guess_option(flags, name.lstrip('-'))}"
+
+    def _looks_like_unknown_option(self, before: str, word: str) -> bool:
+        """Return whether a word begins with a dash and is no option, number or text with spaces."""
+        name = word.partition("=")[0]
+        if not re.match(r"--.|-[^-]", name) or name in self._option_string_actions:
+            return False
+        if self._negative_number_matcher.match(word) is not None:
+            return False
+        # argparse treats words with spaces as text
+        is_text = " " in word and (self._takes_value(before) or not word.startswith("--"))
+        return " " not in name and not is_text
+
+    def _takes_value(self, word: str) -> bool:
+        """Return whether a word is the flag of an option that is not a switch."""
+        flags = self._option_string_actions
+        return word in flags and flags[word].nargs != 0
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
