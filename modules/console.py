@@ -65,8 +65,8 @@ def draw_box(
 ) -> str:
     """Draw a box for a terminal, with lines below it.
 
-    With `colour`, use ANSI colors. With `unicode`, draw with line characters instead of ASCII. `columns` is
-    the width of the terminal; None asks the system.
+    `rows` are pairs of label and text. With `colour`, use ANSI colors. With `unicode`, draw with line
+    characters instead of ASCII. `columns` is the width of the terminal; None asks the system.
     """
     from rich import box  # slow, and only needed for a terminal
     from rich.console import Console

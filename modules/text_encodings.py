@@ -196,33 +196,38 @@ def _score_text(text: str, encoding: str) -> float:
 
 @functools.lru_cache(1 << 16)
 def _score_character(before: str, char: str, after: str, encoding: str) -> float:
-    """Rate how plausible a decoded character is between its neighbors; above 0 means plausible."""
-    # Only the order of the rates counts: punctuation, letters and kana are likely, control codes never are.
+    """Score how plausible a decoded character is between its neighbors; above 0 means plausible.
+
+    Only the order of the scores counts: punctuation, letters and kana are likely, control codes never are.
+    """
     if char in _PUNCTUATION:
         return 0.8
     category = unicodedata.category(char)
     if category[0] != "L":  # symbols, control codes, private use
         return -3.0 if category in {"Cc", "Co", "Cn"} else -1.0
     is_frequent = char.lower() in _FREQUENT.get(encoding, "")
-    bonus = 0.5 if is_frequent else 0.0
-    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":  # hiragana and katakana
+    is_kana = "\u3040" <= char <= "\u30ff"
+    if is_kana and encoding in {"cp932", "euc_jp"}:
         return 1.5
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
     if char >= "\u2e80":  # East Asian scripts
-        return _score_east_asian(char, encoding) + 2 * bonus
+        return _score_east_asian(char, encoding) + (1.0 if is_frequent else 0.0)
+    return _score_letter(before, char, after, encoding, is_frequent)
+
+
+def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
+    """Score a letter of an alphabet: above 0 if it and its neighbors are of the encoding's script."""
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
-    for character in (char, *neighbors):
-        if script not in unicodedata.name(character, ""):
-            return -1.0
+    if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):
+        return -1.0
     if char.isupper() and before.isalpha():  # inside a word
         return -1.0 if before.islower() else 0.0
-    if encoding == "cp1252" and any(character > "\x7f" for character in neighbors):
-        return -0.5  # two accents side by side
-    if script != "LATIN" or is_frequent:
-        return 0.5 + bonus
-    return 0.3 + bonus
+    if encoding == "cp1252" and any(letter > "\x7f" for letter in neighbors):
+        return -0.5  # two accents next to each other
+    bonus = 0.5 if is_frequent else 0.0
+    return bonus + (0.5 if script != "LATIN" or is_frequent else 0.3)
 
 
 def _score_east_asian(char: str, encoding: str) -> float:

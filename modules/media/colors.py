@@ -238,21 +238,26 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colors of an image as sRGB, H W 3, also below transparent pixels."""
+    """Return the colors of an image as sRGB, H W 3, also below transparent pixels.
+
+    They are converted by the image's color profile, else by its gamma curve; without both they are sRGB.
+    """
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it
         info = image.info
         gray = (np.asarray(image) >> 8).astype(np.uint8)  # the upper 8 of 16 bits
         image = Image.fromarray(~gray if _INVERTED in info else gray)
         image.info = info
     profile = _find_profile(path, image)
-    transform = None if profile is None else _build_transform(profile).to_srgb
-    if profile is not None and transform is not None:
-        return np.array(ImageCms.applyTransform(_convert_mode(image, profile.mode), transform))
-    colors = _convert_mode(image, "RGB")
-    curve = _make_curve(image.info) if profile is None else None
-    if curve is not None:
-        colors = colors.point(curve * 3)  # the same curve for red, green and blue
-    return np.array(colors)
+    if profile is None:
+        colors = _convert_mode(image, "RGB")
+        curve = _make_curve(image.info)
+        if curve is not None:
+            colors = colors.point(curve * 3)  # the same curve for red, green and blue
+        return np.array(colors)
+    to_srgb = _build_transform(profile).to_srgb
+    if to_srgb is None:
+        return np.array(_convert_mode(image, "RGB"))
+    return np.array(ImageCms.applyTransform(_convert_mode(image, profile.mode), to_srgb))
 
 
 def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -267,10 +272,13 @@ def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
-    """Return the ICC profile of an image, or one made from its PNG chunks; None if it has neither."""
+    """Return the color profile of an image; None if it has none.
+
+    The first that exists of: a profile made from the known codes of its chunk cICP; its ICC profile; one made
+    from its chunks cHRM and gAMA.
+    """
     if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None
-    # codes of the chunk cICP; 0: there is none
     primaries, transfer = image.info.get(_CICP, (0, 0))
     content: bytes | None
     if primaries in _CHROMATICITIES and transfer in _GAMMAS:
@@ -279,12 +287,14 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     content = image.info.get("icc_profile")
     if content:
         return _Profile(content, _select_mode(image.mode, content), path)
-    # the chunk cICP overrides cHRM and gAMA, even with codes that are unknown here
-    chromaticity = None if transfer else image.info.get("chromaticity")
+    has_cicp = transfer != 0  # it overrides cHRM and gAMA, even with codes that are unknown here
+    chromaticities = None if has_cicp else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
-    if chromaticity is None or gamma is None or np.allclose(chromaticity, _SRGB_CHROMATICITIES, atol=2e-3):
+    if chromaticities is None or gamma is None:
         return None
-    content = _make_profile(gamma, tuple(chromaticity))
+    if np.allclose(chromaticities, _SRGB_CHROMATICITIES, atol=2e-3):
+        return None
+    content = _make_profile(gamma, tuple(chromaticities))
     return None if content is None else _Profile(content, "RGB", path)
 
 
