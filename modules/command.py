@@ -254,21 +254,22 @@ def _explain_os_error(error: OSError) -> str | None:
 
 
 def _check_launcher() -> None:
-    """Raise OptionError if a launcher's variables are not numbers, or a rank is not below its count."""
+    """Raise OptionError if a launcher's variables are not numbers, or a rank is not below its world size."""
     for name in LAUNCHER_VARIABLES:
         value = os.environ.get(name, "0")
-        if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS):
+        is_number = value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS
+        if not is_number:
             raise OptionError(
                 f"the environment has {name}={shorten_word(value)}, which is no number. {_REMEDY}, which "
                 "set it"
             )
-    for rank_name, count_name in zip(RANK, COUNT, strict=True):
+    for rank_name, size_name in zip(RANK, COUNT, strict=True):
         rank = os.environ.get(rank_name)
-        count = os.environ.get(count_name)
-        if rank and count and not 0 <= int(rank) < int(count):
+        world_size = os.environ.get(size_name)
+        if rank and world_size and not 0 <= int(rank) < int(world_size):
             raise OptionError(
-                f"the environment has {rank_name}={rank} and {count_name}={count}: processes are numbered "
-                f"from 0. {_REMEDY}, which set both"
+                f"the environment has {rank_name}={rank} and {size_name}={world_size}: processes are "
+                f"numbered from 0. {_REMEDY}, which set both"
             )
 
 

@@ -30,19 +30,24 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
         if is_16_bit_on_cpu and length * key.shape[1] <= MAX_SCORES_FOR_MATMUL:
             return _attend_by_matmul(q, k, v, bias).transpose(1, 2)
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return _attend_on_cuda(q, k, v, repeats)
+
+
+def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> Tensor:
+    """Compute attention with CUDA's fastest kernel: q is B N L D, k and v B N S D. Returns B L N D."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
-    bias = None if repeats is None else key_bias(repeats, length, dtype)
+    bias = None if repeats is None else key_bias(repeats, q.shape[2], dtype)
     order = list_kernels(
-        _capability(query.device),
+        _capability(q.device),
         dtype,
-        width=query.shape[-1],
+        width=q.shape[-1],
         has_mask=bias is not None,
         cudnn=_cudnn_version(),
     )
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    # sample by sample, because cuDNN's gradients of several samples in one call may be NaN
     if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and needs_gradients:
+        # cuDNN's gradients of several samples in one call may be NaN
         return _attend_to_each(q, k, v, order)
     return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 

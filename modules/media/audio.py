@@ -39,42 +39,42 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
     """
     context = source.codec_context  # use the channel count, because raw audio in Matroska has no layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
-    gapless = _Gapless(source.time_base)  # fills gaps with silence, because encoders number samples on
+    return stream, functools.partial(_convert_to_aac, stream, _Gapless(source.time_base))
 
-    def convert(packet: Any) -> Iterator[Any]:
-        for frame in packet.decode():
-            for part in gapless.follow(frame):
-                yield from stream.encode(part)
-        if not packet.size:
-            yield from stream.encode(None)
 
-    return stream, convert
+def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[Any]:
+    """Yield AAC packets for the audio of a packet; the empty last packet flushes the encoder."""
+    for frame in packet.decode():
+        for part in gapless.fill_gap(frame):
+            yield from stream.encode(part)
+    if not packet.size:
+        yield from stream.encode(None)
 
 
 class _Gapless:
-    """Renumber decoded audio samples without gaps, as encoders require."""
+    """Fills gaps between decoded audio frames with silence, because encoders number samples on."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
-        self._next: int | None = None  # index of the next sample
+        self._next_index: int | None = None  # index of the next sample
 
-    def follow(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame, renumbered to follow the previous one, after silence for any missing samples."""
+    def fill_gap(self, frame: Any) -> Iterator[Any]:
+        """Yield a frame, renumbered to fill_gap the previous one, after silence for any missing samples."""
         rate = frame.sample_rate
         if frame.pts is not None:
             expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
-            gap = 0 if self._next is None else expected - self._next
-            if self._next is None:
-                self._next = expected
+            gap = 0 if self._next_index is None else expected - self._next_index
+            if self._next_index is None:
+                self._next_index = expected
             elif SHORTEST_GAP * rate < gap < LONGEST_GAP * rate:
                 for start in range(0, gap, rate):
                     yield self._number_frame(_make_silence(frame, min(rate, gap - start)))
         yield self._number_frame(frame)
 
     def _number_frame(self, frame: Any) -> Any:
-        frame.pts = self._next = self._next or 0
+        frame.pts = self._next_index = self._next_index or 0
         frame.time_base = Fraction(1, frame.sample_rate)
-        self._next += frame.samples
+        self._next_index += frame.samples
         return frame
 
 
