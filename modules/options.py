@@ -471,7 +471,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     elif reach in ("sends", "configures"):
         sends_nothing = value in field.metadata.get("stays", ())
         if not sends_nothing:
-            reject_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
+            reject_sending(name, value, run_has_option=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             reject_in_queue(name)
 

@@ -104,28 +104,33 @@ _CODECS = {
 _NANOSECONDS = 1e9
 
 
+# ids of Matroska's elements
+_EBML_HEADER, _DOC_TYPE, _DOC_TYPE_VERSION, _DOC_TYPE_READ_VERSION = 0x1A45DFA3, 0x4282, 0x4287, 0x4285
+_SEGMENT, _INFO, _TIMESTAMP_SCALE = 0x18538067, 0x1549A966, 0x2AD7B1
+_TRACKS, _TRACK_ENTRY = 0x1654AE6B, 0xAE
+_CLUSTER, _TIMESTAMP, _SIMPLE_BLOCK = 0x1F43B675, 0xE7, 0xA3
+
+
 def open_delayed(stream: Any, samples: int) -> Any | None:
     """Return an open container with a copy of `stream` that declares an initial delay of `samples` samples.
 
-    Return None if the codec cannot declare a delay, or if `stream` does so already. Source of the layout:
-    RFC 9559.
+    The container is a Matroska file in memory with one track and one empty packet. Return None if the codec
+    cannot declare a delay, or if `stream` does so already. Source of the layout: RFC 9559.
     """
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:
         return None
-    # the first argument is the id of an element of Matroska
-    doc_type = _encode_element(0x4282, b"matroska")
-    # version of the format, and minimum version to read it
-    versions = _encode_number(0x4287, 4) + _encode_number(0x4285, 2)
-    head = _encode_element(0x1A45DFA3, doc_type + versions)
-    clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))  # times are in milliseconds
-    track = _encode_element(0xAE, _track_info(context, samples))
-    tracks = _encode_element(0x1654AE6B, track)
-    packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without packets cannot be opened
-    cluster = _encode_element(0x1F43B675, _encode_number(0xE7, 0) + packet)
-    segment = _encode_element(0x18538067, clock + tracks + cluster)
+    doc_type = _encode_element(_DOC_TYPE, b"matroska")
+    versions = _encode_number(_DOC_TYPE_VERSION, 4) + _encode_number(_DOC_TYPE_READ_VERSION, 2)
+    header = _encode_element(_EBML_HEADER, doc_type + versions)
+    info = _encode_element(_INFO, _encode_number(_TIMESTAMP_SCALE, 1_000_000))  # times are in milliseconds
+    tracks = _encode_element(_TRACKS, _encode_element(_TRACK_ENTRY, _track_info(context, samples)))
+    # a file without packets cannot be opened
+    packet = _encode_element(_SIMPLE_BLOCK, b"\x81\0\0\x80" + bytes(8))
+    cluster = _encode_element(_CLUSTER, _encode_number(_TIMESTAMP, 0) + packet)
+    segment = _encode_element(_SEGMENT, info + tracks + cluster)
     try:
-        return av.open(BytesIO(head + segment))
+        return av.open(BytesIO(header + segment))
     except av.FFmpegError:
         return None
 
