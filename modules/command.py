@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines, terminal_width, wrap_text
-from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
+from modules.errors import CheckpointError, OptionError, UserError
 from modules.installation import check_requirements, command_words
 
 # loggers with irrelevant warnings at import: bitsandbytes, on some processors
@@ -208,6 +208,8 @@ def command_line(
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
+        from modules.compiler_errors import explain_compilation  # only after errors
+
         cause = explain_compilation(error)
         if cause is not None:
             _print_error(error, cause)
@@ -271,40 +273,6 @@ def _check_launcher() -> None:
                 f"the environment has {rank_name}={rank} and {size_name}={world_size}: processes are "
                 f"numbered from 0. {_REMEDY}, which set both"
             )
-
-
-def explain_compilation(error: Exception) -> str | None:
-    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
-    if not is_of_compiler(error):
-        return None
-    summary, _, output = str(error).partition("Output:\n")
-    lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
-    causes = [line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)]
-    cause = next(iter([*causes, *lines]), "no reason is given")
-    folder = _find_folder_with_blank(summary)
-    remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
-    if folder is not None:
-        remedy = (
-            f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
-        )
-    return (
-        f"compiling the blocks failed: {shorten(cause, MAX_OF_WORD)}\n"
-        f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
-    )
-
-
-def _find_folder_with_blank(command: str) -> str | None:
-    """Find a folder of torch or its compiled code that is in a failed command and whose path has a blank.
-
-    torch does not quote paths in such commands, so that the compiler takes the path for two.
-    """
-    import tempfile  # only here: it loads more than a start needs
-
-    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
-    folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
-    if torch_file is not None:
-        folders.append(str(Path(torch_file).parent))
-    return next((folder for folder in folders if folder and " " in folder and folder in command), None)
 
 
 def print_loading() -> None:
