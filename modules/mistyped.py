@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from modules.command import did_you_mean, quote_command
+from modules.command import did_you_mean, quote_command, shorten_word
 from modules.option_tables import list_option_names
 from modules.option_values import HEIGHT_WIDTH
 from modules.options import KeyFile
@@ -272,6 +272,29 @@ def explain_role(flags: Flags, name: str) -> str:
 
 def _has_role(name: str, role: Collection[str]) -> bool:
     return name in role or re.sub("^[a-z]+[0-9]_", "", name) in role
+
+
+def explain_number(action: argparse.Action, word: str, expected: str) -> str:
+    """Return the message about a word that is not a number, for an option that takes numbers.
+
+    `expected` describes the type of number, such as "a whole number".
+    """
+    parts = word.split(",")
+    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
+    has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
+    is_decimal = action.type is float and has_comma
+    if action.nargs is None and is_decimal:
+        return f"{word}: {decimal_advice}"
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
+    if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
+        apart = " ".join(part.strip() for part in parts)
+        or_decimal = f", or {decimal_advice}" if is_decimal else ""
+        return f"{word}: write several numbers apart: {apart}{or_decimal}"
+    named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
+    if named is not None:  # settings of other trainers
+        return f"{word}: write the number alone, {named[1]}"
+    example = action.default if type(action.default) in NUMBER_TYPES else 1
+    return f"{shorten_word(word)} is not {expected}. Give one, such as {example:g}."
 
 
 def explain_unused_words(

@@ -383,31 +383,14 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             if action.type not in NUMBERS:
                 raise
-            raise argparse.ArgumentError(action, _explain_number(action, arg_string)) from None
+            from modules.mistyped import explain_number  # only mistakes need it
+
+            message = explain_number(action, arg_string, NUMBERS[action.type])
+            raise argparse.ArgumentError(action, message) from None
         if isinstance(value, str) and action.choices is not None and value not in action.choices:
             alike = [choice for choice in action.choices if str(choice).lower() == value.lower()]
             return alike[0] if len(alike) == 1 else value
         return value
-
-
-def _explain_number(action: argparse.Action, word: str) -> str:
-    """Return the message about a word that is not a number, for an option that takes numbers."""
-    parts = word.split(",")
-    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
-    has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
-    is_decimal = action.type is float and has_comma
-    if action.nargs is None and is_decimal:
-        return f"{word}: {decimal_advice}"
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
-    if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
-        apart = " ".join(part.strip() for part in parts)
-        or_decimal = f", or {decimal_advice}" if is_decimal else ""
-        return f"{word}: write several numbers apart: {apart}{or_decimal}"
-    named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
-    if named is not None:  # settings of other trainers
-        return f"{word}: write the number alone, {named[1]}"
-    example = action.default if type(action.default) in NUMBERS else 1
-    return f"{shorten_word(word)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
