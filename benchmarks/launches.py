@@ -67,7 +67,7 @@ def fused_kernels() -> Iterator[None]:
     from runtime.planning.kernels import KERNELS
 
     with (
-        patch.object(sdpa, "MAX_SCORES_OF_PRODUCTS", 0),  # a CPU's way for few tokens, as matrix products
+        patch.object(sdpa, "MAX_SCORES_FOR_MATMUL", 0),  # a CPU's way for few tokens, as matrix products
         patch.object(functional, "rms_norm", KERNELS[functional.rms_norm]),
         patch.object(
             functional, "scaled_dot_product_attention", KERNELS[functional.scaled_dot_product_attention]

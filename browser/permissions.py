@@ -13,7 +13,7 @@ from browser.described_folder import DATASET_FILE, TRAINING_TABLE, reject_share
 from modules.command import quote_command
 from modules.pages.language import say
 from modules.paths import expand_path
-from modules.run_limits import ALLOWED_BY, ANY
+from modules.run_limits import ALLOWED_BY, OTHER_FOLDERS_OPTION
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE
 from project.run_options import STARTING
@@ -91,7 +91,7 @@ def _describe_target(folder: Path, option: str, text: str) -> Permission:
         return Permission(f"--{option} {text}: {error}", is_unusual=True)
     if real.is_relative_to(folder):
         return Permission(say("writes into %(place)s", place=real))
-    allowing = ALLOWED_BY.get(option, ANY)
+    allowing = ALLOWED_BY.get(option, OTHER_FOLDERS_OPTION)
     note = say(
         "outside of %(folder)s: `run` refuses it unless --%(allowing)s is typed",
         folder=folder,

@@ -9,7 +9,7 @@ from dataset.options import CachingOptions, DebugOptions, EmptyPromptOptions
 from modules.command import name_as_typed, print_loading
 from modules.option_values import option_argv, require
 from modules.options import option_values
-from modules.script_options import parse_spelled
+from modules.script_options import parse_with_flags
 from protocols.families import FAMILIES, Script
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def cache_family_latents(
     """
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
-    records, typed = parse_spelled(about, argv, CachingOptions, record, DebugOptions)
+    records, typed = parse_with_flags(about, argv, CachingOptions, record, DebugOptions)
     options, family_options, debug = records
     if debug.debug_mode is not None:
         options.shard.reject_beside("--debug_mode")
@@ -117,7 +117,7 @@ def cache_family_texts(
     """
     entry = FAMILIES[family]
     record = entry.options_record("TextCaching")
-    records, typed = parse_spelled(about, argv, CachingOptions, EmptyPromptOptions, record)
+    records, typed = parse_with_flags(about, argv, CachingOptions, EmptyPromptOptions, record)
     options, empty_prompt_options, family_options = records
     # imported here, because --help does not need it
     from dataset.config import for_family, load_dataset_config, with_downloads, with_empty_prompts

@@ -117,7 +117,7 @@ class ModelSet:
 
         A placeholder for a file outside the download becomes a name after its option, such as DIT_FILE.
         """
-        paths = {}
+        paths = {}  # placeholder, such as {dit} -> path
         for component in self.components:
             if component.option is not None:
                 placeholder = f"{{{component.option.lstrip('-')}}}"
@@ -126,8 +126,12 @@ class ModelSet:
         for command in self.commands.values():
             words = []
             for word in shlex.split(command):
-                is_missing = word.startswith("{") and word not in paths
-                words.append(f"{word.strip('{}').upper()}_FILE" if is_missing else paths.get(word, word))
+                if word in paths:
+                    words.append(paths[word])
+                elif word.startswith("{"):
+                    words.append(f"{word.strip('{}').upper()}_FILE")
+                else:
+                    words.append(word)
             typed.append(quote_command(words))
         return typed
 
@@ -178,18 +182,17 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
-    """Return the set that an entry of the catalogue describes.
+    """Return the model set that a `[[set]]` entry of the catalogue describes, with its family's defaults.
 
-    `family` is the catalogue's table of the set's family, whose values count where the entry has none.
+    `family` is the catalogue's table of the entry's family.
     """
-    # families may name a component's option otherwise
-    option_names = family.get("options", {})
+    option_names = family.get("options", {})  # the family's names of options that differ from the component's
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
-    command_by_step = {**family["commands"], **entry.get("commands", {})}
-    extra_words = entry.get("more", {})  # words that this set adds to the command of a step
+    base_commands = {**family["commands"], **entry.get("commands", {})}
+    extra_arguments = entry.get("more", {})
     commands = {}
     for step in entry.get("steps", STEPS):
-        commands[step] = f"{command_by_step[step]} {extra_words.get(step, '')}".rstrip()
+        commands[step] = f"{base_commands[step]} {extra_arguments.get(step, '')}".rstrip()
     return ModelSet(
         family=entry["family"],
         task=entry["task"],
@@ -313,20 +316,19 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     file, the sentence says so, with the smallest download for these scripts.
     """
     downloads = _list_downloads(path)
-    for_scripts = [download for download in downloads if download.runs_with(scripts)]
-    chosen = _select_smallest(for_scripts or downloads)
-    if chosen is None:
+    fitting = _select_smallest([download for download in downloads if download.runs_with(scripts)])
+    if fitting is not None:
+        return f"{fitting.command} downloads it"
+    other = _select_smallest(downloads)  # for models of other scripts
+    if other is None:
         return None
-    if for_scripts:
-        return f"{chosen.command} downloads it"
-    # the file belongs to models of other scripts: name a download (not in fp8) of a model of these scripts
-    all_downloads = [_Download(model, False, chosen.folder) for model in model_sets()]
-    own = _select_smallest([download for download in all_downloads if download.runs_with(scripts)])
-    if own is None:
-        return f"{chosen.command} downloads it"
+    replacements = [_Download(model, in_fp8=False, folder=other.folder) for model in model_sets()]
+    replacement = _select_smallest([download for download in replacements if download.runs_with(scripts)])
+    if replacement is None:
+        return f"{other.command} downloads it"
     return (
-        f"{path.name} is a file of {chosen.model.title}, and of no model of this script. {own.command} "
-        "downloads files that fit"
+        f"{path.name} is a file of {other.model.title}, and of no model of this script. "
+        f"{replacement.command} downloads files that fit"
     )
 
 

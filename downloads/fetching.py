@@ -50,13 +50,13 @@ def run_download(options: DownloadOptions) -> None:
     files = [file for component in model.components for file in component.files]
     planned = []
     for file in files:
-        download = _plan(file, options)
+        download = _plan_download(file, options)
         if download is not None:  # else the file is there already
             planned.append(download)
     if planned:
         make_folder(options.to, "--to")
         _require_space(planned, options.to)
-    arrived = Arrived(total=sum(remote.size_bytes for remote, _ in planned))
+    arrived = DownloadProgress(total=sum(remote.size_bytes for remote, _ in planned))
     for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
@@ -73,7 +73,7 @@ def run_download(options: DownloadOptions) -> None:
 
 
 @dataclass
-class Arrived:
+class DownloadProgress:
     """Record how many bytes of all files of a download have arrived."""
 
     total: int
@@ -110,7 +110,7 @@ def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
         )
 
 
-def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | None:
+def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | None:
     """Return the download of a file; None if the file is there and complete.
 
     Raises:
@@ -200,7 +200,7 @@ def download_file(
             return
         partial = partial_path(remote, target)
         _receive_undamaged(remote, partial, wait, note)
-        error = find_other_kind(partial, target.name)
+        error = find_content_error(partial, target.name)
         if error is not None:
             partial.unlink()
             raise DownloadError(
@@ -225,7 +225,7 @@ def _receive_undamaged(
     """
     name = _display_name(partial)
     for is_last in (False, True):
-        _receive(remote, partial, wait, note)
+        _receive_remaining(remote, partial, wait, note)
         damage = find_damage(partial, remote)
         if damage is None:
             return
@@ -273,87 +273,70 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     return f"its {name} is {checksum[:12]}..., not {expected[:12]}..."
 
 
-def find_other_kind(path: Path, name: str) -> str | None:
+def find_content_error(path: Path, name: str) -> str | None:
     """Return the reason why a file's content does not match the suffix of `name`; None if it does.
 
     Reads headers only, and torch files without running their code. Unknown suffixes are not checked.
     """
+    try:
+        return _check_content(path, name.rpartition(".")[2])
+    except (CheckpointError, OSError, ValueError) as error:
+        # the message names the partial file, which nobody should use; only its description is taken
+        return str(error).removeprefix(f"{path} ").partition(". ")[0].rstrip(".").splitlines()[0]
+
+
+def _check_content(path: Path, kind: str) -> str | None:
+    """Return why a file is none of a kind, such as "safetensors"; raise the reader's error if it has one."""
     from checkpoints.containers import PICKLE, ZIP  # torch loads here
     from checkpoints.first_bytes import ONNX
     from checkpoints.opening import open_file
     from checkpoints.tokenizers import check_sentencepiece
 
-    kind = name.rpartition(".")[2]
-    try:
-        if kind in ("safetensors", "pt", "pth"):
-            opened = open_file(path)
-            opened.close()
-            if kind == "safetensors" and not opened.tensors:
-                return "it holds no tensors"
-        with path.open("rb") as file:
-            start = file.read(16)
-        match kind:
-            case "safetensors" if start[8:9] != b"{":
-                return "it is a file of torch, not of safetensors"
-            case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:
-                return "it is not a file of torch"
-            case "onnx" if not ONNX.match(start):
-                return "it is not an ONNX file"
-            case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
-                return "it is not a JSON table"
-            case "model":
-                if not start.startswith(_SENTENCEPIECE_START):
-                    return "it is not a SentencePiece model"
-                check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
-    except (CheckpointError, OSError, ValueError) as error:
-        # the message names the partial file, which nobody should use; only its description is taken
-        return str(error).removeprefix(f"{path} ").partition(". ")[0].rstrip(".").splitlines()[0]
+    if kind in ("safetensors", "pt", "pth"):
+        opened = open_file(path)
+        opened.close()
+        if kind == "safetensors" and not opened.tensors:
+            return "it holds no tensors"
+    with path.open("rb") as file:
+        start = file.read(16)
+    match kind:
+        case "safetensors" if start[8:9] != b"{":
+            return "it is a file of torch, not of safetensors"
+        case "pt" | "pth" if start[:4] != ZIP and start[:1] != PICKLE:
+            return "it is not a file of torch"
+        case "onnx" if not ONNX.match(start):
+            return "it is not an ONNX file"
+        case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
+            return "it is not a JSON table"
+        case "model":
+            if not start.startswith(_SENTENCEPIECE_START):
+                return "it is not a SentencePiece model"
+            check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
     return None
 
 
-def _receive(
+def _receive_remaining(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
-    """Download what is missing of a file into `partial`, in several tries if the connection breaks.
+    """Download the bytes that `partial` still lacks, in several tries if the connection breaks.
+
+    `wait` and `note` are those of `download_file`.
 
     Raises:
         DownloadError: If the site refuses, or if the connection stays broken.
         OutputError: If the disk is full.
     """
     name = _display_name(partial)
-    have = partial.stat().st_size if partial.exists() else 0
-    if have:
-        logger.info("%s: continuing after %.1f GB", name, have / 1e9)
-
-    def ask(start: int, _: str | None) -> AbstractContextManager[Answer]:
-        """Ask the site for the file from byte `start` on."""
-        # the version tag is not compared: a site's servers may have different ones for equal files
-        return ask_http(remote.url, start, None, remote.headers)
-
-    size = remote.size_bytes
+    num_bytes = partial.stat().st_size if partial.exists() else 0
+    if num_bytes:
+        logger.info("%s: continuing after %.1f GB", name, num_bytes / 1e9)
     try:
-        with _make_bar(name, size, have) as bar:
-
-            def show(arrived: int) -> None:
-                """Show and note how many bytes have arrived."""
-                bar.update(arrived - bar.n)
-                note(arrived, size)
-
-            receive(
-                ask,
-                partial,
-                tries=TRIES,
-                wait=wait,
-                first_wait=FIRST_WAIT,
-                max_bytes=size,
-                size_bytes=size,
-                progress=show,
-            )
-    except DownloadRejected as refused:
-        if refused.status is not None:
-            raise explain_status(refused.status, name, remote.page, bool(remote.headers)) from None
+        _receive_with_bar(remote, partial, _make_bar(name, remote.size_bytes, num_bytes), wait, note)
+    except DownloadRejected as rejection:
+        if rejection.status is not None:
+            raise explain_status(rejection.status, name, remote.page, bool(remote.headers)) from None
         raise DownloadError(
-            f"{remote.page}: {refused}. Try --source or another mirror. What has arrived is kept."
+            f"{remote.page}: {rejection}. Try --source or another mirror. What has arrived is kept."
         ) from None
     except RetryableError as error:
         raise DownloadError(
@@ -365,6 +348,36 @@ def _receive(
             f"{partial.parent}: {error.strerror or error}. What has arrived is kept: free some space and run "
             "the same command again."
         ) from error
+
+
+def _receive_with_bar(
+    remote: RemoteFile,
+    partial: Path,
+    bar: "tqdm[Any]",
+    wait: Callable[[float], None],
+    note: Callable[[int, int], None],
+) -> None:
+    """Append to `partial` the bytes that it lacks, and show and note how many have arrived."""
+
+    def request(start: int, _: str | None) -> AbstractContextManager[Answer]:
+        # the version tag is not compared: a site's servers may have different ones for equal files
+        return ask_http(remote.url, start, None, remote.headers)
+
+    def show(num_bytes: int) -> None:
+        bar.update(num_bytes - bar.n)
+        note(num_bytes, remote.size_bytes)
+
+    with bar:
+        receive(
+            request,
+            partial,
+            tries=TRIES,
+            wait=wait,
+            first_wait=FIRST_WAIT,
+            max_bytes=remote.size_bytes,
+            size_bytes=remote.size_bytes,
+            progress=show,
+        )
 
 
 def _make_bar(name: str, total: int, done: int = 0) -> "tqdm[Any]":

@@ -69,7 +69,7 @@ class NamedModel(NamedTuple):
 
     family: str
     task: str | None  # None: it names the family alone
-    made_from: bool = False  # the name is that of a model that was trained further from this one
+    is_fine_tune: bool = False  # whether the name is that of a fine-tune of this model
 
 
 def plain_name(text: str) -> str:
@@ -95,32 +95,34 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     Raises:
         OptionError: If the text names none of `models`; the message says what a known name stands for.
     """
-    names = families_of(models)
-    by_spelling = _spell_families(names)
-    exact = _read_exact_name(text, by_spelling, models)
-    if exact is not None:
-        return exact
-    known = _read_known(text, models)
-    if known is not None:
-        return known
-    near = _find_near(plain_name(text), by_spelling, models)
-    near_families = list(dict.fromkeys(named.family for named in near))
-    if len(near) == 1:
-        return near[0]
-    if len(near_families) == 1:
-        return NamedModel(near_families[0], task=None)
-    # the best hint is the last one that applies
-    hint = did_you_mean(text.lower(), names)
-    prefixes = [spelling for spelling in by_spelling if plain_name(text).startswith(spelling)]
+    families = families_of(models)
+    family_by_spelling = _index_spellings(families)
+    named = _match_exact_name(text, family_by_spelling, models) or _resolve_fine_tune(text, models)
+    if named is not None:
+        return named
+    similar = _find_similar(plain_name(text), family_by_spelling, models)
+    if len(similar) == 1:
+        return similar[0]
+    similar_families = list(dict.fromkeys(model.family for model in similar))
+    if len(similar_families) == 1:
+        return NamedModel(similar_families[0], task=None)
+    hint = page_of_control(text)  # the page of a model with control clips
+    if not hint and similar_families:
+        hint = f" Did you mean {' or '.join(similar_families)}?"
+    if not hint:
+        hint = _suggest_family(text, family_by_spelling, families)
+    raise OptionError(f"--family {text}: choose from {', '.join(families)}.{hint}")
+
+
+def _suggest_family(text: str, family_by_spelling: Mapping[str, str], families: Sequence[str]) -> str:
+    """Return a hint with the family whose name the text begins with, else with the most similar family."""
+    prefixes = [spelling for spelling in family_by_spelling if plain_name(text).startswith(spelling)]
     if prefixes:
-        hint = f" Did you mean {by_spelling[max(prefixes, key=len)]}?"
-    if near_families:
-        hint = f" Did you mean {' or '.join(near_families)}?"
-    hint = page_of_control(text) or hint  # the page of a model with control clips
-    raise OptionError(f"--family {text}: choose from {', '.join(names)}.{hint}")
+        return f" Did you mean {family_by_spelling[max(prefixes, key=len)]}?"
+    return did_you_mean(text.lower(), families)
 
 
-def _spell_families(names: Sequence[str]) -> dict[str, str]:
+def _index_spellings(names: Sequence[str]) -> dict[str, str]:
     """Map normalized names to families: names of scripts, titles of pages, and the families' own names."""
     by_spelling = {}
     for name, entry in with_scripts().items():
@@ -135,37 +137,37 @@ def _spell_families(names: Sequence[str]) -> dict[str, str]:
     return by_spelling
 
 
-def _read_exact_name(
-    text: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]
+def _match_exact_name(
+    text: str, family_by_spelling: Mapping[str, str], models: Sequence[ModelSet]
 ) -> NamedModel | None:
     """Return the model that a text names in full: a family, a family with its task, or a repository."""
     plain = plain_name(text)
-    if plain in by_spelling:
-        return NamedModel(by_spelling[plain], task=None)
+    if plain in family_by_spelling:
+        return NamedModel(family_by_spelling[plain], task=None)
     for model in models:
-        spellings = [name for name, family in by_spelling.items() if family == model.family]
-        is_named = plain in {plain_name(name + model.task) for name in spellings}
+        spellings = [name for name, family in family_by_spelling.items() if family == model.family]
+        full_names = {plain_name(name + model.task) for name in spellings}
         # plain names have no points: 1.4 would be taken for 14
-        if is_named and not has_other_number(text, model.task):
+        if plain in full_names and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
     for model in models:  # the first match counts: the catalogue begins with the most popular tasks
-        if plain in (plain_name(model.released_by), plain_name(PurePosixPath(model.released_by).name)):
+        repository_name = PurePosixPath(model.released_by).name
+        if plain in (plain_name(model.released_by), plain_name(repository_name)):
             return NamedModel(model.family, model.task)
     return None
 
 
-def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
+def _find_similar(
+    plain: str, family_by_spelling: Mapping[str, str], models: Sequence[ModelSet]
+) -> list[NamedModel]:
     """Return families whose names contain the text `plain`; if there are none, models by their tasks."""
     if len(plain) > 1 and plain not in _COMMON_WORDS:
         # at the beginning of a word: anima is not a part of image
-        named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
-        named |= dict.fromkeys(name for spelling, name in by_spelling.items() if spelling.startswith(plain))
-        # of qwen_image and qwen_image_21 the first is meant, because the second needs more letters
-        shortest = [
-            name for name in named if not any(name.startswith(other) for other in named if other != name)
-        ]
-        if shortest:
-            return [NamedModel(name, task=None) for name in shortest]
+        families = [name for name in family_by_spelling.values() if _begins_a_word(plain, name)]
+        families += [name for spelling, name in family_by_spelling.items() if spelling.startswith(plain)]
+        families = _drop_longer_names(list(dict.fromkeys(families)))
+        if families:
+            return [NamedModel(name, task=None) for name in families]
     if len(plain) > 2:
         return [
             NamedModel(model.family, model.task)
@@ -176,38 +178,44 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
     return []
 
 
+def _drop_longer_names(names: Sequence[str]) -> list[str]:
+    """Remove names that begin with another name: qwen_image is meant, qwen_image_21 needs more letters."""
+    return [name for name in names if not any(name.startswith(other) for other in names if other != name)]
+
+
 def _begins_a_word(plain: str, name: str) -> bool:
     """Return whether a word of a name begins with the text `plain`; `4b` begins no word of t2v-14B."""
     words = re.findall(r"[a-z0-9.]+", name.lower())
     return any(plain_name("".join(words[index:])).startswith(plain) for index in range(len(words)))
 
 
-def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
+def _resolve_fine_tune(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
     """Return the released model from which a known fine-tune was made; None if the name is unknown.
 
     Raises:
         OptionError: If the model is known but not supported.
     """
-    # family and task of a fine-tune's base, or the name of a model that is not supported
-    subject = _find_subject(text, _FINE_TUNED + _UNSUPPORTED)
-    if subject is None:
+    # "FAMILY TASK" of a fine-tune's base, or the title of a model that is not supported
+    base_or_title = _look_up_prefix(text, _FINE_TUNED + _UNSUPPORTED)
+    if base_or_title is None:
         return None
-    family, _, task = subject.partition(" ")
+    family, _, task = base_or_title.partition(" ")
     if any((model.family, model.task) == (family, task) for model in models):
-        return NamedModel(family, task, made_from=True)
-    images, clips = (_list_families(models, is_clip) for is_clip in (False, True))
+        return NamedModel(family, task, is_fine_tune=True)
+    image_families = _list_families(models, is_clip=False)
+    video_families = _list_families(models, is_clip=True)
     raise OptionError(
-        f"--family {text}: {subject} is not supported. For pictures choose from {images}; for clips from "
-        f"{clips}"
+        f"--family {text}: {base_or_title} is not supported. For pictures choose from {image_families}; for "
+        f"clips from {video_families}"
     )
 
 
 def name_unsupported(text: str) -> str | None:
     """Return the title of a known, unsupported model if the text begins with its name; None otherwise."""
-    return _find_subject(text, _UNSUPPORTED)
+    return _look_up_prefix(text, _UNSUPPORTED)
 
 
-def _find_subject(text: str, table: str) -> str | None:
+def _look_up_prefix(text: str, table: str) -> str | None:
     """Return the table's entry whose key is the longest prefix of a name; None if no key is one."""
     plain = plain_name(text)
     beginnings: dict[str, str] = {}
@@ -224,9 +232,9 @@ def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
     return ", ".join(families_of([model for model in trained if (model.data["frames"] != 1) == is_clip]))
 
 
-def reject_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
+def reject_fine_tune(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
     """Raise OptionError, with the options to type instead, if a name is that of a fine-tuned model."""
-    if not named.made_from:
+    if not named.is_fine_tune:
         return
     (model,) = (model for model in models if (model.family, model.task) == (named.family, named.task))
     option = next(part.option for part in model.components if part.option)

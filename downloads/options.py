@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, families, model_sets
-from downloads.naming import NamedModel, is_task_spelling, read_family, reject_made_from
+from downloads.naming import NamedModel, is_task_spelling, read_family, reject_fine_tune
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
@@ -73,7 +73,7 @@ class DownloadOptions(Options, must_give=True):
         if self.family is None:
             return None
         named = read_family(self.family, model_sets())
-        reject_made_from(named, self.family, model_sets())
+        reject_fine_tune(named, self.family, model_sets())
         return named
 
     @property

@@ -8,6 +8,7 @@ card_builds: choose the build of torch for this machine's card
 chat_templates: render a model's chat template within bounds
 command: what every script shares: logging, clean error output, exit codes
 compile_options: options for compiling the blocks of the transformer with torch
+compiler_errors: the cause and the remedy of a failed compilation
 console: show a summary as a box; silence the log
 console_options: options of log lines: how many, and where they go
 control_codes: text for a console

@@ -27,7 +27,7 @@ BYTES = "B"
 FRAMES = "frame"
 STEPS_FORMAT = "{desc}, step {n_fmt} of {total_fmt}: |{bar}| [{elapsed}<{remaining}]"
 DELAY = 1.0  # seconds until a bar appears
-LINE_EVERY = 30.0  # seconds between log lines if no bar can be shown
+LINE_INTERVAL = 30.0  # seconds between log lines if no bar can be shown
 
 
 class Bar(ExitStack):
@@ -45,7 +45,14 @@ class Bar(ExitStack):
     ) -> None:
         """Start the progress of a loop.
 
-        `total` is None if it is not known. With `at_once` the bar is shown now, otherwise after a second.
+        Args:
+            total: Amount of the whole work; None if it is not known.
+            what: Description of the work.
+            unit: Unit of the amounts.
+            shown: Whether to show the progress at all.
+            at_once: Whether to show the bar now instead of after a second.
+            now: Returns the time in seconds.
+            is_terminal: Returns whether standard error is a terminal.
         """
         super().__init__()
         self.total, self.what, self.unit, self.now = total, escape_control_codes(what), unit, now
@@ -53,13 +60,14 @@ class Bar(ExitStack):
         self.is_terminal = is_terminal
         self.done: float = 0
         self._bar: Any = None
-        # reports the progress to the program that started this one
-        self._note: Callable[[float, float | None, str], None] | None = None
+        # reports done, total and unit to the program that started this one
+        self._report: Callable[[float, float | None, str], None] | None = None
         if os.environ.get(PROGRESS):
             from modules.progress import ProgressFile  # only if another program reads it
 
-            self._note = ProgressFile().note
-        self._start = self._told = now()
+            self._report = ProgressFile().note
+        self._start = now()
+        self._last_line = self._start  # time of the last log line
         if at_once and self.shown and is_terminal():
             self._open_bar()
 
@@ -68,13 +76,13 @@ class Bar(ExitStack):
         self.done += amount
         if not self.shown:
             return
-        if self._note is not None:
-            self._note(self.done, self.total, self.unit)
+        if self._report is not None:
+            self._report(self.done, self.total, self.unit)
         if self._bar is not None:
             self._bar.update(amount)
         elif not self.is_terminal():
-            if self.now() - self._told >= LINE_EVERY:
-                self._told = self.now()
+            if self.now() - self._last_line >= LINE_INTERVAL:
+                self._last_line = self.now()
                 logger.info("%s", self.line())
         elif self.now() - self._start >= DELAY:
             # opened only now, because a log line would redraw a bar that is not due yet
@@ -99,16 +107,16 @@ class Bar(ExitStack):
 
     def line(self) -> str:
         """Describe the progress, with an estimate of the remaining time and, for frames, the rate."""
-        passed = self.now() - self._start
-        show = format_size if self.unit == BYTES else "{:g}".format
-        progress = show(self.done)
+        elapsed = self.now() - self._start
+        format_amount = format_size if self.unit == BYTES else "{:g}".format
+        progress = format_amount(self.done)
         if self.total is not None:
-            progress += f" of {show(self.total)}"
+            progress += f" of {format_amount(self.total)}"
         parts = [progress]
-        if self.unit == FRAMES and self.done and passed > 0:
-            parts.append(f"{self.done / passed:.3g} frames a second")
+        if self.unit == FRAMES and self.done and elapsed > 0:
+            parts.append(f"{self.done / elapsed:.3g} frames a second")
         if self.total is not None and self.done:
-            seconds_left = passed * max(0, self.total - self.done) / self.done
+            seconds_left = elapsed * max(0, self.total - self.done) / self.done
             parts.append(f"about {format_duration(seconds_left)} left")
         separator = ", step " if self.unit == STEPS else ": "
         return f"{self.what}{separator}{', '.join(parts)}"

@@ -78,21 +78,22 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
-    """Return the build that supports most of the machine's cards and that their driver can run."""
-    first = cards[0]
-    driver = first.driver  # all cards share one driver
-    card_text = f"{first.name}, driver {driver}"
+    """Return the build that supports the newest of the machine's cards and that their driver can run.
+
+    Raises InstallationError if the driver is too old for any build that supports that card.
+    """
+    first = cards[0]  # all cards share one driver
+    card_text = f"{first.name}, driver {first.driver}"
     known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]
     newest = max(known_capabilities, default=FIRST_OF_CUDA_13)
-    needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
-    supports_cuda_13 = newest >= FIRST_OF_CUDA_13
-    if first.series >= OLDEST_DRIVER[13] and supports_cuda_13:
+    if newest >= FIRST_OF_CUDA_13 and first.series >= OLDEST_DRIVER[13]:
         return BuildChoice("cu130", card_text)
-    needed = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]
-    if first.series < needed:
+    needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
+    needed_driver = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]
+    if first.series < needed_driver:
         raise InstallationError(
-            f"the NVIDIA driver is {driver}, and {first.name} needs {needed} or later here. Update the "
-            "driver, or start with --build cpu"
+            f"the NVIDIA driver is {first.driver}, and {first.name} needs {needed_driver} or later here. "
+            "Update the driver, or start with --build cpu"
         )
     return BuildChoice("cu126", card_text)
 

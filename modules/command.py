@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from modules.control_codes import escape_control_codes, shorten, shorten_lines, terminal_width, wrap_text
-from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
+from modules.errors import CheckpointError, OptionError, UserError
 from modules.installation import check_requirements, command_words
 
 # loggers with irrelevant warnings at import: bitsandbytes, on some processors
 # loggers limited to errors; the second logs counts at its exit, the third each request
-NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
-PATIENCE = 2.0  # seconds in which a launcher ends the other processes
+QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
+LAUNCHER_SECONDS = 2.0  # seconds in which a launcher ends the other processes
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MAX_LINES = 3  # maximum lines of a message, including a hint below it
 MAX_OF_LINE = 2000  # characters of a line of a message
@@ -35,7 +35,7 @@ MAX_OF_WORD = 240  # characters of a typed word in a message
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
+LAUNCHER_VARIABLES = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 MAX_DIGITS = 10  # maximum digits of a launcher's number
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 _REMEDY = "Unset it, or start several processes with accelerate launch or torchrun"
@@ -62,7 +62,7 @@ def start_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter(wants_color(sys.stderr), draws_boxes(sys.stderr), unicode))
     logging.basicConfig(level=level, handlers=[handler])
-    for name in NOISY:
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -121,10 +121,10 @@ class _RepeatedWarnings(logging.Filter):
 
 
 # a command in a message, whose options must keep that script's spelling
-_COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]{,80}?\w|[a-z][^\W_]*+_\w++)) --\w")
+_COMMAND_IN_TEXT = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]{,80}?\w|[a-z][^\W_]*+_\w++)) --\w")
 
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
-_TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
+_REPEATED_FLAG = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 
 
 @contextlib.contextmanager
@@ -162,18 +162,18 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
-    """Replace options in a message, except in lines that hold a command.
+    """Replace flags in a message by the flags that the user typed, except in lines that hold a command.
 
-    `names` maps a flag, or a flag and its value, to the flag to show.
+    `names` maps a flag, or a flag and its value ("--mode fast"), to the typed flag.
     """
     lines = []
     for line in text.split("\n"):
-        if not _COMMAND.search(line):
-            for name, typed_name in names.items():
-                if " " in name:
-                    line = re.sub(rf"{re.escape(name)}(?![\w-])", typed_name, line)
+        if not _COMMAND_IN_TEXT.search(line):
+            for name, typed_flag in names.items():
+                if " " in name:  # a flag and its value
+                    line = re.sub(rf"{re.escape(name)}(?![\w-])", typed_flag, line)
             line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
-            line = _TWICE.sub(r"\1", line)  # --dit (--dit)
+            line = _REPEATED_FLAG.sub(r"\1", line)  # --dit (--dit)
         lines.append(line)
     return "\n".join(lines)
 
@@ -196,24 +196,11 @@ def command_line(
             check_requirements()
         main()
     except UserError as error:
-        wait_for_first_process()
-        message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
-        print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
-        is_short = str(error).count("\n") + 1 < MAX_LINES
-        if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
-            hint = explain(error.path)
-            # the message may already name the file's kind, or this download command with more options
-            is_repeated = "looks like" in str(error) and "looks like" in (hint or "")
-            is_repeated = is_repeated or (hint or "-").removesuffix(" downloads it") in str(error)
-            if hint and hint not in str(error) and not is_repeated:
-                print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
+        _print_user_error(error, explain)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            cause = "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
-        elif "usable temporary directory" in str(error):  # message of Python's `tempfile`
-            cause = f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
-        else:
+        cause = _explain_os_error(error)
+        if cause is None:
             raise
         print(plain_message(f"OSError: {cause}"), file=sys.stderr)
         raise SystemExit(1) from None
@@ -221,11 +208,11 @@ def command_line(
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        trouble = explain_compilation(error)
-        if trouble is not None:
-            wait_for_first_process()
-            message = plain_message(f"{type(error).__name__}: {trouble}")
-            print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
+        from modules.compiler_errors import explain_compilation  # only after errors
+
+        cause = explain_compilation(error)
+        if cause is not None:
+            _print_error(error, cause)
         elif draws_boxes(sys.stderr):
             from modules.console import show_traceback  # imported only after errors
 
@@ -239,58 +226,53 @@ def command_line(
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _print_user_error(error: UserError, explain: Callable[[Path], str | None] | None) -> None:
+    """Print a short error; for a model file, also what the file is if the message does not say that."""
+    _print_error(error, str(error), sys.argv)
+    is_short = str(error).count("\n") + 1 < MAX_LINES
+    if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
+        hint = explain(error.path)
+        # the message may already name the file's kind, or this download command with more options
+        is_repeated = "looks like" in str(error) and "looks like" in (hint or "")
+        is_repeated = is_repeated or (hint or "-").removesuffix(" downloads it") in str(error)
+        if hint and hint not in str(error) and not is_repeated:
+            print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
+
+
+def _print_error(error: Exception, text: str, typed: Sequence[str] = ()) -> None:
+    """Print the kind of an error and a text, wrapped; of several processes usually the first alone prints."""
+    wait_for_first_process()
+    message = plain_message(f"{type(error).__name__}: {text}", typed)
+    print(wrap_text(message, terminal_width(sys.stderr)), file=sys.stderr)
+
+
+def _explain_os_error(error: OSError) -> str | None:
+    """Return the cause and the remedy of too many open files or a missing temporary folder; else None."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
+    if "usable temporary directory" in str(error):  # message of Python's `tempfile`
+        return f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
+    return None
+
+
 def _check_launcher() -> None:
-    """Raise OptionError if a launcher's variables are not numbers, or a rank is not below its count."""
-    for name in LAUNCHED:
+    """Raise OptionError if a launcher's variables are not numbers, or a rank is not below its world size."""
+    for name in LAUNCHER_VARIABLES:
         value = os.environ.get(name, "0")
-        if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS):
+        is_number = value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS
+        if not is_number:
             raise OptionError(
                 f"the environment has {name}={shorten_word(value)}, which is no number. {_REMEDY}, which "
                 "set it"
             )
-    for rank_name, count_name in zip(RANK, COUNT, strict=True):
+    for rank_name, size_name in zip(RANK, COUNT, strict=True):
         rank = os.environ.get(rank_name)
-        count = os.environ.get(count_name)
-        if rank and count and not 0 <= int(rank) < int(count):
+        world_size = os.environ.get(size_name)
+        if rank and world_size and not 0 <= int(rank) < int(world_size):
             raise OptionError(
-                f"the environment has {rank_name}={rank} and {count_name}={count}: processes are numbered "
-                f"from 0. {_REMEDY}, which set both"
+                f"the environment has {rank_name}={rank} and {size_name}={world_size}: processes are "
+                f"numbered from 0. {_REMEDY}, which set both"
             )
-
-
-def explain_compilation(error: Exception) -> str | None:
-    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
-    if not is_of_compiler(error):
-        return None
-    summary, _, output = str(error).partition("Output:\n")
-    lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
-    reason = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
-    folder = _find_folder_with_blank(summary)
-    remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
-    if folder is not None:
-        remedy = (
-            f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
-        )
-    first_line = lines[0] if lines else "no reason is given"
-    cause = reason or first_line
-    return (
-        f"compiling the blocks failed: {shorten(cause, MAX_OF_WORD)}\n"
-        f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
-    )
-
-
-def _find_folder_with_blank(command: str) -> str | None:
-    """Find a folder of torch or its compiled code that is in a failed command and whose path has a blank.
-
-    torch does not quote paths in such commands, so that the compiler takes the path for two.
-    """
-    import tempfile  # only here: it loads more than a start needs
-
-    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
-    folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
-    if torch_file is not None:
-        folders.append(str(Path(torch_file).parent))
-    return next((folder for folder in folders if folder and " " in folder and folder in command), None)
 
 
 def print_loading() -> None:
@@ -306,7 +288,7 @@ def wait_for_first_process() -> None:
     printed only once.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PATIENCE)
+        time.sleep(LAUNCHER_SECONDS)
 
 
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
@@ -328,10 +310,10 @@ def shorten_word(word: str) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
-    """Return " Did you mean NAME?" with the most similar of `names`; "" if none is similar.
+    """Return " Did you mean NAME?" with one of `names`; "" if none fits.
 
-    Without a similar name, NAME is one that `word` begins with, else the only one that begins with `word`
-    (both up to an underscore).
+    NAME is the first that is found of: the most similar name; a name with the letters of `word` in another
+    order; the longest name that `word` continues after an underscore; the only name that continues `word` so.
 
     Args:
         word: Word that is not known.
@@ -343,7 +325,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     similar = difflib.get_close_matches(compared, names, n=1, cutoff=min_similar)
     if not similar:
         letters = sorted(compared)
-        similar = [name for name in names if sorted(name) == letters]  # swapped letters of a short name: vea
+        similar = [name for name in names if sorted(name) == letters]
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]

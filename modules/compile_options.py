@@ -112,38 +112,40 @@ class CompileOptions(Options):
         Raises:
             OptionError: If a word is unknown, or if two options say the same.
         """
-        # the separate options win; the order is that of `COMPILE_ARGS`
-        named = dict(zip(COMPILE_ARGS, self.compile_args, strict=True)) | self._values_of_options(default)
-        backend, mode, dynamic, fullgraph = named.values()
+        words = dict(zip(COMPILE_ARGS, self.compile_args, strict=True))
+        words |= self._read_separate_options(default)  # these win
+        dynamic = words["DYNAMIC"]
         is_dynamic = None
         if dynamic.strip().lower() not in {"auto", "none"}:
             is_dynamic = _switch("DYNAMIC", dynamic, "true, false or auto")
         return Compilation(
-            backend=backend.lower(),
-            mode=mode.lower(),
+            backend=words["BACKEND"].lower(),
+            mode=words["MODE"].lower(),
             dynamic=is_dynamic,
-            fullgraph=_switch("FULLGRAPH", fullgraph, "true or false"),
+            fullgraph=_switch("FULLGRAPH", words["FULLGRAPH"], "true or false"),
             variants=self.compile_cache_size_limit,
         )
 
-    def _values_of_options(self, default: tuple[str, ...]) -> dict[str, str]:
-        """Return the values of the separate options, by their names in `COMPILE_ARGS`.
+    def _read_separate_options(self, default: tuple[str, ...]) -> dict[str, str]:
+        """Return the values of --compile_backend, --compile_mode, ..., by their names in `COMPILE_ARGS`.
 
         `default` is the value of --compile_args if it is not typed. Raises OptionError if both are typed.
         """
-        values = {
-            "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
-            "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
-            "DYNAMIC": self.compile_dynamic,
-            "FULLGRAPH": "true" if self.compile_fullgraph else None,
-        }
-        arguments = {name: value for name, value in values.items() if value is not None}
-        if arguments and self.compile_args != default:
+        words: dict[str, str] = {}
+        if self.compile_backend != INDUCTOR:
+            words["BACKEND"] = self.compile_backend
+        if self.compile_mode != DEFAULT_MODE:
+            words["MODE"] = self.compile_mode
+        if self.compile_dynamic is not None:
+            words["DYNAMIC"] = self.compile_dynamic
+        if self.compile_fullgraph:
+            words["FULLGRAPH"] = "true"
+        if words and self.compile_args != default:
             raise OptionError(
-                f"--compile_args and --compile_{next(iter(arguments)).lower()} both say how to compile: give "
+                f"--compile_args and --compile_{next(iter(words)).lower()} both say how to compile: give "
                 "either all four words to --compile_args, or an option for each"
             )
-        return arguments
+        return words
 
 
 class TrainingCompileOptions(CompileOptions):

@@ -17,9 +17,9 @@ from modules.control_codes import escape_control_codes
 
 logger = logging.getLogger(__name__)
 
-NARROWEST, WIDEST = 40, 110  # minimum and maximum width of a box in columns
+MIN_COLUMNS, MAX_COLUMNS = 40, 110  # minimum and maximum width of a box in columns
 Row = tuple[str, str | None]
-SHOWN = 6  # maximum number of names listed in a message
+MAX_LISTED = 6  # maximum number of names listed in a message
 MAX_SECONDS = 1e10  # maximum duration shown, 300 years, because a file may contain any number
 
 
@@ -27,24 +27,24 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
 
     `commands` (what it does, command) are shown below the box and never wrapped, so that they can be copied.
-    All texts are shown verbatim: markup is not interpreted and control codes are written out.
+    All texts are shown verbatim: markup is not interpreted and control codes are written out. A terminal
+    draws the box; a log file gets aligned lines.
     """
-    filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
-    lines_below = []
-    for heading, text in commands:
-        if text:
-            lines_below += [f"{escape_control_codes(heading)}:", f"  {escape_control_codes(text)}"]
     title = escape_control_codes(title)
-    width = max((count_columns(label) for label, _ in filled), default=0)
-    lines = [title]
-    indent = " " * (len("  ") + width + len(": "))  # texts are aligned behind the labels
-    for label, text in filled:
-        start = f"  {label}: " + " " * (width - count_columns(label))
+    shown = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
+    lines_below = []
+    for heading, command in commands:
+        if command:
+            lines_below += [f"{escape_control_codes(heading)}:", f"  {escape_control_codes(command)}"]
+    label_columns = max((count_columns(label) for label, _ in shown), default=0)
+    indent = " " * (len("  ") + label_columns + len(": "))
+    plain_lines = [title]
+    for label, text in shown:
+        padding = " " * (label_columns - count_columns(label))
         first, *following = text.split("\n")
-        lines += [start + first, *(indent + line for line in following)]
-    # a terminal draws the box, a log file gets the lines
-    draw = partial(draw_box, title, filled, lines_below)
-    logger.info("%s", "\n".join([*lines, *lines_below]), extra={"draw": draw})
+        plain_lines += [f"  {label}: {padding}{first}", *(indent + line for line in following)]
+    draw = partial(draw_box, title, shown, lines_below)
+    logger.info("%s", "\n".join([*plain_lines, *lines_below]), extra={"draw": draw})
 
 
 def count_columns(text: str) -> int:
@@ -65,8 +65,8 @@ def draw_box(
 ) -> str:
     """Draw a box for a terminal, with lines below it.
 
-    With `colour`, use ANSI colors. With `unicode`, draw with line characters instead of ASCII. `columns` is
-    the width of the terminal; None asks the system.
+    `rows` are pairs of label and text. With `colour`, use ANSI colors. With `unicode`, draw with line
+    characters instead of ASCII. `columns` is the width of the terminal; None asks the system.
     """
     from rich import box  # slow, and only needed for a terminal
     from rich.console import Console
@@ -77,7 +77,7 @@ def draw_box(
     columns = shutil.get_terminal_size().columns if columns is None else columns
     console = Console(
         file=io.StringIO(),
-        width=max(NARROWEST, min(columns, WIDEST)),
+        width=max(MIN_COLUMNS, min(columns, MAX_COLUMNS)),
         force_terminal=colour,
         color_system="standard" if colour else None,
         legacy_windows=False,
@@ -139,7 +139,7 @@ def format_count(number: int, noun: str) -> str:
     return f"{number} {noun}{plural_ending}"
 
 
-def list_some(names: Sequence[str], maximum: int = SHOWN) -> str:
+def list_some(names: Sequence[str], maximum: int = MAX_LISTED) -> str:
     """List at most `maximum` names, and say how many more there are."""
     tail = f" and {len(names) - maximum} more" if len(names) > maximum else ""
     return ", ".join(names[:maximum]) + tail

@@ -51,14 +51,14 @@ class _LogFile(logging.FileHandler):
     """A log file. Lines that cannot be written, as on a full disk, go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Continue on the console if the log file cannot be written."""
+        """Replace this handler by one that writes to the console if the log file cannot be written."""
         error = sys.exc_info()[1]
-        root = logging.getLogger()
-        console = logging.StreamHandler()
         if not isinstance(error, OSError):  # a mistake in the logging call, not in the file
             super().handleError(record)
             return
+        console = logging.StreamHandler()
         console.setFormatter(self.formatter)
+        root = logging.getLogger()
         root.addHandler(console)
         root.removeHandler(self)
         logger.warning(

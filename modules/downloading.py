@@ -1,7 +1,7 @@
 """Download a file: resumed after broken connections, of limited size, and of a single version.
 
-Every downloader asks in its own way (`Ask`) and says what an error means to its user. `urllib3.Retry` would
-repeat a request, but not continue the data of one that broke.
+Every downloader asks in its own way (`RequestFile`) and says what an error means to its user.
+`urllib3.Retry` would repeat a request, but not continue the data of one that broke.
 """
 
 import contextlib
@@ -62,11 +62,11 @@ class Answer:
 
 
 # bytes received so far, and their version -> a site's answer, from there on or from the start
-Ask = Callable[[int, str | None], AbstractContextManager[Answer]]
+RequestFile = Callable[[int, str | None], AbstractContextManager[Answer]]
 
 
 def receive(
-    request: Ask,
+    request: RequestFile,
     path: Path,
     tries: int,
     wait: Callable[[float], None],
@@ -95,19 +95,19 @@ def receive(
         OSError: If the file cannot be written.
     """
     path.touch()  # an empty file has to exist too
-    maximum = path.stat().st_size  # size of the file after the last attempt with progress
-    failures = 0
+    size_after_progress = path.stat().st_size
+    num_failures = 0  # consecutive attempts with little progress
     version: str | None = None
     while True:
-        # a download continues only if its version or its size is known
-        have = path.stat().st_size if version is not None or size_bytes is not None else 0
+        can_continue = version is not None or size_bytes is not None
+        num_bytes = path.stat().st_size if can_continue else 0
+        if size_bytes is not None and num_bytes >= size_bytes:
+            return
         try:
-            if size_bytes is not None and have >= size_bytes:
-                return
-            with request(have, version) as answer:
+            with request(num_bytes, version) as answer:
                 version = answer.version
                 check(answer)
-                received = _write(path, answer, max_bytes, progress)
+                received = _write_answer(path, answer, max_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
             if received > max_bytes or expected in (None, received):
                 return
@@ -117,20 +117,21 @@ def receive(
                 version = None
                 os.truncate(path, 0)
             # repeated data and a few bytes do not count as progress, or a site could continue endlessly
-            have = path.stat().st_size
-            if have >= maximum + PIECE:
-                failures = 0
-                maximum = have
+            num_bytes = path.stat().st_size
+            if num_bytes >= size_after_progress + PIECE:
+                num_failures = 0
+                size_after_progress = num_bytes
             else:
-                failures += 1
-            if failures == tries:
+                num_failures += 1
+            if num_failures == tries:
                 raise
-            seconds = max(first_wait * 2 ** max(0, failures - 1), min(error.wait_seconds, MAX_WAIT_SECONDS))
+            doubled_wait = first_wait * 2 ** max(0, num_failures - 1)
+            seconds = max(doubled_wait, min(error.wait_seconds, MAX_WAIT_SECONDS))
             logger.debug("%s: %s; again in %.1f s", path.name, error, seconds)
             wait(seconds)
 
 
-def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
+def _write_answer(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
     """Write a server's answer to the file from the answer's start position on; return the end position.
 
     Raises:
@@ -140,21 +141,22 @@ def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int],
         file.truncate(answer.start)
         file.seek(answer.start)
         progress(answer.start)
-        since = time.monotonic()  # when the last SLOW_SECONDS began, and where
-        at_start = file.tell()
+        # the speed is measured over intervals of SLOW_SECONDS
+        interval_start = time.monotonic()
+        position_at_start = file.tell()
         try:
             for piece in answer.pieces:
                 file.write(piece)
                 progress(file.tell())
                 if file.tell() > max_bytes:
                     break
-                if time.monotonic() - since > SLOW_SECONDS:
-                    if file.tell() - at_start < SLOW_BYTES:
+                if time.monotonic() - interval_start > SLOW_SECONDS:
+                    if file.tell() - position_at_start < SLOW_BYTES:
                         raise RetryableError(
                             f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s"
                         )
-                    since = time.monotonic()
-                    at_start = file.tell()
+                    interval_start = time.monotonic()
+                    position_at_start = file.tell()
         finally:
             file.flush()
             os.fsync(file.fileno())
@@ -173,7 +175,7 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Request a file by HTTP or HTTPS (an `Ask`). `headers` are additional headers, such as a token.
+    """Request a file by HTTP or HTTPS (a `RequestFile`). `headers` are additional headers, such as a token.
 
     `have` is the number of bytes that have arrived before, `version` the ETag or date that came with them.
     """
@@ -187,24 +189,17 @@ def ask_http(
         request_headers["if-range"] = version
     try:
         session = _get_session(threading.get_ident())
-        with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
-            _check_answer(address, answer)
-            start = _find_first_byte(answer, have)
-            end = None
-            if not answer.headers.get("content-encoding"):  # else it is the compressed length
-                length = _read_number(answer, "content-length")
-                end = None if length is None else start + length
-            etag = answer.headers.get("etag", "")
-            # a weak ETag does not guarantee equal bytes
-            stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
-            if start and version is not None and stamp not in (None, version):  # some servers ignore if-range
+        with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as response:
+            _check_answer(address, response)
+            start = _find_first_byte(response, have)
+            size_bytes = _read_size(response, start)
+            new_version = _read_version(response)
+            if start and version is not None and new_version not in (None, version):
+                # some servers ignore if-range
                 raise RetryableError("the file has changed meanwhile", from_start=True)
-            yield Answer(
-                start,
-                end,
-                stamp or (version if start else None),  # partial answers may omit the version
-                _read_pieces(answer),
-            )
+            if start:  # partial answers may omit the version
+                new_version = new_version or version
+            yield Answer(start, size_bytes, new_version or None, _read_pieces(response))
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # errors that requests does not convert: redirects without an address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
@@ -214,6 +209,21 @@ def ask_http(
             "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         )
         raise RetryableError(f"the {problem} ({type(error).__name__})") from None
+
+
+def _read_version(response: "requests.Response") -> str | None:
+    """Return the strong ETag of a file, else the date of its last change; None if neither is stated."""
+    etag = response.headers.get("etag", "")
+    # a weak ETag does not guarantee equal bytes
+    return etag if etag.startswith('"') else response.headers.get("last-modified")
+
+
+def _read_size(response: "requests.Response", start: int) -> int | None:
+    """Return the size of the whole file, whose bytes from `start` on the response has; None if unknown."""
+    if response.headers.get("content-encoding"):  # the stated length is the compressed one
+        return None
+    length = _read_number(response, "content-length")
+    return None if length is None else start + length
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:

@@ -75,40 +75,52 @@ def prepare_environment(
     Raises:
         UserError: If the installation fails.
     """
-    torch_line = TORCH if build is None else build.torch
-    runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
-    if extra is not None:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        runtime += project["optional-dependencies"][extra]
-    packages_to_install = [*runtime, *packages]
-    if sys.prefix != sys.base_prefix and build is None:  # an environment is active
+    requirements = [*_list_requirements(extra, build), *packages]
+    has_active_environment = sys.prefix != sys.base_prefix
+    if has_active_environment and build is None:
         folder = Path(sys.prefix)
         python = Path(sys.executable)
     else:
         folder = ROOT / ".venv"
         python = python_of(folder)
-    # the stamp file holds a hash of what is installed; it is removed during an installation
     default_name = "runtime" if build is None else "page"
+    # holds a hash of what is installed; removed during an installation
     stamp = folder / f"reelsmith-{extra or default_name}.stamp"
     # a killed installer may leave an incomplete package, which the next one would take for complete
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
-    installed = [sys.version, *packages_to_install]
-    if build is not None:
-        installed.append(build.name)
-    new_hash = hashlib.sha256("\n".join(installed).encode()).hexdigest()
+    new_hash = _hash_installation(requirements, build)
     old_hash = stamp.read_bytes() if stamp.exists() else None
-    if is_replacing or old_hash != new_hash.encode():
-        stamp.unlink(missing_ok=True)
-        try:
-            _install(python, packages_to_install, build, is_replacing)
-        except UserError:
-            if old_hash is not None:  # the installer was not killed, so installed packages are complete
-                stamp.write_bytes(old_hash)
-            raise
-        stamp.write_text(new_hash, encoding="utf-8")
+    if old_hash == new_hash and not is_replacing:
+        return python
+    stamp.unlink(missing_ok=True)
+    try:
+        _install(python, requirements, build, is_replacing)
+    except UserError:
+        if old_hash is not None:  # the installer was not killed, so installed packages are complete
+            stamp.write_bytes(old_hash)
+        raise
+    stamp.write_bytes(new_hash)
     return python
+
+
+def _list_requirements(extra: str | None, build: Build | None) -> list[str]:
+    """Return the requirements of the runtime, with the build's or the default torch, and of an extra."""
+    torch = TORCH if build is None else build.torch
+    requirements = [torch if requirement_name(line) == "torch" else line for line in read_requirements()]
+    if extra is not None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        requirements += project["optional-dependencies"][extra]
+    return requirements
+
+
+def _hash_installation(requirements: Sequence[str], build: Build | None) -> bytes:
+    """Return the hash of what an environment holds: the version of Python, requirements and build."""
+    lines = [sys.version, *requirements]
+    if build is not None:
+        lines.append(build.name)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest().encode()
 
 
 def python_of(folder: Path) -> Path:
@@ -157,7 +169,7 @@ def provide_pip(python: Path) -> None:
 
 
 def _install(
-    python: Path, packages: list[str], build: Build | None = None, is_replacing: bool = False
+    python: Path, requirements: list[str], build: Build | None = None, is_replacing: bool = False
 ) -> None:
     """Install torch first, so that no other package chooses its version, then all other packages."""
     uv = find_uv(python)
@@ -165,14 +177,14 @@ def _install(
         provide_pip(python)
     keeps_torch = not is_replacing and _succeeds(python, "-c", "import torch")
     torch_lines = []
-    following = []
-    without_dependencies = []
-    for line in packages:
+    other_lines = []
+    lines_without_dependencies = []
+    for line in requirements:
         name = requirement_name(line)
         if name in WITHOUT_DEPENDENCIES:
-            without_dependencies.append(line)
+            lines_without_dependencies.append(line)
         elif name != "torch":
-            following.append(line)
+            other_lines.append(line)
         elif not keeps_torch:
             torch_lines.append(line)
     torch_flags = []
@@ -180,13 +192,14 @@ def _install(
         torch_flags += ["--index-url", build.index]
     if is_replacing:
         torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
-    is_shown = build is not None
-    if torch_lines:
-        _install_lines(python, torch_lines, flags=torch_flags, uv=uv, is_shown=is_shown)
-    if following:
-        _install_lines(python, following, flags=[], uv=uv, is_shown=is_shown)
-    if without_dependencies:
-        _install_lines(python, without_dependencies, flags=["--no-deps"], uv=uv, is_shown=is_shown)
+    steps: tuple[tuple[list[str], list[str]], ...] = (
+        (torch_lines, torch_flags),
+        (other_lines, []),
+        (lines_without_dependencies, ["--no-deps"]),
+    )
+    for lines, flags in steps:
+        if lines:
+            _install_lines(python, lines, flags=flags, uv=uv, is_shown=build is not None)
 
 
 def _install_lines(

@@ -62,6 +62,8 @@ def _open_own(name: str, flags: int) -> int:
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """Let one process at a time run the block. Other processes wait until it has ended or was killed.
 
+    The lock file is removed at the end. A process that has waited for a removed file locks the new one.
+
     Args:
         path: The lock file.
         waits: If False, raise BlockingIOError instead of waiting. On a volume without locks, processes do not
@@ -81,10 +83,10 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
                 if error.errno not in _UNSUPPORTED:
                     raise
             try:
-                is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+                was_removed = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
             except FileNotFoundError:
-                is_there = False
-            if not is_there:  # the previous holder has removed this file: lock the new one
+                was_removed = True
+            if was_removed:
                 continue
             try:
                 yield

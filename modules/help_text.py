@@ -44,28 +44,32 @@ def full_help(parser: argparse.ArgumentParser) -> str:
         formatter.start_section(group.title)  # hidden if the section is empty
         formatter.add_arguments([action for action in group._group_actions if not find_rejection(action)])
         formatter.end_section()
-    refused: dict[str, list[str]] = {}  # reason -> flags
-    unneeded: dict[str, list[str]] = {}  # what makes the option unnecessary -> flags
-    for group in groups:
-        for action in group._group_actions:
-            rejection = find_rejection(action)
-            if rejection is None:
-                continue
-            flags = "/".join(action.option_strings)
-            if rejection.reason:
-                refused.setdefault(rejection.reason, []).append(flags)
-            else:
-                unneeded.setdefault(rejection.instead, []).append(flags)
-    sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
-    for title, flags_by_reason in sections.items():
-        if not flags_by_reason:
-            continue
-        lines = _list_by_reason(flags_by_reason.items(), formatter._width - 2)
-        formatter.start_section(title)
-        formatter.add_text("\n".join(lines))
-        formatter.end_section()
+    actions = [action for group in groups for action in group._group_actions]
+    _add_rejected_options(formatter, actions)
     formatter.add_text(parser.epilog)
     return formatter.format_help()
+
+
+def _add_rejected_options(formatter: HelpFormatter, actions: Iterable[argparse.Action]) -> None:
+    """Add sections for options that are refused, and for those that are accepted but not needed."""
+    refused: dict[str, list[str]] = {}  # reason -> flags
+    unneeded: dict[str, list[str]] = {}  # what makes the option unnecessary -> flags
+    for action in actions:
+        rejection = find_rejection(action)
+        if rejection is None:
+            continue
+        flags = "/".join(action.option_strings)
+        if rejection.reason:
+            refused.setdefault(rejection.reason, []).append(flags)
+        else:
+            unneeded.setdefault(rejection.instead, []).append(flags)
+    sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
+    for title, flags_by_reason in sections.items():
+        if flags_by_reason:
+            lines = _list_by_reason(flags_by_reason.items(), formatter._width - 2)
+            formatter.start_section(title)
+            formatter.add_text("\n".join(lines))
+            formatter.end_section()
 
 
 @dataclass(frozen=True)
@@ -145,25 +149,25 @@ def short_help(parser: argparse.ArgumentParser) -> str:
 def _format_short_lines(
     formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shortest_flag: str
 ) -> list[str]:
-    """Return the lines of an option in the short help: full clauses, its choices and its default.
+    """Return the lines of an option in the short help: flags and value, then the text in a second column.
 
     `shortest_flag` is the flag to show if there is no room for all spellings.
     """
-    names = [*map(str, action.choices or ())]
-    is_long = len(" ".join(names)) > LONGEST_CHOICES
+    choices = [*map(str, action.choices or ())]
+    has_long_choices = len(" ".join(choices)) > LONGEST_CHOICES
     value = ""
     if action.nargs != 0:
-        value = "NAME" if is_long else formatter._format_args(action, action.dest.upper())
+        value = "NAME" if has_long_choices else formatter._format_args(action, action.dest.upper())
     invocation = f"{' or '.join(action.option_strings)} {value}".strip()
     if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:  # 2 blanks before it and behind
         invocation = f"{shortest_flag} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
     text = _shorten_clauses(help_text)
-    if is_long:
-        text += f": {', '.join(names)}"
+    if has_long_choices:
+        text += f": {', '.join(choices)}"
     # a help text that explains the default itself wins over the plain value
-    match = re.search(r"\bdefault:? ([^;]+)", help_text)
-    default = _describe_default(action) if match is None else match[1]
+    explained = re.search(r"\bdefault:? ([^;]+)", help_text)
+    default = _describe_default(action) if explained is None else explained[1]
     if default and "default" not in text:
         text += f" (default: {default})"
     return wrap(

@@ -130,31 +130,35 @@ def command_words(argv: Sequence[str]) -> list[str]:
         return _locate_script(argv)
     if argv[:2] == ["python", FRONT_SCRIPT]:
         return ["reelsmith", *argv[2:]]
-    if argv[:1] == ["python"] and any(map(find_script, argv[1:2])):
+    if argv[:1] == ["python"] and len(argv) > 1 and find_script(argv[1]) is not None:
         return [*console_words(Path(argv[1]).stem), *argv[2:]]
-    for index, word in enumerate(argv):
-        script = find_script(word)
-        if argv[:2] == ["accelerate", "launch"] and script is not None:
-            return [*argv[:index], *program_words(script), *argv[index + 1 :]]
+    if argv[:2] == ["accelerate", "launch"]:
+        for index, word in enumerate(argv):
+            script = find_script(word)
+            if script is not None:
+                return [*argv[:index], *program_words(script), *argv[index + 1 :]]
     return argv
 
 
 def _locate_script(argv: list[str]) -> list[str]:
-    """Return a command in which the path of the script is valid in the user's working folder."""
+    """Return a checkout's command with the path of the script as it is valid in the user's working folder.
+
+    The checkout's folder is spelled as in the command that runs now: `python ../x/a.py` gives `../x/b.py`.
+    """
     if argv[:1] not in (["python"], ["accelerate"]):
         return argv
-    typed = Path(sys.argv[0])  # of the running script
+    running = Path(sys.argv[0])
     try:
-        relative = real_path(typed).relative_to(ROOT)
+        in_checkout = real_path(running).relative_to(ROOT)
     except ValueError:
-        relative = Path(typed.name)
-    folder = Path()  # of this checkout, as it was typed; "." if no script of it is running
-    if find_script(relative.as_posix()) is not None:
-        folder = typed.parent if len(relative.parts) == 1 else typed.parent.parent
+        in_checkout = Path(running.name)
+    checkout = Path()  # "." if no script of the checkout is running
+    if find_script(in_checkout.as_posix()) is not None:
+        checkout = running.parent if len(in_checkout.parts) == 1 else running.parent.parent
     for index, word in enumerate(argv[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*argv[:index], str(folder / script), *argv[index + 1 :]]
+            return [*argv[:index], str(checkout / script), *argv[index + 1 :]]
     return argv
 
 
@@ -331,17 +335,17 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
     reject_standard_module(option, name, name)
+    rejection = rejects_code()  # why the working folder is not searched; None if the user typed the name
     working_folder = str(Path.cwd())
-    reason = rejects_code()  # None if the user typed the name
-    if reason is None and working_folder not in sys.path:
+    if rejection is None and working_folder not in sys.path:
         sys.path.append(working_folder)
     try:
         return importlib.import_module(own_name(name))
     except ImportError as error:
-        why = describe_missing(error)
-        if reason is not None:
-            why += f". {reason}"
-        raise OptionError(f"{option} {name} cannot be imported: {why}.{remedy}") from error
+        reason = describe_missing(error)
+        if rejection is not None:
+            reason += f". {rejection}"
+        raise OptionError(f"{option} {name} cannot be imported: {reason}.{remedy}") from error
     except Exception as error:  # the module may run any code
         raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error
 

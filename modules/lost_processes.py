@@ -30,13 +30,13 @@ from modules.command import plain_message
 from modules.control_codes import shorten
 from modules.errors import UserError
 
-SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
-KEY = "reelsmith/others"  # key in the shared store: port of process 0, and a password
-HERE, OVER, LOST = "here", "over", "lost"  # first words of lines
-ASKED, ANSWERED = "reelsmith/asked", "reelsmith/answered"  # keys of `reconnect`
+COMMUNICATION_ERRORS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
+ADDRESS_KEY = "reelsmith/others"  # key in the shared store: port of process 0, and a password
+HEARTBEAT, DONE, LOST = "here", "over", "lost"  # first words of lines
+PORT_REQUEST, PORT_ANSWER = "reelsmith/asked", "reelsmith/answered"  # keys of `reconnect`
 PAUSE = 0.1  # seconds until a question is repeated
 KILLED, SILENT = "killed", "silent"
-AGAIN = "Start the same command again."
+DEFAULT_ADVICE = "Start the same command again."
 
 
 class Pace(NamedTuple):
@@ -48,6 +48,13 @@ class Pace(NamedTuple):
 
 
 DEFAULT = Pace()
+
+
+class LostProcess(NamedTuple):
+    """A process that the run cannot continue without."""
+
+    rank: int
+    cause: str  # KILLED or SILENT
 
 
 class LostProcessError(UserError):
@@ -63,16 +70,17 @@ class OtherProcesses:
         Raises:
             UserError: If a process cannot be reached.
         """
-        self.advice: Callable[[], str] = lambda: AGAIN
+        self.advice: Callable[[], str] = lambda: DEFAULT_ADVICE  # how to continue the run
         # called before a thread ends this process, with what is printed
         self.at_end: Callable[[str], None] = lambda _: None
         self._rank, self._pace = rank, pace
-        self._lost: tuple[int, str] | None = None  # number of the lost process, and how it was lost
-        self._noticed, self._over = threading.Event(), threading.Event()
-        self._links = _connect(rank, count, pace)
-        for linked_rank, link in self._links.items():
-            threading.Thread(target=self._listen, args=(linked_rank, link), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._lost: LostProcess | None = None
+        self._loss_noticed = threading.Event()
+        self._has_ended = threading.Event()  # the block has ended, or the main thread ends the process
+        self._connections = _connect(rank, count, pace)
+        for other_rank, connection in self._connections.items():
+            threading.Thread(target=self._listen, args=(other_rank, connection), daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
     def __enter__(self) -> "OtherProcesses":
         return self
@@ -80,10 +88,10 @@ class OtherProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._has_ended.set()
         if error is None:  # on an error, the others notice the broken connection
-            self._send(OVER)
-        for link in self._links.values():
+            self._send_to_all(DONE)
+        for link in self._connections.values():
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)  # not close(), because its thread is reading
 
@@ -96,14 +104,11 @@ class OtherProcesses:
         try:
             yield
         except BaseException as error:
-            # errors of torch's communication, known by their class or by their words
-            is_of_processes = isinstance(error, distributed.DistError) or (
-                isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
-            )
-            if is_of_processes:
-                self._noticed.wait(self._pace.grace)
-            self._over.set()  # from now on, this thread ends the process
-            if not is_of_processes:
+            is_communication_error = _is_communication_error(error)
+            if is_communication_error:  # wait for a more specific reason from the other processes
+                self._loss_noticed.wait(self._pace.grace)
+            self._has_ended.set()  # from now on, this thread ends the process
+            if not is_communication_error:
                 raise
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # report before a launcher's signal ends it
             if not self._prints_error:
@@ -111,52 +116,56 @@ class OtherProcesses:
             summary = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
             raise LostProcessError(self._describe(f" torch says: {summary}")) from None
 
-    def _beat(self) -> None:
-        while not self._over.wait(self._pace.beat):
-            self._send(HERE)
+    def _send_heartbeats(self) -> None:
+        while not self._has_ended.wait(self._pace.beat):
+            self._send_to_all(HEARTBEAT)
 
-    def _send(self, line: str) -> None:
-        for link in self._links.values():
+    def _send_to_all(self, line: str) -> None:
+        for link in self._connections.values():
             with contextlib.suppress(OSError):  # its reading thread notices
                 link.sendall(f"{line}\n".encode())
 
-    def _listen(self, rank: int, link: socket.socket) -> None:
-        """Read what another process sends until it is done or lost."""
-        missed, unfinished = 0, b""
-        link.settimeout(self._pace.beat)
+    def _listen(self, rank: int, connection: socket.socket) -> None:
+        """Read what another process sends until it is done; if a process is lost, end this one."""
+        lost = self._wait_for_loss(rank, connection)
+        if lost is not None:
+            self._exit_after_loss(lost)
+
+    def _wait_for_loss(self, rank: int, connection: socket.socket) -> LostProcess | None:
+        """Read the lines of a process; return which process is lost, or None if this one is done."""
+        num_missed_beats = 0
+        unfinished_line = b""
+        connection.settimeout(self._pace.beat)
         # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, continues later
-        while missed * self._pace.beat < self._pace.silence:
+        while num_missed_beats * self._pace.beat < self._pace.silence:
             try:
-                received = link.recv(1024)
+                received = connection.recv(1024)
             except TimeoutError:
-                missed += 1
+                num_missed_beats += 1
                 continue
             except OSError:
                 received = b""
             if not received:
-                return self._end(rank, KILLED)
-            missed = 0
-            *lines, unfinished = (unfinished + received).split(b"\n")
-            # a line is a word, and after `LOST` the number of the lost process and how it was lost
-            for word, *words in (line.decode().split() for line in lines):
-                if word == OVER:  # that process is done
+                return LostProcess(rank, KILLED)
+            num_missed_beats = 0
+            *lines, unfinished_line = (unfinished_line + received).split(b"\n")
+            for line in lines:
+                message, *arguments = line.decode().split()
+                if message == DONE:
                     return None
-                if word == LOST:
-                    return self._end(int(words[0]), words[1])
-        return self._end(rank, SILENT)
+                if message == LOST:
+                    return LostProcess(int(arguments[0]), arguments[1])
+        return LostProcess(rank, SILENT)
 
-    def _end(self, lost: int, how: str) -> None:
-        """End this process because process `lost` was lost, unless it ends by itself first.
-
-        `how` is `KILLED` or `SILENT`.
-        """
-        if self._over.is_set() or self._noticed.is_set():
+    def _exit_after_loss(self, lost: LostProcess) -> None:
+        """End this process because another one was lost, unless the main thread ends it first."""
+        if self._has_ended.is_set() or self._loss_noticed.is_set():
             return
-        self._lost = lost, how
-        self._noticed.set()
+        self._lost = lost
+        self._loss_noticed.set()
         if self._rank == 0:
-            self._send(f"{LOST} {lost} {how}")
-        if self._over.wait(self._pace.grace):
+            self._send_to_all(f"{LOST} {lost.rank} {lost.cause}")
+        if self._has_ended.wait(self._pace.grace):
             return
         try:
             description = self._describe()
@@ -169,42 +178,45 @@ class OtherProcesses:
 
     @property
     def _prints_error(self) -> bool:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        is_lost = self._lost is not None and self._lost[0] == self._rank - local
-        return local == int(is_lost)
+        """Whether this is the first process of its machine, or the second one if the first was lost."""
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        is_first_lost = self._lost is not None and self._lost.rank == self._rank - local_rank
+        return local_rank == int(is_first_lost)
 
-    def _describe(self, tail: str = "") -> str:
-        """Return a message with the reason why the run stops, then `tail`, then advice on how to continue."""
-        text = "another process of this run was lost: it was killed, or ended by an error"
-        if self._lost is not None:
-            lost, how = self._lost
-            text = f"process {lost} (counted from 0) "
-            if how == SILENT:
-                text += (
-                    f"has not answered for {self._pace.silence:g} seconds: it is stopped, or its machine "
-                    "cannot be reached"
-                )
-            else:
-                text += "was lost: it was killed, for example because memory was full, or ended by an error"
+    def _describe(self, detail: str = "") -> str:
+        """Return a message with the reason why the run stops, then `detail`, then how to continue."""
+        if self._lost is None:
+            reason = "another process of this run was lost: it was killed, or ended by an error"
+        elif self._lost.cause == SILENT:
+            reason = (
+                f"process {self._lost.rank} (counted from 0) has not answered for {self._pace.silence:g} "
+                "seconds: it is stopped, or its machine cannot be reached"
+            )
+        else:
+            reason = (
+                f"process {self._lost.rank} (counted from 0) was lost: it was killed, for example because "
+                "memory was full, or ended by an error"
+            )
         try:
             advice = self.advice()
         except OSError:  # the working folder vanished with its machine
-            advice = AGAIN
-        return f"{text}. The run cannot continue without it; what was saved is untouched.{tail}\n  {advice}"
+            advice = DEFAULT_ADVICE
+        return (
+            f"{reason}. The run cannot continue without it; what was saved is untouched.{detail}\n  {advice}"
+        )
 
 
 def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
     """Make processes that torchrun may restart meet at a port that no earlier attempt has used.
 
     torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and
-    machines may count different numbers of attempts. So each process sends a random word to process 0. All
-    processes must call this function before they join.
+    machines may count different numbers of attempts. So each process sends a random word to process 0, which
+    answers with a free port. All processes must call this function before they join.
     """
     may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:
         return
     rank = int(environment["RANK"])
-    count = int(environment["WORLD_SIZE"])
     store = distributed.TCPStore(  # type: ignore[attr-defined]
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
@@ -212,23 +224,42 @@ def reconnect(environment: MutableMapping[str, str] = os.environ) -> None:
         wait_for_workers=False,
     )
     if rank == 0:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = str(free.getsockname()[1])
-        keys = [f"{ASKED}/{rank}" for rank in range(1, count)]
-        for key in keys:  # from an earlier attempt; other processes ask again
-            store.delete_key(key)
-        for key in keys:
-            store.set(f"{ANSWERED}/{store.get(key).decode()}", port)
+        port = _answer_port_requests(store, int(environment["WORLD_SIZE"]))
     else:
-        word = secrets.token_hex(8)
-        answer = f"{ANSWERED}/{word}"
-        while not store.check([answer]):
-            store.set(f"{ASKED}/{rank}", word)
-            time.sleep(PAUSE)
-        port = store.get(answer).decode()
+        port = _request_port(store, rank)
     # so process 0 opens a store of its own at the new port
     environment.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+
+
+def _answer_port_requests(store: Any, count: int) -> str:
+    """Choose a free port of this machine, tell it to all other processes, and return it."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    request_keys = [f"{PORT_REQUEST}/{rank}" for rank in range(1, count)]
+    for key in request_keys:  # from an earlier attempt; other processes ask again
+        store.delete_key(key)
+    for key in request_keys:
+        word = store.get(key).decode()  # waits for the request
+        store.set(f"{PORT_ANSWER}/{word}", port)
+    return port
+
+
+def _request_port(store: Any, rank: int) -> str:
+    """Send a random word to process 0 until the port is stored under that word; return the port."""
+    word = secrets.token_hex(8)
+    answer_key = f"{PORT_ANSWER}/{word}"
+    while not store.check([answer_key]):
+        store.set(f"{PORT_REQUEST}/{rank}", word)
+        time.sleep(PAUSE)
+    return str(store.get(answer_key).decode())
+
+
+def _is_communication_error(error: BaseException) -> bool:
+    """Return whether an error is one of torch's communication, by its class or its words."""
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and COMMUNICATION_ERRORS.search(str(error)) is not None
+    )
 
 
 def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
@@ -244,14 +275,14 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
     with socket.create_server(address, family=family, backlog=count, dualstack_ipv6=is_dual) as server:
         password = secrets.token_hex(8)
         # tells the other processes where to connect, and with which password
-        store.set(KEY, f"{server.getsockname()[1]} {password}")
+        store.set(ADDRESS_KEY, f"{server.getsockname()[1]} {password}")
         server.settimeout(pace.silence)
         return _accept_all(server, password, count, pace)
 
 
 def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
     """Connect to process 0 and send it this process's rank."""
-    port, password = store.get(KEY).decode().split()
+    port, password = store.get(ADDRESS_KEY).decode().split()
     try:
         link = socket.create_connection((host, int(port)), pace.silence)
     except OSError as error:

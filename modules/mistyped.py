@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from modules.command import did_you_mean, quote_command
+from modules.command import did_you_mean, quote_command, shorten_word
 from modules.option_tables import list_option_names
 from modules.option_values import HEIGHT_WIDTH
 from modules.options import KeyFile
@@ -85,7 +85,7 @@ adamw8bit: adamw_8bit
 
 # Options of our scripts with the same meaning: a script without the typed one has another of its line.
 # Two options that are needed together are joined by +.
-_SAME = """
+_SYNONYMS = """
 lora_weight network_weights lora_weights
 lora_multiplier network_mul
 image_size video_size H+W height+width image_height+image_width resolution size
@@ -130,10 +130,10 @@ caption_dropout_rate h3_caption_dropout_rate
 spatial_upsampler_path
 distilled_lora distilled_lora_path
 """
-_TYPING_MISTAKE = 0.75  # similarity of a mistyped name and the intended one; 1: equal
+_MIN_SIMILARITY = 0.75  # similarity of a mistyped name and the intended one; 1: equal
 
 # options of other trainers without a counterpart here, and the reason
-_NOTHING = {
+_WITHOUT_COUNTERPART = {
     "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": (
         "the caching scripts make caches before a training"
     ),
@@ -186,20 +186,20 @@ _ROLES = (
 
 def find_our_option(foreign_name: str, has: Container[str]) -> str:
     """Return the first of our names for another program's option that is in `has`; "" if there is none."""
-    names = [name for name in _first_names(foreign_name) if name in has]
-    names += [name for line in _lines_with(foreign_name) for name in line if name in has]
+    names = [name for name in _list_our_names(foreign_name) if name in has]
+    names += [name for line in _list_synonyms(foreign_name) for name in line if name in has]
     return names[0] if names else ""
 
 
-def _first_names(foreign_name: str) -> list[str]:
+def _list_our_names(foreign_name: str) -> list[str]:
     """Return our options whose line in `_FOREIGN_OPTIONS` contains the foreign name."""
     rows = [line.partition(":") for line in _FOREIGN_OPTIONS.splitlines()]
     return [own_option for own_option, _, names in rows if foreign_name in names.split()]
 
 
-def _lines_with(name: str) -> list[list[str]]:
+def _list_synonyms(name: str) -> list[list[str]]:
     """Return the lines that describe options with the same meaning as `name` in our scripts."""
-    lines = [line.split() for line in _SAME.splitlines()]
+    lines = [line.split() for line in _SYNONYMS.splitlines()]
     return [names for names in lines if name in "+".join(names).split("+")]
 
 
@@ -212,25 +212,24 @@ def guess_option(flags: Flags, name: str) -> str:
     is_ours = f"--{name}" in flags  # typed with a single dash
     if not is_ours and name.replace("-", "_") in list_option_names():
         return " It belongs to other scripts, and nothing here corresponds to it. Leave it out."
-    near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _TYPING_MISTAKE)
+    near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _MIN_SIMILARITY)
     return near.replace("mean ", "mean --") or " Leave it out."
 
 
-def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
+def explain_foreign_name(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
     """Return the advice for a name of other programs or a key of a file; "" if it is unknown.
 
     `key_files` are the files whose keys may have been meant, the likeliest first.
     """
     name = name.replace("-", "_")
     options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}
-    own_option = options.get(find_our_option(name, options)) or _option_known_as(flags, name)
-    if own_option:
-        return _suggest_option(flags, own_option)
-    # two of our options have this meaning together
-    pairs = [same.split("+") for line in _lines_with(name) for same in line if "+" in same]
-    for height, width in pairs:
-        if height in options and width in options:
-            return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
+    our_option = options.get(find_our_option(name, options)) or _find_declared_synonym(flags, name)
+    if our_option:
+        return _suggest_option(flags, our_option)
+    for synonyms in _list_synonyms(name):
+        for height, width in (synonym.split("+") for synonym in synonyms if "+" in synonym):
+            if height in options and width in options:
+                return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
     for key_file in key_files:
         keys = key_file.read_keys()
         key = name if name in keys else find_our_option(name, keys)
@@ -238,13 +237,13 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
             return _suggest_option(flags, key)
         if key:
             return f" {key_file.hint.format(key=key)}"
-    for names, why in _NOTHING.items():
+    for names, reason in _WITHOUT_COUNTERPART.items():
         if name in names.split():
-            return f" Leave it out: {why}."
+            return f" Leave it out: {reason}."
     return explain_role(flags, name)
 
 
-def _option_known_as(flags: Flags, foreign_name: str) -> str:
+def _find_declared_synonym(flags: Flags, foreign_name: str) -> str:
     """Return the option that declares `foreign_name` as its name in other programs; "" if there is none."""
     for flag, action in flags.items():
         if flag[:2] == "--" and foreign_name in getattr(action, "known_as", ()):
@@ -275,45 +274,65 @@ def _has_role(name: str, role: Collection[str]) -> bool:
     return name in role or re.sub("^[a-z]+[0-9]_", "", name) in role
 
 
-def explain_rest(
-    flags: Flags, argv: Sequence[str], unused: Sequence[str], by_place: Sequence[argparse.Action] = ()
-) -> str:
-    """Explain words that belong to no option.
+def explain_number(action: argparse.Action, word: str, expected: str) -> str:
+    """Return the message about a word that is not a number, for an option that takes numbers.
 
-    `argv` are all command-line arguments, and `unused` those that belong to no option. `by_place` are the
-    options that are recognized without a flag.
+    `expected` describes the type of number, such as "a whole number".
+    """
+    parts = word.split(",")
+    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
+    has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
+    is_decimal = action.type is float and has_comma
+    if action.nargs is None and is_decimal:
+        return f"{word}: {decimal_advice}"
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
+    if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
+        apart = " ".join(part.strip() for part in parts)
+        or_decimal = f", or {decimal_advice}" if is_decimal else ""
+        return f"{word}: write several numbers apart: {apart}{or_decimal}"
+    named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
+    if named is not None:  # settings of other trainers
+        return f"{word}: write the number alone, {named[1]}"
+    example = action.default if type(action.default) in NUMBER_TYPES else 1
+    return f"{shorten_word(word)} is not {expected}. Give one, such as {example:g}."
+
+
+def explain_unused_words(
+    flags: Flags, argv: Sequence[str], unused: Sequence[str], without_flag: Sequence[argparse.Action] = ()
+) -> str:
+    """Return the message about words of the command line that belong to no option.
+
+    `argv` are all command-line arguments, and `unused` those that belong to no option. `without_flag` are
+    the options that are recognized without a flag.
     """
     first = unused[0]
-    for before, path, word in zip(argv, argv[1:], argv[2:], strict=False):
-        if word != first or not _takes_one(flags, before):
-            continue
-        if path_exists(Path(path)) and path_exists(Path(word)):
+    for flag, path, next_path in zip(argv, argv[1:], argv[2:], strict=False):
+        is_first_unused = next_path == first and _takes_one_value(flags, flag)
+        if is_first_unused and path_exists(Path(path)) and path_exists(Path(next_path)):
             return (
-                f"{before} takes one path and has {len(unused) + 1}, {path} {word} ...: the shell put "
+                f"{flag} takes one path and has {len(unused) + 1}, {path} {next_path} ...: the shell put "
                 "all that fit in the place of a pattern (*). Give the one to use."
             )
     index = argv.index(first)
-    # the word before the first unused one, and the word before that
-    before = argv[index - 1] if index >= 1 else ""
+    before_first = argv[index - 1] if index >= 1 else ""
     flag = argv[index - 2] if index >= 2 else ""
-    if _takes_one(flags, flag) and flags[flag].type in NUMBER_TYPES:
-        values = quote_command([before, *unused])
+    if _takes_one_value(flags, flag) and flags[flag].type in NUMBER_TYPES:
+        values = quote_command([before_first, *unused])
         return f"{flag} takes one value and has {1 + len(unused)}, {values}. Give one."
-    if before in flags and flags[before].nargs == 0 and first.lower() in SWITCHES:
-        return f"{before} is a switch: leave {first} out, and to turn it off the switch too."
-    if any(mark in word for word in argv for mark in "“”„«»"):
+    if before_first in flags and flags[before_first].nargs == 0 and first.lower() in SWITCHES:
+        return f"{before_first} is a switch: leave {first} out, and to turn it off the switch too."
+    unused_text = quote_command(unused)
+    if any(quote in word for word in argv for quote in "“”„«»"):
         return (
-            f"{quote_command(unused)} belongs to no option: the quotation marks “ ” are typographic, and the "
+            f"{unused_text} belongs to no option: the quotation marks “ ” are typographic, and the "
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
-    if len(by_place) == 1 and by_place[0].nargs is None:
-        name = by_place[0].dest
-        return (
-            f"{quote_command(unused)} is not used: give one {name}, and put quotes around a name with blanks."
-        )
-    return f"{quote_command(unused)} belongs to no option. Put a text with blanks in quotes."
+    if len(without_flag) == 1 and without_flag[0].nargs is None:
+        name = without_flag[0].dest
+        return f"{unused_text} is not used: give one {name}, and put quotes around a name with blanks."
+    return f"{unused_text} belongs to no option. Put a text with blanks in quotes."
 
 
-def _takes_one(flags: Flags, flag: str) -> bool:
+def _takes_one_value(flags: Flags, flag: str) -> bool:
     """Return whether a word is the flag of an option with exactly one value."""
     return flag in flags and flags[flag].nargs is None

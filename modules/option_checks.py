@@ -15,8 +15,8 @@ from modules.option_values import check_path, format_number
 from modules.output_files import reject_replacing
 
 Info = Mapping[str, Any]
-# public names of options -> the names of options that are given and not turned off
-ListGiven = Callable[[Collection[str]], list[str]]
+# returns which of the named options are set: they differ from their defaults and are not turned off
+ListSetOptions = Callable[[Collection[str]], list[str]]
 
 
 class _Limit(NamedTuple):
@@ -49,40 +49,39 @@ def check_value(name: str, value: Any, facts: Info) -> None:
         )
 
 
-def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
-    """Check a given option against the other given options.
+def check_relations(name: str, facts: Info, list_set: ListSetOptions) -> None:
+    """Raise OptionError if a set option conflicts with, or lacks, another option.
 
-    Raises:
-        OptionError: If an option that it excludes is given too, or if none of the options that it needs is
-            given.
+    The option's fact `excludes` names options that must not be set too; `needs` names options of which one
+    must be set.
     """
-    excluded = list_given(facts["excludes"]) if facts.get("excludes") else ()
+    excluded = list_set(facts["excludes"]) if facts.get("excludes") else []
     if excluded:
         hint = _find_relation_hint(facts)
         raise OptionError(f"--{name} and --{excluded[0]} exclude each other: give one of them{hint}")
-    flags = find_needed(facts, list_given) if facts.get("needs") else ""
-    if flags:
+    missing_flags = find_needed(facts, list_set) if facts.get("needs") else ""
+    if missing_flags:
         remedy = "both" if len(facts["needs"]) == 1 else "one of them too"
         hint = "" if facts.get("excludes") else _find_relation_hint(facts)
-        raise OptionError(f"--{name} needs {flags}: give {remedy}{hint}")
+        raise OptionError(f"--{name} needs {missing_flags}: give {remedy}{hint}")
 
 
-def find_needed(facts: Info, list_given: ListGiven) -> str:
-    """Return the options of which one is needed, if none of them is given; otherwise nothing."""
+def find_needed(facts: Info, list_set: ListSetOptions) -> str:
+    """Return the flags of `needs`, joined by "or", if none of these options is set; "" otherwise."""
     needed = facts.get("needs", ())
-    if not needed or list_given(needed):
+    if not needed or list_set(needed):
         return ""
     return _join_alternatives([f"--{name}" for name in needed])
 
 
-def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], Any]) -> None:
-    """Check the paths of an option that declares with `place` what its path must be.
+def check_paths(flag: str, value: Any, facts: Info, find_paths: Callable[[str], Any]) -> None:
+    """Check the paths of an option.
 
     Args:
         flag: How the option is typed.
         value: A path or several.
-        facts: Facts of the option.
-        value_of: Returns the value of another option by its public name.
+        facts: Facts of the option; `place` says what a path must be, as in `check_path`.
+        find_paths: Returns the path or paths of another option by its public name.
 
     Raises:
         OptionError: If a path is unusable, or if a file would replace one of the option's
@@ -90,7 +89,7 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
     """
     for path in list_paths(value):
         for name in facts.get("must_not_replace", ()):
-            reject_replacing(flag, path, list_paths(value_of(name)))
+            reject_replacing(flag, path, list_paths(find_paths(name)))
         check_path(flag, path, facts["place"], facts.get("hint", ""))  # also warns if a file will be replaced
 
 
@@ -117,14 +116,14 @@ def _check_limits(option: str, number: Any, facts: Info) -> None:
     limits = {name: facts[name] for name in LIMITS if name in facts}
     if all(LIMITS[name].holds(number, limit) for name, limit in limits.items()):  # never true for NaN
         return
-    limit_texts = {}
-    for name, limit in limits.items():
-        limit_texts[name] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
-    if "minimum" in limit_texts and "maximum" in limit_texts:
-        text = f"from {limit_texts['minimum']} to {limit_texts['maximum']}"
+    texts = {
+        name: f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}" for name, limit in limits.items()
+    }
+    if "minimum" in texts and "maximum" in texts:
+        expected = f"from {texts['minimum']} to {texts['maximum']}"
     else:
-        text = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in limit_texts.items())
-    raise OptionError(f"{option} {format_number(number)}: give a number {text}{_find_hint(facts)}")
+        expected = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in texts.items())
+    raise OptionError(f"{option} {format_number(number)}: give a number {expected}{_find_hint(facts)}")
 
 
 def _join_alternatives(words: Collection[str]) -> str:

@@ -96,9 +96,9 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
         kind = "folder" if place == "folder" else "file"
         remedy = hint or "the path of an existing one"
         raise OptionError(f"{option} {path}: no such {kind}.{explain_missing(path)} Give {remedy}")
-    elif place != "there" and path.is_dir() != (place == "folder"):
-        if place == "folder":
-            raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
+    elif place == "folder" and not path.is_dir():
+        raise OptionError(f"{option} {path}: it is a file. Give the folder that it is in: {path.parent}")
+    elif place not in ("folder", "there") and path.is_dir():
         raise OptionError(f"{option} {path}: is a folder. Give {hint or f'a {place}'}")
 
 

@@ -144,23 +144,17 @@ def option(
         facts: Additional facts, such as FREE or NO_PIXELS.
         **settings: Additional arguments of `add_argument`.
     """
-    metadata: dict[str, Any] = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    metadata |= {
-        "one_of": tuple(one_of),
-        "off": tuple(off),
-        "place": place,
-        "hint": hint,
-        "option": name,
-        "acts_if": acts_if,
-    }
+    limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    values = {"one_of": tuple(one_of), "off": tuple(off), "place": place, "hint": hint}
     relations = {
         "needs": needs,
         "excludes": excludes,
         "ignored_without": ignored_without,
         "must_not_replace": must_not_replace,
     }
-    for fact, names in relations.items():
-        metadata[fact] = (names,) if isinstance(names, str) else names
+    metadata: dict[str, Any] = {**limits, **values, "option": name, "acts_if": acts_if}
+    for relation, names in relations.items():
+        metadata[relation] = (names,) if isinstance(names, str) else names
     metadata = {fact: value for fact, value in metadata.items() if value not in (None, "", ())}
     metadata |= facts or {}
     metadata["declared"] = Declared(
@@ -286,7 +280,7 @@ class Options:
             value = values[field.name] if field.name in values else default_of(type(self), field)
             object.__setattr__(self, field.name, value)
         for field in self.limited_fields:
-            _check_info(self, field)
+            _check_field(self, field)
         if is_started_by_file():  # options typed by the user may do everything
             for field in fields:
                 _check_reach(self, field)
@@ -296,7 +290,7 @@ class Options:
             value = getattr(self, field.name)
             check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.value_of)
         # checks beyond the declared facts, if the record must be given or any of its options is
-        if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
+        if hasattr(self, "__post_init__") and (self.must_give or _has_set_option(self)):
             self.__post_init__()
 
     def value_of(self, name: str) -> Any:
@@ -328,15 +322,6 @@ def _list_values(record: Options) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in of_options}
 
 
-def _find_records(cls: type) -> dict[str, Any]:
-    """Return the option records in a record, by the names of their fields."""
-    records = {name: find_record_type(hint) for name, hint in hints_of(cls).items()}
-    return {name: record for name, record in records.items() if record is not None}
-
-
-_list_records: Callable[[type], dict[str, Any]] = functools.cache(_find_records)
-
-
 class NoOptions(Options):
     """The option record of a family without options of its own."""
 
@@ -347,17 +332,19 @@ NO_OPTIONS = NoOptions()
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a record's field.
 
+    A field without a stated default has None, False or the default record, if its type allows that.
+
     Raises:
         TypeError: If the field has no default.
     """
-    declared = field.metadata.get("declared")
-    hint = hints_of(cls)[field.name]
+    declared = field.metadata.get("declared")  # None for a field that `option` has not made
     if declared is not None and declared.default is not _UNSET:
         return declared.default
     if field.default is not dataclasses.MISSING:
         return field.default
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
+    hint = hints_of(cls)[field.name]
     if isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint):
         return None
     if hint is bool:
@@ -375,7 +362,7 @@ def is_set(record: Any, field: "dataclasses.Field[Any]") -> bool:
         return True
 
 
-def _has_given(record: Any) -> bool:
+def _has_set_option(record: Any) -> bool:
     """Return whether any option of a record, or of the records in it, differs from its default value."""
     hints = hints_of(type(record))
     for field in dataclasses.fields(record):
@@ -383,12 +370,12 @@ def _has_given(record: Any) -> bool:
             continue
         # an optional record counts as given if it is not None, even with default values
         is_record = dataclasses.is_dataclass(hints[field.name])
-        if _has_given(getattr(record, field.name)) if is_record else is_set(record, field):
+        if _has_set_option(getattr(record, field.name)) if is_record else is_set(record, field):
             return True
     return False
 
 
-def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
+def _check_field(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if the value of a field violates its facts."""
     info = field.metadata
     value = getattr(record, field.name)
@@ -396,7 +383,7 @@ def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
         return
     check_value(option_name(field), value, info)
     if is_set(record, field):
-        check_relations(option_name(field), info, partial(_list_given, record))
+        check_relations(option_name(field), info, partial(_list_set, record))
         if info.get("ignored_without"):
             _warn_of_ignored(record, field)
 
@@ -405,7 +392,7 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn if an option is ignored because none of the options in its `ignored_without` is given."""
     option = f"--{option_name(field)}"
     useful = field.metadata["ignored_without"]
-    if not _list_given(record, useful):
+    if not _list_set(record, useful):
         value = getattr(record, field.name)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             option += f" {value}"
@@ -413,13 +400,13 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
         logger.warning("%s is ignored because %s given", option, reason)
 
 
-def _warn_of_idle(record: Any, field: "dataclasses.Field[Any]") -> None:
+def _warn_of_useless_default(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn of an option that is typed with its default value but has no effect without another option.
 
-    Values other than the default are rejected or reported by `_check_info`. Default values are accepted,
+    Values other than the default are rejected or reported by `_check_field`. Default values are accepted,
     because commands written for other programs contain them.
     """
-    flags = find_needed(field.metadata, partial(_list_given, record))
+    flags = find_needed(field.metadata, partial(_list_set, record))
     if flags:
         logger.warning("--%s has no effect without %s", option_name(field), flags)
     if field.metadata.get("ignored_without"):
@@ -444,7 +431,7 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
 def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
     info = field.metadata
     relations = [info[fact] for fact in ("needs", "ignored_without") if info.get(fact)]
-    return all(_list_given(record, names) for names in relations) and not list_idle_reasons(record, field)
+    return all(_list_set(record, names) for names in relations) and not list_idle_reasons(record, field)
 
 
 def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]:
@@ -453,7 +440,7 @@ def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]
     return [reason for reason, acts in acts_if.items() if not acts(record)]
 
 
-def _list_given(record: Any, names: Collection[str]) -> list[str]:
+def _list_set(record: Any, names: Collection[str]) -> list[str]:
     """Return which of the options with these public names are given and not turned off."""
     fields = record.fields_by_name
     given = [name for name in names if is_set(record, fields[name])]
@@ -474,15 +461,19 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     if reach in ("writes", "appends"):
         for path in list_paths(value):
             reject_outside(name, path)
-    elif reach in ("sends", "configures") and is_set(record, field):
-        if value not in field.metadata.get("stays", ()):  # values that send nothing
-            reject_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
+        return
+    if not is_set(record, field):
+        return
+    if reach == "starts":
+        reject_starting(name)
+    elif reach == "connects":
+        reject_starting(name, "joins other programs, which may run code here")
+    elif reach in ("sends", "configures"):
+        sends_nothing = value in field.metadata.get("stays", ())
+        if not sends_nothing:
+            reject_sending(name, value, run_has_option=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
             reject_in_queue(name)
-    elif reach == "starts" and is_set(record, field):
-        reject_starting(name)
-    elif reach == "connects" and is_set(record, field):
-        reject_starting(name, "joins other programs, which may run code here")
 
 
 def read_options(cls: type[R], args: argparse.Namespace) -> R:
@@ -499,36 +490,38 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
         TypeError: If a field has no argument, which is our mistake, not the user's.
     """
     hints = hints_of(cls)
-    records = _list_records(cls)
     values: dict[str, Any] = {}
+    records: set[str] = set()  # names of fields that hold a record
     for option, field in cls.fields_by_name.items():
         hint = hints[field.name]
-        if field.name in records:
-            record = records[field.name]
+        record = find_record_type(hint)
+        if record is not None:
+            records.add(field.name)
             is_declared = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_declared else None
             continue
         declared = field.metadata.get("declared")
         argument = option.replace("-", "_")
-        # an option without help is not declared to every parser; its record then holds the default
-        if not hasattr(args, argument) and declared is not None and not declared.help:
+        if not hasattr(args, argument):
+            # an option without help is not declared to every parser; its record then holds the default
+            if declared is None or declared.help:
+                raise TypeError(
+                    f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser"
+                )
             values[field.name] = default_of(cls, field)
             continue
-        if not hasattr(args, argument):
-            raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, argument)
-        if value is None or isinstance(value, bool):  # the usual case, because few options are given
-            values[field.name] = value
-            continue
-        check_characters(option, value)
-        is_positional = declared is not None and declared.positional
-        values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
+        if value is not None and not isinstance(value, bool):  # few options are given
+            check_characters(option, value)
+            is_positional = declared is not None and declared.positional
+            value = convert_value(value, hint, option if is_positional else f"--{option}")
+        values[field.name] = value
     options = cls(**values)  # first, because a record's own checks explain more
     typed: Collection[str] = getattr(args, TYPED, ())
     for option, field in cls.fields_by_name.items():
         is_typed = field.name not in records and option.replace("-", "_") in typed
         if is_typed and not is_set(options, field):
-            _warn_of_idle(options, field)
+            _warn_of_useless_default(options, field)
     for field in dataclasses.fields(cls):
         value = values[field.name]
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):

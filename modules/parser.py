@@ -46,7 +46,7 @@ NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
-_OTHER_DASHES = str.maketrans("-_", "_-")
+_SWAP_DASHES = str.maketrans("-_", "_-")
 _LINE_ENDS = {"\\", "^", "`", " "}
 _MISSING = "the following arguments are required: "  # argparse's message
 logger = logging.getLogger(__name__)
@@ -72,25 +72,26 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         """Make a parser without options; the arguments are those of `ArgumentParser`."""
-        self._front_words = find_front_words()
-        if self._front_words:
-            # started as `reelsmith.py train wan`: the help names that command instead of the script
-            settings.setdefault("prog", " ".join(self._front_words))
-            script = rf"python (?:\w+/)?{re.escape(Path(sys.argv[0]).name)}"
-            typed = f"python {' '.join(self._front_words)}"
-            settings["description"] = re.sub(script, typed, settings.get("description") or "")
+        self._command_words = find_front_words()  # "reelsmith.py", "train", "wan", if these were typed
+        if self._command_words:
+            # the help names that command instead of the script
+            settings.setdefault("prog", " ".join(self._command_words))
+            script_command = rf"python (?:\w+/)?{re.escape(Path(sys.argv[0]).name)}"
+            typed_command = f"python {' '.join(self._command_words)}"
+            description = settings.get("description") or ""
+            settings["description"] = re.sub(script_command, typed_command, description)
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
-        # `dest` of each given option -> its first typed spelling
-        self.typed_flags: dict[str, str] = {}
-        self._all_typed: set[str] = set()
-        self.key_files: list[KeyFile] = []  # settings files of the records
+        self.typed_flags: dict[str, str] = {}  # `dest` of each given option -> its first typed flag
+        self._typed_spellings: set[str] = set()  # all typed flags
+        self.key_files: list[KeyFile] = []  # settings files whose keys may be typed as options by mistake
         self.left_out: dict[str, Any] = {}  # record options that the script lacks -> values
         # whether arguments may be replaced (by a file, for example) before records are read
         self.changes_values = False
-        help_flags = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
-        # declared only for the help; `_show_help` handles them earlier
-        for flag, text in help_flags.items():
-            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
+        if add_help:  # declared only for the help; `_show_help` handles both earlier
+            for flag, text in {"-h": "show the most common options", "--help": "show all options"}.items():
+                self.add_argument(
+                    flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text
+                )
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
         """Print all options by group, or with `is_short` one screen of options; in color on a terminal."""
@@ -118,26 +119,27 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)  # ends the program if help is asked for
         # find mistakes that argparse would explain worse, and bring the words into its form
-        self._reject_open_line(argv)
-        argv = self._respell(argv)
+        self._reject_line_continuation(argv)
+        argv = self._normalize(argv)
         self._reject_unknown(argv)
-        self._reject_joined(argv)
-        takers = [action for action in self._actions if getattr(action, "by_place", False)]
-        argv = self._give_flags(argv, takers) if takers else argv
-        names = self._note_flags(argv)  # flag -> flag to show in messages
+        self._reject_joined_numbers(argv)
+        without_flag = [action for action in self._actions if getattr(action, "by_place", False)]
+        if without_flag:
+            argv = self._insert_omitted_flags(argv, without_flag)
+        flags_for_messages = self._record_typed_flags(argv)
         parsed, unused = super().parse_known_args(argv, namespace)
         if unused:
-            from modules.mistyped import explain_rest  # only mistakes need it
+            from modules.mistyped import explain_unused_words  # only mistakes need it
 
             positionals = self._get_positional_actions()
-            self.error(explain_rest(self._option_string_actions, argv, unused, positionals))
-        if names:
-            parsed.typed_names = names  # for records with a field of this name
-        typed = frozenset(self._option_string_actions[flag].dest for flag in self._all_typed)
+            self.error(explain_unused_words(self._option_string_actions, argv, unused, positionals))
+        if flags_for_messages:
+            parsed.typed_names = flags_for_messages  # read by `typed_names`
+        typed = frozenset(self._option_string_actions[flag].dest for flag in self._typed_spellings)
         setattr(parsed, TYPED, typed)
         return parsed
 
-    def _reject_open_line(self, argv: Sequence[str]) -> None:
+    def _reject_line_continuation(self, argv: Sequence[str]) -> None:
         """Reject a command that ends in the line-continuation character of another shell, such as ` or ^."""
         last_but_one, last = ["", "", *argv][-2:]
         if last not in _LINE_ENDS:
@@ -151,110 +153,109 @@ class Parser(argparse.ArgumentParser):
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
 
-    def _note_flags(self, argv: Sequence[str]) -> dict[str, str]:
-        """Record the spelling of each typed option; an abbreviation is recorded in full.
+    def _record_typed_flags(self, argv: Sequence[str]) -> dict[str, str]:
+        """Record the flag with which each option is typed, an abbreviation in full.
 
         Returns:
-            Flag -> flag to show in messages, where the two differ.
+            Flag -> flag to show in messages instead, because the user has typed that one.
         """
         flags = self._option_string_actions
-        self._all_typed.clear()
+        self._typed_spellings.clear()
         for word in argv[: argv.index("--") if "--" in argv else None]:
-            name = word.partition("=")[0]
-            flag = name
-            if name not in flags:
-                completions = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
+            flag = word.partition("=")[0]
+            if flag not in flags:  # an abbreviation, or no option
+                completions = [full for full in flags if full.startswith(flag)] if flag[:2] == "--" else []
                 if len(completions) != 1:
                     continue
                 flag = completions[0]
             self.typed_flags.setdefault(flags[flag].dest, flag)
-            self._all_typed.add(flag)
-        names: dict[str, str] = {}
+            self._typed_spellings.add(flag)
+        for_messages: dict[str, str] = {}
         for action in self._actions:
-            shown = self.typed_flags.get(action.dest)
-            if shown is not None:
-                spellings = [
-                    name for name in action.option_strings if name[:2] == "--" and name[:5] != "--no-"
-                ]
-                names |= {name: shown for name in spellings if name not in self._all_typed}
+            if action.dest in self.typed_flags:
+                typed_flag = self.typed_flags[action.dest]
+                for flag in action.option_strings:
+                    is_switched_off = flag[:5] == "--no-"
+                    if flag[:2] == "--" and not is_switched_off and flag not in self._typed_spellings:
+                        for_messages[flag] = typed_flag
             elif action.dest in self.shown_flags:
-                names[f"--{action.dest}"] = self.shown_flags[action.dest]
-        return {name: shown for name, shown in names.items() if name != shown}
+                for_messages[f"--{action.dest}"] = self.shown_flags[action.dest]
+        return {flag: shown for flag, shown in for_messages.items() if flag != shown}
 
-    def _reject_joined(self, argv: Sequence[str]) -> None:
-        """Reject two numbers typed as one word, as people write sizes: 832x480."""
-        parts: list[str] = []
+    def _reject_joined_numbers(self, argv: Sequence[str]) -> None:
+        """Reject two numbers typed as one word for an option that takes two, such as 832x480."""
+        words: list[str] = []
         for word in argv:
-            parts += word.split("=", 1) if word[:2] == "--" else [word]
-        for before, word in pairwise(parts):
-            action = self._option_string_actions.get(before)
-            joined = JOINED.fullmatch(word)
-            if joined is None or action is None or action.type not in NUMBERS:
+            words += word.split("=", 1) if word[:2] == "--" else [word]
+        for flag, value in pairwise(words):
+            action = self._option_string_actions.get(flag)
+            numbers = JOINED.fullmatch(value)
+            if numbers is None or action is None or action.type not in NUMBERS:
                 continue
             if action.metavar == HEIGHT_WIDTH:
-                sides = " ".join(height_width(joined))
-                self.error(f"{before} {word}: give height and width: {before} {sides}")
+                sides = " ".join(height_width(numbers))
+                self.error(f"{flag} {value}: give height and width: {flag} {sides}")
             if action.nargs == 2:
-                self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
+                self.error(f"{flag} {value}: give two numbers: {flag} {numbers[1]} {numbers[3]}")
 
-    def _give_flags(self, argv: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
-        """Insert flags of `by_place` options in front of words that belong to no option.
+    def _insert_omitted_flags(
+        self, argv: Sequence[str], without_flag: Sequence[argparse.Action]
+    ) -> list[str]:
+        """Insert the flags of options that may be given without one in front of words that need them.
 
-        `takers` are the `by_place` options. The first free word goes to the first option without a value, and
-        so on; an option that takes several values gets all remaining words.
+        `without_flag` are these options (`by_place`). The first word that belongs to no option goes to the
+        first of them that has no value, and so on; an option that takes several values gets all such words.
         """
-        typed = [_Word(word) for word in argv]  # argparse keeps the objects: equal words differ
+        words = [_Word(word) for word in argv]  # argparse keeps the objects: equal words differ
         required = [action for action in self._actions if action.required]
         for action in required:  # missing options are reported later
             action.required = False
         try:
-            parsed, unused = super().parse_known_args(typed)
+            parsed, unused = super().parse_known_args(words)
         finally:
             for action in required:
                 action.required = True
-        waiting = [action for action in takers if getattr(parsed, action.dest) is action.default]
-        free = [word for word in unused if word != "--"]
-        if not free or not waiting:
+        unset = [action for action in without_flag if getattr(parsed, action.dest) is action.default]
+        free_words = [word for word in unused if word != "--"]
+        if not free_words or not unset:
             return list(argv)
         unused_ids = {id(word) for word in unused}
-        used = [word for word in typed if id(word) not in unused_ids]
-        flags = [action.option_strings[-1] for action in waiting]
-        if waiting[0].nargs is not None:  # it takes several values
-            return [*used, flags[0], *free]
-        if len(free) > len(waiting):
+        used_words = [word for word in words if id(word) not in unused_ids]
+        flags = [action.option_strings[-1] for action in unset]
+        takes_several = unset[0].nargs is not None
+        if takes_several:
+            return [*used_words, flags[0], *free_words]
+        if len(free_words) > len(unset):
             self.error(
-                f"{quote_command(free)}: {len(free)} words without an option, and only "
-                f"{' and '.join(flags)} can "
-                "be left out. Put a name with blanks in quotes."
+                f"{quote_command(free_words)}: {len(free_words)} words without an option, and only "
+                f"{' and '.join(flags)} can be left out. Put a name with blanks in quotes."
             )
-        joined = [f"{flag}={word}" for flag, word in zip(flags, free, strict=False)]
-        return [*used, *joined]
+        return [*used_words, *(f"{flag}={word}" for flag, word in zip(flags, free_words, strict=False))]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
         argv = sys.argv[1:] if args is None else list(args)
         self._show_help(argv)
-        return super().parse_known_args(self._respell(argv), namespace)
+        return super().parse_known_args(self._normalize(argv), namespace)
 
-    def _respell(self, argv: Sequence[str]) -> list[str]:
-        """Correct common spellings: hyphens in place of underscores, and `12 GB` as two words."""
+    def _normalize(self, argv: Sequence[str]) -> list[str]:
+        """Join `12`, `GB` to one word `12 GB`, and correct - and _ in names of options; return the words."""
+        words = list(argv)
+        # from the end, so that the indices of earlier words stay valid
+        for index in range(len(words) - 1, 0, -1):
+            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", words[index - 1])
+            if number is not None and re.fullmatch(UNIT, words[index], re.IGNORECASE):
+                words[index - 1 : index + 1] = [f"{number[0]} {words[index]}"]
         flags = self._option_string_actions
-        spelled = list(argv)
-        # join `12`, `GB` to `12 GB`; from the end, so that the indices of earlier words stay valid
-        for index in range(len(spelled) - 1, 0, -1):
-            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[index - 1])
-            if number is not None and re.fullmatch(UNIT, spelled[index], re.IGNORECASE):
-                spelled[index - 1 : index + 1] = [f"{number[0]} {spelled[index]}"]
-        end = spelled.index("--") if "--" in spelled else None  # words after `--` are not options
-        for index, word in enumerate(spelled[:end]):
-            name, *value = word.split("=", 1)
-            is_flag = name[:2] == "--" and name[2:] != ""
-            is_known = name in flags or (is_flag and any(flag.startswith(name) for flag in flags))
-            if is_flag and not is_known:
-                with_other_dashes = "--" + name[2:].translate(_OTHER_DASHES)
-                if with_other_dashes in flags:
-                    spelled[index] = "=".join([with_other_dashes, *value])
-        return spelled
+        end = words.index("--") if "--" in words else None  # words after `--` are not options
+        for index, word in enumerate(words[:end]):
+            name, equals, value = word.partition("=")
+            if name[:2] != "--" or name == "--" or any(flag.startswith(name) for flag in flags):
+                continue
+            with_other_dashes = "--" + name[2:].translate(_SWAP_DASHES)
+            if with_other_dashes in flags:
+                words[index] = f"{with_other_dashes}{equals}{value}"
+        return words
 
     def _show_help(self, argv: Sequence[str]) -> None:
         help_flags = {word for word in argv if word == "-h" or (word[3:] and "--help".startswith(word))}
@@ -266,18 +267,18 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2, without the list of all options."""
         if message.startswith(_MISSING):
             missing = message.removeprefix(_MISSING).split(", ")
-            message = "\n  ".join(f"{name} is missing{self._quote_help(name)}" for name in missing)
+            message = "\n  ".join(f"{name} is missing{self._append_help(name)}" for name in missing)
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
         wait_for_first_process()
         script = find_script(self.prog) if self.prog.endswith(".py") else None
         shown = self.prog if script is None else quote_command(["python", script.as_posix()])
-        if self._front_words:
-            shown = quote_command(["python", *self._front_words])
+        if self._command_words:
+            shown = quote_command(["python", *self._command_words])
         self.exit(2, f"{self.prog}: error: {message}\n{shown}{LISTS_OPTIONS}\n")
 
-    def _quote_help(self, name: str) -> str:
+    def _append_help(self, name: str) -> str:
         """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
         for action in self._actions:
             names = {"/".join(action.option_strings), action.metavar, action.dest}
@@ -309,32 +310,43 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Explain a word that looks like an option but is not one; "" for any other word.
+        """Return the message about a word that looks like an option but is not one; "" for any other word.
 
         `before` is the preceding word.
         """
         flags = self._option_string_actions
         name = word.partition("=")[0]
-        is_number = self._negative_number_matcher.match(word) is not None
-        if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
+        if not self._looks_like_unknown_option(before, word):
             return ""
-        from modules.mistyped import guess_option, meant_elsewhere  # only mistakes need it
+        from modules.mistyped import explain_foreign_name, guess_option  # only mistakes need it
 
-        elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_files)
-        # argparse accepts abbreviated options too
-        completions = [flag for flag in flags if flag.startswith(name)]
-        is_clear = len(completions) == 1 and completions[0] in elsewhere
-        if completions and (not elsewhere or is_clear):
+        advice = explain_foreign_name(flags, name.lstrip("-"), self.key_files)  # for names of other programs
+        abbreviated = [flag for flag in flags if flag.startswith(name)]  # argparse accepts abbreviations
+        advises_abbreviated = len(abbreviated) == 1 and abbreviated[0] in advice
+        if abbreviated and (not advice or advises_abbreviated):
             return ""
-        is_value = before in flags and flags[before].nargs != 0
-        begins_with_dashes = word.startswith("--")
-        if " " in name or (" " in word and (is_value or not begins_with_dashes)):
-            return ""  # argparse treats words with spaces as text
-        if is_value and not begins_with_dashes:
+        has_two_dashes = word.startswith("--")
+        if self._takes_value(before) and not has_two_dashes:
             return f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
-        if not elsewhere and not begins_with_dashes and path_exists(Path(word)):
-            elsewhere = f" Of the file of this name write ./{word}"
-        return f"Unknown option {name}.{elsewhere or guess_option(flags, name.lstrip('-'))}"
+        if not advice and not has_two_dashes and path_exists(Path(word)):
+            advice = f" Of the file of this name write ./{word}"
+        return f"Unknown option {name}.{advice or guess_option(flags, name.lstrip('-'))}"
+
+    def _looks_like_unknown_option(self, before: str, word: str) -> bool:
+        """Return whether a word begins with a dash and is no option, number or text with spaces."""
+        name = word.partition("=")[0]
+        if not re.match(r"--.|-[^-]", name) or name in self._option_string_actions:
+            return False
+        if self._negative_number_matcher.match(word) is not None:
+            return False
+        # argparse treats words with spaces as text
+        is_text = " " in word and (self._takes_value(before) or not word.startswith("--"))
+        return " " not in name and not is_text
+
+    def _takes_value(self, word: str) -> bool:
+        """Return whether a word is the flag of an option that is not a switch."""
+        flags = self._option_string_actions
+        return word in flags and flags[word].nargs != 0
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -371,31 +383,14 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             if action.type not in NUMBERS:
                 raise
-            raise argparse.ArgumentError(action, _explain_number(action, arg_string)) from None
+            from modules.mistyped import explain_number  # only mistakes need it
+
+            message = explain_number(action, arg_string, NUMBERS[action.type])
+            raise argparse.ArgumentError(action, message) from None
         if isinstance(value, str) and action.choices is not None and value not in action.choices:
             alike = [choice for choice in action.choices if str(choice).lower() == value.lower()]
             return alike[0] if len(alike) == 1 else value
         return value
-
-
-def _explain_number(action: argparse.Action, word: str) -> str:
-    """Return the message about a word that is not a number, for an option that takes numbers."""
-    parts = word.split(",")
-    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
-    has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
-    is_decimal = action.type is float and has_comma
-    if action.nargs is None and is_decimal:
-        return f"{word}: {decimal_advice}"
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
-    if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
-        apart = " ".join(part.strip() for part in parts)
-        or_decimal = f", or {decimal_advice}" if is_decimal else ""
-        return f"{word}: write several numbers apart: {apart}{or_decimal}"
-    named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
-    if named is not None:  # settings of other trainers
-        return f"{word}: write the number alone, {named[1]}"
-    example = action.default if type(action.default) in NUMBERS else 1
-    return f"{shorten_word(word)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
@@ -416,25 +411,29 @@ def add_options(
     """Declare the options of records, and of the records in them, to a parser.
 
     A nested record that is optional (`Record | None`) is declared only if it is in `records` too. All
-    mappings are keyed by the public names of options. `without` are options that the script does not have;
-    their records hold the default. `defaults` and `settings` replace those of the declaration; `settings` are
-    arguments of `add_argument`, such as `help`, or `flags` (additional spellings) and `refused` (rejected
-    values with the reason). The argument `refused` gives the reason why the script rejects an option. `group`
-    gets the options of records without a heading.
+    mappings are keyed by the public names of options.
+
+    Args:
+        parser: Parser of a script.
+        *records: Option records.
+        group: Gets the options of records without a heading.
+        without: Options that the script does not have; their records hold the default.
+        defaults: Defaults that replace those of the declarations.
+        settings: Arguments of `add_argument` that replace those of the declarations, such as `help`; also
+            `flags` (additional spellings) and `refused` (rejected values with the reason).
+        refused: Options that the script rejects, with the reason.
     """
-    changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
+    overrides = _ScriptOverrides(without, defaults or {}, settings or {}, refused or {})
     for cls in records:
         if isinstance(parser, Parser):
             parser.key_files += cls.key_files
         target = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
-            _add_field(parser, target, cls, field=field, changes=changes)
-        for name, rejection in _list_rejections(cls):
-            if name not in without:
-                _add_rejection(target, cls, name, rejection)
+            _add_field(parser, target, cls, field=field, overrides=overrides)
+        _add_rejections(target, cls, without)
 
 
-class _ScriptChanges(NamedTuple):
+class _ScriptOverrides(NamedTuple):
     """Changes that a script makes to the declared options of its records, by public name."""
 
     without: Collection[str]
@@ -449,91 +448,87 @@ def _add_field(
     cls: type[Options],
     *,
     field: Field[Any],
-    changes: _ScriptChanges,
+    overrides: _ScriptOverrides,
 ) -> None:
     """Declare the option of a field, or all options of the record that it holds."""
     declared = field.metadata.get("declared")
-    name = option_name(field)
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
-    if find_record_type(hint) is hint:  # the field holds a record: declare that record's options
+    if find_record_type(hint) is hint:  # the field holds a record
         inner = {} if declared is None else declared.settings
         records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(
             parser,
             *records,
             group=group,
-            without={*changes.without, *inner.get("without", ())},
-            defaults={**inner.get("defaults", {}), **changes.defaults},
-            settings={**inner.get("settings", {}), **changes.settings},
-            refused={**inner.get("refused", {}), **changes.refused},
+            without={*overrides.without, *inner.get("without", ())},
+            defaults={**inner.get("defaults", {}), **overrides.defaults},
+            settings={**inner.get("settings", {}), **overrides.settings},
+            refused={**inner.get("refused", {}), **overrides.refused},
         )
         return
     if declared is None or not declared.help:
         return
-    settings = {**declared.settings, **changes.settings.get(name, {})}
-    required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
-    if name in changes.defaults:
-        default = changes.defaults[name]
+    name = option_name(field)
+    settings = {**declared.settings, **overrides.settings.get(name, {})}
+    is_required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
+    if name in overrides.defaults:
+        default = overrides.defaults[name]
     else:
-        default = None if required else default_of(cls, field)
-    if name in changes.without:  # no such option here: its record gets the default
+        default = None if is_required else default_of(cls, field)
+    if name in overrides.without:  # its record gets the default
         parser.set_defaults(**{name.replace("-", "_"): default})
         if isinstance(parser, Parser):
             parser.left_out[name.replace("-", "_")] = default
         return
-    action = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
-    action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
-    action.reach = find_reach(field.metadata)  # type: ignore[attr-defined]
-    action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
-    action.facts = _list_checked_info(cls, field, action.default)  # type: ignore[attr-defined]
-    if name in changes.refused:
-        action.rejection = Rejection(  # type: ignore[attr-defined]
-            action.help or "",
-            reason=changes.refused[name],
-            instead="",
-            values=(),
-            settings={},
-        )
+    action: Any = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
+    # facts that argparse does not know, for messages and the page
+    action.is_secret = "secret" in field.metadata
+    action.reach = find_reach(field.metadata)
+    action.stays = field.metadata.get("stays", ())
+    action.facts = _collect_checked_facts(cls, field, action.default)
+    if name in overrides.refused:
+        reason = overrides.refused[name]
+        action.rejection = Rejection(action.help or "", reason=reason, instead="", values=(), settings={})
 
 
-def _list_checked_info(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
+def _collect_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
     """Return the declared facts by which the value of a field is checked.
 
-    `default` is the script's value if the option is not typed; if it differs from the record's default, it is
-    stored as the fact `usual`.
+    `default` is the script's value if the option is not typed; if it differs from the record's default, that
+    is added as the fact `usual`.
     """
-    info = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
+    facts = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = hints_of(cls)[field.name]
     kinds = typing.get_args(hint) or (hint,)
-    if "place" in info and str not in kinds:  # otherwise the values are texts
-        info["are_paths"] = True
+    if "place" in facts and str not in kinds:  # otherwise the values are texts
+        facts["are_paths"] = True
     try:
-        usual = default_of(cls, field)
+        record_default = default_of(cls, field)
     except TypeError:  # the option is required
-        return info
-    usual = list(usual) if isinstance(usual, tuple) else usual
-    usual = usual.as_posix() if isinstance(usual, Path) else usual
-    return info if usual == default else {**info, "usual": usual}
+        return facts
+    if isinstance(record_default, tuple):
+        record_default = list(record_default)
+    elif isinstance(record_default, Path):
+        record_default = record_default.as_posix()
+    return facts if record_default == default else {**facts, "usual": record_default}
 
 
-def _list_rejections(cls: type[Options]) -> list[tuple[str, Rejection]]:
-    """Return the attributes of a record and its bases that are options of other programs, by name."""
+def _add_rejections(group: _Group, cls: type[Options], without: Collection[str]) -> None:
+    """Declare the options of other programs that a record or its bases reject, or accept without need."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
-    return [(name, rejection) for name, rejection in attributes if isinstance(rejection, Rejection)]
-
-
-def _add_rejection(group: _Group, cls: type[Options], name: str, rejection: Rejection) -> None:
-    """Declare an option of other programs; its help says why it is rejected or not needed."""
-    tail = "" if rejection.reason else f"not needed: {rejection.instead}"
-    text = "; ".join(part for part in (rejection.help, tail) if part)
-    text = text or rejection.reason.replace("%", "%%")
-    flag = f"--{name.replace('_', '-') if cls.dashed else name}"
-    settings = dict(rejection.settings)
-    flags = settings.pop("flags", ())
-    action = group.add_argument(flag, *flags, help=text, **settings)
-    action.rejection = rejection  # type: ignore[attr-defined]
+    for name, rejection in attributes:
+        if not isinstance(rejection, Rejection) or name in without:
+            continue
+        reason_in_help = "" if rejection.reason else f"not needed: {rejection.instead}"
+        text = "; ".join(part for part in (rejection.help, reason_in_help) if part)
+        text = text or rejection.reason.replace("%", "%%")
+        flag = f"--{name.replace('_', '-') if cls.dashed else name}"
+        settings = dict(rejection.settings)
+        flags = settings.pop("flags", ())
+        action: Any = group.add_argument(flag, *flags, help=text, **settings)
+        action.rejection = rejection
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -546,32 +541,31 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 
 def _add_option(
     group: _Group, name: str, hint: Any, *, default: Any, declared: Declared, settings: dict[str, Any]
-) -> argparse.Action:
-    """Declare an option to a group of the parser.
+) -> Any:
+    """Declare an option to a group of the parser, and return its argparse action.
 
     `settings` are the arguments of `add_argument`, including those that the script changes.
     """
-    # the type of the value if it is not None
-    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    kind = next(kind for kind in kinds if kind is not type(None))
+    types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    value_type = next(kind for kind in types if kind is not type(None))
     default_text = "default: the task's" if default is None else f"default {default}"
     refused = settings.pop("refused", declared.refused)
-    # the arguments of `add_argument`
     arguments: dict[str, Any] = {"help": declared.help.replace("{default}", default_text), "default": default}
     if isinstance(default, Path):
         arguments["default"] = default.as_posix()
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(value_type) is tuple:
         arguments["nargs"] = "*"
-        kind = typing.get_args(kind)[0]
+        value_type = typing.get_args(value_type)[0]
         arguments["default"] = list(default) if isinstance(default, tuple) else default
-    if kind is bool:
+    if value_type is bool:
         arguments["action"] = "store_true"
     else:
-        if kind in NUMBERS:
-            arguments["type"] = kind
+        if value_type in NUMBERS:
+            arguments["type"] = value_type
         if "choices" not in settings:
-            arguments["metavar"] = METAVARS.get(kind, "TEXT")
+            arguments["metavar"] = METAVARS.get(value_type, "TEXT")
     arguments |= settings
+    action: Any
     if declared.positional:
         action = group.add_argument(name, **arguments)
     else:
@@ -579,10 +573,10 @@ def _add_option(
         unique_flags = dict.fromkeys(flags)  # the name may be among the additional flags
         action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **arguments)
     # facts that argparse does not know, for the help and for messages
-    action.often = declared.often  # type: ignore[attr-defined]
-    action.refused = refused  # type: ignore[attr-defined]
-    action.by_place = declared.by_place  # type: ignore[attr-defined]
-    action.known_as = declared.known_as  # type: ignore[attr-defined]
+    action.often = declared.often
+    action.refused = refused
+    action.by_place = declared.by_place
+    action.known_as = declared.known_as
     return action
 
 

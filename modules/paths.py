@@ -174,20 +174,18 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     The result is None if no name is similar, or if the remaining path does not exist below the similar name.
     """
     missing = next((ancestor for ancestor in (path, *path.parents) if path_exists(ancestor.parent)), path)
+    takes_files = not only_folders and path == missing
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
         for entry in itertools.islice(entries, MAX_NAMES):
-            takes_files = not only_folders and path == missing
-            if entry.is_dir() or takes_files:
+            if takes_files or entry.is_dir():
                 names.append(entry.name)
     stem = missing.stem[:MAX_OF_NAME]
     for name in difflib.get_close_matches(missing.name[:MAX_OF_NAME], names, 5):
-        if (
-            difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < MIN_SIMILARITY
-        ):  # only suffixes match
-            continue
-        similar = missing.with_name(name) / path.relative_to(missing)
-        return similar if only_folders or path_exists(similar) else None
+        stem_similarity = difflib.SequenceMatcher(None, stem, Path(name).stem).ratio()
+        if stem_similarity >= MIN_SIMILARITY:  # otherwise only the suffixes are alike
+            similar = missing.with_name(name) / path.relative_to(missing)
+            return similar if only_folders or path_exists(similar) else None
     return None
 
 

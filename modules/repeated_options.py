@@ -52,29 +52,26 @@ def accepted_options(
 
     `flags` are additional spellings by public name, as the field that holds the record declares them.
     """
-    extra_flags = flags or {}
+    outer_flags = flags or {}
     accepted: dict[str, AcceptedOption] = {}
     for field in dataclasses.fields(record):
         name = option_name(field)
         hint = hints_of(record)[field.name]
         declared = field.metadata.get("declared")
-        declared_flags: Sequence[str] = ()
-        settings: Mapping[str, Any] = {}
-        if declared is not None:
-            declared_flags = declared.flags
-            settings = declared.settings
-        inner = find_record_type(hint)  # the record that the field holds; None for an option
-        if inner is not None:
-            inner_flags = {
-                key: info["flags"] for key, info in settings.get("settings", {}).items() if "flags" in info
-            }
-            accepted |= accepted_options(inner, {**inner_flags, **extra_flags})
+        settings: Mapping[str, Any] = {} if declared is None else declared.settings
+        nested_record = find_record_type(hint)
+        if nested_record is not None:
+            changes = settings.get("settings", {})
+            changed_flags = {key: change["flags"] for key, change in changes.items() if "flags" in change}
+            accepted |= accepted_options(nested_record, {**changed_flags, **outer_flags})
             continue
-        spellings = [flag for flag in extra_flags.get(name) or declared_flags if flag != f"--{name}"]
-        choices = tuple(settings.get("choices") or ())
-        types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        spellings = outer_flags.get(name) or (() if declared is None else declared.flags)
         accepted[name] = AcceptedOption(
-            flags=(*spellings, f"--{name}"), is_switch=hint is bool, hint=hint, types=types, choices=choices
+            flags=(*(flag for flag in spellings if flag != f"--{name}"), f"--{name}"),
+            is_switch=hint is bool,
+            hint=hint,
+            types=typing.get_args(hint) if isinstance(hint, UnionType) else (hint,),
+            choices=tuple(settings.get("choices") or ()),
         )
     return accepted
 
@@ -108,7 +105,7 @@ def join_options(
     """Combine chosen options with the options of earlier commands; return the values by flag.
 
     Options that the command does not have are left out. A chosen value replaces that of an earlier command,
-    except that a `Placeholder` (a placeholder) is replaced by it. Options are spelled as the user typed them.
+    unless it is a `Placeholder`. Options are spelled as the user typed them.
 
     Args:
         record: Record of the command's options.
@@ -116,11 +113,11 @@ def join_options(
         repeated: Options of earlier commands.
     """
     accepted = accepted_options(record)
-    by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
+    name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
     # public name -> flag and value; a flag that the command does not know stands for itself
-    joined = {by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
+    joined = {name_by_flag.get(flag, flag): (flag, value) for flag, value in chosen.items()}
     for option in repeated:
-        name = next(find_names(option, accepted, by_flag), None)
+        name = next(find_names(option, accepted, name_by_flag), None)
         if name is None:
             continue
         flags = accepted[name].flags
@@ -134,14 +131,14 @@ def join_options(
 
 
 def find_names(
-    option: RepeatedOption, accepted: Mapping[str, AcceptedOption], by_flag: Mapping[str, str]
+    option: RepeatedOption, accepted: Mapping[str, AcceptedOption], name_by_flag: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield the public names that an earlier command's option has in a record, usually one or none.
 
     The name that matches the typed spelling comes first.
     """
     spellings = (option.typed, f"--{option.name}", *option.flags)
-    names = dict.fromkeys(by_flag[flag] for flag in spellings if flag in by_flag)
+    names = dict.fromkeys(name_by_flag[flag] for flag in spellings if flag in name_by_flag)
     for name in names:
         if accepted[name].is_switch == isinstance(option.value, bool):
             yield name
@@ -154,17 +151,17 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     rejects the values, only paths are taken, and none if it rejects these too.
     """
     accepted = accepted_options(type(options))
-    by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
+    name_by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
     info = info_of(type(options))
-    names = {name for name, _ in _list_given_values(options)}
+    given = {name for name, _ in _list_given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:
-        for name in find_names(option, accepted, by_flag):
-            # given options win, also those that exclude this one
-            if name not in names and not names & {*info[name].get("excludes", ())}:
+        for name in find_names(option, accepted, name_by_flag):
+            excluded = {*info[name].get("excludes", ())}
+            if name not in given and not given & excluded:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
-    for choice in (values, paths):  # if the record rejects the values, only the paths are tried
+    for candidates in (values, paths):
         with contextlib.suppress(OptionError):
-            return override_options(options, choice)
+            return override_options(options, candidates)
     return options

@@ -16,12 +16,12 @@ from pathlib import Path
 from modules.errors import OptionError, OutputError
 from modules.text_files import real_path
 
-FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders; the first one is the run's
-COMMAND = "REELSMITH_RUN_COMMAND"  # command line of the run; "" for other commands
-TYPED = "REELSMITH_RUN_TYPED"  # options that the user typed for the run, separated by spaces
+FOLDERS_VARIABLE = "REELSMITH_RUN_FOLDERS"  # JSON list of folders; the first one is the run's
+COMMAND_VARIABLE = "REELSMITH_RUN_COMMAND"  # command line of the run; "" for other commands
+TYPED_VARIABLE = "REELSMITH_RUN_TYPED"  # options that the user typed for the run, separated by spaces
 # option of a command -> the option of `run` that allows its folder to be elsewhere
 ALLOWED_BY = {"output_dir": "output_dir", "logging_dir": "logging_dir", "to": "models"}
-ANY = "may_write"  # any other folder
+OTHER_FOLDERS_OPTION = "may_write"  # option of `run` that allows any other folder
 # folder of the browser's queue, below a root: its files contain the commands to start
 QUEUE_FOLDER = "reelsmith-queue"
 
@@ -37,9 +37,9 @@ def limit_variables(
     import json  # here: all options import this file
 
     return {
-        FOLDERS: json.dumps([str(real_path(folder)) for folder in folders]),
-        TYPED: " ".join(sorted(typed)),
-        COMMAND: command,
+        FOLDERS_VARIABLE: json.dumps([str(real_path(folder)) for folder in folders]),
+        TYPED_VARIABLE: " ".join(sorted(typed)),
+        COMMAND_VARIABLE: command,
     }
 
 
@@ -70,42 +70,43 @@ def temporary_folder() -> Iterator[Path]:
         if not is_limited():
             yield folder
             return
-        folder_text = str(real_path(folder))
-        os.environ[FOLDERS] = json.dumps([*json.loads(os.environ[FOLDERS]), folder_text])
+        allowed = str(real_path(folder))
+        os.environ[FOLDERS_VARIABLE] = json.dumps([*json.loads(os.environ[FOLDERS_VARIABLE]), allowed])
         try:
             yield folder
         finally:
-            folders = json.loads(os.environ[FOLDERS])
-            os.environ[FOLDERS] = json.dumps([folder for folder in folders if folder != folder_text])
+            others = [other for other in json.loads(os.environ[FOLDERS_VARIABLE]) if other != allowed]
+            os.environ[FOLDERS_VARIABLE] = json.dumps(others)
 
 
 def is_limited() -> bool:
     """Return whether this process runs somebody else's folder, which limits its options."""
-    return bool(os.environ.get(FOLDERS))
+    return bool(os.environ.get(FOLDERS_VARIABLE))
 
 
 def describe_outside(path: Path, option: str = "") -> str | None:
     """Explain that a run may not write below a path, with the remedy; None if it may."""
-    text = os.environ.get(FOLDERS)
+    text = os.environ.get(FOLDERS_VARIABLE)
     if not text:
         return None
-    resolved, folders = _resolve(os.path.abspath(path)), _read_folders(text)  # noqa: PTH100
-    inside = [resolved.relative_to(folder) for folder in folders if resolved.is_relative_to(folder)]
-    if inside:
-        if not all(map(is_in_queue, inside)):
+    allowed_folders = _read_folders(text)
+    resolved = _resolve(os.path.abspath(path))  # noqa: PTH100
+    relative = [resolved.relative_to(folder) for folder in allowed_folders if resolved.is_relative_to(folder)]
+    if relative:
+        if not all(map(is_in_queue, relative)):
             return None
         return (
             f"{resolved} is in the folder of the browser's queue, whose files say what is started. Choose "
             "another folder"
         )
-    where = f"{resolved} is outside of {folders[0]}, the only place where"
-    if not os.environ.get(COMMAND):
+    restriction = f"{resolved} is outside of {allowed_folders[0]}, the only place where"
+    if not os.environ.get(COMMAND_VARIABLE):
         return (
-            f"{where} a button of the page for that folder writes. Correct it; or, if you want it there, "
-            "start the command in a terminal"
+            f"{restriction} a button of the page for that folder writes. Correct it; or, if you want it "
+            "there, start the command in a terminal"
         )
-    typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(resolved))
-    return f"{where} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {typed}"
+    command = _run_command(f"--{ALLOWED_BY.get(option, OTHER_FOLDERS_OPTION)}", str(resolved))
+    return f"{restriction} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {command}"
 
 
 def is_in_queue(path: Path) -> bool:
@@ -130,16 +131,19 @@ def reject_writing(path: Path) -> None:
         raise OutputError(f"{path}: {error}")
 
 
-def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
+def reject_sending(option: str, value: object, run_has_option: bool = False) -> None:
     """Raise OptionError if an option sends something from this machine and is not typed for the run.
 
-    `is_of_run` says that `run` has the option too.
+    Nothing is raised outside of a run of a described folder. With `run_has_option`, the message names the
+    option of the command `run` that allows it.
     """
-    if not is_limited() or option in os.environ.get(TYPED, "").split():
+    typed_options = os.environ.get(TYPED_VARIABLE, "").split()
+    if not is_limited() or option in typed_options:
         return
-    if not os.environ.get(COMMAND):
+    is_run = bool(os.environ.get(COMMAND_VARIABLE))  # otherwise a button of the page has started this
+    if not is_run:
         remedy = "start the command in a terminal"
-    elif is_of_run:
+    elif run_has_option:
         remedy = f"type it: {_run_command(f'--{option}', str(value))}"
     else:
         remedy = f"start the training itself, with the last command of {_run_command('--dry_run')}"
@@ -151,7 +155,7 @@ def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
 
 def _run_command(*words: str) -> str:
     """Return the command of this run with additional arguments, as a user can type it."""
-    return f"{os.environ[COMMAND]} {shlex.join(words)}"
+    return f"{os.environ[COMMAND_VARIABLE]} {shlex.join(words)}"
 
 
 @functools.lru_cache(maxsize=4096)  # called for each file that is written

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules.command import name_as_typed
 from modules.installation import ONLY_OPTIONS
 from modules.options import Options, read_options
 from modules.parser import Parser, add_options, reject_unsupported, typed_names
-from modules.table_answers import CommandLine, take_answered
+from modules.table_answers import CommandLine, take_parsed_line
 
 
 def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Parser]) -> CommandLine:
@@ -18,27 +18,37 @@ def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Par
         argv: Arguments of the command line. None: those of the process, which the script's table has read.
         build_parser: Makes the script's parser from its records, if no compiled table has parsed the words.
     """
-    answered = take_answered() if argv is None else None
-    if answered is not None:
-        return answered
+    parsed = take_parsed_line() if argv is None else None
+    if parsed is not None:
+        return parsed
     parser = build_parser()
     return CommandLine(parser, parser.parse_args(argv))
+
+
+class ParsedOptions(NamedTuple):
+    """The option records of a script, and the flag with which each given option was typed."""
+
+    records: list[Any]
+    typed_flags: Mapping[str, str]  # by public name
 
 
 def parse_options(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> list[Any]:
     """Parse a script's command line into its option records; `changes` are passed to `add_options`."""
-    return parse_spelled(description, argv, *records, **changes)[0]
+    return parse_with_flags(description, argv, *records, **changes).records
 
 
-def parse_spelled(
+def parse_with_flags(
     description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
-) -> tuple[list[Any], Mapping[str, str]]:
-    """Return the records read from the command line, and how each given option was typed, by public name.
+) -> ParsedOptions:
+    """Parse a script's command line into its option records. Help and errors end the program.
 
-    `records` are the records that declare the options; `changes` are passed to `add_options`. Help and errors
-    end the program.
+    Args:
+        description: Description of the script in its help.
+        argv: Arguments of the command line. None: those of the process.
+        *records: Records that declare the options.
+        **changes: Arguments of `add_options`.
     """
 
     def build_parser() -> Parser:
@@ -52,4 +62,4 @@ def parse_spelled(
         options = [read_options(record, arguments) for record in records]
     if os.environ.get(ONLY_OPTIONS):  # the browser only checks the options
         raise SystemExit(0)
-    return options, parser.typed_flags
+    return ParsedOptions(options, parser.typed_flags)

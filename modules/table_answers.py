@@ -25,13 +25,13 @@ _HELP = {"-h", "--help"}
 CHECKOUT_SECONDS = 60  # time in which a checkout or an update writes all files
 
 
-class _OutdatedTables(Exception):
+class _OutdatedTablesError(Exception):
     """The table lacks a typed option and may be older than the code, so the records must parse instead."""
 
 
 class _TableParser(Parser):
     def error(self, message: str) -> NoReturn:
-        _check_tables()
+        _reject_outdated_tables()
         super().error(message)
 
 
@@ -43,7 +43,7 @@ class CommandLine(NamedTuple):
 
 
 # words of the process -> what a table has read of them, until the script takes it
-_answered: dict[tuple[str, ...], CommandLine] = {}
+_parsed_lines: dict[tuple[str, ...], CommandLine] = {}
 
 
 def answer_running_script() -> None:
@@ -62,20 +62,24 @@ def answer_running_script() -> None:
 def answer_script(script: Path, argv: Sequence[str], program: str | None = None) -> None:
     """Parse a script's command line with its compiled table; print help or an option error and exit.
 
-    Valid arguments are stored for `take_answered`.
+    Valid arguments are stored for `take_parsed_line`. Nothing is done if the script has no table, if some
+    words belong to another script, or if the table may be outdated: then the records parse the line later.
 
     Args:
         script: Path of the script in the checkout or the package.
         argv: Arguments of the command line after the script.
         program: Name of the program in messages. None: the first word of the command line.
     """
-    if os.environ.get(EXTENSIONS):  # extensions may add options, so the records have to answer
+    if os.environ.get(EXTENSIONS):  # extensions may add options, so the records have to parse them
         from modules.extensions import check_named  # imported only if extensions are enabled
 
         command_line(check_named, needs_packages=False)
         return
     table = find_table(script)
-    if table is None or (table.get("cuts_words") and not _HELP.issuperset(argv or [""])):
+    if table is None:
+        return
+    asks_for_help = _HELP.issuperset(argv or [""])
+    if table.get("cuts_words") and not asks_for_help:
         return
     start_logging()
     parser = build_parser(table, program, _TableParser)
@@ -86,22 +90,22 @@ def answer_script(script: Path, argv: Sequence[str], program: str | None = None)
                 reject_unsupported(parser, arguments, tells_unneeded=False)
                 check_arguments(parser, arguments)
         except UserError as error:
-            _check_tables()
-            command_line(partial(_raise, error))
-    except _OutdatedTables:
+            _reject_outdated_tables()
+            command_line(partial(_raise, error))  # prints the error and exits
+    except _OutdatedTablesError:
         return
-    _answered[tuple(sys.argv)] = CommandLine(parser, arguments)
+    _parsed_lines[tuple(sys.argv)] = CommandLine(parser, arguments)
 
 
-def take_answered() -> CommandLine | None:
+def take_parsed_line() -> CommandLine | None:
     """Return this process's command line as parsed by its option table; None at each further call.
 
     Also None if a source file of option records is newer than the tables: then the records parse it.
     """
-    answered = _answered.pop(tuple(sys.argv), None)
-    if answered is None or (not PREFIX and _are_records_newer()):
+    parsed = _parsed_lines.pop(tuple(sys.argv), None)
+    if parsed is None or (not PREFIX and _are_records_newer()):
         return None
-    return answered
+    return parsed
 
 
 def _raise(error: UserError) -> None:
@@ -122,21 +126,21 @@ def _find_running_script(typed: str) -> Path | None:
         return find_script(path.stem) if is_command else None
 
 
-def _check_tables() -> None:
-    """Raise _OutdatedTables if a file of a room was changed after the tables were compiled."""
+def _reject_outdated_tables() -> None:
+    """Raise _OutdatedTablesError if a file of a room was changed after the tables were compiled."""
     if PREFIX:
         return
-    latest = _find_latest_time()
+    latest = _find_newest_allowed_time()
     for room in (folder for folder in ROOT.iterdir() if (folder / "__init__.py").is_file()):
         for parent, _, names in os.walk(room):
             sources = (Path(parent, name) for name in names if name.endswith(".py"))
             if any(source.stat().st_mtime > latest for source in sources):
-                raise _OutdatedTables
+                raise _OutdatedTablesError
 
 
 def _are_records_newer() -> bool:
     """Return whether a file that declares options was changed after the tables were compiled."""
-    latest = _find_latest_time()
+    latest = _find_newest_allowed_time()
     waiting: list[type] = [Options]
     modules = set()
     while waiting:
@@ -147,5 +151,5 @@ def _are_records_newer() -> bool:
     return any(Path(file).stat().st_mtime > latest for file in files if file)
 
 
-def _find_latest_time() -> float:
+def _find_newest_allowed_time() -> float:
     return TABLES.stat().st_mtime + CHECKOUT_SECONDS

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules.installation import import_own
 from modules.option_checks import check_paths, check_relations, check_value
@@ -19,7 +19,7 @@ from modules.options import TYPED, KeyFile, Rejection
 from modules.parser import Parser, group_of
 from modules.run_limits import is_limited
 
-# attribute of an action -> its value where the table does not name it
+# attribute of an argparse action -> its value if the action's row in the table does not have it
 _DEFAULTS: Mapping[str, Any] = {
     "nargs": None,
     "const": None,
@@ -38,12 +38,12 @@ _DEFAULTS: Mapping[str, Any] = {
     "stays": (),
     "facts": {},
 }
-# likewise, of a switch
-_OF_SWITCH: Mapping[str, Mapping[str, Any]] = {
+# name of an action of a switch -> the same for attributes that argparse sets itself
+_SWITCH_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "store_true": {"nargs": 0, "const": True, "default": False},
     "store_false": {"nargs": 0, "const": False, "default": True},
 }
-_NUMBERS: Mapping[str, type] = {"int": int, "float": float, "str": str, "Path": Path}
+_BUILTIN_TYPES: Mapping[str, type] = {"int": int, "float": float, "str": str, "Path": Path}
 _ACTIONS: Mapping[str, type[argparse.Action]] = {
     "store": argparse._StoreAction,
     "store_true": argparse._StoreTrueAction,
@@ -52,8 +52,8 @@ _ACTIONS: Mapping[str, type[argparse.Action]] = {
     "extend": argparse._ExtendAction,
     "on_or_off": argparse.BooleanOptionalAction,
 }
-_NAMES = {kind: name for name, kind in _ACTIONS.items()}
-_SHOWN_DEFAULT = " (default: %(default)s)"  # BooleanOptionalAction adds it in Python 3.12 and older
+_ACTION_NAMES = {kind: name for name, kind in _ACTIONS.items()}
+_DEFAULT_SUFFIX = " (default: %(default)s)"  # BooleanOptionalAction adds it in Python 3.12 and older
 
 
 class _NamedType:
@@ -104,35 +104,67 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:
-    """Build the argparse action that a row of a table describes, without calling the constructor."""
+    """Build the argparse action that a row of a table describes, without calling the constructor.
+
+    1. Attributes that the row lacks get the defaults of `_DEFAULTS`.
+    2. Lists, which JSON has instead of tuples, become tuples, and names of types become the types.
+    3. An option of another program gets its `Rejection`, from which its help may follow.
+    """
     flags = row["flags"]
-    dest = row.get("dest") or _name_after(flags)
+    dest = row.get("dest") or _default_dest(flags)
     action_name = row.get("action", "store")
-    kind = _ACTIONS[action_name]
-    defaults = {**_DEFAULTS, **_OF_SWITCH.get(action_name, {})}
-    info = {name: row.get(name, default) for name, default in defaults.items()}
-    if kind is argparse.BooleanOptionalAction:  # argparse's help differs between Python versions
+    action_class = _ACTIONS[action_name]
+    defaults = {**_DEFAULTS, **_SWITCH_DEFAULTS.get(action_name, {})}
+    attributes = {name: row.get(name, default) for name, default in defaults.items()}
+    if action_class is argparse.BooleanOptionalAction:  # argparse's help differs between Python versions
         on_flags = [flag for flag in flags if not flag.startswith("--no-")]
-        built: argparse.Action = kind(on_flags, dest, default=info["default"], help=info["help"])
-        info |= {"help": built.help, "nargs": built.nargs}
-    action = kind.__new__(kind)
-    vars(action).update(info, option_strings=flags, dest=dest)
-    # the table is JSON: lists stand for tuples, and names for types
-    for name in ("choices", "known_as", "stays"):
-        if isinstance(info[name], list):
-            setattr(action, name, tuple(info[name]))
-    if isinstance(info["metavar"], list):
-        action.metavar = tuple(info["metavar"])
-    if isinstance(info["type"], str):
-        action.type = _NUMBERS.get(info["type"]) or _NamedType(info["type"])
+        template = action_class(on_flags, dest, default=attributes["default"], help=attributes["help"])
+        attributes |= {"help": template.help, "nargs": template.nargs}
+    for name in ("choices", "known_as", "stays", "metavar"):
+        if isinstance(attributes[name], list):
+            attributes[name] = tuple(attributes[name])
+    if isinstance(attributes["type"], str):
+        type_name = attributes["type"]
+        attributes["type"] = _BUILTIN_TYPES.get(type_name) or _NamedType(type_name)
     if "rejection" in row:
         rejection = {"help": "", "reason": "", "instead": "", "settings": {}, **row["rejection"]}
         rejection["values"] = tuple(rejection.get("values", ()))
-        action.rejection = Rejection(**rejection)  # type: ignore[attr-defined]
-        action.help = row.get("help") or _help_of(action.rejection)  # type: ignore[attr-defined]
+        attributes["rejection"] = Rejection(**rejection)
+        attributes["help"] = row.get("help") or _default_help(attributes["rejection"])
     if "not_given" in row:
-        action.not_given = row["not_given"]  # type: ignore[attr-defined]
+        attributes["not_given"] = row["not_given"]
+    action = action_class.__new__(action_class)
+    vars(action).update(attributes, option_strings=flags, dest=dest)
     return action
+
+
+class _ParsedArguments(NamedTuple):
+    """The arguments of a command line, with the questions that `modules.option_checks` asks about them."""
+
+    actions: Mapping[str, argparse.Action]  # by `dest`
+    values: argparse.Namespace
+
+    def find_paths(self, name: str) -> Any:
+        """Return the value of a path option as its record has it: a path or several; None if unset."""
+        argument = name.replace("-", "_")
+        action = self.actions.get(argument)
+        value = getattr(self.values, argument, None)
+        if action is None or value is None:
+            return None
+        check_characters(name, value)
+        flag = f"--{name}" if action.option_strings else name
+        return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
+
+    def list_set(self, names: Collection[str]) -> list[str]:
+        """Return which of these options differ from their defaults and are not turned off."""
+        return [
+            name for name in names if _is_set(self.actions.get(name.replace("-", "_")), name, self.values)
+        ]
+
+    def list_typed(self, names: Collection[str]) -> list[str]:
+        """Return which of these options are set and typed on the command line."""
+        typed = getattr(self.values, TYPED)
+        return [name for name in self.list_set(names) if name.replace("-", "_") in typed]
 
 
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
@@ -149,25 +181,8 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         OptionError: If a value is not allowed, if it conflicts with another option or needs one that is not
             given, or if a path is unusable.
     """
-    actions = {action.dest: action for action in parser._actions}
+    parsed = _ParsedArguments({action.dest: action for action in parser._actions}, arguments)
     typed: Collection[str] = getattr(arguments, TYPED)
-
-    def value_of(name: str) -> Any:
-        """Return the value of an option as its record has it, if it is one path or several."""
-        action = actions.get(name.replace("-", "_"))
-        value = getattr(arguments, name.replace("-", "_"), None)
-        if action is None or value is None:
-            return None
-        check_characters(name, value)
-        flag = f"--{name}" if action.option_strings else name
-        return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
-
-    def list_given(names: Collection[str]) -> list[str]:
-        return [name for name in names if _is_given(actions.get(name.replace("-", "_")), name, arguments)]
-
-    def list_typed(names: Collection[str]) -> list[str]:
-        return [name for name in list_given(names) if name.replace("-", "_") in typed]
-
     checked = [action for action in parser._actions if action.dest in typed or not action.option_strings]
     for action in checked:
         info: Mapping[str, Any] = getattr(action, "facts", {})
@@ -176,26 +191,31 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         if value is None or not info:
             continue
         check_value(name, value, info)
-        if not _is_given(action, name, arguments):
+        if not _is_set(action, name, arguments):
             continue
         if parser.changes_values:
-            check_relations(name, {**info, "needs": ()}, list_typed)
+            check_relations(name, {**info, "needs": ()}, parsed.list_typed)
         else:
-            check_relations(name, info, list_given)
+            check_relations(name, info, parsed.list_set)
     if is_limited():  # the records first check which paths may be accessed
         return
     for action in checked:
-        info = getattr(action, "facts", {})
-        if info.get("are_paths"):
-            name = _find_public_name(action)
-            flag = f"--{name}" if action.option_strings else name
-            if info.get("place") != "safetensors":
-                check_paths(flag, value_of(name), info, value_of)
-                continue
-            from modules.console import quiet  # imported only if a file may be replaced
+        if getattr(action, "facts", {}).get("are_paths"):
+            _check_option_paths(action, parsed)
 
-            with quiet():
-                check_paths(flag, value_of(name), info, value_of)
+
+def _check_option_paths(action: argparse.Action, parsed: _ParsedArguments) -> None:
+    """Raise OptionError if a path of an option is unusable; the record will log that it replaces a file."""
+    info: Mapping[str, Any] = getattr(action, "facts", {})
+    name = _find_public_name(action)
+    flag = f"--{name}" if action.option_strings else name
+    if info.get("place") != "safetensors":
+        check_paths(flag, parsed.find_paths(name), info, parsed.find_paths)
+        return
+    from modules.console import quiet  # imported only if a file may be replaced
+
+    with quiet():
+        check_paths(flag, parsed.find_paths(name), info, parsed.find_paths)
 
 
 def _find_public_name(action: argparse.Action) -> str:
@@ -204,7 +224,7 @@ def _find_public_name(action: argparse.Action) -> str:
     return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
 
 
-def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
+def _is_set(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
     """Return whether an option's value differs from its record's default and does not turn it off."""
     value = getattr(arguments, name.replace("-", "_"), None)
     if action is None:  # the script lacks the option; the record may have a value
@@ -216,21 +236,24 @@ def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Nam
     return bool(value != default) and value not in info.get("off", ())
 
 
-def _name_after(flags: Sequence[str]) -> str:
+def _default_dest(flags: Sequence[str]) -> str:
     """Return the default name of an option: the name of its last flag."""
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
 
 
-def _help_of(rejection: Rejection) -> str:
+def _default_help(rejection: Rejection) -> str:
     """Return the default help of an option of other programs."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
 
 
 def describe_parser(parser: Parser) -> dict[str, Any]:
-    """Return a description of a script's parser that can be stored as JSON: its options in sections."""
-    sections: list[dict[str, Any]] = []
+    """Return a description of a script's parser that can be stored as JSON: its options in sections.
+
+    A section holds consecutive options of one group, so a group whose options are apart has several.
+    """
     groups = [group for group in parser._action_groups if group.title is not None]
     title_of = {id(action): group.title for group in groups for action in group._group_actions}
+    sections: list[dict[str, Any]] = []
     for action in parser._actions:
         if action.dest == "help":
             continue
@@ -238,12 +261,12 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
         if not sections or sections[-1]["title"] != title:
             sections.append({"title": title, "options": []})
         sections[-1]["options"].append(_describe_action(action))
-    titles = [group.title for group in groups]
-    in_order = dict.fromkeys(["positional arguments", "options", *(part["title"] for part in sections)])
+    group_titles = [group.title for group in groups]
+    titles_by_sections = ["positional arguments", "options", *(section["title"] for section in sections)]
+    follows_sections = group_titles == list(dict.fromkeys(titles_by_sections))
     table: dict[str, Any] = {
         "description": parser.description,
-        # stored only if the order of the sections does not show it
-        "groups": [] if titles == list(in_order) else titles,
+        "groups": [] if follows_sections else group_titles,
         "sections": sections,
         "shown_flags": dict(parser.shown_flags),
         "left_out": {name: _to_json_value(value) for name, value in parser.left_out.items()},
@@ -258,38 +281,38 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
 
 def _describe_action(action: argparse.Action) -> dict[str, Any]:
     """Return the row of an option: its flags, its name, and the values that differ from `_DEFAULTS`."""
-    info = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
     flags = list(action.option_strings)
     row: dict[str, Any] = {"flags": flags}
-    if action.dest != _name_after(flags):
+    if action.dest != _default_dest(flags):
         row["dest"] = action.dest
-    kind = _NAMES[type(action)]
-    if kind != "store":
-        row["action"] = kind
-    defaults = {**_DEFAULTS, **_OF_SWITCH.get(kind, {})}
-    if info["type"] is not None:
-        info["type"] = _name_type(info["type"])
+    action_name = _ACTION_NAMES[type(action)]
+    if action_name != "store":
+        row["action"] = action_name
+    attributes = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
+    if attributes["type"] is not None:
+        attributes["type"] = _name_type(attributes["type"])
     if isinstance(action, argparse.BooleanOptionalAction):  # sets both by itself
-        info["help"] = (info["help"] or "").removesuffix(_SHOWN_DEFAULT)
-        info["nargs"] = None
-    for name, value in info.items():
+        attributes["help"] = (attributes["help"] or "").removesuffix(_DEFAULT_SUFFIX)
+        attributes["nargs"] = None
+    defaults = {**_DEFAULTS, **_SWITCH_DEFAULTS.get(action_name, {})}
+    for name, value in attributes.items():
         plain = _to_json_value(value)
-        default = defaults[name]
-        if plain != (list(default) if isinstance(default, tuple) else default):
+        if plain != _to_json_value(defaults[name]):
             row[name] = plain
     rejection: Rejection | None = vars(action).get("rejection")
     if rejection is not None:
-        rejection_row = {
-            "reason": rejection.reason,
-            "instead": rejection.instead,
-            "values": list(rejection.values),
-        }
-        row["rejection"] = {name: value for name, value in rejection_row.items() if value}
-        if row.get("help") == _help_of(rejection):  # the help that follows from the rejection
+        row["rejection"] = _describe_rejection(rejection)
+        if row.get("help") == _default_help(rejection):  # the help that follows from the rejection
             del row["help"]
     if "not_given" in vars(action):
         row["not_given"] = vars(action)["not_given"]
     return row
+
+
+def _describe_rejection(rejection: Rejection) -> dict[str, Any]:
+    """Return the facts of a rejection that are not empty; its help stands in the row of the option."""
+    facts = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _to_json_value(value: Any) -> Any:
@@ -306,7 +329,7 @@ def _name_type(kind: Callable[[str], Any]) -> str:
     if isinstance(kind, _NamedType):
         return kind.name
     name = getattr(kind, "__qualname__", "")
-    if _NUMBERS.get(name) is kind:
+    if _BUILTIN_TYPES.get(name) is kind:
         return str(name)
     module = import_own(kind.__module__)
     if getattr(module, name, None) is not kind:

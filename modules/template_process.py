@@ -36,10 +36,25 @@ def _limit_memory(size_bytes: int) -> None:
 
 
 def _generate(job: dict[str, Any]) -> str:
-    """Render a template in a sandbox and return the text."""
+    """Render the template of a job in a sandbox and return the text.
+
+    Raises ValueError once the text exceeds the job's limit of characters.
+    """
     sys.path.append(job["packages"])
-    import jinja2
-    import jinja2.ext
+    environment = _make_environment()
+    pieces = []
+    num_characters = 0
+    for piece in environment.from_string(job["template"]).generate(**job["variables"]):
+        pieces.append(piece)
+        num_characters += len(piece)
+        if num_characters > job["characters"]:
+            raise ValueError(f"it makes more than {job['characters']:,} characters")
+    return "".join(pieces)
+
+
+def _make_environment() -> Any:
+    """Return Jinja's sandbox with the tags, filters and functions that chat templates may use."""
+    import jinja2.ext  # found in the folder of the job
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
@@ -51,26 +66,27 @@ def _generate(job: dict[str, Any]) -> str:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
-
-    def fail(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    pieces = []
-    count = 0
-    for piece in environment.from_string(job["template"]).generate(**job["variables"]):
-        pieces.append(piece)
-        count += len(piece)
-        if count > job["characters"]:
-            raise ValueError(f"it makes more than {job['characters']:,} characters")
-    return "".join(pieces)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.globals["strftime_now"] = _format_now
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+
+
+def _raise_template_error(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _format_now(format: str) -> str:
+    return datetime.now().strftime(format)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ NAMES = {
     "big5": "Big5 (Chinese)",
     "cp949": "EUC-KR (Korean)",
 }
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -60,12 +60,12 @@ _FREQUENT = {
 }
 _SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others: Latin, East Asian
 _PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
-CHARACTERS = 0.6  # minimum fraction of letters, blanks and punctuation
+MIN_PLAUSIBLE = 0.6  # minimum fraction of letters, blanks and punctuation
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-SCORED = 5000  # maximum characters of a file that are scored
-_SURE = 0.75  # minimum score for converting without asking
-_AHEAD = 0.4  # minimum lead over the next guess per character,
-_AHEAD_IN_ALL = 1.5  # or in the sum over all characters
+MAX_SCORED = 5000  # maximum characters of a file that are scored
+_MIN_SURE_SCORE = 0.75  # minimum score for converting without asking
+_MIN_LEAD = 0.4  # minimum lead over the next guess per character,
+_MIN_TOTAL_LEAD = 1.5  # or in the sum over all characters
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,27 @@ class EncodingGuess:
 
 def guess_encoding(content: bytes) -> EncodingGuess | None:
     """Return the most probable encoding of bytes that are not UTF-8; None if they are probably no text."""
-    # UTF-16 and UTF-32: by a byte order mark, or by zero bytes
-    marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
+    marked = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), None)
     if marked is not None or b"\0" in content:
-        return _guess_wide(content, marked)
+        return _guess_utf16_or_32(content, marked)
     if _CONTROL.search(content):
         return None
-    damaged = content.decode("utf-8", "replace")
-    wrong = damaged.count("\ufffd")
-    if _count_beyond_ascii(damaged) - wrong > 3 * wrong:  # single bytes of another encoding are rare
-        return EncodingGuess("utf-8", damaged, is_sure=False)
+    as_utf8 = content.decode("utf-8", "replace")
+    num_invalid = as_utf8.count("\ufffd")
+    if _count_beyond_ascii(as_utf8) - num_invalid > 3 * num_invalid:  # UTF-8 with a few damaged bytes
+        return EncodingGuess("utf-8", as_utf8, is_sure=False)
     ranked = _rank_encodings(content)
     if not ranked or ranked[0].score < 0:
         return None
     best = ranked[0]
-    next_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
-    lead = best.score - next_score  # lead per character
+    second_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
+    lead = best.score - second_score  # per character beyond ASCII
     total_lead = lead * _count_beyond_ascii(best.text)
-    is_clear = lead >= _AHEAD or total_lead >= _AHEAD_IN_ALL
-    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_clear)
+    is_clear = lead >= _MIN_LEAD or total_lead >= _MIN_TOTAL_LEAD
+    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _MIN_SURE_SCORE and is_clear)
 
 
-class _Scored(NamedTuple):
+class _ScoredText(NamedTuple):
     """A text as decoded with one encoding, and the score of its plausibility."""
 
     score: float
@@ -113,13 +112,13 @@ class _Scored(NamedTuple):
     text: str
 
 
-def _rank_encodings(content: bytes) -> list[_Scored]:
+def _rank_encodings(content: bytes) -> list[_ScoredText]:
     """Return the texts by all encodings that can decode the bytes, the most probable one first."""
     scored = []
     for encoding in NAMES:
         text = None if encoding.startswith("utf") else _decode(content, encoding)
         if text is not None:
-            scored.append(_Scored(_rate_text(text, encoding), encoding, text))
+            scored.append(_ScoredText(_score_text(text, encoding), encoding, text))
     return sorted(scored, key=lambda guess: -guess.score)  # stable: equal scores keep the order of NAMES
 
 
@@ -127,7 +126,7 @@ def _count_beyond_ascii(text: str) -> int:
     return sum(char > "\x7f" for char in text)
 
 
-def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
+def _guess_utf16_or_32(content: bytes, marked: str | None) -> EncodingGuess | None:
     """Return the guess for two or four bytes a character.
 
     `marked` is the encoding that a byte order mark names; None without a mark.
@@ -137,9 +136,9 @@ def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
     # without a mark only ASCII is recognized, half of whose bytes are 0
     name = marked or ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be")
     text = _decode(content, name)
-    if text is None or "\0" in text or _measure_characters(text) < CHARACTERS:
+    if text is None or "\0" in text or _measure_characters(text) < MIN_PLAUSIBLE:
         return None
-    return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > CHARACTERS * half else None
+    return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > MIN_PLAUSIBLE * half else None
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
@@ -149,22 +148,25 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
     together, if that decodes it.
     """
     guesses = [guess_encoding(content) for content in contents]
-    not_unicode = []
-    for content, guess in zip(contents, guesses, strict=True):
-        if guess is None or not guess.encoding.startswith("utf"):
-            not_unicode.append(content)
+    not_unicode = [
+        content for content, guess in zip(contents, guesses, strict=True) if not _is_unicode(guess)
+    ]
     if len(not_unicode) < 2:
         return guesses
-    joint = guess_encoding(b"\n".join(not_unicode))  # of all these files together
-    if joint is None or joint.encoding.startswith("utf"):
+    joint_guess = guess_encoding(b"\n".join(not_unicode))
+    if joint_guess is None or _is_unicode(joint_guess):
         return guesses
     for index, (content, guess) in enumerate(zip(contents, guesses, strict=True)):
-        if guess is not None and (guess.is_sure or guess.encoding.startswith("utf")):
+        if _is_unicode(guess) or (guess is not None and guess.is_sure):
             continue
-        text = _decode(content, joint.encoding)
+        text = _decode(content, joint_guess.encoding)
         if text is not None:
-            guesses[index] = EncodingGuess(joint.encoding, text, joint.is_sure)
+            guesses[index] = EncodingGuess(joint_guess.encoding, text, joint_guess.is_sure)
     return guesses
+
+
+def _is_unicode(guess: EncodingGuess | None) -> bool:
+    return guess is not None and guess.encoding.startswith("utf")
 
 
 def _decode(content: bytes, encoding: str) -> str | None:
@@ -181,11 +183,11 @@ def _measure_characters(text: str) -> float:
     return plausible / max(len(text), 1)
 
 
-def _rate_text(text: str, encoding: str) -> float:
+def _score_text(text: str, encoding: str) -> float:
     """Return the plausibility of the characters beyond ASCII: 1 and more for a text, below 0 for nonsense."""
-    padded = f" {text[:SCORED]} "
+    padded = f" {text[:MAX_SCORED]} "
     points = [
-        _rate_character(padded[index - 1], char, padded[index + 1], encoding)
+        _score_character(padded[index - 1], char, padded[index + 1], encoding)
         for index, char in enumerate(padded[1:-1], 1)
         if char > "\x7f"
     ]
@@ -193,37 +195,42 @@ def _rate_text(text: str, encoding: str) -> float:
 
 
 @functools.lru_cache(1 << 16)
-def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
-    """Rate how plausible a decoded character is between its neighbors; above 0 means plausible."""
-    # Only the order of the rates counts: punctuation, letters and kana are likely, control codes never are.
+def _score_character(before: str, char: str, after: str, encoding: str) -> float:
+    """Score how plausible a decoded character is between its neighbors; above 0 means plausible.
+
+    Only the order of the scores counts: punctuation, letters and kana are likely, control codes never are.
+    """
     if char in _PUNCTUATION:
         return 0.8
     category = unicodedata.category(char)
     if category[0] != "L":  # symbols, control codes, private use
         return -3.0 if category in {"Cc", "Co", "Cn"} else -1.0
     is_frequent = char.lower() in _FREQUENT.get(encoding, "")
-    bonus = 0.5 if is_frequent else 0.0
-    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":  # hiragana and katakana
+    is_kana = "\u3040" <= char <= "\u30ff"
+    if is_kana and encoding in {"cp932", "euc_jp"}:
         return 1.5
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
     if char >= "\u2e80":  # East Asian scripts
-        return _score_character(char, encoding) + 2 * bonus
+        return _score_east_asian(char, encoding) + (1.0 if is_frequent else 0.0)
+    return _score_letter(before, char, after, encoding, is_frequent)
+
+
+def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
+    """Score a letter of an alphabet: above 0 if it and its neighbors are of the encoding's script."""
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
-    for character in (char, *neighbors):
-        if script not in unicodedata.name(character, ""):
-            return -1.0
+    if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):
+        return -1.0
     if char.isupper() and before.isalpha():  # inside a word
         return -1.0 if before.islower() else 0.0
-    if encoding == "cp1252" and any(character > "\x7f" for character in neighbors):
-        return -0.5  # two accents side by side
-    if script != "LATIN" or is_frequent:
-        return 0.5 + bonus
-    return 0.3 + bonus
+    if encoding == "cp1252" and any(letter > "\x7f" for letter in neighbors):
+        return -0.5  # two accents next to each other
+    bonus = 0.5 if is_frequent else 0.0
+    return bonus + (0.5 if script != "LATIN" or is_frequent else 0.3)
 
 
-def _score_character(char: str, encoding: str) -> float:
+def _score_east_asian(char: str, encoding: str) -> float:
     """Rate an East Asian character: above 0 if it is a common one, else below 0.
 
     The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the

@@ -67,23 +67,26 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise ValueError if a node contains itself, or if expanding the aliases gives too many nodes."""
-    sizes: dict[int, int] = {}  # node id -> number of nodes including nested ones
-    open_nodes: set[int] = set()
-    waiting = [(root, _list_inner(root))]  # the path to the current node, which is walked without recursion
-    while waiting:
-        node, inner = waiting[-1]
-        open_nodes.add(id(node))
-        child = next((child for child in inner if id(child) not in sizes), None)  # not counted yet
+    """Raise ValueError if a node contains itself, or if expanding the aliases gives too many nodes.
+
+    The nodes are walked depth first, without recursion; a node that has several aliases is walked once.
+    """
+    sizes: dict[int, int] = {}  # id of a finished node -> number of nodes including nested ones
+    open_ids: set[int] = set()  # nodes of `path`
+    path = [(root, _list_children(root))]  # from the root to the current node, each with its open children
+    while path:
+        node, children = path[-1]
+        open_ids.add(id(node))
+        child = next((child for child in children if id(child) not in sizes), None)
         if child is not None:
-            if id(child) in open_nodes:
+            if id(child) in open_ids:
                 raise ValueError("it has an alias to what the alias is in")
-            waiting.append((child, _list_inner(child)))
+            path.append((child, _list_children(child)))
             continue
-        waiting.pop()
-        open_nodes.discard(id(node))
-        sizes[id(node)] = size = 1 + sum(sizes[id(child)] for child in _list_inner(node))
-        if size > MAX_NODES:
+        path.pop()
+        open_ids.discard(id(node))
+        sizes[id(node)] = 1 + sum(sizes[id(child)] for child in _list_children(node))
+        if sizes[id(node)] > MAX_NODES:
             raise _too_many()
         if node.tag in _NUMBERS and len(str(node.value)) > MAX_NUMBER_CHARACTERS:
             raise ValueError(
@@ -91,7 +94,7 @@ def _check_nodes(root: yaml.Node) -> None:
             )
 
 
-def _list_inner(node: yaml.Node) -> Iterator[yaml.Node]:
+def _list_children(node: yaml.Node) -> Iterator[yaml.Node]:
     if isinstance(node, yaml.SequenceNode):
         yield from node.value
     elif isinstance(node, yaml.MappingNode):

@@ -95,28 +95,33 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     `python wan_cache_latents.py` becomes `wan_cache_latents`, and `python tools/compare.py` becomes
     `reelsmith compare`. A launcher's command names the module: `accelerate launch ... -m
     reelsmith.wan_train_network`.
+    """
+    names = "|".join(sorted(scripts))
+    rooms = "|".join(SCRIPT_ROOMS)
+    in_launcher = rf'(accelerate launch [^"\n]*?)\b({names})\.py\b'
+    word_start = r"(?:\b|(?<=\\n))"  # also at the start of a line, which tables write as \\n
+    in_command = (
+        rf"(?P<opening>[\"'])?(?P<python>{word_start}python )?{word_start}(?:(?:{rooms})/)?"
+        rf"(?P<script>{names})\.py\b(?P<closing>[\"'])?"
+    )
+    source = re.sub(in_launcher, rf"\1-m {PACKAGE}.\2", source)
+    source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
+    return re.sub(in_command, _rename_command, source)
+
+
+def _rename_command(match: re.Match[str]) -> str:
+    """Return the console command for a script in a text.
 
     A literal that consists of a script's path alone stays, because it is not a text but a word of a command:
     code finds the script by this path, and `command_words` translates it when the command is shown. Only a
     script with a console command of its own loses its ending there, because either form names that script.
     """
-    names = "|".join(sorted(scripts))
-    rooms = "|".join(SCRIPT_ROOMS)
-    launcher_pattern = rf'(accelerate launch [^"\n]*?)\b({names})\.py\b'
-    word_start = r"(?:\b|(?<=\\n))"  # of a word, also at the start of a line, which tables write as \\n
-    # quote, python, script, quote
-    command_pattern = rf"([\"'])?({word_start}python )?{word_start}(?:(?:{rooms})/)?({names})\.py\b([\"'])?"
-
-    def rename(match: re.Match[str]) -> str:
-        before, python, script, after = match.groups(default="")
-        is_literal = before and before == after and not python
-        if not is_literal:
-            return f"{before}{' '.join(console_words(script))}{after}"
-        return f"{before}{script}{after}" if has_own_command(script) else match[0]
-
-    source = re.sub(launcher_pattern, rf"\1-m {PACKAGE}.\2", source)
-    source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
-    return re.sub(command_pattern, rename, source)
+    opening, closing = match["opening"] or "", match["closing"] or ""
+    script = match["script"]
+    is_literal = opening and opening == closing and not match["python"]
+    if not is_literal:
+        return f"{opening}{' '.join(console_words(script))}{closing}"
+    return f"{opening}{script}{closing}" if has_own_command(script) else match[0]
 
 
 def add_entry_point(source: str, script: str) -> str:
@@ -133,10 +138,10 @@ def add_entry_point(source: str, script: str) -> str:
 
 # folders of Python that are for work on Reelsmith, or for its quickstart
 NOT_INSTALLED = {"benchmarks", "package", "pocket", "tests"}
-FRONT = Path("package", "reelsmith")
+FRONT_FOLDER = Path("package", "reelsmith")
 # read by setuptools, or carried along
-TEXTS = ("pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE*", "NOTICE*")
-CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+COPIED_DOCUMENTS = ("pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE*", "NOTICE*")
+IGNORED_FILES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def find_rooms(root: Path) -> list[str]:
@@ -152,9 +157,9 @@ def find_own_names(root: Path) -> set[str]:
 
 def lay_out_sources(root: Path, folder: Path) -> None:
     """Copy the files from which a wheel is built into `folder`: sources and documents, all unchanged."""
-    _copy_texts(root, folder)
+    _copy_documents(root, folder)
     for name in [*find_rooms(root), "package", "docs"]:
-        shutil.copytree(root / name, folder / name, ignore=CACHES)
+        shutil.copytree(root / name, folder / name, ignore=IGNORED_FILES)
     for path in _top_modules(root):
         shutil.copy(path, folder / path.name)
     (folder / "MANIFEST.in").write_text("global-include *\n", encoding="utf-8")
@@ -165,11 +170,11 @@ def lay_out_package(root: Path, folder: Path) -> None:
 
     Raises ValueError, with the name of the file, if one of them cannot be rewritten.
     """
-    _copy_texts(root, folder)
+    _copy_documents(root, folder)
     package = folder / "reelsmith"
-    shutil.copytree(root / FRONT, package, ignore=CACHES)
+    shutil.copytree(root / FRONT_FOLDER, package, ignore=IGNORED_FILES)
     for name in find_rooms(root):
-        shutil.copytree(root / name, package / name, ignore=CACHES)
+        shutil.copytree(root / name, package / name, ignore=IGNORED_FILES)
     for path in _top_modules(root):
         shutil.copy(path, package / path.name)
     shutil.copy(root / "requirements.txt", package / "requirements.txt")
@@ -198,8 +203,8 @@ def _rewrite_modules(root: Path, package: Path) -> None:
         path.write_text(rename_scripts(path.read_text(encoding="utf-8"), scripts), encoding="utf-8")
 
 
-def _copy_texts(root: Path, folder: Path) -> None:
-    for pattern in TEXTS:
+def _copy_documents(root: Path, folder: Path) -> None:
+    for pattern in COPIED_DOCUMENTS:
         for path in root.glob(pattern):
             shutil.copy(path, folder / path.name)
     entries = [f"{name} = {target}" for name, target in sorted(entry_points(root).items())]

@@ -35,21 +35,22 @@ from modules.text_files import parse_json, parse_toml, read_text
 from modules.zip_files import BoundedFile
 
 PROJECT = "pyproject.toml"
-NOTES = ".reelsmith"  # folder of what is noted here
-COMMIT = "before_update.txt"  # in it: the commits before and after the last update from git, one a line
-FILES = "files.txt"  # in it: the files of the version that the last zip file brought
-DIGESTS = "digests.txt"  # in it: a line "digest  name" for each file of the version that is here
-NEW = "new"  # in it: files on their way into their places
-BACK = "back"  # in it: the files that the last zip file replaced
-PLAN = "update.json"  # in BACK: what the last zip file changed
-# in BACK, while files change; for a clone with the commits before and after. modules/interpreter.py knows it
+STATE_FOLDER = ".reelsmith"  # folder of all files that this module writes for itself
+COMMITS_FILE = "before_update.txt"  # in it: the commits before and after the last update from git, one a line
+FILE_LIST = "files.txt"  # in it: the files of the version that the last zip file brought
+DIGESTS_FILE = "digests.txt"  # in it: a line "digest  name" for each file of the version that is here
+UNPACKED = "new"  # in it: files on their way into their places
+BACKUP = "back"  # in it: the files that the last zip file replaced
+PLAN_FILE = "update.json"  # in BACKUP: what the last zip file changed
+# in BACKUP, while files change; for a clone with the commits before and after. modules/interpreter.py knows
+# its name
 UNFINISHED = "unfinished"
-PROGRAM = "program.zip"  # in it: set_up.py and this file, of one version, whatever happens to the folder
-NOTES_OF_VERSION = (FILES, DIGESTS)
+UPDATER_ZIP = "program.zip"  # in it: set_up.py and this file, of one version, whatever happens to the folder
+VERSION_FILES = (FILE_LIST, DIGESTS_FILE)
 LOCK = "update.lock"
 GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
 # names that belong to the user or the machine, wherever a zip file has them
-KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
+USER_FOLDERS = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MAX_FILES, MAX_BYTES = 50_000, 2 << 30
 MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
 MAX_OF_NAME = 1000  # bytes of a file's path
@@ -107,7 +108,7 @@ def update(root: Path, file: Path | None) -> None:
         )
     if file is not None and not file.is_file():
         raise UserError(f"{file}: no such file")
-    with _only_change(root):
+    with _exclusive_access(root):
         _repair(root)
         if file is None:
             _update_clone(root)
@@ -122,12 +123,12 @@ def go_back(root: Path) -> None:
         UserError: If there was no update, if the user's own changes would be lost, or if git fails. Nothing
             has changed then.
     """
-    with _only_change(root):
-        was_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
+    with _exclusive_access(root):
+        was_unfinished = (root / STATE_FOLDER / BACKUP / UNFINISHED).exists()
         _repair(root)
         if not (root / ".git").exists():
             if not was_unfinished:  # an unfinished update has just been undone by `_repair`
-                _undo_zip(root)
+                _restore_backup(root)
             return
         note = _read_commits(root)
         _reject_changes(root, "back")
@@ -144,14 +145,17 @@ def repair(root: Path) -> None:
     Raises:
         UserError: If the repair fails, or if an update is running.
     """
-    if any((root / NOTES / name).exists() for name in (BACK, f"{BACK}.part", f"{BACK}.old", NEW)):
-        with _only_change(root):
+    if any(
+        (root / STATE_FOLDER / name).exists()
+        for name in (BACKUP, f"{BACKUP}.part", f"{BACKUP}.old", UNPACKED)
+    ):
+        with _exclusive_access(root):
             _repair(root)
 
 
 def note_version(root: Path) -> None:
     """Record digests of the installed files, so that an update can detect files that the user has changed."""
-    digests_file = root / NOTES / DIGESTS
+    digests_file = root / STATE_FOLDER / DIGESTS_FILE
     # an update has recorded them; in a clone, git detects changes
     if digests_file.exists() or (root / ".git").exists():
         return
@@ -159,11 +163,11 @@ def note_version(root: Path) -> None:
     for folder, folders, files in os.walk(root):
         subfolder = Path(folder).relative_to(root)
         # skip folders in which no version has files
-        folders[:] = [name for name in folders if not _find_error((subfolder / name).as_posix())]
+        folders[:] = [name for name in folders if not _find_name_error((subfolder / name).as_posix())]
         names = [(subfolder / name).as_posix() for name in files]
         for name in names:
             path = root / name
-            if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_error(name):
+            if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_name_error(name):
                 digests[name] = _digest(path)
         if len(digests) > MAX_FILES:
             break
@@ -171,15 +175,15 @@ def note_version(root: Path) -> None:
 
 
 @contextmanager
-def _only_change(root: Path) -> Iterator[None]:
+def _exclusive_access(root: Path) -> Iterator[None]:
     """Let only one process at a time change the folder.
 
     Raises:
         UserError: If another process is changing it.
     """
     try:
-        (root / NOTES).mkdir(exist_ok=True)
-        with only_one(root / NOTES / LOCK, waits=False):
+        (root / STATE_FOLDER).mkdir(exist_ok=True)
+        with only_one(root / STATE_FOLDER / LOCK, waits=False):
             yield
     except BlockingIOError:
         raise UserError(f"An update of {root} is running. Wait until it has ended, and start again") from None
@@ -189,31 +193,36 @@ def _only_change(root: Path) -> Iterator[None]:
 
 def _repair(root: Path) -> None:
     """Undo an interrupted update from a zip file, or finish one in a git clone, and remove its leftovers."""
-    backup, partial_backup, old_backup = (
-        root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old")
-    )
-    if partial_backup.exists() and old_backup.exists() and not backup.exists():  # ended between two renamings
+    state_folder = root / STATE_FOLDER
+    backup = state_folder / BACKUP
+    partial_backup = state_folder / f"{BACKUP}.part"
+    old_backup = state_folder / f"{BACKUP}.old"
+    was_killed_between_renames = partial_backup.exists() and old_backup.exists() and not backup.exists()
+    if was_killed_between_renames:
         replace_file(old_backup, backup)
-    for leftover in (partial_backup, old_backup, root / NOTES / NEW):
+    for leftover in (partial_backup, old_backup, state_folder / UNPACKED):
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished = backup / UNFINISHED
-    if unfinished.exists():
-        commits = unfinished.read_bytes().decode("ascii", "replace").split()
-        if commits and (root / ".git").exists():
-            _finish_clone(root, commits)
-        else:
-            _say("An update of this folder was ended half way. It is undone now; run it again to have it.")
-            _undo_zip(root, is_repair=True)
+    if not unfinished.exists():
+        return
+    lines = (
+        unfinished.read_bytes().decode("ascii", "replace").split()
+    )  # empty after an update from a zip file
+    if lines and (root / ".git").exists():
+        _resume_clone_move(root, lines)
+    else:
+        _say("An update of this folder was ended half way. It is undone now; run it again to have it.")
+        _restore_backup(root, is_repair=True)
 
 
-def _keep_program(root: Path) -> None:
+def _save_updater(root: Path) -> None:
     """Copy the code that undoes an update, so that it runs while the folder mixes two versions."""
-    source, part = Path(__file__).parent.parent, root / NOTES / "program.part"
+    source, part = Path(__file__).parent.parent, root / STATE_FOLDER / "program.part"
     with zipfile.ZipFile(part, "w") as archive:
         archive.write(source / "set_up.py", "__main__.py")
         for path in (*source.glob("modules/*.py"), *source.glob("package/*.py")):
             archive.write(path, path.relative_to(source))
-    replace_file(part, root / NOTES / PROGRAM)
+    replace_file(part, root / STATE_FOLDER / UPDATER_ZIP)
 
 
 def _update_clone(root: Path) -> None:
@@ -234,17 +243,19 @@ def _update_clone(root: Path) -> None:
 def _move_clone(root: Path, move: CloneMove) -> None:
     """Let git change the files of a clone to those of another commit.
 
-    If the process is killed meanwhile, the next start reads the noted commits and finishes.
+    If the process is killed meanwhile, the next start reads the two commits from UNFINISHED and finishes.
 
     Raises:
         UserError: If git fails.
     """
-    backup = root / NOTES / BACK
-    _keep_program(root)
+    backup = root / STATE_FOLDER / BACKUP
+    _save_updater(root)
     shutil.rmtree(backup, ignore_errors=True)
     backup.mkdir()
-    commits = [move.before, move.after, *(["back"] if move.is_return else [])]
-    (backup / UNFINISHED).write_text("\n".join(commits), encoding="ascii")
+    lines = [move.before, move.after]
+    if move.is_return:
+        lines.append("back")
+    (backup / UNFINISHED).write_text("\n".join(lines), encoding="ascii")
     try:
         if move.is_return:
             _git(root, "reset", "--quiet", "--keep", move.after)
@@ -254,46 +265,48 @@ def _move_clone(root: Path, move: CloneMove) -> None:
         if not _list_changes(root):  # git changed nothing, so there is nothing to finish
             shutil.rmtree(backup)
         raise
-    _end_move(root, move)
+    _complete_move(root, move)
 
 
-def _end_move(root: Path, move: CloneMove) -> None:
-    note = root / NOTES / COMMIT
+def _complete_move(root: Path, move: CloneMove) -> None:
+    """Record the commits for `back`, or forget them after a return, and remove the mark of a running move."""
+    note = root / STATE_FOLDER / COMMITS_FILE
     if move.is_return:
         note.unlink(missing_ok=True)
     else:
         note.write_text(f"{move.before}\n{move.after}\n", encoding="ascii")
-    shutil.rmtree(root / NOTES / BACK)
+    shutil.rmtree(root / STATE_FOLDER / BACKUP)
 
 
-def _finish_clone(root: Path, commits: Sequence[str]) -> None:
+def _resume_clone_move(root: Path, lines: Sequence[str]) -> None:
     """Finish an update or a return of a clone that was killed while git changed files.
+
+    `lines` are those of UNFINISHED: the commits before and after, and "back" for a return.
 
     Raises:
         UserError: If git may still be running, or fails.
     """
-    if len(commits) < 2 or not all(map(OBJECT.fullmatch, commits[:2])):  # killed before it began
-        shutil.rmtree(root / NOTES / BACK)
+    if len(lines) < 2 or not all(map(OBJECT.fullmatch, lines[:2])):  # killed before it began
+        shutil.rmtree(root / STATE_FOLDER / BACKUP)
         return
-    move = CloneMove(commits[0], commits[1], is_return=len(commits) > 2)  # a third entry marks a return
+    move = CloneMove(lines[0], lines[1], is_return=len(lines) > 2)
     lock = root / _git(root, "rev-parse", "--git-path", "index.lock")
     if lock.exists() and time.time() - lock.stat().st_mtime < GIT_SECONDS:
         raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
     lock.unlink(missing_ok=True)
     _say("An update of this folder, or its back, was ended half way. It is finished now.")
     # files that equal neither commit are the user's own: they are copied before git overwrites them
-    before, after = (_list_differing(root, commit) for commit in (move.before, move.after))
-    user_versions = {
-        name: _find_name_beside(root, name) for name in before & after if (root / name).is_file()
-    }
-    for name, copy_name in user_versions.items():
+    user_edits = _list_differing(root, move.before) & _list_differing(root, move.after)
+    copies = {name: _find_copy_name(root, name) for name in user_edits if (root / name).is_file()}
+    for name, copy_name in copies.items():
         shutil.copy2(root / name, root / copy_name)
     _git(root, "reset", "--quiet", "--hard", move.after)
-    _tell_beside(user_versions)
-    _end_move(root, move)
+    _report_saved_copies(copies)
+    _complete_move(root, move)
 
 
 def _list_differing(root: Path, commit: str) -> set[str]:
+    """Return the paths of files that differ from those of a commit."""
     return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
@@ -303,7 +316,7 @@ def _read_commits(root: Path) -> UpdateRecord:
     Raises:
         UserError: If there is no readable record.
     """
-    path = root / NOTES / COMMIT
+    path = root / STATE_FOLDER / COMMITS_FILE
     if not path.is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
     commits = path.read_bytes().decode("ascii", "replace").split()
@@ -320,14 +333,8 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
     if _git(root, "rev-parse", "HEAD") == record.after:
         return
     branch = _git(root, "branch", "--show-current")
-    other_refs = [f"--exclude={branch}"] if branch else []
-    # commits that another branch or a tag also has are not lost
-    other_refs += ["--branches", "--remotes", "--tags"]
-    update_commits = [record.before, *([] if record.after is None else [record.after])]
-    own_commits = _git(
-        root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *update_commits, *other_refs
-    ).splitlines()
     location = f"the branch {branch}" if branch else "this folder"
+    own_commits = _list_own_commits(root, record, branch)
     if own_commits:
         more = f" and {len(own_commits) - 3} more" if len(own_commits) > 3 else ""
         listed = ", ".join(escape_control_codes(line)[:80] for line in own_commits[:3])
@@ -341,6 +348,17 @@ def _reject_own_commits(root: Path, record: UpdateRecord) -> None:
             f"{location} does not come from the version before the update ({record.before[:9]}). Nothing was "
             "changed. Type git switch with the name of the branch that was updated, and run back again"
         )
+
+
+def _list_own_commits(root: Path, record: UpdateRecord, branch: str) -> list[str]:
+    """Return "HASH SUBJECT" of commits of HEAD that neither the update nor another branch or a tag has."""
+    excluded = [record.before]
+    if record.after is not None:
+        excluded.append(record.after)
+    if branch:
+        excluded.append(f"--exclude={branch}")  # applies to --branches
+    excluded += ["--branches", "--remotes", "--tags"]
+    return _git(root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *excluded).splitlines()
 
 
 def _list_changes(root: Path) -> list[str]:
@@ -388,30 +406,20 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _update_from_zip(root: Path, file: Path) -> None:
     """Replace the program's files in `root` by those of a zip file, after a backup for `back`."""
-    unfinished = root / NOTES / BACK / UNFINISHED
-    new = root / NOTES / NEW
+    unfinished = root / STATE_FOLDER / BACKUP / UNFINISHED
+    unpacked = root / STATE_FOLDER / UNPACKED
+    had_digests = (root / STATE_FOLDER / DIGESTS_FILE).is_file()
     try:
-        new.mkdir(parents=True)
-        files = _unpack(file, new)
-        change = _compare(root, new, files)
+        unpacked.mkdir(parents=True)
+        files = _unpack(file, unpacked)
+        change = _plan_update(root, unpacked, files)
         if not change.replaced and not change.added:
             _say(f"{file.name} has the version that is here.")
             return
-        is_known = (root / NOTES / DIGESTS).is_file()
-        digests = {name: _digest(new / name) for name in files}
-        # copy everything that the way back needs; files that the user has changed get a copy beside them
-        _keep_program(root)
-        _keep_for_return(root, change)
-        for name, user_copy in change.beside.items():
-            _put(root, root / name, user_copy)
-        for name in files:
-            target = root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(new / name, target)
-        for name in _list_gone(root, set(change.replaced) - set(files), files):
-            (root / name).unlink(missing_ok=True)
-        (root / NOTES / FILES).write_text("\n".join(files), encoding="utf-8")
-        _write_digests(root, digests)
+        digests = {name: _digest(unpacked / name) for name in files}
+        _save_updater(root)
+        _make_backup(root, change)
+        _install_files(root, unpacked, digests, change)
         unfinished.unlink()
     except OSError as error:
         state = "back returns to the version before" if unfinished.exists() else "nothing was changed"
@@ -420,42 +428,64 @@ def _update_from_zip(root: Path, file: Path) -> None:
             f"free some space, and run it again; {state}"
         ) from None
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
+    _report_update(change, had_digests)
+    _report_unknown_files(root, files)
+
+
+def _install_files(root: Path, unpacked: Path, digests: Mapping[str, str], change: FileChange) -> None:
+    """Move a new version's files from `unpacked` into `root`; the user's edited files are copied first.
+
+    `digests` has a digest for each file of the new version.
+    """
+    for name, copy_name in change.beside.items():
+        _copy_atomically(root, root / name, copy_name)
+    for name in digests:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(unpacked / name, target)
+    for name in _list_obsolete(root, set(change.replaced) - set(digests), digests):
+        (root / name).unlink(missing_ok=True)
+    (root / STATE_FOLDER / FILE_LIST).write_text("\n".join(digests), encoding="utf-8")
+    _write_digests(root, digests)
+
+
+def _report_update(change: FileChange, had_digests: bool) -> None:
+    """Print what an update has changed; without digests of the old version, edited files are unknown."""
     replaced, added = len(change.replaced), len(change.added)
     _say(f"Updated (files replaced: {replaced}, added: {added}). Start Reelsmith again.")
-    _tell_beside(change.beside)
-    if change.replaced and not is_known:
+    _report_saved_copies(change.beside)
+    if change.replaced and not had_digests:
         _say(
             "Whether you had changed one of these files is not known, as set_up.py never started it here. "
-            f"As they were, they are in {NOTES}/{BACK} until the next update."
+            f"As they were, they are in {STATE_FOLDER}/{BACKUP} until the next update."
         )
     _say("back returns to the version before.")
-    _tell_left_over(root, files)
 
 
-def _put(root: Path, source: Path, name: str) -> None:
+def _copy_atomically(root: Path, source: Path, name: str) -> None:
     """Copy a file to a path relative to `root`, completely or not at all."""
-    part = root / NOTES / NEW / "file.part"
+    part = root / STATE_FOLDER / UNPACKED / "file.part"
     part.parent.mkdir(parents=True, exist_ok=True)
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, part)
     replace_file(part, root / name)
 
 
-def _find_name_beside(root: Path, name: str) -> str:
+def _find_copy_name(root: Path, name: str) -> str:
     """Return an unused name for the user's own version of a file."""
     names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MAX_FILES))]
     return next(free for free in names if not os.path.lexists(root / free))
 
 
-def _tell_beside(beside: Mapping[str, str]) -> None:
+def _report_saved_copies(beside: Mapping[str, str]) -> None:
     for name, own in sorted(beside.items())[:MAX_LISTED]:
         _say(f"You had changed {name}: your version is now {own}.")
     if len(beside) > MAX_LISTED:
         _say(f"You had changed {len(beside) - MAX_LISTED} more: your versions end in .yours.")
 
 
-def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
+def _list_obsolete(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
     """Yield the files that the new version lacks, except those that it has in another spelling.
 
     On a disk of Windows or macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either
@@ -487,23 +517,17 @@ def _unpack(file: Path, folder: Path) -> list[str]:
     """
     try:
         with BoundedFile(file, "rb") as content, zipfile.ZipFile(content) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            members = {entry.filename: entry for entry in entries}
-            if len(members) < len(entries):
+            all_entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            by_name = {entry.filename: entry for entry in all_entries}
+            if len(by_name) < len(all_entries):
                 raise ValueError("it has two files of one name")
-            top = _find_top(file, archive, members)  # folder in the zip file that holds the program
-            entries_of_version = {
-                name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)
+            top = _find_program_folder(file, archive, by_name)
+            entries = {
+                name.removeprefix(top): entry for name, entry in by_name.items() if name.startswith(top)
             }
-            _reject_names(file, entries_of_version.values(), list(entries_of_version))
-            for name, entry in entries_of_version.items():
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as source, target.open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-                # the upper 16 bits are the Unix mode of the file
-                if entry.external_attr >> 16 & stat.S_IXUSR:
-                    target.chmod(0o755)
+            _reject_names(file, entries)
+            for name, entry in entries.items():
+                _extract(archive, entry, folder / name)
     # what `zipfile` and its decompressors raise for damaged files
     except (
         *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError),
@@ -511,10 +535,19 @@ def _unpack(file: Path, folder: Path) -> list[str]:
     ) as error:
         reason = escape_control_codes(str(error))[:200]
         raise UserError(f"{file.name} is no whole zip file ({reason}). Download it again") from None
-    return sorted(entries_of_version)
+    return sorted(entries)
 
 
-def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> str:
+def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    """Write an entry of a zip file to `target`, executable if the entry is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(entry) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+    if entry.external_attr >> 16 & stat.S_IXUSR:  # the upper 16 bits are the Unix mode of the file
+        target.chmod(0o755)
+
+
+def _find_program_folder(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> str:
     """Return the path, ending with /, of the version's folder inside a zip file; "" for the top level."""
     tops = [name.removesuffix(PROJECT) for name in members if PurePosixPath(name).name == PROJECT]
     top = min(tops, key=len, default="")
@@ -529,19 +562,18 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
     return top
 
 
-def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
+def _reject_names(file: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
     """Raise UserError for a zip file that is too large, or has paths that cannot belong to the program.
 
-    `names` are the paths of `entries` below the program's folder, in the same order.
+    `entries` are keyed by their paths below the program's folder.
     """
-    entries = list(entries)
-    if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
+    if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries.values()) > MAX_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
     seen_names: set[str] = set()
     folders: set[str] = set()
-    for entry, name in zip(entries, names, strict=True):
+    for name, entry in entries.items():
         folded = fold_name(name)
-        reason = _find_error(name)
+        reason = _find_name_error(name)
         if stat.S_ISLNK(entry.external_attr >> 16):
             reason = "a link"
         if not reason and folded in seen_names:
@@ -562,7 +594,7 @@ def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequenc
         )
 
 
-def _find_error(name: str) -> str:
+def _find_name_error(name: str) -> str:
     """Return why no file of a version can have this relative path; "" if one can."""
     parts = PurePosixPath(name).parts
     if not parts or name != "/".join(parts) or name.startswith("/") or ".." in parts or "\\" in name:
@@ -571,13 +603,13 @@ def _find_error(name: str) -> str:
         return "control codes"
     if len(name.encode("utf-8", "surrogatepass")) > MAX_OF_NAME:
         return f"more than {MAX_OF_NAME} bytes"
-    if fold_name(parts[0]) in KEPT or ".git" in map(fold_name, parts) or SHORT_NAME.search(parts[0]):
+    if fold_name(parts[0]) in USER_FOLDERS or ".git" in map(fold_name, parts) or SHORT_NAME.search(parts[0]):
         return "a folder of yours"
     return next(filter(None, map(find_error_on_windows, parts)), "")
 
 
-def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
-    """Return the changes that a new version in folder `new` would make to the files of `root`.
+def _plan_update(root: Path, unpacked: Path, files: list[str]) -> FileChange:
+    """Return the changes that the new version in `unpacked` would make to the files of `root`.
 
     `files` are the paths of the new version's files, relative to its folder.
 
@@ -591,20 +623,25 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
             "Nothing was changed. Rename the one that is there, and run the update again"
         )
     existing = [name for name in files if (root / name).exists()]
-    replaced = [name for name in existing if not filecmp.cmp(root / name, new / name, shallow=False)]
+    differing = [name for name in existing if not filecmp.cmp(root / name, unpacked / name, shallow=False)]
     removed = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
-    old_digests = _read_digests(root)
-    replaced = sorted([*replaced, *removed])  # removed files are restored like replaced ones
-    # without digests of the old version nobody can tell which files the user has changed
-    changed_by_user = [
-        name for name in replaced if old_digests and old_digests.get(fold_name(name)) != _digest(root / name)
-    ]
+    replaced = sorted([*differing, *removed])  # removed files are restored like replaced ones
+    added = sorted(set(files) - set(existing))
+    written = set(replaced) | set(added)
     return FileChange(
         replaced=replaced,
-        added=sorted(set(files) - set(existing)),
-        digests={name: _digest(new / name) for name in files if name not in existing or name in replaced},
-        beside={name: _find_name_beside(root, name) for name in changed_by_user},
+        added=added,
+        digests={name: _digest(unpacked / name) for name in files if name in written},
+        beside={name: _find_copy_name(root, name) for name in _list_edited(root, replaced)},
     )
+
+
+def _list_edited(root: Path, names: Iterable[str]) -> list[str]:
+    """Return the files that the user has changed; [] if the digests of this version are not known."""
+    digests = _read_digests(root)
+    if not digests:
+        return []
+    return [name for name in names if digests.get(fold_name(name)) != _digest(root / name)]
 
 
 def _is_blocked(root: Path, name: str) -> bool:
@@ -615,7 +652,7 @@ def _is_blocked(root: Path, name: str) -> bool:
 
 def _read_files(root: Path) -> list[str]:
     """Return the files of the version in the last zip file; [] if they are not known."""
-    note = root / NOTES / FILES
+    note = root / STATE_FOLDER / FILE_LIST
     if not note.is_file():
         return []
     try:
@@ -625,18 +662,18 @@ def _read_files(root: Path) -> list[str]:
             f"{note}, a note of the last update, cannot be read. Delete it, and run the update again: files "
             "that the new version lacks stay"
         ) from None
-    return [name for name in names if not _find_error(name)]
+    return [name for name in names if not _find_name_error(name)]
 
 
 def _read_digests(root: Path) -> dict[str, str]:
     """Return the digests of the current version's files by folded name; {} if they are not known."""
-    note = root / NOTES / DIGESTS
+    note = root / STATE_FOLDER / DIGESTS_FILE
     lines = read_text(note, MAX_OF_NOTE).split("\n") if note.is_file() else []
     return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def _write_digests(root: Path, digests: Mapping[str, str]) -> None:
-    note = root / NOTES / DIGESTS
+    note = root / STATE_FOLDER / DIGESTS_FILE
     note.parent.mkdir(exist_ok=True)
     part = note.with_suffix(".part")
     part.write_text("\n".join(f"{digest}  {name}" for name, digest in digests.items()), encoding="utf-8")
@@ -648,75 +685,85 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2s").hexdigest()
 
 
-def _keep_for_return(root: Path, change: FileChange) -> None:
+def _make_backup(root: Path, change: FileChange) -> None:
     """Copy the files that an update will replace into a backup, with the list of its changes.
 
     The new backup is complete before it takes the place of the last one.
     """
-    last_backup, partial_backup, old_backup = (
-        root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old")
-    )
+    state_folder = root / STATE_FOLDER
+    backup = state_folder / BACKUP
+    partial_backup = state_folder / f"{BACKUP}.part"
+    old_backup = state_folder / f"{BACKUP}.old"
     partial_backup.mkdir()
-    # the files, then the notes about the version, then the list of changes
     for name in change.replaced:
         (partial_backup / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, partial_backup / name)
-    for note in NOTES_OF_VERSION:
-        if (root / NOTES / note).is_file():
-            shutil.copy2(root / NOTES / note, partial_backup / note)
+    for name in VERSION_FILES:
+        if (state_folder / name).is_file():
+            shutil.copy2(state_folder / name, partial_backup / name)
     (partial_backup / UNFINISHED).touch()  # removed after the update has replaced all files
     # older code cannot read a plan that has the key `beside`
     plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}
-    (partial_backup / PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    if last_backup.exists():
-        replace_file(last_backup, old_backup)
-    replace_file(partial_backup, last_backup)
+    (partial_backup / PLAN_FILE).write_text(json.dumps(plan), encoding="utf-8")
+    if backup.exists():
+        replace_file(backup, old_backup)
+    replace_file(partial_backup, backup)
     shutil.rmtree(old_backup, ignore_errors=True)
 
 
-def _undo_zip(root: Path, is_repair: bool = False) -> None:
+def _restore_backup(root: Path, is_repair: bool = False) -> None:
     """Undo the last update from a zip file, even an incomplete one. If interrupted, it can run again.
 
     With `is_repair`, files that the user has changed since are kept under another name; otherwise they are an
     error.
     """
-    backup = root / NOTES / BACK
-    if not (backup / PLAN).is_file():
+    backup = root / STATE_FOLDER / BACKUP
+    if not (backup / PLAN_FILE).is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
-    change = _read_change(backup / PLAN)
-    changed_by_user = _list_own_work(root, backup, change)
+    change = _read_plan(backup / PLAN_FILE)
+    user_edits = _list_user_edits(root, backup, change)
     if not is_repair:
-        _reject_own_work(changed_by_user)
+        _reject_user_edits(user_edits)
     try:
-        copies = {name: _find_name_beside(root, name) for name in changed_by_user if (root / name).is_file()}
-        for name, copy_name in copies.items():
-            _put(root, root / name, copy_name)
-        _tell_beside(copies)
+        _save_user_edits(root, user_edits)
         (backup / UNFINISHED).touch()
-        for name in change.added:  # first: a disk may take one for a replaced file in another spelling
-            (root / name).unlink(missing_ok=True)
-        for name in change.replaced:
-            _put(root, backup / name, name)
-        # the update kept files that the user had changed under other names: they are back in place now
-        for name, copy_name in change.beside.items():
-            copy = root / copy_name
-            if copy.is_file() and filecmp.cmp(copy, backup / name, shallow=False):
-                copy.unlink()
-        for note in NOTES_OF_VERSION:
-            (root / NOTES / note).unlink(missing_ok=True)
-            if (backup / note).is_file():
-                _put(root, backup / note, f"{NOTES}/{note}")
+        _restore_files(root, backup, change)
         # renamed first: if the deletion is interrupted, no half backup looks like a whole one
-        old = backup.with_name(f"{BACK}.old")
+        old = backup.with_name(f"{BACKUP}.old")
         replace_file(backup, old)
         shutil.rmtree(old)
-        shutil.rmtree(root / NOTES / NEW, ignore_errors=True)
+        shutil.rmtree(root / STATE_FOLDER / UNPACKED, ignore_errors=True)
     except OSError as error:
         raise UserError(f"Not all of the version before is back ({error}). Run back again") from None
     _say(f"The version before is back (files: {len(change.replaced)}, removed: {len(change.added)}).")
 
 
-def _read_change(path: Path) -> FileChange:
+def _save_user_edits(root: Path, names: Iterable[str]) -> None:
+    """Copy files that the user has changed to unused names, and report the names."""
+    copies = {name: _find_copy_name(root, name) for name in names if (root / name).is_file()}
+    for name, copy_name in copies.items():
+        _copy_atomically(root, root / name, copy_name)
+    _report_saved_copies(copies)
+
+
+def _restore_files(root: Path, backup: Path, change: FileChange) -> None:
+    """Remove the files that an update added, and copy those that it replaced from the backup."""
+    for name in change.added:  # first: a disk may take one for a replaced file in another spelling
+        (root / name).unlink(missing_ok=True)
+    for name in change.replaced:
+        _copy_atomically(root, backup / name, name)
+    # the update kept files that the user had changed under other names: they are back in place now
+    for name, copy_name in change.beside.items():
+        copy = root / copy_name
+        if copy.is_file() and filecmp.cmp(copy, backup / name, shallow=False):
+            copy.unlink()
+    for name in VERSION_FILES:
+        (root / STATE_FOLDER / name).unlink(missing_ok=True)
+        if (backup / name).is_file():
+            _copy_atomically(root, backup / name, f"{STATE_FOLDER}/{name}")
+
+
+def _read_plan(path: Path) -> FileChange:
     """Return the recorded changes of the last update.
 
     Raises:
@@ -725,7 +772,7 @@ def _read_change(path: Path) -> FileChange:
     try:
         change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
         names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
-        if any(map(_find_error, names)):
+        if any(map(_find_name_error, names)):
             raise ValueError("a name of no version")
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(
@@ -735,29 +782,36 @@ def _read_change(path: Path) -> FileChange:
     return change
 
 
-def _list_own_work(root: Path, backup: Path, change: FileChange) -> list[str]:
-    """Return the files that the user has changed since the update put them there."""
-    spelled = {fold_name(name): digest for name, digest in change.digests.items()}
-    own = []
-    for name in [*change.replaced, *change.added] if spelled else []:  # an earlier version noted none
-        path, before = root / name, backup / name
-        if not path.is_file() or _digest(path) == spelled.get(fold_name(name)):
+def _list_user_edits(root: Path, backup: Path, change: FileChange) -> list[str]:
+    """Return the files that the user has changed since the update put them there.
+
+    A file that equals its copy in the backup is none of them: it is back already, or the update was stopped
+    before it. Without digests (plans of an earlier version have none), the result is empty.
+    """
+    digests = {fold_name(name): digest for name, digest in change.digests.items()}
+    if not digests:
+        return []
+    edited = []
+    for name in [*change.replaced, *change.added]:
+        path = root / name
+        if not path.is_file() or _digest(path) == digests.get(fold_name(name)):
             continue
-        if not before.is_file() or _digest(before) != _digest(path):  # else it is back, or was never changed
-            own.append(name)
-    return own
+        backup_copy = backup / name
+        if not backup_copy.is_file() or _digest(backup_copy) != _digest(path):
+            edited.append(name)
+    return edited
 
 
-def _reject_own_work(own: Sequence[str]) -> None:
-    if own:
-        more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+def _reject_user_edits(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
-            f"You changed {', '.join(own[:3])}{more} since the update, and the version before would replace "
-            "that. Nothing was changed. Move what you changed to another folder, and run it again"
+            f"You changed {', '.join(names[:3])}{more} since the update, and the version before would "
+            "replace that. Nothing was changed. Move what you changed to another folder, and run it again"
         )
 
 
-def _tell_left_over(root: Path, files: Iterable[str]) -> None:
+def _report_unknown_files(root: Path, files: Iterable[str]) -> None:
     """Print the Python files in this version's folders that do not belong to it: old ones or the user's."""
     rooms = {PurePosixPath(name).parts[0] for name in files if name.endswith("/__init__.py")}
     ours = set(map(fold_name, files))

@@ -215,8 +215,8 @@ def run_video(
                 pictures,
                 rate,
                 codec,
-                list_companions=job.source,
-                covers=not hides,
+                copied_video=job.source,
+                with_images=not hides,
                 tags=tags,
             )
         if form.keep_pngs:

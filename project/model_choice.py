@@ -23,7 +23,7 @@ from downloads.naming import (
     page_of_control,
     plain_name,
     read_family,
-    reject_made_from,
+    reject_fine_tune,
 )
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
@@ -317,7 +317,7 @@ def select_model(options: NewOptions, memory: float, before_asking: Callable[[],
     else:
         named_model = read_family(options.family, models)
         if not options.model_files:
-            reject_made_from(named_model, options.family, models)
+            reject_fine_tune(named_model, options.family, models)
     # tasks of the family that the typed one may mean; all of them if none is typed
     tasks = _list_tasks_left(named_model, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()

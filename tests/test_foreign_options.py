@@ -34,7 +34,7 @@ REASONS = (
 def means_the_same(typed: str, ours: str, known_as: Collection[str]) -> bool:
     """Whether a table or the option says so: names that share letters are in none."""
     theirs = (line.partition(":") for line in mistyped._FOREIGN_OPTIONS.splitlines())
-    lines = ("+".join(line.split()).split("+") for line in mistyped._SAME.splitlines())
+    lines = ("+".join(line.split()).split("+") for line in mistyped._SYNONYMS.splitlines())
     is_theirs = any(name == ours and typed in names.split() for name, _, names in theirs)
     return typed in known_as or is_theirs or any(typed in line and ours in line for line in lines)
 

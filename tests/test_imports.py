@@ -76,7 +76,8 @@ FLOORS = {
         | {"nvidia_driver", "private_torch"}
         | {"integers", "open_files", "text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
-        {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
+        {"compiler_errors", "output_files", "paths", "run_limits"}
+        | {"typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
         {"option_checks"},
         {"backups", "extensions", "file_batches", "installed", "line_kinds", "options"},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.command import INTERRUPTED, LAUNCHED
+from modules.command import INTERRUPTED, LAUNCHER_VARIABLES
 from modules.console import format_count
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -112,7 +112,7 @@ def _start_program(option: str, argv: Sequence[str], variables: dict[str, str], 
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in LAUNCHED and not name.startswith(LAUNCHER_PREFIXES)
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
     program = argv[0]  # log only the program: its arguments may contain a key
     logger.info("%s: starting %s.", option, program)

@@ -344,7 +344,7 @@ class Cutter:
                     codec,
                     crf=form.crf,
                     preset=form.preset,
-                    section_of=VideoSection(source, start, seconds, not form.no_audio),
+                    audio_section=VideoSection(source, start, seconds, not form.no_audio),
                 )
         return len(missing)
 

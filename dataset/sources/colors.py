@@ -9,7 +9,7 @@ from dataset.sources.media_source import Fault, MediaSource, Origin, Remote
 from modules.errors import MediaError
 from modules.media.colors import AS_SHOWN, Colors
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.reading import image_suffixes, is_laid_otherwise, media_colors, reordered_images
+from modules.media.reading import had_other_orientation, image_suffixes, media_colors, reordered_images
 
 REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
@@ -101,7 +101,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
                 earlier, later = pair
                 names = f"{earlier.name} before {later.name}"
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
-            if is_laid_otherwise(path):
+            if had_other_orientation(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
             if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue

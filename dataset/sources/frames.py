@@ -28,7 +28,7 @@ from modules.media import buckets
 from modules.media.decoding import is_animation
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.opening import open_video
-from modules.media.reading import Frame, MaskLook, read_mask
+from modules.media.reading import Frame, MaskChannelDetector, read_mask
 from protocols.data import KEYFRAME_LATENTS, LATENT_GUIDE, MediaTable
 from protocols.rules import ReferenceMedium
 
@@ -329,15 +329,15 @@ def read_mask_clip(
         num_frames: Number of frames of the clip.
     """
     # only after the last frame it is known whether the mask is in the colors or in the alpha channel
-    mask_look = MaskLook()
+    channel_detector = MaskChannelDetector()
     color_masks: list[Frame] = []
     alpha_masks: list[Frame] = []
     for frame in itertools.islice(frames, num_frames):
-        frame_on_white, alpha = mask_look.add(frame)
+        frame_on_white, alpha = channel_detector.add(frame)
         color_masks.append(_gray(path, frame_on_white, fit_image, size))
         has_alpha = frame.shape[2] == 4
         alpha_masks.append(fit_image(alpha) if has_alpha else np.full_like(color_masks[-1], 255))
-    masks = alpha_masks if mask_look.is_drawn else color_masks
+    masks = alpha_masks if channel_detector.is_alpha else color_masks
     num_missing = num_frames - len(masks)
     return np.stack([*masks, *[masks[-1]] * num_missing])
 

@@ -62,10 +62,10 @@ def pack(tokens: Tensor, lengths: SampleLengths) -> Tensor:
 
 def unpack(packed: Tensor, lengths: SampleLengths, length: int) -> Tensor:
     """Turn packed tokens, T N D, back into a padded batch, B `length` N D, with zeros in the padding."""
-    return _fill_up(packed.split(lengths.counts), length)
+    return _pad_outputs(packed.split(lengths.counts), length)
 
 
-def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
+def _pad_outputs(samples: Sequence[Tensor], length: int) -> Tensor:
     """Pad samples, each n N D, to a batch B `length` N D.
 
     One concatenation makes the batch, so that tokens are copied once.
@@ -242,8 +242,8 @@ def attend(
             )
         return output.to(value.dtype)
     backend = BACKENDS[choice.mode]
-    front = key.shape[1] - query.shape[1]  # number of additional keys, which come first
-    if lengths is not None and front < 0:
+    num_extra_keys = key.shape[1] - query.shape[1]  # they come first
+    if lengths is not None and num_extra_keys < 0:
         raise ValueError(
             f"lengths are for self-attention only, not for {query.shape[1]} queries and {key.shape[1]} keys"
         )
@@ -255,14 +255,14 @@ def attend(
         query = query.to(dtype)
         key = key.to(dtype)
         value = value.to(dtype)
-    # `dense` takes samples of equal length; `packed`, which some back ends have, real tokens in a row
+    # for samples of equal length; `backend.packed`, which some back ends have, takes real tokens in a row
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None:
         if choice.split and len(query) > 1:
             return _attend_one_by_one(dense, query, key, value)
         return dense(query, key, value)
-    if choice.split or backend.packed is None or front:
-        return _attend_to_real_tokens(dense, query, key, value, lengths=lengths)
+    if choice.split or backend.packed is None or num_extra_keys:
+        return _attend_without_padding(dense, query, key, value, lengths=lengths)
     packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
     return unpack(packed, lengths, query.shape[1])
 
@@ -294,17 +294,17 @@ def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) 
     return torch.stack([dense(q[None], k[None], v[None])[0] for q, k, v in samples])
 
 
-def _attend_to_real_tokens(
+def _attend_without_padding(
     dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: SampleLengths
 ) -> Tensor:
     """Compute attention sample by sample, over its real tokens only. Returns B L N D, padded with zeros."""
-    front = key.shape[1] - query.shape[1]
+    num_extra_keys = key.shape[1] - query.shape[1]
     outputs = []
     samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), lengths.counts, strict=True)
     for q, k, v, count in samples:
-        keys = front + count
+        keys = num_extra_keys + count
         outputs.append(dense(q[None, :count], k[None, :keys], v[None, :keys])[0])
-    return _fill_up(outputs, query.shape[1])
+    return _pad_outputs(outputs, query.shape[1])
 
 
 def check_backend(
@@ -321,39 +321,38 @@ def check_backend(
         dtype: Returns the model's compute dtype; called only if needed, because it may have to read a file.
         training: Whether a backward pass is needed; messages then name the flags of training.
     """
-    package = BACKENDS[choice.mode]
+    backend = BACKENDS[choice.mode]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if not package.module:
+    if not backend.module:  # torch's own kernels
         note = None if capability is None else cudnn_note(capability, torch.backends.cudnn.version())
         if note is not None:
             logger.warning(note)
         return
     flag = flag_of(choice.mode, training)
-    instead = f"Leave {flag} out to use torch's own attention."
-    reason = rejection(package, capability, dtype, training)
+    remedy = f"Leave {flag} out to use torch's own attention."
+    reason = explain_unsupported(backend, capability, dtype, training)
     if reason is not None:
-        raise OptionError(f"{flag} {reason} {instead}")
+        raise OptionError(f"{flag} {reason} {remedy}")
     try:
-        importlib.import_module(package.module)
+        importlib.import_module(backend.module)
     except Exception as error:  # a package built for another torch may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == package.module.partition(".")[0]:
+        if isinstance(error, ModuleNotFoundError) and error.name == backend.module.partition(".")[0]:
             raise OptionError(
-                f"{flag} needs {package.name}, which is not installed. Install it {package.install}. "
-                f"{instead}"
+                f"{flag} needs {backend.name}, which is not installed. Install it {backend.install}. {remedy}"
             ) from None
         raise OptionError(
-            f"{flag}: {package.name} cannot be loaded ({error}).\n  Reinstall it {package.install}. {instead}"
+            f"{flag}: {backend.name} cannot be loaded ({error}).\n  Reinstall it {backend.install}. {remedy}"
         ) from error
     try:
-        try_out(choice, device, dtype(), training)
+        check_results(choice, device, dtype(), training)
     except Exception as error:  # kernels may raise anything
         raise OptionError(
-            f"{flag}: {package.name} does not work here ({type(error).__name__}: {error}).\n"
-            f"  Reinstall it {package.install}. {instead}"
+            f"{flag}: {backend.name} does not work here ({type(error).__name__}: {error}).\n"
+            f"  Reinstall it {backend.install}. {remedy}"
         ) from error
 
 
-def rejection(
+def explain_unsupported(
     backend: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
     """Return the reason why a back end cannot serve a run, worded to follow "--flag"; None if it can.
@@ -384,7 +383,7 @@ def rejection(
     return None
 
 
-def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, training: bool) -> None:
+def check_results(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, training: bool) -> None:
     """Compute a small attention with and without padding, in training with its gradients.
 
     Errors of the back end are passed on. Raises ArithmeticError if the results are not close to torch's.

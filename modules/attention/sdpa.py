@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # queries x keys; up to this size matrix products are faster than PyTorch's kernels on a CPU in 16 bit
-MAX_SCORES_OF_PRODUCTS = 256 * 256
+MAX_SCORES_FOR_MATMUL = 256 * 256
 CUDNN_GPUS = {(9, 0), (10, 0), (10, 3)}  # compute capabilities of Hopper and of data-centre Blackwell
 # The first cuDNN that is correct for sequence lengths other than multiples of 128. Source:
 # pytorch/pytorch#169849
@@ -27,22 +27,27 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     if not is_on_cuda(query):
         bias = None if repeats is None else key_bias(repeats, length, torch.float32)
         is_16_bit_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
-        if is_16_bit_on_cpu and length * key.shape[1] <= MAX_SCORES_OF_PRODUCTS:
-            return _multiply_matrices(q, k, v, bias).transpose(1, 2)
+        if is_16_bit_on_cpu and length * key.shape[1] <= MAX_SCORES_FOR_MATMUL:
+            return _attend_by_matmul(q, k, v, bias).transpose(1, 2)
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return _attend_on_cuda(q, k, v, repeats)
+
+
+def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> Tensor:
+    """Compute attention with CUDA's fastest kernel: q is B N L D, k and v B N S D. Returns B L N D."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
-    bias = None if repeats is None else key_bias(repeats, length, dtype)
-    order = kernels(
-        _capability(query.device),
+    bias = None if repeats is None else key_bias(repeats, q.shape[2], dtype)
+    order = list_kernels(
+        _capability(q.device),
         dtype,
-        width=query.shape[-1],
+        width=q.shape[-1],
         has_mask=bias is not None,
-        cudnn=_cudnn(),
+        cudnn=_cudnn_version(),
     )
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    # cuDNN's gradients of several samples in one call may be NaN
     if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and needs_gradients:
+        # cuDNN's gradients of several samples in one call may be NaN
         return _attend_to_each(q, k, v, order)
     return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 
@@ -92,7 +97,7 @@ def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
     return repeats.log().to(dtype).expand(1, 1, queries, -1)
 
 
-def kernels(
+def list_kernels(
     capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None
 ) -> list[SDPBackend]:
     """Return the kernels to try, best first; torch skips kernels that do not support the tensors' sizes.
@@ -162,18 +167,18 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _cudnn() -> int | None:
+def _cudnn_version() -> int | None:
     """Return the version of cuDNN; None if results must be deterministic, as its backward pass is not."""
     return None if torch.are_deterministic_algorithms_enabled() else torch.backends.cudnn.version()
 
 
 # Both are constants to torch.compile. torch.compiler.assume_constant_result sets the same mark, but imports
 # the whole compiler.
-for _fact in (_capability, _cudnn):
+for _fact in (_capability, _cudnn_version):
     _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def _multiply_matrices(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Compute attention, B N L D, with two matrix products and a softmax.
 
     For few tokens in 16 bits, this is 2 to 5 times as fast on a CPU as PyTorch's kernels.

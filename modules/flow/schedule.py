@@ -102,10 +102,12 @@ def make_schedule(
 ) -> Schedule:
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
-    With a `table` (the sigma of each training timestep), its levels are used, evenly spaced in timesteps from
-    the last one to 0, without a shift. Without a table, Euler, unipc-bh1 and lcm feed exact timesteps to the
-    model; the other solvers feed timesteps cut to integers but step by the exact sigmas, as the released code
-    does. `levels` replace all of this.
+    1. `levels`, if given, are the noise levels themselves.
+    2. Else a `table` (the sigma of each training timestep) is read at timesteps that are evenly spaced from
+       the last one to 0, without a shift.
+    3. Else the grid of the solver is shifted by `flow_shift`. Euler, unipc-bh1 and lcm feed exact timesteps
+       to the model; the other solvers feed timesteps cut to integers but step by the exact sigmas, as the
+       released code does.
 
     Raises:
         ValueError: For an unknown solver, if steps is below 1, or if `levels` are given and are not `steps`
@@ -116,18 +118,18 @@ def make_schedule(
     if solver not in _GRIDS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(_GRIDS)}")
     if levels:
-        falls = all(level > next_level for level, next_level in itertools.pairwise(levels))
-        if len(levels) != steps + 1 or levels[-1] != 0 or not falls:
+        is_falling = all(level > next_level for level, next_level in itertools.pairwise(levels))
+        if len(levels) != steps + 1 or levels[-1] != 0 or not is_falling:
             raise ValueError(f"{steps} steps with the noise levels {', '.join(map(str, levels))}")
         sigmas = torch.tensor(levels, dtype=torch.float32)
         return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
     if not table:
         return _GRIDS[solver](steps, flow_shift)
-    positions = np.linspace(len(table) - 1, 0, steps)
-    of_table = np.append(np.interp(positions, np.arange(len(table)), table), 0.0)
+    timesteps = np.linspace(len(table) - 1, 0, steps)
+    table_sigmas = np.append(np.interp(timesteps, np.arange(len(table)), table), 0.0)
     return Schedule(
-        torch.from_numpy(of_table).float(),
-        torch.from_numpy(positions).float(),
+        torch.from_numpy(table_sigmas).float(),
+        torch.from_numpy(timesteps).float(),
         torch.ones(steps + 1, dtype=torch.float64),  # noise is added to the data without scaling them
     )
 

@@ -65,11 +65,11 @@ def solver_for(
         if _SOLVERS.get(name) is not Euler:
             raise ValueError(f"the solver {name!r} follows one schedule: sound with its own needs Euler")
         schedule = replace(schedule, audio_sigmas=shift_sigmas(schedule.sigmas, audio_shift))
-    if name not in _NOISY_SOLVERS:
+    if name not in _STOCHASTIC_SOLVERS:
         return _SOLVERS[name](schedule)
     if draw is None:
         raise ValueError(f"the solver {name!r} adds noise: say where to draw it from")
-    return _NOISY_SOLVERS[name](schedule, draw)
+    return _STOCHASTIC_SOLVERS[name](schedule, draw)
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,21 @@ class DpmPlusPlus:
 
     schedule: Schedule
     draw: Draw | None = None  # None: the path is deterministic
-    _earlier: list["_Prediction"] = field(default_factory=list)
+    _history: list["_Prediction"] = field(default_factory=list)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Extrapolate the clean sample from this prediction and the last one, and move to the next level."""
         current = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
-        now = _Prediction(current, sample.float() - current.sigma * velocity.float())
-        x0 = now.x0
-        if self._earlier and following.sigma > 0:  # a step to sigma 0 is infinite in lambda
-            before = self._earlier[-1]
-            # the last step in lambda, log(data / noise), in units of this one: infinite after pure noise
-            ratio = (current.lam - before.level.lam) / (following.lam - current.lam)
-            x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
-        self._earlier = [now]
+        prediction = _Prediction(current, sample.float() - current.sigma * velocity.float())
+        x0 = prediction.x0
+        if self._history and following.sigma > 0:  # the step to sigma 0 is infinitely long
+            previous = self._history[-1]
+            # length of the last step divided by that of this one: infinite after pure noise
+            last_step = current.log_ratio - previous.level.log_ratio
+            ratio = last_step / (following.log_ratio - current.log_ratio)
+            x0 = x0 + (0.5 / ratio) * (x0 - previous.x0)
+        self._history = [prediction]
         if self.draw is None:
             return _move(current, following, sample.float(), x0)
         return _move_with_noise(current, following, sample.float(), x0, draw=self.draw)
@@ -140,15 +141,15 @@ class UniPCVariant:
     """
 
     order: int  # maximum order; lower at the start, and 1 for the step to sigma 0
-    keeps_data: bool  # use alpha = 1 at every sigma, regardless of the schedule
+    has_unit_alpha: bool  # use alpha = 1 at every sigma, regardless of the schedule
     # h -> weight of a single difference: B(h) / 2 in units of 1 - e^-h
-    lone_weight: Callable[[float], float]
+    single_weight: Callable[[float], float]
 
 
-BH2 = UniPCVariant(order=2, keeps_data=False, lone_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
+BH2 = UniPCVariant(order=2, has_unit_alpha=False, single_weight=lambda step: 0.5)  # Wan's: B(h) = 1 - e^-h
 # FramePack's: B(h) = h, and alpha is 1, so lambda = -log(sigma), as if noise were added without weakening
 # the data
-BH1 = UniPCVariant(order=3, keeps_data=True, lone_weight=lambda step: 0.5 * step / -math.expm1(-step))
+BH1 = UniPCVariant(order=3, has_unit_alpha=True, single_weight=lambda step: 0.5 * step / -math.expm1(-step))
 
 
 @dataclass
@@ -162,65 +163,66 @@ class UniPC:
     schedule: Schedule
     variant: UniPCVariant = BH2
     corrected: Tensor | None = None  # corrected sample from which the last step started
-    _order: int = 0  # order of the last step
-    _earlier: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
+    _last_order: int = 0  # order of the last step
+    _history: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Correct the sample with the velocity at this level, then predict the sample of the next level."""
-        current = _Level.read(self.schedule, index, self.variant.keeps_data)
-        following = _Level.read(self.schedule, index + 1, self.variant.keeps_data)
-        now = _Prediction(current, sample.float() - current.sigma * velocity.float())
+        current = _Level.read(self.schedule, index, self.variant.has_unit_alpha)
+        following = _Level.read(self.schedule, index + 1, self.variant.has_unit_alpha)
+        prediction = _Prediction(current, sample.float() - current.sigma * velocity.float())
         if self.corrected is None:
             self.corrected = sample.float()
         else:
-            last = self._earlier[-1]
-            change = self._change(current, now)
+            last = self._history[-1]
+            change = self._weigh_differences(current, prediction)
             self.corrected = _move(last.level, current, self.corrected, last.x0, change=change)
-        self._earlier = [*self._earlier, now][-self.variant.order :]
-        self._order = len(self._earlier) if following.sigma > 0 else 1
-        return _move(current, following, self.corrected, now.x0, change=self._change(following))
+        self._history = [*self._history, prediction][-self.variant.order :]
+        self._last_order = len(self._history) if following.sigma > 0 else 1
+        change = self._weigh_differences(following)
+        return _move(current, following, self.corrected, prediction.x0, change=change)
 
-    def _change(self, following: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
-        """Return the change of the prediction over a step from the level of the last one to `following`.
+    def _weigh_differences(self, end: "_Level", at_end: "_Prediction | None" = None) -> Tensor | float:
+        """Return how much the clean sample changes over the step from the last prediction's level to `end`.
 
-        `after` is the prediction at `following`, if it is known. The change is a weighted sum of the other
-        predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely
-        far away in lambda.
+        It is a weighted sum of differences between other predictions and the last one. `at_end` is the
+        prediction at `end`, if it is known. Predictions at pure noise are left out: they are infinitely far
+        away in log(alpha / sigma).
         """
-        *older, last = self._earlier[-self._order :]
-        step = following.lam - last.level.lam
-        ratios: list[float] = []
+        *older, last = self._history[-self._last_order :]
+        step = end.log_ratio - last.level.log_ratio
+        distances: list[float] = []  # from the last prediction, in units of this step
         differences: list[Tensor] = []
-        for before in reversed(older):
-            ratio = (before.level.lam - last.level.lam) / step
-            if math.isfinite(ratio):
-                ratios.append(ratio)
-                differences.append(before.x0 - last.x0)
-        if after is not None:
-            ratios.append(1.0)
-            differences.append(after.x0 - last.x0)
-        if len(ratios) == 1:  # as in the released code: 1/2, the limit of the exact weight for small steps
-            weights = [self.variant.lone_weight(step)]
+        for prediction in reversed(older):
+            distance = (prediction.level.log_ratio - last.level.log_ratio) / step
+            if math.isfinite(distance):
+                distances.append(distance)
+                differences.append(prediction.x0 - last.x0)
+        if at_end is not None:
+            distances.append(1.0)
+            differences.append(at_end.x0 - last.x0)
+        if len(distances) == 1:  # as in the released code: 1/2, the limit of the exact weight for small steps
+            weights = [self.variant.single_weight(step)]
         else:
-            weights = _solve_weights(step, ratios)
+            weights = _solve_weights(step, distances)
         change: Tensor | float = 0.0
-        for weight, ratio, difference in zip(weights, ratios, differences, strict=True):
-            change = change + weight / ratio * difference
+        for weight, distance, difference in zip(weights, distances, differences, strict=True):
+            change = change + weight / distance * difference
         return change
 
 
 @dataclass(frozen=True)
 class _Level:
-    """A noise level: weights sigma of the noise and alpha of the data, and lam = log(alpha / sigma)."""
+    """A noise level: weights sigma of the noise and alpha of the data, and log(alpha / sigma)."""
 
     sigma: float
     alpha: float
-    lam: float
+    log_ratio: float
 
     @classmethod
-    def read(cls, schedule: Schedule, index: int, keeps_data: bool = False) -> "_Level":
+    def read(cls, schedule: Schedule, index: int, has_unit_alpha: bool = False) -> "_Level":
         sigma = float(schedule.sigmas[index])
-        alpha = 1.0 if keeps_data else float(schedule.alphas[index])
+        alpha = 1.0 if has_unit_alpha else float(schedule.alphas[index])
         if sigma <= 0:
             return cls(sigma, alpha, math.inf)
         if alpha <= 0:
@@ -236,27 +238,27 @@ class _Prediction:
     x0: Tensor
 
 
-def _solve_weights(step: float, ratios: list[float]) -> list[float]:
-    """Return the weights of the differences to other predictions (UniPC, equation 9), solved in float64.
+def _solve_weights(step: float, distances: list[float]) -> list[float]:
+    """Solve the linear system of UniPC's equation 9 in float64; return a weight for each distance.
 
     Args:
-        step: H of this step.
-        ratios: Distances of the predictions from its start, in units of h; one weight each.
+        step: Length h of this step in log(alpha / sigma).
+        distances: Distances of other predictions from the start of the step, in units of h.
     """
     # h phi_2(h) of the paper; each further row needs the next phi, which follows from the previous one
     phi = math.expm1(-step) / -step - 1
     factorial = 1.0
-    rows = []
-    right = []
-    for power in range(len(ratios)):
-        rows.append([ratio**power for ratio in ratios])
-        right.append(phi * factorial / math.expm1(-step))
+    matrix = []
+    right_side = []
+    for power in range(len(distances)):
+        matrix.append([distance**power for distance in distances])
+        right_side.append(phi * factorial / math.expm1(-step))
         factorial *= power + 2
         phi = phi / -step - 1 / factorial
-    if not rows:
+    if not matrix:
         return []
     solution: list[float] = torch.linalg.solve(
-        torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+        torch.tensor(matrix, dtype=torch.float64), torch.tensor(right_side, dtype=torch.float64)
     ).tolist()
     return solution
 
@@ -265,7 +267,7 @@ def _move(
     current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
     """Step between two levels, exact if the prediction stays x0; `change` is its change on the way."""
-    step = following.lam - current.lam
+    step = following.log_ratio - current.log_ratio
     return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 
 
@@ -274,7 +276,7 @@ def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Ten
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """
-    factor = math.exp(current.lam - following.lam)
+    factor = math.exp(current.log_ratio - following.log_ratio)
     moved = (following.sigma / current.sigma) * factor * sample + following.alpha * (1 - factor**2) * x0
     if following.sigma <= 0:
         return moved
@@ -291,4 +293,4 @@ _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
     "unipc-bh1": partial(UniPC, variant=BH1),
     "dpm++": DpmPlusPlus,
 }
-_NOISY_SOLVERS: dict[str, Callable[[Schedule, Draw], Solver]] = {"dpm++sde": DpmPlusPlus, "lcm": Lcm}
+_STOCHASTIC_SOLVERS: dict[str, Callable[[Schedule, Draw], Solver]] = {"dpm++sde": DpmPlusPlus, "lcm": Lcm}

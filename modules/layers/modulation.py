@@ -37,10 +37,10 @@ def modulate(
     if shift is not None:
         normed = normed.to(scale.dtype)
     if torch.compiler.is_compiling():
-        factor = _spread(factor, normed, split)
+        factor = _expand_to_tokens(factor, normed, split)
         if shift is None:
             return (normed.to(scale.dtype) * factor).to(dtype)
-        return torch.addcmul(_spread(shift, normed, split), normed, factor).to(dtype)
+        return torch.addcmul(_expand_to_tokens(shift, normed, split), normed, factor).to(dtype)
     modulated: Tensor = _Modulate.apply(normed, shift, factor, dtype, split)
     return modulated
 
@@ -55,7 +55,7 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
         return x + branch.to(x.dtype)
     gate = gate.to(x.dtype)
     if torch.compiler.is_compiling():
-        return torch.addcmul(x, _spread(gate, x, split), branch.to(x.dtype))
+        return torch.addcmul(x, _expand_to_tokens(gate, x, split), branch.to(x.dtype))
     output: Tensor = _AddGated.apply(x, gate, branch, split)
     return output
 
@@ -72,21 +72,23 @@ def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> lis
         For each segment its part of each token tensor, B L' C, followed by its row of each modulation tensor,
         B 1 C. If `split` has the row of each token, all tokens are one segment, with rows B L C.
     """
-    count = rows[0].shape[1]
-    if count == 1:
+    num_segments = rows[0].shape[1]
+    if num_segments == 1:
         return [(*tokens, *rows)]
     if isinstance(split, Tensor):
-        return [(*tokens, *(row.gather(1, _widen(split, row)) for row in rows))]
+        row_of_each_token = [row.gather(1, _expand_indices(split, row)) for row in rows]
+        return [(*tokens, *row_of_each_token)]
     starts = (split,) if isinstance(split, int) else split
-    assert len(starts) == count - 1, f"{count} rows for the segments that begin at {starts}"
+    assert len(starts) == num_segments - 1, f"{num_segments} rows for the segments that begin at {starts}"
     segments = []
     for index, (start, stop) in enumerate(pairwise((None, *starts, None))):
-        parts = [tensor[:, start:stop] for tensor in tokens]
-        segments.append((*parts, *(row[:, index : index + 1] for row in rows)))
+        segment_tokens = [tensor[:, start:stop] for tensor in tokens]
+        segment_rows = [row[:, index : index + 1] for row in rows]
+        segments.append((*segment_tokens, *segment_rows))
     return segments
 
 
-def _spread(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
+def _expand_to_tokens(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
     """Return one row for each token, B L C, or B 1 C if one row serves all tokens."""
     parts = split_segments(split, [rows], tokens)
     if len(parts) == 1:
@@ -94,17 +96,19 @@ def _spread(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
     return torch.cat([row.expand_as(part) for part, row in parts], dim=1)
 
 
-def _widen(indices: Tensor, rows: Tensor) -> Tensor:
+def _expand_indices(indices: Tensor, rows: Tensor) -> Tensor:
     """Repeat the indices of rows, B L, over the channels: B L C."""
     return indices.unsqueeze(2).expand(-1, -1, rows.shape[2])
 
 
-def _sum_rows(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
+def _sum_segments(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
     """Sum the gradients of tokens, B L C, over each segment, which gives the gradients of the rows."""
     if rows.shape[1] == 1:
         return gradients.sum_to_size(rows.shape)
     if isinstance(split, Tensor):
-        return torch.zeros_like(rows, dtype=gradients.dtype).scatter_add(1, _widen(split, rows), gradients)
+        return torch.zeros_like(rows, dtype=gradients.dtype).scatter_add(
+            1, _expand_indices(split, rows), gradients
+        )
     parts = split_segments(split, [rows], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
 
@@ -118,11 +122,11 @@ class _Modulate(torch.autograd.Function):
         ctx.dtype, ctx.split = normed.dtype, split
         modulated = torch.empty_like(normed, dtype=dtype)
         if shift is None:
-            for part, target, times in split_segments(split, [factor], normed, modulated):
-                torch.mul(part, times, out=target)
+            for segment, output, scale in split_segments(split, [factor], normed, modulated):
+                torch.mul(segment, scale, out=output)
         else:
-            for part, target, plus, times in split_segments(split, [shift, factor], normed, modulated):
-                torch.addcmul(plus, part, times, out=target)
+            for segment, output, offset, scale in split_segments(split, [shift, factor], normed, modulated):
+                torch.addcmul(offset, segment, scale, out=output)
         return modulated
 
     @staticmethod
@@ -132,19 +136,17 @@ class _Modulate(torch.autograd.Function):
         needs_normed, needs_shift, needs_factor, *_ = ctx.needs_input_grad
         if needs_shift or needs_factor or factor.dtype != torch.float32:
             gradient = gradient.to(factor.dtype)  # sums over tokens in 16 bits would be too coarse
-        normed_gradient = None
+        normed_gradient = shift_gradient = factor_gradient = None
         if needs_normed:
             normed_gradient = torch.empty_like(gradient, dtype=ctx.dtype)
-            for part, target, times in split_segments(ctx.split, [factor], gradient, normed_gradient):
-                torch.mul(part, times, out=target)
+            for segment, output, scale in split_segments(ctx.split, [factor], gradient, normed_gradient):
+                torch.mul(segment, scale, out=output)
+        if needs_shift:
+            shift_gradient = _sum_segments(gradient, factor, ctx.split)
+        if needs_factor:
+            factor_gradient = _sum_segments(gradient * normed, factor, ctx.split)
         # in the order of the arguments of `forward`; dtype and split have no gradient
-        return (
-            normed_gradient,
-            _sum_rows(gradient, factor, ctx.split) if needs_shift else None,
-            _sum_rows(gradient * normed, factor, ctx.split) if needs_factor else None,
-            None,
-            None,
-        )
+        return normed_gradient, shift_gradient, factor_gradient, None, None
 
 
 class _AddGated(torch.autograd.Function):
@@ -162,19 +164,19 @@ class _AddGated(torch.autograd.Function):
         ctx.dtype = branch.dtype
         ctx.split = split
         output = torch.empty_like(x)
-        for part, added, target, times in split_segments(split, [gate], x, branch, output):
+        for segment, added, target, scale in split_segments(split, [gate], x, branch, output):
             # with `out` also because autocast casts what a plain addcmul gets
-            torch.addcmul(part, times, added, out=target)
+            torch.addcmul(segment, scale, added, out=target)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for_x, for_gate, for_branch, _ = ctx.needs_input_grad
-        of_gate = _sum_rows(gradient * ctx.saved_tensors[0], ctx.gate, ctx.split) if for_gate else None
+        of_gate = _sum_segments(gradient * ctx.saved_tensors[0], ctx.gate, ctx.split) if for_gate else None
         of_branch = None
         if for_branch:
             of_branch = torch.empty_like(gradient, dtype=ctx.dtype)
-            for part, target, times in split_segments(ctx.split, [ctx.gate], gradient, of_branch):
-                torch.mul(part, times, out=target)
+            for segment, output, scale in split_segments(ctx.split, [ctx.gate], gradient, of_branch):
+                torch.mul(segment, scale, out=output)
         return gradient if for_x else None, of_gate, of_branch, None

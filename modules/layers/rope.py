@@ -90,17 +90,16 @@ def rotary_table(
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
-    pairs = []
+    axis_tables = []
     for axis, (size, width) in enumerate(zip(grid.sizes, widths, strict=True)):
-        is_time = axis == 0
-        start = grid.first_position if is_time else 0
-        slow = grid.slow if is_time else None  # a lowered frequency
-        positions = torch.arange(start, start + size, dtype=dtype)
-        if is_time and grid.frame_positions:  # frames that are not consecutive
+        is_frame_axis = axis == 0
+        first = grid.first_position if is_frame_axis else 0
+        positions = torch.arange(first, first + size, dtype=dtype)
+        if is_frame_axis and grid.frame_positions:  # frames that are not consecutive
             positions = torch.tensor(grid.frame_positions, dtype=dtype)
-        pair = cos_and_sin(rotation_angles(positions, width, theta, slow)).float()
-        pairs.append(send_ahead(pair, device))
-    return spread_over_grid(pairs).unsqueeze(1).to(stored)
+        angles = rotation_angles(positions, width, theta, grid.slow if is_frame_axis else None)
+        axis_tables.append(send_ahead(cos_and_sin(angles).float(), device))
+    return spread_over_grid(axis_tables).unsqueeze(1).to(stored)
 
 
 def cos_and_sin(angles: Tensor) -> Tensor:

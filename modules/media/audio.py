@@ -1,5 +1,6 @@
 """Re-encode audio and convert subtitles for files that cannot hold them unchanged."""
 
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -38,42 +39,42 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
     """
     context = source.codec_context  # use the channel count, because raw audio in Matroska has no layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
-    gapless = _Gapless(source.time_base)  # fills gaps with silence, because encoders number samples on
+    return stream, functools.partial(_convert_to_aac, stream, _Gapless(source.time_base))
 
-    def convert(packet: Any) -> Iterator[Any]:
-        for frame in packet.decode():
-            for part in gapless.follow(frame):
-                yield from stream.encode(part)
-        if not packet.size:
-            yield from stream.encode(None)
 
-    return stream, convert
+def _convert_to_aac(stream: Any, gapless: "_Gapless", packet: Any) -> Iterator[Any]:
+    """Yield AAC packets for the audio of a packet; the empty last packet flushes the encoder."""
+    for frame in packet.decode():
+        for part in gapless.fill_gap(frame):
+            yield from stream.encode(part)
+    if not packet.size:
+        yield from stream.encode(None)
 
 
 class _Gapless:
-    """Renumber decoded audio samples without gaps, as encoders require."""
+    """Fills gaps between decoded audio frames with silence, because encoders number samples on."""
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
-        self._next: int | None = None  # index of the next sample
+        self._next_index: int | None = None  # index of the next sample
 
-    def follow(self, frame: Any) -> Iterator[Any]:
-        """Yield a frame, renumbered to follow the previous one, after silence for any missing samples."""
+    def fill_gap(self, frame: Any) -> Iterator[Any]:
+        """Yield a frame, renumbered to fill_gap the previous one, after silence for any missing samples."""
         rate = frame.sample_rate
         if frame.pts is not None:
             expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
-            gap = 0 if self._next is None else expected - self._next
-            if self._next is None:
-                self._next = expected
+            gap = 0 if self._next_index is None else expected - self._next_index
+            if self._next_index is None:
+                self._next_index = expected
             elif SHORTEST_GAP * rate < gap < LONGEST_GAP * rate:
                 for start in range(0, gap, rate):
                     yield self._number_frame(_make_silence(frame, min(rate, gap - start)))
         yield self._number_frame(frame)
 
     def _number_frame(self, frame: Any) -> Any:
-        frame.pts = self._next = self._next or 0
+        frame.pts = self._next_index = self._next_index or 0
         frame.time_base = Fraction(1, frame.sample_rate)
-        self._next += frame.samples
+        self._next_index += frame.samples
         return frame
 
 
@@ -103,28 +104,33 @@ _CODECS = {
 _NANOSECONDS = 1e9
 
 
+# ids of Matroska's elements
+_EBML_HEADER, _DOC_TYPE, _DOC_TYPE_VERSION, _DOC_TYPE_READ_VERSION = 0x1A45DFA3, 0x4282, 0x4287, 0x4285
+_SEGMENT, _INFO, _TIMESTAMP_SCALE = 0x18538067, 0x1549A966, 0x2AD7B1
+_TRACKS, _TRACK_ENTRY = 0x1654AE6B, 0xAE
+_CLUSTER, _TIMESTAMP, _SIMPLE_BLOCK = 0x1F43B675, 0xE7, 0xA3
+
+
 def open_delayed(stream: Any, samples: int) -> Any | None:
     """Return an open container with a copy of `stream` that declares an initial delay of `samples` samples.
 
-    Return None if the codec cannot declare a delay, or if `stream` does so already. Source of the layout:
-    RFC 9559.
+    The container is a Matroska file in memory with one track and one empty packet. Return None if the codec
+    cannot declare a delay, or if `stream` does so already. Source of the layout: RFC 9559.
     """
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:
         return None
-    # the first argument is the id of an element of Matroska
-    doc_type = _encode_element(0x4282, b"matroska")
-    # version of the format, and minimum version to read it
-    versions = _encode_number(0x4287, 4) + _encode_number(0x4285, 2)
-    head = _encode_element(0x1A45DFA3, doc_type + versions)
-    clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))  # times are in milliseconds
-    track = _encode_element(0xAE, _track_info(context, samples))
-    tracks = _encode_element(0x1654AE6B, track)
-    packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without packets cannot be opened
-    cluster = _encode_element(0x1F43B675, _encode_number(0xE7, 0) + packet)
-    segment = _encode_element(0x18538067, clock + tracks + cluster)
+    doc_type = _encode_element(_DOC_TYPE, b"matroska")
+    versions = _encode_number(_DOC_TYPE_VERSION, 4) + _encode_number(_DOC_TYPE_READ_VERSION, 2)
+    header = _encode_element(_EBML_HEADER, doc_type + versions)
+    info = _encode_element(_INFO, _encode_number(_TIMESTAMP_SCALE, 1_000_000))  # times are in milliseconds
+    tracks = _encode_element(_TRACKS, _encode_element(_TRACK_ENTRY, _track_info(context, samples)))
+    # a file without packets cannot be opened
+    packet = _encode_element(_SIMPLE_BLOCK, b"\x81\0\0\x80" + bytes(8))
+    cluster = _encode_element(_CLUSTER, _encode_number(_TIMESTAMP, 0) + packet)
+    segment = _encode_element(_SEGMENT, info + tracks + cluster)
     try:
-        return av.open(BytesIO(head + segment))
+        return av.open(BytesIO(header + segment))
     except av.FFmpegError:
         return None
 
@@ -185,24 +191,25 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
     stream = target.add_stream(_ENCODERS[suffix])
     stream.codec_context.subtitle_header = _HEADER
     stream.codec_context.time_base = source.time_base
-    codec = source.codec_context.name
+    with_length = suffix != ".mkv"  # MP4 and MOV store the length of a text before it
+    return stream, functools.partial(_convert_subtitle, source.codec_context.name, with_length)
 
-    def convert(packet: Any) -> Iterator[Any]:
-        content = bytes(packet) if packet.size else b""
-        text = _read_subtitle(codec, content)
-        if text:
-            encoded = text.encode("utf-8")
-            if suffix != ".mkv":  # MP4 and MOV store the length of a text before it
-                encoded = len(encoded).to_bytes(2, "big") + encoded
-            repacked = av.Packet(encoded)
-            repacked.time_base = packet.time_base
-            repacked.duration = packet.duration
-            repacked.pts = packet.pts
-            repacked.dts = packet.dts
-            repacked.is_keyframe = True
-            yield repacked
 
-    return stream, convert
+def _convert_subtitle(codec: str, with_length: bool, packet: Any) -> Iterator[Any]:
+    """Yield a packet with the plain text of a subtitle packet, unless the text is empty."""
+    text = _read_subtitle(codec, bytes(packet) if packet.size else b"")
+    if not text:
+        return
+    encoded = text.encode("utf-8")
+    if with_length:
+        encoded = len(encoded).to_bytes(2, "big") + encoded
+    repacked = av.Packet(encoded)
+    repacked.time_base = packet.time_base
+    repacked.duration = packet.duration
+    repacked.pts = packet.pts
+    repacked.dts = packet.dts
+    repacked.is_keyframe = True
+    yield repacked
 
 
 def _read_subtitle(codec: str, content: bytes) -> str:

@@ -79,21 +79,21 @@ def fit_face(
     drawn_scale = min(bucket) / (face_length * rng.uniform(*sides))
     scale = max(covering_scale, min(drawn_scale, 1.0))
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
+    crop = []
+    for axis, (center, length) in enumerate(((face.x, face.width), (face.y, face.height))):
+        start = _choose_start(center * scale, length * scale, bucket[axis], rng if anywhere else None)
+        crop.append(min(max(0, round(start)), resized[axis] - bucket[axis]))
+    return Fit(resized, (crop[0], crop[1]), bucket, select_interpolation(size, resized))
 
-    def start(middle: float, length: float, axis: int) -> int:
-        """Return the first pixel of the crop on an axis.
 
-        `middle` and `length` describe the resized face on this axis.
-        """
-        side = bucket[axis]
-        first = middle - side / 2
-        if anywhere and length < side:  # any start that keeps the face inside
-            first = rng.uniform(middle + length / 2 - side, middle - length / 2)
-        return min(max(0, round(first)), resized[axis] - side)
+def _choose_start(center: float, length: float, side: int, rng: random.Random | None) -> float:
+    """Return where a crop of `side` pixels starts on an axis, to center a face or, with `rng`, to contain it.
 
-    left = start(face.x * scale, face.width * scale, axis=0)
-    top = start(face.y * scale, face.height * scale, axis=1)
-    return Fit(resized, (left, top), bucket, select_interpolation(size, resized))
+    `center` and `length` are those of the resized face.
+    """
+    if rng is not None and length < side:
+        return rng.uniform(center + length / 2 - side, center - length / 2)
+    return center - side / 2
 
 
 def mirror(frame: Frame) -> Frame:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,10 @@ AS_SHOWN = 3
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # Pillow's modes that count as gray when a profile is selected. Browsers apply RGB profiles to gray
 # images too
-_GRAY = frozenset({"1", "L", "LA", "La"})
-_LEVELS = 2  # of 255; sRGB profiles differ by up to this when converted to sRGB
-_SCREEN = 2.2  # value of 1 / gAMA that browsers treat as the curve of sRGB
-_NEAR = 0.05  # maximum difference of gAMA * _SCREEN from 1
+_GRAY_MODES = frozenset({"1", "L", "LA", "La"})
+_MAX_ROUNDING = 2  # of 255; sRGB profiles differ by up to this when converted to sRGB
+_SRGB_LIKE_GAMMA = 2.2  # value of 1 / gAMA that browsers treat as the curve of sRGB
+_GAMMA_TOLERANCE = 0.05  # maximum difference of gAMA * _SRGB_LIKE_GAMMA from 1
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_CHROMATICITIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 # codes of ITU-T H.273 (cICP and videos): primaries, and exponents as in gAMA. None stands for the curve of
@@ -47,7 +47,7 @@ _CHROMATICITIES = {
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
 }
 _GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
-_UNSAID = 2
+_UNSPECIFIED = 2
 HDR = {16: "PQ", 18: "HLG"}
 # Pillow's formats of animations; MPO photos have several images too, but are not animated
 _ANIMATED_FORMATS = {"AVIF", "GIF", "PNG", "WEBP"}
@@ -78,30 +78,46 @@ class _Profile:
     path: Path = field(compare=False)  # first image with the profile, for messages
 
 
+class _ProfileTransform(NamedTuple):
+    to_srgb: ImageCms.ImageCmsTransform | None  # None: the colors are in sRGB already, or it cannot be used
+    rejection: str | None = None  # why the profile cannot be used
+
+
 def apply_orientation(file: Image.Image) -> Image.Image:
     """Apply the EXIF orientation to an opened image, and return the image."""
-    _note_info(file)
+    _correct_info(file)
     ImageOps.exif_transpose(file, in_place=True)  # in place, to save memory
     return file
 
 
-def _note_info(file: Image.Image) -> None:
-    """Add to `info` the facts that Pillow ignores or misreads, before it reads the pixels."""
-    tile = getattr(file, "tile", None)
-    raw_mode = str(tile[0][3]) if tile else ""  # Pillow's name of the stored pixel format
-    transparent = file.info.get("transparency")
-    if transparent is not None:  # the transparent color of a PNG, as stored
-        # Pillow scales pixels to 8 bits, but not this color: 2 bits by 255 / 3, 4 bits by 255 / 15
-        factor = {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
-        file.info["transparency"] = transparent * factor if factor > 1 else transparent
-        if raw_mode == "RGB;16B":  # Pillow reads only the high bytes
-            file.info["transparency"] = tuple(value >> 8 for value in transparent)
+def _correct_info(file: Image.Image) -> None:
+    """Complete `file.info`, before the pixels are read, by what Pillow ignores or misreads.
+
+    These are the transparent color of a PNG, inverted gray of a TIFF, and color codes of a PNG or AVIF.
+    """
+    transparent_color = file.info.get("transparency")
+    if transparent_color is not None:
+        file.info["transparency"] = _scale_transparent_color(file, transparent_color)
     if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         file.info[_INVERTED] = True  # 0 is white, which Pillow handles only for 8 bits
-    readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
-    codes = readers[file.format](file) if file.format in readers else None
+    codes = None
+    if file.format == "PNG":
+        codes = _read_cicp(file)
+    elif file.format == "AVIF":
+        codes = _read_nclx(file)
     if codes is not None:
         file.info[_CICP] = codes
+
+
+def _scale_transparent_color(file: Image.Image, stored: Any) -> Any:
+    """Return the transparent color of a PNG as Pillow's 8-bit pixels have it; Pillow does not scale it."""
+    tile = getattr(file, "tile", None)
+    pixel_format = str(tile[0][3]) if tile else ""  # Pillow's name of the stored pixel format
+    if pixel_format == "RGB;16B":  # Pillow reads only the high bytes
+        return tuple(value >> 8 for value in stored)
+    # 2 bits are scaled by 255 / 3, 4 bits by 255 / 15
+    factor = {"L;2": 85, "L;4": 17}.get(pixel_format, 1)
+    return stored * factor if factor > 1 else stored
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
@@ -158,25 +174,25 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
         None for HDR, and for the primaries of television, which count as sRGB's.
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
-    transfer = 1 if transfer == _UNSAID else transfer
+    transfer = 1 if transfer == _UNSPECIFIED else transfer
     if primaries not in _CHROMATICITIES or primaries == 1 or transfer not in _GAMMAS:
         return None
     content = _make_profile(_GAMMAS[transfer], _CHROMATICITIES[primaries])
-    return None if content is None else _transform(_Profile(content, "RGB", Path()))[0]
+    return None if content is None else _build_transform(_Profile(content, "RGB", Path())).to_srgb
 
 
 def inspect_colors(path: Path, file: Image.Image) -> Colors:
     """Return information about an opened image's colors. Pixels are read only if it may be transparent."""
-    _note_info(file)
+    _correct_info(file)
     profile = _find_profile(path, file)
-    transform, error = (None, None) if profile is None else _transform(profile)
+    transform, rejection = _ProfileTransform(None) if profile is None else _build_transform(profile)
     is_converted = transform is not None or (profile is None and _make_curve(file.info) is not None)
     transfer = file.info.get(_CICP, (0, 0))[1]
     is_transparent = _may_be_transparent(file) and any(map(_has_clear_pixels, _list_bands(file)))
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
     is_animated = file.format in _ANIMATED_FORMATS and bool(getattr(file, "is_animated", False))
     return Colors(
-        is_transparent, is_converted, error, HDR.get(transfer), by_codes=by_codes, is_animated=is_animated
+        is_transparent, is_converted, rejection, HDR.get(transfer), by_codes=by_codes, is_animated=is_animated
     )
 
 
@@ -222,24 +238,29 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colors of an image as sRGB, H W 3, also below transparent pixels."""
+    """Return the colors of an image as sRGB, H W 3, also below transparent pixels.
+
+    They are converted by the image's color profile, else by its gamma curve; without both they are sRGB.
+    """
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it
         info = image.info
         gray = (np.asarray(image) >> 8).astype(np.uint8)  # the upper 8 of 16 bits
         image = Image.fromarray(~gray if _INVERTED in info else gray)
         image.info = info
     profile = _find_profile(path, image)
-    transform = None if profile is None else _transform(profile)[0]
-    if profile is not None and transform is not None:
-        return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
-    colors = _in_mode(image, "RGB")
-    curve = _make_curve(image.info) if profile is None else None
-    if curve is not None:
-        colors = colors.point(curve * 3)  # the same curve for red, green and blue
-    return np.array(colors)
+    if profile is None:
+        colors = _convert_mode(image, "RGB")
+        curve = _make_curve(image.info)
+        if curve is not None:
+            colors = colors.point(curve * 3)  # the same curve for red, green and blue
+        return np.array(colors)
+    to_srgb = _build_transform(profile).to_srgb
+    if to_srgb is None:
+        return np.array(_convert_mode(image, "RGB"))
+    return np.array(ImageCms.applyTransform(_convert_mode(image, profile.mode), to_srgb))
 
 
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in {"La", "RGBa"}:  # premultiplied colors
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     elif image.mode == "P" and "transparency" in image.info:  # otherwise Pillow warns
@@ -251,10 +272,13 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
-    """Return the ICC profile of an image, or one made from its PNG chunks; None if it has neither."""
+    """Return the color profile of an image; None if it has none.
+
+    The first that exists of: a profile made from the known codes of its chunk cICP; its ICC profile; one made
+    from its chunks cHRM and gAMA.
+    """
     if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None
-    # codes of the chunk cICP; 0: there is none
     primaries, transfer = image.info.get(_CICP, (0, 0))
     content: bytes | None
     if primaries in _CHROMATICITIES and transfer in _GAMMAS:
@@ -263,46 +287,44 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     content = image.info.get("icc_profile")
     if content:
         return _Profile(content, _select_mode(image.mode, content), path)
-    # the chunk cICP overrides cHRM and gAMA, even with codes that are unknown here
-    chromaticity = None if transfer else image.info.get("chromaticity")
+    has_cicp = transfer != 0  # it overrides cHRM and gAMA, even with codes that are unknown here
+    chromaticities = None if has_cicp else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
-    if chromaticity is None or gamma is None or np.allclose(chromaticity, _SRGB_CHROMATICITIES, atol=2e-3):
+    if chromaticities is None or gamma is None:
         return None
-    content = _make_profile(gamma, tuple(chromaticity))
+    if np.allclose(chromaticities, _SRGB_CHROMATICITIES, atol=2e-3):
+        return None
+    content = _make_profile(gamma, tuple(chromaticities))
     return None if content is None else _Profile(content, "RGB", path)
 
 
 def _select_mode(mode: str, profile: bytes) -> str:
     """Return the mode (L, RGB or CMYK) to which pixels are converted before their color profile applies."""
-    is_gray = mode in _GRAY or mode.startswith("I;16")
+    is_gray = mode in _GRAY_MODES or mode.startswith("I;16")
     if is_gray and profile[16:20] != b"RGB ":
         return "L"
     return "CMYK" if mode == "CMYK" else "RGB"
 
 
 @functools.lru_cache(maxsize=64)
-def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, str | None]:
-    """Return a profile's transform to sRGB, and the reason why the profile cannot be used.
-
-    Either may be None: the transform if colors are in sRGB already, the reason if the profile is usable. A
-    reason is logged once for each profile.
-    """
-    space = profile.data[16:20].decode("latin-1").strip()
+def _build_transform(profile: _Profile) -> _ProfileTransform:
+    """Return a profile's transform to sRGB; if it cannot be used, log the reason once for each profile."""
+    space = profile.data[16:20].decode("latin-1").strip()  # the profile's header names its color space
     mode = profile.mode
-    if space != {"L": "GRAY"}.get(mode, mode):  # the profile's header names its color space
+    if space != {"L": "GRAY"}.get(mode, mode):
         rejection = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
         try:
             opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
             transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
-            return (None if _changes_nothing(transform, mode) else transform), None
+            return _ProfileTransform(None if _is_identity(transform, mode) else transform)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             rejection = f"its color profile cannot be used ({error})"
     logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, rejection)
-    return None, rejection
+    return _ProfileTransform(None, rejection)
 
 
-def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Return whether a color transform changes sampled colors by rounding alone."""
     if mode == "CMYK":
         return False
@@ -314,7 +336,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
         pixels = np.arange(256, dtype=np.uint8)[None]
         expected = pixels[..., None]
     transformed = np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), transform)).astype(int)
-    return bool(abs(transformed - expected).max() <= _LEVELS)
+    return bool(abs(transformed - expected).max() <= _MAX_ROUNDING)
 
 
 # Color chunks of PNG
@@ -359,13 +381,13 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     transfer = int.from_bytes(codes[2:4], "big")
     if not marker:
         return None
-    return primaries, 1 if transfer == _UNSAID else transfer
+    return primaries, 1 if transfer == _UNSPECIFIED else transfer
 
 
 def _make_curve(info: dict[Any, Any]) -> list[int] | None:
     """Return the sRGB level of each of the 256 values of a PNG with only gAMA; None if they are the same."""
     gamma = _read_gamma(info)
-    if gamma is None or abs(_SCREEN * gamma - 1) <= _NEAR:
+    if gamma is None or abs(_SRGB_LIKE_GAMMA * gamma - 1) <= _GAMMA_TOLERANCE:
         return None
     light = (np.arange(256) / 255) ** (1 / gamma)
     levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)

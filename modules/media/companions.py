@@ -23,16 +23,16 @@ from modules.media.reading import without_images
 logger = getLogger(__name__)
 
 # tags about the program that wrote the file
-_NOISE = re.compile(
+_ENCODER_TAGS = re.compile(
     r"encoder|major_brand|minor_version|compatible_brands|duration|vendor_id|number_of_(frames|bytes)|bps"
     r"|_statistics_.*|rotate",
     re.IGNORECASE,
 )
-_NO_NAMES = {"SoundHandler", "VideoHandler", "SubtitleHandler", "DataHandler"}
+_DEFAULT_HANDLERS = {"SoundHandler", "VideoHandler", "SubtitleHandler", "DataHandler"}
 # audio codecs that the format allows, but few programs play
-_UNPLAYED = {".mp4": re.compile("pcm_|vorbis"), ".mov": re.compile("vorbis")}
-_COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
-_BEGINNING = 1000  # packets
+_RARELY_PLAYED = {".mp4": re.compile("pcm_|vorbis"), ".mov": re.compile("vorbis")}
+_COVER_FILES = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
+_MAX_FIRST_PACKETS = 1000  # packets
 _DISCARD_ALL = 48  # FFmpeg's flag: discard all packets of a stream
 
 Convert = Callable[[Any], Iterable[Any]]  # a packet (the last one is empty) -> packets to write
@@ -45,13 +45,13 @@ class _Track:
     name: str
     target: Any
     convert: Convert
-    lost: int = 0  # packets
+    num_damaged: int = 0  # packets
 
 
 class OtherStreams:
     """The streams of a source video except its images, copied to a new video as its images are written."""
 
-    def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
+    def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, with_images: bool) -> None:
         """Keep the source; the streams are selected later.
 
         Args:
@@ -59,18 +59,18 @@ class OtherStreams:
             source: The opened file.
             suffix: Suffix of the new file.
             rate: Frame rate of the new file.
-            covers: Whether to keep cover images and all else that may hold pictures: XMP, and attachments
-                other than fonts.
+            with_images: Whether to keep cover images and all else that may hold pictures: XMP, and
+                attachments other than fonts.
         """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
-        self._covers = covers
+        self._with_images = with_images
         self._origin = time_origin(source)
-        self._main = source.streams.best("video")
+        self._main_video = source.streams.best("video")
         self._tracks: dict[int, _Track] = {}  # by index of the source's stream
         self._packets: Iterator[Any] = iter(())  # packets of all copied streams
-        self._waiting: Any = None  # the next packet to write
-        self._sent = 0  # packets passed to FFmpeg, which may buffer them
-        self._failed = 0  # packets among them that failed
+        self._next_packet: Any = None  # the next packet to write
+        self._num_sent = 0  # packets passed to FFmpeg, which may buffer them
+        self._num_failed = 0  # packets among them that failed
 
     @property
     def tags(self) -> dict[str, str]:
@@ -82,48 +82,57 @@ class OtherStreams:
 
         `video` is the stream of the new images, which gets the tags of the old ones.
         """
-        if self._main is not None:
-            self._describe(video, self._main)
-            copy_pixel_aspect(self._path, self._main, video)
+        if self._main_video is not None:
+            self._copy_stream_tags(video, self._main_video)
+            copy_pixel_aspect(self._path, self._main_video, video)
         for stream in self._source.streams:
-            if stream is not self._main:
-                self._add(target, stream)
-        chapters = []
-        for chapter in self._source.chapters():
-            ticks = round(self._origin / chapter["time_base"])
-            start = max(chapter["start"] - ticks, 0)
-            end = max(chapter["end"] - ticks, 0)
-            chapters.append({**chapter, "start": start, "end": end})
-        target.set_chapters(chapters)
+            if stream is not self._main_video:
+                self._add_stream(target, stream)
+        target.set_chapters(self._shift_chapters())
         copied = [self._source.streams[index] for index in self._tracks]
         if copied:
             self._packets = self._read(copied)
-            self._waiting = next(self._packets, None)
+            self._next_packet = next(self._packets, None)
+
+    def _shift_chapters(self) -> list[dict[str, Any]]:
+        """Return the source's chapters with times that count from the new file's time 0."""
+        chapters = []
+        for chapter in self._source.chapters():
+            origin_ticks = round(self._origin / chapter["time_base"])
+            start = max(chapter["start"] - origin_ticks, 0)
+            end = max(chapter["end"] - origin_ticks, 0)
+            chapters.append({**chapter, "start": start, "end": end})
+        return chapters
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write all packets before the given second of the new file; None: all remaining packets."""
-        while self._waiting is not None:
-            time = self._waiting.pts if self._waiting.dts is None else self._waiting.dts
+        while self._next_packet is not None:
+            packet = self._next_packet
+            time = packet.pts if packet.dts is None else packet.dts
             is_known = seconds is not None and time is not None
-            if is_known and time * self._waiting.time_base - self._origin > seconds:
+            if is_known and time * packet.time_base - self._origin > seconds:
                 return
-            self._write(target, self._waiting)
-            self._waiting = next(self._packets, None)
+            self._write_packet(target, packet)
+            self._next_packet = next(self._packets, None)
         if seconds is None:
-            lost = {track.name: track.lost for track in self._tracks.values()}
-            for name, count in (lost | {"its sound or subtitles": self._failed}).items():
-                if count:
-                    logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
+            self._warn_of_damage()
+
+    def _warn_of_damage(self) -> None:
+        counts = {track.name: track.num_damaged for track in self._tracks.values()}
+        counts["its sound or subtitles"] = self._num_failed
+        for name, count in counts.items():
+            if count:
+                logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
         """Write a packet of the main stream, even if an earlier one that FFmpeg held back is damaged."""
         try:
             target.mux(packet)
         except _list_damage_errors():
-            if not self._sent:
+            if not self._num_sent:
                 raise
-            self._sent -= 1
-            self._failed += 1
+            self._num_sent -= 1
+            self._num_failed += 1
 
     def _read(self, streams: list[Any]) -> Iterator[Any]:
         try:
@@ -135,44 +144,47 @@ class OtherStreams:
                 error.strerror,
             )
 
-    def _write(self, target: Any, packet: Any) -> None:
+    def _write_packet(self, target: Any, packet: Any) -> None:
         """Write a packet to `target`, converted and relative to the new time 0; damaged ones are counted."""
         track = self._tracks[packet.stream.index]
         try:
             converted = list(track.convert(packet))
         except av.FFmpegError:  # error of a decoder
-            track.lost += 1
+            track.num_damaged += 1
             return
         for new_packet in converted:
             if new_packet.dts is None:
                 new_packet.dts = new_packet.pts
-            if self._origin:
-                ticks = round(self._origin / new_packet.time_base)
-                new_packet.dts = None if new_packet.dts is None else new_packet.dts - ticks
-                new_packet.pts = None if new_packet.pts is None else new_packet.pts - ticks
+            self._shift_times(new_packet)
             new_packet.stream = track.target
             try:
                 target.mux(new_packet)
-                self._sent += 1
+                self._num_sent += 1
             except _list_damage_errors():
-                track.lost += 1
+                track.num_damaged += 1
 
-    def _add(self, target: Any, stream: Any) -> None:
+    def _shift_times(self, packet: Any) -> None:
+        """Make the times of a packet count from the new file's time 0."""
+        if not self._origin:
+            return
+        ticks = round(self._origin / packet.time_base)
+        packet.dts = None if packet.dts is None else packet.dts - ticks
+        packet.pts = None if packet.pts is None else packet.pts - ticks
+
+    def _add_stream(self, target: Any, stream: Any) -> None:
         """Copy a stream into the new file; convert it, or else leave it out, if the format requires that."""
-        name = _name(stream)
+        name = _label_stream(stream)
         if stream.type == "video":
             self._add_images(target, stream, name)
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
-        elif stream.type == "data" and (
-            int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
-        ):  # chapters or a time code, which FFmpeg generates for MP4 and MOV
+        elif _is_generated(stream):
             return
         elif self._can_hold(stream):
             self._add_copy(target, stream, name)
         elif stream.type == "audio" and stream.codec_context is not None:
             added, convert = add_aac(target, stream)
-            self._keep(stream, added, name, convert)
+            self._register(stream, added, name, convert)
             logger.info(
                 "%s: %s is encoded to AAC, because %s files do not play it; .mkv keeps it as it is",
                 self._path,
@@ -181,70 +193,79 @@ class OtherStreams:
             )
         elif stream.type == "subtitle" and is_text(stream):
             added, convert = add_text(target, stream, self._suffix)
-            self._keep(stream, added, name, convert)
+            self._register(stream, added, name, convert)
         else:
-            self._leave_out(name)
+            self._skip(name)
 
     def _add_images(self, target: Any, stream: Any, name: str) -> None:
         """Add a secondary video stream if it is a cover image and the new file's format can hold it."""
         codec = stream.codec_context.name if stream.codec_context is not None else ""
         if not is_cover(stream):
-            self._leave_out(name, "only the main stream of pictures is written", remedy="")
-        elif not self._covers:
-            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
-        elif self._suffix == ".mkv" and codec in _COVERS:
+            self._skip(name, "only the main stream of pictures is written", remedy="")
+        elif not self._with_images:
+            self._skip(name, "it is a picture that no tool has worked on", remedy="")
+        elif self._suffix == ".mkv" and codec in _COVER_FILES:
             with open_container(self._path) as again:
                 image = _read_first_packet(again, stream.index)
             if image is not None:
-                target.add_attachment(*_COVERS[codec], bytes(image))
-        elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
+                target.add_attachment(*_COVER_FILES[codec], bytes(image))
+        elif self._suffix == ".mp4" and codec in _COVER_FILES and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
         else:
-            self._leave_out(name)
+            self._skip(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
         """Add an attached file, if it is a font or may hold an image."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
-        if not self._covers and not is_font:  # subtitles need fonts
-            self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
+        if not self._with_images and not is_font:  # subtitles need fonts
+            self._skip(name, "there may be a picture in it, that no tool has worked on", remedy="")
         elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
             target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
         else:
-            self._leave_out(name)
+            self._skip(name)
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
         """Add a track whose packets are copied; in .mkv, declare sound before time 0 as the codec's delay."""
         delayed = None
         if self._suffix == ".mkv" and stream.type == "audio":
-            with open_container(self._path) as again:
-                first = _read_first_packet(again, stream.index)
-            if first is not None and first.pts is not None:
-                before = self._origin - first.pts * first.time_base  # duration before time 0
-                samples = round(before * stream.codec_context.sample_rate)
-                delayed = open_delayed(stream, samples) if samples > 0 else None
+            delayed = self._open_delayed_copy(stream)
         if delayed is None:
-            self._keep(stream, target.add_stream_from_template(stream, opaque=True), name, _copy)
-            return
-        with delayed:
-            added = target.add_stream_from_template(delayed.streams.audio[0], opaque=True)
-        added.time_base = stream.time_base
-        self._keep(stream, added, name, _copy)
+            added = target.add_stream_from_template(stream, opaque=True)
+        else:
+            with delayed:
+                added = target.add_stream_from_template(delayed.streams.audio[0], opaque=True)
+            added.time_base = stream.time_base
+        self._register(stream, added, name, _copy)
+
+    def _open_delayed_copy(self, stream: Any) -> Any | None:
+        """Return a container whose audio stream declares the samples before time 0; else None."""
+        with open_container(self._path) as reopened:
+            first = _read_first_packet(reopened, stream.index)
+        if first is None or first.pts is None:
+            return None
+        seconds_before = self._origin - first.pts * first.time_base
+        samples = round(seconds_before * stream.codec_context.sample_rate)
+        return open_delayed(stream, samples) if samples > 0 else None
 
     def _can_hold(self, stream: Any) -> bool:
         """Return whether the new file can hold the stream, by writing a small file in memory."""
-        unplayed = _UNPLAYED.get(self._suffix)  # codecs that the format allows, but few programs play
+        rarely_played = _RARELY_PLAYED.get(self._suffix)
         context = stream.codec_context
-        if stream.type == "audio" and unplayed and context is not None and unplayed.match(context.name):
+        is_audio = stream.type == "audio" and context is not None
+        if is_audio and rarely_played and rarely_played.match(context.name):
             return False
         try:
-            with open_container(self._path) as again, av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial:
+            with (
+                open_container(self._path) as reopened,
+                av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial,
+            ):
                 added = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # the first text may come late in a long file
-                first = None if stream.type == "subtitle" else _read_first_packet(again, stream.index)
+                first = None if stream.type == "subtitle" else _read_first_packet(reopened, stream.index)
                 if first is not None:
                     first.stream = added
                     trial.mux(first)
@@ -252,17 +273,17 @@ class OtherStreams:
             return False
         return True
 
-    def _keep(self, stream: Any, added: Any, name: str, convert: Convert) -> None:
-        self._describe(added, stream)
+    def _register(self, stream: Any, added: Any, name: str, convert: Convert) -> None:
+        self._copy_stream_tags(added, stream)
         self._tracks[stream.index] = _Track(name, added, convert)
 
-    def _describe(self, target: Any, source: Any) -> None:
+    def _copy_stream_tags(self, target: Any, source: Any) -> None:
         """Copy language, title and purpose of a stream to the new one."""
         tags = self._clean_tags(source.metadata)
         title = tags.pop("name", None)  # FFmpeg's name of the title in MP4
         if title is not None:
             tags.setdefault("title", title)
-        if tags.get("handler_name") in _NO_NAMES:
+        if tags.get("handler_name") in _DEFAULT_HANDLERS:
             del tags["handler_name"]
         if tags.get("language") == "und":
             del tags["language"]
@@ -270,17 +291,22 @@ class OtherStreams:
         target.disposition = int(source.disposition)
 
     def _clean_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
-        cleaned = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
+        cleaned = {name: value for name, value in tags.items() if not _ENCODER_TAGS.fullmatch(name)}
         # FFmpeg fails at drop-frame time codes (;), unless the rate is a multiple of 29.97
         if ";" in cleaned.get("timecode", "") and round(self._rate) % 30:
             del cleaned["timecode"]
-        return cleaned if self._covers else without_images(self._path, cleaned)
+        return cleaned if self._with_images else without_images(self._path, cleaned)
 
-    def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
+    def _skip(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
         reason = reason or f"{self._suffix} files cannot hold it"
         logger.warning(
             "%s: %s is left out: %s%s", self._path, name, reason, "" if self._suffix == ".mkv" else remedy
         )
+
+
+def _is_generated(stream: Any) -> bool:
+    """Return whether a stream holds chapters or a time code, which FFmpeg generates for MP4 and MOV."""
+    return stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata)
 
 
 def _copy(packet: Any) -> list[Any]:
@@ -289,11 +315,11 @@ def _copy(packet: Any) -> list[Any]:
 
 def _read_first_packet(container: Any, index: int) -> Any | None:
     """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
-    beginning = itertools.islice(container.demux(), _BEGINNING)
+    beginning = itertools.islice(container.demux(), _MAX_FIRST_PACKETS)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
 
 
-def _name(stream: Any) -> str:
+def _label_stream(stream: Any) -> str:
     codec = stream.codec_context.name if stream.codec_context is not None else getattr(stream, "name", None)
     details = codec or "unknown"
     language = stream.metadata.get("language", "und")

@@ -92,32 +92,30 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         MediaError: If the file is damaged, ends before the length that it states, or has no frame.
     """
     stream.thread_type = select_thread_type(stream.codec_context)
-    decoder: Any = None  # decoder for transparency, if the default one drops it
+    alpha_decoder: Any = None  # replaces the default decoder, if that drops the transparency
     orientation = AS_STORED
     if hides_alpha(stream):
-        decoder = _open_alpha_decoder(path, stream.codec_context.name)
-        # frames of this decoder lack the rotation that the container states: take it from the stream's own
-        with open_video(path) as (again, same_stream):
-            first, _, _ = first_image(path, again, same_stream)
-            orientation = read_orientation(first)
+        alpha_decoder = _open_alpha_decoder(path, stream.codec_context.name)
+        orientation = _read_first_orientation(path)
     default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames = 0
-    end_seconds = 0.0  # end time of the last frame
+    last_start = 0.0
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise MediaError(
                 f"{path} is damaged or cut short: only {format_count(num_frames, 'frame')} could be read"
             )
-        # the empty last packet flushes the decoder
-        content = packet if packet.size else None
-        frames = packet.decode() if decoder is None else decoder.decode(content)
+        if alpha_decoder is None:
+            frames = packet.decode()
+        else:
+            frames = alpha_decoder.decode(packet if packet.size else None)  # None flushes the decoder
         for frame in frames:
             num_frames += 1
-            start = end_seconds + default_seconds
+            start = last_start + default_seconds
             if frame.pts is not None:
                 start = float(frame.pts * (frame.time_base or stream.time_base))
-            end_seconds = max(end_seconds, start)
-            if decoder is None:
+            last_start = max(last_start, start)
+            if alpha_decoder is None:
                 orientation = read_orientation(frame)
             yield TimedFrame(frame, start, orientation)
     if not num_frames:
@@ -125,15 +123,13 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         raise _no_frames(path)
     # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
     # length as a tag
-    seconds = declared_end(container, stream)
-    frame_seconds = default_seconds or 0.1
-    if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
-        return
+    end = declared_end(container, stream)
+    tolerance = max(4 * (default_seconds or 0.1), 0.3)
     # the last frame may be shown for long: only missing bytes prove that the file is cut
-    if not _has_all_bytes(path):
+    if end is not None and last_start + tolerance < end and not _has_all_bytes(path):
         raise MediaError(
-            f"{path} is cut short: it should last {float(seconds):.2f} s, the last of {num_frames} frames is "
-            f"at {end_seconds:.2f} s"
+            f"{path} is cut short: it should last {float(end):.2f} s, the last of {num_frames} frames is "
+            f"at {last_start:.2f} s"
         )
 
 
@@ -152,6 +148,13 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
         ) from None
     decoder.options = {"max_pixels": str(MAX_PIXELS)}  # `open_video` has looked at the size of its frames
     return decoder
+
+
+def _read_first_orientation(path: Path) -> Orientation:
+    """Return the orientation of a video's first frame, which frames of an alpha decoder do not have."""
+    with open_video(path) as (container, stream):
+        first, _, _ = first_image(path, container, stream)
+        return read_orientation(first)
 
 
 def _has_all_bytes(path: Path) -> bool:
@@ -182,19 +185,19 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
 
     With `deep`, return 16 bits a channel, else 8.
     """
-    kind, transparent = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
+    rgb_format, rgba_format = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
     # in one thread, because swscale with several threads sometimes damages rows
     if not has_alpha(frame):
-        pixels: NDArray[Any] = frame.to_ndarray(format=kind, threads=1)
+        pixels: NDArray[Any] = frame.to_ndarray(format=rgb_format, threads=1)
         return pixels
-    with_alpha: NDArray[Any] = frame.to_ndarray(format=transparent, threads=1)
+    with_alpha: NDArray[Any] = frame.to_ndarray(format=rgba_format, threads=1)
     if alpha:
         return with_alpha
     opacity = with_alpha[..., 3:]
+    pixels = frame.to_ndarray(format=rgb_format, threads=1)
     # the fourth byte of raw pixels in AVI is usually unused, not alpha
-    is_bare = stream.codec_context.name == "rawvideo" and stream.container.format.name == "avi"
-    pixels = frame.to_ndarray(format=kind, threads=1)
-    if is_bare or opacity.min() == np.iinfo(opacity.dtype).max:
+    is_raw_avi = stream.codec_context.name == "rawvideo" and stream.container.format.name == "avi"
+    if is_raw_avi or opacity.min() == np.iinfo(opacity.dtype).max:
         return pixels
     return blend_on_white(np.dstack([pixels, opacity]))
 

@@ -114,29 +114,34 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             reject_cut(path)
             raise
         stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:  # raises if a cut file is the cause
-            reject_cut(path)
-        if stream is None:
-            kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
-            raise MediaError(f"{path} has no video stream, only {kinds}")
-        if is_cover(stream):  # cover image of a song
-            raise MediaError(f"{path} has no video stream, only sound and a cover picture")
-        if stream.codec_context is None:
-            raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
+        if stream is None or stream.codec_context is None or is_cover(stream):
+            raise _explain_missing_video(path, container, stream)
         check_pixels(path, stream.width, stream.height)
         # a decoder holds many frames, so the bytes of one are limited
         codec = stream.codec_context
         is_intra_only = codec.codec.intra_only or codec.name in _LONE_CODECS
-        maximum = MAX_LONE_FRAME_BYTES if is_intra_only else MAX_FRAME_BYTES
+        max_bytes = MAX_LONE_FRAME_BYTES if is_intra_only else MAX_FRAME_BYTES
         num_bytes = codec.width * codec.height * _pixel_bits(codec) // 8
-        if num_bytes > maximum:
+        if num_bytes > max_bytes:
             raise MediaError(
                 f"{path} has frames of {codec.width} x {codec.height} pixels, {num_bytes / 1e6:.0f} MB each "
-                f"when they are decoded; at most {maximum / 1e6:.0f} MB are read. Make the clip smaller."
+                f"when they are decoded; at most {max_bytes / 1e6:.0f} MB are read. Make the clip smaller."
             )
         # the size may change within a stream
-        codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * maximum // _pixel_bits(codec)))}
+        codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * max_bytes // _pixel_bits(codec)))}
         yield container, stream
+
+
+def _explain_missing_video(path: Path, container: Any, stream: Any | None) -> MediaError:
+    """Return why a file has no video stream that can be decoded; raise MediaError if it is cut short."""
+    if stream is None or stream.codec_context is None:
+        reject_cut(path)
+    if stream is None:
+        kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
+        return MediaError(f"{path} has no video stream, only {kinds}")
+    if is_cover(stream):  # cover image of a song
+        return MediaError(f"{path} has no video stream, only sound and a cover picture")
+    return MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
 
 
 def _pixel_bits(codec: Any) -> int:

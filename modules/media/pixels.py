@@ -133,10 +133,12 @@ def video_pixels(
         logger.warning(
             "%s %s is HDR (%s): its colors will look washed out. Convert it to SDR first.", option, path, hdr
         )
-    needed = frames + min(end_frames, 1)
-    sizes = FrameSizes()
-    read = sizes.watch(islice(video_frames(path), frames + end_frames))
-    resized = [resize_cover(frame, (width, height)) for frame in read]
+    maximum = frames + end_frames
+    minimum = frames + min(end_frames, 1)
+    sizes = FrameSizes()  # notes a change of the size while frames pass through it
+    resized = [
+        resize_cover(frame, (width, height)) for frame in sizes.watch(islice(video_frames(path), maximum))
+    ]
     if sizes.change is not None:
         logger.warning(
             "%s %s changes its size (%s): all frames are cropped to %dx%d.",
@@ -146,9 +148,9 @@ def video_pixels(
             width,
             height,
         )
-    if len(resized) < needed:
-        raise too_short(option, path, len(resized), needed)
-    resized += [resized[-1]] * (frames + end_frames - len(resized))
+    if len(resized) < minimum:
+        raise too_short(option, path, len(resized), minimum)
+    resized += [resized[-1]] * (maximum - len(resized))
     return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
 
 

@@ -13,9 +13,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -145,28 +146,18 @@ def media_colors(path: Path) -> Colors:
         MediaError: If it cannot be read.
     """
     if path.is_dir():
-        of_images = [media_colors(image) for image in folder_images(path)]
-        error = next((colors.rejection for colors in of_images if colors.rejection), None)
-        return Colors(
-            any(colors.is_transparent for colors in of_images),
-            any(colors.is_converted for colors in of_images),
-            error,
-            by_codes=any(colors.by_codes for colors in of_images),
-        )
+        return _combine_colors([media_colors(image) for image in folder_images(path)])
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
             codec = stream.codec_context
+            has_alpha = codec.format is not None and decoding.has_alpha(codec)
             is_transparent = False
-            if decoding.hides_alpha(stream) or (codec.format is not None and decoding.has_alpha(codec)):
-                first = next(decoding.decode_frames(path, container, stream)).frame
-                on_white = decoding.frame_pixels(first, stream)
-                without_alpha = first.to_ndarray(format="rgb24", threads=1)
-                # white shows through, or all pixels are opaque
-                is_transparent = not np.array_equal(on_white, without_alpha)
+            if has_alpha or decoding.hides_alpha(stream):
+                is_transparent = _is_first_frame_transparent(path, container, stream)
             is_converted = code_transform(codec) is not None
             return Colors(
-                is_transparent,
-                is_converted,
+                is_transparent=is_transparent,
+                is_converted=is_converted,
                 hdr=HDR.get(int(codec.color_trc)),
                 is_interlaced=int(codec.field_order) > PROGRESSIVE,
                 by_codes=is_converted,
@@ -177,29 +168,47 @@ def media_colors(path: Path) -> Colors:
         return replace(colors, is_transparent=False) if decoding.is_animation(path) else colors
 
 
+def _combine_colors(of_images: Sequence[Colors]) -> Colors:
+    """Return what holds for any of several images, and the first reason why a profile is not used."""
+    return Colors(
+        is_transparent=any(colors.is_transparent for colors in of_images),
+        is_converted=any(colors.is_converted for colors in of_images),
+        rejection=next((colors.rejection for colors in of_images if colors.rejection), None),
+        by_codes=any(colors.by_codes for colors in of_images),
+    )
+
+
+def _is_first_frame_transparent(path: Path, container: Any, stream: Any) -> bool:
+    """Return whether white shows through the first frame of a clip whose codec has an alpha channel."""
+    first = next(decoding.decode_frames(path, container, stream)).frame
+    on_white = decoding.frame_pixels(first, stream)
+    without_alpha = first.to_ndarray(format="rgb24", threads=1)
+    return not np.array_equal(on_white, without_alpha)
+
+
 def read_mask(path: Path) -> Frame:
     """Read a mask, H W 3, white where it is set. A mask drawn by transparency is set where it is opaque.
 
     Raises MediaError if it cannot be read.
     """
-    look = MaskLook()
-    on_white, opacity = look.add(read_image(path, alpha=True))  # keeps no second large frame
-    return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
+    detector = MaskChannelDetector()
+    on_white, opacity = detector.add(read_image(path, alpha=True))
+    return np.repeat(opacity[..., None], 3, axis=2) if detector.is_alpha else on_white
 
 
-class MaskLook:
-    """Collects evidence on whether a mask is drawn by transparency instead of brightness.
+class MaskChannelDetector:
+    """Finds out whether the frames of a mask clip draw the mask by transparency instead of brightness.
 
     A mask is drawn by transparency if it has transparent parts and all visible parts have the same color.
     """
 
     def __init__(self) -> None:
-        self._lows = np.full(3, 255)
-        self._highs = np.zeros(3, int)
+        self._min_color = np.full(3, 255)
+        self._max_color = np.zeros(3, int)
         self._is_transparent = False
 
     def add(self, frame: Frame) -> tuple[Frame, Frame]:
-        """Add a mask frame, H W 3 or 4, to the range; return it on white, H W 3, and its alpha, H W."""
+        """Examine a mask frame, H W 3 or 4; return its colors on white, H W 3, and its alpha, H W."""
         if frame.shape[2] == 3:
             opacity = np.full(frame.shape[:2], 255, np.uint8)
             on_white = frame
@@ -208,16 +217,16 @@ class MaskLook:
             on_white = blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
         for rows in row_blocks(frame.shape[0], frame.shape[1]):
-            visible = frame[rows, :, :3][opacity[rows] > 127]  # not transparent ones
+            visible = frame[rows, :, :3][opacity[rows] > 127]
             if len(visible):
-                self._lows = np.minimum(self._lows, visible.min(0))
-                self._highs = np.maximum(self._highs, visible.max(0))
+                self._min_color = np.minimum(self._min_color, visible.min(0))
+                self._max_color = np.maximum(self._max_color, visible.max(0))
         return on_white, opacity
 
     @property
-    def is_drawn(self) -> bool:
+    def is_alpha(self) -> bool:
         """Whether the frames read so far define the mask by their alpha instead of their brightness."""
-        return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
+        return self._is_transparent and int((self._max_color - self._min_color).max()) <= ONE_COLOR
 
 
 def image_size(path: Path) -> Size:
@@ -386,34 +395,33 @@ def frames_at(
     yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer than
     MAX_SHOWN_SECONDS.
     """
-    moments = iter(seconds)
-    moment = next(moments)
-    file_start = 0.0
-    current: Frame | None = None
-    start = 0.0  # start time of the current frame
-    end = 0.0
-    number = -1
-    is_first = True  # nothing has been yielded yet
+    times = iter(seconds)
+    time = next(times)
+    first_start = 0.0
+    shown: Frame | None = None  # decoded last; it is shown from `start` until the next frame starts
+    start = end = 0.0
+    index = -1
+    has_yielded = False
     for frame, frame_start, frame_end in timed_frames(path, alpha):
-        if current is None:
-            file_start = frame_start
-        while current is not None and moment < frame_start - file_start:
+        if shown is None:
+            first_start = frame_start
+        while shown is not None and time < frame_start - first_start:
             _check_duration(path, frame_start - start)
-            yield current, number, moment
-            is_first = False
-            moment = next(moments, math.inf)
-        if moment == math.inf:
+            yield shown, index, time
+            has_yielded = True
+            time = next(times, math.inf)
+        if time == math.inf:
             return
-        current = frame
+        shown = frame
         start = frame_start
         end = frame_end
-        number += 1
-    assert current is not None  # otherwise `timed_frames` raises
+        index += 1
+    assert shown is not None  # otherwise `timed_frames` raises
     _check_duration(path, end - start)
-    while is_first or moment < end - file_start:
-        yield current, number, moment
-        is_first = False
-        moment = next(moments, math.inf)
+    while not has_yielded or time < end - first_start:
+        yield shown, index, time
+        has_yielded = True
+        time = next(times, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:
@@ -450,7 +458,7 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, frames, fps=fps, seconds=seconds)
 
 
-def is_laid_otherwise(path: Path) -> bool:
+def had_other_orientation(path: Path) -> bool:
     """Return whether earlier versions of this program oriented a clip differently.
 
     They used only the angle of the display matrix, so mirrored clips differ. They read clips with
@@ -571,25 +579,31 @@ def pick_frames(
     threads: int = 0,
     exact: bool = True,
 ) -> list[Frame]:
-    """Return selected frames of a clip, each passed through `reduce`; the clip is read to its end.
+    """Return selected frames of a clip; the clip is read to its end, which reveals damage.
 
-    Reading to the end reveals damage. `choose_indices` takes the number of frames and returns the indices to
-    select. `threads` is the number of decoding threads; 0 lets FFmpeg choose. If the header's number of
-    frames proves wrong, the selection is repeated with the real number; without `exact`, only if a selected
-    frame is missing.
+    If the header's number of frames proves wrong, the selection is repeated with the real number; without
+    `exact`, only if a selected frame is missing.
+
+    Args:
+        path: The clip.
+        choose_indices: Takes the number of frames and returns the indices to select.
+        reduce: Applied to each selected frame.
+        threads: Number of decoding threads; 0 lets FFmpeg choose.
+        exact: Whether the selection must be made with the real number of frames.
 
     Raises:
         MediaError: If the clip cannot be read.
     """
     expected_count = count_frames(path, threads)
     for _ in range(TRIES):
-        chosen = choose_indices(expected_count)
+        chosen_indices = choose_indices(expected_count)
         count = 0
         frames = []
-        for count, frame in enumerate(video_frames(path, threads=threads), 1):
-            if count - 1 in chosen:
+        for index, frame in enumerate(video_frames(path, threads=threads)):
+            count = index + 1
+            if index in chosen_indices:
                 frames.append(reduce(frame))
-        if count == expected_count or (not exact and len(frames) == len(chosen)):
+        if count == expected_count or (not exact and len(frames) == len(chosen_indices)):
             return frames
         expected_count = count
     raise MediaError(f"{path} has a different number of frames each time it is read. Is it being written?")

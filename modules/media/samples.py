@@ -20,12 +20,12 @@ logger = getLogger(__name__)
 
 Samples = NDArray[np.float32]  # channels S
 
-EARLIER = 1  # seconds of audio decoded before a section, because decoders need some packets
-ROUNDING = Fraction(1, 20)  # seconds; smaller time differences are rounding, not gaps
-SHORTEST = 0.1  # seconds of a reference
+SEEK_MARGIN = 1  # seconds of audio decoded before a section, because decoders need some packets
+MAX_ROUNDING = Fraction(1, 20)  # seconds; smaller time differences are rounding, not gaps
+MIN_REFERENCE_SECONDS = 0.1  # seconds of a reference
 LAYOUTS = {1: "mono", 2: "stereo"}  # channels -> FFmpeg layout of the result
 # raw streams: after a seek, FFmpeg guesses their times from the bit rate
-_WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"})
+_UNTIMED_FORMATS = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def track_info(path: Path) -> TrackInfo | None:
         MediaError: If the file cannot be opened.
     """
     with reading(path), open_container(path, AUDIO_FORMATS) as container:
-        stream = _track(container)
+        stream = _find_audio_stream(container)
         if stream is None:
             return None
         origin = _find_origin(container)
@@ -78,7 +78,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
-            stream = _track(container)
+            stream = _find_audio_stream(container)
             if stream is None:
                 return None
             index = stream.index
@@ -121,7 +121,7 @@ def read_beginning(
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
-            stream = _track(container)
+            stream = _find_audio_stream(container)
             if stream is None:
                 return None
             index = stream.index
@@ -132,7 +132,7 @@ def read_beginning(
         parts = []
         position = 0
         try:
-            for first, samples in _decode(path, index, begin, rate=rate, layout=layout, lenient=False):
+            for first, samples in _decode_blocks(path, index, begin, rate=rate, layout=layout, lenient=False):
                 if first > position:  # a gap
                     parts.append(np.zeros((samples.shape[0], first - position), np.float32))
                     position = first
@@ -160,19 +160,20 @@ def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samp
         channels: Number of channels of the result.
 
     Raises:
-        MediaError: If there is no audio, if it is shorter than SHORTEST and the clip, or if it is damaged.
+        MediaError: If there is no audio, if it is shorter than MIN_REFERENCE_SECONDS and the clip, or if it
+            is damaged.
     """
     beginning = read_beginning(path, seconds, channels, rate)
     count = 0 if beginning is None else beginning.samples.shape[1]
-    if beginning is None or count < int(min(SHORTEST, seconds) * rate):
+    if beginning is None or count < int(min(MIN_REFERENCE_SECONDS, seconds) * rate):
         raise MediaError(
             f"{path}: it has {count / rate:.2g} s of sound, and is a reference for sound. Give a file with "
-            f"at least {SHORTEST} s"
+            f"at least {MIN_REFERENCE_SECONDS} s"
         )
     return np.broadcast_to(beginning.samples, (channels, count)).copy()  # a single channel is copied to all
 
 
-def _track(container: Any) -> Any | None:
+def _find_audio_stream(container: Any) -> Any | None:
     stream = container.streams.best("audio")
     return None if stream is None or stream.codec_context is None else stream
 
@@ -202,44 +203,48 @@ def read_filled(
         lenient: Fill with silence after damage, and warn; else raise FFmpegError.
     """
     total = round(seconds * rate)
-    position = 0
-    for first, samples in _decode(path, index, begin, rate=rate, layout=layout, lenient=lenient):
-        if first > position:
-            gap = min(first, total) - position
-            yield np.zeros((samples.shape[0], gap), np.float32)
-            position += gap
-        part = samples[:, max(0, position - first) :][:, : total - position]
-        if part.shape[1]:
-            yield np.ascontiguousarray(part)
-            position += part.shape[1]
+    position = 0  # samples that were yielded
+    for first, samples in _decode_blocks(path, index, begin, rate=rate, layout=layout, lenient=lenient):
+        num_missing = min(first, total) - position
+        if num_missing > 0:
+            yield np.zeros((samples.shape[0], num_missing), np.float32)
+            position += num_missing
+        num_repeated = max(0, position - first)
+        new_samples = samples[:, num_repeated:][:, : total - position]
+        if new_samples.shape[1]:
+            yield np.ascontiguousarray(new_samples)
+            position += new_samples.shape[1]
         if position >= total:
             return
     if position < total:
         yield np.zeros((av.AudioLayout(layout).nb_channels, total - position), np.float32)
 
 
-def _decode(
+def _decode_blocks(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`."""
-    # first seek to shortly before `begin`; if the seek fails, decode the file from its start
-    for early in (True, False):
+    """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`.
+
+    The file is first opened at SEEK_MARGIN before `begin`. If its first block starts after `begin`, the seek
+    went too far, and the file is opened again and decoded from its start.
+    """
+    for may_seek in (True, False):
         with open_container(path, AUDIO_FORMATS) as container:
             stream = container.streams[index]
-            has_times = container.format.name not in _WITHOUT_TIMES
-            seeks = early and has_times and begin - time_origin(container) > EARLIER
+            is_late = begin - time_origin(container) > SEEK_MARGIN
+            seeks = may_seek and is_late and container.format.name not in _UNTIMED_FORMATS
             if seeks:
                 with contextlib.suppress(av.FFmpegError):
-                    container.seek(int((begin - EARLIER) / stream.time_base), stream=stream)
-            numbered = _decode_resampled(
+                    container.seek(int((begin - SEEK_MARGIN) / stream.time_base), stream=stream)
+            blocks = _decode_resampled(
                 path, container, stream, begin, rate=rate, layout=layout, lenient=lenient
             )
-            first = next(numbered, None)
-            if seeks and (first is None or first[0] > 0):
-                continue  # the seek ended after `begin`
-            if first is not None:
-                yield first
-                yield from numbered
+            first_block = next(blocks, None)
+            if seeks and (first_block is None or first_block[0] > 0):
+                continue
+            if first_block is not None:
+                yield first_block
+                yield from blocks
             return
 
 
@@ -248,7 +253,7 @@ def _decode_resampled(
 ) -> Iterator[tuple[int, Samples]]:
     """Yield resampled blocks, each with the index of its first sample counted from `begin`.
 
-    The resampler is restarted if times or the format jump.
+    A new resampler is made, and its samples are numbered from the frame's time, if times or the format jump.
     """
     resampler = None
     input_format = None  # format of the samples that the resampler takes
@@ -258,10 +263,10 @@ def _decode_resampled(
         for frame in _decode_frames(container, stream, lenient):
             time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
             frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
-            jumps = time is not None and abs(time - decoded_end) >= ROUNDING
+            jumps = time is not None and abs(time - decoded_end) >= MAX_ROUNDING
             if resampler is None or frame_format != input_format or jumps:
                 if resampler is not None:
-                    yield from _number_samples(resampler.resample(None), next_index)
+                    yield from _number_samples(resampler.resample(None), next_index)  # the buffered rest
                 if time is not None:
                     decoded_end = time
                 resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)

@@ -125,30 +125,25 @@ def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray
 
 
 def _read_timed(path: Path, deep: bool) -> Iterator[OutputFrame]:
-    """Yield the frames of a video with the time at which each is shown, and for how long."""
+    """Yield the frames of a video, each with its corrected time and the seconds for which it is shown."""
     with open_video(path) as (container, stream):
         rate = _find_rate(stream)
         origin = decoding.time_origin(container)
-        clock = Clock(rate, Fraction(stream.time_base))  # corrects missing, falling and inexact times
+        clock = Clock(rate, Fraction(stream.time_base))
         end = _find_end(container, stream)
         if end is not None:
             end -= origin
         for index, timed in enumerate(decoding.decode_frames(path, container, stream)):
             frame = timed.frame
-            base = frame.time_base or stream.time_base
+            time_base = frame.time_base or stream.time_base
             if index == 0:
                 _warn_of_hdr(path, frame)
                 if container.format.name == "avi":  # AVI has no times, and FFmpeg guesses a decoder delay
-                    origin = (frame.pts or 0) * base
-            time = None
-            if frame.pts is not None:
-                time = frame.pts * base - origin
-            start = clock.place(time)
+                    origin = (frame.pts or 0) * time_base
+            start = clock.correct_start(None if frame.pts is None else frame.pts * time_base - origin)
             pixels = _turn_pixels(timed, stream, deep)
-            declared = None
-            if frame.duration:
-                declared = Fraction(frame.duration * base)
-            seconds = clock.duration(declared)
+            stated_seconds = Fraction(frame.duration * time_base) if frame.duration else None
+            seconds = clock.correct_duration(stated_seconds)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # duration of the last frame; others are not known yet
             yield OutputFrame(pixels, start, seconds)
@@ -181,59 +176,62 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Assign exact, increasing times to the images of a video."""
+    """Correct the times of a video's images: exact times of a constant rate, always increasing."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
         """Start with no image.
 
         `rate` is in images per second; `tick` is the resolution of the file's times.
         """
-        self._step = 1 / rate
+        self._frame_seconds = 1 / rate
         # coarse ticks are the frame times themselves, so nothing is rounded
-        self._tolerance = tick if 4 * tick <= self._step else Fraction(0)
-        self._origin: Fraction | None = None  # origin of the time grid of a constant rate
-        self._previous = -self._step
-        self._shift = Fraction(0)
+        self._tolerance = tick if 4 * tick <= self._frame_seconds else Fraction(0)
+        self._grid_start: Fraction | None = None  # frame times are grid start + n / rate
+        self._last_time = -self._frame_seconds  # corrected time of the last image
+        self._offset = Fraction(0)  # added to the file's times
 
-    def place(self, time: Fraction | None) -> Fraction:
+    def correct_start(self, time: Fraction | None) -> Fraction:
         """Return the time at which the next image is shown.
 
         `time` is what the file states; None if it states none.
         """
-        if time is None:  # one step after the previous image; `_shift` is added again below
-            time = self._previous + self._step - self._shift
-        if self._origin is None:
-            self._previous = self._origin = self._find_origin(time)
-            return self._origin
-        time += self._shift
-        if time < self._previous - FALL_SECONDS:  # the file's times start anew: shift all that follow
-            self._shift += self._previous + self._step - time
-            time = self._previous + self._step
-        nearest = self._origin + round((time - self._origin) / self._step) * self._step
-        snapped = nearest if abs(nearest - time) <= self._tolerance else time
-        # an image that is not later than the previous one is shown a quarter of a step after it
-        later = [moment for moment in (snapped, time) if moment > self._previous]
-        self._previous = later[0] if later else self._previous + self._step / 4
-        return self._previous
+        expected = self._last_time + self._frame_seconds
+        if time is None:
+            time = expected - self._offset
+        if self._grid_start is None:
+            self._grid_start = self._last_time = self._find_grid_start(time)
+            if abs(self._grid_start - time) > self._tolerance:  # MP4 rounds only the start time
+                self._offset = self._grid_start - time
+            return self._grid_start
+        time += self._offset
+        if time < self._last_time - FALL_SECONDS:  # the file's times start anew: shift all that follow
+            self._offset += expected - time
+            time = expected
+        grid_index = round((time - self._grid_start) / self._frame_seconds)
+        on_grid = self._grid_start + grid_index * self._frame_seconds
+        if abs(on_grid - time) <= self._tolerance and on_grid > self._last_time:
+            self._last_time = on_grid
+        elif time > self._last_time:
+            self._last_time = time
+        else:
+            self._last_time += self._frame_seconds / 4
+        return self._last_time
 
-    def _find_origin(self, time: Fraction) -> Fraction:
+    def _find_grid_start(self, time: Fraction) -> Fraction:
         """Return where the grid of frame times starts; `time` is the first frame's time in the file.
 
         It is the multiple of a frame's duration that is nearest to `time`, if that is close, else `time`.
         """
-        nearest = round(time / self._step) * self._step
-        near = abs(nearest - time)
-        if self._tolerance < near <= START_TOLERANCE:  # MP4 rounds only the start time
-            self._shift = nearest - time
-        return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
+        nearest = round(time / self._frame_seconds) * self._frame_seconds
+        return nearest if abs(nearest - time) <= max(self._tolerance, START_TOLERANCE) else time
 
-    def duration(self, seconds: Fraction | None) -> Fraction:
+    def correct_duration(self, seconds: Fraction | None) -> Fraction:
         """Return the seconds for which an image is shown, if no other follows it.
 
         `seconds` is what the file states.
         """
-        if seconds is None or abs(seconds - self._step) <= self._tolerance:
-            return self._step
+        if seconds is None or abs(seconds - self._frame_seconds) <= self._tolerance:
+            return self._frame_seconds
         return seconds
 
 

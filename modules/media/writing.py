@@ -45,7 +45,7 @@ class SectionAudio:
         """Prepare to read the audio of a section; `source` is the opened file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
-        self._waiting: Any = None
+        self._next_packet: Any = None
 
     def add_streams(self, target: Any, video: Any) -> None:
         """Add an audio stream to the new file, if there is audio, and copy the pixel aspect ratio.
@@ -67,14 +67,14 @@ class SectionAudio:
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write the audio up to a time in seconds, counted in the new file; None: all remaining audio."""
         while True:
-            if self._waiting is None:
-                self._waiting = next(self._packets, None)
-            if self._waiting is None:
+            if self._next_packet is None:
+                self._next_packet = next(self._packets, None)
+            if self._next_packet is None:
                 return
-            if seconds is not None and self._waiting.dts * self._waiting.time_base > seconds:
+            if seconds is not None and self._next_packet.dts * self._next_packet.time_base > seconds:
                 return
-            target.mux(self._waiting)
-            self._waiting = None
+            target.mux(self._next_packet)
+            self._next_packet = None
 
     def _encode_track(self, index: int, stream: Any) -> Iterator[Any]:
         """Yield encoded packets of a track, cut to the section; missing sound becomes silence."""
@@ -122,82 +122,81 @@ class _ImageTime(NamedTuple):
 
 
 class Timing:
-    """Notes when each image is shown, and gives these times to the packets that the encoder makes of them."""
+    """Records when each image is shown, and gives these times to the packets of the encoder."""
 
     def __init__(self, rate: Fraction) -> None:
         """Start with no image. `rate` is the encoder's frame rate in images per second."""
         self.count = 0  # images so far
-        self._make_rate = rate
+        self.seconds = Fraction(0)  # duration of the images so far
+        self._rate = rate
         self._ticks = ticks_per_second(rate)
-        self._begin = Fraction(0)
-        self._end = Fraction(0)
-        self._shown: dict[int, _ImageTime] = {}  # by the number of the image
+        self._begin = Fraction(0)  # when the first image is shown
+        self._end = Fraction(0)  # when the last image so far ends
+        self._image_times: dict[int, _ImageTime] = {}  # by index of the image
 
-    @property
-    def seconds(self) -> Fraction:
-        """Duration of the images so far."""
-        return self._end - self._begin
-
-    def note(self, frames: Iterable[encoding.OutputFrame]) -> Iterator[encoding.Pixels]:
+    def record(self, frames: Iterable[encoding.OutputFrame]) -> Iterator[encoding.Pixels]:
         """Yield the pixels of frames, and remember the times of the frames.
 
         Raises:
             ValueError: If the times do not increase.
         """
-        last: Fraction | None = None
+        previous: Fraction | None = None
         tick = -(2**62)  # before every possible time
         for frame in frames:
-            if last is None:
+            if previous is None:
                 self._begin = frame.start
-            elif frame.start <= last:
+            elif frame.start <= previous:
                 raise ValueError(
-                    f"picture {self.count + 1} is shown at {frame.start} s, the one before at {last}"
+                    f"picture {self.count + 1} is shown at {frame.start} s, the one before at {previous}"
                 )
-            last = frame.start
+            previous = frame.start
             self._end = frame.start + frame.seconds
+            self.seconds = self._end - self._begin
             tick = max(round(frame.start * self._ticks), tick + 1)  # rounded times must increase too
-            self._shown[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
+            self._image_times[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
 
-    def with_times(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Yield the packets of an encoder with times in place of frame indices, in storage order.
+    def assign_times(self, packets: Iterable[Any]) -> Iterator[Any]:
+        """Yield the packets of an encoder, in decoding order, with times in place of image indices.
 
         Each packet is held back until the next one arrives, because the last packet is treated differently.
         """
-        waiting = None
-        first: int | None = None  # time of the first packet in ticks
-        ahead: int | None = None  # ticks between packets that are stored before the first image is shown
+        held_back = None
+        first_dts: int | None = None
+        ticks_before_start: int | None = None  # between packets that are decoded before the first image
         for packet in packets:
-            shown = round(packet.pts * packet.time_base * self._make_rate)
-            stored = round(packet.dts * packet.time_base * self._make_rate)
+            shown_index = round(packet.pts * packet.time_base * self._rate)
+            decoding_index = round(packet.dts * packet.time_base * self._rate)
             packet.time_base = Fraction(1, self._ticks)
-            packet.pts, packet.duration = self._shown[shown]
-            if stored >= 0:
-                packet.dts = self._shown[stored].start
+            packet.pts, packet.duration = self._image_times[shown_index]
+            if decoding_index >= 0:
+                packet.dts = self._image_times[decoding_index].start
             else:  # counted backwards from the first image
-                if ahead is None:
+                if ticks_before_start is None:
                     # the shortest duration so far, as a mean of long ones would make the file begin too early
-                    ahead = min(entry.length for entry in self._shown.values())
-                packet.dts = round(self._begin * self._ticks) + stored * ahead
-            if first is None:
-                first = packet.dts
-            for number in [number for number in self._shown if number < stored]:
-                del self._shown[number]  # later packets are stored and shown after it
-            if waiting is not None:
-                yield waiting
-            waiting = packet
-        if waiting is None:
-            return
-        assert first is not None
-        # Store the last packet so late that the file lasts as long as the images: MP4 measures from a stored
-        # packet to the next, and would lose the encoder's delay if an image near the end is shown for long.
-        end = first + round(self.seconds * self._ticks)
-        waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
+                    ticks_before_start = min(entry.length for entry in self._image_times.values())
+                packet.dts = round(self._begin * self._ticks) + decoding_index * ticks_before_start
+            if first_dts is None:
+                first_dts = packet.dts
+            for index in [index for index in self._image_times if index < decoding_index]:
+                del self._image_times[index]  # later packets are decoded and shown after it
+            if held_back is not None:
+                yield held_back
+            held_back = packet
+        if held_back is not None and first_dts is not None:
+            self._extend_last(held_back, first_dts)
+            yield held_back
+
+    def _extend_last(self, packet: Any, first_dts: int) -> None:
+        """Change the times of the last packet so that the file lasts as long as the images."""
+        # Store it late: MP4 measures from a stored packet to the next, and would lose the encoder's delay if
+        # an image near the end is shown for long.
+        end = first_dts + round(self.seconds * self._ticks)
+        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
         # If another image is shown after it, extend its duration by the missing time, at most to the end.
-        last = round(self._end * self._ticks)
-        waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
-        yield waiting
+        end_of_images = round(self._end * self._ticks)
+        packet.duration = max(packet.duration, min(end - packet.dts, end_of_images - packet.pts))
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -288,23 +287,30 @@ def write_timed_video(
     crf: int = 12,
     preset: str = "slow",
     bit_rate: int | None = None,
-    list_companions: Path | None = None,
-    section_of: VideoSection | None = None,
-    covers: bool = True,
+    copied_video: Path | None = None,
+    audio_section: VideoSection | None = None,
+    with_images: bool = True,
     tags: Mapping[str, str] | None = None,
     track: Track | None = None,
 ) -> WrittenVideo:
     """Encode images, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
-    `frames` are read one at a time; 8 and 16 bits may be mixed. Their times rise. `rate` is the number of
-    images a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
-    millisecond, in .mkv to half of one. `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit);
-    `bit_rate` is bits per second instead of `crf`. `list_companions` is a video whose sound, subtitles,
-    attachments, chapters and tags are copied into this one without re-encoding; parts that the format cannot
-    hold are logged. `covers` states whether its cover images, and other parts that may show the old images,
-    are copied too. `section_of` is a part of a video
-    from which only the sound is copied. `track` is generated sound. `tags` are texts to store by name; they
-    replace the copied tags of these names.
+    Args:
+        path: File to write.
+        frames: Images with rising times, read one at a time; 8 and 16 bits may be mixed.
+        rate: Number of images a second if they come evenly. Times n / rate are kept exactly, other times to a
+            twentieth of a millisecond, in .mkv to half of one.
+        codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit).
+        crf: Quality.
+        preset: Speed of x264 and x265.
+        bit_rate: Bits per second instead of `crf`.
+        copied_video: Video whose sound, subtitles, attachments, chapters and tags are copied into this one
+            without re-encoding; parts that the format cannot hold are logged.
+        audio_section: Part of a video from which only the sound is copied.
+        with_images: Whether cover images of `copied_video`, and other parts that may show the old images, are
+            copied too.
+        tags: Texts to store by name; they replace the copied tags of these names.
+        track: Generated sound.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the images, or their size
@@ -312,7 +318,7 @@ def write_timed_video(
         ValueError: If their times do not rise.
         OutputError: If the file cannot be written.
     """
-    kind = encoding.select_codec(path, codec)
+    selected = encoding.select_codec(path, codec)
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
@@ -325,37 +331,40 @@ def write_timed_video(
     with (
         atomic_path(path) as temporary,
         encoding.name_write_errors(),
-        _open_writers(
-            generated,
-            list_companions,
-            section_of,
-            suffix=suffix,
-            rate=rate,
-            covers=covers,
-        ) as (writer, companions),
+        _open_stream_writers(
+            generated, copied_video, audio_section, suffix=suffix, rate=rate, with_images=with_images
+        ) as writers,
     ):
-        all_tags = dict(tags or {}) if companions is None else _replace_tags(companions.tags, tags or {})
+        all_tags = dict(tags or {})
+        if writers.copied is not None:
+            all_tags = _replace_tags(writers.copied.tags, all_tags)
         with encoding.create_container(
-            temporary, suffix, all_tags, _select_muxing(suffix, rate, all_tags)
+            temporary, suffix, all_tags, _select_mux_options(suffix, rate, all_tags)
         ) as container:
             stream = encoding.add_video_stream(
-                container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
+                container, selected, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
-            if writer is not None:
-                writer.add_streams(container, stream)
-            images = timing.note(itertools.chain(iter([first]), remaining))
+            images = timing.record(itertools.chain(iter([first]), remaining))
             del first  # free the frame: it would stay in memory during the whole encoding
-            for packet in timing.with_times(encoding.encode_images(stream, images)):
-                if writer is not None:
-                    writer.write(container, packet.dts * packet.time_base)
-                if companions is not None:
-                    companions.mux(container, packet)
-                else:
-                    container.mux(packet)
-            if writer is not None:
-                writer.write(container, None)
+            packets = timing.assign_times(encoding.encode_images(stream, images))
+            _write_packets(container, stream, packets, writers)
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
+
+
+def _write_packets(container: Any, stream: Any, packets: Iterable[Any], writers: "_StreamWriters") -> None:
+    """Write the packets of the images, each after the other streams' packets of earlier times."""
+    if writers.other is not None:
+        writers.other.add_streams(container, stream)
+    for packet in packets:
+        if writers.other is not None:
+            writers.other.write(container, packet.dts * packet.time_base)
+        if writers.copied is not None:
+            writers.copied.mux(container, packet)
+        else:
+            container.mux(packet)
+    if writers.other is not None:
+        writers.other.write(container, None)
 
 
 def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
@@ -363,7 +372,7 @@ def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
     return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
 
 
-def _select_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+def _select_mux_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
     options = {"max_interleave_delta": "1000000"}  # microseconds; gaps in subtitles must not delay writing
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # for the start time; default: milliseconds
@@ -371,39 +380,44 @@ def _select_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict
     return options
 
 
+class _StreamWriters(NamedTuple):
+    """What writes the streams other than the images into a new video."""
+
+    other: "TrackAudio | OtherStreams | SectionAudio | None"  # None: there are no other streams
+    copied: "OtherStreams | None"  # the same object, if it copies the streams of a whole video
+
+
 @contextlib.contextmanager
-def _open_writers(
+def _open_stream_writers(
     generated: TrackAudio | None,
     video: Path | None,
     section: VideoSection | None,
     *,
     suffix: str,
     rate: Fraction,
-    covers: bool,
-) -> Iterator[tuple["TrackAudio | OtherStreams | SectionAudio | None", "OtherStreams | None"]]:
-    """Yield the writer of all streams other than images, and the writer of a fully copied video.
+    with_images: bool,
+) -> Iterator[_StreamWriters]:
+    """Yield the writer of a generated track, of a section's audio, or of the streams of a whole video.
 
-    The first writer adds a generated audio track, or streams of a video that this function opens. The second
-    result is the same object if a full video is copied, else None. Both are None if there is nothing to add,
-    or if the video is a GIF or WebP animation.
+    A GIF or WebP animation has no such streams.
     """
     path = video if section is None else section.path
     if generated is not None:
-        yield generated, None
+        yield _StreamWriters(generated, None)
         return
     if path is None or is_animation(path):
-        yield None, None
+        yield _StreamWriters(None, None)
         return
     with reading(path):
         source = open_container(path)
     with source:
         if section is None:
-            from modules.media.companions import OtherStreams  # only with companions
+            from modules.media.companions import OtherStreams  # only if streams are copied
 
-            companions = OtherStreams(path, source, suffix, rate=rate, covers=covers)
-            yield companions, companions
+            copied = OtherStreams(path, source, suffix, rate=rate, with_images=with_images)
+            yield _StreamWriters(copied, copied)
         else:
-            yield SectionAudio(section, source), None
+            yield _StreamWriters(SectionAudio(section, source), None)
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:

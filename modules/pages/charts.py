@@ -61,12 +61,12 @@ def draw_chart(chart: Chart) -> Markup:
     for curve in chart.curves:
         x_values += curve.x
         y_values += [*curve.y, *(curve.low or []), *(curve.high or [])]
-    across = _Axis(x_values, LEFT, RIGHT)
-    up = _Axis(y_values, BOTTOM, TOP)
+    x_scale = _Scale(x_values, LEFT, RIGHT)
+    y_scale = _Scale(y_values, BOTTOM, TOP)
     colored = list(zip(chart.curves, cycle(COLOURS), strict=False))
-    parts = [START, *_draw_frame(across, up)]
+    parts = [START, *_draw_frame(x_scale, y_scale)]
     for curve, color in colored:
-        parts += _draw_curve(curve, across, up, color)
+        parts += _draw_curve(curve, x_scale, y_scale, color)
     parts += _draw_labels(chart)
     if len(chart.curves) > 1:  # a legend of the curves' names
         y = TOP + 15
@@ -86,19 +86,19 @@ def _draw_labels(chart: Chart) -> Iterator[str]:
     yield _draw_text(center, TOP - 11, chart.title, 'font-size="16"')
 
 
-def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
+def _draw_frame(x_scale: "_Scale", y_scale: "_Scale") -> Iterator[str]:
     """Yield both axes, with a grid line and a label at each tick."""
-    for position, label in across.ticks():
+    for position, label in x_scale.ticks():
         yield from _draw_lines([(position, TOP), (position, BOTTOM)], RULE)
         yield _draw_text(position, BOTTOM + 19, label)
-    for position, label in up.ticks():
+    for position, label in y_scale.ticks():
         yield from _draw_lines([(LEFT, position), (RIGHT, position)], RULE)
         yield _draw_text(LEFT - 6, position + 5, label, 'text-anchor="end"')
     yield from _draw_lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
 
 
-class _Axis:
-    """Places values along an axis of the drawing."""
+class _Scale:
+    """The scale of an axis: maps values to pixels of the drawing."""
 
     def __init__(self, values: Iterable[float], start: float, end: float) -> None:
         finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
@@ -110,7 +110,7 @@ class _Axis:
         self._start = start
         self._end = end
 
-    def place(self, value: float) -> float:
+    def to_pixels(self, value: float) -> float:
         return self._start + (self._end - self._start) * (value - self._low) / (self._high - self._low)
 
     def ticks(self) -> Iterator[tuple[float, str]]:
@@ -120,31 +120,35 @@ class _Axis:
         first = math.ceil(self._low / step)
         last = math.floor(self._high / step)
         for number in range(first, last + 1):
-            yield self.place(number * step), f"{number * step:.6g}"
+            yield self.to_pixels(number * step), f"{number * step:.6g}"
 
 
-def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator[str]:
+def _draw_curve(curve: Curve, x_scale: _Scale, y_scale: _Scale, colour: str) -> Iterator[str]:
     """Yield the elements of a curve: its band, its lines, its dots and the star at its best value."""
-
-    def points(values: Sequence[float]) -> list[Point]:
-        """Return the positions of values in the drawing; NaN leaves a gap."""
-        pairs = zip(curve.x, values, strict=True)
-        return [(across.place(x), up.place(y) if math.isfinite(y) else math.nan) for x, y in pairs]
-
+    x = [x_scale.to_pixels(value) for value in curve.x]
     if curve.low is not None and curve.high is not None:
-        yield from _draw_band(points(curve.low), points(curve.high), colour)
-    drawn = points(curve.y)
-    yield from _draw_lines(drawn, colour, FADED if curve.smoothing else 1.0)
+        low = _locate_points(x, curve.low, y_scale)
+        high = _locate_points(x, curve.high, y_scale)
+        yield from _draw_band(low, high, colour)
+    points = _locate_points(x, curve.y, y_scale)
+    yield from _draw_lines(points, colour, FADED if curve.smoothing else 1.0)
     if curve.smoothing:
-        yield from _draw_lines(points(smooth(curve.y, curve.smoothing)), colour)
+        smoothed = _locate_points(x, smooth(curve.y, curve.smoothing), y_scale)
+        yield from _draw_lines(smoothed, colour)
     if curve.has_dots:
-        for x, y in drawn:
-            if math.isfinite(y):
-                yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>'
+        for left, top in points:
+            if math.isfinite(top):
+                yield f'<circle cx="{left:.1f}" cy="{top:.1f}" r="2" fill="{colour}"/>'
     if curve.best is not None:
-        x, y = drawn[curve.best]
-        if math.isfinite(y):
-            yield _draw_text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
+        left, top = points[curve.best]
+        if math.isfinite(top):
+            yield _draw_text(left, top + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
+
+
+def _locate_points(x: Sequence[float], values: Sequence[float], y_scale: _Scale) -> list[Point]:
+    """Return the positions of values in the drawing, given their x in pixels; NaN leaves a gap."""
+    y = [y_scale.to_pixels(value) if math.isfinite(value) else math.nan for value in values]
+    return list(zip(x, y, strict=True))
 
 
 def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iterator[str]:
@@ -177,8 +181,8 @@ def _format_points(points: Iterable[Point]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _draw_text(x: float, y: float, text: str, how: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {how}>{escape(escape_control_codes(text))}</text>'
+def _draw_text(x: float, y: float, text: str, attributes: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(escape_control_codes(text))}</text>'
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:

@@ -66,24 +66,26 @@ _FOLDERS = re.compile(
 
 
 def mark_folders(value: Any) -> Any:
-    """Return a value of a page with the folders of absolute paths marked as private.
+    """Return a text or path of a page with the folders of absolute paths marked as private.
 
-    Control codes, which could hide or reorder the text, are written out.
+    Control codes, which could hide or reorder the text, are written out. Values of other types, and text that
+    is escaped already, are returned as they are.
     """
     if isinstance(value, TranslatableText):  # in the language of the page
         value = value.translated()
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value
-    text, end = escape_control_codes(str(value)), 0
+    text = escape_control_codes(str(value))
     if "/" not in text and "\\" not in text:
         return text  # most texts of a page
-    parts = []
-    for match in _FOLDERS.finditer(text):
-        if match["server"]:  # an address of a server is not private
+    marked: list[Markup] = []
+    end = 0  # of the part of the text that is in `marked`
+    for folder in _FOLDERS.finditer(text):
+        if folder["server"]:  # an address of a server is not private
             continue
-        parts += [escape(text[end : match.start()]), PRIVATE, escape(match[0]), END]
-        end = match.end()
-    return Markup("").join([*parts, escape(text[end:])]) if parts else text
+        marked += [escape(text[end : folder.start()]), PRIVATE, escape(folder[0]), END]
+        end = folder.end()
+    return Markup("").join([*marked, escape(text[end:])]) if marked else text
 
 
 HERE = Path(__file__).resolve().parent

@@ -59,7 +59,7 @@ def train(model: str, **options: Any) -> CommandRun:
     Raises:
         UserError: For a wrong option, with the message of the command.
     """
-    return _prepare(Path(f"{_find_entry(model).training_script}.py"), options).start()
+    return _check_script(Path(f"{_find_entry(model).training_script}.py"), options).start()
 
 
 def resume(run: CommandRun, **changes: Any) -> CommandRun:
@@ -81,7 +81,7 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
         raise UserError("the training still runs: call its stop() or wait() before it is continued")
     # from the latest state; `resume_changed` permits options that differ from it
     options = {**run.options, "resume": LATEST_ONLY, "resume_changed": True, **changes}
-    return _prepare(run.script, options).start()
+    return _check_script(run.script, options).start()
 
 
 def plan(model: str, **options: Any) -> str:
@@ -110,18 +110,25 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
         UserError: For what the user has to change; both commands are checked before the first one starts.
     """
     entry = _find_entry(model)
-    parts = ("latents", "text_encoder_outputs")
-    scripts = [ScriptArguments(Path(f"{entry.cache}_{part}.py")) for part in parts]
-    for name in options.keys() - set().union(*(script.known for script in scripts)):
-        # a mistyped name: the script with the most similar option rejects it and suggests that option
-        nearest = [script for script in scripts if difflib.get_close_matches(name, script.known, 1)]
-        (nearest or scripts)[0].known.add(name)
+    scripts = [
+        ScriptArguments(Path(f"{entry.cache}_{part}.py")) for part in ("latents", "text_encoder_outputs")
+    ]
+    for name in options.keys() - scripts[0].known - scripts[1].known:  # mistyped: one of the two rejects it
+        _find_most_similar(scripts, name).known.add(name)
     commands = []
     for script in scripts:
-        of_script = {name: value for name, value in options.items() if name in script.known}
-        commands.append(_check(script, of_script))
+        accepted = {name: value for name, value in options.items() if name in script.known}
+        commands.append(_check(script, accepted))
     for checked in commands:
         checked.start().wait(callback)
+
+
+def _find_most_similar(scripts: Sequence[ScriptArguments], name: str) -> ScriptArguments:
+    """Return the first script with an option similar to an unknown name; else the first script."""
+    for script in scripts:
+        if difflib.get_close_matches(name, script.known, 1):
+            return script
+    return scripts[0]
 
 
 def generate(model: str, *, callback: Callback | None = None, **options: Any) -> list[Path]:
@@ -135,11 +142,12 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
     Raises:
         UserError: For what the user has to change.
     """
-    checked = _prepare(Path(f"{_find_entry(model).generation_script}.py"), options)
+    checked = _check_script(Path(f"{_find_entry(model).generation_script}.py"), options)
     folder = Path(checked.values["save_path"])
-    before = _list_files(folder)
+    old_times = _list_modification_times(folder)
     checked.start().wait(callback)
-    return [path for path, changed in _list_files(folder).items() if before.get(path) != changed]
+    new_times = _list_modification_times(folder)
+    return [path for path, time in new_times.items() if old_times.get(path) != time]
 
 
 def merge(*, callback: Callback | None = None, **options: Any) -> Path:
@@ -152,7 +160,7 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
     Raises:
         UserError: For what the user has to change.
     """
-    _prepare(Path("merge_lora.py"), options).start().wait(callback)
+    _check_script(Path("merge_lora.py"), options).start().wait(callback)
     return Path(options["save_merged_model"])
 
 
@@ -170,7 +178,7 @@ def command(words: str, *operands: object, **options: Any) -> CommandRun:
     scripts = {each.name: each.path.relative_to(ROOT) for each in find_commands(ROOT)}
     if words not in scripts:
         raise UserError(f"{words!r} is no command.{did_you_mean(words, scripts)}")
-    return _prepare(scripts[words], options, operands).start()
+    return _check_script(scripts[words], options, operands).start()
 
 
 @dataclass(frozen=True)
@@ -178,26 +186,29 @@ class CheckedCommand:
     """A command whose options were checked."""
 
     script: Path
-    words: Sequence[str]  # that follow the script
-    options: Mapping[str, Any]  # keyword arguments that became the words
+    argv: Sequence[str]  # arguments that follow the script
+    options: Mapping[str, Any]  # keyword arguments that became `argv`
     values: Mapping[str, Any]  # of all options of the script
 
     def start(self) -> CommandRun:
         """Start the command."""
         folder, name = self.values.get("output_dir"), self.values.get("output_name")
         history = None if folder is None or name is None else HistoryEvents(Path(folder), str(name))
-        return CommandRun(self.script, self.words, self.options, history)
+        return CommandRun(self.script, self.argv, self.options, history)
 
 
-def _prepare(script: Path, options: Mapping[str, Any], operands: Sequence[object] = ()) -> CheckedCommand:
+def _check_script(
+    script: Path, options: Mapping[str, Any], operands: Sequence[object] = ()
+) -> CheckedCommand:
+    """Check the options of a script as the script itself does, without starting it."""
     return _check(ScriptArguments(script), options, operands)
 
 
 def _check(
     arguments: ScriptArguments, options: Mapping[str, Any], operands: Sequence[object] = ()
 ) -> CheckedCommand:
-    words = arguments.make_argv(operands, options)
-    return CheckedCommand(arguments.script, words, options, arguments.check(words))
+    argv = arguments.make_argv(operands, options)
+    return CheckedCommand(arguments.script, argv, options, arguments.check(argv))
 
 
 def _find_entry(model: str) -> FamilyEntry:
@@ -213,7 +224,7 @@ def _find_entry(model: str) -> FamilyEntry:
     return found
 
 
-def _list_files(folder: Path) -> dict[Path, int]:
+def _list_modification_times(folder: Path) -> dict[Path, int]:
     """Return the files in a folder with the times of their last change, in nanoseconds."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
     return {path: path.stat().st_mtime_ns for path in files}

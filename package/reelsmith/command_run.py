@@ -29,9 +29,9 @@ from package.reelsmith.events import (
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 0.1  # seconds between two looks for events
+POLL_SECONDS = 0.1  # seconds between two looks for events
 WARNING = "WARNING: "  # begin of a line with a warning of the command
-MAX_OF_OUTPUT = 2000  # characters of the output in the message of an error that is none of the user's
+MAX_OUTPUT_CHARACTERS = 2000  # characters of the output in the message of an error that is none of the user's
 
 
 class CommandRun:
@@ -63,9 +63,9 @@ class CommandRun:
         self.saved: list[Path] = []
         self.lines: list[str] = []
         self._history = history
-        self._is_stopped = False
-        self._unseen: deque[Event] = deque()  # read, but not yielded
-        self._num_noted = 0  # number of events at its start that the attributes include
+        self._was_stopped = False
+        self._pending: deque[Event] = deque()  # events that were read, but not yielded
+        self._num_recorded = 0  # number of its first events that the attributes already include
         self._folder = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
         output = Path(self._folder.name) / "output.txt"
         # a process group of its own: Ctrl-C reaches it through `stop` alone, once
@@ -97,23 +97,27 @@ class CommandRun:
         try:
             while True:
                 is_over = not self.is_running  # first: events that it writes before its end are then read
-                self._unseen.extend(self._read_events(is_over))
-                while self._unseen:
-                    event = self._unseen.popleft()
-                    if self._num_noted:  # `stop` has already updated the attributes with it
-                        self._num_noted -= 1
-                    else:
-                        self._note(event)
-                    yield event
+                self._pending.extend(self._read_events(is_over))
+                while self._pending:
+                    yield self._take_pending()
                 if is_over:
                     break
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(PAUSE)
+                    self._process.wait(POLL_SECONDS)
         except KeyboardInterrupt:
             self.stop()
             raise
         atexit.unregister(self.stop)
         self._raise_error()
+
+    def _take_pending(self) -> Event:
+        """Remove and return the first pending event; record it, unless `stop` has recorded it already."""
+        event = self._pending.popleft()
+        if self._num_recorded:
+            self._num_recorded -= 1
+        else:
+            self._record(event)
+        return event
 
     def wait(self, callback: Callable[[Event], None] | None = None) -> "CommandRun":
         """Wait for the end of the command, and return it. An error of the callback stops it.
@@ -140,12 +144,12 @@ class CommandRun:
         Events that were not iterated over are then recorded in the attributes, too.
         """
         if self.is_running:
-            self._is_stopped = True
+            self._was_stopped = True
             self._end_process()
-        self._unseen.extend(self._read_events(is_over=True))
-        for event in [*self._unseen][self._num_noted :]:
-            self._note(event)
-        self._num_noted = len(self._unseen)
+        self._pending.extend(self._read_events(is_over=True))
+        for event in [*self._pending][self._num_recorded :]:
+            self._record(event)
+        self._num_recorded = len(self._pending)
 
     def _end_process(self) -> None:
         """Interrupt the command, so that it saves its state, and wait; a second Ctrl-C kills it."""
@@ -176,7 +180,7 @@ class CommandRun:
         if self._history is not None:
             yield from self._history.read()
 
-    def _note(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         """Record an event's loss, file or line in the attributes of the command."""
         match event:
             case LineEvent():
@@ -192,9 +196,9 @@ class CommandRun:
 
     def _raise_error(self) -> None:
         code = self._process.returncode
-        if code == 0 or self._is_stopped:
+        if code == 0 or self._was_stopped:
             return
         output = "\n".join(self.lines)
         if code in (1, 2, 3) and "Traceback (most recent call last)" not in output:
             raise UserError(extract_error_message(output))
-        raise RuntimeError(f"{self.script.name} ended with code {code}:\n{output[-MAX_OF_OUTPUT:]}")
+        raise RuntimeError(f"{self.script.name} ended with code {code}:\n{output[-MAX_OUTPUT_CHARACTERS:]}")

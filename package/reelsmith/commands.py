@@ -10,7 +10,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ PROGRAM = "reelsmith" if PREFIX else "python reelsmith.py"
 FIRST_STEPS = "from a folder to a LoRA"
 TOOLS = "tools"
 # scripts that are listed first: the way from a folder to a LoRA
-FIRST = {
+BEGINNER_SCRIPTS = {
     "doctor": "show what is installed here, and what is missing",
     "new_project": "describe a folder of clips or pictures for training",
     "caption_dataset": "write captions with a vision-language model",
@@ -36,7 +36,7 @@ FIRST = {
 OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests", "set_up"}
 # It is the program of networks/sdxl_merge_lora.py under its second name in sd-scripts, with the same options:
 # `sdxl-merge` runs it, and `merge` is merge_lora.py, which merges into a DiT.
-WITHOUT_COMMAND = {Path("networks", "merge_lora.py")}
+EXCLUDED_SCRIPTS = {Path("networks", "merge_lora.py")}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _name_files(folder: Path) -> list[ScriptCommand]:
         path.name: path
         for room in ("", *SCRIPT_ROOMS)
         for path in (folder / room).glob("*.py")
-        if path.relative_to(folder) not in WITHOUT_COMMAND
+        if path.relative_to(folder) not in EXCLUDED_SCRIPTS
     }
     commands = [ScriptCommand(tuple(name_words(path.stem).split()), path) for path in paths.values()]
     return sorted(commands, key=lambda command: command.words)
@@ -96,7 +96,7 @@ def main() -> None:
     namesake = find_namesake() if PREFIX else None  # PREFIX is "" in a checkout
     if namesake is not None:
         print(f"Warning: {namesake}.", file=sys.stderr)
-    if argv[:1] in (["help"], ["--help"], ["-h"]) and len(argv) > 1:
+    if argv[:1] in (["help"], ["--help"], ["-h"]) and len(argv) > 1:  # `help train wan` is `train wan --help`
         argv = [*argv[1:], "--help"]
     if argv[:1] == ["--extensions"] and len(argv) > 1:
         os.environ[EXTENSIONS] = argv[1]
@@ -107,7 +107,7 @@ def main() -> None:
     elif argv[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
-        _explain(find_commands(ROOT), argv)
+        _list_or_reject(find_commands(ROOT), argv)
 
 
 def _find_named(argv: Sequence[str]) -> ScriptCommand | None:
@@ -132,16 +132,16 @@ def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
         runpy.run_path(str(command.path), run_name="__main__")
 
 
-def _explain(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
-    """List the commands that begin with these words; without any, those that a beginner needs.
+def _list_or_reject(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
+    """Print the commands that begin with the typed words if help is asked for; otherwise exit with code 2.
 
-    Exits with code 2 if help was not asked for.
+    Without any words, the commands that a beginner needs are printed.
     """
     asks_for_help = not argv or argv[-1] in {"-h", "--help", "help", "--all"}
     beginning = tuple(argv[:-1] if asks_for_help else argv)
     matching = [command for command in commands if command.words[: len(beginning)] == beginning]
     if matching and asks_for_help:
-        text = _listing(matching) if argv else _list_first(commands)
+        text = _format_commands(matching) if argv else _format_first_steps(commands)
         with contextlib.suppress(BrokenPipeError):  # the user may have quit the pager
             print(text, flush=True)
         return
@@ -157,7 +157,7 @@ def _explain(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
 SIMILAR = 0.75  # minimum similarity between a mistyped command and the intended one; 1 means equal
 
 # what others call a command -> what to type
-_MEANT = {
+_SYNONYMS = {
     "version": "--version",
     "models": "download --list",
     "list": "download --list",
@@ -170,47 +170,54 @@ _MEANT = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the message about words that begin no command; it suggests the command that was meant."""
+    """Return the message about words that begin no command, with the command that was probably meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
-    script = Path(words[0]).name.removesuffix(".py")
-
-    # commands that have all typed words, or whose script was typed instead
-    suggestions = []
-    for command in commands:
-        has_these_words = bool(typed) and {*typed.split()} <= {*command.words}
-        if has_these_words or command.script == script:
-            suggestions.append(command.name)
-
-    # commands whose first word is right, such as `train`, by their other words
-    of_kind = {}
+    by_other_words = {}  # commands whose first word is right, such as `train`, by their other words
     for command in commands:
         if command.words[0] == words[0]:
-            of_kind[" ".join(command.words[1:])] = command.name
-
-    if not suggestions and of_kind:
-        # compare the other words alone: the first one would make all of these names similar
-        other_words_typed = typed.partition(" ")[2]
-        similar = difflib.get_close_matches(other_words_typed, of_kind, 1)
-        if not similar:
-            second_word = other_words_typed.partition(" ")[0]
-            similar = difflib.get_close_matches(second_word, of_kind, 1)
-        suggestions = [of_kind[other_words] for other_words in similar]
-    elif not suggestions:
-        names = [command.name for command in commands]
-        suggestions = difflib.get_close_matches(typed, names, 1, SIMILAR)
-        if not suggestions:
-            kinds = [command.words[0] for command in commands]
-            suggestions = difflib.get_close_matches(words[0], [*names, *kinds], 1)
-
-    meant = _MEANT.get(words[0].lower())
+            by_other_words[" ".join(command.words[1:])] = command.name
+    suggestions = _list_matching(commands, typed, Path(words[0]).name.removesuffix(".py"))
+    if not suggestions:
+        if by_other_words:
+            suggestions = _list_similar_endings(typed.partition(" ")[2], by_other_words)
+        else:
+            suggestions = _list_similar(commands, typed, words[0])
+    synonym = _SYNONYMS.get(words[0].lower())
     hint = ""
-    if meant is not None and not (of_kind and suggestions):
-        hint = f" Did you mean {PROGRAM} {meant}?"
+    if synonym is not None and not (by_other_words and suggestions):
+        hint = f" Did you mean {PROGRAM} {synonym}?"
     elif suggestions:
         hint = f" Did you mean {PROGRAM} {' or '.join(suggestions)}?"
-    if of_kind and not suggestions:
-        hint += f" There are {', '.join(of_kind.values())}."
+    if by_other_words and not suggestions:
+        hint += f" There are {', '.join(by_other_words.values())}."
     return f"{typed or words[0]!r} is no command.{hint}"
+
+
+def _list_matching(commands: Sequence[ScriptCommand], typed: str, script: str) -> list[str]:
+    """Return the names of commands that have all typed words in any order, or whose script was typed."""
+    typed_words = {*typed.split()}
+    return [
+        command.name
+        for command in commands
+        if command.script == script or (typed and typed_words <= {*command.words})
+    ]
+
+
+def _list_similar_endings(typed_ending: str, by_other_words: Mapping[str, str]) -> list[str]:
+    """Return the command whose words after the first are most similar; the first word is right."""
+    similar = difflib.get_close_matches(typed_ending, by_other_words, 1)
+    if not similar:
+        similar = difflib.get_close_matches(typed_ending.partition(" ")[0], by_other_words, 1)
+    return [by_other_words[other_words] for other_words in similar]
+
+
+def _list_similar(commands: Sequence[ScriptCommand], typed: str, first_word: str) -> list[str]:
+    """Return the name, or else the first word, of the command that is most similar to the typed words."""
+    names = [command.name for command in commands]
+    similar = difflib.get_close_matches(typed, names, 1, SIMILAR)
+    if similar:
+        return similar
+    return difflib.get_close_matches(first_word, [*names, *(command.words[0] for command in commands)], 1)
 
 
 def _summary(command: ScriptCommand) -> str:
@@ -222,16 +229,16 @@ def _summary(command: ScriptCommand) -> str:
 USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists the options of one"
 
 
-def _list_first(commands: Sequence[ScriptCommand]) -> str:
-    """Return the help for beginners: the commands in `FIRST`; all commands if none of these exists."""
+def _format_first_steps(commands: Sequence[ScriptCommand]) -> str:
+    """Return the help for beginners: the commands in `BEGINNER_SCRIPTS`; all commands if none exists."""
     by_script = {command.script: command for command in commands}
-    first = [by_script[script] for script in FIRST if script in by_script]
+    first = [by_script[script] for script in BEGINNER_SCRIPTS if script in by_script]
     if not first:
-        return _listing(commands)
+        return _format_commands(commands)
     width = max(len(command.name) for command in first)
     kinds = dict.fromkeys(command.words[0] for command in commands if len(command.words) > 1)
     lines = [USAGE, "", f"{FIRST_STEPS}:"]
-    lines += [f"  {command.name:{width}}  {FIRST[command.script]}" for command in first]
+    lines += [f"  {command.name:{width}}  {BEGINNER_SCRIPTS[command.script]}" for command in first]
     if "run_browser" in by_script and has_screen():
         opening = f"{PROGRAM} {by_script['run_browser'].name}"
         lines += ["", f"To do this by clicks, type {opening}: it opens a page in your web browser."]
@@ -243,7 +250,7 @@ def _list_first(commands: Sequence[ScriptCommand]) -> str:
     return "\n".join(lines)
 
 
-def _listing(commands: Sequence[ScriptCommand]) -> str:
+def _format_commands(commands: Sequence[ScriptCommand]) -> str:
     """Return a line for each command: first steps, commands of each family, tools."""
     width = max(len(command.name) for command in commands)
     families = sorted({command.words[-1] for command in commands if len(command.words) > 1})
@@ -255,13 +262,13 @@ def _listing(commands: Sequence[ScriptCommand]) -> str:
     for name, group in groups.items():
         if group:
             lines += ["", f"{name}:", *group]
-    lines += ["", "hv: HunyuanVideo and SkyReels V1; fpack: FramePack.", *_name_scripts(commands)]
+    lines += ["", "hv: HunyuanVideo and SkyReels V1; fpack: FramePack.", *_explain_script_names(commands)]
     return "\n".join(lines)
 
 
 def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
     """Return the heading under which a command is listed."""
-    if command.script in FIRST:
+    if command.script in BEGINNER_SCRIPTS:
         return FIRST_STEPS
     names = []
     for name in families:
@@ -270,7 +277,7 @@ def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
     return max(names, key=len, default=TOOLS)
 
 
-def _name_scripts(commands: Sequence[ScriptCommand]) -> list[str]:
+def _explain_script_names(commands: Sequence[ScriptCommand]) -> list[str]:
     """Return a line that explains that the package installs each model's scripts as commands too."""
     shown = next((command for command in commands if has_own_command(command.script)), None)
     if shown is None:

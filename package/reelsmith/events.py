@@ -86,7 +86,7 @@ class HistoryEvents:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Note which starts an earlier history of the run has, so that only new events are read.
+        """Remember the start entries of an earlier run in the history file, to read only new events.
 
         Args:
             folder: Value of --output_dir.
@@ -94,22 +94,20 @@ class HistoryEvents:
         """
         self.folder = folder
         self.path = history_path(folder, name)
-        self._file = 0  # identifies the file that was read last: the training replaces it once
-        self._position = 0  # up to which it was read
-        # lines of the history that note a start; `_read_lines` moves the position
-        self._earlier = {line for line in self._read_lines() if _started(line) is not None}
-        # `read` starts at the beginning: the training replaces the file
-        self._file = self._position = 0
+        self._inode = 0  # of the file that was read last: the training replaces the file once
+        self._position = 0  # in bytes, up to which the file was read
+        self._old_start_lines = {line for line in self._read_lines() if _parse_start_entry(line) is not None}
+        self._inode = self._position = 0  # `read` starts at the beginning: the training replaces the file
         self._has_started = False
         self._total_steps = 0
 
     def read(self) -> Iterator[Event]:
         """Yield the events since the last call."""
         for line in self._read_lines():
-            started = _started(line)
-            if started is not None and line not in self._earlier:
+            start_entry = _parse_start_entry(line)
+            if start_entry is not None and line not in self._old_start_lines:
                 self._has_started = True
-                self._total_steps = int(started.get("total_steps", 0))
+                self._total_steps = int(start_entry.get("total_steps", 0))
             row = parse_row(line) if self._has_started else None
             if row is not None:
                 yield from self._read_row(row)
@@ -119,8 +117,8 @@ class HistoryEvents:
         try:
             with self.path.open("rb") as file:
                 number = os.fstat(file.fileno()).st_ino
-                if number != self._file:
-                    self._file, self._position = number, 0
+                if number != self._inode:
+                    self._inode, self._position = number, 0
                 file.seek(self._position)
                 content = file.read()
         except OSError:  # there is none yet, or it is being replaced
@@ -153,7 +151,7 @@ class HistoryEvents:
             yield SavedEvent(step, self.folder / row["saved"])
 
 
-def _started(line: bytes) -> dict[str, Any] | None:
+def _parse_start_entry(line: bytes) -> dict[str, Any] | None:
     """Return the `start` entry of a history line; None for other lines."""
     if b'"started"' not in line:
         return None

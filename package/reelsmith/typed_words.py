@@ -47,7 +47,7 @@ class ScriptArguments:
         if table is None:
             raise UserError(f"{script}: this script has no table of options")
         self.script = script
-        self._reads_others = bool(table.get("cuts_words"))  # options of another script too
+        self._takes_other_options = bool(table.get("cuts_words"))  # for a script that this one starts
         self._parser = build_parser(table, script.name, _RaisingParser)
         self._actions = {
             flag.lstrip("-").replace("-", "_"): action
@@ -74,7 +74,7 @@ class ScriptArguments:
         argv = [str(operand) for operand in operands]
         for name, value in options.items():
             name = name if name in self._actions else SHORT_NAMES.get(name, name)
-            argv += _type_option(name, value, self._actions.get(name))
+            argv += _format_option(name, value, self._actions.get(name))
         return argv
 
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class ScriptArguments:
         Raises:
             UserError: For what the command itself would reject, with its message.
         """
-        if self._reads_others:  # some words go to another script, whose options this parser does not have
+        if self._takes_other_options:  # this parser does not know the options of the other script
             return {}
         parser = self._parser
         if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
@@ -98,25 +98,26 @@ class ScriptArguments:
         if values.get("config_file") is None:
             return values
         with quiet():  # the command logs the same warnings
-            in_file = read_config_file(values["config_file"], parser)
-        typed = getattr(arguments, TYPED)
-        return {**values, **{name: value for name, value in in_file.items() if name not in typed}}
+            values_in_file = read_config_file(values["config_file"], parser)
+        merged = dict(values)
+        for name, value in values_in_file.items():
+            if name not in getattr(arguments, TYPED):
+                merged[name] = value
+        return merged
 
 
-def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
-    """Return the command-line words of one keyword argument; the parser reports an unknown one.
+def _format_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
+    """Return the command-line words of one keyword argument.
 
-    `action` is the parser's option of this name; None if it has none.
+    `action` is the parser's option of this name; None if it has none, which the parser will report.
     """
-    flag = f"--{name}"
+    flag = f"--{name}" if action is None else _find_flag(name, action)
     if action is not None:
-        spellings = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
-        flag = spellings[name]
         if action.nargs == 0 and not isinstance(value, bool | None):
             raise OptionError(f"{flag} is a switch: give True or False, not {value!r}")
         if value is True and action.nargs not in (0, "?", "*"):
             raise OptionError(f"{flag} is no switch: give its value in place of True")
-    if isinstance(action, argparse.BooleanOptionalAction) and value is False:
+    if value is False and isinstance(action, argparse.BooleanOptionalAction):
         return [f"--no-{flag[2:]}"]
     if value is None or value is False:
         return []
@@ -126,7 +127,13 @@ def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[
         value = [f"{key}={mapped}" for key, mapped in value.items()]
     if not isinstance(value, list | tuple):
         return [f"{flag}={value}"]
-    texts = [str(item) for item in value]
+    items = [str(item) for item in value]
     if isinstance(action, argparse._AppendAction):  # an option that is typed once for each value
-        return [f"{flag}={text}" for text in texts]
-    return [flag, *texts]
+        return [f"{flag}={item}" for item in items]
+    return [flag, *items]
+
+
+def _find_flag(name: str, action: argparse.Action) -> str:
+    """Return the option's flag that a keyword argument names: `my_option` may be --my-option."""
+    flags = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
+    return flags[name]

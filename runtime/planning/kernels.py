@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from modules.attention.sdpa import kernels
+from modules.attention.sdpa import list_kernels
 
 Operator = Callable[..., Any]
 
@@ -140,7 +140,7 @@ def _prefers_cudnn(query: Tensor, has_mask: bool) -> bool:
     """Return whether this machine's GPU, if it has one, computes attention with cuDNN's kernel."""
     if not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled():
         return False
-    order = kernels(
+    order = list_kernels(
         torch.cuda.get_device_capability(),
         query.dtype,
         width=query.shape[-1],

@@ -10,7 +10,7 @@ import pytest
 from browser.sessions import find_session, limit_session
 from modules.errors import OptionError
 from modules.installation import DRIVEN, ROOT, program_environment, program_words
-from modules.run_limits import FOLDERS
+from modules.run_limits import FOLDERS_VARIABLE
 
 POCKET = ROOT / "pocket"
 MODEL = [f"--{name}={POCKET / name}.safetensors" for name in ("dit", "vae", "t5")]
@@ -77,7 +77,7 @@ def test_no_results_go_among_the_files_of_the_queue(place: str, tmp_path: Path) 
 def test_a_session_may_write_its_results_and_previews(tmp_path: Path) -> None:
     variables = limit_session(tmp_path / "generated", tmp_path / "queue" / "making", tmp_path)
 
-    assert json.loads(variables[FOLDERS]) == [
+    assert json.loads(variables[FOLDERS_VARIABLE]) == [
         str(tmp_path / "generated"),
         str(tmp_path / "queue" / "making"),
     ]

@@ -19,7 +19,7 @@ from browser.launch import READ_OPTIONS, check_options
 from browser.queue_pages import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
-from modules.run_limits import FOLDERS
+from modules.run_limits import FOLDERS_VARIABLE
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.commands import ROOT, run_python, run_script
@@ -140,7 +140,7 @@ def test_each_button_for_a_described_folder_starts_a_limited_process(
     started: dict[str, str | None] = {}
 
     def note(log: Path, **variables: str) -> None:
-        started[log.stem.partition("-")[0]] = variables.get(FOLDERS)
+        started[log.stem.partition("-")[0]] = variables.get(FOLDERS_VARIABLE)
         raise OptionError("noted")
 
     monkeypatch.setattr("browser.launch.prepare_process", note)
@@ -171,7 +171,7 @@ def test_captions_that_wait_in_the_queue_keep_their_limits(
     seen: list[str | None] = []
 
     def note(log: Path, **variables: str) -> None:
-        seen.append(variables.get(FOLDERS))
+        seen.append(variables.get(FOLDERS_VARIABLE))
         raise OSError("noted")
 
     monkeypatch.setattr("browser.launch.prepare_process", note)

@@ -27,7 +27,7 @@ from checkpoints.stored.fp8_products import (
     tensor_scaled_product,
 )
 from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths
-from modules.attention.sdpa import attend_with_bias, kernels
+from modules.attention.sdpa import attend_with_bias, list_kernels
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice, Quantization
 from tests.gpu.measuring import equal_bits, relative_error
@@ -236,7 +236,9 @@ def test_the_first_kernel_of_the_order_is_taken(
 
 def assert_first_kernel(names: set[str], dtype: torch.dtype, width: int) -> None:
     """Among these operators are both passes of the fastest kernel."""
-    order = kernels(torch.cuda.get_device_capability(), dtype, width, False, torch.backends.cudnn.version())
+    order = list_kernels(
+        torch.cuda.get_device_capability(), dtype, width, False, torch.backends.cudnn.version()
+    )
     first = order[0].name.removesuffix("_ATTENTION").lower()
     assert any(f"{first}_attention" in name and "backward" not in name for name in names), names
     assert any(f"{first}_attention_backward" in name for name in names), names
@@ -272,7 +274,7 @@ def test_the_fastest_kernel_is_there_for_training(cuda: torch.device) -> None:
     if torch.cuda.get_device_capability() == (9, 0):
         version = torch.backends.cudnn.version()
         assert version is not None
-        order = kernels((9, 0), torch.bfloat16, 128, False, version)
+        order = list_kernels((9, 0), torch.bfloat16, 128, False, version)
         assert order[0].name == "CUDNN_ATTENTION", f"cuDNN {version} is too old"
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from modules import command
-from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
-from modules.command import LAUNCHED, command_line, name_as_typed
+from modules.bars import BYTES, FRAMES, LINE_INTERVAL, Bar
+from modules.command import LAUNCHER_VARIABLES, command_line, name_as_typed
 from modules.console import draw_box, format_count, format_duration, format_size, pluralize, show_box
 from modules.control_codes import escape_control_codes, wrap_text
 from modules.error_output import extract_error_message
@@ -426,7 +426,7 @@ def test_a_limit_of_files_is_one_message(limit: str, work: str, said: str) -> No
 
 
 @pytest.mark.parametrize("value", ["x", "", "9" * 5000, "٣", "1.5"])
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", LAUNCHER_VARIABLES)
 def test_what_a_launcher_sets_is_a_number(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -553,7 +553,7 @@ def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCap
     caplog.set_level(logging.INFO)
     now = [0.0]
     with Bar(100, "Loading dit\x1b[31m", BYTES, now=lambda: now[0], is_terminal=lambda: False) as bar:
-        for moment in (1.0, LINE_EVERY, LINE_EVERY + 1, 2 * LINE_EVERY):
+        for moment in (1.0, LINE_INTERVAL, LINE_INTERVAL + 1, 2 * LINE_INTERVAL):
             now[0] = moment
             bar.update(10)
 

@@ -42,7 +42,7 @@ EVERY = [
 IMPORTED = """
 import runpy, sys
 from modules import table_answers
-table_answers._check_tables = lambda: None  # whatever the times of the files here
+table_answers._reject_outdated_tables = lambda: None  # whatever the times of the files here
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -228,7 +228,7 @@ def test_a_command_line_is_parsed_once() -> None:
     code = """
 import runpy, sys
 from modules import parser, table_answers
-table_answers._check_tables = lambda: None
+table_answers._reject_outdated_tables = lambda: None
 table_answers._are_records_newer = lambda: False
 parse = parser.Parser.parse_args
 parser.Parser.parse_args = lambda self, *args: print("PARSED") or parse(self, *args)
@@ -245,7 +245,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_worker_of_a_script_does_not_check_its_words_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is spawned imports the script, when a file that was named may be gone."""
     monkeypatch.setattr("sys.argv", [str(ROOT / "tools/mask.py"), "no such folder"])
-    monkeypatch.setattr(table_answers, "_check_tables", lambda: None)
+    monkeypatch.setattr(table_answers, "_reject_outdated_tables", lambda: None)
     with pytest.raises(SystemExit):
         table_answers.answer_running_script()
     monkeypatch.setattr(multiprocessing.process, "parent_process", lambda: "the script")
@@ -257,9 +257,9 @@ def test_an_argument_waits_for_its_script_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr(table_answers, "_are_records_newer", lambda: False)
     command = CommandLine(Parser(), argparse.Namespace())
-    monkeypatch.setattr(table_answers, "_answered", {tuple(words): command})
-    assert table_answers.take_answered() is command
-    assert table_answers.take_answered() is None
+    monkeypatch.setattr(table_answers, "_parsed_lines", {tuple(words): command})
+    assert table_answers.take_parsed_line() is command
+    assert table_answers.take_parsed_line() is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from modules import atomic_write
 from modules.errors import OptionError, OutputError
 from modules.pages.page import embed_clip
-from modules.run_limits import FOLDERS, is_limited, limit_run, reject_outside, reject_sending
+from modules.run_limits import FOLDERS_VARIABLE, is_limited, limit_run, reject_outside, reject_sending
 
 
 def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
         for place in (tmp_path, tmp_path / "clips2", folder / ".." / "x", Path("/")):
             with pytest.raises(OptionError, match="is outside of"):
                 reject_outside("output_dir", place)
-    assert FOLDERS not in os.environ
+    assert FOLDERS_VARIABLE not in os.environ
     reject_outside("output_dir", tmp_path)  # other commands have no limits
 
 
@@ -108,7 +108,7 @@ def test_what_is_sent_is_typed(tmp_path: Path) -> None:
         with pytest.raises(
             OptionError, match="--huggingface_repo_id: .*type it: .* --huggingface_repo_id a/b"
         ):
-            reject_sending("huggingface_repo_id", "a/b", is_of_run=True)
+            reject_sending("huggingface_repo_id", "a/b", run_has_option=True)
         with pytest.raises(
             OptionError, match="start the training itself, with the last command of .*--dry_run"
         ):

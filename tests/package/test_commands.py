@@ -16,7 +16,7 @@ from modules.installation import find_script
 from modules.script_words import console_words, has_own_command, name_words
 from package.reelsmith import __all__ as FUNCTIONS
 from package.reelsmith import commands
-from package.reelsmith.commands import OF_A_CHECKOUT, WITHOUT_COMMAND, ScriptCommand, find_commands
+from package.reelsmith.commands import EXCLUDED_SCRIPTS, OF_A_CHECKOUT, ScriptCommand, find_commands
 from package.staging import add_entry_point, entry_points, find_rooms, rename_scripts, rewrite_imports
 from tests.commands import ROOT, assert_user_error, run_script
 from tests.test_imports import SCRIPTS, TOOLS
@@ -30,7 +30,7 @@ MEANT = "Did you mean python reelsmith.py train wan?"
 
 def test_every_script_of_the_checkout_is_a_command() -> None:
     found = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
-    tools = [tool for tool in TOOLS if Path(tool) not in WITHOUT_COMMAND]
+    tools = [tool for tool in TOOLS if Path(tool) not in EXCLUDED_SCRIPTS]
     in_rooms = {Path(tool).name for tool in tools}
     assert found == sorted([*(script for script in SCRIPTS if script not in in_rooms), *tools])
     merge = next(command for command in find_commands(ROOT) if command.name == "merge")
@@ -39,7 +39,7 @@ def test_every_script_of_the_checkout_is_a_command() -> None:
 
 
 def test_the_old_names_of_scripts_in_a_room_do_what_these_do() -> None:
-    tools = [tool for tool in TOOLS if Path(tool) not in WITHOUT_COMMAND]
+    tools = [tool for tool in TOOLS if Path(tool) not in EXCLUDED_SCRIPTS]
     pairs = [(old, tool) for tool in tools for old in SCRIPTS if Path(tool).name == old]
     assert len(pairs) >= 4
     for old, tool in pairs:
@@ -80,7 +80,7 @@ def test_other_words_are_answered_with_what_was_meant(
     typed: str, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        commands._explain(FOUND, typed.split())
+        commands._list_or_reject(FOUND, typed.split())
     assert end.value.code == 2
     program = "python reelsmith.py"
     told = f"{program}: error: {answer}\n{program} --all lists all commands\n"
@@ -93,7 +93,7 @@ def test_other_words_are_answered_with_what_was_meant(
 def test_help_lists_the_commands_that_begin_so(
     typed: str, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands._explain(FOUND, typed.split())
+    commands._list_or_reject(FOUND, typed.split())
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("  ")]) == count
 
@@ -121,13 +121,13 @@ def test_on_a_screen_the_list_says_how_to_open_the_page(monkeypatch: pytest.Monk
     monkeypatch.setattr("modules.screen.sys.platform", "linux")
     monkeypatch.setenv("DISPLAY", ":0")
     line = f"To do this by clicks, type {commands.PROGRAM} browser: it opens a page in your web browser."
-    assert commands._list_first(find_commands(ROOT)).splitlines().count(line) == 1
+    assert commands._format_first_steps(find_commands(ROOT)).splitlines().count(line) == 1
 
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.1 1 192.0.2.2 22")
-    assert line not in commands._list_first(find_commands(ROOT))
+    assert line not in commands._format_first_steps(find_commands(ROOT))
     monkeypatch.delenv("SSH_CONNECTION")
     monkeypatch.delenv("DISPLAY")
-    assert line not in commands._list_first(find_commands(ROOT))
+    assert line not in commands._format_first_steps(find_commands(ROOT))
 
 
 def test_the_pages_name_commands_that_exist() -> None:

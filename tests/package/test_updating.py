@@ -221,7 +221,7 @@ def test_no_version_has_a_file_in_a_folder_of_the_user() -> None:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("it needs the list of git")
     tops = {name.partition("/")[0] for name in git(ROOT, "ls-files").splitlines()}
-    assert not tops & updating.KEPT
+    assert not tops & updating.USER_FOLDERS
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
@@ -264,7 +264,7 @@ def test_back_on_a_branch_that_was_not_updated_changes_nothing(clone: Path) -> N
 def test_the_note_of_an_earlier_version_protects_commits_too(clone: Path) -> None:
     before = git(clone, "rev-parse", "HEAD")
     update(clone, None)
-    note = clone / ".reelsmith" / updating.COMMIT
+    note = clone / ".reelsmith" / updating.COMMITS_FILE
     note.write_text(before, encoding="ascii")
     git(clone, "commit", "--quiet", "--allow-empty", "-m", "mine")
     with pytest.raises(UserError, match="commits of your own"):
@@ -384,7 +384,7 @@ def test_a_name_that_is_no_text_and_a_list_that_is_too_long_are_refused(tmp_path
 def test_notes_that_are_damaged_end_with_a_sentence(tmp_path: Path) -> None:
     root = write(tmp_path / "root", OLD)
     update(root, pack(tmp_path / "new.zip", NEW))
-    plan = root / ".reelsmith" / "back" / updating.PLAN
+    plan = root / ".reelsmith" / "back" / updating.PLAN_FILE
     for content in (b"\xff", b"[]", b'{"replaced": ["../x"], "added": []}', b'{"x": 1}'):
         plan.write_bytes(content)
         with pytest.raises(UserError, match="the note of the last update, cannot be read"):

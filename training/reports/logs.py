@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from modules.bars import LINE_EVERY
+from modules.bars import LINE_INTERVAL
 from modules.console import format_duration
 from modules.devices import empty_pinned
 from modules.media.reading import Frame
@@ -209,7 +209,7 @@ class Logs:
                 self._last_shown = now
                 self.bar.set_postfix(self._fit_to_bar(self._format_metrics(report)), refresh=False)
             self.bar.update(report.step - self.bar.n)
-        elif self.accelerator.is_main_process and now - self._last_shown >= LINE_EVERY:
+        elif self.accelerator.is_main_process and now - self._last_shown >= LINE_INTERVAL:
             # without a terminal, a line from time to time; not for the first step, whose time is unusual
             if self._last_shown > -math.inf:
                 metrics = ", ".join(f"{name} {text}" for name, text in self._format_metrics(report).items())

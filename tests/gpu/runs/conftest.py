@@ -32,7 +32,7 @@ def repeatable(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     (pytorch/pytorch#101847): it is computed by plain products.
     """
     make_deterministic()
-    monkeypatch.setattr(sdpa, "kernels", lambda *facts, **of_call: [SDPBackend.MATH])
+    monkeypatch.setattr(sdpa, "list_kernels", lambda *facts, **of_call: [SDPBackend.MATH])
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths, rejection, try_out
+from modules.attention.attend import (
+    BACKENDS,
+    attend,
+    check_backend,
+    check_results,
+    explain_unsupported,
+    make_lengths,
+)
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice
 from tests.modules.attention_packages import PACKAGES, Call, put_in
@@ -168,7 +175,7 @@ def test_what_a_package_asks_of_gpu_and_dtype(
 ) -> None:
     package = BACKENDS[mode]
 
-    reason = rejection(package, capability, lambda: dtype, training=False)
+    reason = explain_unsupported(package, capability, lambda: dtype, training=False)
 
     assert reason is None if message is None else message in str(reason)
 
@@ -224,7 +231,7 @@ def test_a_trial_computes_both_ways_before_anything_is_loaded(
 ) -> None:
     choice, calls = _choice(monkeypatch, mode)
 
-    try_out(choice, CPU, torch.bfloat16, training)
+    check_results(choice, CPU, torch.bfloat16, training)
 
     assert len(calls) == 2
 
@@ -245,7 +252,7 @@ def test_a_trial_sees_wrong_results_and_missing_gradients(
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
     with pytest.raises((ArithmeticError, RuntimeError), match=error):
-        try_out(AttentionChoice("flash"), CPU, torch.bfloat16, training=True)
+        check_results(AttentionChoice("flash"), CPU, torch.bfloat16, training=True)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.attention import sdpa as attention_sdpa
-from modules.attention.sdpa import attend_in_order, attend_with_bias, cudnn_note, kernels, key_bias
+from modules.attention.sdpa import attend_in_order, attend_with_bias, cudnn_note, key_bias, list_kernels
 from tests.commands import ROOT, run_python
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -54,7 +54,7 @@ def test_cudnn_comes_first_where_it_is_the_fastest_and_known_to_be_right(
     is_first: bool,
 ) -> None:
     expected = [CUDNN, FLASH, EFFICIENT, MATH] if is_first else [FLASH, EFFICIENT, MATH]
-    assert kernels(capability, dtype, width, has_mask, cudnn) == expected
+    assert list_kernels(capability, dtype, width, has_mask, cudnn) == expected
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_cudnn_gets_one_sample_at_a_time_where_there_are_gradients(
     inputs = [torch.randn(batch, 7, 2, 8).requires_grad_(learns) for _ in range(3)]
     expected = attention_sdpa.sdpa(*inputs)
     monkeypatch.setattr(attention_sdpa, "attend_in_order", attend_plainly)
-    monkeypatch.setattr(attention_sdpa, "kernels", lambda *facts, **of_call: [CUDNN, MATH])
+    monkeypatch.setattr(attention_sdpa, "list_kernels", lambda *facts, **of_call: [CUDNN, MATH])
     monkeypatch.setattr(attention_sdpa, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_sdpa, "is_on_cuda", lambda tensor: True)
 
@@ -183,8 +183,8 @@ def test_the_order_is_the_gpus_under_compile_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: GOOD)
 
     def order(x: Tensor) -> Tensor:
-        capability, version = attention_sdpa._capability(x.device), attention_sdpa._cudnn()
-        first = kernels(capability, torch.bfloat16, x.shape[-1], False, version)[0]
+        capability, version = attention_sdpa._capability(x.device), attention_sdpa._cudnn_version()
+        first = list_kernels(capability, torch.bfloat16, x.shape[-1], False, version)[0]
         return x + (1 if first == CUDNN else 2)
 
     result = torch.compile(order, fullgraph=True, backend="eager")(torch.zeros(2, 128))

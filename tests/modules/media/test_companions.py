@@ -26,7 +26,7 @@ def remake(source: Path, suffix: str, codec: str = "h264", **more: Any) -> Path:
     path = source.with_name(f"made{suffix}")
     rate = source_info(source).rate
     write_timed_video(
-        path, shown_frames(source), rate, codec, preset="ultrafast", list_companions=source, **more
+        path, shown_frames(source), rate, codec, preset="ultrafast", copied_video=source, **more
     )
     return path
 
@@ -268,7 +268,7 @@ def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
             target.mux(video.encode())
 
     for rate, expected in ((ntsc, code), (Fraction(25), None if ";" in code else code)):
-        write_timed_video(made, shown_frames(path), rate, "h264", list_companions=path)
+        write_timed_video(made, shown_frames(path), rate, "h264", copied_video=path)
 
         with av.open(str(made)) as container:
             (video,) = container.streams.video
@@ -331,7 +331,7 @@ def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:
             sizes.append(sum(file.stat().st_size for file in tmp_path.glob(".made.mkv.*")))
             yield frame
 
-    write_timed_video(path, watched(), Fraction(25), "prores", list_companions=source)
+    write_timed_video(path, watched(), Fraction(25), "prores", copied_video=source)
 
     # raw sound of 6 s is 1.15 MB: all but the last two seconds have been written before the last picture
     assert sizes[-1] > 4 * 48_000 * 4
@@ -342,7 +342,5 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
     frames = [OutputFrame(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
 
     with pytest.raises(MediaError, match=r"absent\.mkv does not exist"):
-        write_timed_video(
-            tmp_path / "made.mkv", frames, FILM, "h264", list_companions=tmp_path / "absent.mkv"
-        )
+        write_timed_video(tmp_path / "made.mkv", frames, FILM, "h264", copied_video=tmp_path / "absent.mkv")
     assert not list(tmp_path.iterdir())

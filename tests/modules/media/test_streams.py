@@ -98,7 +98,7 @@ def test_streams_with_few_times_or_none_have_rising_ones(
 def test_times_are_snapped_to_the_rate_and_never_fall(times: list[int | None], expected: list[int]) -> None:
     clock = Clock(Fraction(25), MILLISECOND)
 
-    found = [clock.place(None if time is None else time * MILLISECOND) for time in times]
+    found = [clock.correct_start(None if time is None else time * MILLISECOND) for time in times]
 
     assert found == [time * MILLISECOND for time in expected]
 
@@ -107,7 +107,7 @@ def test_coarse_ticks_are_not_snapped_to_an_average() -> None:
     clock = Clock(Fraction(12), Fraction(1, 30))  # on average every 2.5th tick has a picture
     times = [Fraction(tick, 30) for tick in (0, 2, 5, 7)]
 
-    assert [clock.place(time) for time in times] == times
+    assert [clock.correct_start(time) for time in times] == times
 
 
 def test_only_so_many_pictures_are_read_as_are_asked_for(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, wit
         OutputFrame(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25))
     )
     section = VideoSection(source, start, seconds, with_audio)
-    write_timed_video(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
+    write_timed_video(path, frames, Fraction(25), "h264", preset="ultrafast", audio_section=section)
     return path
 
 

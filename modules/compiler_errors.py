@@ -1,0 +1,44 @@
+"""Explain errors of torch's and Triton's compilers. Imported only after such an error may have happened."""
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from modules.control_codes import shorten
+from modules.errors import is_of_compiler
+
+MAX_OF_CAUSE = 240  # characters of the compiler's own message
+
+
+def explain_compilation(error: Exception) -> str | None:
+    """Return the cause and the remedy of an error of torch's or Triton's compiler; None for other errors."""
+    if not is_of_compiler(error):
+        return None
+    summary, _, output = str(error).partition("Output:\n")
+    lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
+    causes = [line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)]
+    cause = next(iter([*causes, *lines]), "no reason is given")
+    folder = _find_folder_with_blank(summary)
+    remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
+    if folder is not None:
+        remedy = (
+            f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
+        )
+    return (
+        f"compiling the blocks failed: {shorten(cause, MAX_OF_CAUSE)}\n"
+        f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
+    )
+
+
+def _find_folder_with_blank(command: str) -> str | None:
+    """Find a folder of torch or its compiled code that is in a failed command and whose path has a blank.
+
+    torch does not quote paths in such commands, so that the compiler takes the path for two.
+    """
+    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
+    folders = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()]
+    if torch_file is not None:
+        folders.append(str(Path(torch_file).parent))
+    return next((folder for folder in folders if folder and " " in folder and folder in command), None)
