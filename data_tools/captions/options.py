@@ -13,7 +13,7 @@ from protocols.families import caption_formats
 
 MAX_FRAMES = 1024
 MAX_TOKENS = 32_768
-TOKENS, TOKENS_OF_OBJECTS = 256, 2048  # of an answer, where nothing is said
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # of an answer, where nothing is said
 Pairs = tuple[tuple[str, str], ...]
 KEY = "the key of this name in the dataset's TOML does the same without touching files"
 
@@ -85,7 +85,8 @@ class AskOptions(Options, title="what is asked"):
         minimum=1024,
     )
     max_new_tokens: int | None = option(
-        f"most tokens of a caption; default: {TOKENS}, with --caption_format {TOKENS_OF_OBJECTS}",
+        f"most tokens of a caption; default: {DEFAULT_MAX_TOKENS}, with --caption_format "
+        f"{DEFAULT_MAX_JSON_TOKENS}",
         minimum=1,
         maximum=MAX_TOKENS,
     )
