@@ -12,9 +12,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
-from data_tools.report.findings import TableFindings
-from data_tools.report.looks import Look
-from data_tools.report.numbers import Numbers
+from data_tools.report.findings import TableFindings, group_by_stem
+from data_tools.report.looks import Inspection
+from data_tools.report.numbers import JsonObject
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
@@ -30,33 +30,33 @@ from protocols.family import TextEncoder
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
 MAX_SEARCHED = 64  # how many caches are searched for a record
-_TAG = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
+_TAG_PATTERN = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
 State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
 
 
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
-) -> list[Numbers]:
+) -> list[JsonObject]:
     """Return findings and cache states of all media files as JSON values, table by table."""
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
-        errors = findings.texts_by_stem("faults", with_kind=True)
-        warnings = findings.texts_by_stem("remarks", with_kind=True)
-        # without decoding there are no looks
-        looks = findings.looks or [Look()] * len(findings.sources)
-        for source, look in zip(findings.sources, looks, strict=True):
+        errors = group_by_stem(findings.errors, with_kind=True)
+        warnings = group_by_stem(findings.warnings, with_kind=True)
+        # without decoding there are no inspections
+        inspections = findings.inspections or [Inspection()] * len(findings.sources)
+        for source, inspection in zip(findings.sources, inspections, strict=True):
             findings_of_file = {
                 "faults": errors.get(source.stem, []),
                 "remarks": warnings.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }
-            files.append({**_describe_source(source), **_describe_look(look), **findings_of_file})
+            files.append({**_describe_source(source), **_describe_inspection(inspection), **findings_of_file})
     return files
 
 
-def _describe_source(source: MediaSource) -> Numbers:
+def _describe_source(source: MediaSource) -> JsonObject:
     """Return the paths and captions of a media file as JSON values."""
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     text = None
@@ -78,29 +78,29 @@ def _describe_source(source: MediaSource) -> Numbers:
     }
 
 
-def _describe_look(look: Look) -> Numbers:
+def _describe_inspection(inspection: Inspection) -> JsonObject:
     """Return the measurements of a source as JSON values."""
-    fit = look.fit
+    fit = inspection.fit
     return {
-        "size": look.size,
-        "frames": look.frames,
-        "fps": look.fps and round(look.fps, 3),
+        "size": inspection.size,
+        "frames": inspection.frames,
+        "fps": inspection.fps and round(inspection.fps, 3),
         "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
-        "cut_percent": round(look.cut_percent, 2),
-        "lengths": look.lengths,  # frames of an item, how many such items
-        "problem": look.problem,
-        "dropped": look.problem or look.none,
-        "short": look.short,
+        "cut_percent": round(inspection.cut_percent, 2),
+        "lengths": inspection.items_by_length,  # frames of an item, how many such items
+        "problem": inspection.read_error,
+        "dropped": inspection.read_error or inspection.no_item_reason,
+        "short": inspection.too_short_for,
     }
 
 
-def _list_parts(source: MediaSource) -> list[Numbers]:
+def _list_parts(source: MediaSource) -> list[JsonObject]:
     """Return the files of a source (media, control media, mask), with their archive or address."""
     paths = [source.path] if source.precomputed is not None else [path for path, _ in source.latent_inputs]
     remote_or_packed = source.remote_or_packed or (None,) * len(paths)
     parts = []
     for path, origin in zip(paths, remote_or_packed, strict=False):
-        part: Numbers = {"path": str(path)}
+        part: JsonObject = {"path": str(path)}
         if isinstance(origin, Remote):
             part |= {"in": hide_secrets(origin.address)}
         elif origin is not None:
@@ -139,7 +139,7 @@ def _find_tags(names: Iterable[str]) -> list[str]:
     """Return the sorted model tags that occur in the names of cache files."""
     tags = set()
     for name in names:
-        match = _TAG.search(name)
+        match = _TAG_PATTERN.search(name)
         if match is not None:
             tags.add(match[1] or match[2])
     return sorted(tags)
@@ -266,13 +266,13 @@ def _compare_texts(
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
     state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
-    # a caption without a plan, such as an empty one, needs no cache
     for source in sources:
         # 0 is the main caption of a source
         for caption_index in range(1 + len(source.more_captions)):
             state, _ = states.get(source.stem, (VALID, ""))
             if state == VALID:  # the first caption that is not valid decides
                 file_name = text_file_name(source.stem, tag, caption_index)
+                # a caption without a plan, such as an empty one, needs no cache
                 states[source.stem] = state_of_file.get(file_name, (VALID, ""))
     return states
 

@@ -63,14 +63,14 @@ def check_masks(
         return
     mean = sum(fraction.share for fraction in fractions) / len(fractions)
     lowest = min(fractions, key=lambda fraction: fraction.share)
-    findings.caches.append(
+    findings.info_lines.append(
         f"of {format_count(len(fractions), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
         f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.share:.1%}"
     )
     for fraction in fractions:
         if fraction.share == 0:
             kind = BLACK if fraction.is_black else THIN
-            findings.remarks.append(Fault(kind, str(fraction.path), fraction.stem, is_fatal=False))
+            findings.warnings.append(Fault(kind, str(fraction.path), fraction.stem, is_fatal=False))
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
@@ -104,21 +104,24 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
     A folder in which no mask fits is reported as an error of its table already.
     """
-    stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
+    media_stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
     for findings in tables:
         if findings.table.mask_directory is not None:
-            of_folder = stems.setdefault(folder_id(findings.table.mask_directory), set())
-            of_folder.update(source.stem for source in findings.sources)
+            stems = media_stems.setdefault(folder_id(findings.table.mask_directory), set())
+            stems.update(source.stem for source in findings.sources)
     for findings in tables:
         folder = findings.table.mask_directory
-        if folder is None or folder_id(folder) not in stems:
+        if folder is None or folder_id(folder) not in media_stems:
             continue
-        of_folder = stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
+        stems = media_stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
         masks = _list_masks(folder, findings.table.directory)
-        lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
+        lone: list[Path] = []
+        for stem, paths in sorted(masks.items()):
+            if stem not in stems:
+                lone += paths
         # without any match, the table already has an error
-        if not of_folder.isdisjoint(masks):
-            findings.remarks += [Fault(LONE, str(path), is_fatal=False) for path in lone]
+        if not stems.isdisjoint(masks):
+            findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in lone]
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:

@@ -42,9 +42,9 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def make(place: MaskEntry, moves: bool = False) -> MaskEntry:
-    frames = [np.roll(LEFT, number, axis=1) for number in range(4)] if moves else [LEFT]
-    assert write_mask(place, frames, moves, {METHOD_TEXT: "a test"})
+def make(place: MaskEntry, is_folder: bool = False) -> MaskEntry:
+    frames = [np.roll(LEFT, number, axis=1) for number in range(4)] if is_folder else [LEFT]
+    assert write_mask(place, frames, is_folder, {METHOD_TEXT: "a test"})
     return place.refresh()
 
 
