@@ -222,7 +222,7 @@ class ApiServer:
         A request with a parameter that the model refuses is sent again without it.
 
         Raises:
-            _TryAgain: If a retry may help.
+            _RetryableError: If a retry may help.
             NoCaptionError: If the server has no caption for this request.
             UserError: If every other request would fail too.
         """

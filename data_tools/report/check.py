@@ -637,7 +637,7 @@ def _compare_sources(
 ) -> None:
     """Add warnings about media files of a table that have no cache, caption or cached audio.
 
-    Missing media files cause no warning, because training only reads their caches. `hears` says whether the
+    Missing media files cause no warning, because training only reads their caches. `with_audio` says whether the
     model is trained with audio.
     """
     source_format = source_format_of(findings.table)

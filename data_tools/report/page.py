@@ -99,7 +99,7 @@ def write_check_page(
 ) -> None:
     """Write the HTML page of a dataset check with at most `maximum` files.
 
-    `hears` says that the model is trained with audio.
+    `with_audio` says that the model is trained with audio.
 
     Raises:
         OutputError: If the page cannot be written.
