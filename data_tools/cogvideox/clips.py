@@ -128,7 +128,7 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     errors, if the data are invalid or a clip is missing.
     """
     root = source.data_root
-    name = f"--data_root {root}"
+    option_text = f"--data_root {root}"
     table = DatasetTable(
         root,
         0,
@@ -142,23 +142,28 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
         caption_column=source.caption_column,
     )
     errors: list[Fault] = []
-    rows = list(read_rows(table, name, errors))
-    raise_errors([*errors, *missing_clips(name, rows)])
+    rows = list(read_rows(table, option_text, errors))
+    raise_errors([*errors, *missing_clips(option_text, rows)])
     if not rows:
-        raise DatasetError(f"{name} has no clips")
+        raise DatasetError(f"{option_text} has no clips")
     num_rows: Counter[Path] = Counter()  # of each clip, so far
     items = []
     for row in rows:
         num_rows[row.video] += 1
         path = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
-        # a hash makes the name reproducible; file names may contain bytes that are not UTF-8
-        text = json.dumps([seed, path.as_posix(), num_rows[row.video]])
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        uid = str(uuid.UUID(bytes=digest[:16], version=4))
+        name = _make_item_name(seed, path, row_number=num_rows[row.video])
         # a caption file has one line
         caption = " ".join(row.caption.splitlines())
-        items.append(PreparedItem(uid, caption, row.video, folder))
+        items.append(PreparedItem(name, caption, row.video, folder))
     return items
+
+
+def _make_item_name(seed: int, path: Path, row_number: int) -> str:
+    """Return a reproducible UUID for a row: a hash of the seed, the path of its clip, and its number."""
+    text = json.dumps([seed, path.as_posix(), row_number])
+    # file names may contain bytes that are not UTF-8
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=4))
 
 
 def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
@@ -377,26 +382,31 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     crop_and_flip = CropAndFlip(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
-    def select_indices(available: int) -> range:
-        """Return evenly spaced frame indices, as many as the largest bucket that the clip can fill."""
-        count = select_frames(available, options.frame_buckets, options.max_num_frames)
-        if count is None:
-            raise MediaError(
-                f"{path} has {available} frames, the smallest of --frame_buckets is "
-                f"{min(options.frame_buckets)}"
-            )
-        step = available // count
-        return range(0, step * count, step)
-
-    def shape(frame: Frame) -> Frame:
+    def fit_frame(frame: Frame) -> Frame:
         """Resize and crop a frame to the size bucket of the clip's first frame."""
         nonlocal size
         if size is None:
-            sides = (frame.shape[1], frame.shape[0])
-            size = select_size(sides, options.height_buckets, options.width_buckets)
+            frame_size = (frame.shape[1], frame.shape[0])
+            size = select_size(frame_size, options.height_buckets, options.width_buckets)
         return shape_frame(frame, size, options, crop_and_flip)
 
-    return np.stack(pick_frames(path, select_indices, shape, threads, exact=False))
+    select_indices = partial(_select_indices, path=path, options=options)
+    return np.stack(pick_frames(path, select_indices, fit_frame, threads, exact=False))
+
+
+def _select_indices(available: int, path: Path, options: ShapeOptions) -> range:
+    """Return evenly spaced frame indices, as many as the frame bucket that fits a clip.
+
+    Raises:
+        MediaError: If the clip has fewer frames than the smallest bucket.
+    """
+    count = select_frames(available, options.frame_buckets, options.max_num_frames)
+    if count is None:
+        raise MediaError(
+            f"{path} has {available} frames, the smallest of --frame_buckets is {min(options.frame_buckets)}"
+        )
+    step = available // count
+    return range(0, step * count, step)
 
 
 def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:

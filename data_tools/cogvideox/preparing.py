@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.containers import load_pickled
 from data_tools.cogvideox import clips
 from data_tools.cogvideox.models import PipelineNetworks, describe_networks
-from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
+from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, failure_error, write_behind
@@ -49,19 +49,12 @@ def prepare(options: PrepareOptions) -> None:
         OutputError: If a file cannot be written; in processes other than the main one.
         SystemExit: If a clip failed.
     """
-    encoding = options.encoding
-    # the networks that encode; None: only captions and clips are written
-    networks = describe_networks(encoding) if encoding.save_latents_and_embeddings else None
-    if networks is None and encoding.model_id is not None:
-        logger.info(
-            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
-            encoding.model_id,
-        )
+    networks = _select_networks(options.encoding)
     options = dataclasses.replace(options, shape=round_frame_buckets(options.shape, networks))
     folder = options.output_dir
     items = clips.find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
-    with join_processes(encoding.device) as process:
+    with join_processes(options.encoding.device) as process:
         is_main = process.rank == 0
         if is_main:
             _record_settings(options, networks)
@@ -91,6 +84,18 @@ def prepare(options: PrepareOptions) -> None:
     show_box("Preparing is finished", rows)
     if failures:
         raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
+
+
+def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
+    """Return the networks that encode; None if only captions and clips are written."""
+    if encoding.save_latents_and_embeddings:
+        return describe_networks(encoding)
+    if encoding.model_id is not None:
+        logger.info(
+            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
+            encoding.model_id,
+        )
+    return None
 
 
 def _show_start(options: PrepareOptions, process: Share, num_items: int, num_to_do: int) -> None:

@@ -93,7 +93,10 @@ def cut_footage(options: CuttingOptions) -> None:
     failures: list[tuple[Path, Exception]] = []
     results = []
     try:
-        for source, result in _cut_all(jobs, cutter, failures):
+        for source, result in _cut_all(jobs, cutter):
+            if isinstance(result, Exception):
+                failures.append((source, result))
+                continue
             results.append(result)
             summary = f"{source}: {_count_in_words(result.clips)}"
             if result.record is None:  # a dry run: the clips are only listed
@@ -170,20 +173,7 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
     if not path.is_dir():
         return {real_path(path): readable_stem(path.stem)}
     root = real_path(path)
-    output_folder = real_path(output)
-    videos: list[Path] = []
-    for walked, folders, names in os.walk(root):
-        folder = Path(walked)
-        # os.walk only enters the folders that stay in this list
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and folder / name != output_folder
-        )
-        if folder != root and (folder / RECORD_FOLDER).is_dir():
-            continue  # a folder of clips that were cut before
-        for name in sorted(names):
-            file = folder / name
-            if not name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file():
-                videos.append(file)
+    videos = list(_walk_videos(root, real_path(output)))
     if not videos:
         raise MediaError(
             f"--input {path} is a folder without videos (clips of this command do not count). Their names "
@@ -194,6 +184,20 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
         parts = video.relative_to(root).with_suffix("").parts
         stems[video] = readable_stem("_".join(parts))
     return stems
+
+
+def _walk_videos(root: Path, output: Path) -> Iterator[Path]:
+    """Yield the visible videos below a folder, except those in `output` and other folders of clips."""
+    for walked, folders, names in os.walk(root):
+        folder = Path(walked)
+        # os.walk only enters the folders that stay in this list
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and folder / name != output)
+        if folder != root and (folder / RECORD_FOLDER).is_dir():
+            continue  # a folder of clips that were cut before
+        for name in sorted(names):
+            file = folder / name
+            if not name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file():
+                yield file
 
 
 @dataclass(frozen=True)
@@ -317,7 +321,7 @@ class Cutter:
                 bar.update()
 
     def _remove_old_clips(self, new: CutRecord, old: CutRecord | None) -> None:
-        """Remove the clips of an earlier cut and their lines in the list, after `_check_untouched`.
+        """Remove the clips of an earlier cut and their lines in the list, after `_reject_edited_clips`.
 
         Raises:
             OutputError: If a new clip would overwrite a file that is not ours.
@@ -328,8 +332,7 @@ class Cutter:
         if foreign_names:
             raise OutputError(
                 f"{', '.join(foreign_names[:MAX_NAMED_FILES])} in {self.output} would be written, and there "
-                "are "
-                "files of these names that this command has not made. Move them away, or choose another "
+                "are files of these names that this command has not made. Move them away, or choose another "
                 "--output."
             )
         if old is not None:
@@ -351,11 +354,11 @@ class Cutter:
         missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
         if not missing:
             return 0
-        form = self.options.form
+        video_format = self.options.form
         info = source_info(source)
-        codec = resolve_codec(form.codec, info.width, info.height)
-        with contextlib.closing(self._decode_frames(source, "clips of", form.is_deep)) as frames:
-            numbered = enumerate(frames)
+        codec = resolve_codec(video_format.codec, info.width, info.height)
+        with contextlib.closing(self._decode_frames(source, "clips of", video_format.is_deep)) as frames:
+            numbered_frames = enumerate(frames)
             for written in missing:
                 clip = written.clip
                 # records store seconds as floats; fractions of microseconds are exact
@@ -363,12 +366,12 @@ class Cutter:
                 seconds = Fraction(round(clip.seconds * MICROSECONDS), MICROSECONDS)
                 write_timed_video(
                     self.output / written.name,
-                    _frames_of_clip(numbered, source, clip),
+                    _frames_of_clip(numbered_frames, source, clip),
                     info.rate,
                     codec,
-                    crf=form.crf,
-                    preset=form.preset,
-                    section_of=VideoSection(source, start, seconds, not form.no_audio),
+                    crf=video_format.crf,
+                    preset=video_format.preset,
+                    section_of=VideoSection(source, start, seconds, not video_format.no_audio),
                 )
         return len(missing)
 
@@ -389,9 +392,9 @@ def _frames_of_clip(
 
 
 def _cut_all(
-    jobs: Sequence[CuttingJob], cutter: Cutter, failures: list[tuple[Path, Exception]]
-) -> Iterator[tuple[Path, CutResult]]:
-    """Cut all jobs in threads; yield (source, result) in order, and collect errors in `failures`."""
+    jobs: Sequence[CuttingJob], cutter: Cutter
+) -> Iterator[tuple[Path, CutResult | UserError | OSError]]:
+    """Cut all jobs in threads; yield (source, result or error) in order."""
     pool = ThreadPoolExecutor(cutter.options.num_workers, thread_name_prefix="cut")
     try:
         futures = [pool.submit(cutter.cut, job) for job in jobs]
@@ -405,9 +408,9 @@ def _cut_all(
             elif not isinstance(error, (UserError, OSError)):
                 raise error
             else:
-                failures.append((job.source, error))
                 if len(jobs) > 1:
                     logger.error("%s is skipped: %s", job.source, error)
+                yield job.source, error
     finally:
         cutter.stop.set()  # if this ends early, the threads stop at their next frame
         pool.shutdown(wait=True, cancel_futures=True)

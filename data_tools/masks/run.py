@@ -80,9 +80,7 @@ def make_masks(options: MaskOptions) -> None:
     plan = _make_plan(entries, options, method)
     _warn_of_remaining_masks(plan)
     if options.dry_run:
-        names = list_some([entry.media_path.name for entry in plan.to_make])
-        text = f"{format_count(len(plan.to_make), 'mask')} would be made{': ' if names else ''}{names}"
-        show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
+        _show_plan(plan, method)
         return
     outcome = MaskOutcome()
     if plan.to_make:
@@ -112,6 +110,13 @@ def _find_all_entries(options: MaskOptions) -> list[MaskEntry]:
         hint = "" if options.recursive else ". --recursive also takes the folders below it"
         raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
     return entries
+
+
+def _show_plan(plan: MaskPlan, method: str) -> None:
+    """Print which masks would be made, for --dry_run."""
+    names = list_some([entry.media_path.name for entry in plan.to_make])
+    text = f"{format_count(len(plan.to_make), 'mask')} would be made{': ' if names else ''}{names}"
+    show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
 
 
 def _show_outcome(

@@ -31,6 +31,7 @@ LOCAL_FILES_ONLY: dict[str, Any] = {
 }  # settings of `from_pretrained`
 MAX_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
+_DOWNLOAD_COMMAND = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to"]
 _CLASSES = {  # names of the network and the processor in transformers
     CLIPSEG: ("CLIPSegForImageSegmentation", "CLIPSegProcessor"),
     SAM3: ("Sam3Model", "Sam3Processor"),
@@ -94,21 +95,11 @@ def read_kind(folder: Path) -> str:
     """
     path = folder / "config.json"
     if not path.is_file():
-        models = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
-        argv = [
-            "python",
-            "tools/download.py",
-            "--family",
-            "tools",
-            "--task",
-            "clipseg",
-            "--to",
-            str(models),
-        ]
+        target = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        command = quote_command([*_DOWNLOAD_COMMAND, str(target)])
         raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. {quote_command(argv)} downloads "
-            "CLIPSeg, "
-            "after its size and license",
+            f"--model {folder}: there is no config.json in this folder. {command} downloads CLIPSeg, after "
+            "its size and license",
             folder,
         )
     try:

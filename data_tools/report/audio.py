@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from markupsafe import Markup
@@ -99,16 +100,7 @@ def check_audio(
     table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
 ) -> AudioFindings:
     """Check the audio of a table's clips and its caches; `plans` say how their latents are cached."""
-
-    def check_clip(plan: SourcePlan) -> tuple[AudioInspection, int] | Failure:
-        """Return what a clip's audio is, and how many of its audio caches are valid."""
-        try:
-            audio = inspect_audio(plan.source)
-            num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)
-        except (MediaError, OSError) as error:
-            return Failure.of(plan.source, error)
-        return audio, num_valid
-
+    check_clip = partial(_check_clip, work=work)
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
     errors: list[Fault] = []
     warnings: list[Fault] = []
@@ -140,6 +132,16 @@ def check_audio(
         f"caches of sound: {total_valid} files are valid, {missing}",
     ]
     return AudioFindings(lines, errors, warnings)
+
+
+def _check_clip(plan: SourcePlan, work: AudioWork) -> tuple[AudioInspection, int] | Failure:
+    """Return what the headers say about a clip's audio, and how many of its audio caches are valid."""
+    try:
+        audio = inspect_audio(plan.source)
+        num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)
+    except (MediaError, OSError) as error:
+        return Failure.of(plan.source, error)
+    return audio, num_valid
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:

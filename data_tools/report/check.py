@@ -521,28 +521,28 @@ def check_training(
     audio specification of a family that is trained with sound. `validation` holds the fraction of items for
     validation and its seed, for tables that do not state their own.
     """
-    cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
+    found_items = find_items(config, cache_tag, latent, text_keys, audio=audio)
     encoders = SameEncoders(commands)  # compares the encoders that made the caches
     head = (RECOGNIZED, *indent([*files, *counters.missing_lines]))
     tables = []
     folders = TableFolders(config)
     for table in config.datasets:
         findings = TableFindings(table)
-        items = [item for item in cached.items if item.table.index == table.index]
+        items = [item for item in found_items.items if item.table.index == table.index]
         _count_cached_items(findings, items, latent)
-        _check_caches(findings, items, cached, latent=latent, encoders=encoders)
+        _check_caches(findings, items, found_items, latent=latent, encoders=encoders)
         _compare_sources(
             config, findings, items, folders=folders, counters=counters, with_audio=audio is not None
         )
         is_held_back = ", for validation" if table.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
-    if cached.items:
+    if found_items.items:
         # all items share the model, and therefore the cache layout
-        stores = stores_for(cached.items[0], latent)
-        if learn_no_references(cached.items, stores):
+        stores = stores_for(found_items.items[0], latent)
+        if learn_no_references(found_items.items, stores):
             tables[0].warnings.append(Fault(NO_REFERENCE_GIVEN, NO_REFERENCE))
-    trained, validation_items = split_validation(cached.items, *validation)
+    trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
     count_held_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
@@ -576,12 +576,12 @@ def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str
 def _check_caches(
     findings: TableFindings,
     items: Sequence[TrainingItem],
-    cached: FoundItems,
+    found_items: FoundItems,
     latent: LatentSpec,
     encoders: SameEncoders,
 ) -> None:
     """Read every cached item of a table; add a fault for each item that cannot be used."""
-    _add_missing_caches(findings, cached)
+    _add_missing_caches(findings, found_items)
     if not items:
         text = f"{findings.table.name}: look in {findings.table.cache_directory}"
         findings.errors.append(Fault(NO_ITEM, text))
@@ -600,17 +600,17 @@ def _check_caches(
                 findings.info_lines += difference.splitlines()
 
 
-def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
+def _add_missing_caches(findings: TableFindings, found_items: FoundItems) -> None:
     """Add a fault for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
-        "text caches are missing": (*cached.missing_text, *cached.missing_empty_prompts),
-        "text caches are unfinished": cached.unfinished_text,
-        'caches of sound are missing, and audio = "required"': cached.missing_audio,
+        "text caches are missing": (*found_items.missing_text, *found_items.missing_empty_prompts),
+        "text caches are unfinished": found_items.unfinished_text,
+        'caches of sound are missing, and audio = "required"': found_items.missing_audio,
     }
     for kind, paths in missing.items():
         findings.errors += [Fault(kind, str(path)) for path in paths if path.parent == folder]
-    for table, line in cached.incomplete_tables:
+    for table, line in found_items.incomplete_tables:
         if table is findings.table:
             findings.errors.append(Fault("caches may be incomplete", line))
 
@@ -637,8 +637,8 @@ def _compare_sources(
 ) -> None:
     """Add warnings about media files of a table that have no cache, caption or cached audio.
 
-    Missing media files cause no warning, because training only reads their caches. `with_audio` says whether the
-    model is trained with audio.
+    Missing media files cause no warning, because training only reads their caches. `with_audio` says
+    whether the model is trained with audio.
     """
     source_format = source_format_of(findings.table)
     if source_format.list_addresses(findings.table):  # listing such sources would download files

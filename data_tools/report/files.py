@@ -29,7 +29,7 @@ from protocols.family import TextEncoder
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
-MAX_SEARCHED = 64  # how many caches are searched for a record
+MAX_SEARCHED_CACHES = 64  # how many caches are searched for a record
 _TAG_PATTERN = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
 State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
@@ -124,7 +124,7 @@ def _compare_caches(
         no_model = ""
         return {stem: {no_model: {MEDIA: unknown, TEXT: unknown}} for stem in states}
     # a tag is the name of a model in its cache files
-    for tag in _find_tags(names):
+    for tag in _find_model_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
         texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
         for stem, states_of_stem in states.items():
@@ -135,7 +135,7 @@ def _compare_caches(
     return states
 
 
-def _find_tags(names: Iterable[str]) -> list[str]:
+def _find_model_tags(names: Iterable[str]) -> list[str]:
     """Return the sorted model tags that occur in the names of cache files."""
     tags = set()
     for name in names:
@@ -177,7 +177,7 @@ def _compare_media(
     caches = list(latent_names(names, tag, table.kind))
     if not caches:
         return {}
-    record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
+    record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED_CACHES]])
     sections = _count_sections(caches)
     # other programs' caches have no record; then defaults stand for their options
     options = {} if record is None else record.options
@@ -201,7 +201,7 @@ def _compare_media(
     states = {failure.stem: (UNKNOWN, failure.reason) for failure in failures}
     for plan in plans:
         has_files = bool(existing.of(plan.source.stem))
-        states[plan.source.stem] = _media_state(plan, has_files)
+        states[plan.source.stem] = _find_media_state(plan, has_files)
     return states
 
 
@@ -215,7 +215,7 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
     return None
 
 
-def _media_state(plan: SourcePlan, has_files: bool) -> State:
+def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     """Return whether a media file's latent caches are valid, missing or outdated, with the reason.
 
     `plan` lists the items of the source whose caches are missing, and those whose caches are kept as valid.
@@ -223,7 +223,7 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
     """
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
-    # nothing is valid; `missing` is None if the source's items are not known
+    # nothing is valid; `missing_spans` is None if the source's items are not known
     if plan.missing_spans is None or (plan.missing_spans and not plan.valid_files):
         if has_files:
             return STALE, "not of this file, or of other settings"
@@ -235,14 +235,14 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
     return VALID, plan.why_no_items or ""
 
 
-def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
+def _with_recorded_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
     """Return a caption file with the reference images that its cache record names."""
     if source is None or not source.control:
         return file
     return replace(file, source=source, references=source.latent_inputs[1 : 1 + len(source.control)])
 
 
-def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:
+def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
     """Return a caption file, with its recorded text if only the model can compute positions in it."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
@@ -257,14 +257,14 @@ def _compare_texts(
 ) -> dict[str, State]:
     """Return the state of a model's text caches, by the stem of their source."""
     files = list_caption_files(sources, tag)
-    records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED]])
+    records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED_CACHES]])
     # embeddings depend on reference images if the encoder sees them
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
-        files = [_with_references(file, by_stem.get(file.name)) for file in files]
-    files = [_as_encoded(file, store) for file in files]
+        files = [_with_recorded_references(file, by_stem.get(file.name)) for file in files]
+    files = [_with_recorded_text(file, store) for file in files]
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
-    state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
+    state_of_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
     for source in sources:
         # 0 is the main caption of a source
@@ -298,7 +298,7 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
     return {}
 
 
-def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
+def _find_text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
     """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
     `plan` names the caption's cache file, and the encoders whose embeddings in it cannot be used. `records`

@@ -186,8 +186,8 @@ def inspect_and_draw(
 ) -> Inspection:
     """Decode a media file and draw a strip of its frames; only a few scaled-down frames stay in memory.
 
-    With `with_audio`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result has a
-    `read_error`, and the frames before that part are drawn.
+    With `with_audio`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result
+    has a `read_error`, and the frames before that part are drawn.
     """
     is_clip = source.table.kind == "video"
     height = sizes.clip_height if is_clip else sizes.image_height

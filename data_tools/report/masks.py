@@ -34,12 +34,12 @@ LONE = "masks belong to nothing by their names, and are not read"
 
 
 @dataclass(frozen=True)
-class MaskShare:
-    """Fraction of an image or clip that its mask includes in the loss."""
+class MeasuredMask:
+    """A mask, and which fraction of an image or clip it includes in the loss."""
 
     path: Path
-    stem: str
-    share: float  # of the item's latent pixels, those whose weight is above LEARNED
+    stem: str  # of the image or clip
+    learned_fraction: float  # latent positions whose weight is above LEARNED
     is_black: bool
 
 
@@ -58,22 +58,22 @@ def check_masks(
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
     bar = Bar(len(sampled), "Reading masks", "mask", shown=False)
-    fractions = [fraction for fraction in map_ahead(sampled, measure, workers, bar) if fraction is not None]
-    if not fractions:
+    masks = [mask for mask in map_ahead(sampled, measure, workers, bar) if mask is not None]
+    if not masks:
         return
-    mean = sum(fraction.share for fraction in fractions) / len(fractions)
-    lowest = min(fractions, key=lambda fraction: fraction.share)
+    mean = sum(mask.learned_fraction for mask in masks) / len(masks)
+    lowest = min(masks, key=lambda mask: mask.learned_fraction)
     findings.info_lines.append(
-        f"of {format_count(len(fractions), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
-        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.share:.1%}"
+        f"of {format_count(len(masks), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
+        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.learned_fraction:.1%}"
     )
-    for fraction in fractions:
-        if fraction.share == 0:
-            kind = BLACK if fraction.is_black else THIN
-            findings.warnings.append(Fault(kind, str(fraction.path), fraction.stem, is_fatal=False))
+    for mask in masks:
+        if mask.learned_fraction == 0:
+            kind = BLACK if mask.is_black else THIN
+            findings.warnings.append(Fault(kind, str(mask.path), mask.stem, is_fatal=False))
 
 
-def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
+def _measure(plan: SourcePlan, latent: LatentSpec) -> MeasuredMask | None:
     """Measure which fraction of the latent positions a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
@@ -96,7 +96,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     # 1: each frame that was read counts by itself
     weights = shrink_mask(torch.from_numpy(mask.copy()), (1, height_stride, width_stride)).float()
     learned_fraction = float((weights > LEARNED).float().mean())
-    return MaskShare(source.mask, source.stem, learned_fraction, is_black=not mask.any())
+    return MeasuredMask(source.mask, source.stem, learned_fraction, is_black=not mask.any())
 
 
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:

@@ -17,6 +17,7 @@ from data_tools.report.findings import (
 )
 from data_tools.report.looks import (
     Inspection,
+    Measures,
     ShownReference,
     ThumbnailSizes,
     inspect_and_draw,
@@ -275,9 +276,7 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
     belongs_to_class = {
         "faulty": bool(errors),
         "told": bool(warnings),
-        "black": measures is not None and measures.is_black,
-        "static": measures is not None and measures.is_static,
-        "blurred": measures is not None and measures.is_blurred,
+        **_classify_measures(measures),
         "copy": str(source.path) in card_settings.copies,
         "cut": inspection.cut_percent > 20,
     }
@@ -295,6 +294,13 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
     )
 
 
+def _classify_measures(measures: Measures | None) -> dict[str, bool]:
+    """Return which filter classes of the page a media file belongs to by its measures, if it has any."""
+    if measures is None:
+        return {}
+    return {"black": measures.is_black, "static": measures.is_static, "blurred": measures.is_blurred}
+
+
 def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[int]]:
     """Select at most `maximum` media files to show: first those with errors, then those with warnings.
 
@@ -305,7 +311,7 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
     others: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
         stems_with_errors = {error.stem for error in findings.errors}
-        stems_with_warnings = {remark.stem for remark in findings.warnings}
+        stems_with_warnings = {warning.stem for warning in findings.warnings}
         for index, source in enumerate(findings.sources):
             if source.stem in stems_with_errors:
                 with_errors.append((table_index, index))

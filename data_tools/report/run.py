@@ -96,15 +96,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
-        write_report_page(
-            options.output,
-            config,
-            tables,
-            numbers=numbers,
-            options=options,
-            latent=latent,
-            workers=workers,
-        )
+        path = options.output
+        write_report_page(path, config, tables, numbers, options=options, latent=latent, workers=workers)
     if options.json is not None:
         _write_json(options.json, numbers, prints=options.prints)
 
@@ -198,11 +191,9 @@ def _add_inspection(findings: TableFindings, source: MediaSource, inspection: In
     """Add what was read of a media file to the findings: its items and warnings, or the error."""
     findings.inspections.append(inspection)
     if inspection.read_error is not None:
-        text = (
-            inspection.read_error
-            if str(source.path) in inspection.read_error
-            else f"{source.path}: {inspection.read_error}"
-        )
+        text = inspection.read_error
+        if str(source.path) not in text:
+            text = f"{source.path}: {text}"
         findings.errors.append(Fault(CANNOT_BE_READ, text, source.stem))
         return
     assert inspection.fit is not None  # readable sources have a size
@@ -211,9 +202,9 @@ def _add_inspection(findings: TableFindings, source: MediaSource, inspection: In
         # only buckets of clips have a number of frames
         bucket = inspection.fit.bucket if is_image else (*inspection.fit.bucket, length)
         findings.buckets[bucket] += count
-    for kind, remark in _list_warnings(inspection).items():
-        if remark is not None:
-            findings.warnings.append(Fault(kind, remark, source.stem))
+    for kind, warning in _list_warnings(inspection).items():
+        if warning is not None:
+            findings.warnings.append(Fault(kind, warning, source.stem))
 
 
 def _list_warnings(inspection: Inspection) -> dict[str, str | None]:
@@ -253,22 +244,25 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
     `tables` are all tables of images, or all tables of clips. A file that several tables name, by absolute or
     relative paths, counts once.
     """
-    files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
+    measures_of_path: dict[Path, Measures] = {}
+    absolute_paths: set[Path] = set()
     for findings in tables:
         # there are no inspections if files were not read
         for source, inspection in zip(findings.sources, findings.inspections, strict=False):
-            if inspection.measures is not None:
-                files.setdefault(source.path.absolute(), (source.path, inspection.measures))
-    # by number of hashes: only files with the same number, such as clips of several frames, are compared
-    by_length: dict[int, list[tuple[Path, Measures]]] = {}
+            absolute_path = source.path.absolute()
+            if inspection.measures is not None and absolute_path not in absolute_paths:
+                absolute_paths.add(absolute_path)
+                measures_of_path[source.path] = inspection.measures
+    # only files with the same number of hashes, such as clips of several frames, are compared
+    paths_by_num_hashes: dict[int, list[Path]] = {}
     # sorted, so that the groups do not depend on the order of the tables
-    for path, measures in sorted(files.values(), key=lambda file: str(file[0])):
-        by_length.setdefault(len(measures.hashes), []).append((path, measures))
+    for path in sorted(measures_of_path, key=str):
+        num_hashes = len(measures_of_path[path].hashes)
+        paths_by_num_hashes.setdefault(num_hashes, []).append(path)
     groups = []
-    for _, files_of_length in sorted(by_length.items()):
-        paths = [path for path, _ in files_of_length]
-        for group in group_copies([measures for _, measures in files_of_length]):
-            groups.append([paths[index] for index in group])
+    for _, paths in sorted(paths_by_num_hashes.items()):
+        for indices in group_copies([measures_of_path[path] for path in paths]):
+            groups.append([paths[index] for index in indices])
     return sorted(groups, key=lambda group: str(group[0]))
 
 

@@ -169,16 +169,43 @@ def load_tagger(
     path = folder / MODEL_NAME
     if not path.is_file():
         target = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        command = quote_command([*_DOWNLOAD_COMMAND, str(target)])
         raise CheckpointError(
-            f"{option} {folder}: there is no {MODEL_NAME}. "
-            f"{quote_command([*_DOWNLOAD_COMMAND, str(target)])} downloads a "
-            "tagger, "
-            "after its size and license",
+            f"{option} {folder}: there is no {MODEL_NAME}. {command} downloads a tagger, after its size and "
+            "license",
             folder,
         )
     labels = read_labels(folder)
     model = load_onnx(path, batch_size * IMAGE_BYTES, may_use_cuda=True)
-    shape = model.input_shape  # B S S 3 or B 3 S S; None: any size
+    image_size, is_channels_first = _read_input_layout(model, path)
+    fixed_batch = model.input_shape[0]
+    # an image takes 3 channels of 4 bytes; half of the memory is left for the network
+    if fixed_batch is not None and 12 * image_size**2 * fixed_batch > MAX_ONNX_MEMORY // 2:
+        raise CheckpointError(
+            f"{path} takes {fixed_batch:,} pictures of {image_size} x {image_size} pixels at once: more than "
+            "memory holds. Export it with an open number of pictures",
+            path,
+        )
+    return Tagger(
+        model=model,
+        labels=labels,
+        image_size=image_size,
+        is_channels_first=is_channels_first,
+        returns_logits=has_mapping(folder),  # taggers with a JSON mapping of labels return logits
+        fixed_batch=fixed_batch,
+        batch_size=batch_size,
+        averages_frames=averages_frames,
+        max_frames=max_frames,
+    )
+
+
+def _read_input_layout(model: OnnxModel, path: Path) -> tuple[int, bool]:
+    """Return the side S of a network's input, and whether it is B 3 S S (else B S S 3).
+
+    Raises:
+        CheckpointError: If the network does not take square images of one size.
+    """
+    shape = model.input_shape  # None: any size
     is_channels_first = len(shape) == 4 and shape[1] == 3
     sides = shape[2:] if is_channels_first else shape[1:3]
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
@@ -188,22 +215,4 @@ def load_tagger(
             f"with selected_tags.csv or {MAPPING_NAME}",
             path,
         )
-    fixed_batch = shape[0]
-    # an image takes 3 channels of 4 bytes; half of the memory is left for the network
-    if fixed_batch is not None and 12 * sides[0] ** 2 * fixed_batch > MAX_ONNX_MEMORY // 2:
-        raise CheckpointError(
-            f"{path} takes {fixed_batch:,} pictures of {sides[0]} x {sides[0]} pixels at once: more than "
-            "memory holds. Export it with an open number of pictures",
-            path,
-        )
-    return Tagger(
-        model=model,
-        labels=labels,
-        image_size=sides[0],
-        is_channels_first=is_channels_first,
-        returns_logits=has_mapping(folder),  # taggers with a JSON mapping of labels return logits
-        fixed_batch=fixed_batch,
-        batch_size=batch_size,
-        averages_frames=averages_frames,
-        max_frames=max_frames,
-    )
+    return sides[0], is_channels_first
