@@ -184,7 +184,7 @@ def crop_faces(options: CropFacesOptions) -> None:
             faces = _select_faces(detector.find(image, options.least_score), options)
             _write_faces(path, target, image, faces, options)
         except MediaError as error:
-            failures.append(Failure(path, str(error), 0, path.stem))
+            failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
         num_written += len(faces)
         if not faces:

@@ -114,12 +114,14 @@ def resize_images(options: ResizeImagesOptions) -> None:
     counts = _Counts()
     for path in track(images, "Smaller images", len(images), unit="image"):
         if not is_still(path):
-            counts.failures.append(Failure(path, f"{path} is an animation, not an image", 0, path.stem))
+            counts.failures.append(
+                Failure(path, reason=f"{path} is an animation, not an image", table=0, stem=path.stem)
+            )
             continue
         try:
             _write_copies(path, target, options, counts)
         except MediaError as error:
-            counts.failures.append(Failure(path, str(error), 0, path.stem))
+            counts.failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
         counts.companions += _copy_companions(companions.get(path.stem, ()), target, options.sizes)
     existing_text = f"{counts.existing} there before"

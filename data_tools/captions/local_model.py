@@ -47,7 +47,7 @@ from modules.errors import (
 
 # files that are downloaded from a repository; these contain no code
 DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-LOCAL_FILES_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 GIT = "git"  # model_type of models that describe one image and take no text, arXiv 2205.14100
 
 
@@ -288,7 +288,7 @@ def _load_model_and_processor(
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, **LOCAL_FILES_ONLY)
+    config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
     _reject_quantized(folder, config)
     empty_model = build_on_meta(transformers.AutoModelForImageTextToText.from_config, config)
     require_matching_shapes(folder, "--model", empty_model, shapes, is_exact=False)
@@ -313,7 +313,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder, **LOCAL_FILES_ONLY)
+        processor = AutoProcessor.from_pretrained(folder, **SAFE_LOADING)
     except ImportError as error:
         # only its video part may need the missing package
         processor = _without_videos(folder, model_type)
@@ -357,12 +357,12 @@ def _without_videos(folder: Path, model_type: str) -> Any:
 
     # transformers checks components in the constructor: a subclass with another check takes None for one
     images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check_component})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL_FILES_ONLY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **SAFE_LOADING)
     # both dictionaries may have the chat template
-    settings, unused = kind.get_processor_dict(folder, **LOCAL_FILES_ONLY)
+    settings, unused = kind.get_processor_dict(folder, **SAFE_LOADING)
     try:
         return images_only(
-            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL_FILES_ONLY),
+            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING),
             tokenizer=tokenizer,
             video_processor=None,
             chat_template={**unused, **settings}.get("chat_template") or tokenizer.chat_template,
@@ -385,7 +385,7 @@ def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
     """Load a model with scaled-dot-product attention, or with eager attention if that is unsupported."""
     from transformers import AutoModelForImageTextToText
 
-    settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL_FILES_ONLY}
+    settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **SAFE_LOADING}
     try:
         # named here, because config.json may name an attention whose code would be downloaded and executed
         return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", **settings)

@@ -69,19 +69,13 @@ class CaptionList:
                 media_path = expand_path(listed_path)
             self.listed_paths[media_path] = listed_path
 
-    def recover_pending(self, pending: Path) -> None:
+    def recover_pending(self, pending_file: Path) -> None:
         """Move captions that a killed run left in a file next to the list into the list.
 
         Raises:
             OutputError: If the list cannot be written.
         """
-        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line; the latest line counts
-        # the last line may be unfinished, even within a character
-        content = pending.read_bytes().decode("utf-8", "replace")
-        for text in content.split("\n"):
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                line = parse_json(text)
-                pending_lines[line["path"]] = line
+        pending_lines = _read_pending_lines(pending_file)
         changes: dict[str, LineChange] = {}
         is_hand_written = False  # whether any replaced caption was written by a person
         for listed_path in self._line_indices:
@@ -92,7 +86,7 @@ class CaptionList:
                 changes[listed_path] = LineChange({"caption": old}, {"caption": line["caption"]})
                 is_hand_written = is_hand_written or bool(line.get("is_foreign"))
         self.write(changes, is_hand_written)
-        pending.unlink()
+        pending_file.unlink()
 
     def read_line(self, listed_path: str) -> dict[str, Any]:
         """Return the values in the line of the list that names a path; {} without such a line."""
@@ -187,6 +181,18 @@ class CaptionList:
             # another program may have written only a part of a line so far
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 self._line_indices[str(parse_json(line.strip("\ufeff"))[self._key])] = index
+
+
+def _read_pending_lines(pending_file: Path) -> dict[str, dict[str, Any]]:
+    """Read the lines of a file of pending captions by the path in them; the latest line of a path counts."""
+    lines: dict[str, dict[str, Any]] = {}
+    # the last line may be unfinished, even within a character
+    content = pending_file.read_bytes().decode("utf-8", "replace")
+    for text in content.split("\n"):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            line = parse_json(text)
+            lines[line["path"]] = line
+    return lines
 
 
 class _ListChanged(Exception):

@@ -206,12 +206,17 @@ def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool
     ]
     show_box("Captioning is finished", rows)
     if failures:
-        lines = [
-            f"{len(failures)} of {len(reasons)} got no caption; all others are done:",
-            *first_lines(failures, LISTED),
-            "  Repair or remove these files, or try other options, then run the same command again.",
-        ]
-        raise DatasetError("\n".join(lines))
+        raise _explain_failures(failures, num_to_caption=len(reasons))
+
+
+def _explain_failures(failures: Sequence[Failure], num_to_caption: int) -> DatasetError:
+    """Return the error at the end of a run in which sources got no caption."""
+    lines = [
+        f"{len(failures)} of {num_to_caption} got no caption; all others are done:",
+        *first_lines(failures, LISTED),
+        "  Repair or remove these files, or try other options, then run the same command again.",
+    ]
+    return DatasetError("\n".join(lines))
 
 
 def _make_recorded_captions(

@@ -130,9 +130,9 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     root = source.data_root
     option_text = f"--data_root {root}"
     table = DatasetTable(
-        root,
-        0,
-        "video",
+        config_path=root,
+        index=0,
+        kind="video",
         own=CogVideoXKeys(
             root,
             dataset_file=source.dataset_file,
@@ -316,7 +316,7 @@ def _collect_failures(
     """Yield the decoded clips; append unreadable ones to `failures`."""
     for item, result in results:
         if isinstance(result, (MediaError, OSError)):
-            failures.append(Failure(item.source, str(result), 0, item.name))
+            failures.append(Failure(item.source, reason=str(result), table=0, stem=item.name))
         elif isinstance(result, Exception):
             raise result
         else:

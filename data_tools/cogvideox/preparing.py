@@ -58,6 +58,7 @@ def prepare(options: PrepareOptions) -> None:
         is_main = process.rank == 0
         if is_main:
             _record_settings(options, networks)
+            _remove_unfinished_files(folder)
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         # called only to make the others wait until the main process has checked the folder
@@ -163,41 +164,50 @@ def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) 
 
 
 def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
-    """Record the settings of the output folder, and remove unfinished files of killed runs.
+    """Record the settings and encoders of the output folder, which all runs into it share.
 
     Raises:
         OptionError: If the folder was begun with different settings.
     """
-    settings = dataclasses.asdict(options.shape)
-    for name, value in settings.items():
-        if isinstance(value, tuple):
-            settings[name] = list(value)  # the earlier settings, read from JSON, have lists too
+    record = _make_record(options.shape, networks)
     earlier = read_prepared(options.output_dir)
-    now = PreparedFolder(None, {}, settings)
-    if networks is not None:
-        now = PreparedFolder(networks.architecture, networks.vae_identity, settings)
     if earlier is not None:
-        changed = difference(earlier.settings, now.settings)
+        if networks is None and earlier.architecture is not None:
+            # a run that encodes nothing keeps the record of the encoders
+            record = dataclasses.replace(record, architecture=earlier.architecture, vae=earlier.vae)
+        changed = difference(earlier.settings, record.settings)
         if changed is None and earlier.architecture is not None:
-            if networks is None:  # a run that encodes nothing keeps the record of the encoders
-                now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
-            changed = difference(_describe_model(earlier), _describe_model(now))
+            changed = difference(_describe_encoders(earlier), _describe_encoders(record))
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
                 "ones to continue, or another folder."
             )
-    write_prepared(options.output_dir, now)
+    write_prepared(options.output_dir, record)
+
+
+def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
+    """Return the record of a prepared folder, in the form in which it is read from JSON."""
+    settings = dataclasses.asdict(shape)
+    for name, value in settings.items():
+        if isinstance(value, tuple):
+            settings[name] = list(value)
+    if networks is None:
+        return PreparedFolder(None, {}, settings)
+    return PreparedFolder(networks.architecture, networks.vae_identity, settings)
+
+
+def _describe_encoders(record: PreparedFolder) -> dict[str, Any]:
+    """Return the model and its VAE, in which two encoding runs must agree to share a folder."""
+    return {"architecture": record.architecture, **record.vae}
+
+
+def _remove_unfinished_files(output: Path) -> None:
+    """Remove the unfinished files of killed runs, before any process of this run has begun to write."""
     for name in clips.FOLDERS:
-        folder = options.output_dir / name
+        folder = output / name
         if folder.is_dir():
-            # no process of this run has begun to write: even the newest unfinished file is a leftover
             remove_leftovers(folder, lambda _: True, older_seconds=0)
-
-
-def _describe_model(folder: PreparedFolder) -> dict[str, Any]:
-    """Return the settings in which two runs must agree to share a folder."""
-    return {"architecture": folder.architecture, **folder.vae}
 
 
 def _prepare_items(

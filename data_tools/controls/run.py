@@ -139,7 +139,7 @@ def _draw_control_images(
         try:
             image = read_image(path)
         except MediaError as error:
-            failures.append(Failure(path, str(error), 0, path.stem))
+            failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
         write_png(target, draw(image), {METHOD_TEXT: method})
     return failures

@@ -154,7 +154,7 @@ class ClipList:
             OutputError: If the list cannot be read.
         """
         self._path, self._output = path, output
-        self._was_there = path.exists()
+        self._existed_before = path.exists()
         for _ in self._read():  # a list that cannot be read is reported now, not after hours of cutting
             pass
         self._unlisted: list[tuple[CutRecord, bool]] = []  # (record, is new) whose lines are not written yet
@@ -176,7 +176,8 @@ class ClipList:
         With `is_new` the source was cut in this run, and the list is written at once. Otherwise lines are
         added only for clips that still exist, because a user may have removed some.
         """
-        if is_new or str(self._path) not in record.lists or not self._was_there:
+        lacks_lines = str(self._path) not in record.lists or not self._existed_before
+        if is_new or lacks_lines:
             with self._lock:
                 self._unlisted.append((record, is_new))
         if is_new:

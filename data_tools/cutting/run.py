@@ -119,7 +119,7 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
     if num_sources == 1:
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
-    failed_sources = [Failure(path, str(error), 0, path.stem) for path, error in failures]
+    failed_sources = [Failure(path, reason=str(error), table=0, stem=path.stem) for path, error in failures]
     raise failure_error(failed_sources, format_count(num_sources, "video"))
 
 

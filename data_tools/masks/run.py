@@ -141,7 +141,9 @@ def _write_generated_mask(
     try:
         is_written = write_mask(entry, frames, entry.kind == "video", texts)
     except MediaError as error:
-        outcome.failures.append(Failure(entry.media_path, str(error), 0, entry.media_path.stem))
+        outcome.failures.append(
+            Failure(entry.media_path, reason=str(error), table=0, stem=entry.media_path.stem)
+        )
     except _NothingFoundError:
         outcome.nothing_found.append(entry)
     else:

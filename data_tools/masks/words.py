@@ -25,7 +25,7 @@ from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
-LOCAL_FILES_ONLY: dict[str, Any] = {
+SAFE_LOADING: dict[str, Any] = {
     "local_files_only": True,
     "trust_remote_code": False,
 }  # settings of `from_pretrained`
@@ -131,8 +131,8 @@ def load_prompt_finder(
         InstallationError: If torchvision is missing.
     """
     selected_device = select_device(device)
-    kind = read_kind(folder)
-    network_name, processor_name = _CLASSES[kind]
+    model_type = read_kind(folder)
+    network_name, processor_name = _CLASSES[model_type]
     shapes = check_settings(folder, "--model", MAX_SIDE)
     import transformers  # takes seconds; only with words
 
@@ -140,13 +140,13 @@ def load_prompt_finder(
     transformers.utils.logging.set_verbosity_error()
     try:
         network_class = getattr(transformers, network_name)
-        config = network_class.config_class.from_pretrained(folder, **LOCAL_FILES_ONLY)
+        config = network_class.config_class.from_pretrained(folder, **SAFE_LOADING)
         # the shapes of the file are compared with an empty network, before memory is taken for its weights
         empty_network = build_on_meta(network_class, config)
-        require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
-        processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL_FILES_ONLY)
+        require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=model_type == CLIPSEG)
+        processor = getattr(transformers, processor_name).from_pretrained(folder, **SAFE_LOADING)
         network = network_class.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **LOCAL_FILES_ONLY
+            folder, dtype=torch.float32, use_safetensors=True, **SAFE_LOADING
         )
     except CheckpointError:
         raise

@@ -125,11 +125,9 @@ def check_audio(
             text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))
     have = "can be heard" if table.is_of_audio else "clips have it"
-    track_formats = _describe_tracks(tracks)
-    missing = pluralize(total_missing, "items need encoding")
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} {have}{track_formats}",
-        f"caches of sound: {total_valid} files are valid, {missing}",
+        f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
+        f"caches of sound: {total_valid} files are valid, {pluralize(total_missing, 'items need encoding')}",
     ]
     return AudioFindings(lines, errors, warnings)
 

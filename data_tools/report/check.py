@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -66,7 +67,7 @@ from protocols.family import Caches, Described, TextEncoder, audio_of, fits_capt
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
-NO_REFERENCE_GIVEN = "model that takes reference pictures gets none"
+GETS_NO_REFERENCES = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = TokenCounters((), ("Tokens are counted by --check --html of the text caching script.",))
 WRONG_JSON_CAPTIONS = "faults in captions as JSON objects"
 RECOGNIZED = "Files recognized:"
@@ -196,7 +197,7 @@ def check_caching(
     if scope.media:
         find_lone_masks(tables)
     if lack_references(config.datasets, sources):  # a warning of the whole dataset, shown once
-        tables[0].warnings.append(Fault(NO_REFERENCE_GIVEN, NO_REFERENCE))
+        tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     count_held_back(tables, *validation)
     balance_regularization(tables)
     return CheckResult(
@@ -329,14 +330,14 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
 
 
 def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add faults for cache folders in another format than the table's cache_format."""
+    """Add errors for cache folders in another format than the table's cache_format."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
 
 
 def _check_json_captions(findings: TableFindings, family: Caches) -> None:
-    """Add a fault for each caption that has to be a JSON object and is not valid."""
+    """Add an error for each caption that has to be a JSON object and is not valid."""
     if not fits_captions(family):
         return
     for source in findings.sources:
@@ -421,25 +422,13 @@ def _plan_sources(
     store = cache_settings.stores.latent_store(table)
     cached_names = LatentNames(store, cache_settings.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: cached_names}, cache_settings, workers)
-
-    def plan_decoded(plan: SourcePlan) -> SourcePlan:
-        """Decode a source, and complete its caching plan."""
-        source = plan.source
-        media = decode_source(
-            source, cache_settings.fps, cache_settings.latent.pixel_step, cache_settings.latent.lengths
-        )
-        planner = SourcePlanner(source, cached_names.of(source.stem), cache_settings)
-        compared = planner.compare(media.size, media.spans, len(media.frames), media.reason)
-        changes = () if media.clip is None else media.clip.size_changes
-        return replace(compared, size_changes=changes)
-
     # `missing_spans` is None if the items of a source are not known without decoding it
     plans = [plan for plan in planned if plan.missing_spans is not None]
     unknown = [plan for plan in planned if plan.missing_spans is None]
     decoded = read_ahead(
         unknown,
         source_of=lambda plan: plan.source,
-        work=plan_decoded,
+        work=partial(_plan_decoded, cached_names=cached_names, cache_settings=cache_settings),
         workers=workers,
         bar=Bar(len(unknown), "Decoding", "source"),
         decodes=True,
@@ -452,8 +441,21 @@ def _plan_sources(
     return plans, unreadable
 
 
+def _plan_decoded(
+    plan: SourcePlan, cached_names: LatentNames, cache_settings: LatentCacheSettings
+) -> SourcePlan:
+    """Decode a source whose items are not known from its header, and return its complete caching plan."""
+    source = plan.source
+    latent = cache_settings.latent
+    media = decode_source(source, cache_settings.fps, latent.pixel_step, latent.lengths)
+    planner = SourcePlanner(source, cached_names.of(source.stem), cache_settings)
+    complete_plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
+    size_changes = () if media.clip is None else media.clip.size_changes
+    return replace(complete_plan, size_changes=size_changes)
+
+
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Count the items that each source will give; if its references cannot be read, add a fault instead."""
+    """Count the items that each source will give; if its references cannot be read, add an error instead."""
     table = findings.table
     if table.references is None:
         for plan in plans:
@@ -516,32 +518,40 @@ def check_training(
 ) -> CheckResult:
     """Report the caches that a training run would use; every cache file is read and verified.
 
-    The product of `accumulation` and `processes` is the number of batches per optimizer step. `files` are
-    report lines about the checkpoints. `text_keys` are the keys of a complete text cache. `audio` is the
-    audio specification of a family that is trained with sound. `validation` holds the fraction of items for
-    validation and its seed, for tables that do not state their own.
+    Args:
+        config: The dataset.
+        cache_tag: Name of the model in its cache files.
+        latent: Latent format of the model.
+        commands: Commands that make the caches, for messages.
+        accumulation: Gradient accumulation steps.
+        processes: Number of training processes.
+        files: Report lines about the checkpoints.
+        text_keys: Keys of a complete text cache.
+        counters: Token counters of the text encoders.
+        audio: Audio specification of a family that is trained with sound.
+        validation: Validation fraction and seed for tables that do not state their own.
     """
     found_items = find_items(config, cache_tag, latent, text_keys, audio=audio)
-    encoders = SameEncoders(commands)  # compares the encoders that made the caches
-    head = (RECOGNIZED, *indent([*files, *counters.missing_lines]))
+    same_encoders = SameEncoders(commands)  # compares the encoders that made the caches
     tables = []
     folders = TableFolders(config)
     for table in config.datasets:
         findings = TableFindings(table)
         items = [item for item in found_items.items if item.table.index == table.index]
         _count_cached_items(findings, items, latent)
-        _check_caches(findings, items, found_items, latent=latent, encoders=encoders)
+        _add_missing_caches(findings, found_items)
+        _check_cached_items(findings, items, latent, same_encoders)
         _compare_sources(
             config, findings, items, folders=folders, counters=counters, with_audio=audio is not None
         )
-        is_held_back = ", for validation" if table.validation else ""
-        findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
+        purpose = ", for validation" if table.validation else ""
+        findings.title = f"{table.name}: {len(items)} cached items{purpose}"
         tables.append(findings)
     if found_items.items:
         # all items share the model, and therefore the cache layout
         stores = stores_for(found_items.items[0], latent)
         if learn_no_references(found_items.items, stores):
-            tables[0].warnings.append(Fault(NO_REFERENCE_GIVEN, NO_REFERENCE))
+            tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
     trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
     count_held_back(tables, *validation)
@@ -550,6 +560,7 @@ def check_training(
         tail.append(f"For validation: {format_count(len(validation_items), 'item')}")
     if any(findings.errors for findings in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    head = (RECOGNIZED, *indent([*files, *counters.missing_lines]))
     return CheckResult(head, tuple(tables), tuple(tail), counters)
 
 
@@ -573,15 +584,10 @@ def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str
     return f"An epoch: {repeated} with repeats, {format_count(order.num_batches, 'batch')}, {steps}"
 
 
-def _check_caches(
-    findings: TableFindings,
-    items: Sequence[TrainingItem],
-    found_items: FoundItems,
-    latent: LatentSpec,
-    encoders: SameEncoders,
+def _check_cached_items(
+    findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec, same_encoders: SameEncoders
 ) -> None:
-    """Read every cached item of a table; add a fault for each item that cannot be used."""
-    _add_missing_caches(findings, found_items)
+    """Read every cached item of a table; add an error for each item that cannot be used."""
     if not items:
         text = f"{findings.table.name}: look in {findings.table.cache_directory}"
         findings.errors.append(Fault(NO_ITEM, text))
@@ -589,19 +595,20 @@ def _check_caches(
     stores = stores_for(items[0], latent)
     for item, caption_index in _list_captions(items):
         try:
-            batch = read_batch([item], latent, encoders.commands, captions=[caption_index], stores=stores)
+            commands = same_encoders.commands
+            batch = read_batch([item], latent, commands, captions=[caption_index], stores=stores)
         except CacheError as error:
             # the first line names the error; the lines below it say how to correct it
             text = str(error).splitlines()[0]
             findings.errors.append(Fault("cannot be used", text, item.source_stem))
         else:
-            difference = encoders.difference(batch.made_by)
+            difference = same_encoders.difference(batch.made_by)
             if difference is not None:
                 findings.info_lines += difference.splitlines()
 
 
 def _add_missing_caches(findings: TableFindings, found_items: FoundItems) -> None:
-    """Add a fault for each missing or incomplete cache of a table."""
+    """Add an error for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
         "text caches are missing": (*found_items.missing_text, *found_items.missing_empty_prompts),
@@ -645,22 +652,24 @@ def _compare_sources(
         name = source_format.name
         findings.info_lines.append(f"its sources are not checked: they are in {name} at addresses")
         return
-    listed = find_table(config, findings.table, folders)
-    if not listed.sources:
-        findings.info_lines += [f"its sources are not checked: {error.text}" for error in listed.errors[:1]]
+    findings_of_sources = find_table(config, findings.table, folders)
+    if not findings_of_sources.sources:
+        for error in findings_of_sources.errors[:1]:
+            findings.info_lines.append(f"its sources are not checked: {error.text}")
         return
-    findings.sources = listed.sources
+    findings.sources = findings_of_sources.sources
     findings.warnings += find_reordered(findings.sources)
-    check_captions(listed, counters)
-    findings.info_lines += listed.info_lines
-    findings.warnings += [*listed.errors, *listed.warnings]
-    stems = {item.source_stem for item in items}
+    check_captions(findings_of_sources, counters)
+    findings.info_lines += findings_of_sources.info_lines
+    # training only reads caches, so errors of sources are warnings
+    findings.warnings += [*findings_of_sources.errors, *findings_of_sources.warnings]
+    cached_stems = {item.source_stem for item in items}
     kind = "have no cache: too short, unreadable, or not cached yet"
     for source in findings.sources:
-        if source.stem not in stems:
+        if source.stem not in cached_stems:
             findings.warnings.append(Fault(kind, str(source.path), source.stem))
     if with_audio and uses_audio(findings.table):
-        silent = {item.source_stem for item in items if not item.has_cached_audio}
+        stems_without_audio = {item.source_stem for item in items if not item.has_cached_audio}
         kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
-        unheard = list_silent(findings.sources, silent)
-        findings.warnings += [Fault(kind, str(path), path.stem) for path in unheard]
+        paths = list_silent(findings.sources, stems_without_audio)
+        findings.warnings += [Fault(kind, str(path), path.stem) for path in paths]

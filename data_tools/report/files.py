@@ -61,7 +61,7 @@ def _describe_source(source: MediaSource) -> JsonObject:
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     text = None
     if source.caption_path is not None:
-        with contextlib.suppress(DatasetError):  # reported as a fault
+        with contextlib.suppress(DatasetError):  # reported as an error
             text = read_caption(source.caption_path)
     return {
         "table": source.table.index + 1,
@@ -173,34 +173,40 @@ def _compare_media(
     that differ from them are outdated.
     """
     table = findings.table
-    store = stores.latent_store(table)
     caches = list(latent_names(names, tag, table.kind))
     if not caches:
         return {}
+    store = stores.latent_store(table)
     record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED_CACHES]])
-    sections = _count_sections(caches)
+    num_sections = _count_sections(caches)
     # other programs' caches have no record; then defaults stand for their options
     options = {} if record is None else record.options
     cache_settings = LatentCacheSettings(
         tag=tag,
         encoder_identity={} if record is None else record.encoder,
-        latent=replace(latent, in_sections=bool(sections)),
+        latent=replace(latent, in_sections=bool(num_sections)),
         fps=float(options.get("fps") or fps),
-        count_sections=lambda _, frames: sections.get(frames),
+        count_sections=lambda _, frames: num_sections.get(frames),
         stores=stores,
         stores_frame_rate=bool(options.get("frame_rate")),
     )
-    existing = LatentNames(store, tag, table.kind)
+    return _plan_media_states(findings, LatentNames(store, tag, table.kind), cache_settings, workers)
+
+
+def _plan_media_states(
+    findings: TableFindings, cached_names: LatentNames, cache_settings: LatentCacheSettings, workers: int
+) -> dict[str, State]:
+    """Return the state of the latent caches that caching with these settings would keep or make, by stem."""
     plans, failures = plan_all(
         findings.sources,
-        {table.index: existing},
+        {findings.table.index: cached_names},
         cache_settings,
         workers=workers,
         show_progress=False,
     )
     states = {failure.stem: (UNKNOWN, failure.reason) for failure in failures}
     for plan in plans:
-        has_files = bool(existing.of(plan.source.stem))
+        has_files = bool(cached_names.of(plan.source.stem))
         states[plan.source.stem] = _find_media_state(plan, has_files)
     return states
 

@@ -141,7 +141,7 @@ class TokenCounters:
     offline_errors: Mapping[str, str] = field(default_factory=dict)
 
     def find_offline_errors(self, names: Iterable[str]) -> list[Fault]:
-        """Return a fault for each named encoder that a run cannot use."""
+        """Return an error for each named encoder that a run cannot use."""
         return [Fault(OFFLINE, self.offline_errors[name]) for name in names if name in self.offline_errors]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:

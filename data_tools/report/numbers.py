@@ -287,14 +287,14 @@ def summarize(values: Sequence[float]) -> JsonObject | None:
     """Return count, min, median, mean, max and total of numbers; None for an empty list."""
     if not len(values):
         return None
-    numbers = np.asarray(values, np.float64)
+    array = np.asarray(values, np.float64)
     return {
-        "count": _plain(len(numbers)),
-        "min": _plain(np.min(numbers)),
-        "median": _plain(float(np.median(numbers))),
-        "mean": _plain(float(np.mean(numbers))),
-        "max": _plain(np.max(numbers)),
-        "total": _plain(numbers.sum()),
+        "count": _plain(len(array)),
+        "min": _plain(np.min(array)),
+        "median": _plain(float(np.median(array))),
+        "mean": _plain(float(np.mean(array))),
+        "max": _plain(np.max(array)),
+        "total": _plain(array.sum()),
     }
 
 
@@ -306,17 +306,18 @@ def count_bins(values: Sequence[float]) -> list[JsonObject]:
     """
     if not len(values):
         return []
-    numbers = np.asarray(values, np.float64)
-    low = float(numbers.min())
-    high = float(numbers.max())
+    array = np.asarray(values, np.float64)
+    low = float(array.min())
+    high = float(array.max())
+    percentile_98 = float(np.quantile(array, 0.98))
     # if the largest 2 % would take more than half of the range, they are outliers and share the last bin
-    high_without_outliers = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * high_without_outliers - low else high_without_outliers
-    are_integers = bool((numbers == np.floor(numbers)).all())
+    has_outliers = high > 2 * percentile_98 - low
+    end = percentile_98 if has_outliers else high
+    are_integers = bool((array == np.floor(array)).all())
     width = _select_bin_width((end - low) / MAX_BINS, are_integers)
-    edges = _place_edges(width, low, end, high)
+    edges = _make_bin_edges(width, low, end, high)
     # a little is added, so that rounding moves no value into an earlier bin
-    raised = np.minimum(numbers + 1e-9 * width, edges[-1])
+    raised = np.minimum(array + 1e-9 * width, edges[-1])
     counts, _ = np.histogram(raised, edges)
     bins = []
     for start, stop, count in zip(edges, edges[1:], counts, strict=False):
@@ -324,7 +325,7 @@ def count_bins(values: Sequence[float]) -> list[JsonObject]:
     return bins
 
 
-def _place_edges(width: float, low: float, end: float, high: float) -> list[float]:
+def _make_bin_edges(width: float, low: float, end: float, high: float) -> list[float]:
     """Return edges of equally wide bins from `low` to `end`; the last bin extends to `high`."""
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1

@@ -122,30 +122,30 @@ def write_report_page(
     path: Path,
     config: DatasetConfig,
     tables: Sequence[TableFindings],
-    numbers: JsonObject,
+    statistics: JsonObject,
     options: ReportOptions,
     latent: LatentSpec,
     workers: int,
 ) -> None:
     """Write the HTML page of the dataset report.
 
-    `numbers` is the result of `collect_statistics`; the page shows nothing else.
+    `statistics` is the result of `collect_statistics`; the page shows nothing else.
 
     Raises:
         OutputError: If the page cannot be written.
     """
-    copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
+    copies = frozenset(path for group in statistics["near_duplicates"] for path in group)
     card_settings = _CardSettings(REPORT_SIZES, latent, options.fps, copies=copies, with_audio=True)
     cards = _make_cards(tables, options.items, workers, card_settings)
-    # per table: its numbers, drawings, the number of drawings left out, and its cards
+    # per table: its statistics, drawings, the number of drawings left out, and its cards
     table_sections = []
-    for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
-        drawings, num_not_drawn = _draw_table(table_numbers, findings)
+    for table_statistics, findings in zip(statistics["tables"], tables, strict=True):
+        drawings, num_not_drawn = _draw_table(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
-        table_sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
+        table_sections.append((table_statistics, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,  # a page of --check has it instead of `report`
-        "report": numbers,
+        "report": statistics,
         "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
         "number": _format_number,
@@ -267,12 +267,7 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
         errors = [inspection.read_error]
     inspections = job.findings.inspections
     measures = inspections[job.index].measures if inspections else None
-    captions = [] if source.caption is None else [source.caption, *source.more_captions]
-    # (encoder, token count) pairs of each caption
-    token_counts = [card_settings.counters.count(caption) if caption else [] for caption in captions]
-    caption_parts = []
-    for caption, counts in zip(captions, token_counts, strict=True):
-        caption_parts += split_caption(caption, counts)
+    token_counts, caption_parts = _split_captions(source, card_settings.counters)
     belongs_to_class = {
         "faulty": bool(errors),
         "told": bool(warnings),
@@ -286,12 +281,27 @@ def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
         inspection=replace(inspection, measures=measures),
         errors=errors,
         warnings=warnings,
-        token_counts=token_counts[0] if token_counts else [],
+        token_counts=token_counts,
         caption_parts=caption_parts,
         span_groups=_group_spans(inspection),
         filter_classes=[name for name, belongs in belongs_to_class.items() if belongs],
         references=show_references(source, inspection.fit, card_settings.sizes),
     )
+
+
+def _split_captions(
+    source: MediaSource, counters: TokenCounters
+) -> tuple[list[tuple[str, TokenCount]], list[list[CaptionPart]]]:
+    """Return the (encoder, token count) pairs of a source's first caption, and the parts of all captions."""
+    captions = [] if source.caption is None else [source.caption, *source.more_captions]
+    counts_of_first: list[tuple[str, TokenCount]] = []
+    parts: list[list[CaptionPart]] = []
+    for index, caption in enumerate(captions):
+        counts = counters.count(caption) if caption else []
+        parts += split_caption(caption, counts)
+        if index == 0:
+            counts_of_first = counts
+    return counts_of_first, parts
 
 
 def _classify_measures(measures: Measures | None) -> dict[str, bool]:
@@ -405,17 +415,19 @@ def _draw_table(table: JsonObject, findings: TableFindings) -> tuple[list[JsonOb
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """
     # buckets of clips of several lengths share a size
-    by_size: dict[Size, list[JsonObject]] = {}
+    buckets_by_size: dict[Size, list[JsonObject]] = {}
+    num_items: Counter[Size] = Counter()
     for bucket in table["buckets"]:
-        by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
-    num_items = {size: sum(bucket["items"] for bucket in buckets) for size, buckets in by_size.items()}
-    largest = set(sorted(by_size, key=lambda size: -num_items[size])[:MAX_BUCKETS])
-    fits_of = count_fits(findings)
+        size = (bucket["width"], bucket["height"])
+        buckets_by_size.setdefault(size, []).append(bucket)
+        num_items[size] += bucket["items"]
+    largest = sorted(buckets_by_size, key=lambda size: -num_items[size])[:MAX_BUCKETS]
+    fits_by_size = count_fits(findings)
     drawings = []
-    for size, buckets in by_size.items():
+    for size, buckets in buckets_by_size.items():
         if size in largest:
-            drawings.append({"rows": buckets, **_draw_outlines(size, fits_of[size])})
-    return drawings, len(by_size) - len(drawings)
+            drawings.append({"rows": buckets, **_draw_outlines(size, fits_by_size[size])})
+    return drawings, len(buckets_by_size) - len(drawings)
 
 
 def _draw_outlines(size: Size, fits: Counter[Fit]) -> JsonObject:

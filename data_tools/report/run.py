@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         groups = _group_files(tables_of_kind)
         _warn_of_copies(tables_of_kind, groups)
         copies += groups
-    numbers = collect_statistics(
+    statistics = collect_statistics(
         config,
         tables,
         copies,
@@ -91,15 +92,15 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         decodes=not options.no_decode,
     )
     if options.files:
-        numbers["files"] = list_files(tables, options.fps, latent, workers)
+        statistics["files"] = list_files(tables, options.fps, latent, workers)
     if errors:
         text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
         path = options.output
-        write_report_page(path, config, tables, numbers, options=options, latent=latent, workers=workers)
+        write_report_page(path, config, tables, statistics, options=options, latent=latent, workers=workers)
     if options.json is not None:
-        _write_json(options.json, numbers, prints=options.prints)
+        _write_json(options.json, statistics, prints=options.prints)
 
 
 def _reject_downloads(config: DatasetConfig) -> None:
@@ -118,10 +119,10 @@ def _select_latents(options: ReportOptions) -> LatentSpec:
     return LatentSpec(channels, stride, options.pixel_step, options.frame_step)
 
 
-def _write_json(path: Path, numbers: JsonObject, prints: bool) -> None:
+def _write_json(path: Path, statistics: JsonObject, prints: bool) -> None:
     """Write the report as JSON into a file, or print it."""
     # ASCII, so that no text from outside reaches a terminal unescaped
-    text = json.dumps(numbers, indent=2) + "\n"
+    text = json.dumps(statistics, indent=2) + "\n"
     if prints:
         sys.stdout.write(text)
     else:
@@ -160,31 +161,35 @@ def _measure_table(
     except DatasetError as error:
         findings.add_table_error(error)
         return findings
-
-    def read(source: MediaSource) -> Inspection:
-        """Read only the headers of a source, or decode and measure it, depending on the options."""
-        remote_paths = (path for path, origin in source.latent_inputs if isinstance(origin, Remote))
-        if options.no_download and not all(path.exists() for path in remote_paths):
-            raise MediaError("not downloaded yet; caching does that")
-        # precomputed tensors are measured in any case, because only their header is read
-        if options.no_decode and source.precomputed is None:
-            return inspect_header(source, options.fps, latent)
-        return inspect_and_measure(source, options.fps, latent)
-
     results = read_ahead(
         findings.sources,
         source_of=lambda source: source,
-        work=read,
+        work=partial(_inspect, options=options, latent=latent),
         workers=workers,
         bar=Bar(len(findings.sources), "Reading headers" if options.no_decode else "Measuring", "file"),
         decodes=not options.no_decode,
     )
-    fits: dict[Fit | None, Fit | None] = {}  # equal fits share one object, as there are few different ones
+    shared_fits: dict[Fit | None, Fit | None] = {}  # equal fits become one object, to save memory
     for source, result in results:
         inspection = Inspection(read_error=str(result)) if isinstance(result, Failure) else result
-        inspection = replace(inspection, fit=fits.setdefault(inspection.fit, inspection.fit))
-        _add_inspection(findings, source, inspection)
+        shared_fit = shared_fits.setdefault(inspection.fit, inspection.fit)
+        _add_inspection(findings, source, replace(inspection, fit=shared_fit))
     return findings
+
+
+def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) -> Inspection:
+    """Decode and measure a media file; with --no_decode, read only its header.
+
+    Raises:
+        MediaError: With --no_download, if the file is remote and not downloaded yet.
+    """
+    remote_paths = [path for path, origin in source.latent_inputs if isinstance(origin, Remote)]
+    if options.no_download and not all(path.exists() for path in remote_paths):
+        raise MediaError("not downloaded yet; caching does that")
+    # precomputed tensors are measured in any case, because only their header is read
+    if options.no_decode and source.precomputed is None:
+        return inspect_header(source, options.fps, latent)
+    return inspect_and_measure(source, options.fps, latent)
 
 
 def _add_inspection(findings: TableFindings, source: MediaSource, inspection: Inspection) -> None:
