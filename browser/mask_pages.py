@@ -22,7 +22,7 @@ from browser.responses import (
     answer_template,
 )
 from browser.server_state import Site
-from data_tools.masks.places import MaskPlace
+from data_tools.masks.places import MaskEntry
 from modules.errors import UserError
 from modules.pages.language import say
 from modules.text_files import parse_json
@@ -51,7 +51,7 @@ class MaskPages:
             return answer_not_found_page(request)
         folders = [folder]
         problem = ""
-        places: list[MaskPlace] = []
+        places: list[MaskEntry] = []
         try:
             folders = list_media_folders_of(self.site.runs, folder)
             if len(folders) == 1:  # of several folders, the page only lists the links
@@ -86,7 +86,7 @@ class MaskPages:
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
 
-    def make_item(self, folder: Path, places: list[MaskPlace], at: int, error: str = "") -> dict[str, Any]:
+    def make_item(self, folder: Path, places: list[MaskEntry], at: int, error: str = "") -> dict[str, Any]:
         """Return the JSON values of an image or clip at an index, and the error of the last action."""
         return {
             **self.review.describe(folder, places[at]),
@@ -107,7 +107,7 @@ class MaskPages:
             request, lambda place, number: self.review.read_mask(place, number, is_full)
         )
 
-    def _answer_image(self, request: Request, read: Callable[[MaskPlace, int], MaskImage | None]) -> Response:
+    def _answer_image(self, request: Request, read: Callable[[MaskEntry, int], MaskImage | None]) -> Response:
         query = request.query_params
         folder = self.find_folder(query)
         try:
@@ -134,7 +134,7 @@ class MaskPages:
         if action not in (*CHANGES, "undo"):
             return answer_json({"error": say("There is no such request.")}, 404)
 
-        def act(folder: Path, place: MaskPlace) -> None:
+        def act(folder: Path, place: MaskEntry) -> None:
             self.review.change(folder, place, action, texts["have"])
 
         if action == "undo":
@@ -145,14 +145,14 @@ class MaskPages:
         """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`."""
         query = request.query_params
 
-        def act(folder: Path, place: MaskPlace) -> None:
+        def act(folder: Path, place: MaskEntry) -> None:
             self.review.draw(folder, place, body, query.get("have", ""))
             with contextlib.suppress(ChangedMeanwhileError, OSError, ValueError, UserError):
                 use_first_mask(self.site.runs, folder)  # otherwise the form's checkbox decides
 
         return self._answer_change(query, act)
 
-    def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskPlace], None]) -> Response:
+    def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskEntry], None]) -> Response:
         """Call `act` to change the mask of `query`, and respond with the image or clip and its mask as JSON.
 
         If nothing could be changed, the JSON also has the reason as `error`.
@@ -182,14 +182,14 @@ class MaskPages:
             return answer_json({"error": str(problem), "can_undo": self.review.has_changed(folder)}, 422)
 
     def _answer_item(
-        self, folder: Path | None, place: MaskPlace | None, status: int = 200, error: str = ""
+        self, folder: Path | None, place: MaskEntry | None, status: int = 200, error: str = ""
     ) -> Response:
         """Respond with the current state of an image or clip as JSON."""
         if folder is None or place is None:
             return answer_json({"error": error or NOT_FOUND}, status if error else 404)
         try:
             places = self.review.places(folder)
-            at = [mask_place.medium for mask_place in places].index(place.medium)
+            at = [mask_place.media_path for mask_place in places].index(place.media_path)
             return answer_json(self.make_item(folder, places, at, error), status)
         except (UserError, OSError, ValueError) as problem:  # the file was removed
             return answer_json({"error": error or str(problem)}, max(status, 404))

@@ -19,11 +19,11 @@ from browser.runs import Runs
 from browser.short_names import short_digest
 from browser.upload_stream import DECODING
 from data_tools.masks.places import (
-    ACCEPTED,
-    MADE,
-    MaskPlace,
+    ACCEPTED_TEXT,
+    METHOD_TEXT,
+    MaskEntry,
     accept_mask,
-    find_mask_places,
+    find_mask_entries,
     invert_mask,
     read_frame,
     remove_mask,
@@ -79,14 +79,14 @@ class MaskReview:
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a mask is changed
 
-    def places(self, folder: Path) -> list[MaskPlace]:
+    def places(self, folder: Path) -> list[MaskEntry]:
         """Return each image and clip of a folder with its mask.
 
         Raises DatasetError if it cannot be listed.
         """
-        return find_mask_places(folder, find_masks_folder(self.runs, folder))
+        return find_mask_entries(folder, find_masks_folder(self.runs, folder))
 
-    def find(self, folder: Path, id: str) -> MaskPlace | None:
+    def find(self, folder: Path, id: str) -> MaskEntry | None:
         """Return an image or clip by its id.
 
         Returns None if it does not exist, or if it or its mask is outside the roots.
@@ -96,17 +96,17 @@ class MaskReview:
                 return place if self.is_open(place) else None
         return None
 
-    def is_open(self, place: MaskPlace) -> bool:
+    def is_open(self, place: MaskEntry) -> bool:
         """Return whether a file, its mask and the mask's history are below the roots, with links resolved."""
-        paths = [place.medium, *place.masks]
-        kept = place.before.parent
-        paths += [path for path in (place.folder, kept, place.before) if os.path.lexists(path)]
+        paths = [place.media_path, *place.masks]
+        kept = place.backup_folder.parent
+        paths += [path for path in (place.mask_folder, kept, place.backup_folder) if os.path.lexists(path)]
         for mask in place.masks:
             if mask.is_dir():
                 paths += [mask / entry.name for entry in os.scandir(mask) if entry.is_symlink()]
         return all(self.runs.is_below(path) for path in paths)
 
-    def describe(self, folder: Path, place: MaskPlace) -> dict[str, Any]:
+    def describe(self, folder: Path, place: MaskEntry) -> dict[str, Any]:
         """Return the JSON values of an image or clip and its mask."""
         if not self.is_open(place):
             fault = say("it is gone, or leads outside the folders that are shown")
@@ -114,11 +114,11 @@ class MaskReview:
         state = find_state(place)
         try:
             numbers = list_shots(place)
-            size = image_size(place.medium) if place.kind == "image" else None
+            size = image_size(place.media_path) if place.kind == "image" else None
         except (MediaError, OSError) as error:  # the page shows the path already
-            return _as_json(place, state, str(error).replace(f"{place.medium} ", ""))
+            return _as_json(place, state, str(error).replace(f"{place.media_path} ", ""))
         mark = mark_mask(place)  # "" without a mask
-        stamp = place.medium.stat().st_mtime_ns
+        stamp = place.media_path.stat().st_mtime_ns
         shots = []
         for number in numbers:
             query = {"folder": folder, "id": name_id(place), "number": number}
@@ -138,7 +138,7 @@ class MaskReview:
         """Return whether a folder has a change that can be undone."""
         return bool(self._changed.get(folder))
 
-    def change(self, folder: Path, place: MaskPlace, action: str, version: str) -> None:
+    def change(self, folder: Path, place: MaskEntry, action: str, version: str) -> None:
         """Accept, invert or remove a mask, and note the change so that it can be undone.
 
         Args:
@@ -156,17 +156,17 @@ class MaskReview:
             CHANGES[action](place)
             self._note(folder, place)
 
-    def draw(self, folder: Path, place: MaskPlace, png: bytes, version: str) -> None:
+    def draw(self, folder: Path, place: MaskEntry, png: bytes, version: str) -> None:
         """Replace an image's mask by a drawn one. Raises MaskConflictError if the mask has changed."""
         with self._lock, only_one(folder / LOCK):
             place = self._require_unchanged(place, version)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
             with DECODING:
-                replace_mask(place, read_drawn(png, image_size(place.medium)))
+                replace_mask(place, read_drawn(png, image_size(place.media_path)))
             self._note(folder, place)
 
-    def undo(self, folder: Path) -> MaskPlace:
+    def undo(self, folder: Path) -> MaskEntry:
         """Undo the last change in a folder, and return its image or clip.
 
         Raises OptionError if that fails.
@@ -176,7 +176,7 @@ class MaskReview:
             if not changed:
                 raise OptionError(say("There is nothing to undo."))
             medium, mark = changed.pop()  # the file, and the checksum of its mask after the change
-            place = next((place for place in self.places(folder) if place.medium == medium), None)
+            place = next((place for place in self.places(folder) if place.media_path == medium), None)
             if place is None or not self.is_open(place):
                 raise OptionError(say("%(name)s is gone.", name=medium.name))
             if mark_mask(place) != mark or not undo_change(place):
@@ -186,9 +186,9 @@ class MaskReview:
                         name=medium.name,
                     )
                 )
-            return place.listed_anew()
+            return place.refresh()
 
-    def read_picture(self, place: MaskPlace, number: int) -> MaskImage | None:
+    def read_picture(self, place: MaskEntry, number: int) -> MaskImage | None:
         """Return a frame as JPEG; None if `list_shots` does not list it.
 
         Raises MediaError if the file cannot be read.
@@ -196,18 +196,18 @@ class MaskReview:
         numbers = list_shots(place)
         if number not in numbers:
             return None
-        stamp = place.medium.stat().st_mtime_ns
-        key = place.medium, stamp, number
+        stamp = place.media_path.stat().st_mtime_ns
+        key = place.media_path, stamp, number
         with DECODING:
             if key not in self._shots:  # decode all frames of the clip at once: the page shows them together
                 for shown, frame in read_shots(place, numbers):
-                    self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
+                    self._shots[place.media_path, stamp, shown] = _encode_jpeg(frame)
                 while len(self._shots) > MAX_SHOTS:
                     self._shots.popitem(last=False)
             content = self._shots.get(key)
         return None if content is None else MaskImage(content, "image/jpeg")
 
-    def read_mask(self, place: MaskPlace, number: int, is_full: bool) -> MaskImage | None:
+    def read_mask(self, place: MaskEntry, number: int, is_full: bool) -> MaskImage | None:
         """Return a mask as a PNG of white pixels whose opacity is the brightness of the mask.
 
         `is_full` asks for full size. Returns None without a mask; raises MediaError if it cannot be read.
@@ -223,59 +223,59 @@ class MaskReview:
             Image.fromarray(np.dstack([white, gray])).save(png, format="PNG", compress_level=1)
         return MaskImage(png.getvalue(), "image/png")
 
-    def _note(self, folder: Path, place: MaskPlace) -> None:
+    def _note(self, folder: Path, place: MaskEntry) -> None:
         changed = self._changed.setdefault(folder, [])
-        changed.append((place.medium, mark_mask(place.listed_anew())))
+        changed.append((place.media_path, mark_mask(place.refresh())))
         del changed[:-MAX_UNDONE]
 
-    def _require_unchanged(self, place: MaskPlace, version: str) -> MaskPlace:
+    def _require_unchanged(self, place: MaskEntry, version: str) -> MaskEntry:
         """Return a file with its present mask; raise MaskConflictError if its checksum is not `version`."""
-        now = place.listed_anew()
+        now = place.refresh()
         if mark_mask(now) != version:
             raise MaskConflictError
         return now
 
 
-def name_id(place: MaskPlace) -> str:
+def name_id(place: MaskEntry) -> str:
     """Return the id of an image or clip in addresses."""
-    return short_digest(place.medium.name)
+    return short_digest(place.media_path.name)
 
 
-def mark_mask(place: MaskPlace) -> str:
+def mark_mask(place: MaskEntry) -> str:
     """Return a text that changes whenever the mask changes; "" if there is no mask."""
     return "" if place.mask is None else str(place.mask.stat().st_mtime_ns)
 
 
-def find_state(place: MaskPlace) -> str:
+def find_state(place: MaskEntry) -> str:
     """Return the state of a mask, a key of STATES."""
     if place.mask is None:
         return REMOVED if place.is_removed else NONE
-    texts = place.texts()
-    if ACCEPTED in texts:
+    texts = place.read_texts()
+    if ACCEPTED_TEXT in texts:
         return TAKEN
-    return OF_PROGRAM if MADE in texts else DRAWN
+    return OF_PROGRAM if METHOD_TEXT in texts else DRAWN
 
 
-def list_shots(place: MaskPlace) -> list[int]:
+def list_shots(place: MaskEntry) -> list[int]:
     """Return the indices of the frames to show: the first, middle and last frame of a clip.
 
     Raises MediaError if the clip cannot be read.
     """
     if place.kind == "image":
         return [0]
-    count = source_info(place.medium).frames or count_frames(place.medium)
+    count = source_info(place.media_path).frames or count_frames(place.media_path)
     return sorted({0, count // 2, count - 1})
 
 
-def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
+def read_shots(place: MaskEntry, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
     """Return frames of an image or clip with their numbers, reduced in size.
 
     Raises MediaError if it cannot be read.
     """
     if place.kind == "image":
-        return [(0, reduce_frame(first_frame(place.medium), LARGEST_SIDE))]
+        return [(0, reduce_frame(first_frame(place.media_path), LARGEST_SIDE))]
     shots = []
-    for index, frame in enumerate(video_frames(place.medium)):
+    for index, frame in enumerate(video_frames(place.media_path)):
         if index in numbers:
             shots.append((index, reduce_frame(frame, LARGEST_SIDE)))
         if index >= numbers[-1]:
@@ -345,10 +345,10 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
     return None
 
 
-def _as_json(place: MaskPlace, state: str, fault: str) -> dict[str, Any]:
+def _as_json(place: MaskEntry, state: str, fault: str) -> dict[str, Any]:
     return {
         "id": name_id(place),
-        "name": place.medium.name,
+        "name": place.media_path.name,
         "kind": place.kind,
         "state": state,
         "state_text": STATES[state],

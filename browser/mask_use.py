@@ -13,7 +13,7 @@ from browser.mask_review import find_masks_folder
 from browser.offered_folders import MEDIA_KEYS
 from browser.runs import Runs
 from data_tools.masks.options import FOLDER_NAME
-from data_tools.masks.places import find_mask_places
+from data_tools.masks.places import find_mask_entries
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import real_path
@@ -74,7 +74,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
             continue
         if tables:
             masks = find_masks_folder(runs, folder) or folder / FOLDER_NAME
-            places = find_mask_places(folder, masks)
+            places = find_mask_entries(folder, masks)
             return MaskUse(
                 config=config,
                 folder=folder,

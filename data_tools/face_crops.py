@@ -181,10 +181,10 @@ def crop_faces(options: CropFacesOptions) -> None:
     for path in track(images, "Faces", len(images), unit="image"):
         try:
             image = read_image(path)
-            faces = _choose(detector.find(image, options.least_score), options)
+            faces = _select_faces(detector.find(image, options.least_score), options)
             _write_faces(path, target, image, faces, options)
         except MediaError as error:
-            failures.append(Failure(path, str(error), 0, path.stem))
+            failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
         num_written += len(faces)
         if not faces:
@@ -216,7 +216,7 @@ def _load_detector(options: CropFacesOptions) -> Detector:
     return load_detector(options.model, select_device(options.device))
 
 
-def _choose(found: Sequence[FoundFace], options: CropFacesOptions) -> list[FoundFace]:
+def _select_faces(found: Sequence[FoundFace], options: CropFacesOptions) -> list[FoundFace]:
     """Return the faces to crop, the largest first."""
     faces = []
     for face in found:
@@ -264,21 +264,22 @@ def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> P
                 "needs. Give YuNet or RetinaFace, or leave out --rotate."
             )
         portrait.rotate(_measure_tilt(face.landmarks))
-    pixels, factors = options.crop_pixels(), options.crop_factors()
     if options.resize_face_size is not None:
         portrait.scale(options.resize_face_size / max(portrait.size))
+    factors = options.crop_factors()
     if factors is not None:
-        crop_size = (
-            max(1, round(portrait.size[0] * factors[0])),
-            max(1, round(portrait.size[1] * factors[1])),
+        face_width, face_height = portrait.size
+        portrait.crop(
+            width=max(1, round(face_width * factors[0])), height=max(1, round(face_height * factors[1]))
         )
-        portrait.crop(*crop_size)
-    if pixels is not None:
+    crop_size = options.crop_pixels()
+    if crop_size is not None:
+        crop_width, crop_height = crop_size
         if options.resize_fit:
             height, width = portrait.image.shape[:2]
             # the image covers the crop completely
-            portrait.scale(max(pixels[0] / width, pixels[1] / height))
-        portrait.crop(*pixels)
+            portrait.scale(max(crop_width / width, crop_height / height))
+        portrait.crop(crop_width, crop_height)
     return portrait
 
 

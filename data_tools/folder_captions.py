@@ -78,7 +78,7 @@ def caption_folder(options: FolderCaptionOptions) -> None:
     Raises:
         UserError: If the folder or the model cannot be used, or if captions failed.
     """
-    _caption_dataset(options, options, options.max_length, options.model, options.api, WordingOptions.usual())
+    _caption_as_dataset(options, options.model, options.api, WordingOptions.usual())
 
 
 def caption_folder_by_git(options: GitCaptionOptions) -> None:
@@ -91,7 +91,7 @@ def caption_folder_by_git(options: GitCaptionOptions) -> None:
         model=options.model_id, batch_size=options.batch_size, device=options.device
     )
     wording = wording_without_writing(options)
-    _caption_dataset(options, options, options.max_length, model, ApiOptions.usual(), wording)
+    _caption_as_dataset(options, model, ApiOptions.usual(), wording)
 
 
 def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
@@ -100,30 +100,28 @@ def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
     return WordingOptions.usual(replace_regex=removed)
 
 
-def _caption_dataset(
-    folder: CaptionedFolderOptions,
-    writing: WritingOptions,
-    max_new_tokens: int,
+def _caption_as_dataset(
+    options: FolderCaptionOptions | GitCaptionOptions,
     model: CaptionModelOptions,
     api: ApiOptions,
     wording: WordingOptions,
 ) -> None:
-    """Caption the images of a folder with the shared captioning code, as a temporary dataset."""
+    """Caption the images of a folder as those of a dataset, which is described in a temporary file."""
     # the dataset file is only needed until it is read
     with temporary_folder() as temporary:
         config = make_folder_dataset(
-            folder.train_data_dir, folder.caption_extension, folder.recursive, temporary
+            options.train_data_dir, options.caption_extension, options.recursive, temporary
         )
     captioning = CaptioningOptions.usual(
-        dataset_config=folder.train_data_dir,
-        dry_run=writing.dry_run,
-        try_on=writing.try_on,
-        overwrite=writing.overwrite,
-        overwrite_all=writing.overwrite_all,
-        fill_empty=writing.fill_empty,
+        dataset_config=options.train_data_dir,
+        dry_run=options.dry_run,
+        try_on=options.try_on,
+        overwrite=options.overwrite,
+        overwrite_all=options.overwrite_all,
+        fill_empty=options.fill_empty,
         model=model,
         api=api,
-        ask=AskOptions.usual(max_new_tokens=max_new_tokens),
+        ask=AskOptions.usual(max_new_tokens=options.max_length),
         wording=wording,
     )
     run_captioning(config, captioning)

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,34 +75,39 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
     if source is None and options.out_json.is_file():
         source = options.out_json
     content = {} if source is None else read_metadata(source)
-    missing = []
+    without_text = []
     num_texts = 0
-    for folder in walk_folders(options.train_data_dir, options.recursive):
-        for path, kind in list_media(folder):
-            if kind != "image":
-                continue
-            file = path.with_suffix(extension)
-            if not file.is_file():
-                missing.append(str(path))
-                continue
-            key = _name_image(path, options)
-            text = _read_caption(file)
-            content[key] = {**content.get(key, {}), name: text}
-            num_texts += 1
-            if options.debug:
-                sys.stdout.write(escape_control_codes(f"{key}: {text}") + "\n")
+    for image in _walk_images(options.train_data_dir, options.recursive):
+        file = image.with_suffix(extension)
+        if not file.is_file():
+            without_text.append(str(image))
+            continue
+        key = _name_image(image, options)
+        text = _read_caption(file)
+        content[key] = {**content.get(key, {}), name: text}
+        num_texts += 1
+        if options.debug:
+            sys.stdout.write(escape_control_codes(f"{key}: {text}") + "\n")
     if not num_texts:
         raise DatasetError(
             f"{options.train_data_dir}: no image has a file that ends in {extension}. Give another "
             "--caption_extension, or --recursive"
         )
-    if missing:
-        num_missing = format_count(len(missing), "image")
-        logger.warning("%s without a %s file: %s", num_missing, extension, list_some(missing))
+    if without_text:
+        count = format_count(len(without_text), "image")
+        logger.warning("%s without a %s file: %s", count, extension, list_some(without_text))
     write_metadata(options.out_json, content)
     subject = f"{name} of {format_count(num_texts, 'image')}"
     origin = "" if source is None else f", added to the content of {source}"
     logger.info("wrote %s: %s%s", options.out_json, subject, origin)
+
+
+def _walk_images(folder: Path, is_recursive: bool) -> Iterator[Path]:
+    """Yield the images of a folder and, with `is_recursive`, of its subfolders."""
+    for subfolder in walk_folders(folder, is_recursive):
+        for path, kind in list_media(subfolder):
+            if kind == "image":
+                yield path
 
 
 def check_name(path: Path) -> None:

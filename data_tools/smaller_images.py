@@ -109,19 +109,21 @@ def resize_images(options: ResizeImagesOptions) -> None:
     if not images:
         raise DatasetError(f"{options.src_img_folder} has no images. Folders in it are not looked into")
     _reject_equal_stems(images)
+    companions = _list_companions(source, images) if options.copy_associated_files else {}
     make_folder(target, "the folder to write to")
     counts = _Counts()
     for path in track(images, "Smaller images", len(images), unit="image"):
         if not is_still(path):
-            counts.failures.append(Failure(path, f"{path} is an animation, not an image", 0, path.stem))
+            counts.failures.append(
+                Failure(path, reason=f"{path} is an animation, not an image", table=0, stem=path.stem)
+            )
             continue
         try:
             _write_copies(path, target, options, counts)
         except MediaError as error:
-            counts.failures.append(Failure(path, str(error), 0, path.stem))
+            counts.failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
             continue
-        if options.copy_associated_files:
-            _copy_companions(path, images, target, options.sizes, counts)
+        counts.companions += _copy_companions(companions.get(path.stem, ()), target, options.sizes)
     existing_text = f"{counts.existing} there before"
     if counts.existing:
         existing_text += "; delete them to make them again"
@@ -181,16 +183,23 @@ def _shrink(path: Path, image: Frame, size: Size, options: ResizeImagesOptions) 
     return small[top : top + fit.bucket[1], left : left + fit.bucket[0]].copy()
 
 
-def _copy_companions(
-    path: Path, images: Sequence[Path], folder: Path, sizes: Sequence[Size], counts: _Counts
-) -> None:
-    """Copy files with an image's stem but another suffix, once for each size."""
-    for companion in sorted(path.parent.iterdir()):
-        if companion.stem != path.stem or companion in images or not companion.is_file():
-            continue
+def _list_companions(folder: Path, images: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the files of a folder that are not images, such as captions, sorted, by their stem."""
+    companions: dict[str, list[Path]] = {}
+    for path in sorted(set(folder.iterdir()).difference(images)):
+        if path.is_file():
+            companions.setdefault(path.stem, []).append(path)
+    return companions
+
+
+def _copy_companions(companions: Sequence[Path], folder: Path, sizes: Sequence[Size]) -> int:
+    """Copy files of an image's stem under the names of its resized copies; return the number of new files."""
+    num_copied = 0
+    for companion in companions:
         for size in sizes:
-            target = folder / _name_copy(path.stem, size, companion.suffix)
+            target = folder / _name_copy(companion.stem, size, companion.suffix)
             if not target.exists():
                 with atomic_path(target, companion.stat().st_size) as temporary:
                     shutil.copyfile(companion, temporary)
-                counts.companions += 1
+                num_copied += 1
+    return num_copied

@@ -534,7 +534,7 @@ def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int
         findings = replace(findings, counters=TOKENS_ELSEWHERE)
         print_check(findings, family, config, page=options.page, workers=workers)
         for table in findings.tables:
-            errors.extend(table.faults)
+            errors.extend(table.errors)
 
     # the caching script loads the family and the dataset, and then calls `check` in place of caching
     with contextlib.chdir(folder):

@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries = with_scripts()
     families = {name: entry.further_models for name, entry in entries.items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
-    words = sys.argv[1:] if argv is None else list(argv)
-    args, generation_words = parser.parse_known_args(_with_lora_option(words))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, generation_argv = parser.parse_known_args(_with_lora_option(argv))
     args.lora = _expand(args.lora, "--lora")
     args.lora_high_noise = _expand(args.lora_high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
-    _reject_generation_options(parser, generation_words)
+    _reject_generation_options(parser, generation_argv)
     family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(family, generation_options, options)  # type: ignore[arg-type]
 
     script = import_own(entries[family_name].generation_script)
-    script.main([*generation_words, *_lora_words(options)], make)
+    script.main([*generation_argv, *_lora_argv(options)], make)
 
 
 def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
@@ -55,23 +55,23 @@ def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
     return expand_patterns(tuple(map(Path, patterns or ())), option)
 
 
-def _with_lora_option(words: list[str]) -> list[str]:
+def _with_lora_option(argv: list[str]) -> list[str]:
     """Insert --lora at the front of a command line that begins with files."""
-    begins_with_file = bool(words) and not words[0].startswith("-")
-    return ["--lora", *words] if begins_with_file else words
+    begins_with_file = bool(argv) and not argv[0].startswith("-")
+    return ["--lora", *argv] if begins_with_file else argv
 
 
-def _lora_words(options: CompareOptions) -> list[str]:
+def _lora_argv(options: CompareOptions) -> list[str]:
     """Return the command-line options that pass the compared LoRA files to the generation script."""
-    words = ["--lora_weight", *map(str, options.lora)]
+    argv = ["--lora_weight", *map(str, options.lora)]
     if options.lora_high_noise:
-        words += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
-    return words
+        argv += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
+    return argv
 
 
-def _reject_generation_options(parser: Parser, words: Sequence[str]) -> None:
+def _reject_generation_options(parser: Parser, argv: Sequence[str]) -> None:
     """Exit with a message if a generation option is given that the comparison sets itself."""
-    names = {word.partition("=")[0] for word in words}
+    names = {word.partition("=")[0] for word in argv}
     for option in ("--lora", "--lora_high_noise"):
         option_of_generation = option.replace("lora", "lora_weight")
         if option_of_generation in names:

@@ -43,7 +43,7 @@ from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
 
 if TYPE_CHECKING:  # only with --check
-    from data_tools.report.findings import CheckResult, Counters, TableFindings
+    from data_tools.report.findings import CheckResult, TableFindings, TokenCounters
 
 WITHOUT_WORD = "word to learn is not in all captions"
 # for --debug_dataset: show windows, or write files if there is no display
@@ -99,7 +99,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     workers = max(1, os.cpu_count() or 1)
     # check the options and features with this dataset
     config = read_config(options, family, learner)
-    counters = findings.load_counters(family.text_encoders)
+    counters = findings.load_token_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
     features = begin_run(options, family, config.datasets)
     for check_texts in features.on.texts:
@@ -115,11 +115,11 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     for read in (*features.caption_checks, *learner.caption_checks):
         _note_captions_without_word(read, result.tables)
     if options.samples.sample_prompts is not None or _encodes_captions(plans):
-        result.tables[0].faults += counters.find_unreachable(counters.unreachable)
+        result.tables[0].errors += counters.find_offline_errors(counters.offline_errors)
     # add lines about the run
     lines = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
     lines += _describe_each("Targets:", features.describe_targets())
-    lines += describe_run(options, learner=learner, num_validation=result.num_held)
+    lines += describe_run(options, learner=learner, num_validation=result.num_held_back)
     few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
     if few_steps:
         lines.append(few_steps)
@@ -135,7 +135,7 @@ def _check_dataset(
     plans: Sequence[TablePlan],
     commands: CachingCommands,
     *,
-    counters: "Counters",
+    counters: "TokenCounters",
     workers: int,
 ) -> "CheckResult":
     """Return the items and faults of the dataset, from its caches or, without these, from its files."""
@@ -193,7 +193,7 @@ def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindi
         tables[0].unusable(error)
         return
     if remark:
-        tables[0].remarks.append(Fault(WITHOUT_WORD, remark))
+        tables[0].warnings.append(Fault(WITHOUT_WORD, remark))
 
 
 def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:

@@ -1,10 +1,12 @@
-"""What local models and servers share: select frames, ask the question, extract the answer's caption."""
+"""What local models and servers share: select frames, select the prompt, extract the answer's caption."""
 
 import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionLocation
@@ -14,12 +16,11 @@ from modules.control_codes import extract_caption
 from modules.limits import MAX_CAPTION_BYTES
 from modules.media.reading import Frame, pick_frames, read_image, resize_stretched
 
-Frames = tuple[Frame, ...]  # each H W 3
-Look = Callable[[CaptionLocation], Frames]  # reads the frames that a model sees
+Frames = tuple[Frame, ...]  # of one image or clip, each H W 3
+ReadFrames = Callable[[CaptionLocation], Frames]  # reads the frames that a model sees
 # pairs of a location, and its caption or the reason why there is none; other errors end the run
-Answers = Generator[tuple[CaptionLocation, str | Exception], None, None]
-Answerer = Callable[[Sequence[CaptionLocation], Look], Answers]  # a model or server that makes captions
-Shown = tuple[CaptionLocation, Frames]
+CaptionResults = Generator[tuple[CaptionLocation, str | Exception], None, None]
+Captioner = Callable[[Sequence[CaptionLocation], ReadFrames], CaptionResults]  # captions by a model or server
 AHEAD_BYTES = 1 << 30  # limit for the frames that wait for the model
 WORKERS = 4  # threads that read frames
 
@@ -37,6 +38,13 @@ _TOKENS = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|end_of_turn|end_of_utterance|end_of_text)>"
 )
 _MAX_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four bytes
+
+
+class CaptionInput(NamedTuple):
+    """The frames of an image or clip that a model captions."""
+
+    location: CaptionLocation
+    frames: Frames
 
 
 class NoCaptionError(Exception):
@@ -61,22 +69,17 @@ def select_frames(num_frames: int, maximum: int) -> tuple[int, ...]:
     return tuple((2 * part + 1) * num_frames // (2 * maximum) for part in range(maximum))
 
 
-def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> Frames:
-    """Return the frames that the captioning model sees, H W 3 each, scaled down to `max_pixels`.
-
-    For a clip these are evenly spaced frames.
+def read_sampled_frames(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> Frames:
+    """Read an image, or `num_frames` evenly spaced frames of a clip: H W 3 each, of at most `max_pixels`.
 
     Raises:
         MediaError: If the file cannot be read.
     """
-
-    def shrink(frame: Frame) -> Frame:
-        """Reduce a frame to at most `max_pixels` pixels."""
-        return _shrink(frame, max_pixels)
-
+    shrink = partial(_shrink, max_pixels=max_pixels)
     if is_image:
         return (shrink(read_image(path)),)
-    return tuple(pick_frames(path, lambda length: select_frames(length, num_frames), shrink))
+    select_indices = partial(select_frames, maximum=num_frames)
+    return tuple(pick_frames(path, select_indices, shrink))
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:
@@ -89,44 +92,51 @@ def _shrink(frame: Frame, max_pixels: int) -> Frame:
     return resize_stretched(frame, new_size)
 
 
-def answer_in_batches(
+def caption_in_batches(
     locations: Sequence[CaptionLocation],
-    look: Look,
+    read_frames: ReadFrames,
     *,
     batch_size: int,
     item_bytes: int,
-    answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionLocation, str | Exception]]],
-) -> Answers:
-    """Caption images and clips in batches with a local model, while threads read files ahead.
+    caption_batch: Callable[[Sequence[CaptionInput]], Iterable[tuple[CaptionLocation, str | Exception]]],
+) -> CaptionResults:
+    """Yield (location, caption or error) for each image or clip; files are read ahead by threads.
 
-    `look` reads the frames of a location, which take `item_bytes` of memory. `answer_batch` yields a caption,
-    or the error, for each of at most `batch_size` locations with their frames.
+    Args:
+        locations: What is captioned.
+        read_frames: Reads the frames of a location, which take `item_bytes` of memory.
+        batch_size: Number of locations per batch.
+        item_bytes: Memory for the frames of one location.
+        caption_batch: Yields (location, caption or error) for each input of a batch.
     """
-    workers = min(WORKERS, os.cpu_count() or 1)
-    batch: list[Shown] = []
-    ahead = run_ahead(
-        locations, look, workers=workers, size_bytes=lambda _: item_bytes, limit_bytes=AHEAD_BYTES
+    read_ahead = run_ahead(
+        locations,
+        read_frames,
+        workers=min(WORKERS, os.cpu_count() or 1),
+        size_bytes=lambda _: item_bytes,
+        limit_bytes=AHEAD_BYTES,
     )
-    for location, frames in ahead:
-        if isinstance(frames, Exception):
+    batch: list[CaptionInput] = []
+    for location, frames in read_ahead:
+        if isinstance(frames, Exception):  # the file cannot be read
             yield location, frames
             continue
-        batch.append((location, frames))
+        batch.append(CaptionInput(location, frames))
         if len(batch) == batch_size:
-            yield from answer_batch(batch)
+            yield from caption_batch(batch)
             batch = []
     if batch:
-        yield from answer_batch(batch)
+        yield from caption_batch(batch)
 
 
-def prompt_for(location: CaptionLocation, ask: AskOptions) -> str:
-    """Return the prompt for a source: its own, else the option's, else the default for its kind."""
-    if location.question is not None:
-        return location.question
-    return ask.prompt if ask.prompt is not None else PROMPTS[location.source.table.kind]
+def select_prompt(location: CaptionLocation, ask_options: AskOptions) -> str:
+    """Return the prompt for a source: its own, else --prompt, else the default for images or clips."""
+    if location.prompt is not None:
+        return location.prompt
+    return ask_options.prompt if ask_options.prompt is not None else PROMPTS[location.source.table.kind]
 
 
-def caption_in(answer: str, was_cut: bool) -> str:
+def parse_caption(answer: str, was_cut: bool) -> str:
     """Extract the caption from a model's answer: one line without reasoning, quotes and special tokens.
 
     `was_cut` says that --max_new_tokens ended the answer.

@@ -9,23 +9,27 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from checkpoints.model_files import find_model_folder
-from checkpoints.model_folders import build_on_meta, check_vision_language_settings, require_matching_shapes
+from checkpoints.model_folders import (
+    Shape,
+    build_on_meta,
+    check_vision_language_settings,
+    require_matching_shapes,
+)
 from data_tools.captions.asking import (
-    Answers,
-    Frames,
-    Look,
+    CaptionInput,
+    CaptionResults,
     NoCaptionError,
-    Shown,
-    answer_in_batches,
-    caption_in,
-    prompt_for,
+    ReadFrames,
+    caption_in_batches,
+    parse_caption,
+    select_prompt,
 )
 from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionLocation
@@ -42,8 +46,8 @@ from modules.errors import (
 )
 
 # files that are downloaded from a repository; these contain no code
-FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 GIT = "git"  # model_type of models that describe one image and take no text, arXiv 2205.14100
 
 
@@ -53,33 +57,37 @@ class LocalModel:
 
     model: Any
     processor: Any
-    ask: AskOptions
+    ask_options: AskOptions
     batch_size: int
-    takes_text: bool = True  # False: it describes a single image, and no question can be asked
+    takes_text: bool = True  # False: it describes a single image, and it takes no prompt
 
-    def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
+    def caption(self, locations: Sequence[CaptionLocation], read_frames: ReadFrames) -> CaptionResults:
         """Yield (location, caption or error) for each image or clip, in order.
 
-        If a batch fails, its images and clips are processed one by one.
+        `read_frames` returns the frames of a location that the model sees. If a batch fails, its images and
+        clips are processed one by one.
 
         Raises:
             MemoryPlanError: If the device's memory is too small.
         """
-        return answer_in_batches(
+        return caption_in_batches(
             locations,
-            look,
+            read_frames,
             batch_size=self.batch_size,
-            item_bytes=3 * self.ask.max_pixels * self.ask.num_frames,
-            answer_batch=self._answer_batch,
+            item_bytes=3 * self.ask_options.max_pixels * self.ask_options.num_frames,
+            caption_batch=self._caption_batch,
         )
 
-    def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionLocation, str | Exception]]:
+    def _caption_batch(
+        self, batch: Sequence[CaptionInput]
+    ) -> Iterator[tuple[CaptionLocation, str | Exception]]:
         """Yield (location, caption or error) for each image or clip in a batch."""
         try:
-            answers = self.describe(batch)
+            answers = self.generate_answers(batch)
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                f"{len(batch)} at a time with up to {self.ask.num_frames} frames do not fit into the memory. "
+                f"{len(batch)} at a time with up to {self.ask_options.num_frames} frames do not fit into "
+                "the memory. "
                 "Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
             ) from None
         except Exception as error:  # the processor or the model rejects an input: find out which one
@@ -87,67 +95,66 @@ class LocalModel:
                 (location, _) = batch[0]
                 yield location, NoCaptionError(f"the model fails: {shorten(str(error), 300)}")
                 return
-            for shown in batch:
-                yield from self._answer_batch([shown])
+            for failed_input in batch:
+                yield from self._caption_batch([failed_input])
             return
-        for (location, _), (text, was_cut) in zip(batch, answers, strict=True):
+        for (location, _), answer in zip(batch, answers, strict=True):
             try:
-                yield location, caption_in(text, was_cut)
+                yield location, parse_caption(answer.text, answer.was_cut)
             except NoCaptionError as error:
                 yield location, error
 
     @torch.no_grad()
-    def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
-        """Generate a caption for each image or clip; return (text, whether it was cut off)."""
-        texts = []
+    def generate_answers(self, batch: Sequence[CaptionInput]) -> list["Answer"]:
+        """Return the model's answer for each image or clip."""
+        prompts = []
         for location, frames in batch:
-            prompt = prompt_for(location, self.ask)
-            texts.append(self.message(prompt, num_images=len(frames)))
-        frames_of = [frames for _, frames in batch]
-        if self.takes_text:
-            inputs = self._make_inputs(texts, frames_of)
-        else:
-            inputs = self._make_image_inputs(batch)
-        names = [location.name for location, _ in batch]
-        noise = RowNoise(self.ask.temperature, self.ask.seed, names)
+            prompt = select_prompt(location, self.ask_options)
+            prompts.append(self.format_prompt(prompt, num_images=len(frames)))
+        inputs = self._make_inputs(prompts, batch) if self.takes_text else self._make_image_inputs(batch)
+        answer_tokens = self._generate_tokens(inputs, names=[location.name for location, _ in batch])
+        texts = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
+        end_tokens = self._end_tokens()
+        answers = []
+        for prompt, text, tokens in zip(prompts, texts, answer_tokens, strict=True):
+            if prompt.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
+                text = f"<think>{text}"
+            was_cut = end_tokens.isdisjoint(tokens.tolist())  # no end token: max_new_tokens was reached
+            answers.append(Answer(text, was_cut))
+        return answers
+
+    def _generate_tokens(self, inputs: Any, names: Sequence[str]) -> Tensor:
+        """Generate tokens, B T, after each prompt; a temperature above 0 samples them, seeded by `names`."""
+        noise = GumbelNoise(self.ask_options.temperature, self.ask_options.seed, names)
         generated = self.model.generate(
             **inputs,
-            max_new_tokens=self.ask.max_new_tokens,
+            max_new_tokens=self.ask_options.max_new_tokens,
             num_beams=1,
-            # tokens are sampled by `RowNoise`, so that a caption does not depend on the others of its batch
+            # tokens are sampled by `GumbelNoise`, so that a caption does not depend on others of its batch
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
-            logits_processor=[noise] if self.ask.temperature else None,
+            logits_processor=[noise] if self.ask_options.temperature else None,
         )
-        # the output repeats the prompt: the answer follows it
-        num_prompt_tokens = inputs["input_ids"].shape[1]
-        answer_tokens = generated[:, num_prompt_tokens:]
-        decoded = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
-        end_tokens = self._end_tokens()
-        answers = []
-        for text, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
-            if text.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
-                answer = f"<think>{answer}"
-            was_cut = end_tokens.isdisjoint(tokens.tolist())  # no end token: max_new_tokens was reached
-            answers.append((answer, was_cut))
-        return answers
+        num_prompt_tokens = inputs["input_ids"].shape[1]  # the output repeats the prompt
+        new_tokens: Tensor = generated[:, num_prompt_tokens:]
+        return new_tokens
 
-    def _make_inputs(self, texts: Sequence[str], frames_of: Sequence[Frames]) -> Any:
-        """Return the model's input tensors for several prompts and their frames, on its device."""
-        images = [[Image.fromarray(frame) for frame in frames] for frames in frames_of]
-        start = self.processor.tokenizer.bos_token
+    def _make_inputs(self, prompts: Sequence[str], batch: Sequence[CaptionInput]) -> Any:
+        """Return the model's input tensors for the prompts and frames of a batch, on its device."""
+        images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
+        start_token = self.processor.tokenizer.bos_token
         settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
         # the templates of some models add the start token themselves
-        if start and texts[0].startswith(start):
+        if start_token and prompts[0].startswith(start_token):
             settings["add_special_tokens"] = False
-        inputs = self.processor(text=texts, images=images, **settings)
+        inputs = self.processor(text=prompts, images=images, **settings)
         return inputs.to(self.model.device, self.model.dtype)
 
-    def _make_image_inputs(self, batch: Sequence[Shown]) -> Any:
+    def _make_image_inputs(self, batch: Sequence[CaptionInput]) -> Any:
         """Return inputs for a model without prompts: images, and the first token of each answer."""
-        if any(location.question is not None or len(frames) > 1 for location, frames in batch):
+        if any(location.prompt is not None or len(frames) > 1 for location, frames in batch):
             raise ValueError("it describes single images and takes no text; give another --model")
         images = [Image.fromarray(frames[0]) for _, frames in batch]
         inputs = self.processor(images=images, return_tensors="pt")
@@ -162,40 +169,48 @@ class LocalModel:
             return frozenset()
         return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
 
-    def message(self, prompt: str, num_images: int) -> str:
-        """Return the model's input text: the prompt in its chat template, or otherwise after image tokens.
+    def format_prompt(self, prompt: str, num_images: int) -> str:
+        """Return the model's input text: the system prompt and the prompt in the model's chat template.
+
+        The template of a processor lists images and texts. That of a tokenizer takes only texts, where image
+        tokens stand before the prompt, as they do without a template.
 
         Raises:
             OptionError: If the template does not take the system prompt.
         """
         if not self.takes_text:
             return ""
-        system = self.ask.system_prompt
-        template = getattr(self.processor, "chat_template", None)
+        system = self.ask_options.system_prompt
+        processor_template = getattr(self.processor, "chat_template", None)
         image_token = getattr(self.processor, "image_token", "<image>")
-        plain_prompt = f"{image_token * num_images}\n{prompt}"
-        turns: list[dict[str, Any]] = []
-        if template is not None:
-            if system:
-                turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
+        text_prompt = f"{image_token * num_images}\n{prompt}"
+        if processor_template is None and self.processor.tokenizer.chat_template is None:
+            return f"{system}\n{text_prompt}" if system else text_prompt
+        messages: list[dict[str, Any]]
+        if processor_template is not None:
             images: list[dict[str, str]] = [{"type": "image"}] * num_images
-            turns.append({"role": "user", "content": [*images, {"type": "text", "text": prompt}]})
-        elif (
-            self.processor.tokenizer.chat_template is not None
-        ):  # a template for text models takes only texts
-            if system:
-                turns.append({"role": "system", "content": system})
-            turns.append({"role": "user", "content": plain_prompt})
+            messages = [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}]
+            system_content: Any = [{"type": "text", "text": system}]
         else:
-            return f"{system}\n{plain_prompt}" if system else plain_prompt
+            messages = [{"role": "user", "content": text_prompt}]
+            system_content = system
+        if system:
+            messages.insert(0, {"role": "system", "content": system_content})
         try:
-            return render_chat(self.processor.tokenizer, template, turns)
+            return render_chat(self.processor.tokenizer, processor_template, messages)
         except TemplateError as error:
             hint = "; does it know system messages? Try without --system_prompt" if system else ""
             raise OptionError(f"--model: its chat template fails: {error}{hint}") from None
 
 
-class RowNoise:
+class Answer(NamedTuple):
+    """A model's answer, and whether the limit of tokens cut it off."""
+
+    text: str
+    was_cut: bool
+
+
+class GumbelNoise:
     """Adds noise to next-token scores, so that the largest score is a random draw.
 
     With Gumbel noise, the largest of `scores / temperature + noise` is a draw from the softmax of the scores
@@ -223,7 +238,7 @@ class RowNoise:
         return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
 
 
-def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
+def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalModel:
     """Load the captioning model that --model names, from a folder or a repository.
 
     Raises:
@@ -233,7 +248,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     device = select_device(options.device)
     dtype = select_compute_dtype(options.dtype, "--dtype", None)
     assert options.model is not None
-    folder = find_model_folder("--model", options.model, FETCHED)
+    folder = find_model_folder("--model", options.model, DOWNLOAD_PATTERNS)
     if not (folder / "config.json").is_file():
         raise _unusable(
             folder,
@@ -245,34 +260,47 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
-        _reject_quantized(folder, config)
-        network = build_on_meta(transformers.AutoModelForImageTextToText.from_config, config)
-        require_matching_shapes(folder, "--model", network, shapes, is_exact=False)
-        with catch_panics():
-            processor = _load_processor(folder, config.model_type)
-        processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        model = _load_network(folder, config, dtype)
-        with catch_panics():
-            processor.tokenizer("a b")  # so that a tokenizer that fails with any text is reported here
+        model, processor = _load_model_and_processor(folder, shapes, dtype)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise errors of many libraries
-        why = shorten(str(error), 400)
-        raise _unusable(folder, f"transformers cannot load it as a vision-language model: {why}") from None
+        reason = shorten(str(error), 400)
+        raise _unusable(folder, f"transformers cannot load it as a vision-language model: {reason}") from None
     model.eval().requires_grad_(False)
     if dtype is None and device.type == "cpu":  # few CPUs are fast in 16 bits
         model.float()
-    takes_text = config.model_type != GIT
-    if not takes_text and (ask.prompt or ask.system_prompt):
+    takes_text = model.config.model_type != GIT
+    if not takes_text and (ask_options.prompt or ask_options.system_prompt):
         raise OptionError(
             f"--model {folder} takes no text: leave out --prompt and --system_prompt, or give another model"
         )
-    loaded = LocalModel(model.to(device), processor, ask, options.batch_size or 1, takes_text)
-    loaded.message("a", 1)  # so that a chat template that always fails is reported here
+    loaded = LocalModel(model.to(device), processor, ask_options, options.batch_size or 1, takes_text)
+    loaded.format_prompt("a", 1)  # so that a chat template that always fails is reported here
     return loaded
+
+
+def _load_model_and_processor(
+    folder: Path, shapes: list[Shape], dtype: torch.dtype | None
+) -> tuple[Any, Any]:
+    """Load a vision-language model and its processor with transformers, onto the CPU.
+
+    `shapes`, those in the weight files, are compared with config.json before memory is taken for the weights.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
+    _reject_quantized(folder, config)
+    empty_model = build_on_meta(transformers.AutoModelForImageTextToText.from_config, config)
+    require_matching_shapes(folder, "--model", empty_model, shapes, is_exact=False)
+    with catch_panics():
+        processor = _load_processor(folder, config.model_type)
+    processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    model = _load_network(folder, config, dtype)
+    with catch_panics():
+        processor.tokenizer("a b")  # so that a tokenizer that fails with any text is reported here
+    return model, processor
 
 
 def _load_processor(folder: Path, model_type: str) -> Any:
@@ -285,7 +313,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder, **LOCAL)
+        processor = AutoProcessor.from_pretrained(folder, **SAFE_LOADING)
     except ImportError as error:
         # only its video part may need the missing package
         processor = _without_videos(folder, model_type)
@@ -309,31 +337,32 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
-    """Load a processor without its video part, the only part that needs torchvision; None if it fails.
+    """Load a processor without its video processor, which needs torchvision; None if it fails.
 
     Clips are shown to the model as images.
     """
     import transformers
     from transformers.models.auto import processing_auto
 
-    names: Any = getattr(processing_auto, "PROCESSOR_MAPPING_NAMES")  # noqa: B009, it is not exported
-    kind = getattr(transformers, names.get(model_type, ""), None)
+    class_names: Any = getattr(processing_auto, "PROCESSOR_MAPPING_NAMES")  # noqa: B009, it is not exported
+    kind = getattr(transformers, class_names.get(model_type, ""), None)
     if importlib.util.find_spec("torchvision") is not None or kind is None:
         return None
 
-    def check(self: Any, name: str, part: Any) -> Any:
+    def check_component(self: Any, name: str, component: Any) -> Any:
         """Check a processor's component as transformers does, but accept a missing video processor."""
-        is_left_out = name == "video_processor" and part is None
-        return None if is_left_out else kind.check_argument_for_proper_class(self, name, part)
+        if name == "video_processor" and component is None:
+            return None
+        return kind.check_argument_for_proper_class(self, name, component)
 
-    # transformers checks the parts in the constructor: a subclass with another check takes None for one
-    images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+    # transformers checks components in the constructor: a subclass with another check takes None for one
+    images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check_component})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **SAFE_LOADING)
     # both dictionaries may have the chat template
-    settings, unused = kind.get_processor_dict(folder, **LOCAL)
+    settings, unused = kind.get_processor_dict(folder, **SAFE_LOADING)
     try:
         return images_only(
-            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL),
+            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING),
             tokenizer=tokenizer,
             video_processor=None,
             chat_template={**unused, **settings}.get("chat_template") or tokenizer.chat_template,
@@ -356,7 +385,7 @@ def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
     """Load a model with scaled-dot-product attention, or with eager attention if that is unsupported."""
     from transformers import AutoModelForImageTextToText
 
-    settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
+    settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **SAFE_LOADING}
     try:
         # named here, because config.json may name an attention whose code would be downloaded and executed
         return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", **settings)

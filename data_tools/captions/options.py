@@ -13,7 +13,7 @@ from protocols.families import caption_formats
 
 MAX_FRAMES = 1024
 MAX_TOKENS = 32_768
-TOKENS, TOKENS_OF_OBJECTS = 256, 2048  # of an answer, where nothing is said
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_JSON_TOKENS = 256, 2048  # of an answer, where nothing is said
 Pairs = tuple[tuple[str, str], ...]
 KEY = "the key of this name in the dataset's TOML does the same without touching files"
 
@@ -85,7 +85,8 @@ class AskOptions(Options, title="what is asked"):
         minimum=1024,
     )
     max_new_tokens: int | None = option(
-        f"most tokens of a caption; default: {TOKENS}, with --caption_format {TOKENS_OF_OBJECTS}",
+        f"most tokens of a caption; default: {DEFAULT_MAX_TOKENS}, with --caption_format "
+        f"{DEFAULT_MAX_JSON_TOKENS}",
         minimum=1,
         maximum=MAX_TOKENS,
     )
@@ -222,16 +223,20 @@ class CaptioningOptions(WritingOptions, title="what to do"):
             for name in ("batch_size", "dtype", "device"):
                 if getattr(self.model, name) is not None:
                     raise OptionError(f"--{name} is for --model: leave it out with --api_base")
-        needs_neither = self.edit_only or self.dry_run
-        if not (needs_neither or has_model or has_server):
+        makes_captions = not (self.edit_only or self.dry_run)
+        if makes_captions and not has_model and not has_server:
             raise OptionError(
                 "--model or --api_base is missing: give the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
             )
         if self.edit_only:
-            making = {"model": has_model, "api_base": has_server, "prompt": self.ask.prompt is not None}
-            for name, is_given in making.items():
-                if is_given:
+            caption_options = {
+                "model": has_model,
+                "api_base": has_server,
+                "prompt": self.ask.prompt is not None,
+            }
+            for name, is_set in caption_options.items():
+                if is_set:
                     raise OptionError(f"--edit_only makes no captions: leave out --{name}")
             if not self.wording.changes_something:
                 raise OptionError(

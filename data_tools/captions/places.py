@@ -28,13 +28,19 @@ from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
 from modules.text_files import bad_character, looks_like_object, parse_json, read_lines, real_path
 
-EXTENSION = ".txt"  # for tables that name no extension
-MADE = ".captions_made.jsonl"
+DEFAULT_EXTENSION = ".txt"  # for tables that name no extension
+RECORD_NAME = ".captions_made.jsonl"
 # number of attempts while another program writes a list, and seconds between them
-TRIES, PAUSE = 5, 0.2
-Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line by key, and new ones
-# reasons to make a caption; with FOREIGN, the old caption is backed up
-MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
+MAX_WRITE_ATTEMPTS, RETRY_SECONDS = 5, 0.2
+# reasons to make a caption; with HAND_WRITTEN, the old caption is backed up
+MISSING, EMPTY, GENERATED, HAND_WRITTEN = "missing", "empty", "made by this program", "hand-written"
+
+
+class LineChange(NamedTuple):
+    """Values in a line of a JSONL list, by key, before and after a change."""
+
+    old: dict[str, Any]
+    new: dict[str, Any]
 
 
 class CaptionList:
@@ -49,50 +55,45 @@ class CaptionList:
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
-        self._numbers: dict[str, int] = {}  # index of the line, by the path in it
+        self._line_indices: dict[str, int] = {}  # by the path in the line
         self._stamp: _Stamp | None = None  # time and size of the file when it was read
         self._has_backup = False  # whether the state before this run is backed up
-        # fills _lines and _numbers
+        # fills _lines and _line_indices
         self._read()
-        self.entries: dict[Path, str] = {}  # path in the line, by path of the source
+        self.listed_paths: dict[Path, str] = {}  # path of a media file -> the path or address in its line
         rows = RowReader(table, self.path, self._key, is_list=True)
-        for entry in self._numbers:
-            if is_address(entry):  # `rows` could read paths, too, but takes several times as long
-                self.entries[rows.read(self.record(entry), str(self.path)).path] = entry
+        for listed_path in self._line_indices:
+            if is_address(listed_path):  # `rows` could read paths, too, but takes several times as long
+                media_path = rows.read(self.read_line(listed_path), str(self.path)).path
             else:
-                self.entries[expand_path(entry)] = entry
+                media_path = expand_path(listed_path)
+            self.listed_paths[media_path] = listed_path
 
-    def add_pending(self, pending: Path) -> None:
+    def recover_pending(self, pending_file: Path) -> None:
         """Move captions that a killed run left in a file next to the list into the list.
 
         Raises:
             OutputError: If the list cannot be written.
         """
-        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line; the latest line counts
-        # the last line may be unfinished, even within a character
-        content = pending.read_bytes().decode("utf-8", "replace")
-        for text in content.split("\n"):
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                line = parse_json(text)
-                pending_lines[line["path"]] = line
-        changes: dict[str, Change] = {}
-        is_foreign = False  # whether any replaced caption was written by a person
-        for entry in self._numbers:
-            line = pending_lines.get(_key_of(entry), {})
-            old = self.record(entry).get("caption")
+        pending_lines = _read_pending_lines(pending_file)
+        changes: dict[str, LineChange] = {}
+        is_hand_written = False  # whether any replaced caption was written by a person
+        for listed_path in self._line_indices:
+            line = pending_lines.get(_hide_address(listed_path), {})
+            old = self.read_line(listed_path).get("caption")
             old_hash = None if old is None else _hash_of(str(old))
             if "caption" in line and old_hash == line.get("old"):  # the list has not been edited since
-                changes[entry] = ({"caption": old}, {"caption": line["caption"]})
-                is_foreign = is_foreign or bool(line.get("is_foreign"))
-        self.write(changes, is_foreign)
-        pending.unlink()
+                changes[listed_path] = LineChange({"caption": old}, {"caption": line["caption"]})
+                is_hand_written = is_hand_written or bool(line.get("is_foreign"))
+        self.write(changes, is_hand_written)
+        pending_file.unlink()
 
-    def record(self, entry: str) -> dict[str, Any]:
-        """Return the values in the line of the list with the path `entry`; {} without such a line."""
-        number = self._numbers.get(entry)
-        return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
+    def read_line(self, listed_path: str) -> dict[str, Any]:
+        """Return the values in the line of the list that names a path; {} without such a line."""
+        index = self._line_indices.get(listed_path)
+        return {} if index is None else parse_json(self._lines[index].strip("\ufeff"))
 
-    def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
+    def write(self, changes: Mapping[str, LineChange], is_hand_written: bool) -> int:
         """Write captions into lines of the list, except lines that have changed on disk meanwhile.
 
         The first write of a run backs up the old list as .bak, unless there is a .bak and this program wrote
@@ -100,7 +101,7 @@ class CaptionList:
 
         Args:
             changes: Old and new values, by the path in the line.
-            is_foreign: Whether a person wrote the replaced values.
+            is_hand_written: Whether a person wrote the replaced values.
 
         Returns:
             The number of lines that were written.
@@ -108,7 +109,7 @@ class CaptionList:
         Raises:
             OutputError: If the list cannot be written.
         """
-        for _ in range(TRIES):
+        for _ in range(MAX_WRITE_ATTEMPTS):
             try:
                 # another program has written the list: read it again before changing lines
                 if _stamp_of(self.path) != self._stamp:
@@ -116,13 +117,10 @@ class CaptionList:
                 lines, count = self._change_lines(changes)
                 if not count:
                     return 0
-                has_older = self.path.with_name(self.path.name + BACKUP).exists()
-                if not self._has_backup and (is_foreign or not has_older):
-                    keep_backup(self.path)
-                    self._has_backup = True
+                self._back_up_once(is_hand_written)
                 self._replace_file(lines)
             except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
-                time.sleep(PAUSE)
+                time.sleep(RETRY_SECONDS)
             else:
                 self._lines = lines
                 self._stamp = _stamp_of(self.path)
@@ -132,26 +130,36 @@ class CaptionList:
             "program, then run again."
         )
 
-    def _change_lines(self, changes: Mapping[str, Change]) -> tuple[list[str], int]:
+    def _back_up_once(self, is_hand_written: bool) -> None:
+        """Back up the list as .bak at the first write of a run.
+
+        An existing backup is replaced only if a person wrote the captions that are now replaced.
+        """
+        has_older_backup = self.path.with_name(self.path.name + BACKUP).exists()
+        if not self._has_backup and (is_hand_written or not has_older_backup):
+            keep_backup(self.path)
+            self._has_backup = True
+
+    def _change_lines(self, changes: Mapping[str, LineChange]) -> tuple[list[str], int]:
         """Return all lines of the list after the changes, and the number of changed lines.
 
         A change applies only if its line still has the old values.
         """
         lines = list(self._lines)
-        count = 0
-        for entry, (old, new) in changes.items():
-            values = self.record(entry)
+        num_changed = 0
+        for listed_path, (old, new) in changes.items():
+            values = self.read_line(listed_path)
             if not values or any(values.get(key) != value for key, value in old.items()):
                 continue
             text = json.dumps(values | new, ensure_ascii=False)
             if bad_character(text):  # another value has half a character, as an escape
                 text = json.dumps(values | new)
-            index = self._numbers[entry]
+            index = self._line_indices[listed_path]
             line = lines[index]
             # the line break and a byte order mark remain
             lines[index] = line.replace(line.strip("\ufeff\r\n"), text)
-            count += 1
-        return lines, count
+            num_changed += 1
+        return lines, num_changed
 
     def _replace_file(self, lines: Sequence[str]) -> None:
         """Replace the list file atomically. Raises _ListChanged if it changed after it was read."""
@@ -168,11 +176,23 @@ class CaptionList:
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
-        self._numbers = {}
-        for number, line in enumerate(self._lines):
+        self._line_indices = {}
+        for index, line in enumerate(self._lines):
             # another program may have written only a part of a line so far
             with contextlib.suppress(ValueError, LookupError, TypeError):
-                self._numbers[str(parse_json(line.strip("\ufeff"))[self._key])] = number
+                self._line_indices[str(parse_json(line.strip("\ufeff"))[self._key])] = index
+
+
+def _read_pending_lines(pending_file: Path) -> dict[str, dict[str, Any]]:
+    """Read the lines of a file of pending captions by the path in them; the latest line of a path counts."""
+    lines: dict[str, dict[str, Any]] = {}
+    # the last line may be unfinished, even within a character
+    content = pending_file.read_bytes().decode("utf-8", "replace")
+    for text in content.split("\n"):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            line = parse_json(text)
+            lines[line["path"]] = line
+    return lines
 
 
 class _ListChanged(Exception):
@@ -192,9 +212,9 @@ def _stamp_of(path: Path) -> _Stamp:
     return _Stamp(state.st_mtime_ns, state.st_size)
 
 
-def _key_of(entry: str) -> str:
+def _hide_address(listed_path: str) -> str:
     """Return the path in a line of a list; for an address, which may contain a secret, a hash."""
-    return short_hash(address_identity(entry)) if is_address(entry) else entry
+    return short_hash(address_identity(listed_path)) if is_address(listed_path) else listed_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,48 +223,47 @@ class CaptionLocation:
 
     source: MediaSource
     file: Path  # a text file, or the list
-    lines: CaptionList | None  # the list; None: the file has nothing but this caption
-    entry: str  # the path in the line of the list
+    caption_list: CaptionList | None  # None: a text file that holds nothing but this caption
+    listed_path: str  # the path or address in the line of the list; "" without a list
     caption: str | None  # current text; None: missing, or in a file and not read
     has_caption: bool
-    question: str | None = None  # question for the model about this source; None: the question for all
+    prompt: str | None = None  # prompt for the model about this source; None: the prompt for all
 
     @property
     def name(self) -> str:
         """Name of the caption in its folder's record; addresses, which may contain secrets, are hashed."""
-        if self.lines is None:
+        if self.caption_list is None:
             return self.file.name
-        return f"{self.file.name}: {_key_of(self.entry)}"
+        return f"{self.file.name}: {_hide_address(self.listed_path)}"
 
     @property
-    def media(self) -> str:
+    def display_path(self) -> str:
         """Path of the image or clip for messages, without passwords in an address."""
-        return str(self.source.path) if self.lines is None else hide_secrets(self.entry)
+        return str(self.source.path) if self.caption_list is None else hide_secrets(self.listed_path)
 
     def __str__(self) -> str:
-        return str(self.file) if self.lines is None else f"a line of {self.file}"
+        return str(self.file) if self.caption_list is None else f"a line of {self.file}"
 
-    def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
+    def write(self, text: str, is_hand_written: bool, record: "GeneratedCaptions") -> bool:
         """Write a caption atomically; return False if somebody has changed the caption meanwhile.
 
-        `is_foreign` says that a person wrote the replaced caption, which is then kept as a backup. `record`
+        `is_hand_written` says that a person wrote the replaced caption, which is then backed up. `record`
         lists the captions of the folder that this program has written.
 
         Raises:
             OutputError: If the caption cannot be written.
         """
-        if self.lines is not None:  # the caption is in a line of a list
+        if self.caption_list is not None:
             record.add(self.name, text)
-            change = {"caption": self.caption}, {"caption": text}
-            return self.lines.write({self.entry: change}, is_foreign) > 0
+            change = LineChange({"caption": self.caption}, {"caption": text})
+            return self.caption_list.write({self.listed_path: change}, is_hand_written) > 0
         try:
-            has_changed = read_caption(self.file) != self.caption
-        except DatasetError:
-            # the file cannot be read any more
-            has_changed = True
-        if has_changed:
+            current_caption = read_caption(self.file)
+        except DatasetError:  # somebody has made the file unreadable meanwhile
             return False
-        if is_foreign:
+        if current_caption != self.caption:
+            return False
+        if is_hand_written:
             keep_backup(self.file)
         # first the record: a killed run must not leave a caption that counts as a person's
         record.add(self.name, text)
@@ -252,11 +271,11 @@ class CaptionLocation:
         return True
 
 
-def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
+def find_caption_locations(config: DatasetConfig, reads_captions: bool) -> list[CaptionLocation]:
     """Return where each caption of a dataset is, or would be written: in a text file or in a line of a list.
 
-    Sources are listed as for caching, without control media and masks. A caption that several tables share is
-    returned once. With `texts`, the captions in files are read, too.
+    Media are listed as for caching, without control media and masks. A caption that several tables share is
+    returned once. With `reads_captions`, existing captions in files are read, too.
 
     Raises:
         DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
@@ -269,17 +288,16 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
             "video_jsonl_file or image_jsonl_file over the same media."
         )
     tables = tuple(map(_with_media_only, config.datasets))
-    sources = find_all_sources(dataclasses.replace(config, datasets=tables))
-    lists = {table.jsonl_file: CaptionList(table) for table in tables if table.jsonl_file is not None}
+    caption_lists = {table.jsonl_file: CaptionList(table) for table in tables if table.jsonl_file is not None}
     locations: dict[tuple[Path, str], CaptionLocation] = {}
-    for source in sources:
+    for source in find_all_sources(dataclasses.replace(config, datasets=tables)):
         if source.caption_path is not None:
-            location = _locate_in_file(source, source.caption_path, texts)
+            location = _locate_in_file(source, source.caption_path, reads_captions)
         else:
             assert source.table.jsonl_file is not None  # else the source would have a caption file
-            location = _locate_in_list(source, lists[source.table.jsonl_file])
+            location = _locate_in_list(source, caption_lists[source.table.jsonl_file])
         # tables may share files; each caption is located once
-        locations.setdefault((location.file, location.entry), location)
+        locations.setdefault((location.file, location.listed_path), location)
     return list(locations.values())
 
 
@@ -287,7 +305,7 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
     """Return a copy of a table without control media, masks and audio, so that only media are listed."""
     return dataclasses.replace(
         table,
-        caption_extension=table.caption_extension or EXTENSION,
+        caption_extension=table.caption_extension or DEFAULT_EXTENSION,
         control_directory=None,
         mask_directory=None,
         audio_directory=None,
@@ -296,41 +314,51 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
     )
 
 
-def _locate_in_file(source: MediaSource, file: Path, reads_text: bool) -> CaptionLocation:
+def _locate_in_file(source: MediaSource, file: Path, reads_caption: bool) -> CaptionLocation:
     """Return the location of a caption that has its own text file."""
     has_caption = source.caption is not None
-    text = read_caption(file) if reads_text and has_caption else None
-    return CaptionLocation(source, file, lines=None, entry="", caption=text, has_caption=has_caption)
+    caption = read_caption(file) if reads_caption and has_caption else None
+    return CaptionLocation(
+        source, file, caption_list=None, listed_path="", caption=caption, has_caption=has_caption
+    )
 
 
-def _locate_in_list(source: MediaSource, lines: CaptionList) -> CaptionLocation:
+def _locate_in_list(source: MediaSource, caption_list: CaptionList) -> CaptionLocation:
     """Return the location of a caption that is in a line of a list.
 
     Raises:
         DatasetError: If the list has changed since the source was found.
     """
-    entry = lines.entries.get(source.path)
-    if entry is None:
-        raise DatasetError(f"{lines.path}: the line of {source.path} cannot be found again. Run again.")
-    text = lines.record(entry).get("caption")
-    has_caption = source.caption is not None
+    listed_path = caption_list.listed_paths.get(source.path)
+    if listed_path is None:
+        raise DatasetError(
+            f"{caption_list.path}: the line of {source.path} cannot be found again. Run again."
+        )
     return CaptionLocation(
-        source, lines.path, lines=lines, entry=entry, caption=text, has_caption=has_caption
+        source,
+        caption_list.path,
+        caption_list=caption_list,
+        listed_path=listed_path,
+        caption=caption_list.read_line(listed_path).get("caption"),
+        has_caption=source.caption is not None,
     )
 
 
-def say_missing_keys(config: DatasetConfig) -> list[str]:
+def describe_missing_extensions(config: DatasetConfig) -> list[str]:
     """Return a message for each table that lacks the key that tells where its captions are."""
-    return [
-        f"{table.name} has no caption_extension, so its captions are {EXTENSION} files next to its "
-        f"{table.kind}s. "
-        f'For caching, add this line to the table (or to [general]): caption_extension = "{EXTENSION}"'
-        for table in config.datasets
-        if table.directory and not table.caption_extension
-    ]
+    messages = []
+    for table in config.datasets:
+        if table.directory and not table.caption_extension:
+            messages.append(
+                f"{table.name} has no caption_extension, so its captions are {DEFAULT_EXTENSION} files next "
+                "to "
+                f"its {table.kind}s. For caching, add this line to the table (or to [general]): "
+                f'caption_extension = "{DEFAULT_EXTENSION}"'
+            )
+    return messages
 
 
-class MadeCaptions:
+class GeneratedCaptions:
     """Record of which captions in a folder this program wrote, in a file of JSON lines.
 
     A line is appended for each written caption, with its name and hash, and for the start and the end of
@@ -343,11 +371,11 @@ class MadeCaptions:
         Raises:
             DatasetError: If the record cannot be read.
         """
-        self.path = folder / MADE
+        self.path = folder / RECORD_NAME
         self._written: set[tuple[str, str]] = set()  # pairs of a caption's name and the hash of its text
-        self._pass: str | None = None  # identifier of the unfinished pass
-        self._of_pass: set[str] = set()  # names of the captions that this pass has written
-        self._start = "\n"  # before the next line, because a killed run may have left an unfinished line
+        self._pass: str | None = None  # hash of the options of the unfinished pass
+        self._names_in_pass: set[str] = set()  # names of the captions that this pass has written
+        self._line_start = "\n"  # because a killed run may have left an unfinished line
         try:
             for line in read_lines(self.path):
                 with contextlib.suppress(ValueError):
@@ -364,14 +392,14 @@ class MadeCaptions:
         """Apply a line of the record file: a pass begins or ends, or a caption was written."""
         if "begin" in entry:
             self._pass = entry["begin"]
-            self._of_pass = set()
+            self._names_in_pass = set()
         elif "end" in entry:
             self._pass = None
         else:
             self._written.add((entry["name"], entry["sha256"]))
-            self._of_pass.add(entry["name"])
+            self._names_in_pass.add(entry["name"])
 
-    def has(self, name: str, text: str) -> bool:
+    def contains(self, name: str, text: str) -> bool:
         """Return whether this program wrote `text` as the caption called `name`."""
         return (name, _hash_of(text)) in self._written
 
@@ -383,14 +411,14 @@ class MadeCaptions:
         """
         self._append({"name": name, "sha256": _hash_of(text)})
 
-    def done_before(self, pass_id: str) -> set[str]:
-        """Return the names of the captions that an interrupted pass with this id has replaced."""
-        return self._of_pass if self._pass == pass_id else set()
+    def list_replaced_by(self, options_hash: str) -> set[str]:
+        """Return the names of the captions that an interrupted pass with these options has replaced."""
+        return self._names_in_pass if self._pass == options_hash else set()
 
-    def begin_pass(self, pass_id: str) -> None:
+    def begin_pass(self, options_hash: str) -> None:
         """Record the start of a pass over the files, unless it continues the last recorded pass."""
-        if self._pass != pass_id:
-            self._append({"begin": pass_id})
+        if self._pass != options_hash:
+            self._append({"begin": options_hash})
 
     def end_pass(self) -> None:
         """Record that the current pass is complete; do nothing without one."""
@@ -399,8 +427,8 @@ class MadeCaptions:
 
     def _append(self, entry: dict[str, Any]) -> None:
         """Append an entry to the record file, and apply it."""
-        append_text(self.path, f"{self._start}{json.dumps(entry)}\n")
-        self._start = ""
+        append_text(self.path, f"{self._line_start}{json.dumps(entry)}\n")
+        self._line_start = ""
         self._apply(entry)
 
 
@@ -409,61 +437,64 @@ def _hash_of(text: str) -> str:
     return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
 
 
-def read_made(locations: Iterable[CaptionLocation]) -> dict[Path, MadeCaptions]:
+def read_generated_captions(locations: Iterable[CaptionLocation]) -> dict[Path, GeneratedCaptions]:
     """Return the record of written captions for each folder that has captions."""
     folders = {location.file.parent for location in locations}
-    return {folder: MadeCaptions(folder) for folder in folders}
+    return {folder: GeneratedCaptions(folder) for folder in folders}
 
 
-class WhichCaptions(NamedTuple):
+class OverwriteRules(NamedTuple):
     """Which existing captions are made again, in addition to missing ones."""
 
-    ours: bool  # captions that this program wrote and nobody has edited since
+    generated: bool  # captions that this program wrote and nobody has edited since
     all: bool  # all captions, also hand-written and empty ones
     empty: bool  # empty captions
-    plain: bool = False  # captions that are not JSON objects
+    plain_text: bool = False  # captions that are not JSON objects
 
 
 def plan_captions(
     locations: Sequence[CaptionLocation],
-    records: Mapping[Path, MadeCaptions],
-    rewritten: WhichCaptions,
-    pass_id: str,
+    records: Mapping[Path, GeneratedCaptions],
+    overwrite_rules: OverwriteRules,
+    options_hash: str,
 ) -> tuple[dict[CaptionLocation, str], int]:
     """Select the captions to make, with the reason for each.
 
     Args:
         locations: Locations of all captions.
         records: Record of each folder.
-        rewritten: Which existing captions to make again.
-        pass_id: Hash of the options, which is equal for a run that continues an interrupted one.
+        overwrite_rules: Which existing captions to make again.
+        options_hash: Hash of the options. A run with the same one continues an interrupted run.
 
     Returns:
-        The captions to make with the reason (MISSING, EMPTY, OURS or FOREIGN), and the number of captions
-        that an interrupted run has already made again.
+        The captions to make with the reason (MISSING, EMPTY, GENERATED or HAND_WRITTEN), and the number of
+        captions that an interrupted run has already made again.
     """
-    jobs = {}
-    num_done = 0
+    reasons = {}
+    num_done_before = 0
     for location in locations:
         record = records[location.file.parent]
-        reason = _reason_to_make(location, record, rewritten)
-        # a replaced caption would be replaced again after an interruption; missing ones exist by then
-        if reason in (OURS, FOREIGN) and location.name in record.done_before(pass_id):
-            num_done += 1
+        reason = _reason_to_make(location, record, overwrite_rules)
+        # without the record of the interrupted run, its captions would be replaced once more
+        was_replaced = location.name in record.list_replaced_by(options_hash)
+        if reason in (GENERATED, HAND_WRITTEN) and was_replaced:
+            num_done_before += 1
         elif reason is not None:
-            jobs[location] = reason
-    return jobs, num_done
+            reasons[location] = reason
+    return reasons, num_done_before
 
 
-def _reason_to_make(location: CaptionLocation, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
+def _reason_to_make(
+    location: CaptionLocation, record: GeneratedCaptions, overwrite_rules: OverwriteRules
+) -> str | None:
     """Return why a caption has to be made; None if the existing one stays."""
     if not location.has_caption:
         return MISSING
     if location.caption is None:  # not read, or a line with a list of captions, which a person wrote
         return None
     if not location.caption.strip():
-        return EMPTY if rewritten.empty or rewritten.all else None
-    is_converted = rewritten.plain and not looks_like_object(location.caption)
-    if record.has(location.name, location.caption):
-        return OURS if rewritten.ours or rewritten.all or is_converted else None
-    return FOREIGN if rewritten.all or is_converted else None
+        return EMPTY if overwrite_rules.empty or overwrite_rules.all else None
+    is_converted = overwrite_rules.plain_text and not looks_like_object(location.caption)
+    if record.contains(location.name, location.caption):
+        return GENERATED if overwrite_rules.generated or overwrite_rules.all or is_converted else None
+    return HAND_WRITTEN if overwrite_rules.all or is_converted else None

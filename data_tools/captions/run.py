@@ -9,38 +9,39 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_tools.captions.asking import (
-    Answerer,
+    Captioner,
     Frames,
-    Look,
     NoCaptionError,
-    read_shown,
+    ReadFrames,
+    read_sampled_frames,
     reword,
 )
-from data_tools.captions.formats import ObjectAsker, reword_object, write_object
+from data_tools.captions.formats import JsonCaptioner, reword_object, write_object
 from data_tools.captions.local_model import load_model
 from data_tools.captions.options import (
-    TOKENS,
-    TOKENS_OF_OBJECTS,
+    DEFAULT_MAX_JSON_TOKENS,
+    DEFAULT_MAX_TOKENS,
     AskOptions,
     CaptioningOptions,
     WordingOptions,
 )
 from data_tools.captions.places import (
-    FOREIGN,
-    OURS,
+    GENERATED,
+    HAND_WRITTEN,
     CaptionList,
     CaptionLocation,
-    Change,
-    MadeCaptions,
-    WhichCaptions,
-    find_places,
+    GeneratedCaptions,
+    LineChange,
+    OverwriteRules,
+    describe_missing_extensions,
+    find_caption_locations,
     plan_captions,
-    read_made,
-    say_missing_keys,
+    read_generated_captions,
 )
 from data_tools.captions.server import ApiServer
 from dataset.caching.prefetch import Failure, first_lines
@@ -63,22 +64,22 @@ logger = logging.getLogger(__name__)
 LISTED = 50  # maximum number of missing or failed captions that are listed
 LISTED_EDITS = 20  # maximum number of edits that are listed
 SHOWN = 160  # characters of a caption in messages
-GIVE_UP = 20  # the run stops after this number of failures if no file got a caption
-SERVER_GONE = 5  # the run stops after the server failed for this number of files in a row
+MAX_INITIAL_FAILURES = 20  # the run stops after this number of failures if no file got a caption
+MAX_SERVER_FAILURES = 5  # the run stops after the server failed for this number of files in a row
 
 
 @dataclass(frozen=True)
-class CaptionMaker:
+class CaptionBackend:
     """What makes captions (a model or server), and which captions it makes."""
 
-    name: str  # name of the model, for messages
-    pass_id: str  # hash of the options, see `plan_captions`
-    rewritten: WhichCaptions
-    load: Callable[[], Answerer]  # loads the model
-    look: Look  # reads the frames of a source; raises MediaError if that fails
-    finish: Callable[[CaptionLocation, str], str]  # turns an answer into a caption; "" if nothing remains
+    model_name: str  # for messages
+    options_hash: str  # a run with the same hash continues an interrupted one
+    overwrite_rules: OverwriteRules
+    load_captioner: Callable[[], Captioner]  # loads the model
+    read_frames: ReadFrames  # reads the frames of a source; raises MediaError if that fails
+    postprocess: Callable[[CaptionLocation, str], str]  # answer -> caption; "" if nothing remains
     # called at the end: describes which keys answers lacked; None: no key was missing
-    describe_unsaid: Callable[[], str | None] = lambda: None
+    describe_missing_keys: Callable[[], str | None] = lambda: None
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
@@ -87,61 +88,81 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     Raises:
         UserError: If an option or the dataset is invalid, or if captions failed.
     """
+    _reject_repeated_affixes(config, options.wording)
+    format = None if options.caption_format is None else caption_formats()[options.caption_format]
+    if options.edit_only:
+        edit_captions(config, options.wording, options.dry_run, format)
+        return
+    if format is None:
+        backend = _make_text_backend(options, DEFAULT_MAX_TOKENS)
+    else:
+        _reject_image_editing(config, options)
+        backend = _make_json_backend(options, format)
+    if options.try_on is not None:
+        try_captions(config, backend, options.try_on)
+    else:
+        write_captions(config, backend, options.dry_run)
+
+
+def _reject_repeated_affixes(config: DatasetConfig, wording: WordingOptions) -> None:
+    """Raise OptionError if training would add a prefix or suffix a second time, by a key of the dataset."""
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
-            text = getattr(options.wording, name).strip()
-            # training would add the text a second time
+            text = getattr(wording, name).strip()
             if text and getattr(table, name) == text:
                 raise OptionError(
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
                     "touching files; it would be there twice. Leave out one of the two."
                 )
-    format = None if options.caption_format is None else caption_formats()[options.caption_format]
-    if options.edit_only:
-        edit_captions(config, options.wording, options.dry_run, format)
-        return
-    default_tokens = TOKENS if format is None else TOKENS_OF_OBJECTS
-    ask = replace(options.ask, max_new_tokens=options.ask.max_new_tokens or default_tokens)
-    maker = CaptionMaker(
-        name=str(options.model.model),
-        pass_id=_pass_of(options),  # equal for the same options, so that an interrupted run is continued
-        rewritten=WhichCaptions(
+
+
+def _make_text_backend(options: CaptioningOptions, default_max_tokens: int) -> CaptionBackend:
+    """Return the model or server that the options name, for captions in plain text."""
+    max_tokens = options.ask.max_new_tokens or default_max_tokens
+    ask_options = replace(options.ask, max_new_tokens=max_tokens)
+    model_name = str(options.model.model)
+    if options.api.api_base is not None:
+        model_name = f"{options.api.api_model} at {options.api.api_base}"
+    return CaptionBackend(
+        model_name=model_name,
+        options_hash=_hash_options(options),
+        overwrite_rules=OverwriteRules(
             options.overwrite, options.overwrite_all, options.fill_empty, options.convert_plain
         ),
-        load=lambda: _load_answerer(options, ask),
-        look=lambda location: look_at(location, ask.num_frames, ask.max_pixels),
-        finish=lambda location, answer: reword(answer, options.wording),
+        load_captioner=lambda: _load_captioner(options, ask_options),
+        read_frames=lambda location: fetch_frames(location, ask_options.num_frames, ask_options.max_pixels),
+        postprocess=lambda location, answer: reword(answer, options.wording),
     )
-    if format is not None:  # the asker checks and rewords captions that are JSON objects
-        _reject_edits(config, options)
-        asker = ObjectAsker(format, options.wording, ask.prompt, tells_plain=options.convert_plain)
-        maker = replace(
-            maker,
-            load=lambda: asker.around(_load_answerer(options, ask)),
-            finish=lambda location, answer: answer,
-            describe_unsaid=asker.describe_unsaid,
-        )
-    if options.api.api_base is not None:
-        maker = replace(maker, name=f"{options.api.api_model} at {options.api.api_base}")
-    if options.try_on is not None:
-        try_captions(config, maker, options.try_on)
-    else:
-        write_captions(config, maker, options.dry_run)
 
 
-def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
+def _make_json_backend(options: CaptioningOptions, format: CaptionFormat) -> CaptionBackend:
+    """Return the model or server that the options name, for captions that are JSON objects."""
+    backend = _make_text_backend(options, DEFAULT_MAX_JSON_TOKENS)
+    # it checks the objects, and applies the wording options to them
+    json_captioner = JsonCaptioner(
+        format, options.wording, options.ask.prompt, includes_plain_caption=options.convert_plain
+    )
+    return replace(
+        backend,
+        load_captioner=lambda: json_captioner.wrap_captioner(backend.load_captioner()),
+        postprocess=lambda location, answer: answer,
+        describe_missing_keys=json_captioner.describe_missing_keys,
+    )
+
+
+def _reject_image_editing(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Raise OptionError if a table is for image editing, where captions are instructions."""
-    lists = tuple(table for table in config.datasets if table.jsonl_file is not None)
-    listed = find_all_sources(replace(config, datasets=lists), captions=False)
+    list_tables = tuple(table for table in config.datasets if table.jsonl_file is not None)
+    listed = find_all_sources(replace(config, datasets=list_tables), captions=False)
     for table in config.datasets:
-        if table.control_directory or any(one.control and one.table is table for one in listed):
+        if table.control_directory or any(source.control and source.table is table for source in listed):
             raise OptionError(
                 f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
                 "its captions say what is changed. A model that sees the results alone cannot write them"
             )
 
 
-def _pass_of(options: CaptioningOptions) -> str:
+def _hash_options(options: CaptioningOptions) -> str:
     """Return a hash of the options that influence captions."""
     info = [options.caption_format, options.overwrite_all]
     made_by = [options.model.model, options.api.api_base, options.api.api_model]
@@ -149,7 +170,7 @@ def _pass_of(options: CaptioningOptions) -> str:
     return hashlib.sha256(values.encode("utf-8")).hexdigest()
 
 
-def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
+def write_captions(config: DatasetConfig, backend: CaptionBackend, dry_run: bool) -> None:
     """Write the missing captions of a dataset, and replace the existing captions that the options select.
 
     With `dry_run`, print what would be written instead. The model is loaded only if there is something to
@@ -159,57 +180,79 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
         DatasetError: If the dataset cannot be used, or at the end if sources got no caption.
     """
     start = time.monotonic()
-    replaces = maker.rewritten.ours or maker.rewritten.all
+    rules = backend.overwrite_rules
     if not dry_run:
-        _add_pending(config)  # captions that a killed run has not put into its list yet
-    locations = find_places(config, texts=replaces or maker.rewritten.empty or maker.rewritten.plain)
-    records = read_made(locations)
-    jobs, num_done = plan_captions(locations, records, maker.rewritten, maker.pass_id)
-    num_kept = len(locations) - len(jobs) - num_done
+        _recover_pending(config)  # captions that a killed run has not put into its list yet
+    reads_captions = rules.generated or rules.all or rules.empty or rules.plain_text
+    locations = find_caption_locations(config, reads_captions)
+    records = read_generated_captions(locations)
+    reasons, num_done_before = plan_captions(locations, records, rules, backend.options_hash)
+    num_kept = len(locations) - len(reasons) - num_done_before
     if dry_run:
-        _print_jobs(config, jobs, num_kept)
+        _print_plan(config, reasons, num_kept)
         return
-    _show_start(config, maker.name, jobs, num_kept=num_kept, num_done=num_done)
-    for text in say_missing_keys(config):
+    _show_start(config, backend.model_name, reasons, num_kept=num_kept, num_done_before=num_done_before)
+    for text in describe_missing_extensions(config):
         logger.warning("%s", text)
-    failures: list[Failure] = []
-    num_changed = 0  # captions that somebody else has written while the model answered
-    replaced_records = list(records.values()) if replaces else []
-    if jobs:
-        answerer = maker.load()
-        for record in replaced_records:
-            record.begin_pass(maker.pass_id)
-        failures, num_changed = _make_captions(answerer, jobs, records, maker)
-    if not failures:  # with failures the pass stays open: the same command then retries only these
-        for record in replaced_records:
-            record.end_pass()
-    num_written = len(jobs) - len(failures) - num_changed
-    num_not_written = len(locations) - len(jobs) + num_changed
-    foreign = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
+    failures, num_changed = _make_recorded_captions(backend, reasons, records)
+    num_written = len(reasons) - len(failures) - num_changed
+    num_not_written = len(locations) - len(reasons) + num_changed
+    changed_text = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
     rows: list[Row] = [
         ("captions", f"{num_written} written, {num_not_written} kept"),
-        ("kept", foreign),
-        ("not said", maker.describe_unsaid()),
+        ("kept", changed_text),
+        ("not said", backend.describe_missing_keys()),
         ("time", format_duration(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
     if failures:
-        lines = [
-            f"{len(failures)} of {len(jobs)} got no caption; all others are done:",
-            *first_lines(failures, LISTED),
-            "  Repair or remove these files, or try other options, then run the same command again.",
-        ]
-        raise DatasetError("\n".join(lines))
+        raise _explain_failures(failures, num_to_caption=len(reasons))
 
 
-def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionLocation, str], num_kept: int) -> None:
-    """Print the captions that would be written, for --dry_run."""
-    counts = f"{format_count(len(jobs), 'caption')} would be made, {num_kept} are kept"
-    lines = [f"{location.source.path} ({why}): {location}" for location, why in jobs.items()]
-    _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
+def _explain_failures(failures: Sequence[Failure], num_to_caption: int) -> DatasetError:
+    """Return the error at the end of a run in which sources got no caption."""
+    lines = [
+        f"{len(failures)} of {num_to_caption} got no caption; all others are done:",
+        *first_lines(failures, LISTED),
+        "  Repair or remove these files, or try other options, then run the same command again.",
+    ]
+    return DatasetError("\n".join(lines))
 
 
-def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None:
+def _make_recorded_captions(
+    backend: CaptionBackend,
+    reasons: Mapping[CaptionLocation, str],
+    records: Mapping[Path, GeneratedCaptions],
+) -> tuple[list[Failure], int]:
+    """Load the model and make all captions in `reasons`; return what `_make_captions` returns.
+
+    If existing captions are replaced, the records note the pass over them. It stays open after failures, so
+    that the same command retries only these.
+    """
+    rules = backend.overwrite_rules
+    records_of_pass = list(records.values()) if rules.generated or rules.all else []
+    failures: list[Failure] = []
+    num_changed = 0
+    if reasons:
+        captioner = backend.load_captioner()
+        for record in records_of_pass:
+            record.begin_pass(backend.options_hash)
+        failures, num_changed = _make_captions(captioner, reasons, records, backend)
+    if not failures:
+        for record in records_of_pass:
+            record.end_pass()
+    return failures, num_changed
+
+
+def _print_plan(config: DatasetConfig, reasons: Mapping[CaptionLocation, str], num_kept: int) -> None:
+    """Print the captions that would be written and the reason for each, for --dry_run."""
+    counts = f"{format_count(len(reasons), 'caption')} would be made, {num_kept} are kept"
+    lines = [f"{location.source.path} ({reason}): {location}" for location, reason in reasons.items()]
+    warnings = describe_missing_extensions(config)
+    _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *warnings])
+
+
+def try_captions(config: DatasetConfig, backend: CaptionBackend, count: int) -> None:
     """Caption `count` files as a trial: print the captions and write nothing.
 
     Files without a caption come first.
@@ -217,14 +260,15 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
     Raises:
         DatasetError: If the dataset cannot be used, or if files got no caption.
     """
-    locations = sorted(find_places(config, texts=False), key=lambda location: location.has_caption)[:count]
-    answerer = maker.load()
+    locations = find_caption_locations(config, reads_captions=False)
+    locations.sort(key=lambda location: location.has_caption)
+    captioner = backend.load_captioner()
     failures: list[Failure] = []
-    answers = answerer(locations, maker.look)
+    answers = captioner(locations[:count], backend.read_frames)
     with contextlib.closing(answers):
         for location, answer in answers:
             if isinstance(answer, str):
-                _print([str(location.source.path), f"  {maker.finish(location, answer)}"])
+                _print([str(location.source.path), f"  {backend.postprocess(location, answer)}"])
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, answer))
@@ -234,69 +278,70 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
 
 
-def look_at(location: CaptionLocation, num_frames: int, max_pixels: int) -> Frames:
-    """Return the frames of a media file that the captioning model sees.
+def fetch_frames(location: CaptionLocation, num_frames: int, max_pixels: int) -> Frames:
+    """Return the frames of an image or clip that the captioning model sees; a remote file is downloaded.
 
     Raises:
         MediaError: If the file cannot be read.
     """
     source = location.source
-    media = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])
     is_image = source.table.kind == "image"
-    with fetch(media) as fetched:
-        return read_shown(fetched.path, is_image, num_frames, max_pixels)
+    without_companions = replace(source, control=(), mask=None, remote_or_packed=source.remote_or_packed[:1])
+    with fetch(without_companions) as local_source:
+        return read_sampled_frames(local_source.path, is_image, num_frames, max_pixels)
 
 
-def _add_pending(config: DatasetConfig) -> None:
+def _recover_pending(config: DatasetConfig) -> None:
     """Move captions left by a killed run of an earlier version into their lists."""
     for table in config.datasets:
         if table.jsonl_file:
             pending = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
             if pending.exists():
-                CaptionList(table).add_pending(pending)
+                CaptionList(table).recover_pending(pending)
 
 
 def _show_start(
     config: DatasetConfig,
-    maker: str,
-    jobs: Mapping[CaptionLocation, str],
+    model_name: str,
+    reasons: Mapping[CaptionLocation, str],
     num_kept: int,
-    num_done: int,
+    num_done_before: int,
 ) -> None:
     """Show what a captioning run will do: dataset, numbers of captions, and model.
 
-    `num_done` is the number of captions that an interrupted run has already replaced.
+    `num_done_before` is the number of captions that an interrupted run has already replaced.
     """
-    reasons = Counter(jobs.values())
-    counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
-    if reasons[OURS]:
-        counts.append(f"{reasons[OURS]} of these again")
-    if reasons[FOREIGN]:
-        counts.append(f"{reasons[FOREIGN]} of these in place of hand-written ones, which become .bak")
-    if num_done:
-        counts.append(f"{num_done} made again by the previous run")
+    num_by_reason = Counter(reasons.values())
+    num_hand_written = num_by_reason[HAND_WRITTEN]
+    counts = [f"{len(reasons)} to make", f"{num_kept} kept"]
+    if num_by_reason[GENERATED]:
+        counts.append(f"{num_by_reason[GENERATED]} of these again")
+    if num_hand_written:
+        counts.append(f"{num_hand_written} of these in place of hand-written ones, which become .bak")
+    if num_done_before:
+        counts.append(f"{num_done_before} made again by the previous run")
     rows: list[Row] = [
         ("data", str(config.path)),
         ("captions", ", ".join(counts)),
-        ("made by", maker),
+        ("made by", model_name),
     ]
     show_box("Captioning", rows)
 
 
-def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
+def _load_captioner(options: CaptioningOptions, ask_options: AskOptions) -> Captioner:
     """Return the function that makes captions, with a server or with a local model that is loaded first."""
     if options.api.api_base is None:
-        return load_model(options.model, ask).answer
-    return ApiServer(options.api, ask).answer
+        return load_model(options.model, ask_options).caption
+    return ApiServer(options.api, ask_options).caption
 
 
 def _make_captions(
-    answerer: Answerer,
-    jobs: Mapping[CaptionLocation, str],
-    records: Mapping[Path, MadeCaptions],
-    maker: CaptionMaker,
+    captioner: Captioner,
+    reasons: Mapping[CaptionLocation, str],
+    records: Mapping[Path, GeneratedCaptions],
+    backend: CaptionBackend,
 ) -> tuple[list[Failure], int]:
-    """Ask for the captions one after another, and write each caption as soon as it arrives.
+    """Caption each location in `reasons`, and write each caption as soon as it arrives.
 
     Returns:
         The failures, and the number of captions that were not replaced because somebody changed them
@@ -307,61 +352,58 @@ def _make_captions(
     """
     failures: list[Failure] = []
     num_changed = 0
-    rejections = _Rejections()
-    answers = answerer(list(jobs), maker.look)
-    with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
+    failure_limit = _FailureLimit()
+    answers = captioner(list(reasons), backend.read_frames)
+    with contextlib.closing(answers), Bar(len(reasons), "captions", unit="caption") as bar:
         for location, answer in answers:
-            error = None if isinstance(answer, str) else answer
-            if isinstance(answer, str):
-                rejections.clear()  # the server or model works
-                caption = maker.finish(location, answer)
+            try:
+                if not isinstance(answer, str):
+                    raise answer  # other errors than those below, such as SystemExit, end the run
+                failure_limit.note_answer()
+                caption = backend.postprocess(location, answer)
                 if not caption:
-                    error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-                else:
-                    replaces_foreign = jobs[location] == FOREIGN  # a caption that somebody else wrote
-                    record = records[location.file.parent]
-                    if not location.write(caption, replaces_foreign, record):
-                        num_changed += 1
-            if isinstance(error, (MediaError, NoCaptionError)):
+                    raise NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
+                is_hand_written = reasons[location] == HAND_WRITTEN  # the caption that is replaced
+                if not location.write(caption, is_hand_written, records[location.file.parent]):
+                    num_changed += 1
+            except (MediaError, NoCaptionError) as error:
                 failures.append(Failure.of(location.source, error))
                 logger.warning("%s", failures[-1])
-            elif error is not None:  # ends the run; may be SystemExit
-                raise error
-            # raises if nearly all sources fail for lack of a caption
-            if isinstance(error, NoCaptionError):
-                rejections.add(error)
+                if isinstance(error, NoCaptionError):
+                    failure_limit.note_failure(error)
             bar.update()
     return failures, num_changed
 
 
-class _Rejections:
-    """Count sources without a caption in order to end a run in which nearly all fail."""
+class _FailureLimit:
+    """Ends a run in which nearly all sources get no caption."""
 
     def __init__(self) -> None:
         self._has_answer = False
-        self._total = 0
-        self._of_server = 0  # server failures in a row
+        self._num_failures = 0
+        self._num_server_failures = 0  # in a row
 
-    def clear(self) -> None:
-        """Forget earlier failures, since an answer has arrived."""
+    def note_answer(self) -> None:
+        """Note that the server or model works."""
         self._has_answer = True
-        self._of_server = 0
+        self._num_server_failures = 0
 
-    def add(self, error: NoCaptionError) -> None:
+    def note_failure(self, error: NoCaptionError) -> None:
         """Count a source that got no caption, and end the run if nearly all fail.
 
         Raises:
             UserError: If the server fails many times in a row, or if the first sources all get no caption.
         """
-        self._total += 1
-        self._of_server = self._of_server + 1 if error.server_failed else 0  # failures in a row
-        if self._of_server == SERVER_GONE:
+        self._num_failures += 1
+        self._num_server_failures = self._num_server_failures + 1 if error.server_failed else 0
+        if self._num_server_failures == MAX_SERVER_FAILURES:
             raise UserError(
                 f"The server fails again and again: {error}. What is written stays: run again later."
             )
-        if not self._has_answer and self._total == GIVE_UP:
+        if not self._has_answer and self._num_failures == MAX_INITIAL_FAILURES:
             raise UserError(
-                f"None of the first {GIVE_UP} got a caption, the last one because {error}. Nothing "
+                f"None of the first {MAX_INITIAL_FAILURES} got a caption, the last one because {error}. "
+                "Nothing "
                 "more is tried. Try another model, or other options."
             )
 
@@ -372,13 +414,13 @@ def _print(lines: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Edit:
+class _CaptionEdit:
     """One caption before and after editing."""
 
     location: CaptionLocation
     old: str
     new: str  # "" if a caption would become empty
-    change: Change = ({}, {})  # old and new values, for a line in a list
+    line_change: LineChange | None = None  # for a caption in a line of a list
 
 
 def edit_captions(
@@ -398,8 +440,8 @@ def edit_captions(
         DatasetError: If the dataset cannot be used, or at the end if captions would have become empty.
         OptionError: If words should be added to a JSON object of unknown format.
     """
-    locations = find_places(config, texts=True)
-    records = read_made(locations)
+    locations = find_caption_locations(config, reads_captions=True)
+    records = read_generated_captions(locations)
     all_edits = list(_list_edits(locations, wording, format))
     edits = [edit for edit in all_edits if edit.new]
     emptied = [edit for edit in all_edits if not edit.new]
@@ -412,14 +454,17 @@ def edit_captions(
     if emptied:
         raise DatasetError(
             f"{format_count(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0].location.media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove "
+            f"{emptied[0].location.display_path}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, "
+            "or remove "
             "them and have new ones made."
         )
 
 
-def _print_edits(edits: Sequence[_Edit]) -> None:
+def _print_edits(edits: Sequence[_CaptionEdit]) -> None:
     """Print the captions before and after editing, for --dry_run."""
-    lines = [f"{edit.location.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
+    lines = [
+        f"{edit.location.display_path}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits
+    ]
     head = f"{format_count(len(edits), 'caption')} would be changed. Nothing is written."
     _print([head, *first_lines(lines, LISTED_EDITS)])
 
@@ -429,65 +474,71 @@ def _shorten(caption: str) -> str:
     return shorten(" / ".join(caption.split("\n")), SHOWN)
 
 
-def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -> None:
-    """Write edited captions: files one by one, then each list once."""
-    changes: dict[CaptionList, dict[str, Change]] = defaultdict(dict)
+def _write_edits(edits: Sequence[_CaptionEdit], records: Mapping[Path, GeneratedCaptions]) -> None:
+    """Write edited captions: text files one by one, then each list once."""
+    changes_of_lists: dict[CaptionList, dict[str, LineChange]] = defaultdict(dict)
     for edit in edits:
         location = edit.location
         record = records[location.file.parent]
-        # a record lists the captions that this program wrote, with hashes: an edited one still counts
-        if record.has(location.name, edit.old):
+        # an edited caption of this program still counts as its own
+        if record.contains(location.name, edit.old):
             record.add(location.name, edit.new)
-        if location.lines is None:
+        if location.caption_list is None:
             keep_backup(location.file)
             write_text(location.file, edit.new)
         else:
-            changes[location.lines][location.entry] = edit.change
-    for captions, by_entry in changes.items():
+            assert edit.line_change is not None
+            changes_of_lists[location.caption_list][location.listed_path] = edit.line_change
+    for caption_list, changes in changes_of_lists.items():
         # the old list is always backed up, as its captions may be a person's
-        captions.write(by_entry, is_foreign=True)
+        caption_list.write(changes, is_hand_written=True)
 
 
 def _list_edits(
     locations: Sequence[CaptionLocation], wording: WordingOptions, format: CaptionFormat | None
-) -> Iterator[_Edit]:
+) -> Iterator[_CaptionEdit]:
     """Yield the old and the new text of each caption that the wording options change.
 
     `format` is the format of captions that are JSON objects; None if none is chosen.
     """
-
-    def reword_text(location: CaptionLocation, caption: str) -> str:
-        """Apply the wording options to a plain caption, or to each text in a JSON caption."""
-        content = read_if_object(caption)
-        if content is None:
-            return reword(caption, wording)
-        _check_words_around(location, content, wording, format)
-        return write_object(reword_object(content, wording, "" if format is None else format.main))
-
     for location in locations:
-        is_several = location.source.table.multi_caption
-        if location.lines is not None:
-            edit = _edit_line(location, location.lines.record(location.entry), is_several, reword_text)
+        reword_text = partial(_reword_text, location=location, wording=wording, format=format)
+        has_several = location.source.table.multi_caption
+        if location.caption_list is not None:
+            edit = _edit_line(location, has_several, reword_text)
             if edit is not None:
                 yield edit
         elif location.caption is not None:
-            lines = lines_of(location.caption) if is_several else [location.caption]
+            lines = lines_of(location.caption) if has_several else [location.caption]
             # a caption that becomes empty loses its line
-            text = "\n".join(filter(None, (reword_text(location, line) for line in lines)))
+            text = "\n".join(filter(None, map(reword_text, lines)))
             if text != location.caption:
-                yield _Edit(location, location.caption, text)
+                yield _CaptionEdit(location, location.caption, text)
 
 
-def _check_words_around(
+def _reword_text(
+    caption: str, location: CaptionLocation, wording: WordingOptions, format: CaptionFormat | None
+) -> str:
+    """Apply the wording options to a plain caption, or to each text in a JSON caption."""
+    content = read_if_object(caption)
+    if content is None:
+        return reword(caption, wording)
+    _require_main_text(location, content, wording, format)
+    return write_object(reword_object(content, wording, "" if format is None else format.main))
+
+
+def _require_main_text(
     location: CaptionLocation,
     content: Mapping[str, Any],
     wording: WordingOptions,
     format: CaptionFormat | None,
 ) -> None:
-    """Raise OptionError if words cannot be added to a JSON caption, for lack of a known main text."""
+    """Raise OptionError if a trigger word, prefix or suffix has no text in a JSON caption to be added to."""
     if not (wording.trigger_word or wording.caption_prefix or wording.caption_suffix):
         return
-    start = f"{location.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
+    start = (
+        f"{location.display_path}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
+    )
     if format is None:
         formats = ", ".join(caption_formats())
         raise OptionError(
@@ -501,39 +552,36 @@ def _check_words_around(
 
 
 def _edit_line(
-    location: CaptionLocation,
-    line: Mapping[str, Any],
-    is_several: bool,
-    reword_text: Callable[[CaptionLocation, str], str],
-) -> _Edit | None:
-    """Return the edit of a line in a list of captions; None if the wording options change nothing.
+    location: CaptionLocation, has_several: bool, reword_text: Callable[[str], str]
+) -> _CaptionEdit | None:
+    """Return the edit of a caption in a line of a list; None if the wording options change nothing.
 
-    `is_several` says that the line may have several captions under the key "captions". An edit with an empty
+    `has_several` says that the line may have several captions under the key "captions". An edit with an empty
     new text is reported and not written.
     """
-    old: dict[str, Any] = {}
-    new: dict[str, Any] = {}
-    keys = ("caption", "captions") if is_several else ("caption",)
-    for key in keys:
+    assert location.caption_list is not None
+    line = location.caption_list.read_line(location.listed_path)
+    change = LineChange({}, {})
+    for key in ("caption", "captions") if has_several else ("caption",):
         value = line.get(key)  # a text or a list of texts
         if value is None:
             continue
         if isinstance(value, str):
-            reworded: str | list[str] = reword_text(location, value)
+            reworded: str | list[str] = reword_text(value)
         else:
-            reworded = [reword_text(location, text) for text in value]
+            reworded = [reword_text(text) for text in value]
         if reworded != value:
-            old[key] = value
-            new[key] = reworded
-    if not new:
+            change.old[key] = value
+            change.new[key] = reworded
+    if not change.new:
         return None
-    new_texts = _list_texts(new)
-    return _Edit(
+    new_texts = _list_texts(change.new)
+    return _CaptionEdit(
         location,
-        old="\n".join(_list_texts(old)),
+        old="\n".join(_list_texts(change.old)),
         # one empty caption makes the whole line an edit that is not written
         new="\n".join(new_texts) if all(new_texts) else "",
-        change=(old, new),
+        line_change=change,
     )
 
 

@@ -12,7 +12,7 @@ import os
 import random
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,12 +45,12 @@ from modules.text_files import parse_json, read_text
 T = TypeVar("T")
 Clip = NDArray[np.uint8]  # F H W 3
 
-MAX_WAITING = 1 << 29  # bytes of frames that may wait for a full batch of their shape
+MAX_WAITING_BYTES = 1 << 29  # bytes of frames that may wait for a full batch of their shape
 IMAGES, VIDEOS, PROMPTS = "images", "videos", "prompts"
 FOLDERS = (IMAGES, IMAGE_MOMENTS, VIDEOS, MOMENTS, PROMPTS, EMBEDS)
 SUFFIXES = {IMAGES: ".png", VIDEOS: ".mp4", PROMPTS: ".txt"}  # suffixes; all others are .pt
 # keys in data.jsonl -> folders of the files that they name
-KEYS = {
+FOLDERS_BY_KEY = {
     "prompt_embed": EMBEDS,
     "image": IMAGES,
     "image_latent": IMAGE_MOMENTS,
@@ -59,10 +59,10 @@ KEYS = {
 }
 
 
-class Draws(NamedTuple):
+class CropAndFlip(NamedTuple):
     """Random crop position and mirroring, drawn once per clip."""
 
-    place: tuple[float, float]  # left and top of the crop, in 0..1
+    crop_position: tuple[float, float]  # left and top of the crop, as fractions of the margin
     is_flipped: bool
 
 
@@ -75,47 +75,47 @@ class PreparedItem:
     source: Path
     folder: Path
 
-    def file(self, kind: str) -> Path:
+    def path_of(self, kind: str) -> Path:
         """Return the path of a result file by its kind, such as `videos` or `prompts`."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property
-    def facts(self) -> Path:
-        """Path of a clip's info file; the file is written last, so it marks the clip as finished."""
-        return self.file(VIDEOS).with_suffix(".txt")
+    def info_file(self) -> Path:
+        """Path of the file with a clip's frame count and size; written last, it marks a finished clip."""
+        return self.path_of(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
         """Read num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
-        info = parse_json(read_text(self.facts))
+        info = parse_json(read_text(self.info_file))
         return {key: int(info[key]) for key in ("num_frames", "height", "width")}
 
-    def has_media(self, latents: bool, image_latents: bool) -> bool:
+    def has_media_files(self, needs_latents: bool, needs_image_latents: bool) -> bool:
         """Return whether the clip's files exist and are newer than the clip itself.
 
-        `latents` and `image_latents` say whether it needs VAE moments of the clip and of its first frame.
+        The arguments say whether it needs VAE moments of the clip and of its first frame.
         """
         kinds = [VIDEOS, IMAGES]
-        if latents:
+        if needs_latents:
             kinds.append(MOMENTS)
-        if image_latents:
+        if needs_image_latents:
             kinds.append(IMAGE_MOMENTS)
         try:
             self.read_info()
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        is_newer = self.source.is_dir() or self.source.stat().st_mtime_ns <= self.facts.stat().st_mtime_ns
-        return is_newer and all(self.file(kind).exists() for kind in kinds)
+        is_newer = self.source.is_dir() or self.source.stat().st_mtime_ns <= self.info_file.stat().st_mtime_ns
+        return is_newer and all(self.path_of(kind).exists() for kind in kinds)
 
-    def has_texts(self, embeds: bool) -> bool:
+    def has_caption_files(self, needs_embeds: bool) -> bool:
         """Return whether a caption's files exist and belong to its current text.
 
-        `embeds` says whether its embeddings are needed, too.
+        `needs_embeds` says whether its embeddings are needed, too.
         """
-        path = self.file(EMBEDS)
-        if embeds and not (path.exists() and embeds_note(path).exists()):
+        path = self.path_of(EMBEDS)
+        if needs_embeds and not (path.exists() and embeds_note(path).exists()):
             return False
         try:
-            return read_text(self.file(PROMPTS)) == self.caption
+            return read_text(self.path_of(PROMPTS)) == self.caption
         except (OSError, ValueError):
             return False
 
@@ -128,11 +128,11 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     errors, if the data are invalid or a clip is missing.
     """
     root = source.data_root
-    name = f"--data_root {root}"
+    option_text = f"--data_root {root}"
     table = DatasetTable(
-        root,
-        0,
-        "video",
+        config_path=root,
+        index=0,
+        kind="video",
         own=CogVideoXKeys(
             root,
             dataset_file=source.dataset_file,
@@ -142,26 +142,31 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
         caption_column=source.caption_column,
     )
     errors: list[Fault] = []
-    rows = list(read_rows(table, name, errors))
-    raise_errors([*errors, *missing_clips(name, rows)])
+    rows = list(read_rows(table, option_text, errors))
+    raise_errors([*errors, *missing_clips(option_text, rows)])
     if not rows:
-        raise DatasetError(f"{name} has no clips")
+        raise DatasetError(f"{option_text} has no clips")
     num_rows: Counter[Path] = Counter()  # of each clip, so far
     items = []
     for row in rows:
         num_rows[row.video] += 1
         path = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
-        # a hash makes the name reproducible; file names may contain bytes that are not UTF-8
-        text = json.dumps([seed, path.as_posix(), num_rows[row.video]])
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        uid = str(uuid.UUID(bytes=digest[:16], version=4))
+        name = _make_item_name(seed, path, row_number=num_rows[row.video])
         # a caption file has one line
         caption = " ".join(row.caption.splitlines())
-        items.append(PreparedItem(uid, caption, row.video, folder))
+        items.append(PreparedItem(name, caption, row.video, folder))
     return items
 
 
-def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
+def _make_item_name(seed: int, path: Path, row_number: int) -> str:
+    """Return a reproducible UUID for a row: a hash of the seed, the path of its clip, and its number."""
+    text = json.dumps([seed, path.as_posix(), row_number])
+    # file names may contain bytes that are not UTF-8
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=4))
+
+
+def make_list_contents(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the contents of prompts.txt, videos.txt and data.jsonl, by file name.
 
     Args:
@@ -170,7 +175,7 @@ def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[
     """
     lines = []
     for item, info in items:
-        files = {key: item.file(kind) for key, kind in KEYS.items()}
+        files = {key: item.path_of(kind) for key, kind in FOLDERS_BY_KEY.items()}
         paths_in_folder = {
             key: path.relative_to(item.folder).as_posix() if path.exists() else None
             for key, path in files.items()
@@ -207,24 +212,24 @@ def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments
         OutputError: If a file cannot be written.
         CacheError: If a value of the moments is NaN or infinite.
     """
-    # `facts` is the file that marks an item as finished: a kill must not leave it next to new files
-    item.facts.unlink(missing_ok=True)
-    write_video(item.file(VIDEOS), list(frames), fps)
-    write_png(item.file(IMAGES), frames[0])
+    # `info_file` marks an item as finished: a kill must not leave it next to new files
+    item.info_file.unlink(missing_ok=True)
+    write_video(item.path_of(VIDEOS), list(frames), fps)
+    write_png(item.path_of(IMAGES), frames[0])
     for kind, tensor in ((MOMENTS, moments.of_clip), (IMAGE_MOMENTS, moments.of_first_frame)):
         if tensor is None:
-            item.file(kind).unlink(missing_ok=True)  # from an earlier state of the clip
+            item.path_of(kind).unlink(missing_ok=True)  # from an earlier state of the clip
         else:
-            save_pickled(item.file(kind), tensor)
+            save_pickled(item.path_of(kind), tensor)
     count, height, width = frames.shape[:3]
-    write_text(item.facts, json.dumps({"num_frames": count, "height": height, "width": width}))
+    write_text(item.info_file, json.dumps({"num_frames": count, "height": height, "width": width}))
     newest = item.source.stat().st_mtime_ns
-    # a source dated in the future would always be newer than its facts, and never count as done
-    if newest > item.facts.stat().st_mtime_ns:
-        os.utime(item.facts, ns=(newest, newest))
+    # a source dated in the future would always be newer than its info file, and never count as done
+    if newest > item.info_file.stat().st_mtime_ns:
+        os.utime(item.info_file, ns=(newest, newest))
 
 
-def write_texts(
+def write_caption_files(
     item: PreparedItem,
     architecture: str,
     identities: Mapping[str, Mapping[str, str]],
@@ -236,8 +241,8 @@ def write_texts(
     tensor is stored without a dictionary, as other trainers expect. Raises OutputError, or CacheError if a
     value is NaN.
     """
-    path = item.file(EMBEDS)
-    item.file(PROMPTS).unlink(missing_ok=True)  # the file of the caption shows that all others are there
+    path = item.path_of(EMBEDS)
+    item.path_of(PROMPTS).unlink(missing_ok=True)  # the file of the caption shows that all others are there
     if tensors:
         save_pickled(path, next(iter(tensors.values())) if len(tensors) == 1 else tensors)
         note = describe_embeds(item.caption, architecture, identities, tensors)
@@ -245,7 +250,7 @@ def write_texts(
     else:  # existing ones are from an earlier caption
         path.unlink(missing_ok=True)
         embeds_note(path).unlink(missing_ok=True)
-    write_text(item.file(PROMPTS), item.caption)
+    write_text(item.path_of(PROMPTS), item.caption)
 
 
 # --- reading and encoding
@@ -267,55 +272,56 @@ def prepare_clips(
         OutputError: If a file cannot be written.
     """
     failures: list[Failure] = []
-    settings = options.encoding
+    encoding = options.encoding
+    with (
+        write_behind(options.workers.num_artifact_workers) as write,
+        torch.no_grad(),
+        Bar(len(items), "Preparing", "clip", show_progress) as bar,
+        contextlib.closing(_read_ahead(items, options)) as read_clips,
+    ):
+        batches = fill_batches(
+            _collect_failures(read_clips, failures, bar),
+            group_of=lambda pair: pair[1].shape,
+            batch_size_of=lambda _: encoding.batch_size,
+            bytes_of=lambda pair: pair[1].nbytes,
+            max_bytes=MAX_WAITING_BYTES,
+        )
+        for batch in batches:
+            encoded = _encode_batch([clip for _, clip in batch], encode, device, encoding)
+            for (item, clip), moments in zip(batch, encoded, strict=True):
+                write(partial(write_media, item, clip, options.shape.target_fps, moments))
+    return failures
+
+
+def _read_ahead(
+    items: Sequence[PreparedItem], options: PrepareOptions
+) -> Generator[tuple[PreparedItem, Clip | Exception], None, None]:
+    """Yield (item, decoded clip or error) in order, while threads decode the next clips."""
     threads = options.workers
     shape = options.shape
     # upper limit for the memory of a decoded clip
     size_bytes = 3 * max(shape.frame_buckets) * max(shape.height_buckets) * max(shape.width_buckets)
-
-    def read(item: PreparedItem) -> Clip:
-        """Decode the clip of an item."""
-        return read_clip(item.source, shape, item.name, threads.num_decode_threads)
-
-    def clips() -> Iterator[tuple[PreparedItem, Clip]]:
-        """Yield clips in order while threads read ahead; append unreadable clips to `failures`.
-
-        It runs inside the block below, which opens `ahead` and `bar`.
-        """
-        for item, result in ahead:
-            if isinstance(result, (MediaError, OSError)):
-                failures.append(Failure(item.source, str(result), 0, item.name))
-            elif isinstance(result, Exception):
-                raise result
-            else:
-                yield item, result
-            bar.update()
-
-    jobs = run_ahead(
+    return run_ahead(
         items,
-        read,
+        lambda item: read_clip(item.source, shape, item.name, threads.num_decode_threads),
         workers=max(1, threads.dataloader_num_workers),
         size_bytes=lambda _: size_bytes,
         limit_bytes=DECODED_BYTES,
     )
-    with (
-        write_behind(threads.num_artifact_workers) as write,
-        torch.no_grad(),
-        Bar(len(items), "Preparing", "clip", show_progress) as bar,
-        contextlib.closing(jobs) as ahead,
-    ):
-        batches = fill_batches(
-            clips(),
-            group_of=lambda pair: pair[1].shape,
-            batch_size_of=lambda _: settings.batch_size,
-            bytes_of=lambda pair: pair[1].nbytes,
-            max_bytes=MAX_WAITING,
-        )
-        for batch in batches:
-            encoded = _encode_batch([clip for _, clip in batch], encode, device, settings)
-            for (item, clip), moments in zip(batch, encoded, strict=True):
-                write(partial(write_media, item, clip, shape.target_fps, moments))
-    return failures
+
+
+def _collect_failures(
+    results: Iterable[tuple[PreparedItem, Clip | Exception]], failures: list[Failure], bar: Bar
+) -> Iterator[tuple[PreparedItem, Clip]]:
+    """Yield the decoded clips; append unreadable ones to `failures`."""
+    for item, result in results:
+        if isinstance(result, (MediaError, OSError)):
+            failures.append(Failure(item.source, reason=str(result), table=0, stem=item.name))
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            yield item, result
+        bar.update()
 
 
 @dataclass(frozen=True)
@@ -373,29 +379,34 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     generator = random.Random(derive_seed(options.seed, "prepare", name))
     crop_position = (generator.random(), generator.random())  # fractions of the margin
     # drawn once, so that all frames are cropped and mirrored equally
-    draws = Draws(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
+    crop_and_flip = CropAndFlip(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
-    def select_indices(available: int) -> range:
-        """Return evenly spaced frame indices, as many as the largest bucket that the clip can fill."""
-        count = select_frames(available, options.frame_buckets, options.max_num_frames)
-        if count is None:
-            raise MediaError(
-                f"{path} has {available} frames, the smallest of --frame_buckets is "
-                f"{min(options.frame_buckets)}"
-            )
-        step = available // count
-        return range(0, step * count, step)
-
-    def shape(frame: Frame) -> Frame:
+    def fit_frame(frame: Frame) -> Frame:
         """Resize and crop a frame to the size bucket of the clip's first frame."""
         nonlocal size
         if size is None:
-            sides = (frame.shape[1], frame.shape[0])
-            size = select_size(sides, options.height_buckets, options.width_buckets)
-        return shape_frame(frame, size, options, draws)
+            frame_size = (frame.shape[1], frame.shape[0])
+            size = select_size(frame_size, options.height_buckets, options.width_buckets)
+        return shape_frame(frame, size, options, crop_and_flip)
 
-    return np.stack(pick_frames(path, select_indices, shape, threads, exact=False))
+    select_indices = partial(_select_indices, path=path, options=options)
+    return np.stack(pick_frames(path, select_indices, fit_frame, threads, exact=False))
+
+
+def _select_indices(available: int, path: Path, options: ShapeOptions) -> range:
+    """Return evenly spaced frame indices, as many as the frame bucket that fits a clip.
+
+    Raises:
+        MediaError: If the clip has fewer frames than the smallest bucket.
+    """
+    count = select_frames(available, options.frame_buckets, options.max_num_frames)
+    if count is None:
+        raise MediaError(
+            f"{path} has {available} frames, the smallest of --frame_buckets is {min(options.frame_buckets)}"
+        )
+    step = available // count
+    return range(0, step * count, step)
 
 
 def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:
@@ -408,18 +419,18 @@ def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int |
 
 
 def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
-    """Return the (width, height) with the smallest |Δh| + |Δw|; the first of equally near ones."""
+    """Return the (width, height) that is nearest to `size` in each side; the first of equally near ones."""
     width, height = size
     nearest_width = min(widths, key=lambda bucket: abs(bucket - width))
     nearest_height = min(heights, key=lambda bucket: abs(bucket - height))
     return nearest_width, nearest_height
 
 
-def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:
+def shape_frame(frame: Frame, size: Size, options: ShapeOptions, crop_and_flip: CropAndFlip) -> Frame:
     """Resize a frame, H W 3, to `size`, then crop and mirror it according to the options."""
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)
     else:
         is_centered = options.video_reshape_mode == "center"
-        frame = resize_cover(frame, size, place=None if is_centered else draws.place)
-    return np.ascontiguousarray(frame[:, ::-1]) if draws.is_flipped else frame
+        frame = resize_cover(frame, size, place=None if is_centered else crop_and_flip.crop_position)
+    return np.ascontiguousarray(frame[:, ::-1]) if crop_and_flip.is_flipped else frame

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,20 +23,29 @@ from protocols.family import EncoderAbilities, TextEncoder
 from protocols.requests import Prompt
 from protocols.rules import CountTokens, TokenCount, count_covered_characters
 
-PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)  # of CogVideoX
 KEY = "prompt_embeds"  # of the text encoder's tensor in caches
 
-# class of a pipeline's VAE -> the family, the options of its text encoders by pipeline part, and how these
-# treat the number of tokens
-KNOWN: Mapping[str, tuple[str, Mapping[str, str], str]] = {
-    "AutoencoderKLWan": (
+
+class PipelineFamily(NamedTuple):
+    """How a family of this program encodes with the networks of its diffusers pipeline."""
+
+    name: str
+    # name of a pipeline's component -> option of the family's text caching script
+    text_options: Mapping[str, str]
+    token_rule: str  # how many tokens its text encoders read, for a message
+
+
+# by the class of a pipeline's VAE
+PIPELINE_FAMILIES: Mapping[str, PipelineFamily] = {
+    "AutoencoderKLWan": PipelineFamily(
         "wan",
         {"text_encoder": "--t5", "tokenizer": "--t5_tokenizer"},
         "the text encoder of Wan reads 512 tokens and returns as many rows as a caption has",
     ),
-    "AutoencoderKLHunyuanVideo": (
+    "AutoencoderKLHunyuanVideo": PipelineFamily(
         "hunyuan_video",
         {
             "text_encoder": "--text_encoder1",
@@ -59,13 +68,13 @@ class PipelineNetworks:
 
     architecture: str  # `Family.name` of the model
     latent: LatentSpec
-    identity: Mapping[str, str]  # of the VAE: what moments depend on besides the pixels
-    usable_frames: Callable[[int], int]  # rounds a number of frames down to one that the VAE takes
-    load: Callable[[torch.device], EncodeMoments]
+    vae_identity: Mapping[str, str]  # values that moments depend on, besides the pixels
+    round_down_frames: Callable[[int], int]  # rounds a number of frames down to one that the VAE takes
+    load_vae: Callable[[torch.device], EncodeMoments]
     text_encoders: Sequence[TextEncoder]
 
 
-def find_maker(options: EncodingOptions) -> PipelineNetworks:
+def describe_networks(options: EncodingOptions) -> PipelineNetworks:
     """Describe the networks of a diffusers pipeline for encoding; a repository is downloaded first.
 
     Raises:
@@ -74,26 +83,25 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
         InstallationError: If a package is missing.
         DownloadError: If the repository cannot be downloaded.
     """
-    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    patterns = ["model_index.json", *(f"{component}/*" for component in COMPONENTS)]
     folder = find_model_folder("--model_id", str(options.model_id), patterns)
     hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
     if not (folder / "text_encoder").is_dir():
         raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
     vae_class = _read_vae_class(folder, hint)
     if vae_class == COGVIDEOX:
-        return make_cogvideox(folder, options)
-    if vae_class not in KNOWN:
-        names = ", ".join((*KNOWN, COGVIDEOX))
+        return describe_cogvideox_networks(folder, options)
+    if vae_class not in PIPELINE_FAMILIES:
+        names = ", ".join((*PIPELINE_FAMILIES, COGVIDEOX))
         text = f"--model_id {options.model_id}: its VAE is {vae_class}; known are {names}"
         raise CheckpointError(text, folder)
-    # its family, the options of its text encoders, and how these treat the number of tokens
-    family, texts, tokens = KNOWN[vae_class]
+    family = PIPELINE_FAMILIES[vae_class]
     # only CogVideoX can encode a chosen number of tokens
     if options.max_sequence_length != MAX_TOKENS:
         raise OptionError(
-            f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
+            f"--max_sequence_length {options.max_sequence_length}: {family.token_rule}. Leave the option out."
         )
-    return _make_of_family(family, folder, options, texts)
+    return _describe_family_networks(family, folder, options)
 
 
 def _read_vae_class(folder: Path, hint: str) -> str:
@@ -106,34 +114,34 @@ def _read_vae_class(folder: Path, hint: str) -> str:
         raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
 
 
-def _make_of_family(
-    name: str, folder: Path, options: EncodingOptions, texts: Mapping[str, str]
+def _describe_family_networks(
+    family: PipelineFamily, folder: Path, options: EncodingOptions
 ) -> PipelineNetworks:
-    """Describe the networks of a family, using the options of its caching scripts."""
-    entry = FAMILIES[name]
+    """Describe the networks of a family, made with the options of its caching scripts."""
+    entry = FAMILIES[family.name]
     dtype = dtype_name(DTYPES[options.dtype])
-    words = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
+    latent_argv = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
     if options.use_tiling:
-        words.append("--vae_tiling")
+        latent_argv.append("--vae_tiling")
     media_family = entry.make_family(
-        "latent_caching", *parse_options(None, words, entry.options_record("LatentCaching"))
+        "latent_caching", *parse_options(None, latent_argv, entry.options_record("LatentCaching"))
     )
-    words = []
-    for part, option in texts.items():
+    text_argv = []
+    for component, option in family.text_options.items():
         # a tokenizer is optional; the family reports a missing text encoder
-        if part.startswith("text") or (folder / part).exists():
-            words += [option, str(folder / part)]
+        if component.startswith("text") or (folder / component).exists():
+            text_argv += [option, str(folder / component)]
     text_family = entry.make_family(
-        "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
+        "text_caching", *parse_options(None, text_argv, entry.options_record("TextCaching"))
     )
     media_family.check_named_files()
     text_family.check_named_files()
     return PipelineNetworks(
         architecture=media_family.name,
         latent=media_family.latent,
-        identity=media_family.media_identity,
-        usable_frames=media_family.latent.lengths.fit,
-        load=lambda device: media_family.media_encoders(device).vae.moments,
+        vae_identity=media_family.media_identity,
+        round_down_frames=media_family.latent.lengths.fit,
+        load_vae=lambda device: media_family.media_encoders(device).vae.moments,
         text_encoders=text_family.text_encoders(),
     )
 
@@ -142,7 +150,7 @@ def _make_of_family(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
+def describe_cogvideox_networks(folder: Path, options: EncodingOptions) -> PipelineNetworks:
     """Describe the networks of a CogVideoX pipeline, without loading them.
 
     Raises:
@@ -155,11 +163,10 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
     diffusers, _ = _import_packages()
     dtype = DTYPES[options.dtype]
 
-    def load(device: torch.device) -> EncodeMoments:
+    def load_vae(device: torch.device) -> EncodeMoments:
         """Load the VAE and return the function that encodes pixels to moments."""
-        vae = (
-            _load_part(diffusers.AutoencoderKLCogVideoX, folder / "vae", torch_dtype=dtype).to(device).eval()
-        )
+        vae = _load_component(diffusers.AutoencoderKLCogVideoX, folder / "vae", torch_dtype=dtype)
+        vae = vae.to(device).eval()
         if options.use_tiling:
             vae.enable_tiling()
         return lambda pixels: vae.encode(pixels.to(dtype)).latent_dist.parameters
@@ -167,20 +174,22 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
     return PipelineNetworks(
         architecture="cogvideox",
         latent=LATENT,
-        identity={
+        vae_identity={
             "vae": fingerprint(folder / "vae"),
             "vae_dtype": dtype_name(dtype),
             "tile": str(options.use_tiling),
         },
-        usable_frames=usable_frames,
-        load=load,
+        round_down_frames=round_down_frames,
+        load_vae=load_vae,
         text_encoders=(CogTextEncoder(folder, dtype, options.max_sequence_length),),
     )
 
 
-def usable_frames(frames: int) -> int:
-    """Return the largest 4n or 4n + 1 up to `frames`, the lengths that the VAE accepts."""
-    return frames if frames % 4 < 2 else frames // 4 * 4 or 1
+def round_down_frames(frames: int) -> int:
+    """Return the largest 4n or 4n + 1 up to `frames` (at least 1), the lengths that the VAE accepts."""
+    if frames % 4 in (0, 1):
+        return frames
+    return max(1, frames // 4 * 4)
 
 
 class CogTextEncoder:
@@ -231,12 +240,14 @@ class CogTextEncoder:
         """Load the tokenizer and the T5 encoder onto `device`."""
         _, transformers = _import_packages()
         self._tokenizer = self._load_tokenizer()
-        model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
+        model = _load_component(
+            transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype
+        )
         self._model = model.to(device).eval()
 
     def _load_tokenizer(self) -> Any:
         """Load the T5 tokenizer from the pipeline's folder."""
-        return _load_part(_import_packages()[1].AutoTokenizer, self.folder / "tokenizer")
+        return _load_component(_import_packages()[1].AutoTokenizer, self.folder / "tokenizer")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -258,7 +269,7 @@ class CogTextEncoder:
         self._model = self._tokenizer = None
 
 
-def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
+def _load_component(kind: Any, folder: Path, **settings: Any) -> Any:
     """Load a component of a pipeline from its folder, without executing code or unpickling.
 
     Raises:

@@ -6,7 +6,7 @@ the first of several processes, in the order of the input.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from checkpoints.containers import load_pickled
 from data_tools.cogvideox import clips
-from data_tools.cogvideox.models import PipelineNetworks, find_maker
-from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
+from data_tools.cogvideox.models import PipelineNetworks, describe_networks
+from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
 from dataset.caching.prefetch import Failure, failure_error, write_behind
@@ -31,6 +31,7 @@ from modules.console import Row, format_count, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError, OptionError
 from protocols.data import Conditions
+from protocols.family import TextEncoder
 from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
@@ -48,40 +49,35 @@ def prepare(options: PrepareOptions) -> None:
         OutputError: If a file cannot be written; in processes other than the main one.
         SystemExit: If a clip failed.
     """
-    encoding = options.encoding
-    # the networks that encode; None: only captions and clips are written
-    maker = find_maker(encoding) if encoding.save_latents_and_embeddings else None
-    if maker is None and encoding.model_id is not None:
-        logger.info(
-            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
-            encoding.model_id,
-        )
-    options = dataclasses.replace(options, shape=usable_shape(options.shape, maker))
+    networks = _select_networks(options.encoding)
+    options = dataclasses.replace(options, shape=round_frame_buckets(options.shape, networks))
     folder = options.output_dir
     items = clips.find_items(options.source, folder, options.shape.seed)
     make_folder(folder, "--output_dir")
-    with join_processes(encoding.device) as share:
-        is_main = share.rank == 0
+    with join_processes(options.encoding.device) as process:
+        is_main = process.rank == 0
         if is_main:
-            _record_settings(options, maker)
+            _record_settings(options, networks)
+            _remove_unfinished_files(folder)
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         # called only to make the others wait until the main process has checked the folder
-        share.gather(None)
+        process.gather(None)
         # each process takes every n-th item
-        work = _find_work(items[share.rank :: share.count], options, maker)
+        missing = _find_missing_files(items[process.rank :: process.count], options, networks)
         if is_main:
-            _show_start(options, share, num_items=len(items), num_to_do=work.num_items)
-        gathered = share.gather((work.num_items, _prepare_share(options, maker, share, work)))
-        failures = [failure for _, failures_of_process in gathered for failure in failures_of_process]
+            _show_start(options, process, num_items=len(items), num_to_do=missing.num_items)
+        failures_of_process = _prepare_items(options, networks, process, missing)
+        gathered = process.gather((missing.num_items, failures_of_process))
+        failures = [failure for _, failures in gathered for failure in failures]
         if not is_main:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
         # items whose files all exist now, from this run or earlier ones
-        complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
+        complete = [item for item in items if _find_missing_files([item], options, networks).num_items == 0]
         _write_lists(complete, folder)
-    num_prepared = sum(count for count, _ in gathered) - len(failures)
+    num_prepared = sum(num_items for num_items, _ in gathered) - len(failures)
     rows: list[Row] = [
         ("items", f"{len(complete)}, {num_prepared} of them prepared by this run"),
         ("lists", f"prompts.txt, videos.txt, data.jsonl in {folder}"),
@@ -91,16 +87,28 @@ def prepare(options: PrepareOptions) -> None:
         raise failure_error(sorted(failures, key=lambda failure: str(failure.path)), "clips")
 
 
-def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do: int) -> None:
+def _select_networks(encoding: EncodingOptions) -> PipelineNetworks | None:
+    """Return the networks that encode; None if only captions and clips are written."""
+    if encoding.save_latents_and_embeddings:
+        return describe_networks(encoding)
+    if encoding.model_id is not None:
+        logger.info(
+            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
+            encoding.model_id,
+        )
+    return None
+
+
+def _show_start(options: PrepareOptions, process: Share, num_items: int, num_to_do: int) -> None:
     """Print what will be prepared, and how much of it is not done yet."""
-    who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
+    who = "clips" if process.count == 1 else f"clips, process 1 of {process.count}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{format_count(num_items, 'clip')}, {num_to_do} of them to do"
     show_box("Preparing", [("data", where), (who, counts)])
 
 
 @dataclass(frozen=True)
-class _Work:
+class _MissingFiles:
     """The items of one process that lack files."""
 
     without_texts: Sequence[clips.PreparedItem]
@@ -112,40 +120,40 @@ class _Work:
         return len({item.name for item in [*self.without_texts, *self.without_media]})
 
 
-def _find_work(
-    items: Sequence[clips.PreparedItem], options: PrepareOptions, maker: PipelineNetworks | None
-) -> _Work:
+def _find_missing_files(
+    items: Sequence[clips.PreparedItem], options: PrepareOptions, networks: PipelineNetworks | None
+) -> _MissingFiles:
     """Return the clips whose text or media files are missing."""
-    saves_latents = maker is not None
+    saves_latents = networks is not None
     saves_images = options.encoding.save_image_latents
-    without_texts = [item for item in items if not item.has_texts(saves_latents)]
-    without_media = [item for item in items if not item.has_media(saves_latents, saves_images)]
-    return _Work(without_texts, without_media)
+    without_texts = [item for item in items if not item.has_caption_files(saves_latents)]
+    without_media = [item for item in items if not item.has_media_files(saves_latents, saves_images)]
+    return _MissingFiles(without_texts, without_media)
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
     """Write the list files with the names of all finished items."""
-    for name, text in clips.list_texts([(item, item.read_info()) for item in items]).items():
+    for name, text in clips.make_list_contents([(item, item.read_info()) for item in items]).items():
         write_text(folder / name, text)
     logger.info("%s in the lists of %s", format_count(len(items), "item"), folder)
 
 
-def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:
+def round_frame_buckets(shape: ShapeOptions, networks: PipelineNetworks | None) -> ShapeOptions:
     """Return the options with frame buckets rounded down, with a warning, to lengths that the VAE accepts.
 
     Raises:
         OptionError: If the VAE does not accept a height or width.
     """
-    if maker is None:
+    if networks is None:
         return shape
-    step = maker.latent.pixel_step
+    step = networks.latent.pixel_step
     for name in ("height_buckets", "width_buckets"):
         invalid_sides = [str(side) for side in getattr(shape, name) if side % step]
         if invalid_sides:
             raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model takes multiples of {step}")
     # the order is kept, and lengths that are equal after rounding appear once
     distinct = tuple(dict.fromkeys(shape.frame_buckets))
-    rounded = tuple(dict.fromkeys(map(maker.usable_frames, shape.frame_buckets)))
+    rounded = tuple(dict.fromkeys(map(networks.round_down_frames, shape.frame_buckets)))
     if rounded != distinct:
         logger.warning(
             "--frame_buckets %s become %s, which the VAE takes",
@@ -155,61 +163,72 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
     return dataclasses.replace(shape, frame_buckets=rounded)
 
 
-def _record_settings(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
-    """Record the settings of the output folder, and remove unfinished files of killed runs.
+def _record_settings(options: PrepareOptions, networks: PipelineNetworks | None) -> None:
+    """Record the settings and encoders of the output folder, which all runs into it share.
 
     Raises:
         OptionError: If the folder was begun with different settings.
     """
-    settings = dataclasses.asdict(options.shape)
-    for name, value in settings.items():
-        if isinstance(value, tuple):
-            settings[name] = list(value)  # the earlier settings, read from JSON, have lists too
+    record = _make_record(options.shape, networks)
     earlier = read_prepared(options.output_dir)
-    now = PreparedFolder(None, {}, settings)
-    if maker is not None:
-        now = PreparedFolder(maker.architecture, maker.identity, settings)
     if earlier is not None:
-        changed = difference(earlier.settings, now.settings)
+        if networks is None and earlier.architecture is not None:
+            # a run that encodes nothing keeps the record of the encoders
+            record = dataclasses.replace(record, architecture=earlier.architecture, vae=earlier.vae)
+        changed = difference(earlier.settings, record.settings)
         if changed is None and earlier.architecture is not None:
-            if maker is None:  # a run that encodes nothing keeps the record of the encoders
-                now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
-            changed = difference(_describe_model(earlier), _describe_model(now))
+            changed = difference(_describe_encoders(earlier), _describe_encoders(record))
         if changed is not None:
             raise OptionError(
                 f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
                 "ones to continue, or another folder."
             )
-    write_prepared(options.output_dir, now)
+    write_prepared(options.output_dir, record)
+
+
+def _make_record(shape: ShapeOptions, networks: PipelineNetworks | None) -> PreparedFolder:
+    """Return the record of a prepared folder, in the form in which it is read from JSON."""
+    settings = dataclasses.asdict(shape)
+    for name, value in settings.items():
+        if isinstance(value, tuple):
+            settings[name] = list(value)
+    if networks is None:
+        return PreparedFolder(None, {}, settings)
+    return PreparedFolder(networks.architecture, networks.vae_identity, settings)
+
+
+def _describe_encoders(record: PreparedFolder) -> dict[str, Any]:
+    """Return the model and its VAE, in which two encoding runs must agree to share a folder."""
+    return {"architecture": record.architecture, **record.vae}
+
+
+def _remove_unfinished_files(output: Path) -> None:
+    """Remove the unfinished files of killed runs, before any process of this run has begun to write."""
     for name in clips.FOLDERS:
-        folder = options.output_dir / name
+        folder = output / name
         if folder.is_dir():
-            # no process of this run has begun to write: even the newest unfinished file is a leftover
             remove_leftovers(folder, lambda _: True, older_seconds=0)
 
 
-def _describe_model(folder: PreparedFolder) -> dict[str, Any]:
-    """Return the settings in which two runs must agree to share a folder."""
-    return {"architecture": folder.architecture, **folder.vae}
-
-
-def _prepare_share(
-    options: PrepareOptions, maker: PipelineNetworks | None, share: Share, work: _Work
+def _prepare_items(
+    options: PrepareOptions, networks: PipelineNetworks | None, process: Share, missing: _MissingFiles
 ) -> list[Failure]:
     """Prepare the items of this process; networks are loaded only if there is something to encode."""
-    device = share.device
-    is_main = share.rank == 0
-    if maker is None:
-        bar = Bar(len(work.without_texts), "Writing captions", "caption", is_main)
+    device = process.device
+    is_main = process.rank == 0
+    if networks is None:
+        bar = Bar(len(missing.without_texts), "Writing captions", "caption", is_main)
         with write_behind(options.workers.num_artifact_workers) as write, bar:
-            for item in work.without_texts:
+            for item in missing.without_texts:
                 # no model, encoders or embeddings: only the caption itself is written
-                write(partial(clips.write_texts, item, "", {}, {}))
+                write(partial(clips.write_caption_files, item, "", {}, {}))
                 bar.update()
-    elif work.without_texts:
-        _encode_captions(work.without_texts, maker, device, options, show_progress=is_main)
-    encode = None if maker is None or not work.without_media else maker.load(device)
-    failures = clips.prepare_clips(work.without_media, encode, device, options=options, show_progress=is_main)
+    elif missing.without_texts:
+        _encode_captions(missing.without_texts, networks, device, options, show_progress=is_main)
+    encode = None if networks is None or not missing.without_media else networks.load_vae(device)
+    failures = clips.prepare_clips(
+        missing.without_media, encode, device, options=options, show_progress=is_main
+    )
     if encode is not None:
         free_memory(device)
     return failures
@@ -217,7 +236,7 @@ def _prepare_share(
 
 def _encode_captions(
     items: Sequence[clips.PreparedItem],
-    maker: PipelineNetworks,
+    networks: PipelineNetworks,
     device: torch.device,
     options: PrepareOptions,
     show_progress: bool,
@@ -229,31 +248,14 @@ def _encode_captions(
     Raises:
         CheckpointError: If an encoder cannot be loaded.
     """
-    identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
+    identities = {encoder.name: dict(encoder.identity) for encoder in networks.text_encoders}
     batch_size = options.encoding.batch_size
-
-    def write(item: clips.PreparedItem, conditions: Conditions, *, is_first: bool, is_last: bool) -> None:
-        """Add one encoder's embeddings to the file of a caption."""
-        tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
-        if not is_first:
-            earlier = load_pickled(item.file(EMBEDS))
-            # a copy, because the file that is read here is replaced
-            tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
-        if is_last:
-            clips.write_texts(item, maker.architecture, identities, tensors)
-        else:
-            # without its caption file, an item counts as unfinished and is encoded again
-            item.file(clips.PROMPTS).unlink(missing_ok=True)
-            clips.save_pickled(item.file(EMBEDS), tensors)
-
-    for encoder in maker.text_encoders:
-        is_first = encoder is maker.text_encoders[0]
-        is_last = encoder is maker.text_encoders[-1]
+    for encoder in networks.text_encoders:
         encoder.load(device)
         warn_cut_captions(encoder, [(item.source, item.caption) for item in items])
         try:
             with (
-                write_behind(options.workers.num_artifact_workers) as behind,
+                write_behind(options.workers.num_artifact_workers) as write,
                 torch.no_grad(),
                 Bar(len(items), f"Encoding with {encoder.name}", "caption", show_progress) as bar,
             ):
@@ -261,13 +263,34 @@ def _encode_captions(
                     batch = items[start : start + batch_size]
                     encoded = encoder.encode([Prompt(item.caption) for item in batch])
                     for item, conditions in zip(batch, encoded, strict=True):
-                        behind(partial(write, item, conditions, is_first=is_first, is_last=is_last))
+                        write(partial(_add_embeddings, item, conditions, encoder, networks, identities))
                     bar.update(len(batch))
         finally:
             encoder.free()
 
 
-def _own_copy(tensor: Tensor | list[Tensor]) -> Tensor:
+def _add_embeddings(
+    item: clips.PreparedItem,
+    conditions: Conditions,
+    encoder: TextEncoder,
+    networks: PipelineNetworks,
+    identities: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Add one encoder's embeddings to the file of a caption; the last encoder finishes its files."""
+    tensors = {key: _copy_to_cpu(tensor) for key, tensor in conditions.items()}
+    if encoder is not networks.text_encoders[0]:
+        earlier = load_pickled(item.path_of(EMBEDS))
+        # a copy, because the file that is read here is replaced
+        tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
+    if encoder is networks.text_encoders[-1]:
+        clips.write_caption_files(item, networks.architecture, identities, tensors)
+    else:
+        # without its caption file, an item counts as unfinished and is encoded again
+        item.path_of(clips.PROMPTS).unlink(missing_ok=True)
+        clips.save_pickled(item.path_of(EMBEDS), tensors)
+
+
+def _copy_to_cpu(tensor: Tensor | list[Tensor]) -> Tensor:
     """Copy a tensor, or a list's only tensor, to the CPU; a view would be saved with all of its base."""
     if isinstance(tensor, list):
         tensor = tensor[0]

@@ -17,9 +17,9 @@ from modules.devices import select_device
 from modules.errors import CheckpointError, MemoryPlanError
 from modules.media.reading import Frame
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+SAFE_LOADING: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 # kinds of models that give distances; the others give the inverse, up to a factor and an offset
-OF_DISTANCES = frozenset({"depth_pro", "glpn", "prompt_depth_anything", "zoedepth"})
+DISTANCE_MODELS = frozenset({"depth_pro", "glpn", "prompt_depth_anything", "zoedepth"})
 MIN_DISTANCE = 1e-3  # metres, so that the inverse is finite
 
 
@@ -60,7 +60,7 @@ class DepthModel:
 def _gives_distances(config: Any) -> bool:
     """Return whether a depth model predicts distances, unlike most models, which predict inverse depth."""
     is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
-    return is_metric or config.model_type in OF_DISTANCES
+    return is_metric or config.model_type in DISTANCE_MODELS
 
 
 def load_depth_model(folder: Path, device: str | None) -> DepthModel:
@@ -82,13 +82,13 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        config = transformers.AutoConfig.from_pretrained(folder, **SAFE_LOADING)
         # the size of the file is compared with an empty network, before memory is taken for its weights
         empty_network = build_on_meta(transformers.AutoModelForDepthEstimation.from_config, config)
         require_matching_shapes(folder, "--depth", empty_network, shapes, is_exact=False)
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **SAFE_LOADING)
         network = transformers.AutoModelForDepthEstimation.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
+            folder, dtype=torch.float32, use_safetensors=True, **SAFE_LOADING
         )
     except CheckpointError:
         raise

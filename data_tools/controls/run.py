@@ -1,7 +1,7 @@
 """Write the control pictures that a folder lacks, after the options of tools/control_pictures.py are read."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-MADE = "control_picture"  # name of the text in a written PNG; its value says how it was made
+METHOD_TEXT = "control_picture"  # name of the text in a written PNG; its value says how it was made
 FOLDER_NAME = "conditioning"  # of the control images, in the folder of the images
 
 
@@ -73,11 +73,11 @@ class ControlImageOptions(Options, title="what to make"):
 
 
 @dataclass
-class Plan:
+class ControlPlan:
     """Which images of a folder get a control image, and which existing ones stay."""
 
-    jobs: list[tuple[Path, Path]] = field(default_factory=list)  # image, its control image to write
-    done: list[Path] = field(default_factory=list)  # made before, in the same way
+    to_draw: dict[Path, Path] = field(default_factory=dict)  # image -> its control image to write
+    up_to_date: list[Path] = field(default_factory=list)  # made before, in the same way
     other_method: list[Path] = field(default_factory=list)  # made before by this program, in another way
     foreign: list[Path] = field(default_factory=list)  # of other programs
 
@@ -101,31 +101,48 @@ def make_control_images(options: ControlImageOptions) -> None:
     _reject_equal_stems(images)
     # the method is stored in each image, so that the next run knows images of other options
     method = _describe_method(options)
-    plan = _plan(images, output, method, options.overwrite)
-    _warn_of_kept(plan)
+    plan = _make_plan(images, output, method, options.overwrite)
+    _warn_of_remaining_images(plan)
     failures: list[Failure] = []
-    if plan.jobs:
+    if plan.to_draw:
         make_folder(output, "--output")
-        draw = _select_drawing(options)
-        for path, target in track(plan.jobs, "Control pictures", len(plan.jobs), unit="picture"):
-            try:
-                image = read_image(path)
-            except MediaError as error:
-                failures.append(Failure(path, str(error), 0, path.stem))
-                continue
-            write_png(target, draw(image), {MADE: method})
-    num_kept = len(plan.done) + len(plan.other_method) + len(plan.foreign)
+        failures = _draw_control_images(plan.to_draw, _select_drawing(options), method)
+    num_kept = len(plan.up_to_date) + len(plan.other_method) + len(plan.foreign)
     rows: list[Row] = [
         (
             "made",
-            f"{format_count(len(plan.jobs) - len(failures), 'control picture')}, {num_kept} there before",
+            f"{format_count(len(plan.to_draw) - len(failures), 'control picture')}, {num_kept} there before",
         ),
         ("by", method),
         ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
     ]
     show_box("Control pictures", rows)
     if failures:
-        raise failure_error(failures, format_count(len(plan.jobs), "picture"))
+        raise failure_error(failures, format_count(len(plan.to_draw), "picture"))
+
+
+def _draw_control_images(
+    targets: Mapping[Path, Path], draw: Callable[[Frame], Frame], method: str
+) -> list[Failure]:
+    """Draw the control image of each image, and write it with a text about the method.
+
+    Args:
+        targets: Control image to write, by image.
+        draw: Draws the control image of an image, both H W 3.
+        method: How control images are made.
+
+    Returns:
+        The images that cannot be read.
+    """
+    failures: list[Failure] = []
+    for path, target in track(targets.items(), "Control pictures", len(targets), unit="picture"):
+        try:
+            image = read_image(path)
+        except MediaError as error:
+            failures.append(Failure(path, reason=str(error), table=0, stem=path.stem))
+            continue
+        write_png(target, draw(image), {METHOD_TEXT: method})
+    return failures
 
 
 def _find_images(folder: Path) -> list[Path]:
@@ -133,9 +150,9 @@ def _find_images(folder: Path) -> list[Path]:
     return [path for path in list_images(folder) if label_of(path.stem) is None]
 
 
-def _reject_equal_stems(pictures: Sequence[Path]) -> None:
+def _reject_equal_stems(images: Sequence[Path]) -> None:
     """Raise DatasetError if two images would share one control image."""
-    pair = find_equal_stems(pictures)
+    pair = find_equal_stems(images)
     if pair is not None:
         first, second = pair
         raise DatasetError(
@@ -160,7 +177,7 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
     return partial(draw_edges, low=low, high=high)
 
 
-def _plan(pictures: Sequence[Path], output: Path, method: str, overwrite: bool) -> Plan:
+def _make_plan(images: Sequence[Path], output: Path, method: str, overwrite: bool) -> ControlPlan:
     """Decide for each image whether its control image is made, and list existing ones that stay.
 
     With `overwrite`, control images that this program has made are made again.
@@ -169,18 +186,18 @@ def _plan(pictures: Sequence[Path], output: Path, method: str, overwrite: bool) 
     if output.is_dir():
         # file systems of Windows and macOS ignore case
         existing = {path.stem.casefold(): path for path in _find_images(output)}
-    plan = Plan()
-    for image in pictures:
+    plan = ControlPlan()
+    for image in images:
         target = existing.get(image.stem.casefold())
         recorded_method = None if target is None else _read_method(target)
         if target is None:
-            plan.jobs.append((image, output / f"{image.stem}.png"))
+            plan.to_draw[image] = output / f"{image.stem}.png"
         elif recorded_method is None:
             plan.foreign.append(target)
         elif overwrite:
-            plan.jobs.append((image, target))
+            plan.to_draw[image] = target
         elif recorded_method == method:
-            plan.done.append(target)
+            plan.up_to_date.append(target)
         else:
             plan.other_method.append(target)
     return plan
@@ -189,12 +206,12 @@ def _plan(pictures: Sequence[Path], output: Path, method: str, overwrite: bool) 
 def _read_method(path: Path) -> str | None:
     """Return how this program made a control image; None if the image has another origin."""
     try:
-        return read_tags(path).get(MADE)
+        return read_tags(path).get(METHOD_TEXT)
     except MediaError:  # another program's file, which the training reports
         return None
 
 
-def _warn_of_kept(plan: Plan) -> None:
+def _warn_of_remaining_images(plan: ControlPlan) -> None:
     """Warn about existing control images that are not replaced, although this run would make others."""
     if plan.other_method:
         logger.warning(

@@ -17,10 +17,10 @@ from modules.media.encoding import OutputFrame, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import SourceInfo
 
-SAMPLE_SECONDS = 0.25  # between two frames that are measured
+SAMPLE_SECONDS = 0.25  # time between two frames that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to leave out a clip
-ROUNDING = 1e-6  # seconds by which a length may pass its limit: times are sums of rounded numbers
-BLACK_PART = 0.5  # part of the frames that are black in a clip that is left out
+ROUNDING_SECONDS = 1e-6  # by which a length may pass its limit: times are sums of rounded numbers
+MIN_BLACK_FRACTION = 0.5  # of the measured frames; from this fraction on a clip is left out as black
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,43 +36,47 @@ class ImageMeasures:
 
 
 @dataclass
-class VideoLook:
-    """Times, scenes and samples of a video that was decoded completely; two hours take about 60 MB."""
+class VideoAnalysis:
+    """Frame times, scene changes and measures of a decoded video; two hours take about 60 MB."""
 
     width: int
     height: int
-    starts: "array[float]" = field(default_factory=lambda: array("d"))  # start of each frame, in seconds
-    end: float = 0.0
-    samples: list[ImageMeasures] = field(default_factory=list)
+    frame_starts: "array[float]" = field(default_factory=lambda: array("d"))  # of each frame, in seconds
+    end_seconds: float = 0.0
+    measured_frames: list[ImageMeasures] = field(default_factory=list)  # one every SAMPLE_SECONDS
     changes: list[SceneChange] = field(default_factory=list)
 
-    def time(self, number: int) -> float:
+    def start_of(self, index: int) -> float:
         """Return when a frame starts in seconds; for the index after the last frame, the end of the video."""
-        return self.starts[number] if number < len(self.starts) else self.end
+        return self.frame_starts[index] if index < len(self.frame_starts) else self.end_seconds
 
-    def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
-        """Return the measures of sampled frames with `begin` <= number < `end`."""
-        first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
-        last = bisect_left(self.samples, end, key=lambda sample: sample.number)
-        return self.samples[first:last]
+    def seconds_between(self, first: int, end: int) -> float:
+        """Return the duration of the frames from `first` to before `end`."""
+        return self.start_of(end) - self.start_of(first)
+
+    def measured_between(self, begin: int, end: int) -> list[ImageMeasures]:
+        """Return the measures of sampled frames with `begin` <= index < `end`."""
+        first = bisect_left(self.measured_frames, begin, key=lambda measured: measured.number)
+        last = bisect_left(self.measured_frames, end, key=lambda measured: measured.number)
+        return self.measured_frames[first:last]
 
 
-def look_at(
+def analyze_video(
     info: SourceInfo, frames: Iterable[OutputFrame], detector: SceneDetector, black_threshold: float
-) -> VideoLook:
+) -> VideoAnalysis:
     """Decode a video once, to find its frame times, scene changes and measures."""
-    look = VideoLook(info.width, info.height)
-    due = 0.0  # time of the next frame to measure
-    for number, frame in enumerate(frames):
+    analysis = VideoAnalysis(info.width, info.height)
+    next_measured = 0.0  # time in seconds
+    for index, frame in enumerate(frames):
         start = float(frame.start)
-        look.starts.append(start)
-        look.end = float(frame.start + frame.seconds)
-        detector.see(frame.pixels)
-        if start >= due:  # measured every SAMPLE_SECONDS only
-            look.samples.append(_measure(number, frame.pixels, black_threshold))
-            due = start + SAMPLE_SECONDS
-    look.changes = detector.changes()
-    return look
+        analysis.frame_starts.append(start)
+        analysis.end_seconds = float(frame.start + frame.seconds)
+        detector.add_frame(frame.pixels)
+        if start >= next_measured:
+            analysis.measured_frames.append(_measure(index, frame.pixels, black_threshold))
+            next_measured = start + SAMPLE_SECONDS
+    analysis.changes = detector.changes()
+    return analysis
 
 
 def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasures:
@@ -114,117 +118,133 @@ class PlannedClip:
         return self.end - self.first
 
 
-def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
+def plan_clips(analysis: VideoAnalysis, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
     """Plan the clips of a video in order; clips that are left out have a reason in `dropped`."""
     clips = []
-    for scene, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
+    scenes = list_scenes(analysis.changes, len(analysis.frame_starts))
+    for scene_number, (scene_begin, scene_end) in enumerate(scenes, 1):
         # the ends of a scene may show a transition to another scene
-        trimmed_begin = begin + lengths.trim_frames
-        trimmed_end = end - lengths.trim_frames
+        trimmed_begin = scene_begin + lengths.trim_frames
+        trimmed_end = scene_end - lengths.trim_frames
         if trimmed_begin >= trimmed_end:
-            clips.append(_make_clip(look, scene, begin, end, dropped=SHORT))
+            clips.append(_make_clip(analysis, scene_number, scene_begin, scene_end, dropped=SHORT))
             continue
-        for first, last in _split_scene(look, trimmed_begin, trimmed_end, lengths):
-            if _is_long_enough(look, first, last, lengths):
-                reason = _find_content_reason(look, first, last, choice)
-            else:
-                reason = SHORT
-            clips.append(_make_clip(look, scene, first, last, dropped=reason))
+        for first, end in _split_scene(analysis, trimmed_begin, trimmed_end, lengths):
+            reason = SHORT
+            if _is_long_enough(analysis, first, end, lengths):
+                reason = _find_reason_to_drop(analysis, first, end, choice)
+            clips.append(_make_clip(analysis, scene_number, first, end, dropped=reason))
     return clips
 
 
-def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
+def list_scenes(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
     """Return (first, end) of each scene between changes; frames of a transition belong to no scene."""
     begins = [0, *(end for _, end in changes)]
     ends = [*(begin for begin, _ in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
-def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
-    """Yield the first frame of each clip in a scene, and the frame after its last one.
+def _split_scene(
+    analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions
+) -> Iterator[tuple[int, int]]:
+    """Yield (first frame, frame after the last one) of each clip in a scene.
 
     The clips are equally long, or, if these would be too short, as long as allowed with a shorter last one.
     """
-    pieces = _split_equally(look, first, end, lengths)
-    are_long_enough = all(_is_long_enough(look, begin, stop, lengths) for begin, stop in pieces)
-    if len(pieces) == 1 or (pieces and are_long_enough):
-        yield from pieces
+    equal_clips = _split_equally(analysis, first, end, lengths)
+    are_long_enough = all(_is_long_enough(analysis, begin, stop, lengths) for begin, stop in equal_clips)
+    if len(equal_clips) == 1 or (equal_clips and are_long_enough):
+        yield from equal_clips
         return
     while first < end:
-        last = min(end, first + lengths.max_frames) if lengths.max_frames else end
-        if not _is_short_enough(look, first, last, lengths):
+        clip_end = min(end, first + lengths.max_frames) if lengths.max_frames else end
+        if not _is_short_enough(analysis, first, clip_end, lengths):
             # the last frame that starts within the limit; a clip has at least one frame
-            limit = look.time(first) + lengths.max_seconds + ROUNDING
-            last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
-        yield first, last
-        first = last
+            limit = analysis.start_of(first) + lengths.max_seconds + ROUNDING_SECONDS
+            clip_end = max(bisect_right(analysis.frame_starts, limit, first, clip_end) - 1, first + 1)
+        yield first, clip_end
+        first = clip_end
 
 
-def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
+def _split_equally(
+    analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions
+) -> list[tuple[int, int]]:
     """Divide a scene into as few clips of equal duration as possible; [] if no division meets the limits."""
-    seconds = look.time(end) - look.time(first)
     num_frames = end - first
-    minimum = 1
+    min_clips = 1
     if lengths.max_seconds:
-        minimum = max(minimum, math.ceil(seconds / lengths.max_seconds - ROUNDING))
+        seconds = analysis.seconds_between(first, end)
+        min_clips = max(min_clips, math.ceil(seconds / lengths.max_seconds - ROUNDING_SECONDS))
     if lengths.max_frames:
-        minimum = max(minimum, math.ceil(num_frames / lengths.max_frames))
-    # a piece between whole frames may be slightly longer than its part: then more pieces are tried
-    for count in range(minimum, num_frames + 1):
-        # equal in time, not in frames, because the rate may vary
-        times = [look.time(first) + seconds * index / count - ROUNDING for index in range(1, count)]
-        # without duplicates: short times may fall on one frame
-        cut_frames = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
-        borders = [first, *(border for border in cut_frames if first < border < end), end]
-        pieces = list(zip(borders, borders[1:], strict=False))
-        if all(_is_short_enough(look, begin, stop, lengths) for begin, stop in pieces):
-            return pieces
+        min_clips = max(min_clips, math.ceil(num_frames / lengths.max_frames))
+    # a clip of whole frames may be slightly longer than its share of the time: then more clips are tried
+    for num_clips in range(min_clips, num_frames + 1):
+        borders = _divide_evenly(analysis, first, end, num_clips)
+        clips = list(zip(borders, borders[1:], strict=False))
+        if all(_is_short_enough(analysis, begin, stop, lengths) for begin, stop in clips):
+            return clips
     return []
 
 
-def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+def _divide_evenly(analysis: VideoAnalysis, first: int, end: int, num_clips: int) -> list[int]:
+    """Return the frames at which clips of equal duration begin, and `end`; fewer if frames are long.
+
+    The clips are equal in time, not in frames, because the frame rate may vary.
+    """
+    seconds = analysis.seconds_between(first, end)
+    cut_frames = []
+    for index in range(1, num_clips):
+        cut_time = analysis.start_of(first) + seconds * index / num_clips - ROUNDING_SECONDS
+        cut_frames.append(bisect_left(analysis.frame_starts, cut_time, first, end))
+    distinct_frames = [frame for frame in dict.fromkeys(cut_frames) if first < frame < end]
+    return [first, *distinct_frames, end]
+
+
+def _is_short_enough(analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions) -> bool:
     """Return whether frames from `first` to `end` exceed neither maximum length."""
     num_frames = end - first
     if num_frames == 1:  # a single frame cannot be split further
         return True
-    seconds = look.time(end) - look.time(first)
-    is_short = not lengths.max_seconds or seconds <= lengths.max_seconds + ROUNDING
+    seconds = analysis.seconds_between(first, end)
+    is_short = not lengths.max_seconds or seconds <= lengths.max_seconds + ROUNDING_SECONDS
     has_few_frames = not lengths.max_frames or num_frames <= lengths.max_frames
     return is_short and has_few_frames
 
 
-def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+def _is_long_enough(analysis: VideoAnalysis, first: int, end: int, lengths: LengthOptions) -> bool:
     """Return whether frames from `first` to `end` reach both minimum lengths."""
-    seconds = look.time(end) - look.time(first)
-    return end - first >= lengths.min_frames and seconds >= lengths.min_seconds - ROUNDING
+    seconds = analysis.seconds_between(first, end)
+    return end - first >= lengths.min_frames and seconds >= lengths.min_seconds - ROUNDING_SECONDS
 
 
-def _find_content_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
+def _find_reason_to_drop(analysis: VideoAnalysis, first: int, end: int, choice: ChoiceOptions) -> str:
     """Return why the content of a clip excludes it from the output; "" if it does not."""
-    samples = look.samples_between(first, end)
-    if not samples:
+    measured_frames = analysis.measured_between(first, end)
+    if not measured_frames:
         return ""
-    num_black = sum(sample.is_black for sample in samples)
-    if num_black >= BLACK_PART * len(samples):
+    num_black = sum(measured.is_black for measured in measured_frames)
+    if num_black >= MIN_BLACK_FRACTION * len(measured_frames):
         return "" if choice.keep_black else BLACK
-    frames = [sample.cells for sample in samples]
+    frames = [measured.cells for measured in measured_frames]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):
         return STATIC
-    num_blurred = sum(not sample.is_flat and sample.sharpness < choice.blur_threshold for sample in samples)
-    return BLURRED if choice.drop_blurred and 2 * num_blurred > len(samples) else ""
+    num_blurred = sum(
+        not measured.is_flat and measured.sharpness < choice.blur_threshold for measured in measured_frames
+    )
+    return BLURRED if choice.drop_blurred and 2 * num_blurred > len(measured_frames) else ""
 
 
-def _make_clip(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
+def _make_clip(analysis: VideoAnalysis, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
     """Return a clip with its measures; `dropped` is the reason why it is not written."""
-    samples = look.samples_between(first, end)
+    measured_frames = analysis.measured_between(first, end)
     return PlannedClip(
         scene,
         first,
         end,
-        start=look.time(first),
-        seconds=look.time(end) - look.time(first),
-        brightness=fmean(sample.brightness for sample in samples) if samples else 0.0,
-        motion=motion([sample.cells for sample in samples]),
-        sharpness=fmean(sample.sharpness for sample in samples) if samples else 0.0,
+        start=analysis.start_of(first),
+        seconds=analysis.seconds_between(first, end),
+        brightness=fmean(measured.brightness for measured in measured_frames) if measured_frames else 0.0,
+        motion=motion([measured.cells for measured in measured_frames]),
+        sharpness=fmean(measured.sharpness for measured in measured_frames) if measured_frames else 0.0,
         dropped=dropped,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from data_tools.cutting.clips import PlannedClip, VideoLook
+from data_tools.cutting.clips import PlannedClip, VideoAnalysis
 from data_tools.cutting.options import CuttingOptions
 from modules.atomic_write import replace_surrogates, write_bytes, write_text
 from modules.errors import DatasetError, OutputError
@@ -19,7 +19,7 @@ from modules.limits import MAX_METADATA_BYTES
 from modules.options import option_values
 from modules.text_files import parse_json, read_lines, read_text
 
-MARK = ".split_video"  # folder of the records, next to the clips
+RECORD_FOLDER = ".split_video"  # folder of the records, next to the clips
 VERSION = 1
 
 
@@ -56,7 +56,7 @@ class CutRecord:
         """Return why a source must be cut again, such as `--min_seconds 2 (was 1)`; "" if it need not be."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
-            for name, value in _list_deciding_options(options).items()
+            for name, value in _list_content_options(options).items()
             if self.options.get(name) != value
         ]
         if changed:
@@ -65,7 +65,7 @@ class CutRecord:
 
 
 def start_record(
-    source: Path, stem: str, options: CuttingOptions, look: VideoLook, clips: Sequence[PlannedClip]
+    source: Path, stem: str, options: CuttingOptions, analysis: VideoAnalysis, clips: Sequence[PlannedClip]
 ) -> CutRecord:
     """Return the record of a source video that is about to be cut, with names for the clips to write."""
     status = source.stat()
@@ -79,14 +79,14 @@ def start_record(
         source=str(source),
         size_bytes=status.st_size,
         modified=status.st_mtime_ns,
-        width=look.width // 2 * 2,  # even: encoders cannot take an odd row or column
-        height=look.height // 2 * 2,
-        options=_list_deciding_options(options),
+        width=analysis.width // 2 * 2,  # even: encoders cannot take an odd row or column
+        height=analysis.height // 2 * 2,
+        options=_list_content_options(options),
         clips=tuple(written),
     )
 
 
-def _list_deciding_options(options: CuttingOptions) -> dict[str, Any]:
+def _list_content_options(options: CuttingOptions) -> dict[str, Any]:
     """Return the options that decide which clips a source yields and what they contain."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
@@ -101,7 +101,7 @@ def read_records(output: Path) -> dict[str, CutRecord]:
         DatasetError: If a record is damaged.
     """
     records = {}
-    paths = [path for path in (output / MARK).glob("*.json") if not path.name.startswith(".")]
+    paths = [path for path in (output / RECORD_FOLDER).glob("*.json") if not path.name.startswith(".")]
     for path in sorted(paths):
         try:
             record = _parse_record(read_text(path, MAX_METADATA_BYTES))
@@ -136,7 +136,7 @@ def write_record(output: Path, record: CutRecord) -> None:
     """Write a cutting record atomically. Raises OutputError if it cannot be written."""
     content = {"version": VERSION, **asdict(record)}
     # in ASCII: a path may hold bytes that are not text
-    write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")
+    write_text(output / RECORD_FOLDER / f"{record.stem}.json", json.dumps(content) + "\n")
 
 
 class ClipList:
@@ -154,14 +154,14 @@ class ClipList:
             OutputError: If the list cannot be read.
         """
         self._path, self._output = path, output
-        self._was_there = path.exists()
+        self._existed_before = path.exists()
         for _ in self._read():  # a list that cannot be read is reported now, not after hours of cutting
             pass
         self._unlisted: list[tuple[CutRecord, bool]] = []  # (record, is new) whose lines are not written yet
         self._lock = Lock()
 
     @property
-    def captioned(self) -> set[str]:
+    def captioned_paths(self) -> set[str]:
         """Return the paths of the clips whose line in the list contains a caption.
 
         Raises:
@@ -176,7 +176,8 @@ class ClipList:
         With `is_new` the source was cut in this run, and the list is written at once. Otherwise lines are
         added only for clips that still exist, because a user may have removed some.
         """
-        if is_new or str(self._path) not in record.lists or not self._was_there:
+        lacks_lines = str(self._path) not in record.lists or not self._existed_before
+        if is_new or lacks_lines:
             with self._lock:
                 self._unlisted.append((record, is_new))
         if is_new:
@@ -192,19 +193,11 @@ class ClipList:
             if not (self._unlisted or removed):
                 return
             removed_paths = set(map(str, removed))
-            lines = []
-            listed_paths = set()
-            for path, line in self._read():
-                if path not in removed_paths:
-                    lines.append(line)
-                    listed_paths.add(path)
+            line_of_path = [(path, line) for path, line in self._read() if path not in removed_paths]
+            listed_paths = {path for path, _ in line_of_path}
+            lines = [line for _, line in line_of_path]
             for record, is_new in self._unlisted:
-                for clip in record.clips:
-                    info = _make_entry(self._output, record, clip)
-                    # a clip of an earlier run is listed only if its file still exists
-                    is_listed = info["video_path"] in listed_paths
-                    if not is_listed and (is_new or (self._output / clip.name).exists()):
-                        lines.append(json.dumps(info, ensure_ascii=False))
+                lines += self._make_missing_lines(record, listed_paths, is_new)
             content = "".join(f"{line}\n" for line in lines)
             write_bytes(self._path, content.encode("utf-8"))
             for record, _ in self._unlisted:
@@ -212,6 +205,21 @@ class ClipList:
                 lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
                 write_record(self._output, replace(record, lists=lists))
             self._unlisted = []
+
+    def _make_missing_lines(
+        self, record: CutRecord, listed_paths: Collection[str], is_new: bool
+    ) -> list[str]:
+        """Return lines for the clips of a source that are not in `listed_paths`.
+
+        If the source was cut in an earlier run (`is_new` is False), only clips that still exist get a line.
+        """
+        lines = []
+        for clip in record.clips:
+            entry = _make_entry(self._output, record, clip)
+            exists = is_new or (self._output / clip.name).exists()
+            if entry["video_path"] not in listed_paths and exists:
+                lines.append(json.dumps(entry, ensure_ascii=False))
+        return lines
 
     def _read(self) -> Iterator[tuple[str, str]]:
         """Yield (clip path, line) for each line of the list; the path is empty if the line names no clip."""

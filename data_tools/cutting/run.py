@@ -13,9 +13,16 @@ from fractions import Fraction
 from pathlib import Path
 from threading import Event
 
-from data_tools.cutting.clips import PlannedClip, VideoLook, look_at, plan_clips
+from data_tools.cutting.clips import PlannedClip, VideoAnalysis, analyze_video, plan_clips
 from data_tools.cutting.options import CuttingOptions
-from data_tools.cutting.records import MARK, ClipList, CutRecord, read_records, start_record, write_record
+from data_tools.cutting.records import (
+    RECORD_FOLDER,
+    ClipList,
+    CutRecord,
+    read_records,
+    start_record,
+    write_record,
+)
 from data_tools.cutting.scenes import SceneDetector
 from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
@@ -35,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 # footage also comes from phones, cameras and broadcasts, in formats that datasets do not take
 SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
-WAIT_SECONDS = 0.5  # on Windows, Ctrl-C is noticed only between waits
-MAX_NAMED = 3  # files that a message names
-MICRO = 1_000_000  # in a second; times of clips are rounded to microseconds
+POLL_SECONDS = 0.5  # on Windows, Ctrl-C is noticed only between waits
+MAX_NAMED_FILES = 3  # files that a message names
+MICROSECONDS = 1_000_000  # in a second; times of clips are rounded to microseconds
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class CutResult:
     record: CutRecord | None  # None: a dry run
     clips: Sequence[PlannedClip]  # including those that are left out
     is_new: bool = True  # whether anything was to be done
-    written: int = 0  # clips of this run
+    num_written: int = 0  # clips written in this run
 
 
 def cut_footage(options: CuttingOptions) -> None:
@@ -86,7 +93,10 @@ def cut_footage(options: CuttingOptions) -> None:
     failures: list[tuple[Path, Exception]] = []
     results = []
     try:
-        for source, result in _cut_all(jobs, cutter, failures):
+        for source, result in _cut_all(jobs, cutter):
+            if isinstance(result, Exception):
+                failures.append((source, result))
+                continue
             results.append(result)
             summary = f"{source}: {_count_in_words(result.clips)}"
             if result.record is None:  # a dry run: the clips are only listed
@@ -109,7 +119,7 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
     if num_sources == 1:
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
-    failed_sources = [Failure(path, str(error), 0, path.stem) for path, error in failures]
+    failed_sources = [Failure(path, reason=str(error), table=0, stem=path.stem) for path, error in failures]
     raise failure_error(failed_sources, format_count(num_sources, "video"))
 
 
@@ -140,7 +150,7 @@ def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float)
     """Print the numbers of sources cut and of clips written."""
     new = [result for result in results if result.is_new]
     num_clips = sum(len(result.record.clips) for result in results if result.record is not None)
-    num_written = sum(result.written for result in new)
+    num_written = sum(result.num_written for result in new)
     rows: list[Row] = [
         ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
         ("clips", f"{num_clips}, {num_written} of them written now"),
@@ -163,20 +173,7 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
     if not path.is_dir():
         return {real_path(path): readable_stem(path.stem)}
     root = real_path(path)
-    output_folder = real_path(output)
-    videos: list[Path] = []
-    for walked, folders, names in os.walk(root):
-        folder = Path(walked)
-        # os.walk only enters the folders that stay in this list
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and folder / name != output_folder
-        )
-        if folder != root and (folder / MARK).is_dir():
-            continue  # a folder of clips that were cut before
-        for name in sorted(names):
-            file = folder / name
-            if not name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file():
-                videos.append(file)
+    videos = list(_walk_videos(root, real_path(output)))
     if not videos:
         raise MediaError(
             f"--input {path} is a folder without videos (clips of this command do not count). Their names "
@@ -187,6 +184,20 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
         parts = video.relative_to(root).with_suffix("").parts
         stems[video] = readable_stem("_".join(parts))
     return stems
+
+
+def _walk_videos(root: Path, output: Path) -> Iterator[Path]:
+    """Yield the visible videos below a folder, except those in `output` and other folders of clips."""
+    for walked, folders, names in os.walk(root):
+        folder = Path(walked)
+        # os.walk only enters the folders that stay in this list
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and folder / name != output)
+        if folder != root and (folder / RECORD_FOLDER).is_dir():
+            continue  # a folder of clips that were cut before
+        for name in sorted(names):
+            file = folder / name
+            if not name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file():
+                yield file
 
 
 @dataclass(frozen=True)
@@ -204,30 +215,38 @@ class Cutter:
 
         Raises UserError if the video cannot be read or a clip cannot be written.
         """
-        path = job.source
-        record = job.record
-        reason_to_recut = "" if record is None else record.changes(path, self.options)
-        clips: Sequence[PlannedClip]
-        if record is None or reason_to_recut:
-            if record is not None:
-                self._check_untouched(path, record, reason_to_recut)
-                logger.warning("%s is cut again: %s", path, reason_to_recut)
-            look = self._look_at(path)
-            clips = plan_clips(look, self.options.lengths, self.options.choice)
-            if self.options.dry_run:
-                return CutResult(None, clips)
-            record = self._begin(job, look, clips, reason_to_recut)
-        elif record.is_done:
-            return CutResult(record, (), is_new=False)
-        else:
-            clips = [written.clip for written in record.clips]
-            logger.info("%s: continuing where the last run ended", path)
-        num_written = self._write_clips(path, record)
-        if not record.is_unchanged(path):
-            raise MediaError(f"{path} has changed while it was cut. Run the same command again.")
-        return CutResult(self._finish(record), clips, written=num_written)
+        if job.record is None:
+            return self._cut_anew(job, reason_to_recut="")
+        reason_to_recut = job.record.changes(job.source, self.options)
+        if reason_to_recut:
+            self._reject_edited_clips(job.source, job.record, reason_to_recut)
+            logger.warning("%s is cut again: %s", job.source, reason_to_recut)
+            return self._cut_anew(job, reason_to_recut)
+        if job.record.is_done:
+            return CutResult(job.record, (), is_new=False)
+        logger.info("%s: continuing where the last run ended", job.source)
+        clips = [written.clip for written in job.record.clips]
+        return self._write_recorded_clips(job.source, job.record, clips)
 
-    def _finish(self, record: CutRecord) -> CutRecord:
+    def _cut_anew(self, job: CuttingJob, reason_to_recut: str) -> CutResult:
+        """Find the clips of a video, and write them, except in a dry run."""
+        analysis = self._analyze(job.source)
+        clips = plan_clips(analysis, self.options.lengths, self.options.choice)
+        if self.options.dry_run:
+            return CutResult(None, clips)
+        record = self._start_cut(job, analysis, clips, reason_to_recut)
+        return self._write_recorded_clips(job.source, record, clips)
+
+    def _write_recorded_clips(
+        self, source: Path, record: CutRecord, clips: Sequence[PlannedClip]
+    ) -> CutResult:
+        """Write those clips of a record that do not exist yet, and finish the record."""
+        num_written = self._write_clips(source, record)
+        if not record.is_unchanged(source):
+            raise MediaError(f"{source} has changed while it was cut. Run the same command again.")
+        return CutResult(self._finish_record(record), clips, num_written=num_written)
+
+    def _finish_record(self, record: CutRecord) -> CutRecord:
         """Record the file sizes of all clips of a source, which marks its cut as finished."""
         clips = []
         for clip in record.clips:
@@ -237,46 +256,54 @@ class Cutter:
         write_record(self.output, record)
         return record
 
-    def _look_at(self, path: Path) -> VideoLook:
+    def _analyze(self, path: Path) -> VideoAnalysis:
         """Decode a video once for its frame times, scene changes and measures."""
         info = source_info(path)
         detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
-        with contextlib.closing(self._frames(path, "scenes of")) as frames:
-            return look_at(info, frames, detector, self.options.choice.black_threshold)
+        with contextlib.closing(self._decode_frames(path, "scenes of")) as frames:
+            return analyze_video(info, frames, detector, self.options.choice.black_threshold)
 
-    def _begin(self, job: CuttingJob, look: VideoLook, clips: Sequence[PlannedClip], why: str) -> CutRecord:
+    def _start_cut(
+        self, job: CuttingJob, analysis: VideoAnalysis, clips: Sequence[PlannedClip], why: str
+    ) -> CutRecord:
         """Record how a source will be cut, and remove the clips of an earlier cut.
 
         `why` is the reason for cutting again.
         """
-        record = start_record(job.source, job.stem, self.options, look=look, clips=clips)
+        record = start_record(job.source, job.stem, self.options, analysis=analysis, clips=clips)
         if job.record is not None:
             # checked again, because reading took long enough for a user to change clips
-            self._check_untouched(job.source, job.record, why)
+            self._reject_edited_clips(job.source, job.record, why)
         self._remove_old_clips(record, job.record)
         write_record(self.output, record)
         return record
 
-    def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
+    def _reject_edited_clips(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has edited the clips of an earlier cut, before the source is cut again.
 
         Edits are a file next to a clip, a caption in the list of clips, or a clip of another size. `why`
         is the reason for cutting again.
         """
-        sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
-        existing = [path for path in sizes if os.path.lexists(path)]
-        stems = {path.stem for path in existing}
-        captioned = self.clip_list.captioned
-        with_caption = [path for path in existing if str(path) in captioned]
-        neighbors = [path for path in self.output.iterdir() if path.stem in stems and path not in sizes]
-        # an interrupted cut has recorded 0 bytes, which cannot be compared
-        changed = [path for path in existing if sizes[path] and path.stat().st_size != sizes[path]]
-        touched = {
-            f"with a caption in {self.options.list_path.name}": with_caption,
-            "with other files of their names next to them": sorted(neighbors),
+        recorded_sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
+        clips = [path for path in recorded_sizes if os.path.lexists(path)]
+        clip_stems = {path.stem for path in clips}
+        captioned_paths = self.clip_list.captioned_paths
+        captioned = [path for path in clips if str(path) in captioned_paths]
+        companions = [
+            path for path in self.output.iterdir() if path.stem in clip_stems and path not in recorded_sizes
+        ]
+        changed = []
+        for path in clips:
+            size_bytes = recorded_sizes[path]
+            # an interrupted cut has recorded 0 bytes, which cannot be compared
+            if size_bytes and path.stat().st_size != size_bytes:
+                changed.append(path)
+        edited_clips = {
+            f"with a caption in {self.options.list_path.name}": captioned,
+            "with other files of their names next to them": sorted(companions),
             "that were changed": changed,
         }
-        for edit, paths in touched.items():
+        for edit, paths in edited_clips.items():
             if paths:
                 raise OutputError(
                     f"{source} was cut in another way ({why}), and there are clips {edit}, such as "
@@ -284,7 +311,7 @@ class Cutter:
                     "another --output."
                 )
 
-    def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[OutputFrame, None, None]:
+    def _decode_frames(self, path: Path, what: str, deep: bool = False) -> Generator[OutputFrame, None, None]:
         """Yield the frames of a video, with a progress bar. Raises MediaError if one cannot be decoded."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):
@@ -294,25 +321,25 @@ class Cutter:
                 bar.update()
 
     def _remove_old_clips(self, new: CutRecord, old: CutRecord | None) -> None:
-        """Remove the clips of an earlier cut and their lines in the list, after `_check_untouched`.
+        """Remove the clips of an earlier cut and their lines in the list, after `_reject_edited_clips`.
 
         Raises:
             OutputError: If a new clip would overwrite a file that is not ours.
         """
-        own_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
+        old_names = set() if old is None else {clip.name for clip in old.clips}  # may be replaced
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
-        foreign_names = [name for name in names if name not in own_names]
+        foreign_names = [name for name in names if name not in old_names]
         if foreign_names:
             raise OutputError(
-                f"{', '.join(foreign_names[:MAX_NAMED])} in {self.output} would be written, and there are "
-                "files of these names that this command has not made. Move them away, or choose another "
+                f"{', '.join(foreign_names[:MAX_NAMED_FILES])} in {self.output} would be written, and there "
+                "are files of these names that this command has not made. Move them away, or choose another "
                 "--output."
             )
         if old is not None:
             # first, the old record loses its options: if this run is killed, the next one cuts again
             write_record(self.output, replace(old, options={}, is_done=False, lists=()))
-            self.clip_list.write(removed=[self.output / name for name in own_names])
-            for name in own_names:
+            self.clip_list.write(removed=[self.output / name for name in old_names])
+            for name in old_names:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
@@ -327,29 +354,29 @@ class Cutter:
         missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
         if not missing:
             return 0
-        form = self.options.form
+        video_format = self.options.form
         info = source_info(source)
-        codec = resolve_codec(form.codec, info.width, info.height)
-        with contextlib.closing(self._frames(source, "clips of", form.is_deep)) as frames:
-            numbered = enumerate(frames)
+        codec = resolve_codec(video_format.codec, info.width, info.height)
+        with contextlib.closing(self._decode_frames(source, "clips of", video_format.is_deep)) as frames:
+            numbered_frames = enumerate(frames)
             for written in missing:
                 clip = written.clip
                 # records store seconds as floats; fractions of microseconds are exact
-                start = Fraction(round(clip.start * MICRO), MICRO)
-                seconds = Fraction(round(clip.seconds * MICRO), MICRO)
+                start = Fraction(round(clip.start * MICROSECONDS), MICROSECONDS)
+                seconds = Fraction(round(clip.seconds * MICROSECONDS), MICROSECONDS)
                 write_timed_video(
                     self.output / written.name,
-                    _frames_of(numbered, source, clip),
+                    _frames_of_clip(numbered_frames, source, clip),
                     info.rate,
                     codec,
-                    crf=form.crf,
-                    preset=form.preset,
-                    audio_section=VideoSection(source, start, seconds, not form.no_audio),
+                    crf=video_format.crf,
+                    preset=video_format.preset,
+                    audio_section=VideoSection(source, start, seconds, not video_format.no_audio),
                 )
         return len(missing)
 
 
-def _frames_of(
+def _frames_of_clip(
     frames: Iterator[tuple[int, OutputFrame]], source: Path, clip: PlannedClip
 ) -> Iterator[OutputFrame]:
     """Yield the frames of a planned clip, with times that start at 0; no later frame is read."""
@@ -365,25 +392,25 @@ def _frames_of(
 
 
 def _cut_all(
-    jobs: Sequence[CuttingJob], cutter: Cutter, failures: list[tuple[Path, Exception]]
-) -> Iterator[tuple[Path, CutResult]]:
-    """Cut all jobs in threads; yield (source, result) in order, and collect errors in `failures`."""
+    jobs: Sequence[CuttingJob], cutter: Cutter
+) -> Iterator[tuple[Path, CutResult | UserError | OSError]]:
+    """Cut all jobs in threads; yield (source, result or error) in order."""
     pool = ThreadPoolExecutor(cutter.options.num_workers, thread_name_prefix="cut")
     try:
         futures = [pool.submit(cutter.cut, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
             # short waits, so that Ctrl-C is noticed on Windows
             while not future.done():
-                wait([future], WAIT_SECONDS)
+                wait([future], POLL_SECONDS)
             error = future.exception()
             if error is None:
                 yield job.source, future.result()
             elif not isinstance(error, (UserError, OSError)):
                 raise error
             else:
-                failures.append((job.source, error))
                 if len(jobs) > 1:
                     logger.error("%s is skipped: %s", job.source, error)
+                yield job.source, error
     finally:
         cutter.stop.set()  # if this ends early, the threads stop at their next frame
         pool.shutdown(wait=True, cancel_futures=True)

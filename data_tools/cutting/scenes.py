@@ -11,23 +11,23 @@ from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbn
 # (first, end): the frames from first to before end belong to no scene; at a hard cut both are the first
 # frame of the new scene
 SceneChange = tuple[int, int]
-FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
-PLAIN_SECONDS = 0.1  # frames of one color for that long are the end of a scene
+MAX_FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
+MIN_PLAIN_SECONDS = 0.1  # frames of one color for that long are the end of a scene
 # about the time from the middle of a dissolve to its ends; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
-# (position in a dissolve, which equals the share of the second scene there; greatest variance that may remain
-# there, as a part of the mean of both scenes, in theory 1/2 and 5/8). With these numbers, 51 of 52 dissolves
-# between filmed scenes that move are found, and none within scenes
-DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
-SHARE_OFF = 0.2  # how far the share of the second scene may be from an even rise
-BEGUN = 0.08  # share of the other scene from which a frame belongs to a dissolve
+# (position in a dissolve, 0..1, which equals the weight of the second scene there; maximum variance there,
+# as a fraction of the mean variance of both scenes, in theory 1/2 and 5/8). With these numbers, 51 of 52
+# dissolves between filmed scenes that move are found, and none within scenes
+VARIANCE_LIMITS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
+MAX_WEIGHT_ERROR = 0.2  # how far the weight of the second scene may be from an even rise
+MIN_MIXED_WEIGHT = 0.08  # weight of the other scene from which a frame belongs to a dissolve
 
 
 class _Jump(NamedTuple):
     """A frame that differs strongly from the frame before it: a cut, or the start of a flash."""
 
-    number: int
-    before: Thumbnail
+    index: int
+    frame_before: Thumbnail
 
 
 class SceneDetector:
@@ -42,89 +42,95 @@ class SceneDetector:
     def __init__(self, threshold: float, rate: float) -> None:
         """Start before the first frame; `rate` is the number of frames per second."""
         self._threshold = threshold
-        self._flash_frames = max(1, round(rate * FLASH_SECONDS))
-        self._plain_frames = max(2, round(rate * PLAIN_SECONDS))
-        self._num_seen = 0
-        self._before: Thumbnail | None = None
+        self._flash_frames = max(1, round(rate * MAX_FLASH_SECONDS))
+        self._plain_frames = max(2, round(rate * MIN_PLAIN_SECONDS))
+        self._num_frames = 0
+        self._previous_frame: Thumbnail | None = None
         self._jump: _Jump | None = None  # the last one, which may still turn out to be a flash
-        self._structured: Thumbnail | None = None  # the last frame that was not plain
-        self._plain_since: int | None = None
+        self._last_structured: Thumbnail | None = None  # the last frame that was not plain
+        self._plain_start: int | None = None
         self._changes: list[SceneChange] = []
         self._dissolves = _Dissolves(threshold, rate)
 
-    def see(self, pixels: Pixels) -> None:
+    def add_frame(self, pixels: Pixels) -> None:
         """Examine the next frame, H W 3, for a cut, a flash or a dissolve."""
         current = thumbnail(pixels)
-        number = self._num_seen
-        self._num_seen += 1
-        is_break = self._see_plain(current, number)  # a frame of one color
-        previous = self._before
-        jump = self._jump
-        if previous is not None and self._differ(previous, current):
-            is_break = True
-            # a short jump whose end looks like the frame before it
-            is_flash = (
-                jump is not None
-                and number - jump.number <= self._flash_frames
-                and not self._differ(jump.before, current)
-            )
-            if is_flash:
-                self._jump = None  # the scene continues
-            else:
-                self._confirm()
-                self._jump = _Jump(number, previous)
-        # too late for the end of a flash: the jump was a cut
-        elif jump is not None and number - jump.number > self._flash_frames:
-            self._confirm()
-        self._before = current
-        self._dissolves.see(current, number, is_break)
+        index = self._num_frames
+        self._num_frames += 1
+        has_one_color = self._track_plain_frames(current, index)
+        has_jumped = self._track_jumps(current, index)
+        self._previous_frame = current
+        self._dissolves.add_frame(current, index, is_break=has_one_color or has_jumped)
 
-    def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
+    def _track_jumps(self, current: Thumbnail, index: int) -> bool:
+        """Tell cuts from flashes; return whether a frame differs strongly from the frame before it.
+
+        A jump is a cut unless the scene before it returns within the length of a flash.
+        """
+        previous = self._previous_frame
+        jump = self._jump
+        is_recent = jump is not None and index - jump.index <= self._flash_frames
+        if previous is None or not self._belong_to_different_scenes(previous, current):
+            if jump is not None and not is_recent:
+                self._confirm_cut()
+            return False
+        if (
+            jump is not None
+            and is_recent
+            and not self._belong_to_different_scenes(jump.frame_before, current)
+        ):
+            self._jump = None  # a flash: the scene continues
+        else:
+            self._confirm_cut()
+            self._jump = _Jump(index, previous)
+        return True
+
+    def _belong_to_different_scenes(self, first: Thumbnail, second: Thumbnail) -> bool:
         """Return whether two frames differ enough to belong to different scenes."""
         return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
         """Return all scene changes in order, after the last frame."""
-        self._confirm()
-        if self._plain_since is not None:
-            self._end_plain(self._num_seen, is_other=True)
-        joined: list[SceneChange] = []
+        self._confirm_cut()
+        if self._plain_start is not None:
+            self._end_plain_frames(self._num_frames, starts_scene=True)
+        merged: list[SceneChange] = []
         for begin, end in sorted({*self._changes, *self._dissolves.changes}):
-            if joined and begin < joined[-1][1]:  # they overlap
-                begin, last = joined.pop()
-                end = max(last, end)
-            joined.append((begin, end))
-        return [(begin, end) for begin, end in joined if end > 0 and begin < self._num_seen]
+            if merged and begin < merged[-1][1]:  # they overlap
+                begin, previous_end = merged.pop()
+                end = max(previous_end, end)
+            merged.append((begin, end))
+        return [(begin, end) for begin, end in merged if end > 0 and begin < self._num_frames]
 
-    def _confirm(self) -> None:
+    def _confirm_cut(self) -> None:
         """Record the pending jump as a cut, since it was not a flash."""
         if self._jump is not None:
-            self._changes.append((self._jump.number, self._jump.number))
+            self._changes.append((self._jump.index, self._jump.index))
         self._jump = None
 
-    def _see_plain(self, now: Thumbnail, number: int) -> bool:
+    def _track_plain_frames(self, current: Thumbnail, index: int) -> bool:
         """Track runs of single-color frames; return whether this frame is one."""
-        pixels = now.gray[~now.is_white]
+        pixels = current.gray[~current.is_white]
         # a frame of one color besides white has no structure that `scene_distance` could compare
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
-            if self._plain_since is None:
-                self._plain_since = number
+            if self._plain_start is None:
+                self._plain_start = index
             return True
-        if self._plain_since is not None:
-            earlier = self._structured
-            distance = 1.0 if earlier is None else scene_distance(earlier, now, self._threshold)
-            self._end_plain(number, is_other=distance >= self._threshold)
-        self._structured = now
+        if self._plain_start is not None:
+            earlier = self._last_structured
+            starts_scene = earlier is None or self._belong_to_different_scenes(earlier, current)
+            self._end_plain_frames(index, starts_scene)
+        self._last_structured = current
         return False
 
-    def _end_plain(self, end: int, is_other: bool) -> None:
+    def _end_plain_frames(self, end: int, starts_scene: bool) -> None:
         """End a run of single-color frames before frame `end`.
 
-        `is_other` says whether another scene follows.
+        `starts_scene` says whether another scene follows.
         """
-        begin, self._plain_since = self._plain_since, None
+        begin, self._plain_start = self._plain_start, None
         assert begin is not None
-        if is_other or end - begin >= self._plain_frames:
+        if starts_scene or end - begin >= self._plain_frames:
             # the run becomes a scene of its own, which is later left out as too short or black
             self._changes += [(begin, begin), (end, end)]
 
@@ -140,62 +146,68 @@ class _Dissolves:
     def __init__(self, threshold: float, rate: float) -> None:
         self._threshold = threshold
         steps = (max(2, round(rate * seconds / 2) * 2) for seconds in DISSOLVE_SECONDS)
-        self._reaches = tuple(dict.fromkeys(steps))  # frames from the middle to the ends, even
-        maximum = 2 * max(self._reaches) + 1
-        self._images: deque[Thumbnail] = deque(maxlen=maximum)
+        self._half_lengths = tuple(dict.fromkeys(steps))  # frames from the middle to the ends, even
+        maximum = 2 * max(self._half_lengths) + 1
+        self._frames: deque[Thumbnail] = deque(maxlen=maximum)
         self._variances: deque[float] = deque(maxlen=maximum)
         self._last_break = -1
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
-    def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Examine the next frame, whose index is `number`, for a dissolve.
-
-        `is_break` says that the frame follows a cut or has a single color.
-        """
-        self._images.append(now)
-        self._variances.append(float(now.gray.var()))
+    def add_frame(self, current: Thumbnail, index: int, is_break: bool) -> None:
+        """Examine the next frame for a dissolve; `is_break`: it follows a cut or has a single color."""
+        self._frames.append(current)
+        self._variances.append(float(current.gray.var()))
         if is_break:
-            self._last_break = number
-        for reach in self._reaches:
-            first = number - 2 * reach
+            self._last_break = index
+        for half_length in self._half_lengths:
+            first = index - 2 * half_length
             if first >= 0 and self._last_break <= first:
-                self._look(first, reach)
+                self._check_span(first, half_length)
 
-    def _look(self, first: int, reach: int) -> None:
-        """Check whether the last 2 * reach + 1 frames, starting at `first`, are a dissolve."""
-        offset = len(self._images) - 2 * reach - 1
-        if not self._loses_contrast(offset, reach):
+    def _check_span(self, first: int, half_length: int) -> None:
+        """Add a change if the last 2 * half_length + 1 frames, starting at `first`, are a dissolve.
+
+        1. The variance falls in the middle, because mixing lowers the contrast.
+        2. The weight of the second scene rises about evenly.
+        3. The frames at both ends belong to different scenes.
+        """
+        offset = len(self._frames) - 2 * half_length - 1
+        if not self._loses_contrast(offset, half_length):
             return
-        shares = self._count_second_shares(offset, reach)
-        for part, _ in DIPS:
-            if not abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF:
+        weights = self._measure_second_weights(offset, half_length)
+        for position, _ in VARIANCE_LIMITS:
+            if abs(weights[round(2 * half_length * position)] - position) > MAX_WEIGHT_ERROR:
                 return
-        distance = scene_distance(self._images[offset], self._images[-1], self._threshold)
+        distance = scene_distance(self._frames[offset], self._frames[-1], self._threshold)
         if distance < self._threshold:
             return
-        mixed = [position for position, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
-        self.changes.append((first + mixed[0], first + mixed[-1] + 1))
+        mixed = [
+            frame
+            for frame, weight in enumerate(weights, first)
+            if MIN_MIXED_WEIGHT < weight < 1 - MIN_MIXED_WEIGHT
+        ]
+        self.changes.append((mixed[0], mixed[-1] + 1))
 
-    def _loses_contrast(self, offset: int, reach: int) -> bool:
+    def _loses_contrast(self, offset: int, half_length: int) -> bool:
         """Return whether the variance falls between the ends of a span of frames, as in a dissolve."""
         begin = self._variances[offset]
         end = self._variances[-1]
-        for part, maximum in DIPS:
-            mean = (1 - part) * begin + part * end
-            if self._variances[offset + round(2 * reach * part)] > maximum * mean:
+        for position, max_fraction in VARIANCE_LIMITS:
+            unmixed_variance = (1 - position) * begin + position * end
+            if self._variances[offset + round(2 * half_length * position)] > max_fraction * unmixed_variance:
                 return False
         return True
 
-    def _count_second_shares(self, offset: int, reach: int) -> list[float]:
+    def _measure_second_weights(self, offset: int, half_length: int) -> list[float]:
         """Return how much of the second scene each frame from `offset` on shows, 0..1.
 
         The frame at `offset` counts as 0, the last frame as 1; others by their position between the two.
         """
-        begin = self._images[offset].gray
-        direction = self._images[-1].gray - begin
-        length = max(float(np.square(direction).sum()), 1e-12)
-        shares = []
-        for position in range(2 * reach + 1):
-            progress = ((self._images[offset + position].gray - begin) * direction).sum()
-            shares.append(float(progress) / length)
-        return shares
+        begin = self._frames[offset].gray
+        direction = self._frames[-1].gray - begin
+        squared_length = max(float(np.square(direction).sum()), 1e-12)
+        weights = []
+        for step in range(2 * half_length + 1):
+            projection = ((self._frames[offset + step].gray - begin) * direction).sum()
+            weights.append(float(projection) / squared_length)
+        return weights

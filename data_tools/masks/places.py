@@ -43,18 +43,19 @@ from modules.text_files import real_path
 
 Gray = NDArray[np.uint8]  # H W, white is learned
 Kind = Literal["image", "video"]
-MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
+# names of PNG texts in a mask: how this program made it; whether a person accepted it
+METHOD_TEXT, ACCEPTED_TEXT = "mask", "mask_accepted"
 
 
 @dataclass(frozen=True)
-class MaskPlace:
+class MaskEntry:
     """An image or clip with the path of its mask, as found when the folder was listed."""
 
-    medium: Path
+    media_path: Path
     kind: Kind
     masks: tuple[Path, ...]  # files or folders that the dataset takes for its mask; more than one is a fault
-    folder: Path  # of masks
-    name: str  # of its mask without suffix
+    mask_folder: Path
+    mask_stem: str  # name of its mask without suffix
 
     @property
     def mask(self) -> Path | None:
@@ -62,36 +63,36 @@ class MaskPlace:
         return self.masks[0] if self.masks else None
 
     @property
-    def before(self) -> Path:
+    def backup_folder(self) -> Path:
         """Return the folder that holds the mask from before its last change, if any."""
-        return self.folder / MASKS_BEFORE / self.medium.name
+        return self.mask_folder / MASKS_BEFORE / self.media_path.name
 
     @property
     def is_removed(self) -> bool:
         """Return whether a person has removed the mask; its copy stays until a new mask is made."""
-        return not self.masks and self.before.is_dir() and any(self.before.iterdir())
+        return not self.masks and self.backup_folder.is_dir() and any(self.backup_folder.iterdir())
 
-    def target(self, moves: bool) -> Path:
+    def mask_path(self, is_folder: bool) -> Path:
         """Return the path for writing a mask.
 
         Args:
-            moves: Whether the mask has an image for each frame of a clip.
+            is_folder: Whether the mask is a folder with an image for each frame of a clip.
         """
-        return self.folder / (self.name if moves else f"{self.name}.png")
+        return self.mask_folder / (self.mask_stem if is_folder else f"{self.mask_stem}.png")
 
-    def texts(self) -> dict[str, str]:
-        """Return the texts stored in the mask file; {} if it is unreadable."""
+    def read_texts(self) -> dict[str, str]:
+        """Return the texts stored in the PNG of the mask; {} if it is unreadable."""
         with contextlib.suppress(MediaError, OSError):
             if self.mask is not None:
                 return read_tags(folder_images(self.mask)[0] if self.mask.is_dir() else self.mask)
         return {}
 
-    def listed_anew(self) -> "MaskPlace":
-        """Return the same place with the mask files that exist now."""
-        return _list_places([(self.medium, self.kind)], self.folder)[0]
+    def refresh(self) -> "MaskEntry":
+        """Return the entry with the mask files that exist now."""
+        return _list_entries([(self.media_path, self.kind)], self.mask_folder)[0]
 
 
-def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]:
+def find_mask_entries(folder: Path, masks: Path | None = None) -> list[MaskEntry]:
     """Return where the mask of each image and clip in a folder is or would be, sorted by name.
 
     `masks` is the folder of masks; None means FOLDER/masks. If it is the folder of the images itself, masks
@@ -100,16 +101,16 @@ def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]
     Raises:
         DatasetError: If the folder cannot be listed.
     """
-    return _list_places(list_media(folder), folder / FOLDER_NAME if masks is None else masks)
+    return _list_entries(list_media(folder), folder / FOLDER_NAME if masks is None else masks)
 
 
-def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
+def find_mask_entry(media_path: Path, masks: Path | None = None) -> MaskEntry:
     """Return where the mask of one image or clip is, or would be written.
 
     `masks` is the folder of masks; None means a folder `masks` next to the medium.
     """
-    folder = medium.parent / FOLDER_NAME if masks is None else masks
-    return _list_places([(medium, _kind_of(medium))], folder)[0]
+    folder = media_path.parent / FOLDER_NAME if masks is None else masks
+    return _list_entries([(media_path, _kind_of(media_path))], folder)[0]
 
 
 def list_media(folder: Path) -> list[tuple[Path, Kind]]:
@@ -146,20 +147,21 @@ def _kind_of(path: Path) -> Kind:
         return "image"
 
 
-def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskPlace]:
-    """Return for each image or clip which masks exist in a folder, and what a new mask is called."""
-    entries: list[Path] = []
+def _list_entries(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskEntry]:
+    """Return for each image or clip which masks exist in a folder, and how a new mask is called."""
+    visible_paths: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
-        entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    is_beside = any(real_path(folder) == real_path(medium.parent) for medium, _ in media[:1])
-    by_kind: dict[str, Mapping[str, Sequence[Path]]] = {
-        kind: masks_by_stem(entries, kind, is_beside) for kind in {kind for _, kind in media}
-    }
-    label = MASK_LABEL if is_beside else ""
-    return [
-        MaskPlace(medium, kind, tuple(by_kind[kind].get(medium.stem, ())), folder, medium.stem + label)
-        for medium, kind in media
-    ]
+        visible_paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    is_next_to_media = any(real_path(folder) == real_path(media_path.parent) for media_path, _ in media[:1])
+    masks_of_kind: dict[str, Mapping[str, Sequence[Path]]] = {}
+    for kind in {kind for _, kind in media}:
+        masks_of_kind[kind] = masks_by_stem(visible_paths, kind, is_next_to_media)
+    label = MASK_LABEL if is_next_to_media else ""
+    entries = []
+    for media_path, kind in media:
+        masks = tuple(masks_of_kind[kind].get(media_path.stem, ()))
+        entries.append(MaskEntry(media_path, kind, masks, folder, mask_stem=media_path.stem + label))
+    return entries
 
 
 def mask_line(folder: PurePath) -> str:
@@ -207,37 +209,37 @@ class _AllBlackError(Exception):
     """All frames of a new mask are black, so that nothing would be learned."""
 
 
-def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Mapping[str, str]) -> bool:
+def write_mask(entry: MaskEntry, frames: Iterable[Gray], is_folder: bool, texts: Mapping[str, str]) -> bool:
     """Write a mask and keep a copy of the existing one; return whether it was written.
 
     A mask that is black everywhere is not written, because nothing could be learned with it.
 
     Args:
-        place: Image or clip, and the location of its mask.
+        entry: Image or clip, and the location of its mask.
         frames: Frames of the mask, H W each. Errors of the iterator pass through.
-        moves: Whether the mask is a folder of frames; otherwise there is one frame.
+        is_folder: Whether the mask is a folder of frames; otherwise there is one frame.
         texts: Texts to store in the PNG, or in the first PNG of the folder.
 
     Raises:
         OutputError: If the mask cannot be written.
     """
-    target = place.target(moves)
+    target = entry.mask_path(is_folder)
     try:
-        if moves:
+        if is_folder:
             with atomic_folder(target) as temporary:
                 _write_frames(temporary, frames, texts)
-                keep_before(place)
+                backup_mask(entry)
         else:
             (gray,) = frames
             if not gray.any():
                 return False
-            keep_before(place)
+            backup_mask(entry)
             write_png(target, gray, texts)
     except _AllBlackError:  # of `_write_frames`; the temporary folder is gone
         return False
     # an old mask of another form, such as a folder of frames
-    if place.mask is not None and place.mask != target:
-        _delete(place.mask)
+    if entry.mask is not None and entry.mask != target:
+        _delete(entry.mask)
     return True
 
 
@@ -251,19 +253,19 @@ def _write_frames(folder: Path, frames: Iterable[Gray], texts: Mapping[str, str]
         raise _AllBlackError
 
 
-def keep_before(place: MaskPlace) -> None:
+def backup_mask(entry: MaskEntry) -> None:
     """Save a copy of the mask for `undo_change`, replacing an earlier copy.
 
     Raises OutputError if it cannot be written.
     """
-    with atomic_folder(place.before) as temporary:
-        if place.mask is None:
+    with atomic_folder(entry.backup_folder) as temporary:
+        if entry.mask is None:
             return
-        copy = temporary / place.mask.name
-        if place.mask.is_dir():
-            shutil.copytree(place.mask, copy)
+        copy = temporary / entry.mask.name
+        if entry.mask.is_dir():
+            shutil.copytree(entry.mask, copy)
         else:
-            shutil.copyfile(place.mask, copy)
+            shutil.copyfile(entry.mask, copy)
 
 
 def _delete(path: Path) -> None:
@@ -281,13 +283,13 @@ def _delete(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def is_reviewed(place: MaskPlace) -> bool:
+def is_reviewed(entry: MaskEntry) -> bool:
     """Return whether a person has drawn, changed or accepted the mask; False without a mask."""
-    texts = place.texts()
-    return place.mask is not None and (ACCEPTED in texts or MADE not in texts)
+    texts = entry.read_texts()
+    return entry.mask is not None and (ACCEPTED_TEXT in texts or METHOD_TEXT not in texts)
 
 
-def accept_mask(place: MaskPlace) -> None:
+def accept_mask(entry: MaskEntry) -> None:
     """Mark a generated mask as accepted by a person, so that no run makes it again.
 
     Raises:
@@ -295,15 +297,15 @@ def accept_mask(place: MaskPlace) -> None:
         MediaError: If the mask cannot be read.
         OutputError: If the mask cannot be written.
     """
-    mask = _require_mask(place)
-    if is_reviewed(place):
+    mask = _require_mask(entry)
+    if is_reviewed(entry):
         return
     first = folder_images(mask)[0] if mask.is_dir() else mask
-    keep_before(place)
-    write_png(first, as_gray(read_mask(first)), {**place.texts(), ACCEPTED: "yes"})
+    backup_mask(entry)
+    write_png(first, as_gray(read_mask(first)), {**entry.read_texts(), ACCEPTED_TEXT: "yes"})
 
 
-def invert_mask(place: MaskPlace) -> None:
+def invert_mask(entry: MaskEntry) -> None:
     """Invert a mask, which then counts as drawn by a person.
 
     Raises:
@@ -311,31 +313,33 @@ def invert_mask(place: MaskPlace) -> None:
         MediaError: If the mask cannot be read.
         OutputError: If the mask cannot be written.
     """
-    mask = _require_mask(place)
+    mask = _require_mask(entry)
     inverted = (255 - gray for gray in read_frames(mask))
-    if not write_mask(place, inverted, moves=not is_still(mask), texts={}):
-        raise DatasetError(f"{mask} is all white: inverted, nothing of {place.medium.name} would be learned")
+    if not write_mask(entry, inverted, is_folder=not is_still(mask), texts={}):
+        raise DatasetError(
+            f"{mask} is all white: inverted, nothing of {entry.media_path.name} would be learned"
+        )
 
 
-def remove_mask(place: MaskPlace) -> None:
+def remove_mask(entry: MaskEntry) -> None:
     """Remove a mask; runs make it again only if they replace masks.
 
     Raises:
         DatasetError: If there is no mask.
         OutputError: If the files cannot be changed.
     """
-    mask = _require_mask(place)
-    keep_before(place)
+    mask = _require_mask(entry)
+    backup_mask(entry)
     _delete(mask)
 
 
-def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None = None) -> None:
+def replace_mask(entry: MaskEntry, pixels: NDArray[np.uint8], frame_index: int | None = None) -> None:
     """Store a mask that a person has drawn, in place of an existing one.
 
     Args:
-        place: Image or clip, and the location of its mask.
+        entry: Image or clip, and the location of its mask.
         pixels: The mask, H W or H W 3; white is learned.
-        number: Index of the frame of a clip that the mask is for; None for the full image or clip.
+        frame_index: Frame of a clip that the mask is for; None for the full image or clip.
 
     Raises:
         DatasetError: If the shape differs from that of the image or clip, if the clip's mask has no such
@@ -343,47 +347,54 @@ def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None
         MediaError: If an existing mask cannot be read.
         OutputError: If the mask cannot be written.
     """
-    gray = as_gray(pixels)
-    mask_size, size = (gray.shape[1], gray.shape[0]), frame_size(place.medium)
-    if not is_of_shape(mask_size, size):
+    drawn_mask = as_gray(pixels)
+    height, width = drawn_mask.shape
+    media_width, media_height = frame_size(entry.media_path)
+    if not is_of_shape((width, height), (media_width, media_height)):
         raise DatasetError(
-            f"The mask has {mask_size[0]}x{mask_size[1]} pixels, {place.medium.name} {size[0]}x{size[1]}: "
+            f"The mask has {width}x{height} pixels, {entry.media_path.name} {media_width}x{media_height}: "
             "they need the same shape"
         )
-    if number is None:
-        frames: Iterable[Gray] = [gray]
-    else:
-        mask = _require_mask(place)
-        if is_still(mask) or not 0 <= number < count_frames(mask):
-            raise DatasetError(f"{mask} has no frame {number}, so that it cannot be replaced")
-        # a generator: one frame of the old mask is replaced, the others are copied
-        frames = (gray if index == number else old for index, old in enumerate(read_frames(mask)))
-    if not write_mask(place, frames, moves=number is not None, texts={}):
-        raise DatasetError(f"The mask of {place.medium.name} is all black: nothing would be learned")
+    frames: Iterable[Gray] = [drawn_mask]
+    if frame_index is not None:
+        frames = _replace_frame(_require_mask(entry), drawn_mask, frame_index)
+    if not write_mask(entry, frames, is_folder=frame_index is not None, texts={}):
+        raise DatasetError(f"The mask of {entry.media_path.name} is all black: nothing would be learned")
 
 
-def undo_change(place: MaskPlace) -> bool:
+def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gray]:
+    """Return the frames of a clip's mask, read one by one, with one of them replaced.
+
+    Raises:
+        DatasetError: If the mask has no such frame.
+    """
+    if is_still(mask) or not 0 <= frame_index < count_frames(mask):
+        raise DatasetError(f"{mask} has no frame {frame_index}, so that it cannot be replaced")
+    return (new_frame if index == frame_index else old for index, old in enumerate(read_frames(mask)))
+
+
+def undo_change(entry: MaskEntry) -> bool:
     """Restore the mask from before its last change; return False if there is no earlier mask.
 
     Changes by runs can be undone too. Raises OutputError if files cannot be changed.
     """
-    if not place.before.is_dir():
+    if not entry.backup_folder.is_dir():
         return False
-    for mask in place.masks:
+    for mask in entry.masks:
         _delete(mask)
-    with explain_errors(place.folder):
-        for copy in place.before.iterdir():
-            replace_file(copy, place.folder / copy.name)
-        shutil.rmtree(place.before)
+    with explain_errors(entry.mask_folder):
+        for copy in entry.backup_folder.iterdir():
+            replace_file(copy, entry.mask_folder / copy.name)
+        shutil.rmtree(entry.backup_folder)
     return True
 
 
-def _require_mask(place: MaskPlace) -> Path:
+def _require_mask(entry: MaskEntry) -> Path:
     """Return the path of an existing mask.
 
     Raises:
         DatasetError: If there is no mask.
     """
-    if place.mask is None:
-        raise DatasetError(f"{place.medium.name} has no mask in {place.folder}")
-    return place.mask
+    if entry.mask is None:
+        raise DatasetError(f"{entry.media_path.name} has no mask in {entry.mask_folder}")
+    return entry.mask

@@ -11,16 +11,16 @@ from typing import Protocol
 from data_tools.folders import walk_folders
 from data_tools.masks.options import FOLDER_NAME, NETWORK_SMOOTH, FinderOptions, MaskOptions
 from data_tools.masks.places import (
-    ACCEPTED,
-    MADE,
+    ACCEPTED_TEXT,
+    METHOD_TEXT,
     Gray,
-    MaskPlace,
-    find_mask_places,
+    MaskEntry,
+    find_mask_entries,
     mask_line,
     read_frames,
     write_mask,
 )
-from data_tools.masks.shaping import MaskShape, Values, steady
+from data_tools.masks.shaping import MaskShaping, ScoreMap, median_over_time
 from dataset.caching.prefetch import Failure, failure_error
 from modules.bars import track
 from modules.console import Row, format_count, list_some, show_box
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Finder(Protocol):
     """Finds the regions of images that a mask should cover."""
 
-    def find(self, frame: Frame) -> Values:
+    def score(self, frame: Frame) -> ScoreMap:
         """Return how strongly each region of an image, H W 3, is to be masked: h w, 0..1."""
 
 
@@ -46,19 +46,19 @@ class _NothingFoundError(Exception):
 class MaskPlan:
     """Which masks are made, and which existing ones stay, for the media in some folders."""
 
-    jobs: list[MaskPlace] = field(default_factory=list)
-    other_method: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
-    by_hand: list[MaskPlace] = field(default_factory=list)  # drawn, changed or accepted by a person
-    removed: list[MaskPlace] = field(default_factory=list)  # by a person
+    to_make: list[MaskEntry] = field(default_factory=list)
+    other_method: list[MaskEntry] = field(default_factory=list)  # made before by this program, in another way
+    reviewed: list[MaskEntry] = field(default_factory=list)  # drawn, changed or accepted by a person
+    removed: list[MaskEntry] = field(default_factory=list)  # by a person
 
 
 @dataclass
 class MaskOutcome:
     """Numbers and failures of the masks made in a run."""
 
-    written: list[MaskPlace] = field(default_factory=list)
-    empty: list[MaskPlace] = field(default_factory=list)  # nothing was found
-    black: list[MaskPlace] = field(default_factory=list)  # nothing would be learned
+    written: list[MaskEntry] = field(default_factory=list)
+    nothing_found: list[MaskEntry] = field(default_factory=list)
+    all_black: list[MaskEntry] = field(default_factory=list)  # nothing would be learned
     failures: list[Failure] = field(default_factory=list)  # files that cannot be read
 
 
@@ -72,57 +72,82 @@ def make_masks(options: MaskOptions) -> None:
         DatasetError: At the end, if files could not be read.
     """
     options.finder.require_one()  # called only to raise if no option says what to find
-    folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
-    by_folder = {folder: _find_mask_folder(folder, options) for folder in folders}
-    places = [place for folder, masks in by_folder.items() for place in find_mask_places(folder, masks)]
-    if not places:
-        hint = "" if options.recursive else ". --recursive also takes the folders below it"
-        raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
-    _reject_unclear(places)
-    kind = _find_kind(options.finder)
-    shape = _read_shape(options, kind)
-    method = _describe_method(options, kind, shape)
-    plan = _make_plan(places, options, method)
-    _warn_of_kept(plan)
+    entries = _find_all_entries(options)
+    _reject_ambiguous_masks(entries)
+    kind = _select_finder_kind(options.finder)
+    shaping = _make_shaping(options, kind)
+    method = _describe_method(options, kind, shaping)
+    plan = _make_plan(entries, options, method)
+    _warn_of_remaining_masks(plan)
     if options.dry_run:
-        names = list_some([place.medium.name for place in plan.jobs])
-        text = f"{format_count(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
-        show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
+        _show_plan(plan, method)
         return
     outcome = MaskOutcome()
-    if plan.jobs:
+    if plan.to_make:
         finder = _load_finder(options.finder)
-        for place in track(plan.jobs, "Masks", len(plan.jobs), unit="file"):
-            frames = _draw(place, finder, shape, options)
-            _make_mask(place, frames, _make_texts(place, method, options.mode), outcome)
-    _show_outcome(outcome, places, num_kept=len(places) - len(plan.jobs), method=method)
+        for entry in track(plan.to_make, "Masks", len(plan.to_make), unit="file"):
+            mask_frames = _generate_masks(entry, finder, shaping, options)
+            texts = _make_texts(entry, method, options.mode)
+            _write_generated_mask(entry, mask_frames, texts, outcome)
+    _show_outcome(outcome, entries, num_unchanged=len(entries) - len(plan.to_make), method=method)
     if outcome.failures:
-        raise failure_error(outcome.failures, format_count(len(plan.jobs), "file"))
+        raise failure_error(outcome.failures, format_count(len(plan.to_make), "file"))
 
 
-def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: int, method: str) -> None:
+def _find_all_entries(options: MaskOptions) -> list[MaskEntry]:
+    """Return the images and clips of the folder, with --recursive also of its subfolders, with their masks.
+
+    Raises:
+        OptionError: If the masks would be written among the images.
+        DatasetError: If there are no images or clips, or if a folder cannot be listed.
+    """
+    folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
+    mask_folders = {folder: _find_mask_folder(folder, options) for folder in folders}
+    entries: list[MaskEntry] = []
+    for folder, mask_folder in mask_folders.items():
+        entries += find_mask_entries(folder, mask_folder)
+    if not entries:
+        hint = "" if options.recursive else ". --recursive also takes the folders below it"
+        raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
+    return entries
+
+
+def _show_plan(plan: MaskPlan, method: str) -> None:
+    """Print which masks would be made, for --dry_run."""
+    names = list_some([entry.media_path.name for entry in plan.to_make])
+    text = f"{format_count(len(plan.to_make), 'mask')} would be made{': ' if names else ''}{names}"
+    show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
+
+
+def _show_outcome(
+    outcome: MaskOutcome, entries: Sequence[MaskEntry], num_unchanged: int, method: str
+) -> None:
     """Log the files without a mask, then print the number of masks and the lines for dataset.toml."""
-    _warn_of_files("Nothing is found in %s (without a mask a file is learned whole): %s", outcome.empty)
-    _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.black)
-    masked = [place for place in places if place.mask is not None]
-    mask_folders = dict.fromkeys(place.folder for place in [*masked, *outcome.written])
-    made = f"{format_count(len(outcome.written), 'mask')}, {num_kept} left as they were"
+    _warn_of_files(
+        "Nothing is found in %s (without a mask a file is learned whole): %s", outcome.nothing_found
+    )
+    _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.all_black)
+    masked = [entry for entry in entries if entry.mask is not None]
+    mask_folders = dict.fromkeys(entry.mask_folder for entry in [*masked, *outcome.written])
+    made = f"{format_count(len(outcome.written), 'mask')}, {num_unchanged} left as they were"
     rows: list[Row] = [("made", made), ("by", method)]
     show_box("Masks", rows, [("In dataset.toml", mask_line(folder)) for folder in mask_folders])
 
 
-def _make_mask(
-    place: MaskPlace, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
+def _write_generated_mask(
+    entry: MaskEntry, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
 ) -> None:
     """Write a mask and record the outcome. Raises OutputError if it cannot be written."""
     try:
-        is_written = write_mask(place, frames, place.kind == "video", texts)
+        is_written = write_mask(entry, frames, entry.kind == "video", texts)
     except MediaError as error:
-        outcome.failures.append(Failure(place.medium, str(error), 0, place.medium.stem))
+        outcome.failures.append(
+            Failure(entry.media_path, reason=str(error), table=0, stem=entry.media_path.stem)
+        )
     except _NothingFoundError:
-        outcome.empty.append(place)
+        outcome.nothing_found.append(entry)
     else:
-        (outcome.written if is_written else outcome.black).append(place)
+        (outcome.written if is_written else outcome.all_black).append(entry)
 
 
 def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
@@ -137,21 +162,21 @@ def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
     return masks
 
 
-def _reject_unclear(places: Sequence[MaskPlace]) -> None:
+def _reject_ambiguous_masks(entries: Sequence[MaskEntry]) -> None:
     """Raise DatasetError if two files would share a mask, or one file has several masks."""
-    by_target: dict[tuple[Path, str], MaskPlace] = {}
-    for place in places:
-        first = by_target.setdefault((place.folder, place.name.casefold()), place)
-        if first != place:
+    by_target: dict[tuple[Path, str], MaskEntry] = {}
+    for entry in entries:
+        first = by_target.setdefault((entry.mask_folder, entry.mask_stem.casefold()), entry)
+        if first != entry:
             raise DatasetError(
-                f"{first.medium} and {place.medium.name} would have the same mask. Rename one of them"
+                f"{first.media_path} and {entry.media_path.name} would have the same mask. Rename one of them"
             )
-        if len(place.masks) > 1:
-            one, other, *_ = place.masks
-            raise DatasetError(f"{one} and {other.name} are masks of {place.medium.name}. Keep one")
+        if len(entry.masks) > 1:
+            one, other, *_ = entry.masks
+            raise DatasetError(f"{one} and {other.name} are masks of {entry.media_path.name}. Keep one")
 
 
-def _find_kind(finder: FinderOptions) -> str:
+def _select_finder_kind(finder: FinderOptions) -> str:
     """Return what finds the masked areas: a model type for prompts, otherwise the name of the option.
 
     Raises:
@@ -164,13 +189,13 @@ def _find_kind(finder: FinderOptions) -> str:
     return next(name for name in ("background", "faces", "colour") if getattr(finder, name) is not None)
 
 
-def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
+def _make_shaping(options: MaskOptions, kind: str) -> MaskShaping:
     """Return the shaping of masks; unset options take the finder's defaults."""
     shape = options.shape
     is_exact = kind in ("faces", "colour")  # these find whole areas: smoothing would only blur the border
     default_smooth = 0 if is_exact else NETWORK_SMOOTH
     default_threshold = 0.5 if kind == "sam3" else 0.3
-    return MaskShape(
+    return MaskShaping(
         threshold=default_threshold if shape.threshold is None else shape.threshold,
         smooth_pixels=default_smooth if shape.smooth_pixels is None else shape.smooth_pixels,
         expand_pixels=shape.expand_pixels,
@@ -179,7 +204,7 @@ def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
     )
 
 
-def _describe_method(options: MaskOptions, kind: str, shape: MaskShape) -> str:
+def _describe_method(options: MaskOptions, kind: str, shape: MaskShaping) -> str:
     """Return a text about how masks are made, which is stored in the mask files."""
     parts = [
         _describe_finder(options.finder, kind),
@@ -205,76 +230,85 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
     return f"{' | '.join(finder.prompts)} by {real_path(finder.model).name}{score}"
 
 
-def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -> MaskPlan:
+def _make_plan(entries: Sequence[MaskEntry], options: MaskOptions, method: str) -> MaskPlan:
     """Decide for each image or clip whether its mask is made, and list masks that stay for a reason.
 
     `method` describes how this run finds masks, and is stored in each mask. Mode "fill" makes only masks that
     do not exist.
     """
     plan = MaskPlan()
-    for place in places:
-        texts = place.texts()
-        made_by = texts.get(MADE, "")
-        if place.mask is None:
-            if place.is_removed and options.mode == "fill":  # a person decided against a mask
-                plan.removed.append(place)
+    for entry in entries:
+        texts = entry.read_texts()
+        previous_methods = texts.get(METHOD_TEXT, "").split("\n")
+        is_of_person = previous_methods == [""] or ACCEPTED_TEXT in texts  # drawn or accepted
+        if entry.mask is None:
+            if entry.is_removed and options.mode == "fill":  # a person decided against a mask
+                plan.removed.append(entry)
             else:
-                plan.jobs.append(place)
-        elif made_by.split("\n")[-1] == method:
-            continue  # the last line of the text in the mask names its last method: it is this one
+                plan.to_make.append(entry)
+        elif previous_methods[-1] == method:
+            continue  # this run would make the same mask
         elif options.mode != "fill":
-            plan.jobs.append(place)
-        # a person has drawn or accepted the mask
-        elif not made_by or ACCEPTED in texts:
-            plan.by_hand.append(place)
+            plan.to_make.append(entry)
+        elif is_of_person:
+            plan.reviewed.append(entry)
         elif options.overwrite:
-            plan.jobs.append(place)
+            plan.to_make.append(entry)
         else:
-            plan.other_method.append(place)
+            plan.other_method.append(entry)
     return plan
 
 
-def _make_texts(place: MaskPlace, method: str, mode: str) -> dict[str, str]:
+def _make_texts(entry: MaskEntry, method: str, mode: str) -> dict[str, str]:
     """Return the texts of a new mask: a line for each method applied to it, and whether a person edited it.
 
     These lines keep a run that changes masks, and was interrupted, from changing a mask twice.
     """
-    old = place.texts()
-    if place.mask is None or mode in ("fill", "replace"):
-        return {MADE: method}
-    is_of_person = MADE not in old or ACCEPTED in old
-    made = "\n".join(filter(None, [old.get(MADE, ""), method]))
-    return {MADE: made, ACCEPTED: "yes"} if is_of_person else {MADE: made}
+    if entry.mask is None or mode in ("fill", "replace"):
+        return {METHOD_TEXT: method}
+    old_texts = entry.read_texts()
+    previous_methods = old_texts.get(METHOD_TEXT)
+    texts = {METHOD_TEXT: f"{previous_methods}\n{method}" if previous_methods else method}
+    if METHOD_TEXT not in old_texts or ACCEPTED_TEXT in old_texts:  # a person drew or accepted the mask
+        texts[ACCEPTED_TEXT] = "yes"
+    return texts
 
 
-def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Gray]:
+def _generate_masks(
+    entry: MaskEntry, finder: Finder, shaping: MaskShaping, options: MaskOptions
+) -> Iterator[Gray]:
     """Yield the mask of an image, or the masks of a clip's frames, H W each.
 
     Raises:
         MediaError: If a file cannot be read.
         _NothingFoundError: At the end, if nothing was found in any frame.
     """
-    # of the frames that are read and have no mask yet: a steady mask needs frames after its own
+    if entry.kind == "video":
+        frames: Iterable[Frame] = video_frames(entry.media_path)
+        steady_frames = options.shape.steady_frames
+    else:
+        frames = [read_image(entry.media_path)]
+        steady_frames = 0
+    # sizes of the frames that were read ahead: the median of a frame needs the frames after it
     sizes: deque[tuple[int, int]] = deque()
-    frames = video_frames(place.medium) if place.kind == "video" else iter([read_image(place.medium)])
-    values = steady(
-        _find_in(frames, finder, sizes), options.shape.steady_frames if place.kind == "video" else 0
-    )
-    previous_masks = itertools.repeat(None) if place.mask is None else _repeat_last(read_frames(place.mask))
+    score_maps = median_over_time(_score_frames(frames, finder, sizes), steady_frames)
+    previous_masks = itertools.repeat(None) if entry.mask is None else _repeat_last(read_frames(entry.mask))
     has_found = False
-    for value, previous_mask in zip(values, previous_masks, strict=False):
-        found = shape.find(value, sizes.popleft())
+    for score_map, previous_mask in zip(score_maps, previous_masks, strict=False):
+        found = shaping.shape(score_map, sizes.popleft())
         has_found = has_found or bool(found.any())
-        yield shape.finish(found, previous_mask, options.mode, options.alpha)
+        yield shaping.combine_with_previous(found, previous_mask, options.mode, options.alpha)
     if not has_found:
         raise _NothingFoundError
 
 
-def _find_in(frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, int]]") -> Iterator[Values]:
-    """Yield a finder's values for each frame, and append the frame's (width, height) to `sizes`."""
+def _score_frames(
+    frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, int]]"
+) -> Iterator[ScoreMap]:
+    """Yield a finder's scores for each frame, and append the frame's (width, height) to `sizes`."""
     for frame in frames:
         sizes.append((frame.shape[1], frame.shape[0]))
-        yield finder.find(frame)
+        yield finder.score(frame)
 
 
 def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
@@ -292,9 +326,9 @@ def _load_finder(options: FinderOptions) -> Finder:
     Raises CheckpointError if its file is missing or damaged.
     """
     if options.prompts:
-        from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
+        from data_tools.masks.words import load_prompt_finder  # imports torch, which a color does not need
 
-        return load_word_finder(options.model, options.prompts, options.least_score, options.device)
+        return load_prompt_finder(options.model, options.prompts, options.least_score, options.device)
     # imported late, when an image needs a mask
     from data_tools.masks import seen
 
@@ -306,31 +340,31 @@ def _load_finder(options: FinderOptions) -> Finder:
     return seen.make_color_finder(options.colour, options.colour_distance)
 
 
-def _warn_of_kept(plan: MaskPlan) -> None:
+def _warn_of_remaining_masks(plan: MaskPlan) -> None:
     """Warn about existing masks that are not replaced, although this run would make others."""
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
             format_count(len(plan.other_method), "mask"),
-            list_some([place.medium.name for place in plan.other_method]),
+            list_some([entry.media_path.name for entry in plan.other_method]),
         )
-    if plan.by_hand:
+    if plan.reviewed:
         logger.warning(
             "%s kept, drawn or accepted by a person. --mode replace replaces them: %s",
-            format_count(len(plan.by_hand), "mask"),
-            list_some([place.medium.name for place in plan.by_hand]),
+            format_count(len(plan.reviewed), "mask"),
+            list_some([entry.media_path.name for entry in plan.reviewed]),
         )
     if plan.removed:
         logger.warning(
             "%s removed before and not made again; --mode replace does: %s",
             format_count(len(plan.removed), "mask"),
-            list_some([place.medium.name for place in plan.removed]),
+            list_some([entry.media_path.name for entry in plan.removed]),
         )
 
 
-def _warn_of_files(text: str, places: Sequence[MaskPlace]) -> None:
+def _warn_of_files(text: str, entries: Sequence[MaskEntry]) -> None:
     """Log a warning with the number of files and the first names; nothing without files."""
-    if places:
+    if entries:
         logger.warning(
-            text, format_count(len(places), "file"), list_some([place.medium.name for place in places])
+            text, format_count(len(entries), "file"), list_some([entry.media_path.name for entry in entries])
         )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.masks.options import IS_COLOR
-from data_tools.masks.shaping import Values
+from data_tools.masks.shaping import ScoreMap
 from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
@@ -22,7 +22,7 @@ from postprocessing.faces.detectors import load_detector
 # mean and deviation of the colors in ImageNet, by which networks of this kind normalize images
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
-Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # 1 3 S S -> 1 1 h w
+Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # 1 3 S S -> 1 1 h w
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,26 @@ class BackgroundFinder:
     """Finds the foreground with a loaded network like U2Net."""
 
     path: Path
-    run: Run
-    side: int  # S
+    network: Network
+    image_size: int  # S
 
-    def find(self, frame: Frame) -> Values:
+    def score(self, frame: Frame) -> ScoreMap:
         """Score how likely each region of an image, H W 3, is foreground: h w, scaled to 0..1.
 
         Raises:
             CheckpointError: If the network fails.
         """
-        output = self.run(self.as_input(frame))
+        output = self.network(self.to_model_input(frame))
         if output.ndim < 2 or not np.isfinite(output).all():
             raise CheckpointError(f"{self.path} gives no numbers for a picture: it may be damaged", self.path)
-        values = output.reshape(-1, *output.shape[-2:])[0]
-        low, high = values.min(), values.max()
-        return ((values - low) / max(high - low, np.finfo(np.float32).tiny)).astype(np.float32)
+        scores = output.reshape(-1, *output.shape[-2:])[0]
+        low, high = scores.min(), scores.max()
+        return ((scores - low) / max(high - low, np.finfo(np.float32).tiny)).astype(np.float32)
 
-    def as_input(self, frame: Frame) -> NDArray[np.float32]:
+    def to_model_input(self, frame: Frame) -> NDArray[np.float32]:
         """Resize an image, H W 3, to the network's input, 1 3 S S, divided by its brightest value."""
-        small = Image.fromarray(frame).resize((self.side, self.side), Image.Resampling.LANCZOS)
+        size = (self.image_size, self.image_size)
+        small = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
         pixels = np.asarray(small, np.float32)
         normal = (pixels / max(float(pixels.max()), 1e-6) - MEAN) / DEVIATION
         return np.ascontiguousarray(normal.transpose(2, 0, 1)[None], np.float32)
@@ -85,14 +86,14 @@ class FaceFinder:
     detector: Detector
     least_score: float
 
-    def find(self, frame: Frame) -> Values:
+    def score(self, frame: Frame) -> ScoreMap:
         """Return a map, H W, that is 1 at each pixel of an image, H W 3, that a face's box touches."""
-        values = np.zeros(frame.shape[:2], np.float32)
+        scores = np.zeros(frame.shape[:2], np.float32)
         for face in self.detector.find(frame, self.least_score):
-            left, top = (max(0, math.floor(side)) for side in face.box[:2])
-            right, bottom = (max(0, math.ceil(side)) for side in face.box[2:])
-            values[top:bottom, left:right] = 1
-        return values
+            left, top = (max(0, math.floor(edge)) for edge in face.box[:2])
+            right, bottom = (max(0, math.ceil(edge)) for edge in face.box[2:])
+            scores[top:bottom, left:right] = 1
+        return scores
 
 
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
@@ -113,7 +114,7 @@ class ColorFinder:
     colour: tuple[float, float, float]
     distance: float
 
-    def find(self, frame: Frame) -> Values:
+    def score(self, frame: Frame) -> ScoreMap:
         """Return a map, H W, that is 1 at pixels of an image, H W 3, that have the color."""
         difference = frame.astype(np.float32) / 255 - np.array(self.colour, np.float32)
         return (np.sqrt((difference**2).sum(axis=2)) <= self.distance).astype(np.float32)

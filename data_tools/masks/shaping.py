@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from data_tools.masks.places import Gray
 from modules.errors import MediaError
 
-Values = NDArray[np.float32]  # h w, 0..1
+ScoreMap = NDArray[np.float32]  # h w, 0..1
 
 
 @dataclass(frozen=True)
-class MaskShape:
+class MaskShaping:
     """How the values of a finder become a mask; each field is the option of the same name."""
 
     threshold: float
@@ -29,18 +29,18 @@ class MaskShape:
     feather_pixels: int
     inverts: bool
 
-    def find(self, values: Values, size: tuple[int, int]) -> Values:
+    def shape(self, scores: ScoreMap, size: tuple[int, int]) -> ScoreMap:
         """Return a mask of the found regions, H W: 1 inside, fading to 0 over `feather_pixels`, 0 elsewhere.
 
-        `values` are a finder's scores, h w, of any size; `size` is width and height of the image. The result
-        is not inverted: `finish` does that.
+        `scores` are a finder's scores, h w, of any size; `size` is width and height of the image. The result
+        is not inverted: `combine_with_previous` does that.
         """
         if self.smooth_pixels:
             side = 2 * self.smooth_pixels + 1
-            values = np.asarray(cv2.blur(values, (side, side), borderType=cv2.BORDER_REPLICATE), np.float32)
-        if (values.shape[1], values.shape[0]) != size:
-            values = np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_LINEAR), np.float32)
-        is_found = (values > self.threshold).astype(np.uint8)
+            scores = np.asarray(cv2.blur(scores, (side, side), borderType=cv2.BORDER_REPLICATE), np.float32)
+        if (scores.shape[1], scores.shape[0]) != size:
+            scores = np.asarray(cv2.resize(scores, size, interpolation=cv2.INTER_LINEAR), np.float32)
+        is_found = (scores > self.threshold).astype(np.uint8)
         if self.expand_pixels:
             side = 2 * self.expand_pixels + 1
             is_found = np.asarray(cv2.dilate(is_found, np.ones((side, side), np.uint8)), np.uint8)
@@ -50,18 +50,18 @@ class MaskShape:
         distance = cv2.distanceTransform(1 - is_found, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
 
-    def finish(self, found: Values, old: Gray | None, mode: str, alpha: float) -> Gray:
-        """Combine what `find` returned with the resized previous mask, if any; return the mask, H W."""
+    def combine_with_previous(self, found: ScoreMap, previous: Gray | None, mode: str, alpha: float) -> Gray:
+        """Invert the result of `shape` if needed, and combine it with the previous mask, if any: H W."""
         new = 1 - found if self.inverts else found
         height, width = new.shape
-        before = None
-        if old is not None and mode not in ("fill", "replace"):
-            resized = old if old.shape == new.shape else cv2.resize(old, (width, height))
-            before = np.asarray(resized, np.float32) / np.float32(255)
-        return to_gray(combine(new, before, mode, alpha))
+        old: ScoreMap | None = None
+        if previous is not None and mode not in ("fill", "replace"):
+            resized = previous if previous.shape == new.shape else cv2.resize(previous, (width, height))
+            old = np.asarray(resized, np.float32) / np.float32(255)
+        return to_gray(combine(new, old, mode, alpha))
 
 
-def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
+def combine(new: ScoreMap, old: ScoreMap | None, mode: str, alpha: float) -> ScoreMap:
     """Combine a new mask, weighted by `alpha`, with the old one: H W, 0..1.
 
     If there is no old mask (None), `subtract` starts from white, because without a mask everything is
@@ -77,31 +77,31 @@ def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
     return ((old + scaled) / np.float32(1 + alpha)).astype(np.float32)
 
 
-def to_gray(mask: Values) -> Gray:
+def to_gray(mask: ScoreMap) -> Gray:
     """Convert a mask from 0..1 to 0..255."""
     return np.rint(mask * 255).astype(np.uint8)
 
 
-def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
-    """Yield a median over time for each frame: of its values and those of its neighbors.
+def median_over_time(score_maps: Iterable[ScoreMap], num_neighbors: int) -> Iterator[ScoreMap]:
+    """Yield the median of each frame's scores and those of `num_neighbors` frames before and after it.
 
-    v'[t] = median(v[t - frames], ..., v[t + frames]) for each pixel; beyond the ends, the first and the last
-    frame are repeated.
+    s'[t] = median(s[t - n], ..., s[t + n]) for each pixel; beyond the ends, the first and the last frame are
+    repeated.
 
     Raises:
         MediaError: If the frames change their size.
     """
-    window: deque[Values] = deque(maxlen=2 * frames + 1)
-    for value in _repeat_ends(values, frames):
-        if window and value.shape != window[-1].shape:
+    window_length = 2 * num_neighbors + 1
+    window: deque[ScoreMap] = deque(maxlen=window_length)
+    for score_map in _repeat_ends(score_maps, num_neighbors):
+        if window and score_map.shape != window[-1].shape:
             raise MediaError("its frames change their size, so that no mask of them can be steady")
-        window.append(value)
-        # the window is centered on the frame: `frames` values before and after it
-        if len(window) == 2 * frames + 1:
-            yield np.median(np.stack(window), axis=0).astype(np.float32) if frames else value
+        window.append(score_map)
+        if len(window) == window_length:
+            yield np.median(np.stack(window), axis=0).astype(np.float32) if num_neighbors else score_map
 
 
-def _repeat_ends(values: Iterable[Values], times: int) -> Iterator[Values]:
+def _repeat_ends(values: Iterable[ScoreMap], times: int) -> Iterator[ScoreMap]:
     """Yield values, with the first and the last one repeated `times` more times."""
     last = None
     for value in values:

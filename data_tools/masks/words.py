@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
 from data_tools.masks.options import MODEL_FOLDER
-from data_tools.masks.shaping import Values
+from data_tools.masks.shaping import ScoreMap
 from modules.command import quote_command
 from modules.control_codes import shorten
 from modules.devices import select_device
@@ -25,20 +25,21 @@ from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
-LOCAL: dict[str, Any] = {
+SAFE_LOADING: dict[str, Any] = {
     "local_files_only": True,
     "trust_remote_code": False,
 }  # settings of `from_pretrained`
 MAX_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
-_CLASSES = {
+_DOWNLOAD_COMMAND = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to"]
+_CLASSES = {  # names of the network and the processor in transformers
     CLIPSEG: ("CLIPSegForImageSegmentation", "CLIPSegProcessor"),
     SAM3: ("Sam3Model", "Sam3Processor"),
 }
 
 
 @dataclass(frozen=True)
-class WordFinder:
+class PromptFinder:
     """Finds what prompts describe, with a loaded segmentation model."""
 
     network: Any
@@ -47,7 +48,7 @@ class WordFinder:
     least_score: float  # of a thing that SAM 3 proposes
 
     @torch.no_grad()
-    def find(self, frame: Frame) -> Values:
+    def score(self, frame: Frame) -> ScoreMap:
         """Score how well each region of an image, H W 3, matches the prompt that fits it best: h w, 0..1.
 
         Raises:
@@ -55,17 +56,17 @@ class WordFinder:
         """
         try:
             if self.network.config.model_type == CLIPSEG:
-                # `amax` over the prompts
-                values = self._ask_clipseg(frame).amax(dim=0)
+                by_prompt = self._score_with_clipseg(frame)
             else:
-                values = torch.stack([self._ask_sam(frame, prompt) for prompt in self.prompts]).amax(dim=0)
+                by_prompt = torch.stack([self._score_with_sam(frame, prompt) for prompt in self.prompts])
+            scores = by_prompt.amax(dim=0)  # P h w -> h w
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
                 "An image does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
-        return np.asarray(values.cpu().numpy(), np.float32)
+        return np.asarray(scores.cpu().numpy(), np.float32)
 
-    def _ask_clipseg(self, frame: Frame) -> Tensor:
+    def _score_with_clipseg(self, frame: Frame) -> Tensor:
         """Return CLIPSeg's map for each prompt, P h w."""
         images = [frame] * len(self.prompts)
         inputs = self.processor(
@@ -74,7 +75,7 @@ class WordFinder:
         logits = self.network(**inputs.to(self.network.device)).logits.float()
         return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
-    def _ask_sam(self, frame: Frame, prompt: str) -> Tensor:
+    def _score_with_sam(self, frame: Frame, prompt: str) -> Tensor:
         """Return one map, h w, that merges all detected objects with a sufficient score; 0 without any."""
         inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
         outputs = self.network(**inputs)
@@ -82,8 +83,8 @@ class WordFinder:
         if outputs.presence_logits is not None:
             scores = scores * outputs.presence_logits[0].float().sigmoid()
         masks = outputs.pred_masks[0].float().sigmoid()  # N h w
-        sure = masks[scores > self.least_score]
-        return sure.amax(dim=0) if len(sure) else torch.zeros_like(masks[0])
+        detected = masks[scores > self.least_score]
+        return detected.amax(dim=0) if len(detected) else torch.zeros_like(masks[0])
 
 
 def read_kind(folder: Path) -> str:
@@ -94,21 +95,11 @@ def read_kind(folder: Path) -> str:
     """
     path = folder / "config.json"
     if not path.is_file():
-        models = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
-        argv = [
-            "python",
-            "tools/download.py",
-            "--family",
-            "tools",
-            "--task",
-            "clipseg",
-            "--to",
-            str(models),
-        ]
+        target = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        command = quote_command([*_DOWNLOAD_COMMAND, str(target)])
         raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. {quote_command(argv)} downloads "
-            "CLIPSeg, "
-            "after its size and license",
+            f"--model {folder}: there is no config.json in this folder. {command} downloads CLIPSeg, after "
+            "its size and license",
             folder,
         )
     try:
@@ -124,9 +115,9 @@ def read_kind(folder: Path) -> str:
     return kind
 
 
-def load_word_finder(
+def load_prompt_finder(
     folder: Path, prompts: Sequence[str], least_score: float, device: str | None
-) -> WordFinder:
+) -> PromptFinder:
     """Load CLIPSeg or SAM 3, which segment what a prompt describes.
 
     Args:
@@ -140,8 +131,8 @@ def load_word_finder(
         InstallationError: If torchvision is missing.
     """
     selected_device = select_device(device)
-    kind = read_kind(folder)
-    network_name, processor_name = _CLASSES[kind]
+    model_type = read_kind(folder)
+    network_name, processor_name = _CLASSES[model_type]
     shapes = check_settings(folder, "--model", MAX_SIDE)
     import transformers  # takes seconds; only with words
 
@@ -149,12 +140,14 @@ def load_word_finder(
     transformers.utils.logging.set_verbosity_error()
     try:
         network_class = getattr(transformers, network_name)
-        config = network_class.config_class.from_pretrained(folder, **LOCAL)
+        config = network_class.config_class.from_pretrained(folder, **SAFE_LOADING)
         # the shapes of the file are compared with an empty network, before memory is taken for its weights
         empty_network = build_on_meta(network_class, config)
-        require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
-        processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
-        network = network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **LOCAL)
+        require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=model_type == CLIPSEG)
+        processor = getattr(transformers, processor_name).from_pretrained(folder, **SAFE_LOADING)
+        network = network_class.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **SAFE_LOADING
+        )
     except CheckpointError:
         raise
     except Exception as error:  # damaged files raise errors of many libraries
@@ -165,6 +158,6 @@ def load_word_finder(
             ) from None
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(f"--model {folder}: transformers cannot load it: {why}", folder) from None
-    return WordFinder(
+    return PromptFinder(
         network.eval().requires_grad_(False).to(selected_device), processor, prompts, least_score
     )

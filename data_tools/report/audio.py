@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from markupsafe import Markup
@@ -23,32 +24,32 @@ from modules.media.reading import video_info
 from modules.media.samples import TrackInfo, track_info
 from protocols.data import AudioSpec
 
-FITS = 0.1  # seconds that sound may begin later or end earlier: codecs pad, and round to their frames
+TOLERANCE_SECONDS = 0.1  # sound may begin later or end earlier: codecs pad, and round to their frames
 WAVE_RATE = 8000  # samples per second for the drawing
 WAVE_BARS = 300
 WAVE_HEIGHT = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class AudioInspection:
     """What the headers of a clip say about its audio track."""
 
     track: TrackInfo | None = None
-    silent: str | None = None  # why the clip has no sound
-    remark: str | None = None  # how the sound does not fit the clip
+    missing_reason: str | None = None  # why the clip has no sound
+    mismatch: str | None = None  # how the sound does not fit the clip
 
 
-def is_heard(table: DatasetTable) -> bool:
+def uses_audio(table: DatasetTable) -> bool:
     """Return whether a table's clips are trained with their audio."""
     return table.kind == "video" and table.audio != IGNORE
 
 
-def listen(source: MediaSource) -> Heard:
+def inspect_audio(source: MediaSource) -> AudioInspection:
     """Return what the headers of a clip say about its audio, without decoding it.
 
     Raises MediaError or OSError if a file cannot be read.
     """
-    seconds = None  # of the images
+    video_seconds = None
     try:
         with fetch(source) as local:
             path = find_audio(local)
@@ -60,30 +61,30 @@ def listen(source: MediaSource) -> Heard:
             if is_video:
                 info = video_info(local.path)
                 rate = local.table.declared_fps or info.fps
-                seconds = info.frames / rate if info.frames and rate else None
+                video_seconds = info.frames / rate if info.frames and rate else None
     except NoAudio as reason:
-        return Heard(silent=str(reason))
-    misfits = _list_misfits(track, seconds)
-    return Heard(track, remark=f"its sound: {', '.join(misfits)}" if misfits else None)
+        return AudioInspection(missing_reason=str(reason))
+    mismatches = _list_mismatches(track, video_seconds)
+    return AudioInspection(track, mismatch=f"its sound: {', '.join(mismatches)}" if mismatches else None)
 
 
-def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
+def _list_mismatches(track: TrackInfo, video_seconds: float | None) -> list[str]:
     """Return in which ways an audio track does not fit its clip.
 
-    `seconds` is the duration of the clip; None means unknown.
+    `video_seconds` is the duration of the clip; None means unknown.
     """
-    misfits = []
-    if track.start > FITS:
-        misfits.append(f"begins {float(track.start):.2f} s late")
-    if track.end is not None and seconds is not None:
-        after = float(track.end) - seconds
-        if after < -FITS:
-            misfits.append(f"ends {-after:.2f} s early")
-        if after > FITS:
-            misfits.append(f"continues for {after:.2f} s, which are cut off")
+    mismatches = []
+    if track.start > TOLERANCE_SECONDS:
+        mismatches.append(f"begins {float(track.start):.2f} s late")
+    if track.end is not None and video_seconds is not None:
+        excess_seconds = float(track.end) - video_seconds
+        if excess_seconds < -TOLERANCE_SECONDS:
+            mismatches.append(f"ends {-excess_seconds:.2f} s early")
+        if excess_seconds > TOLERANCE_SECONDS:
+            mismatches.append(f"continues for {excess_seconds:.2f} s, which are cut off")
     if track.tracks > 1:
-        misfits.append(f"{track.tracks} tracks, of which FFmpeg chooses one")
-    return misfits
+        mismatches.append(f"{track.tracks} tracks, of which FFmpeg chooses one")
+    return mismatches
 
 
 @dataclass(frozen=True)
@@ -91,32 +92,22 @@ class AudioFindings:
     """Findings about the audio of a table."""
 
     lines: list[str]  # about the sound and its caches
-    faults: list[Fault]
-    remarks: list[Fault]
+    errors: list[Fault]
+    warnings: list[Fault]
 
 
 def check_audio(
     table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
 ) -> AudioFindings:
     """Check the audio of a table's clips and its caches; `plans` say how their latents are cached."""
-
-    def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
-        """Return what a clip's audio is, and how many of its audio caches are valid."""
-        try:
-            audio = listen(plan.source)
-            num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)
-        except (MediaError, OSError) as error:
-            return Failure.of(plan.source, error)
-        return audio, num_valid
-
+    check_clip = partial(_check_clip, work=work)
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
     errors: list[Fault] = []
     warnings: list[Fault] = []
     tracks: list[TrackInfo] = []  # the audio track of each clip that has one
     total_valid = 0
     total_missing = 0
-    # missing audio is an error if the table or the model needs it, otherwise a warning
-    findings_of_silence = errors if table.audio == REQUIRED or work.spec.audio_only else warnings
+    needs_audio = table.audio == REQUIRED or work.spec.audio_only
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):
@@ -127,19 +118,28 @@ def check_audio(
             tracks.append(audio.track)
             total_valid += num_valid
             total_missing += len(plan.item_sizes) - num_valid
-        if audio.silent is not None:
-            findings_of_silence.append(Fault("have no sound", audio.silent, stem))
-        if audio.remark is not None:
-            text = f"{plan.source.path}: {audio.remark}"
+        if audio.missing_reason is not None:
+            silence = Fault("have no sound", audio.missing_reason, stem)
+            (errors if needs_audio else warnings).append(silence)
+        if audio.mismatch is not None:
+            text = f"{plan.source.path}: {audio.mismatch}"
             warnings.append(Fault("have sound that does not fit", text, stem))
     have = "can be heard" if table.is_of_audio else "clips have it"
-    forms = _describe_tracks(tracks)
-    needs = pluralize(total_missing, "items need encoding")
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
-        f"caches of sound: {total_valid} files are valid, {needs}",
+        f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
+        f"caches of sound: {total_valid} files are valid, {pluralize(total_missing, 'items need encoding')}",
     ]
     return AudioFindings(lines, errors, warnings)
+
+
+def _check_clip(plan: SourcePlan, work: AudioWork) -> tuple[AudioInspection, int] | Failure:
+    """Return what the headers say about a clip's audio, and how many of its audio caches are valid."""
+    try:
+        audio = inspect_audio(plan.source)
+        num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.valid_files)
+    except (MediaError, OSError) as error:
+        return Failure.of(plan.source, error)
+    return audio, num_valid
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
@@ -158,8 +158,8 @@ def count_tracks(tracks: Iterable[TrackInfo]) -> list[tuple[int, int, int]]:
     return [(rate, channels, count) for (rate, channels), count in by_frequency]
 
 
-def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
-    """Return an SVG of the audio that belongs to the first `used` frames of a clip; None without audio.
+def draw_audio(source: MediaSource, fps: float, num_frames: int) -> Markup | None:
+    """Return an SVG of the audio that belongs to the first `num_frames` frames of a clip; None without audio.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -167,19 +167,18 @@ def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
         with fetch(source) as local:
             # one channel; no latents are made, so their shape does not matter
             spec = AudioSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
-            (samples,) = read_audios(find_audio(local), [(0, used)], kept_rate(local, fps), spec)
+            (samples,) = read_audios(find_audio(local), [(0, num_frames)], kept_rate(local, fps), spec)
     except NoAudio:
         return None
     amplitudes = np.abs(samples[0].numpy())
     num_bars = min(WAVE_BARS, len(amplitudes))
     edges = np.linspace(0, len(amplitudes), num_bars + 1).astype(int)
-    # the loudest sample of each bar
-    peaks = np.maximum.reduceat(amplitudes, edges[:-1])
-    heights = peaks.clip(0, 1) * WAVE_HEIGHT
-    bars = ""  # a path of SVG: one vertical line for each bar, centered
+    loudest_samples = np.maximum.reduceat(amplitudes, edges[:-1])
+    heights = loudest_samples.clip(0, 1) * WAVE_HEIGHT
+    svg_path = ""  # one vertical line for each bar, centered
     for index, height in enumerate(heights):
-        bars += f"M{index} {(WAVE_HEIGHT - height) / 2:.1f}v{height:.1f}"
+        svg_path += f"M{index} {(WAVE_HEIGHT - height) / 2:.1f}v{height:.1f}"
     return Markup(
         f'<svg class="wave" viewBox="0 0 {num_bars} {WAVE_HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="loudness of the sound"><path d="{bars}"/></svg>'
+        f'aria-label="loudness of the sound"><path d="{svg_path}"/></svg>'
     )

@@ -4,25 +4,26 @@ import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 
-from data_tools.report.audio import check_audio, is_heard
+from data_tools.report.audio import check_audio, uses_audio
 from data_tools.report.findings import (
-    NO_COUNTERS,
+    NO_TOKEN_COUNTERS,
     CheckResult,
-    Counters,
     TableFindings,
-    balance,
+    TokenCounters,
+    balance_regularization,
     check_captions,
     count_batches,
+    count_held_back,
     find_table,
-    hold_back,
     indent,
-    load_counters,
+    load_token_counters,
     repair_captions,
 )
 from data_tools.report.layers import find_unusable_layers
@@ -41,7 +42,7 @@ from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlan
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import DatasetConfig
 from dataset.forms.composing import source_format_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.audio import list_silent
@@ -66,9 +67,9 @@ from protocols.family import Caches, Described, TextEncoder, audio_of, fits_capt
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
-EDITS_NOTHING = "model that takes reference pictures gets none"
-TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
-WRONG_OBJECTS = "faults in captions as JSON objects"
+GETS_NO_REFERENCES = "model that takes reference pictures gets none"
+TOKENS_ELSEWHERE = TokenCounters((), ("Tokens are counted by --check --html of the text caching script.",))
+WRONG_JSON_CAPTIONS = "faults in captions as JSON objects"
 RECOGNIZED = "Files recognized:"
 UNREADABLE = "cannot be read"
 
@@ -77,9 +78,10 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
     """Run --check of a caching script for latents or text embeddings; return its exit code."""
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
+    writes_page = options.page.html is not None
     parts: tuple[str, ...] = (MEDIA, LATENTS)
-    if of_texts:  # the HTML page needs the media, too
-        parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)
+    if of_texts:
+        parts = (MEDIA, TEXTS) if writes_page else (TEXTS,)  # the page shows the media, too
     workers = workers_of(options)
     result = check_caching(
         family,
@@ -113,7 +115,7 @@ def print_check(
             fps=family.defaults.fps,
             maximum=page.html_items,
             workers=workers,
-            hears=trains_audio(family),
+            with_audio=trains_audio(family),
         )
     return result.exit_code
 
@@ -136,15 +138,15 @@ class _Scope(NamedTuple):
     texts: bool
 
 
-Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its identity
+IdentifiedEncoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its identity
 
 
 @dataclass(frozen=True)
-class _Identified:
+class _EncoderIdentities:
     """Identities of the encoders, with which caches are compared, and lines about their files."""
 
-    media: Mapping[str, str]  # identity of the media encoders; empty if not needed
-    texts: Encoders
+    media_identity: Mapping[str, str]  # of the media encoders; empty if not needed
+    text_encoders: IdentifiedEncoders
     lines: Sequence[str]
 
 
@@ -156,7 +158,7 @@ def check_caching(
     verify: bool = False,
     parts: Sequence[str] = (MEDIA, LATENTS),
     validation: tuple[float, int] = (0.0, 0),
-    counters: Counters | None = None,
+    counters: TokenCounters | None = None,
 ) -> CheckResult:
     """Report what caching would do, without loading encoders and without writing anything.
 
@@ -174,51 +176,100 @@ def check_caching(
         counters: Token counters of the text encoders if a training encodes captions itself; None loads them
             for TEXTS.
     """
-    scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)  # what to check
+    scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
-        counters = load_counters(family.text_encoders) if scope.texts else NO_COUNTERS
-    identified = _identify(family, scope)  # the encoders' files, which caches were made with
+        counters = load_token_counters(family.text_encoders) if scope.texts else NO_TOKEN_COUNTERS
+    identities = _read_encoder_identities(family, scope)
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
-    cache_settings = _make_cache_settings(family, identified.media, stores, scope)
+    checker = _CachingChecker(
+        family=family,
+        scope=scope,
+        identities=identities,
+        cache_settings=_make_cache_settings(family, identities.media_identity, stores, scope),
+        counters=counters,
+        workers=workers,
+    )
     folders = TableFolders(config)
-
-    def check_table(table: DatasetTable) -> TableFindings:
-        """Check a table of the dataset: its sources, caches and captions, those that `scope` names."""
-        findings = find_table(config, table, folders)
-        _check_form(findings, family, scope)
-        if scope.media and findings.sources:
-            _check_media(findings, family, cache_settings, workers, with_latents=scope.latents)
-        if scope.texts:
-            # an encoder that has captions to encode must be usable
-            unencoded = _check_text_caches(findings, family, identified.texts, stores)
-            findings.faults += counters.find_unreachable(unencoded)
-        # cache files are listed where caches are compared: of texts, or of latents of known encoders
-        if scope.texts or (findings.sources and identified.media):
-            kind = "shards or folders are incomplete; caching repairs them"
-            findings.remarks += [Fault(kind, line) for line in list_shard_errors(table)]
-        check_captions(findings, counters, are_cached=scope.texts)
-        _check_objects(findings, family)
-        findings.title = f"{table.name}: {format_count(len(findings.sources), table.holds)}"
-        if scope.media:
-            findings.title += f", {format_count(findings.num_items, 'item')}"
-        return findings
-
-    tables = [check_table(table) for table in config.datasets]
+    tables = [checker.check(find_table(config, table, folders)) for table in config.datasets]
     sources = [source for findings in tables for source in findings.sources]
-    # files of no source can only be told once the sources of all tables are known
+    # control media and masks of no source are known only after the sources of all tables are listed
     log_lone_controls(sources)
     if scope.media:
         find_lone_masks(tables)
     if lack_references(config.datasets, sources):  # a warning of the whole dataset, shown once
-        tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
-    hold_back(tables, *validation)
-    balance(tables)
+        tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
+    count_held_back(tables, *validation)
+    balance_regularization(tables)
     return CheckResult(
-        head=(RECOGNIZED, *indent([*identified.lines, *counters.missing])),
+        head=(RECOGNIZED, *indent([*identities.lines, *counters.missing_lines])),
         tables=tuple(tables),
-        tail=(_describe_training(tables),) if scope.media else (),
+        tail=(_describe_training_epoch(tables),) if scope.media else (),
         counters=counters,
     )
+
+
+@dataclass(frozen=True)
+class _CachingChecker:
+    """Checks tables against a family and their caches; all tables share its settings."""
+
+    family: Caches
+    scope: _Scope
+    identities: _EncoderIdentities
+    cache_settings: LatentCacheSettings
+    counters: TokenCounters
+    workers: int
+
+    def check(self, findings: TableFindings) -> TableFindings:
+        """Add to the findings of a listed table those about the media, caches and captions in the scope."""
+        table = findings.table
+        _check_cache_format(findings, self.family, self.scope)
+        if self.scope.media and findings.sources:
+            self._check_media(findings)
+        if self.scope.texts:
+            self._check_text_caches(findings)
+        compares_latents = bool(findings.sources and self.identities.media_identity)
+        if self.scope.texts or compares_latents:
+            kind = "shards or folders are incomplete; caching repairs them"
+            findings.warnings += [Fault(kind, line) for line in list_shard_errors(table)]
+        check_captions(findings, self.counters, are_cached=self.scope.texts)
+        _check_json_captions(findings, self.family)
+        findings.title = f"{table.name}: {format_count(len(findings.sources), table.holds)}"
+        if self.scope.media:
+            findings.title += f", {format_count(findings.num_items, 'item')}"
+        return findings
+
+    def _check_media(self, findings: TableFindings) -> None:
+        """Check the media of a table against the family and their latent caches."""
+        settings = self.cache_settings
+        try:
+            check_resolution(findings.table, settings.latent.pixel_step)
+            if self.scope.latents:
+                _check_media_by_family(findings, self.family)
+            plans = _check_sources(findings, settings, self.workers)
+            # some families cache audio in files of its own; otherwise the caches of latents contain it
+            has_audio_caches = trains_audio(self.family) and not settings.stores_audio
+            if settings.encoder_identity and has_audio_caches and uses_audio(findings.table):
+                family = cast(HearingFamily, self.family)
+                _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)
+        except DatasetError as error:
+            findings.add_table_error(error)
+        findings.errors += find_wrong_rates(findings.sources)
+        findings.warnings += find_media_warnings(
+            findings.sources, settings.latent, settings.fps, settings.stores_frame_rate
+        )
+
+    def _check_text_caches(self, findings: TableFindings) -> None:
+        """Count valid and missing text caches per encoder; an encoder that has to run must be usable."""
+        captions = list_caption_files(
+            findings.sources, self.family.cache_tag, fit=caption_fitter(self.family)
+        )
+        plans = plan_texts(captions, self.identities.text_encoders, self.cache_settings.stores)
+        num_missing = Counter(name for plan in plans for name in plan.encoders_to_run)
+        for encoder, _ in self.identities.text_encoders:
+            num_valid = len(captions) - num_missing[encoder.name]
+            missing = pluralize(num_missing[encoder.name], "captions need encoding")
+            findings.info_lines.append(f"caches of {encoder.name}: {num_valid} are valid, {missing}")
+        findings.errors += self.counters.find_offline_errors(num_missing)
 
 
 def _make_cache_settings(
@@ -229,7 +280,7 @@ def _make_cache_settings(
     `identity` names the encoders and their files.
     """
 
-    def sections(table: MediaTable, frames: int) -> int | None:
+    def count_sections(table: MediaTable, frames: int) -> int | None:
         """Return the number of sections into which a family divides an item; None if it is unknown."""
         # only the options of latent caching say how an image is divided into sections
         if table.kind == "image" and not scope.latents:
@@ -241,107 +292,65 @@ def _make_cache_settings(
         encoder_identity=identity,
         latent=family.latent,
         fps=family.defaults.fps,
-        count_sections=sections,
+        count_sections=count_sections,
         stores=stores,
         stores_frame_rate=family.abilities.takes_fps,
         audio=audio_of(family),
     )
 
 
-def _describe_training(tables: Sequence[TableFindings]) -> str:
+def _describe_training_epoch(tables: Sequence[TableFindings]) -> str:
     """Return a line with the number of items and batches in an epoch."""
     batches = format_count(count_batches(tables), "batch")
-    num_held_back = sum(findings.held_back.total() for findings in tables)
+    num_held_back = sum(findings.held_back_counts.total() for findings in tables)
     items = "all of it"
     if num_held_back:
         items = f"it, without {format_count(num_held_back, 'item')} for validation"
     return f"Training on {items}: {batches} an epoch, as many steps without accumulation"
 
 
-def _identify(family: Caches, scope: _Scope) -> _Identified:
+def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentities:
     """Return what identifies the family's encoders, such as their files, to compare caches with them."""
-    media: Mapping[str, str] = {}
-    texts: Encoders = []
+    media_identity: Mapping[str, str] = {}
+    text_encoders: IdentifiedEncoders = []
     lines: list[str] = []
     try:
         if scope.latents:
-            media = dict(family.media_identity)
-            lines += describe_identity(media)
+            media_identity = dict(family.media_identity)
+            lines += describe_identity(media_identity)
     except OptionError as error:
         # without the encoder's files its identity is unknown
         lines.append(f"caches are not compared: {error}")
     if scope.texts:
-        with contextlib.suppress(OptionError):  # an encoder is missing: `Counters` reports it
-            texts = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-        for _, identity in texts:
+        with contextlib.suppress(OptionError):  # an encoder is missing: `TokenCounters` reports it
+            text_encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        for _, identity in text_encoders:
             lines += describe_identity(identity)
-    return _Identified(media, texts, lines)
+    return _EncoderIdentities(media_identity, text_encoders, lines)
 
 
-def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add faults for cache folders in another format than the table's cache_format."""
+def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
+    """Add errors for cache folders in another format than the table's cache_format."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
-        findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
+        findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]
 
 
-def _check_text_caches(
-    findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores
-) -> Iterable[str]:
-    """Report valid and missing caches per text encoder; return the encoders that have captions to encode."""
-    captions = list_caption_files(findings.sources, family.cache_tag, fit=caption_fitter(family))
-    plans = plan_texts(captions, encoders, stores)
-    missing = Counter(name for plan in plans for name in plan.encoders_to_run)
-    for encoder, _ in encoders:
-        num_missing = missing[encoder.name]
-        num_valid = len(captions) - num_missing
-        needs = pluralize(num_missing, "captions need encoding")
-        findings.caches.append(f"caches of {encoder.name}: {num_valid} are valid, {needs}")
-    return missing
-
-
-def _check_objects(findings: TableFindings, family: Caches) -> None:
-    """Add a fault for each caption that has to be a JSON object and is not valid."""
+def _check_json_captions(findings: TableFindings, family: Caches) -> None:
+    """Add an error for each caption that has to be a JSON object and is not valid."""
     if not fits_captions(family):
         return
     for source in findings.sources:
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
         for caption in filter(family.has_coordinates, captions):
             with contextlib.suppress(MediaError, OSError):  # the check of media reports errors
-                place = source.caption_path or source.path
+                path = source.caption_path or source.path
                 for line in family.find_caption_errors(caption, image_size(source.path)):
-                    findings.faults.append(Fault(WRONG_OBJECTS, f"{place}: {line}", source.stem))
+                    findings.errors.append(Fault(WRONG_JSON_CAPTIONS, f"{path}: {line}", source.stem))
 
 
-def _check_media(
-    findings: TableFindings,
-    family: Caches,
-    cache_settings: LatentCacheSettings,
-    workers: int,
-    with_latents: bool,
-) -> None:
-    """Check the media of a table against the model and their latent caches."""
-    try:
-        check_resolution(findings.table, cache_settings.latent.pixel_step)
-        if with_latents:
-            _check_family(findings, family)
-        plans = _check_sources(findings, cache_settings, workers)
-        # some families cache audio in files of its own; otherwise the caches of latents contain it
-        has_audio_caches = trains_audio(family) and not cache_settings.stores_audio
-        if cache_settings.encoder_identity and has_audio_caches and is_heard(findings.table):
-            _check_table_audio(
-                findings, cast(HearingFamily, family), plans, cache_settings=cache_settings, workers=workers
-            )
-    except DatasetError as error:
-        findings.unusable(error)
-    findings.faults += find_wrong_rates(findings.sources)
-    findings.remarks += find_media_warnings(
-        findings.sources, cache_settings.latent, cache_settings.fps, cache_settings.stores_frame_rate
-    )
-
-
-def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Run the family's own check of a table's media.
+def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
+    """Check whether the family can cache a table's media, with the family's own rules.
 
     Raises:
         DatasetError: If the family cannot cache them.
@@ -349,8 +358,8 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
-    shown = tuple(source.row_references for source in sources) if table.shows_media else ()
-    family.check_table(media_table(table, has_control, has_references, table.has_guides, shown))
+    row_references = tuple(source.row_references for source in sources) if table.shows_media else ()
+    family.check_table(media_table(table, has_control, has_references, table.has_guides, row_references))
     reject_companions(table, sources)
     findings.sources = use_moments(family, sources)
 
@@ -369,9 +378,9 @@ def _check_table_audio(
     table = findings.table
     work = AudioWork(family, [table], cache_settings.stores, torch.device("cpu"))
     audio = check_audio(table, plans, work, workers)
-    findings.caches += audio.lines
-    findings.faults += audio.faults
-    findings.remarks += audio.remarks
+    findings.info_lines += audio.lines
+    findings.errors += audio.errors
+    findings.warnings += audio.warnings
 
 
 def _check_sources(
@@ -382,18 +391,18 @@ def _check_sources(
     plans, unreadable = _plan_sources(findings, cache_settings, workers)
     unreadable += find_unusable_layers(plans, workers)
     _count_items(findings, plans, workers)
-    findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
+    findings.errors += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)
     if plans and not findings.buckets:
         text = f"{table.name}: not one of its {format_count(len(plans), table.kind)} gives an item"
-        findings.faults.append(Fault(NO_ITEM, text))
+        findings.errors.append(Fault(NO_ITEM, text))
     num_masked = sum(source.mask is not None for source in findings.sources)
     if num_masked:
         counts = f"{num_masked} of {len(findings.sources)}"
-        findings.caches.append(f"{counts} have a mask; the others are learned whole")
+        findings.info_lines.append(f"{counts} have a mask; the others are learned whole")
         check_masks(findings, plans, cache_settings.latent, workers)
     if cache_settings.encoder_identity:  # empty: latents are not checked
-        findings.caches.append(_count_caches(plans))
+        findings.info_lines.append(_count_caches(plans))
     return plans
 
 
@@ -410,29 +419,16 @@ def _plan_sources(
 ) -> tuple[list[SourcePlan], list[Failure]]:
     """Plan the caches of all sources; those without recorded sizes are decoded and come last."""
     table = findings.table
-    existing = LatentNames(
-        cache_settings.stores.latent_store(table), cache_settings.tag, table.kind
-    )  # names of cached latents
-    planned, unreadable = plan_all(findings.sources, {table.index: existing}, cache_settings, workers)
-
-    def plan_decoded(plan: SourcePlan) -> SourcePlan:
-        """Decode a source, and complete its caching plan."""
-        source = plan.source
-        media = decode_source(
-            source, cache_settings.fps, cache_settings.latent.pixel_step, cache_settings.latent.lengths
-        )
-        planner = SourcePlanner(source, existing.of(source.stem), cache_settings)
-        compared = planner.compare(media.size, media.spans, len(media.frames), media.reason)
-        changes = () if media.clip is None else media.clip.size_changes
-        return replace(compared, size_changes=changes)
-
-    # `missing` is None if the items of a source are not known without decoding it
+    store = cache_settings.stores.latent_store(table)
+    cached_names = LatentNames(store, cache_settings.tag, table.kind)
+    planned, unreadable = plan_all(findings.sources, {table.index: cached_names}, cache_settings, workers)
+    # `missing_spans` is None if the items of a source are not known without decoding it
     plans = [plan for plan in planned if plan.missing_spans is not None]
     unknown = [plan for plan in planned if plan.missing_spans is None]
     decoded = read_ahead(
         unknown,
         source_of=lambda plan: plan.source,
-        work=plan_decoded,
+        work=partial(_plan_decoded, cached_names=cached_names, cache_settings=cache_settings),
         workers=workers,
         bar=Bar(len(unknown), "Decoding", "source"),
         decodes=True,
@@ -445,22 +441,37 @@ def _plan_sources(
     return plans, unreadable
 
 
+def _plan_decoded(
+    plan: SourcePlan, cached_names: LatentNames, cache_settings: LatentCacheSettings
+) -> SourcePlan:
+    """Decode a source whose items are not known from its header, and return its complete caching plan."""
+    source = plan.source
+    latent = cache_settings.latent
+    media = decode_source(source, cache_settings.fps, latent.pixel_step, latent.lengths)
+    planner = SourcePlanner(source, cached_names.of(source.stem), cache_settings)
+    complete_plan = planner.compare(media.size, media.spans, len(media.frames), media.reason)
+    size_changes = () if media.clip is None else media.clip.size_changes
+    return replace(complete_plan, size_changes=size_changes)
+
+
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Count the items that each source will give; if its references cannot be read, add a fault instead."""
+    """Count the items that each source will give; if its references cannot be read, add an error instead."""
     table = findings.table
-    # sizes of the references of each source; without references an endless row of ()
-    sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
-    if table.references is not None:
-        bar = Bar(len(plans), "Reading headers", "source", shown=False)
-        sizes_of = map_ahead(plans, _measure_references, workers, bar)
-    for sizes, plan in zip(sizes_of, plans, strict=False):  # not strict: `sizes_of` may be endless
-        if isinstance(sizes, Failure):
-            findings.faults.append(Fault(UNREADABLE, str(sizes), sizes.stem))
+    if table.references is None:
+        for plan in plans:
+            for item_size in plan.item_sizes:
+                findings.add_items([plan.source.stem], item_size)
+        return
+    bar = Bar(len(plans), "Reading headers", "source", shown=False)
+    measured = map_ahead(plans, _measure_references, workers, bar)
+    for plan, reference_sizes in zip(plans, measured, strict=True):
+        if isinstance(reference_sizes, Failure):
+            findings.errors.append(Fault(UNREADABLE, str(reference_sizes), reference_sizes.stem))
             continue
         # items of a batch must have references of equal sizes
-        sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
-        for item in plan.item_sizes:
-            findings.add_items([plan.source.stem], (*item, *sides))
+        sides = tuple(itertools.chain(*reference_sizes)) if table.batch_size > 1 else ()
+        for item_size in plan.item_sizes:
+            findings.add_items([plan.source.stem], (*item_size, *sides))
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
@@ -476,17 +487,16 @@ def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
 
 def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
     """Add a warning for each media file that yields too few items or whose frames change size."""
-    remarks: list[tuple[str, Callable[[SourcePlan], str | None]]] = [
-        ("give no item", lambda plan: plan.why_no_items),
-        ("give no item of some lengths", lambda plan: plan.too_short_for),
-        (SIZE_CHANGES, lambda plan: "; ".join(plan.size_changes) or None),
-    ]
-    for kind, describe in remarks:
-        for plan in plans:
-            line = describe(plan)
-            if line is not None:
+    reasons: dict[str, list[str | None]] = {
+        "give no item": [plan.why_no_items for plan in plans],
+        "give no item of some lengths": [plan.too_short_for for plan in plans],
+        SIZE_CHANGES: ["; ".join(plan.size_changes) or None for plan in plans],
+    }
+    for kind, reasons_of_kind in reasons.items():
+        for plan, reason in zip(plans, reasons_of_kind, strict=True):
+            if reason is not None:
                 source = plan.source
-                findings.remarks.append(Fault(kind, f"{source.path}: {line}", source.stem))
+                findings.warnings.append(Fault(kind, f"{source.path}: {reason}", source.stem))
 
 
 # --- training
@@ -502,44 +512,55 @@ def check_training(
     processes: int = 1,
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
-    counters: Counters = NO_COUNTERS,
+    counters: TokenCounters = NO_TOKEN_COUNTERS,
     audio: AudioSpec | None = None,
     validation: tuple[float, int] = (0.0, 0),
 ) -> CheckResult:
     """Report the caches that a training run would use; every cache file is read and verified.
 
-    The product of `accumulation` and `processes` is the number of batches per optimizer step. `files` are
-    report lines about the checkpoints. `text_keys` are the keys of a complete text cache. `audio` is the
-    audio specification of a family that is trained with sound. `validation` holds the fraction of items for
-    validation and its seed, for tables that do not state their own.
+    Args:
+        config: The dataset.
+        cache_tag: Name of the model in its cache files.
+        latent: Latent format of the model.
+        commands: Commands that make the caches, for messages.
+        accumulation: Gradient accumulation steps.
+        processes: Number of training processes.
+        files: Report lines about the checkpoints.
+        text_keys: Keys of a complete text cache.
+        counters: Token counters of the text encoders.
+        audio: Audio specification of a family that is trained with sound.
+        validation: Validation fraction and seed for tables that do not state their own.
     """
-    cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
-    encoders = SameEncoders(commands)  # compares the encoders that made the caches
-    head = (RECOGNIZED, *indent([*files, *counters.missing]))
+    found_items = find_items(config, cache_tag, latent, text_keys, audio=audio)
+    same_encoders = SameEncoders(commands)  # compares the encoders that made the caches
     tables = []
     folders = TableFolders(config)
     for table in config.datasets:
         findings = TableFindings(table)
-        items = [item for item in cached.items if item.table.index == table.index]
+        items = [item for item in found_items.items if item.table.index == table.index]
         _count_cached_items(findings, items, latent)
-        _check_caches(findings, items, cached, latent=latent, encoders=encoders)
-        _compare_sources(config, findings, items, folders=folders, counters=counters, hears=audio is not None)
-        is_held_back = ", for validation" if table.validation else ""
-        findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
+        _add_missing_caches(findings, found_items)
+        _check_cached_items(findings, items, latent, same_encoders)
+        _compare_sources(
+            config, findings, items, folders=folders, counters=counters, with_audio=audio is not None
+        )
+        purpose = ", for validation" if table.validation else ""
+        findings.title = f"{table.name}: {len(items)} cached items{purpose}"
         tables.append(findings)
-    if cached.items:
+    if found_items.items:
         # all items share the model, and therefore the cache layout
-        stores = stores_for(cached.items[0], latent)
-        if learn_no_references(cached.items, stores):
-            tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
-    trained, held_back = split_validation(cached.items, *validation)
+        stores = stores_for(found_items.items[0], latent)
+        if learn_no_references(found_items.items, stores):
+            tables[0].warnings.append(Fault(GETS_NO_REFERENCES, NO_REFERENCE))
+    trained, validation_items = split_validation(found_items.items, *validation)
     # the same items are subtracted from the bucket counts of the report
-    hold_back(tables, *validation)
+    count_held_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
-    if held_back:
-        tail.append(f"For validation: {format_count(len(held_back), 'item')}")
-    if any(findings.faults for findings in tables):
+    if validation_items:
+        tail.append(f"For validation: {format_count(len(validation_items), 'item')}")
+    if any(findings.errors for findings in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    head = (RECOGNIZED, *indent([*files, *counters.missing_lines]))
     return CheckResult(head, tuple(tables), tuple(tail), counters)
 
 
@@ -563,46 +584,42 @@ def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str
     return f"An epoch: {repeated} with repeats, {format_count(order.num_batches, 'batch')}, {steps}"
 
 
-def _check_caches(
-    findings: TableFindings,
-    items: Sequence[TrainingItem],
-    cached: FoundItems,
-    latent: LatentSpec,
-    encoders: SameEncoders,
+def _check_cached_items(
+    findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec, same_encoders: SameEncoders
 ) -> None:
-    """Read every cached item of a table; add a fault for each item that cannot be used."""
-    _add_missing_caches(findings, cached)
+    """Read every cached item of a table; add an error for each item that cannot be used."""
     if not items:
         text = f"{findings.table.name}: look in {findings.table.cache_directory}"
-        findings.faults.append(Fault(NO_ITEM, text))
+        findings.errors.append(Fault(NO_ITEM, text))
         return
     stores = stores_for(items[0], latent)
     for item, caption_index in _list_captions(items):
         try:
-            batch = read_batch([item], latent, encoders.commands, captions=[caption_index], stores=stores)
+            commands = same_encoders.commands
+            batch = read_batch([item], latent, commands, captions=[caption_index], stores=stores)
         except CacheError as error:
             # the first line names the error; the lines below it say how to correct it
             text = str(error).splitlines()[0]
-            findings.faults.append(Fault("cannot be used", text, item.source_stem))
+            findings.errors.append(Fault("cannot be used", text, item.source_stem))
         else:
-            difference = encoders.difference(batch.made_by)
+            difference = same_encoders.difference(batch.made_by)
             if difference is not None:
-                findings.caches += difference.splitlines()
+                findings.info_lines += difference.splitlines()
 
 
-def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
-    """Add a fault for each missing or incomplete cache of a table."""
+def _add_missing_caches(findings: TableFindings, found_items: FoundItems) -> None:
+    """Add an error for each missing or incomplete cache of a table."""
     folder = findings.table.cache_directory
     missing = {
-        "text caches are missing": (*cached.missing_text, *cached.missing_empty_prompts),
-        "text caches are unfinished": cached.unfinished_text,
-        'caches of sound are missing, and audio = "required"': cached.missing_audio,
+        "text caches are missing": (*found_items.missing_text, *found_items.missing_empty_prompts),
+        "text caches are unfinished": found_items.unfinished_text,
+        'caches of sound are missing, and audio = "required"': found_items.missing_audio,
     }
     for kind, paths in missing.items():
-        findings.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
-    for table, line in cached.incomplete_tables:
+        findings.errors += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    for table, line in found_items.incomplete_tables:
         if table is findings.table:
-            findings.faults.append(Fault("caches may be incomplete", line))
+            findings.errors.append(Fault("caches may be incomplete", line))
 
 
 def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
@@ -622,35 +639,37 @@ def _compare_sources(
     findings: TableFindings,
     items: Sequence[TrainingItem],
     folders: TableFolders,
-    counters: Counters,
-    hears: bool,
+    counters: TokenCounters,
+    with_audio: bool,
 ) -> None:
     """Add warnings about media files of a table that have no cache, caption or cached audio.
 
-    Missing media files cause no warning, because training only reads their caches. `hears` says whether the
-    model is trained with audio.
+    Missing media files cause no warning, because training only reads their caches. `with_audio` says
+    whether the model is trained with audio.
     """
     source_format = source_format_of(findings.table)
     if source_format.list_addresses(findings.table):  # listing such sources would download files
         name = source_format.name
-        findings.caches.append(f"its sources are not checked: they are in {name} at addresses")
+        findings.info_lines.append(f"its sources are not checked: they are in {name} at addresses")
         return
-    listed = find_table(config, findings.table, folders)
-    if not listed.sources:
-        findings.caches += [f"its sources are not checked: {error.text}" for error in listed.faults[:1]]
+    findings_of_sources = find_table(config, findings.table, folders)
+    if not findings_of_sources.sources:
+        for error in findings_of_sources.errors[:1]:
+            findings.info_lines.append(f"its sources are not checked: {error.text}")
         return
-    findings.sources = listed.sources
-    findings.remarks += find_reordered(findings.sources)
-    check_captions(listed, counters)
-    findings.caches += listed.caches
-    findings.remarks += [*listed.faults, *listed.remarks]
-    stems = {item.source_stem for item in items}
+    findings.sources = findings_of_sources.sources
+    findings.warnings += find_reordered(findings.sources)
+    check_captions(findings_of_sources, counters)
+    findings.info_lines += findings_of_sources.info_lines
+    # training only reads caches, so errors of sources are warnings
+    findings.warnings += [*findings_of_sources.errors, *findings_of_sources.warnings]
+    cached_stems = {item.source_stem for item in items}
     kind = "have no cache: too short, unreadable, or not cached yet"
     for source in findings.sources:
-        if source.stem not in stems:
-            findings.remarks.append(Fault(kind, str(source.path), source.stem))
-    if hears and is_heard(findings.table):
-        silent = {item.source_stem for item in items if not item.has_cached_audio}
+        if source.stem not in cached_stems:
+            findings.warnings.append(Fault(kind, str(source.path), source.stem))
+    if with_audio and uses_audio(findings.table):
+        stems_without_audio = {item.source_stem for item in items if not item.has_cached_audio}
         kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
-        unheard = list_silent(findings.sources, silent)
-        findings.remarks += [Fault(kind, str(path), path.stem) for path in unheard]
+        paths = list_silent(findings.sources, stems_without_audio)
+        findings.warnings += [Fault(kind, str(path), path.stem) for path in paths]

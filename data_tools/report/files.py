@@ -12,9 +12,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
-from data_tools.report.findings import TableFindings
-from data_tools.report.looks import Look
-from data_tools.report.numbers import Numbers
+from data_tools.report.findings import TableFindings, group_by_stem
+from data_tools.report.looks import Inspection
+from data_tools.report.numbers import JsonObject
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, LatentName, latent_names, tensor_key, text_file_name
@@ -29,39 +29,39 @@ from protocols.family import TextEncoder
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
-MAX_SEARCHED = 64  # how many caches are searched for a record
-_TAG = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
+MAX_SEARCHED_CACHES = 64  # how many caches are searched for a record
+_TAG_PATTERN = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
 State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
 
 
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
-) -> list[Numbers]:
+) -> list[JsonObject]:
     """Return findings and cache states of all media files as JSON values, table by table."""
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
-        errors = findings.texts_by_stem("faults", with_kind=True)
-        warnings = findings.texts_by_stem("remarks", with_kind=True)
-        # without decoding there are no looks
-        looks = findings.looks or [Look()] * len(findings.sources)
-        for source, look in zip(findings.sources, looks, strict=True):
+        errors = group_by_stem(findings.errors, with_kind=True)
+        warnings = group_by_stem(findings.warnings, with_kind=True)
+        # without decoding there are no inspections
+        inspections = findings.inspections or [Inspection()] * len(findings.sources)
+        for source, inspection in zip(findings.sources, inspections, strict=True):
             findings_of_file = {
                 "faults": errors.get(source.stem, []),
                 "remarks": warnings.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }
-            files.append({**_describe_source(source), **_describe_look(look), **findings_of_file})
+            files.append({**_describe_source(source), **_describe_inspection(inspection), **findings_of_file})
     return files
 
 
-def _describe_source(source: MediaSource) -> Numbers:
+def _describe_source(source: MediaSource) -> JsonObject:
     """Return the paths and captions of a media file as JSON values."""
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     text = None
     if source.caption_path is not None:
-        with contextlib.suppress(DatasetError):  # reported as a fault
+        with contextlib.suppress(DatasetError):  # reported as an error
             text = read_caption(source.caption_path)
     return {
         "table": source.table.index + 1,
@@ -78,29 +78,29 @@ def _describe_source(source: MediaSource) -> Numbers:
     }
 
 
-def _describe_look(look: Look) -> Numbers:
+def _describe_inspection(inspection: Inspection) -> JsonObject:
     """Return the measurements of a source as JSON values."""
-    fit = look.fit
+    fit = inspection.fit
     return {
-        "size": look.size,
-        "frames": look.frames,
-        "fps": look.fps and round(look.fps, 3),
+        "size": inspection.size,
+        "frames": inspection.frames,
+        "fps": inspection.fps and round(inspection.fps, 3),
         "fit": fit and {"resized": fit.resized, "crop": fit.crop, "bucket": fit.bucket},
-        "cut_percent": round(look.cut_percent, 2),
-        "lengths": look.lengths,  # frames of an item, how many such items
-        "problem": look.problem,
-        "dropped": look.problem or look.none,
-        "short": look.short,
+        "cut_percent": round(inspection.cut_percent, 2),
+        "lengths": inspection.items_by_length,  # frames of an item, how many such items
+        "problem": inspection.read_error,
+        "dropped": inspection.read_error or inspection.no_item_reason,
+        "short": inspection.too_short_for,
     }
 
 
-def _list_parts(source: MediaSource) -> list[Numbers]:
+def _list_parts(source: MediaSource) -> list[JsonObject]:
     """Return the files of a source (media, control media, mask), with their archive or address."""
     paths = [source.path] if source.precomputed is not None else [path for path, _ in source.latent_inputs]
     remote_or_packed = source.remote_or_packed or (None,) * len(paths)
     parts = []
     for path, origin in zip(paths, remote_or_packed, strict=False):
-        part: Numbers = {"path": str(path)}
+        part: JsonObject = {"path": str(path)}
         if isinstance(origin, Remote):
             part |= {"in": hide_secrets(origin.address)}
         elif origin is not None:
@@ -124,7 +124,7 @@ def _compare_caches(
         no_model = ""
         return {stem: {no_model: {MEDIA: unknown, TEXT: unknown}} for stem in states}
     # a tag is the name of a model in its cache files
-    for tag in _find_tags(names):
+    for tag in _find_model_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
         texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
         for stem, states_of_stem in states.items():
@@ -135,11 +135,11 @@ def _compare_caches(
     return states
 
 
-def _find_tags(names: Iterable[str]) -> list[str]:
+def _find_model_tags(names: Iterable[str]) -> list[str]:
     """Return the sorted model tags that occur in the names of cache files."""
     tags = set()
     for name in names:
-        match = _TAG.search(name)
+        match = _TAG_PATTERN.search(name)
         if match is not None:
             tags.add(match[1] or match[2])
     return sorted(tags)
@@ -173,35 +173,41 @@ def _compare_media(
     that differ from them are outdated.
     """
     table = findings.table
-    store = stores.latent_store(table)
     caches = list(latent_names(names, tag, table.kind))
     if not caches:
         return {}
-    record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
-    sections = _count_sections(caches)
+    store = stores.latent_store(table)
+    record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED_CACHES]])
+    num_sections = _count_sections(caches)
     # other programs' caches have no record; then defaults stand for their options
     options = {} if record is None else record.options
     cache_settings = LatentCacheSettings(
         tag=tag,
         encoder_identity={} if record is None else record.encoder,
-        latent=replace(latent, in_sections=bool(sections)),
+        latent=replace(latent, in_sections=bool(num_sections)),
         fps=float(options.get("fps") or fps),
-        count_sections=lambda _, frames: sections.get(frames),
+        count_sections=lambda _, frames: num_sections.get(frames),
         stores=stores,
         stores_frame_rate=bool(options.get("frame_rate")),
     )
-    existing = LatentNames(store, tag, table.kind)
+    return _plan_media_states(findings, LatentNames(store, tag, table.kind), cache_settings, workers)
+
+
+def _plan_media_states(
+    findings: TableFindings, cached_names: LatentNames, cache_settings: LatentCacheSettings, workers: int
+) -> dict[str, State]:
+    """Return the state of the latent caches that caching with these settings would keep or make, by stem."""
     plans, failures = plan_all(
         findings.sources,
-        {table.index: existing},
+        {findings.table.index: cached_names},
         cache_settings,
         workers=workers,
         show_progress=False,
     )
     states = {failure.stem: (UNKNOWN, failure.reason) for failure in failures}
     for plan in plans:
-        has_files = bool(existing.of(plan.source.stem))
-        states[plan.source.stem] = _media_state(plan, has_files)
+        has_files = bool(cached_names.of(plan.source.stem))
+        states[plan.source.stem] = _find_media_state(plan, has_files)
     return states
 
 
@@ -215,7 +221,7 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
     return None
 
 
-def _media_state(plan: SourcePlan, has_files: bool) -> State:
+def _find_media_state(plan: SourcePlan, has_files: bool) -> State:
     """Return whether a media file's latent caches are valid, missing or outdated, with the reason.
 
     `plan` lists the items of the source whose caches are missing, and those whose caches are kept as valid.
@@ -223,7 +229,7 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
     """
     if plan.outdated_reason is not None:
         return STALE, plan.outdated_reason
-    # nothing is valid; `missing` is None if the source's items are not known
+    # nothing is valid; `missing_spans` is None if the source's items are not known
     if plan.missing_spans is None or (plan.missing_spans and not plan.valid_files):
         if has_files:
             return STALE, "not of this file, or of other settings"
@@ -235,14 +241,14 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
     return VALID, plan.why_no_items or ""
 
 
-def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
+def _with_recorded_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
     """Return a caption file with the reference images that its cache record names."""
     if source is None or not source.control:
         return file
     return replace(file, source=source, references=source.latent_inputs[1 : 1 + len(source.control)])
 
 
-def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:
+def _with_recorded_text(file: CaptionFile, store: CacheStore) -> CaptionFile:
     """Return a caption file, with its recorded text if only the model can compute positions in it."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
@@ -257,22 +263,22 @@ def _compare_texts(
 ) -> dict[str, State]:
     """Return the state of a model's text caches, by the stem of their source."""
     files = list_caption_files(sources, tag)
-    records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED]])
+    records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED_CACHES]])
     # embeddings depend on reference images if the encoder sees them
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
-        files = [_with_references(file, by_stem.get(file.name)) for file in files]
-    files = [_as_encoded(file, store) for file in files]
+        files = [_with_recorded_references(file, by_stem.get(file.name)) for file in files]
+    files = [_with_recorded_text(file, store) for file in files]
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
-    state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
+    state_of_file = {plan.file_name: _find_text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
-    # a caption without a plan, such as an empty one, needs no cache
     for source in sources:
         # 0 is the main caption of a source
         for caption_index in range(1 + len(source.more_captions)):
             state, _ = states.get(source.stem, (VALID, ""))
             if state == VALID:  # the first caption that is not valid decides
                 file_name = text_file_name(source.stem, tag, caption_index)
+                # a caption without a plan, such as an empty one, needs no cache
                 states[source.stem] = state_of_file.get(file_name, (VALID, ""))
     return states
 
@@ -298,7 +304,7 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
     return {}
 
 
-def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
+def _find_text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
     """Return whether the cached embeddings of a caption are valid, missing or outdated, with the reason.
 
     `plan` names the caption's cache file, and the encoders whose embeddings in it cannot be used. `records`

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.report.looks import Look
+from data_tools.report.looks import Inspection
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.forms.unread import find_unused
@@ -56,36 +56,22 @@ class TableFindings:
     sources: Sequence[MediaSource] = ()
     # numbers of items by (width, height), (width, height, frames), or (width, height) and sizes of references
     buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    held_back: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items for validation
-    places: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # source and bucket of each item
-    faults: list[Fault] = field(default_factory=list)  # errors
-    remarks: list[Fault] = field(default_factory=list)  # warnings
-    caches: list[str] = field(default_factory=list)  # lines about its cache files
-    times: float = 1.0  # factor on num_repeats of regularization images, see `balance`
-    looks: list[Look] = field(default_factory=list)  # one per source, if sources were measured
+    held_back_counts: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items for validation
+    item_buckets: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (source's stem, bucket)
+    errors: list[Fault] = field(default_factory=list)
+    warnings: list[Fault] = field(default_factory=list)
+    info_lines: list[str] = field(default_factory=list)  # about caches, masks and references
+    repeat_factor: float = 1.0  # on num_repeats of regularization images, see `balance_regularization`
+    inspections: list[Inspection] = field(default_factory=list)  # one per source, if sources were measured
 
-    def unusable(self, error: DatasetError) -> None:
+    def add_table_error(self, error: DatasetError) -> None:
         """Add the error that prevents all use of the table."""
-        self.faults.append(Fault(UNUSABLE, str(error)))
-
-    def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
-        """Group the texts of `faults` or `remarks` by the stem of their media file.
-
-        `with_kind` prefixes each text with its kind.
-        """
-        texts: dict[str | None, list[str]] = {}
-        errors: list[Fault] = getattr(self, name)
-        for error in errors:
-            text = error.text
-            if with_kind and not error.kind.startswith("give no"):
-                text = f"{error.kind}: {text}"
-            texts.setdefault(error.stem, []).append(text)
-        return texts
+        self.errors.append(Fault(UNUSABLE, str(error)))
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
         """Count the items that sources have in one bucket."""
         self.buckets[bucket] += len(stems)
-        self.places += [(stem, bucket) for stem in stems]
+        self.item_buckets += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
@@ -97,32 +83,46 @@ class TableFindings:
         batch_size = self.table.batch_size
         rows = []
         for bucket, num_items in sorted(self.buckets.items()):
-            num_shown = round(num_items * self.table.num_repeats * self.times)
-            num_batches = ceil_div(num_shown, batch_size)
-            last_batch = num_shown - (num_batches - 1) * batch_size if num_shown else batch_size
+            num_repeated = round(num_items * self.table.num_repeats * self.repeat_factor)
+            num_batches = ceil_div(num_repeated, batch_size)
+            last_batch = num_repeated - (num_batches - 1) * batch_size if num_repeated else batch_size
             rows.append(BucketRow(bucket, num_items, num_batches, last_batch))
         return rows
 
     def lines(self) -> list[str]:
         """Return all findings as printable lines."""
-        size = self.table.batch_size
-        repeats = self.table.num_repeats * self.times
-        times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
+        batch_size = self.table.batch_size
+        repeats = self.table.num_repeats * self.repeat_factor
+        repeats_text = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
         for row in self.bucket_rows():
-            remainder = f" (the last has {row.last_batch})" if row.last_batch < size else ""
-            batches = f"{format_count(row.batches, 'batch')} of {size}{remainder}"
-            items = f"{format_count(row.items, 'item')} x {times}"
-            lines.append(f"{self._bucket_in_words(row.bucket)}: {items}, {batches}")
-        errors = list_errors([*self.faults, *self.remarks], LISTED)
-        return [self.title, *indent([*lines, *self.caches, *errors])]
+            remainder = f" (the last has {row.last_batch})" if row.last_batch < batch_size else ""
+            batches = f"{format_count(row.batches, 'batch')} of {batch_size}{remainder}"
+            items = f"{format_count(row.items, 'item')} x {repeats_text}"
+            lines.append(f"{self._describe_bucket(row.bucket)}: {items}, {batches}")
+        errors = list_errors([*self.errors, *self.warnings], LISTED)
+        return [self.title, *indent([*lines, *self.info_lines, *errors])]
 
-    def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
+    def _describe_bucket(self, bucket: tuple[int, ...]) -> str:
         """Describe a bucket: image size, and the number of frames or the references."""
         frames = f", {format_count(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_of_audio:
             return frames.removeprefix(", ")
         return f"{bucket[0]}x{bucket[1]}{frames}"
+
+
+def group_by_stem(errors: Iterable[Fault], with_kind: bool = False) -> dict[str | None, list[str]]:
+    """Group the texts of errors or warnings by the stem of their media file.
+
+    `with_kind` prefixes each text with its kind.
+    """
+    texts: dict[str | None, list[str]] = {}
+    for error in errors:
+        text = error.text
+        if with_kind and not error.kind.startswith("give no"):
+            text = f"{error.kind}: {text}"
+        texts.setdefault(error.stem, []).append(text)
+    return texts
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
@@ -132,24 +132,24 @@ def references_in_words(bucket: tuple[int, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class Counters:
+class TokenCounters:
     """Token counters of the text encoders, and lines about encoders that are not available."""
 
-    by_name: tuple[tuple[str, CountTokens], ...] = ()
-    missing: tuple[str, ...] = ()  # report lines
+    by_encoder: tuple[tuple[str, CountTokens], ...] = ()  # (name of the encoder, counter)
+    missing_lines: tuple[str, ...] = ()  # about encoders whose tokens are not counted
     # encoder name -> error, for encoders whose tokenizer is missing and cannot be downloaded (offline)
-    unreachable: Mapping[str, str] = field(default_factory=dict)
+    offline_errors: Mapping[str, str] = field(default_factory=dict)
 
-    def find_unreachable(self, names: Iterable[str]) -> list[Fault]:
-        """Return a fault for each named encoder that a run cannot use."""
-        return [Fault(OFFLINE, self.unreachable[name]) for name in names if name in self.unreachable]
+    def find_offline_errors(self, names: Iterable[str]) -> list[Fault]:
+        """Return an error for each named encoder that a run cannot use."""
+        return [Fault(OFFLINE, self.offline_errors[name]) for name in names if name in self.offline_errors]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
         """Return (encoder name, token count) pairs of a caption."""
-        return [(name, count(caption)) for name, count in self.by_name]
+        return [(name, count(caption)) for name, count in self.by_encoder]
 
 
-NO_COUNTERS = Counters()
+NO_TOKEN_COUNTERS = TokenCounters()
 
 
 @dataclass(frozen=True)
@@ -159,22 +159,22 @@ class CheckResult:
     head: tuple[str, ...]
     tables: tuple[TableFindings, ...]
     tail: tuple[str, ...]
-    counters: Counters  # for the page
+    counters: TokenCounters  # for the page
 
     @property
-    def num_faults(self) -> int:
+    def num_errors(self) -> int:
         """Total number of faults in all tables."""
-        return sum(len(findings.faults) for findings in self.tables)
+        return sum(len(findings.errors) for findings in self.tables)
 
     @property
-    def num_held(self) -> int:
+    def num_held_back(self) -> int:
         """Number of items held out for validation."""
-        return sum(findings.held_back.total() for findings in self.tables)
+        return sum(findings.held_back_counts.total() for findings in self.tables)
 
     @property
-    def num_remarks(self) -> int:
+    def num_warnings(self) -> int:
         """Total number of warnings in all tables."""
-        return sum(len(findings.remarks) for findings in self.tables)
+        return sum(len(findings.warnings) for findings in self.tables)
 
     @property
     def num_batches(self) -> int:
@@ -184,7 +184,7 @@ class CheckResult:
     @property
     def exit_code(self) -> int:
         """0 without faults; SOURCES_LEFT_OUT if the run can continue without the faulty sources; else 1."""
-        errors = [error for findings in self.tables for error in findings.faults]
+        errors = [error for findings in self.tables for error in findings.errors]
         if os.environ.get(RUN_GOES_ON) and not any(error.is_fatal for error in errors):
             return SOURCES_LEFT_OUT if errors else 0
         return 1 if errors else 0
@@ -193,16 +193,16 @@ class CheckResult:
     def lines(self) -> list[str]:
         """All lines to print; the last one says whether the check passed."""
         verdict = "Nothing is wrong."
-        if self.num_faults:
-            verdict = f"Something is wrong: see above. Faults: {self.num_faults}."
-        if self.num_remarks:
-            verdict += f" Remarks above: {self.num_remarks}."
+        if self.num_errors:
+            verdict = f"Something is wrong: see above. Faults: {self.num_errors}."
+        if self.num_warnings:
+            verdict += f" Remarks above: {self.num_warnings}."
         lines_of_tables = [line for findings in self.tables for line in findings.lines()]
         return [*self.head, *lines_of_tables, *self.tail, verdict]
 
 
 @dataclass(frozen=True)
-class _PlacedItem:
+class _BucketItem:
     """An item with its table and source, in the form that `split_validation` takes."""
 
     table: DatasetTable
@@ -210,37 +210,36 @@ class _PlacedItem:
     bucket: tuple[int, ...]
 
 
-def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
-    """Fill `held_back` of each table with the sources that training would hold out for validation.
+def count_held_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
+    """Count, for each table and bucket, the items that training would hold out for validation.
 
     `share` and `seed` apply to tables that do not state their own.
     """
-    places = [
-        _PlacedItem(findings.table, stem, bucket) for findings in tables for stem, bucket in findings.places
-    ]
-    by_index = {findings.table.index: findings for findings in tables}
-    _, validated = split_validation(places, share, seed)
-    for place in validated:
-        by_index[place.table.index].held_back[place.bucket] += 1
+    items = []
+    for findings in tables:
+        items += [_BucketItem(findings.table, stem, bucket) for stem, bucket in findings.item_buckets]
+    findings_by_index = {findings.table.index: findings for findings in tables}
+    _, validation_items = split_validation(items, share, seed)
+    for item in validation_items:
+        findings_by_index[item.table.index].held_back_counts[item.bucket] += 1
 
 
-def balance(tables: Sequence[TableFindings]) -> None:
+def balance_regularization(tables: Sequence[TableFindings]) -> None:
     """Set how often regularization images repeat, so that an epoch has as many of them as of other images.
 
     Args:
         tables: Findings for all tables of a configuration.
     """
-    # items in an epoch, by batch group
-    learned = Counter[int]()
-    regularization = Counter[int]()
+    # items in an epoch, by batch group: batches only mix tables of one group
+    num_learned = Counter[int]()
+    num_regularization = Counter[int]()
     for findings in tables:
-        counts = regularization if findings.table.is_reg else learned
+        counts = num_regularization if findings.table.is_reg else num_learned
         counts[findings.table.batch_group] += findings.num_items * findings.table.num_repeats
     for findings in tables:
         group = findings.table.batch_group
-        # batches only mix tables of one batch group
-        if findings.table.is_reg and regularization[group]:
-            findings.times = learned[group] / regularization[group]
+        if findings.table.is_reg and num_regularization[group]:
+            findings.repeat_factor = num_learned[group] / num_regularization[group]
 
 
 def count_batches(tables: Iterable[TableFindings]) -> int:
@@ -249,17 +248,19 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
     With regularization images the number is approximate, because they are assumed to be spread evenly over
     sizes.
     """
-    counts: dict[tuple[int, ...], float] = {}
-    sizes: dict[tuple[int, ...], int] = {}
+    # by batch group and bucket: items of one such key share batches
+    num_items: dict[tuple[int, ...], float] = {}
+    batch_sizes: dict[tuple[int, ...], int] = {}
     for findings in tables:
         table = findings.table
-        trained = findings.buckets - findings.held_back
+        trained = findings.buckets - findings.held_back_counts
         for bucket, count in trained.items():
             key = (table.batch_group, *bucket)
-            counts[key] = counts.get(key, 0) + count * table.num_repeats * findings.times
-            sizes[key] = table.batch_size
-    # rounded first: `times`, the factor on regularization images, is a quotient and may end in ...0001
-    return sum(math.ceil(round(count, 6) / sizes[key]) for key, count in counts.items())
+            num_repeated = count * table.num_repeats * findings.repeat_factor
+            num_items[key] = num_items.get(key, 0) + num_repeated
+            batch_sizes[key] = table.batch_size
+    # rounded first: `repeat_factor` is a quotient and may end in ...0001
+    return sum(math.ceil(round(count, 6) / batch_sizes[key]) for key, count in num_items.items())
 
 
 def indent(lines: Iterable[str]) -> list[str]:
@@ -275,31 +276,36 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
     """
     findings = TableFindings(table)
     try:
-        findings.sources = find_sources(table, faults=findings.faults)
+        findings.sources = find_sources(table, faults=findings.errors)
     except DatasetError as error:
-        findings.unusable(error)
+        findings.add_table_error(error)
         return findings
-    findings.remarks += find_encodings(findings.sources)
+    findings.warnings += find_encodings(findings.sources)
     with contextlib.suppress(DatasetError):  # already reported by `find_sources`
-        findings.remarks += find_unused(table)
+        findings.warnings += find_unused(table)
     if table.references is not None:
         _add_references(findings)
-    if any(source.references or source.control_mask for source in findings.sources):
-        from dataset.sources.companions import companion_lines  # only with companions
-
-        findings.caches += companion_lines(findings.sources, findings.remarks)
-    # preference pairs: a source with a rejected counterpart
-    num_pairs = sum(source.rejected is not None for source in findings.sources)
-    if num_pairs:
-        findings.caches.append(f"pairs of a better and a worse one: {num_pairs}")
-    left_out = folders.left_out_files(table)
-    if left_out is not None:
-        findings.remarks.append(Fault("folders have files that are not used", left_out))
+    _add_companions(findings)
+    unused_files = folders.left_out_files(table)
+    if unused_files is not None:
+        findings.warnings.append(Fault("folders have files that are not used", unused_files))
     # folders that no table uses are reported once, with the first table
     if table is config.datasets[0]:
         lines = folders.left_out_folders(config.datasets)
-        findings.remarks += [Fault("folders are not searched", line) for line in lines]
+        findings.warnings += [Fault("folders are not searched", line) for line in lines]
     return findings
+
+
+def _add_companions(findings: TableFindings) -> None:
+    """Add lines about reference media, control masks and preference pairs of a table's sources."""
+    if any(source.references or source.control_mask for source in findings.sources):
+        from dataset.sources.companions import companion_lines  # only with companions
+
+        findings.info_lines += companion_lines(findings.sources, findings.warnings)
+    # preference pairs: a source with a rejected counterpart
+    num_pairs = sum(source.rejected is not None for source in findings.sources)
+    if num_pairs:
+        findings.info_lines.append(f"pairs of a better and a worse one: {num_pairs}")
 
 
 def _add_references(findings: TableFindings) -> None:
@@ -308,11 +314,11 @@ def _add_references(findings: TableFindings) -> None:
     if not counts:
         return
     words = ", ".join(f"{format_count(images, 'image')} with {number}" for number, images in counts)
-    findings.caches.append(f"reference pictures: {words}")
+    findings.info_lines.append(f"reference pictures: {words}")
     kind = "have no reference picture, while others have"
     for source in findings.sources:
         if not source.control:
-            findings.remarks.append(Fault(kind, str(source.path), source.stem))
+            findings.warnings.append(Fault(kind, str(source.path), source.stem))
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
@@ -325,58 +331,76 @@ def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:
+def load_token_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> TokenCounters:
     """Load the tokenizers that exist on this machine, for counting the tokens of captions."""
     from huggingface_hub import constants  # 0.1 s to import
 
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
-        return Counters((), (f"tokens of captions are not counted, which is no fault: {error}",))
+        return TokenCounters((), (f"tokens of captions are not counted, which is no fault: {error}",))
     counters = []
     missing = []  # lines about tokenizers that are not on this machine
-    unreachable = {}  # encoder -> error, if offline mode forbids to download its tokenizer
+    offline_errors = {}  # encoder -> error, if offline mode forbids to download its tokenizer
     for encoder in encoders:
         try:
             counters.append((encoder.name, encoder.token_counter()))
         except CheckpointError as error:
             missing.append(f"tokens of {encoder.name} are not counted: {error}")
             if constants.HF_HUB_OFFLINE:
-                unreachable[encoder.name] = str(error)
-    return Counters(tuple(counters), tuple(missing), unreachable)
+                offline_errors[encoder.name] = str(error)
+    return TokenCounters(tuple(counters), tuple(missing), offline_errors)
 
 
 def check_captions(
-    findings: TableFindings, counters: Counters = NO_COUNTERS, are_cached: bool = True
+    findings: TableFindings, counters: TokenCounters = NO_TOKEN_COUNTERS, are_cached: bool = True
 ) -> None:
     """Add findings about a table's captions: missing, empty or unusual ones, and those cut by an encoder.
 
     Unreadable captions are reported elsewhere. `are_cached` says that text embeddings are cached, so that
     their size is reported.
     """
-    missing = [source for source in findings.sources if source.caption is None and not is_unused(source)]
+    missing = [
+        source for source in findings.sources if source.caption is None and not has_unreadable_caption(source)
+    ]
     for line, source in zip(missing_captions(missing), missing, strict=True):
-        findings.faults.append(Fault(NO_CAPTION, line, source.stem))
+        findings.errors.append(Fault(NO_CAPTION, line, source.stem))
     for source in findings.sources:
         if source.caption == "":
             path = source.caption_path or source.path
-            findings.remarks.append(Fault("have an empty caption", str(path), source.stem))
-    findings.remarks += find_caption_warnings(findings.sources)
-    if not counters.by_name:
+            findings.warnings.append(Fault("have an empty caption", str(path), source.stem))
+    findings.warnings += find_caption_warnings(findings.sources)
+    if not counters.by_encoder:
         return
-    warnings, sizes_bytes = find_cut_captions(findings.sources, dict(counters.by_name))
-    findings.remarks += warnings
-    references = ", more with what it sees of references" if findings.table.texts_see_references else ""
-    for name, sizes in sizes_bytes.items():
+    warnings, sizes_by_encoder = find_cut_captions(findings.sources, dict(counters.by_encoder))
+    findings.warnings += warnings
+    if are_cached:
+        sees_references = findings.table.texts_see_references
+        findings.info_lines += _describe_embedding_sizes(sizes_by_encoder, sees_references)
+
+
+def _describe_embedding_sizes(
+    sizes_by_encoder: Mapping[str, Sequence[int]], sees_references: bool
+) -> list[str]:
+    """Return a line for each text encoder with the size of its cached embeddings.
+
+    Args:
+        sizes_by_encoder: Bytes of each caption's embeddings, by the name of the encoder.
+        sees_references: Whether encoders see reference images, which add to the sizes.
+    """
+    references = ", more with what it sees of references" if sees_references else ""
+    lines = []
+    for name, sizes in sizes_by_encoder.items():
         longest = max(sizes)
-        if longest and are_cached:
+        if longest:
             total = format_size(sum(sizes))
             sizes_text = f"{total}, that of the longest caption {format_size(longest)}{references}"
-            findings.caches.append(f"text caches of {name}: about {sizes_text}")
+            lines.append(f"text caches of {name}: about {sizes_text}")
+    return lines
 
 
-def is_unused(source: MediaSource) -> bool:
-    """Return whether a caption file exists but is unreadable, which the listing reports."""
+def has_unreadable_caption(source: MediaSource) -> bool:
+    """Return whether a source without a caption has a caption file, whose error the listing reports."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 
@@ -404,7 +428,12 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         paths = [path for path in sorted(caption_paths) if _is_other_encoding(path)]
         guesses = guess_captions(paths) if encoding == GUESS else [_decode(path, encoding) for path in paths]
         for path, guess in zip(paths, guesses, strict=True):
-            _repair_caption(path, guess, converted, left_unchanged)
+            reason = _find_reason_not_to_convert(path, guess)
+            if reason is None:
+                assert guess is not None
+                converted.append(_convert_caption(path, guess))
+            else:
+                left_unchanged.append(f"  {path}: unchanged: {reason}")
     counts = f"{format_count(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
     return [f"{counts}, {len(left_unchanged)} left unchanged", *converted, *left_unchanged]
 
@@ -418,26 +447,35 @@ def _is_other_encoding(path: Path) -> bool:
     return file is not None and file.encoding is not None
 
 
-def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
-    """Convert a caption file to UTF-8 if its encoding is certain; add a line to `converted` or `left`."""
+def _find_reason_not_to_convert(path: Path, guess: EncodingGuess | None) -> str | None:
+    """Return why a caption file is not converted to UTF-8; None if its encoding is certain."""
     if guess is None or bad_character(guess.text):
-        left.append(f"  {path}: unchanged: it is not text in that encoding")
-        return
-    start = " ".join(guess.text.split())[:SHOWN]
-    backup = path.with_name(path.name + BACKUP)
+        return "it is not text in that encoding"
     if not guess.is_sure:
-        left.append(
-            f"  {path}: unchanged: it may be {guess.name}: {start!r}. If that is right, name it: "
+        return (
+            f"it may be {guess.name}: {_shorten(guess.text)!r}. If that is right, name it: "
             f"--repair_captions {guess.encoding}"
         )
-        return
-    if backup.exists():
-        left.append(f"  {path}: unchanged: {backup.name} exists already; move it away")
-        return
+    backup = _backup_of(path)
+    return f"{backup.name} exists already; move it away" if backup.exists() else None
+
+
+def _convert_caption(path: Path, guess: EncodingGuess) -> str:
+    """Back up a caption file, and write its text as UTF-8; return a line for the report."""
     # the backup first, so that the old text is never lost
-    write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
+    write_bytes(_backup_of(path), read_content(path, MAX_CAPTION_BYTES))
     write_text(path, guess.text.removeprefix("\ufeff"))
-    converted.append(f"  {path}: was {guess.name}, now UTF-8: {start!r}")
+    return f"  {path}: was {guess.name}, now UTF-8: {_shorten(guess.text)!r}"
+
+
+def _backup_of(path: Path) -> Path:
+    """Return the path of a caption's backup."""
+    return path.with_name(path.name + BACKUP)
+
+
+def _shorten(text: str) -> str:
+    """Return the beginning of a caption in one line, for messages."""
+    return " ".join(text.split())[:SHOWN]
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
-from data_tools.report.audio import Heard, draw_audio, is_heard, listen
+from data_tools.report.audio import AudioInspection, draw_audio, inspect_audio, uses_audio
 from dataset.config import DatasetTable
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
@@ -52,7 +52,7 @@ DIGITS = 4  # decimals of measures
 
 
 @dataclass(frozen=True)
-class StripSize:
+class ThumbnailSizes:
     """Sizes of the thumbnails on a page, in pixels."""
 
     clip_height: int
@@ -77,7 +77,7 @@ class Measures:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Inspection:
     """Size, frame rate, frames in use, measures and faults of a media file, found by reading it.
 
     Fields are None or empty where unknown. It is kept small, because there may be a million of them.
@@ -85,23 +85,23 @@ class Look:
 
     fit: Fit | None = None  # how a frame of `size` is resized and cropped
     size: tuple[int, int] | None = None  # width, height
-    bytes: int | None = None
+    file_bytes: int | None = None
     fps: float | None = None  # of the file
     frames: int | None = None  # number of frames in the header
-    used: int = 0  # number of frames used, at the model's frame rate
-    lengths: tuple[tuple[int, int], ...] = ()  # (frames of an item, number of such items)
-    short: str | None = None  # the target_frames for which it is too short
-    none: str | None = None  # why it gives no item although it is readable
-    problem: str | None = None  # why it cannot be read
+    num_used_frames: int = 0  # at the model's frame rate
+    items_by_length: tuple[tuple[int, int], ...] = ()  # (frames of an item, number of such items)
+    too_short_for: str | None = None  # the target_frames for which it is too short
+    no_item_reason: str | None = None  # why it gives no item although it is readable
+    read_error: str | None = None  # why it cannot be read
     size_change: str | None = None  # where frames change size
-    rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
+    rate_warning: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
-    audio: Heard | None = None  # audio of a clip; None: not checked
+    audio: AudioInspection | None = None  # audio of a clip; None: not checked
     # only for sources that a page shows
     spans: tuple[Span, ...] = ()
-    strip: Markup | None = None
-    small: Markup | None = None
-    wave: Markup | None = None
+    strip: Markup | None = None  # some frames side by side
+    thumbnail: Markup | None = None
+    waveform: Markup | None = None
 
     @property
     def cut_percent(self) -> float:
@@ -109,7 +109,7 @@ class Look:
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
-    def enlarged(self) -> float:
+    def scale_factor(self) -> float:
         """Factor by which the image is resized; it is enlarged if above 1."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
@@ -124,7 +124,7 @@ def cut_percent(fit: Fit) -> float:
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
-def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
+def inspect_and_measure(source: MediaSource, fps: float, latent: LatentSpec) -> Inspection:
     """Decode a media file as caching does, and measure the frames that training would use."""
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
@@ -137,26 +137,28 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
             return frame
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
 
-    sample = EvenFrames(reduce)
-    look = _collect_facts(source, fps, latent, sample.add)
-    if look.problem is None:
-        look = _check_companions(look, source, fps, latent)
+    sample = FrameSampler(reduce)
+    inspection = _inspect_frames(source, fps, latent, sample.add)
+    if inspection.read_error is None:
+        inspection = _check_companions(inspection, source, fps, latent)
     measures: Measures | None = None
-    if look.problem is None and sample.frames:
-        # EvenFrames collects up to twice MAX_FRAMES
+    if inspection.read_error is None and sample.frames:
+        # the sampler collects up to twice MAX_FRAMES
         frames = select_evenly(sample.frames, MAX_FRAMES)
         measures = measure_frames(frames, source.table.kind == "video")
     # spans are left out, because there may be a million of these records
-    return replace(look, measures=measures, spans=(), audio=_listen(source))
+    return replace(inspection, measures=measures, spans=(), audio=_try_inspect_audio(source))
 
 
-def _check_companions(look: Look, source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the look of a source with the error that its control media or its mask would cause in caching.
+def _check_companions(
+    inspection: Inspection, source: MediaSource, fps: float, latent: LatentSpec
+) -> Inspection:
+    """Return the inspection with the error that the source's control media or mask would cause in caching.
 
     Control media and masks are read only by the function with which caching decodes a source.
     """
     if not source.control and source.mask_from is None:
-        return look
+        return inspection
     try:
         decode_source(
             source,
@@ -168,8 +170,8 @@ def _check_companions(look: Look, source: MediaSource, fps: float, latent: Laten
         )
     except (MediaError, DatasetError, OSError) as error:
         # a source with an error has no items, and no other reason for that
-        return replace(look, problem=str(error), lengths=(), none=None)
-    return look
+        return replace(inspection, read_error=str(error), items_by_length=(), no_item_reason=None)
+    return inspection
 
 
 def _select_measured_size(frame: Frame) -> tuple[int, int]:
@@ -179,11 +181,13 @@ def _select_measured_size(frame: Frame) -> tuple[int, int]:
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
+def inspect_and_draw(
+    source: MediaSource, fps: float, latent: LatentSpec, sizes: ThumbnailSizes, with_audio: bool = False
+) -> Inspection:
     """Decode a media file and draw a strip of its frames; only a few scaled-down frames stay in memory.
 
-    With `hears`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result has a
-    `problem`, and the frames before that part are drawn.
+    With `with_audio`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result
+    has a `read_error`, and the frames before that part are drawn.
     """
     is_clip = source.table.kind == "video"
     height = sizes.clip_height if is_clip else sizes.image_height
@@ -193,18 +197,18 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return _scale(frame, height, sizes.width, method)
 
-    sample = EvenFrames(reduce)
-    look = _collect_facts(source, fps, latent, sample.add)
+    sample = FrameSampler(reduce)
+    inspection = _inspect_frames(source, fps, latent, sample.add)
     if sample.frames:
         name = escape_control_codes(source.path.name)
-        strip = _join_frames(sample.frames, look.fit, sizes.width)
+        strip = _join_frames(sample.frames, inspection.fit, sizes.width)
         middle = sample.frames[len(sample.frames) // 2]
-        look = replace(
-            look,
+        inspection = replace(
+            inspection,
             strip=embed_image(strip, name, sizes.width, quality=sizes.quality),
-            small=embed_image(middle, name, SMALL, quality=70),
+            thumbnail=embed_image(middle, name, SMALL, quality=70),
         )
-    return _add_audio(look, source, fps) if hears and look.used else look
+    return _add_audio(inspection, source, fps) if with_audio and inspection.num_used_frames else inspection
 
 
 def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
@@ -214,14 +218,14 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
 
-def _add_audio(look: Look, source: MediaSource, fps: float) -> Look:
+def _add_audio(inspection: Inspection, source: MediaSource, fps: float) -> Inspection:
     """Add what the audio of the used frames is, and a drawing of its waveform."""
-    audio = _listen(source)
-    wave: Markup | None = None
+    audio = _try_inspect_audio(source)
+    waveform: Markup | None = None
     if audio is not None and audio.track is not None:
         with contextlib.suppress(MediaError, OSError):  # caching reports damaged files
-            wave = draw_audio(source, fps, look.used)
-    return replace(look, audio=audio, wave=wave)
+            waveform = draw_audio(source, fps, inspection.num_used_frames)
+    return replace(inspection, audio=audio, waveform=waveform)
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
@@ -237,76 +241,78 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
     return np.concatenate(parts, axis=1)
 
 
-def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
+def inspect_header(source: MediaSource, fps: float, latent: LatentSpec) -> Inspection:
     """Return what the header of a media file says; decode a clip if its header has no frame count."""
     try:
         with fetch(source) as local:
             plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
             info = video_info(local.path) if source.table.holds == "video" else None
     except (MediaError, DatasetError, OSError) as error:
-        return Look(problem=str(error))
-    return Look(
+        return Inspection(read_error=str(error))
+    return Inspection(
         fit=fit_of(source.table, plan.size, latent.pixel_step, source.path),
         size=plan.size,
         fps=info.fps if info else None,
         frames=info.frames if info else None,
-        lengths=_count_lengths(plan.spans),
-        none=plan.reason,
-        audio=_listen(source),
+        items_by_length=_count_lengths(plan.spans),
+        no_item_reason=plan.reason,
+        audio=_try_inspect_audio(source),
     )
 
 
-def _listen(source: MediaSource) -> Heard | None:
+def _try_inspect_audio(source: MediaSource) -> AudioInspection | None:
     """Return what a clip's audio is; None if it is not used in training or cannot be read."""
-    if is_heard(source.table):
+    if uses_audio(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
-            return listen(source)
+            return inspect_audio(source)
     return None
 
 
-def _collect_facts(
+def _inspect_frames(
     source: MediaSource, fps: float, latent: LatentSpec, use_frame: Callable[[Frame], None]
-) -> Look:
+) -> Inspection:
     """Pass each used frame of a media file to `use_frame`, at its own size; return what reading reveals.
 
-    An error does not raise: the result has a `problem`, and what was known before.
+    An error is not raised: the result has a `read_error`, and the values that were known before.
     """
-    facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
+    values: dict[str, Any] = {}  # fields of `Inspection`, filled while the file is read
     try:
         if source.precomputed is not None:  # the clip itself is not read and may be missing
-            _read_tensors(source, latent, facts)
+            values |= _inspect_precomputed(source, latent)
         else:
             with fetch(source) as local:
-                _read_frames(local, fps, latent, use_frame=use_frame, facts=facts)
-            _select_spans(source.table, latent, facts)
-        facts["lengths"] = _count_lengths(facts["spans"])
+                _read_frames(local, fps, latent, use_frame=use_frame, values=values)
+            values |= _select_spans(source.table, latent, values["num_used_frames"])
+        values["items_by_length"] = _count_lengths(values["spans"])
     except (MediaError, DatasetError, OSError) as error:
-        facts["problem"] = str(error)
-    return Look(**facts)
+        values["read_error"] = str(error)
+    return Inspection(**values)
 
 
-def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the contents of a cached latents header to `facts`."""
+def _inspect_precomputed(source: MediaSource, latent: LatentSpec) -> dict[str, Any]:
+    """Return fields of `Inspection` from the header of precomputed latents."""
     tensors = measure_source(source, latent)
-    span = full_span(tensors, latent.lengths)
-    fit = fit_cover(tensors.size, tensors.size)
-    facts["spans"] = (span,)
-    facts["size"] = tensors.size
-    facts["fit"] = fit
-    facts["frames"] = tensors.kept_frames
-    facts["used"] = tensors.kept_frames
-    facts["bytes"] = _read_file_size(source)
+    return {
+        "spans": (full_span(tensors, latent.lengths),),
+        "size": tensors.size,
+        "fit": fit_cover(tensors.size, tensors.size),
+        "frames": tensors.kept_frames,
+        "num_used_frames": tensors.kept_frames,
+        "file_bytes": _read_file_size(source),
+    }
 
 
-def _select_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the frame spans of a source's items to `facts`, or the reason why there are none."""
+def _select_spans(table: DatasetTable, latent: LatentSpec, num_frames: int) -> dict[str, Any]:
+    """Return fields of `Inspection`: the frame spans of the items, or the reason why there are none."""
     spans: Sequence[Span] = ((0, 1),)
     reason = None
     if table.kind == "video":
-        spans, reason = spans_or_reason(table, facts["used"], latent.lengths)
-    facts["spans"] = spans
-    facts["none"] = reason
-    facts["short"] = describe_short(table, spans, facts["used"])
+        spans, reason = spans_or_reason(table, num_frames, latent.lengths)
+    return {
+        "spans": spans,
+        "no_item_reason": reason,
+        "too_short_for": describe_short(table, spans, num_frames),
+    }
 
 
 def _read_frames(
@@ -314,29 +320,30 @@ def _read_frames(
     fps: float,
     latent: LatentSpec,
     use_frame: Callable[[Frame], None],
-    facts: dict[str, Any],
+    values: dict[str, Any],
 ) -> None:
-    """Pass each frame of a media file to `use_frame`, and add what is learned about the file to `facts`.
+    """Pass each frame of a media file to `use_frame`, and store fields of `Inspection` in `values`.
 
-    If an error is raised, `facts` holds what was learned before.
+    If an error is raised, `values` holds what was known before.
     """
     table = source.table
-    facts["bytes"] = _read_file_size(source)
+    values["num_used_frames"] = 0
+    values["file_bytes"] = _read_file_size(source)
     if table.holds == "video":
         info = video_info(source.path)
-        facts["fps"] = info.fps
-        facts["frames"] = info.frames
+        values["fps"] = info.fps
+        values["frames"] = info.frames
         if not is_animation(source.path):  # these are played by the times in the file
-            facts["rate_remark"] = compare_rates(info.fps, table.source_fps, fps)
+            values["rate_warning"] = compare_rates(info.fps, table.source_fps, fps)
     sizes = FrameSizes()
     for frame in sizes.watch(source_frames(source, fps)):
-        if "fit" not in facts:
+        if "fit" not in values:
             size = (frame.shape[1], frame.shape[0])
-            facts["fit"] = fit_of(table, size, latent.pixel_step, source.path)
-            facts["size"] = size
+            values["fit"] = fit_of(table, size, latent.pixel_step, source.path)
+            values["size"] = size
         use_frame(frame)
-        facts["used"] += 1
-    facts["size_change"] = sizes.change
+        values["num_used_frames"] += 1
+    values["size_change"] = sizes.change
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
@@ -353,7 +360,7 @@ def _read_file_size(source: MediaSource) -> int | None:
         return None
 
 
-class EvenFrames:
+class FrameSampler:
     """Collect at most 2 * MAX_FRAMES evenly spaced frames of a stream of unknown length."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
@@ -392,9 +399,10 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
     bottom = top + fit.bucket[1] / fit.resized[1] * height
     x0, x1 = max(0, round(left)), min(width, round(right))
     y0, y1 = max(0, round(top)), min(height, round(bottom))
+    inside_border = (slice(y0 + 2, y1 - 2), slice(x0 + 2, x1 - 2))
     drawn = np.asarray(frame * SHADE, np.uint8)
     drawn[y0:y1, x0:x1] = EDGE
-    drawn[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2] = frame[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
+    drawn[inside_border] = frame[inside_border]
     return drawn
 
 
@@ -406,17 +414,15 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     num_blurred = 0
     for frame_is_flat, frame_sharpness in zip(are_flat, sharpnesses, strict=True):
         num_blurred += not frame_is_flat and frame_sharpness < BLURRED
-    brightnesses = [brightness(frame) for frame in frames]
     small_colors = [_small_colors(frame) for frame in hashed_frames(frames)]
     can_move = is_clip and len(frames) > 1 and not are_black
     return Measures(
-        brightness=round(float(np.mean(brightnesses)), DIGITS),
+        brightness=round(float(np.mean([brightness(frame) for frame in frames])), DIGITS),
         motion=round(motion(frames), DIGITS),
         sharpness=round(float(np.median(sharpnesses)), DIGITS),
         is_black=are_black,
         is_static=can_move and is_static(frames),
-        # more than half of the frames
-        is_blurred=2 * num_blurred > len(frames),
+        is_blurred=num_blurred > len(frames) / 2,
         is_flat=all(are_flat),
         hashes=clip_hash(frames),
         colors=b"".join(small_colors),
@@ -443,7 +449,9 @@ class ShownReference:
     is_bad: bool = False
 
 
-def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
+def show_references(
+    source: MediaSource, image: Fit | None, sizes: ThumbnailSizes
+) -> Sequence[ShownReference]:
     """Return thumbnails of the control images of an image; () for clips.
 
     `image` says how the image itself is resized and cropped; None if it cannot be read.
@@ -462,7 +470,7 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
 
 
 def _show_reference(
-    table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: StripSize
+    table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: ThumbnailSizes
 ) -> ShownReference:
     """Return the thumbnail of a control image, with the crop that training applies.
 

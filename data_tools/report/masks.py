@@ -34,12 +34,12 @@ LONE = "masks belong to nothing by their names, and are not read"
 
 
 @dataclass(frozen=True)
-class MaskShare:
-    """Fraction of an image or clip that its mask includes in the loss."""
+class MeasuredMask:
+    """A mask, and which fraction of an image or clip it includes in the loss."""
 
     path: Path
-    stem: str
-    share: float  # of the item's latent pixels, those whose weight is above LEARNED
+    stem: str  # of the image or clip
+    learned_fraction: float  # latent positions whose weight is above LEARNED
     is_black: bool
 
 
@@ -58,22 +58,22 @@ def check_masks(
     sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
     bar = Bar(len(sampled), "Reading masks", "mask", shown=False)
-    fractions = [fraction for fraction in map_ahead(sampled, measure, workers, bar) if fraction is not None]
-    if not fractions:
+    masks = [mask for mask in map_ahead(sampled, measure, workers, bar) if mask is not None]
+    if not masks:
         return
-    mean = sum(fraction.share for fraction in fractions) / len(fractions)
-    lowest = min(fractions, key=lambda fraction: fraction.share)
-    findings.caches.append(
-        f"of {format_count(len(fractions), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
-        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.share:.1%}"
+    mean = sum(mask.learned_fraction for mask in masks) / len(masks)
+    lowest = min(masks, key=lambda mask: mask.learned_fraction)
+    findings.info_lines.append(
+        f"of {format_count(len(masks), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
+        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.learned_fraction:.1%}"
     )
-    for fraction in fractions:
-        if fraction.share == 0:
-            kind = BLACK if fraction.is_black else THIN
-            findings.remarks.append(Fault(kind, str(fraction.path), fraction.stem, is_fatal=False))
+    for mask in masks:
+        if mask.learned_fraction == 0:
+            kind = BLACK if mask.is_black else THIN
+            findings.warnings.append(Fault(kind, str(mask.path), mask.stem, is_fatal=False))
 
 
-def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
+def _measure(plan: SourcePlan, latent: LatentSpec) -> MeasuredMask | None:
     """Measure which fraction of the latent positions a mask includes; None if the mask cannot be read."""
     source = plan.source
     assert source.mask is not None
@@ -96,7 +96,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     # 1: each frame that was read counts by itself
     weights = shrink_mask(torch.from_numpy(mask.copy()), (1, height_stride, width_stride)).float()
     learned_fraction = float((weights > LEARNED).float().mean())
-    return MaskShare(source.mask, source.stem, learned_fraction, is_black=not mask.any())
+    return MeasuredMask(source.mask, source.stem, learned_fraction, is_black=not mask.any())
 
 
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:
@@ -104,21 +104,24 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
     A folder in which no mask fits is reported as an error of its table already.
     """
-    stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
+    media_stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
     for findings in tables:
         if findings.table.mask_directory is not None:
-            of_folder = stems.setdefault(folder_id(findings.table.mask_directory), set())
-            of_folder.update(source.stem for source in findings.sources)
+            stems = media_stems.setdefault(folder_id(findings.table.mask_directory), set())
+            stems.update(source.stem for source in findings.sources)
     for findings in tables:
         folder = findings.table.mask_directory
-        if folder is None or folder_id(folder) not in stems:
+        if folder is None or folder_id(folder) not in media_stems:
             continue
-        of_folder = stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
+        stems = media_stems.pop(folder_id(folder))  # removed, so that tables that share a folder warn once
         masks = _list_masks(folder, findings.table.directory)
-        lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
+        lone: list[Path] = []
+        for stem, paths in sorted(masks.items()):
+            if stem not in stems:
+                lone += paths
         # without any match, the table already has an error
-        if not of_folder.isdisjoint(masks):
-            findings.remarks += [Fault(LONE, str(path), is_fatal=False) for path in lone]
+        if not stems.isdisjoint(masks):
+            findings.warnings += [Fault(LONE, str(path), is_fatal=False) for path in lone]
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:

@@ -3,16 +3,22 @@
 import math
 import re
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_tools.report.audio import count_tracks
-from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, count_references, is_unused
-from data_tools.report.looks import Look, cut_percent
+from data_tools.report.findings import (
+    NO_CAPTION,
+    TableFindings,
+    count_batches,
+    count_references,
+    has_unreadable_caption,
+)
+from data_tools.report.looks import Inspection, cut_percent
 from dataset.config import DatasetConfig
 from dataset.sources.media_source import Fault, MediaSource
 from modules.control_codes import shorten
@@ -38,57 +44,68 @@ together too toward towards under until up upon very was we were what when where
 why will with within without would you your
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-Numbers = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
-def collect_numbers(
+def collect_statistics(
     config: DatasetConfig,
     tables: Sequence[TableFindings],
     copies: Sequence[Sequence[Path]],
     fps: float,
     pixel_step: int,
     decodes: bool,
-) -> Numbers:
+) -> JsonObject:
     """Return all results of the report as JSON values.
 
     `copies` are groups of near duplicates. `decodes` is False if only headers were read.
     """
-    epoch = sum(map(_items_per_epoch, tables))
-    table_numbers = [_count_table(findings, epoch) for findings in tables]
-    if len(table_numbers) == 1:  # counted already
-        captions = table_numbers[0]["captions"]
+    items_per_epoch = sum(map(_count_items_per_epoch, tables))
+    by_table = [_describe_table(findings, items_per_epoch) for findings in tables]
+    if len(by_table) == 1:  # counted already
+        captions = by_table[0]["captions"]
     else:
         captions = count_captions(source for findings in tables for source in findings.sources)
+    # errors that have a list of their own: "broken" for files, "captions" for captions
+    listed_elsewhere = (CANNOT_BE_READ, NO_CAPTION)
     return {
         "dataset_config": str(config.path),
         "decoded": decodes,
         "fps": fps,
         "pixel_step": pixel_step,
-        "sources": sum(numbers["sources"] for numbers in table_numbers),
-        "items": sum(numbers["items"] for numbers in table_numbers),
-        "items_per_epoch": epoch,
+        "sources": sum(table["sources"] for table in by_table),
+        "items": sum(table["items"] for table in by_table),
+        "items_per_epoch": items_per_epoch,
         "batches_per_epoch": count_batches(findings for findings in tables if not findings.table.validation),
-        "tables": table_numbers,
+        "tables": by_table,
         "buckets": _count_buckets(tables),
-        "broken": _with_reason(tables, "problem"),
-        # without errors that have a list of their own: "broken" for files, "captions" for captions
-        "faults": _list_texts(tables, "faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
+        "broken": _list_with_reason(tables, "read_error"),
+        "faults": [
+            _describe_finding(error, findings)
+            for findings in tables
+            for error in findings.errors
+            if error.kind not in listed_elsewhere
+        ],
         # warnings about files that no source uses
-        "remarks": _list_texts(tables, "remarks", lambda fault: fault.stem is None),
+        "remarks": [
+            _describe_finding(warning, findings)
+            for findings in tables
+            for warning in findings.warnings
+            if warning.stem is None
+        ],
         # of all kinds, as --check counts them
-        "num_faults": sum(len(findings.faults) for findings in tables),
-        "num_remarks": sum(len(findings.remarks) for findings in tables),
+        "num_faults": sum(len(findings.errors) for findings in tables),
+        "num_remarks": sum(len(findings.warnings) for findings in tables),
         "captions": captions,
         "near_duplicates": [[str(path) for path in group] for group in copies],
         "black": _list_measured(tables, "is_black"),
         "static": _list_measured(tables, "is_static"),
         "blurred": _list_measured(tables, "is_blurred"),
-        "without_items": _with_reason(tables, "none"),
-        **_make_distributions([look for findings in tables for look in findings.looks]),
+        "without_items": _list_with_reason(tables, "no_item_reason"),
+        **_make_distributions([inspection for findings in tables for inspection in findings.inspections]),
     }
 
 
-def _count_buckets(tables: Sequence[TableFindings]) -> list[Numbers]:
+def _count_buckets(tables: Sequence[TableFindings]) -> list[JsonObject]:
     """Return the number of items of each bucket size in all tables, ascending by size."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for findings in tables:
@@ -104,66 +121,61 @@ def _list_measured(tables: Sequence[TableFindings], flag: str) -> list[str]:
     """Return the paths of the files, without duplicates, for which a flag such as is_black is set."""
     paths = [
         str(source.path)
-        for _, source, look in _list_looks(tables)
-        if look.measures is not None and getattr(look.measures, flag)
+        for _, source, inspection in _list_inspections(tables)
+        if inspection.measures is not None and getattr(inspection.measures, flag)
     ]
     return list(dict.fromkeys(paths))
 
 
-def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
-    """List (table, source, look) for all measured sources."""
-    looks = []
+def _list_inspections(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Inspection]]:
+    """List (table, source, inspection) for all measured sources."""
+    inspections = []
     for findings in tables:
-        for source, look in zip(findings.sources, findings.looks, strict=False):
-            looks.append((findings, source, look))
-    return looks
+        for source, inspection in zip(findings.sources, findings.inspections, strict=False):
+            inspections.append((findings, source, inspection))
+    return inspections
 
 
-def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
-    """List the media files with a reason in attribute `name`, such as `problem`."""
+def _list_with_reason(tables: Sequence[TableFindings], name: str) -> list[JsonObject]:
+    """List the media files with a reason in the attribute `name` of their inspection."""
     return [
-        {"path": str(source.path), "reason": getattr(look, name), "table": findings.table.index + 1}
-        for findings, source, look in _list_looks(tables)
-        if getattr(look, name) is not None
+        {"path": str(source.path), "reason": getattr(inspection, name), "table": findings.table.index + 1}
+        for findings, source, inspection in _list_inspections(tables)
+        if getattr(inspection, name) is not None
     ]
 
 
-def _list_texts(
-    tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]
-) -> list[Numbers]:
-    """List the texts of selected findings in all tables; `name` is faults or remarks."""
-    return [
-        {"kind": error.kind, "text": error.text, "table": findings.table.index + 1}
-        for findings in tables
-        for error in getattr(findings, name)
-        if is_listed(error)
-    ]
+def _describe_finding(finding: Fault, findings: TableFindings) -> JsonObject:
+    """Return an error or warning about a table as JSON values."""
+    return {"kind": finding.kind, "text": finding.text, "table": findings.table.index + 1}
 
 
 def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
     """Count, for each bucket, the combinations of resize and crop that its media files need."""
     fits: dict[Size, Counter[Fit]] = {}
-    for look in findings.looks:
-        if look.lengths and look.fit is not None:
-            fits.setdefault(look.fit.bucket, Counter())[look.fit] += 1
+    for inspection in findings.inspections:
+        if inspection.items_by_length and inspection.fit is not None:
+            fits.setdefault(inspection.fit.bucket, Counter())[inspection.fit] += 1
     return fits
 
 
-def _items_per_epoch(findings: TableFindings) -> int:
+def _count_items_per_epoch(findings: TableFindings) -> int:
     """Return how many items of a table are trained per epoch; 0 for a validation table."""
     if findings.table.validation:
         return 0
-    return round(findings.num_items * findings.table.num_repeats * findings.times)
+    return round(findings.num_items * findings.table.num_repeats * findings.repeat_factor)
 
 
-def _count_table(findings: TableFindings, epoch: int) -> Numbers:
+def _describe_table(findings: TableFindings, total_items_per_epoch: int) -> JsonObject:
     """Return the statistics of a dataset table as JSON values.
 
-    `epoch` is the number of items in an epoch, in all tables together, of which the table's share is given.
+    `total_items_per_epoch` is the number of items of all tables, of which the table's share is given.
     """
     table = findings.table
-    items_per_epoch = _items_per_epoch(findings)
-    percent = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0
+    items_per_epoch = _count_items_per_epoch(findings)
+    percent = 0.0
+    if total_items_per_epoch:
+        percent = round(100 * items_per_epoch / total_items_per_epoch, PERCENT_DIGITS)
     rows = findings.bucket_rows()
     num_references = count_references(findings.sources)
     return {
@@ -181,26 +193,26 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
         "part_batches": sum(row.last_batch < table.batch_size for row in rows),
         "resolution": list(table.resolution),
         "validation": table.validation,
-        "broken": sum(look.problem is not None for look in findings.looks),
-        "without_items": sum(look.none is not None for look in findings.looks),
+        "broken": sum(inspection.read_error is not None for inspection in findings.inspections),
+        "without_items": sum(inspection.no_item_reason is not None for inspection in findings.inspections),
         "buckets": _count_buckets_of(findings),
         # numbers of control images or clips, and how many items have so many; empty if there are none
         "control": [{"files": number, "count": count} for number, count in num_references],
         "captions": count_captions(findings.sources),
-        **_make_distributions(findings.looks),
+        **_make_distributions(findings.inspections),
     }
 
 
-def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
+def _count_buckets_of(findings: TableFindings) -> list[JsonObject]:
     """Return the items, batches and crop of each bucket in a table."""
-    cuts: dict[Size, list[float]] = {}
-    # a fit says how a source is resized and cropped to its bucket; equal ones are counted
+    # percentage of each source that cropping to the bucket removes, by size of the bucket
+    cut_percents: dict[Size, list[float]] = {}
     for size, fits in count_fits(findings).items():
-        cuts[size] = [cut_percent(fit) for fit in fits.elements()]
+        cut_percents[size] = [cut_percent(fit) for fit in fits.elements()]
     buckets = []
     for row in findings.bucket_rows():
         width, height, frames = _complete_bucket(row.bucket)
-        percents = cuts[width, height]
+        percents = cut_percents[width, height]
         buckets.append(
             {
                 "width": width,
@@ -222,39 +234,43 @@ def _complete_bucket(bucket: tuple[int, ...]) -> tuple[int, int, int]:
     return bucket[0], bucket[1], frames
 
 
-def _make_distributions(looks: Sequence[Look]) -> Numbers:
+def _make_distributions(inspections: Sequence[Inspection]) -> JsonObject:
     """Return distributions of durations, frame rates, sizes and measures over all readable files."""
-    durations = [look.seconds for look in looks if look.seconds is not None]
-    rates = Counter(round(look.fps, 3) for look in looks if look.fps)
-    measures = [look.measures for look in looks if look.measures is not None]
+    durations = [inspection.seconds for inspection in inspections if inspection.seconds is not None]
+    rates = Counter(round(inspection.fps, 3) for inspection in inspections if inspection.fps)
+    measures = [inspection.measures for inspection in inspections if inspection.measures is not None]
     # only of clips, which have several hashes: motion is measured between frames
     motions = [measured.motion for measured in measures if len(measured.hashes) > 1]
     return {
         "durations": _make_distribution("seconds", durations),
         "rates": [{"fps": rate, "count": count} for rate, count in sorted(rates.items())],
-        "resolutions": _count_resolutions(looks),
+        "resolutions": _count_resolutions(inspections),
         "brightness": _make_distribution("values", [measured.brightness for measured in measures]),
         "sharpness": _make_distribution("values", [measured.sharpness for measured in measures]),
         "motion": _make_distribution("values", motions),
-        "sound": _count_audio(looks),
+        "sound": _count_audio(inspections),
     }
 
 
-def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
+def _count_resolutions(inspections: Sequence[Inspection]) -> list[JsonObject]:
     """Count the media files of each resolution, the most frequent first."""
-    sizes = Counter(look.size for look in looks if look.size is not None and look.problem is None)
+    sizes = Counter(
+        inspection.size
+        for inspection in inspections
+        if inspection.size is not None and inspection.read_error is None
+    )
     by_frequency = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     return [{"width": width, "height": height, "count": count} for (width, height), count in by_frequency]
 
 
-def _count_audio(looks: Sequence[Look]) -> Numbers:
+def _count_audio(inspections: Sequence[Inspection]) -> JsonObject:
     """Return the number of clips with and without audio, and the formats of their tracks."""
-    audios = [look.audio for look in looks if look.audio is not None]
+    audios = [inspection.audio for inspection in inspections if inspection.audio is not None]
     tracks = [audio.track for audio in audios if audio.track is not None]
     return {
         "clips": len(tracks),
         "without": len(audios) - len(tracks),
-        "remarks": sum(audio.remark is not None for audio in audios),  # where it does not fit the clip
+        "remarks": sum(audio.mismatch is not None for audio in audios),  # where it does not fit the clip
         "tracks": [
             {"rate": rate, "channels": channels, "count": count}
             for rate, channels, count in count_tracks(tracks)
@@ -262,27 +278,27 @@ def _count_audio(looks: Sequence[Look]) -> Numbers:
     }
 
 
-def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
+def _make_distribution(name: str, values: Sequence[float]) -> JsonObject:
     """Return the summary statistics and the histogram of `values`."""
     return {name: summarize(values), "histogram": count_bins(values)}
 
 
-def summarize(values: Sequence[float]) -> Numbers | None:
+def summarize(values: Sequence[float]) -> JsonObject | None:
     """Return count, min, median, mean, max and total of numbers; None for an empty list."""
     if not len(values):
         return None
-    numbers = np.asarray(values, np.float64)
+    array = np.asarray(values, np.float64)
     return {
-        "count": _plain(len(numbers)),
-        "min": _plain(np.min(numbers)),
-        "median": _plain(float(np.median(numbers))),
-        "mean": _plain(float(np.mean(numbers))),
-        "max": _plain(np.max(numbers)),
-        "total": _plain(numbers.sum()),
+        "count": _plain(len(array)),
+        "min": _plain(np.min(array)),
+        "median": _plain(float(np.median(array))),
+        "mean": _plain(float(np.mean(array))),
+        "max": _plain(np.max(array)),
+        "total": _plain(array.sum()),
     }
 
 
-def count_bins(values: Sequence[float]) -> list[Numbers]:
+def count_bins(values: Sequence[float]) -> list[JsonObject]:
     """Return the histogram of values as a list of bins: `from` (inclusive), `to` (exclusive), `count`.
 
     All bins have the same width (1, 2 or 5 times a power of ten), and there are at most about 16. The last
@@ -290,17 +306,18 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     """
     if not len(values):
         return []
-    numbers = np.asarray(values, np.float64)
-    low = float(numbers.min())
-    high = float(numbers.max())
+    array = np.asarray(values, np.float64)
+    low = float(array.min())
+    high = float(array.max())
+    percentile_98 = float(np.quantile(array, 0.98))
     # if the largest 2 % would take more than half of the range, they are outliers and share the last bin
-    high_without_outliers = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * high_without_outliers - low else high_without_outliers
-    are_integers = bool((numbers == np.floor(numbers)).all())
+    has_outliers = high > 2 * percentile_98 - low
+    end = percentile_98 if has_outliers else high
+    are_integers = bool((array == np.floor(array)).all())
     width = _select_bin_width((end - low) / MAX_BINS, are_integers)
-    edges = _place_edges(width, low, end, high)
+    edges = _make_bin_edges(width, low, end, high)
     # a little is added, so that rounding moves no value into an earlier bin
-    raised = np.minimum(numbers + 1e-9 * width, edges[-1])
+    raised = np.minimum(array + 1e-9 * width, edges[-1])
     counts, _ = np.histogram(raised, edges)
     bins = []
     for start, stop, count in zip(edges, edges[1:], counts, strict=False):
@@ -308,7 +325,7 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     return bins
 
 
-def _place_edges(width: float, low: float, end: float, high: float) -> list[float]:
+def _make_bin_edges(width: float, low: float, end: float, high: float) -> list[float]:
     """Return edges of equally wide bins from `low` to `end`; the last bin extends to `high`."""
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
@@ -335,16 +352,18 @@ def _plain(value: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def count_captions(sources: Iterable[MediaSource]) -> Numbers:
+def count_captions(sources: Iterable[MediaSource]) -> JsonObject:
     """Return statistics of captions as training uses them: lengths, words and repeated texts."""
     captions = _CaptionCounts()
     for source in sources:
         captions.add(source)
-    without = captions.without  # paths of sources whose caption is missing or empty
-    num_without = {name: len(paths) for name, paths in without.items()}
-    repeated = {text: list(paths.values()) for text, paths in captions.paths.items() if len(paths) > 1}
+    num_without = {reason: len(paths) for reason, paths in captions.paths_without.items()}
+    repeated = {}
+    for text, paths in captions.paths_of_text.items():
+        if len(paths) > 1:
+            repeated[text] = list(paths.values())
     return {
-        "total": len(captions.num_words) + num_without["empty"],  # only others are in `num_words`
+        "total": len(captions.num_words) + num_without["empty"],  # `num_words` has only the other captions
         **num_without,
         "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
         "words": summarize(captions.num_words),
@@ -354,7 +373,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
         "frequent_words": captions.list_frequent_words(),
         "trigger_words": captions.list_trigger_words(),
         "duplicate_texts": _list_repeated(repeated),
-        **{f"{name}_paths": paths for name, paths in without.items()},
+        **{f"{reason}_paths": paths for reason, paths in captions.paths_without.items()},
     }
 
 
@@ -366,56 +385,59 @@ class _CaptionCounts:
         self.num_captions_with: Counter[str] = Counter()  # in how many captions a word occurs
         self.num_words: list[int] = []  # of each caption that is not empty
         self.num_characters: list[int] = []
-        self.paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
-        self.without: dict[str, list[str]] = {"empty": [], "missing": [], "unreadable": []}
-        self.triggers: Counter[str] = Counter()  # captions of tables with that trigger word
-        self.present: Counter[str] = Counter()  # those that hold the trigger word
+        # caption -> absolute path -> path as the dataset names it
+        self.paths_of_text: defaultdict[str, dict[Path, str]] = defaultdict(dict)
+        # paths of files without a usable caption, by reason
+        self.paths_without: dict[str, list[str]] = {"empty": [], "missing": [], "unreadable": []}
+        # trigger word -> number of captions in tables with this word, and of those that contain it
+        self.num_captions_of_trigger: Counter[str] = Counter()
+        self.num_captions_with_trigger: Counter[str] = Counter()
 
     def add(self, source: MediaSource) -> None:
         """Add all captions of a source to the counts; note the source if it has no usable caption."""
         path = str(source.path)
         if source.caption is None:
-            self.without["unreadable" if is_unused(source) else "missing"].append(path)
+            reason = "unreadable" if has_unreadable_caption(source) else "missing"
+            self.paths_without[reason].append(path)
             return
         for caption in (source.caption, *source.more_captions):
             self._count_trigger(source.table.trigger_word, caption)
             if not caption.strip():
-                self.without["empty"].append(path)
+                self.paths_without["empty"].append(path)
                 continue
             lower_words = [word.lower() for word in _WORD.findall(caption)]
             self.words.update(lower_words)
             self.num_captions_with.update(set(lower_words))
             self.num_words.append(len(lower_words))
             self.num_characters.append(len(caption))
-            paths = self.paths.setdefault(caption, {})
             # a file that is reached by two paths counts once
-            paths.setdefault(Path(path).absolute(), path)
+            self.paths_of_text[caption].setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:
         """Count a caption of a table with a trigger word, and whether it contains the word."""
         if trigger:
-            self.triggers[trigger] += 1
+            self.num_captions_of_trigger[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
-            self.present[trigger] += is_present
+            self.num_captions_with_trigger[trigger] += is_present
 
-    def list_trigger_words(self) -> list[Numbers]:
+    def list_trigger_words(self) -> list[JsonObject]:
         """List the trigger words, with the number of captions that contain them in their tables."""
         return [
-            {"word": word, "captions": count, "present": self.present[word]}
-            for word, count in sorted(self.triggers.items())
+            {"word": word, "captions": count, "present": self.num_captions_with_trigger[word]}
+            for word, count in sorted(self.num_captions_of_trigger.items())
         ]
 
-    def list_frequent_words(self) -> list[Numbers]:
+    def list_frequent_words(self) -> list[JsonObject]:
         """List the words that most captions contain, without stop words."""
-        telling = [(word, count) for word, count in self.words.items() if word not in STOP_WORDS]
-        by_frequency = sorted(telling, key=lambda item: (-self.num_captions_with[item[0]], -item[1], item[0]))
+        words = [word for word in self.words if word not in STOP_WORDS]
+        words.sort(key=lambda word: (-self.num_captions_with[word], -self.words[word], word))
         return [
-            {"word": word, "count": count, "captions": self.num_captions_with[word]}
-            for word, count in by_frequency[:MAX_WORDS]
+            {"word": word, "count": self.words[word], "captions": self.num_captions_with[word]}
+            for word in words[:MAX_WORDS]
         ]
 
 
-def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
+def _list_repeated(repeated: Mapping[str, list[str]]) -> list[JsonObject]:
     """List captions that several files share, the most frequent first.
 
     Args:

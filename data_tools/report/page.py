@@ -5,11 +5,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings, references_in_words
-from data_tools.report.looks import Look, ShownReference, StripSize, select_evenly, show, show_references
-from data_tools.report.numbers import Numbers, count_fits
+from data_tools.report.findings import (
+    NO_TOKEN_COUNTERS,
+    CheckResult,
+    TableFindings,
+    TokenCounters,
+    group_by_stem,
+    references_in_words,
+)
+from data_tools.report.looks import (
+    Inspection,
+    Measures,
+    ShownReference,
+    ThumbnailSizes,
+    inspect_and_draw,
+    select_evenly,
+    show_references,
+)
+from data_tools.report.numbers import JsonObject, count_fits
 from data_tools.report.options import ReportOptions
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
@@ -25,8 +40,8 @@ from protocols.rules import TokenCount
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
-CHECK_STRIP = StripSize(clip_height=104, image_height=240, width=1180, quality=80)
-REPORT_STRIP = StripSize(clip_height=120, image_height=260, width=660, quality=78)
+CHECK_SIZES = ThumbnailSizes(clip_height=104, image_height=240, width=1180, quality=80)
+REPORT_SIZES = ThumbnailSizes(clip_height=120, image_height=260, width=660, quality=78)
 # limits of what is shown, so that the page of a large dataset can still be opened
 MAX_CHARACTERS = 20_000  # of a caption
 MAX_LOST = 1000  # characters of a part of a caption that no encoder reads
@@ -49,19 +64,27 @@ FILTERS = (  # (class of cards, label of the button that shows only these)
 CaptionPart = tuple[str, tuple[str, ...], bool]
 
 
+class SpanGroup(NamedTuple):
+    """Spans of equal length in a clip, in percent of its used frames."""
+
+    length: int  # frames
+    positions: Sequence[tuple[float, float]]  # (start, width), at most MAX_SPANS
+    count: int  # of all spans
+
+
 @dataclass(frozen=True)
 class Card:
     """One media file as the report page shows it."""
 
-    place: str  # names the card in links
+    link_id: str  # names the card in links
     source: MediaSource
-    look: Look
-    faults: Sequence[str]
-    remarks: Sequence[str]
-    counts: Sequence[tuple[str, TokenCount]]  # of the first caption
-    texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
-    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_place_spans`
-    marks: Sequence[str]  # classes by which the page filters
+    inspection: Inspection
+    errors: Sequence[str]
+    warnings: Sequence[str]
+    token_counts: Sequence[tuple[str, TokenCount]]  # (name of the encoder, count), of the first caption
+    caption_parts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
+    span_groups: Sequence[SpanGroup]
+    filter_classes: Sequence[str]  # by which the page filters
     references: Sequence[ShownReference]  # of an image; empty for clips
 
 
@@ -73,18 +96,18 @@ def write_check_page(
     fps: float,
     maximum: int,
     workers: int,
-    hears: bool = False,
+    with_audio: bool = False,
 ) -> None:
     """Write the HTML page of a dataset check with at most `maximum` files.
 
-    `hears` says that the model is trained with audio.
+    `with_audio` says that the model is trained with audio.
 
     Raises:
         OutputError: If the page cannot be written.
     """
     tables = result.tables
-    drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
-    cards = _make_cards(tables, maximum, workers, drawing)
+    card_settings = _CardSettings(CHECK_SIZES, latent, fps, counters=result.counters, with_audio=with_audio)
+    cards = _make_cards(tables, maximum, workers, card_settings)
     num_files = sum(len(findings.sources) for findings in tables)
     table_sections = [
         (findings, _describe_settings(findings.table), _select_cards(cards, findings.table))
@@ -99,30 +122,30 @@ def write_report_page(
     path: Path,
     config: DatasetConfig,
     tables: Sequence[TableFindings],
-    numbers: Numbers,
+    statistics: JsonObject,
     options: ReportOptions,
     latent: LatentSpec,
     workers: int,
 ) -> None:
     """Write the HTML page of the dataset report.
 
-    `numbers` is the result of `collect_numbers`; the page shows nothing else.
+    `statistics` is the result of `collect_statistics`; the page shows nothing else.
 
     Raises:
         OutputError: If the page cannot be written.
     """
-    copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
-    drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
-    cards = _make_cards(tables, options.items, workers, drawing)
-    # per table: its numbers, drawings, the number of drawings left out, and its cards
+    copies = frozenset(path for group in statistics["near_duplicates"] for path in group)
+    card_settings = _CardSettings(REPORT_SIZES, latent, options.fps, copies=copies, with_audio=True)
+    cards = _make_cards(tables, options.items, workers, card_settings)
+    # per table: its statistics, drawings, the number of drawings left out, and its cards
     table_sections = []
-    for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
-        drawings, num_not_drawn = _draw_table(table_numbers, findings)
+    for table_statistics, findings in zip(statistics["tables"], tables, strict=True):
+        drawings, num_not_drawn = _draw_table(table_statistics, findings)
         cards_of_table = _select_cards(cards, findings.table)
-        table_sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
+        table_sections.append((table_statistics, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,  # a page of --check has it instead of `report`
-        "report": numbers,
+        "report": statistics,
         "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
         "number": _format_number,
@@ -144,11 +167,10 @@ def name_source(source: Path | str) -> str:
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
     """Write a page of the report from `values` and from the values that all its pages share."""
     filters = []
-    for mark, label in FILTERS:
-        count = sum(mark in card.marks for card in cards)
-        # a filter that matches no card is not offered
-        if count:
-            filters.append((mark, label, count))
+    for filter_class, label in FILTERS:
+        num_cards = sum(filter_class in card.filter_classes for card in cards)
+        if num_cards:
+            filters.append((filter_class, label, num_cards))
     shared: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
@@ -168,25 +190,25 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 
 
 @dataclass(frozen=True)
-class _CardDrawing:
+class _CardSettings:
     """Settings that all cards of a page share."""
 
-    sizes: StripSize
+    sizes: ThumbnailSizes
     latent: LatentSpec
     fps: float
-    counters: Counters = NO_COUNTERS
+    counters: TokenCounters = NO_TOKEN_COUNTERS
     copies: frozenset[str] = frozenset()  # paths of near duplicates
-    hears: bool = False  # draw the sound of clips
+    with_audio: bool = False  # draw the sound of clips
 
 
 @dataclass(frozen=True)
-class _CardPlace:
+class _CardSource:
     """A media file that gets a card on the page, with the findings about it."""
 
     findings: TableFindings
     index: int  # of the source
-    faults: Sequence[str]
-    remarks: Sequence[str]
+    errors: Sequence[str]
+    warnings: Sequence[str]
 
     @property
     def source(self) -> MediaSource:
@@ -195,27 +217,27 @@ class _CardPlace:
 
 
 def _make_cards(
-    tables: Sequence[TableFindings], maximum: int, workers: int, drawing: _CardDrawing
+    tables: Sequence[TableFindings], maximum: int, workers: int, card_settings: _CardSettings
 ) -> list[Card]:
     """Return cards for at most `maximum` media files, which are decoded again, in table order."""
     jobs = []
     # the indices of the sources to show, by table
     for findings, indices in zip(tables, select_sources(tables, maximum), strict=True):
-        errors = findings.texts_by_stem("faults")
-        warnings = findings.texts_by_stem("remarks")
+        errors = group_by_stem(findings.errors)
+        warnings = group_by_stem(findings.warnings)
         for index in indices:
             stem = findings.sources[index].stem
-            job = _CardPlace(
+            job = _CardSource(
                 findings,
                 index,
-                faults=errors.get(stem, []),
-                remarks=warnings.get(stem, []),
+                errors=errors.get(stem, []),
+                warnings=warnings.get(stem, []),
             )
             jobs.append(job)
     read = read_ahead(
         jobs,
         source_of=lambda job: job.source,
-        work=lambda job: _make_card(job, drawing),
+        work=lambda job: _make_card(job, card_settings),
         workers=workers,
         bar=Bar(len(jobs), "Reading pictures", "file"),
     )
@@ -226,47 +248,67 @@ def _make_cards(
     return cards
 
 
-def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
+def _make_card(job: _CardSource, card_settings: _CardSettings) -> Card:
     """Return the card that shows one media file on the report page; the file is decoded again for it."""
     source = job.source
-    look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
+    inspection = inspect_and_draw(
+        source,
+        card_settings.fps,
+        card_settings.latent,
+        card_settings.sizes,
+        with_audio=card_settings.with_audio,
+    )
     # the text about an empty caption is only its path: the card itself shows that it is empty
     paths = {str(source.path), str(source.caption_path)}
-    errors = [text for text in job.faults if text not in paths]
-    warnings = [text for text in job.remarks if text not in paths]
+    errors = [text for text in job.errors if text not in paths]
+    warnings = [text for text in job.warnings if text not in paths]
     # the check found no error, but the frames cannot be decoded here
-    if look.problem is not None and not errors:
-        errors = [look.problem]
-    looks = job.findings.looks
-    measures = looks[job.index].measures if looks else None
-    captions = [] if source.caption is None else [source.caption, *source.more_captions]
-    # (encoder, token count) pairs of each caption
-    counts = [drawing.counters.count(caption) if caption else [] for caption in captions]
-    texts = []
-    for caption, counts_of_caption in zip(captions, counts, strict=True):
-        texts += caption_segments(caption, counts_of_caption)
-    is_marked = {
+    if inspection.read_error is not None and not errors:
+        errors = [inspection.read_error]
+    inspections = job.findings.inspections
+    measures = inspections[job.index].measures if inspections else None
+    token_counts, caption_parts = _split_captions(source, card_settings.counters)
+    belongs_to_class = {
         "faulty": bool(errors),
         "told": bool(warnings),
-        "black": measures is not None and measures.is_black,
-        "static": measures is not None and measures.is_static,
-        "blurred": measures is not None and measures.is_blurred,
-        "copy": str(source.path) in drawing.copies,
-        # percent of the image that resizing to the bucket crops away
-        "cut": look.cut_percent > 20,
+        **_classify_measures(measures),
+        "copy": str(source.path) in card_settings.copies,
+        "cut": inspection.cut_percent > 20,
     }
     return Card(
-        place=f"file-{job.findings.table.index + 1}-{job.index}",
+        link_id=f"file-{job.findings.table.index + 1}-{job.index}",
         source=source,
-        look=replace(look, measures=measures),
-        faults=errors,
-        remarks=warnings,
-        counts=counts[0] if counts else [],
-        texts=texts,
-        windows=_place_spans(look),
-        marks=[mark for mark in is_marked if is_marked[mark]],
-        references=show_references(source, look.fit, drawing.sizes),
+        inspection=replace(inspection, measures=measures),
+        errors=errors,
+        warnings=warnings,
+        token_counts=token_counts,
+        caption_parts=caption_parts,
+        span_groups=_group_spans(inspection),
+        filter_classes=[name for name, belongs in belongs_to_class.items() if belongs],
+        references=show_references(source, inspection.fit, card_settings.sizes),
     )
+
+
+def _split_captions(
+    source: MediaSource, counters: TokenCounters
+) -> tuple[list[tuple[str, TokenCount]], list[list[CaptionPart]]]:
+    """Return the (encoder, token count) pairs of a source's first caption, and the parts of all captions."""
+    captions = [] if source.caption is None else [source.caption, *source.more_captions]
+    counts_of_first: list[tuple[str, TokenCount]] = []
+    parts: list[list[CaptionPart]] = []
+    for index, caption in enumerate(captions):
+        counts = counters.count(caption) if caption else []
+        parts += split_caption(caption, counts)
+        if index == 0:
+            counts_of_first = counts
+    return counts_of_first, parts
+
+
+def _classify_measures(measures: Measures | None) -> dict[str, bool]:
+    """Return which filter classes of the page a media file belongs to by its measures, if it has any."""
+    if measures is None:
+        return {}
+    return {"black": measures.is_black, "static": measures.is_static, "blurred": measures.is_blurred}
 
 
 def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[int]]:
@@ -278,8 +320,8 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
     with_warnings: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
-        stems_with_errors = {error.stem for error in findings.faults}
-        stems_with_warnings = {remark.stem for remark in findings.remarks}
+        stems_with_errors = {error.stem for error in findings.errors}
+        stems_with_warnings = {warning.stem for warning in findings.warnings}
         for index, source in enumerate(findings.sources):
             if source.stem in stems_with_errors:
                 with_errors.append((table_index, index))
@@ -288,16 +330,16 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
             else:
                 others.append((table_index, index))
     selected: list[list[int]] = [[] for _ in tables]
-    for positions in (with_errors, with_warnings, others):
-        count = min(maximum, len(positions))
+    for group in (with_errors, with_warnings, others):
+        count = min(maximum, len(group))
         maximum -= count
         if count:
-            for table_index, index in select_evenly(positions, count):
+            for table_index, index in select_evenly(group, count):
                 selected[table_index].append(index)
     return selected
 
 
-def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
+def split_caption(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
     """Split a caption at each encoder's maximum length; encoders with the same limit share one result."""
     if not counts:
         return [[(_shorten(caption, MAX_CHARACTERS), (), False)]]
@@ -329,15 +371,17 @@ def _shorten(text: str, maximum: int) -> str:
     return f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
 
 
-def _place_spans(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
-    """Return (length, [(start, width)], count) for spans of equal length, in percent of the used frames."""
+def _group_spans(inspection: Inspection) -> list[SpanGroup]:
+    """Return the spans of a clip's items, grouped by their length."""
     by_length: dict[int, list[tuple[float, float]]] = {}
-    for start, length in look.spans:
-        position = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
+    num_frames = max(inspection.num_used_frames, 1)
+    for start, length in inspection.spans:
+        position = (100 * start / num_frames, 100 * length / num_frames)
         by_length.setdefault(length, []).append(position)
-    return [
-        (length, positions[:MAX_SPANS], len(positions)) for length, positions in sorted(by_length.items())
-    ]
+    groups = []
+    for length, positions in sorted(by_length.items()):
+        groups.append(SpanGroup(length, positions[:MAX_SPANS], len(positions)))
+    return groups
 
 
 def _describe_settings(table: DatasetTable) -> str:
@@ -365,42 +409,43 @@ def _describe_settings(table: DatasetTable) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers], int]:
+def _draw_table(table: JsonObject, findings: TableFindings) -> tuple[list[JsonObject], int]:
     """Return drawings of what the largest buckets crop away, and the number of bucket sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """
     # buckets of clips of several lengths share a size
-    by_size: dict[Size, list[Numbers]] = {}
+    buckets_by_size: dict[Size, list[JsonObject]] = {}
+    num_items: Counter[Size] = Counter()
     for bucket in table["buckets"]:
-        by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
-    num_items = {size: sum(bucket["items"] for bucket in buckets) for size, buckets in by_size.items()}
-    largest = set(sorted(by_size, key=lambda size: -num_items[size])[:MAX_BUCKETS])
-    fits_of = count_fits(findings)
+        size = (bucket["width"], bucket["height"])
+        buckets_by_size.setdefault(size, []).append(bucket)
+        num_items[size] += bucket["items"]
+    largest = sorted(buckets_by_size, key=lambda size: -num_items[size])[:MAX_BUCKETS]
+    fits_by_size = count_fits(findings)
     drawings = []
-    for size, buckets in by_size.items():
+    for size, buckets in buckets_by_size.items():
         if size in largest:
-            drawings.append({"rows": buckets, **_draw_outlines(size, fits_of[size])})
-    return drawings, len(by_size) - len(drawings)
+            drawings.append({"rows": buckets, **_draw_outlines(size, fits_by_size[size])})
+    return drawings, len(buckets_by_size) - len(drawings)
 
 
-def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
+def _draw_outlines(size: Size, fits: Counter[Fit]) -> JsonObject:
     """Return the data of a drawing: the most frequent image outlines around a bucket of `size`."""
-    # left, top, width, height of each source relative to the bucket's corner, and its number of files
-    outlines = [
-        (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MAX_OUTLINES)
-    ]
-    left = min(x for x, *_ in outlines)
-    top = min(y for _, y, *_ in outlines)
-    width = max(x + outline_width for x, _, outline_width, _, _ in outlines) - left
-    height = max(y + outline_height for _, y, _, outline_height, _ in outlines) - top
-    # space around the drawing; MARGIN is in percent
-    pad = MARGIN * max(width, height) / 100
+    most_common = fits.most_common(MAX_OUTLINES)
+    # corners of the outlines relative to the corner of the bucket
+    left = min(-fit.crop[0] for fit, _ in most_common)
+    top = min(-fit.crop[1] for fit, _ in most_common)
+    right = max(fit.resized[0] - fit.crop[0] for fit, _ in most_common)
+    bottom = max(fit.resized[1] - fit.crop[1] for fit, _ in most_common)
+    width, height = right - left, bottom - top
+    pad = MARGIN * max(width, height) / 100  # MARGIN is in percent
     text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
     return {
         "view": f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}",
         "text": f"{size[0]} x {size[1]}: {text}",
-        "boxes": outlines,  # x, y, width and height of an outline, number of files
+        # x, y, width and height of an outline, number of files
+        "boxes": [(-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in most_common],
     }
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.report.files import list_files
-from data_tools.report.findings import TableFindings, balance, check_captions, find_table
-from data_tools.report.looks import Look, Measures, measure, read_header
-from data_tools.report.numbers import CANNOT_BE_READ, Numbers, collect_numbers
+from data_tools.report.findings import TableFindings, balance_regularization, check_captions, find_table
+from data_tools.report.looks import Inspection, Measures, inspect_and_measure, inspect_header
+from data_tools.report.numbers import CANNOT_BE_READ, JsonObject, collect_statistics
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
@@ -71,14 +72,18 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
         for table in config.datasets
     ]
-    errors = [error for findings in tables for error in findings.faults]
+    errors = [error for findings in tables for error in findings.errors]
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
-    # regularization images count as often as it takes to match the other images of an epoch
-    balance(tables)
-    copies = _find_copies(tables, "image") + _find_copies(tables, "video")
-    numbers = collect_numbers(
+    balance_regularization(tables)
+    copies: list[list[Path]] = []
+    for kind in ("image", "video"):
+        tables_of_kind = [findings for findings in tables if findings.table.kind == kind]
+        groups = _group_files(tables_of_kind)
+        _warn_of_copies(tables_of_kind, groups)
+        copies += groups
+    statistics = collect_statistics(
         config,
         tables,
         copies,
@@ -87,22 +92,15 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         decodes=not options.no_decode,
     )
     if options.files:
-        numbers["files"] = list_files(tables, options.fps, latent, workers)
+        statistics["files"] = list_files(tables, options.fps, latent, workers)
     if errors:
         text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
-        write_report_page(
-            options.output,
-            config,
-            tables,
-            numbers=numbers,
-            options=options,
-            latent=latent,
-            workers=workers,
-        )
+        path = options.output
+        write_report_page(path, config, tables, statistics, options=options, latent=latent, workers=workers)
     if options.json is not None:
-        _write_json(options.json, numbers, prints=options.prints)
+        _write_json(options.json, statistics, prints=options.prints)
 
 
 def _reject_downloads(config: DatasetConfig) -> None:
@@ -121,10 +119,10 @@ def _select_latents(options: ReportOptions) -> LatentSpec:
     return LatentSpec(channels, stride, options.pixel_step, options.frame_step)
 
 
-def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
+def _write_json(path: Path, statistics: JsonObject, prints: bool) -> None:
     """Write the report as JSON into a file, or print it."""
     # ASCII, so that no text from outside reaches a terminal unescaped
-    text = json.dumps(numbers, indent=2) + "\n"
+    text = json.dumps(statistics, indent=2) + "\n"
     if prints:
         sys.stdout.write(text)
     else:
@@ -157,65 +155,71 @@ def _measure_table(
     if not findings.sources:
         return findings
     check_captions(findings)
-    findings.remarks += _find_warnings(findings.sources, options.fps)
+    findings.warnings += _find_warnings(findings.sources, options.fps)
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:
-        findings.unusable(error)
+        findings.add_table_error(error)
         return findings
-
-    def read(source: MediaSource) -> Look:
-        """Read only the headers of a source, or decode and measure it, depending on the options."""
-        remote_paths = (path for path, origin in source.latent_inputs if isinstance(origin, Remote))
-        if options.no_download and not all(path.exists() for path in remote_paths):
-            raise MediaError("not downloaded yet; caching does that")
-        # precomputed tensors are measured in any case, because only their header is read
-        if options.no_decode and source.precomputed is None:
-            return read_header(source, options.fps, latent)
-        return measure(source, options.fps, latent)
-
     results = read_ahead(
         findings.sources,
         source_of=lambda source: source,
-        work=read,
+        work=partial(_inspect, options=options, latent=latent),
         workers=workers,
         bar=Bar(len(findings.sources), "Reading headers" if options.no_decode else "Measuring", "file"),
         decodes=not options.no_decode,
     )
-    fits: dict[Fit | None, Fit | None] = {}  # equal fits share one object, as there are few different ones
+    shared_fits: dict[Fit | None, Fit | None] = {}  # equal fits become one object, to save memory
     for source, result in results:
-        look = Look(problem=str(result)) if isinstance(result, Failure) else result
-        look = replace(look, fit=fits.setdefault(look.fit, look.fit))
-        _add_look(findings, source, look)
+        inspection = Inspection(read_error=str(result)) if isinstance(result, Failure) else result
+        shared_fit = shared_fits.setdefault(inspection.fit, inspection.fit)
+        _add_inspection(findings, source, replace(inspection, fit=shared_fit))
     return findings
 
 
-def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
+def _inspect(source: MediaSource, options: ReportOptions, latent: LatentSpec) -> Inspection:
+    """Decode and measure a media file; with --no_decode, read only its header.
+
+    Raises:
+        MediaError: With --no_download, if the file is remote and not downloaded yet.
+    """
+    remote_paths = [path for path, origin in source.latent_inputs if isinstance(origin, Remote)]
+    if options.no_download and not all(path.exists() for path in remote_paths):
+        raise MediaError("not downloaded yet; caching does that")
+    # precomputed tensors are measured in any case, because only their header is read
+    if options.no_decode and source.precomputed is None:
+        return inspect_header(source, options.fps, latent)
+    return inspect_and_measure(source, options.fps, latent)
+
+
+def _add_inspection(findings: TableFindings, source: MediaSource, inspection: Inspection) -> None:
     """Add what was read of a media file to the findings: its items and warnings, or the error."""
-    findings.looks.append(look)
-    if look.problem is not None:
-        text = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
-        findings.faults.append(Fault(CANNOT_BE_READ, text, source.stem))
+    findings.inspections.append(inspection)
+    if inspection.read_error is not None:
+        text = inspection.read_error
+        if str(source.path) not in text:
+            text = f"{source.path}: {text}"
+        findings.errors.append(Fault(CANNOT_BE_READ, text, source.stem))
         return
-    assert look.fit is not None  # readable sources have a size
+    assert inspection.fit is not None  # readable sources have a size
     is_image = findings.table.kind == "image"
-    for length, count in look.lengths:
+    for length, count in inspection.items_by_length:
         # only buckets of clips have a number of frames
-        bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
+        bucket = inspection.fit.bucket if is_image else (*inspection.fit.bucket, length)
         findings.buckets[bucket] += count
-    for kind, remark in _list_warnings(look).items():
-        if remark is not None:
-            findings.remarks.append(Fault(kind, remark, source.stem))
+    for kind, warning in _list_warnings(inspection).items():
+        if warning is not None:
+            findings.warnings.append(Fault(kind, warning, source.stem))
 
 
-def _list_warnings(look: Look) -> dict[str, str | None]:
+def _list_warnings(inspection: Inspection) -> dict[str, str | None]:
     """Return warnings about a media file, keyed by the end of the sentence "N files ..."; None means none."""
     warnings = {
-        "give no item": look.none,
-        "give no item of some lengths": look.short,
-        SIZE_CHANGES: look.size_change,
+        "give no item": inspection.no_item_reason,
+        "give no item of some lengths": inspection.too_short_for,
+        SIZE_CHANGES: inspection.size_change,
     }
-    measures = look.measures
+    measures = inspection.measures
     if measures is not None:
         if measures.is_black:
             warnings["are black"] = "black"
@@ -226,49 +230,45 @@ def _list_warnings(look: Look) -> dict[str, str | None]:
     return warnings
 
 
-def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
-    """Return groups of near duplicates of one kind, and add a warning to each file in a group.
-
-    A file that several tables name, by absolute or relative paths, counts once.
-    """
-    tables_of_kind = [findings for findings in tables if findings.table.kind == kind]
-    groups = _group_files(tables_of_kind)
-    group_of = {path.absolute(): group for group in groups for path in group}
-    for findings in tables_of_kind:
+def _warn_of_copies(tables: Sequence[TableFindings], groups: Sequence[Sequence[Path]]) -> None:
+    """Add a warning to each file in a group of near duplicates."""
+    group_of_path = {path.absolute(): group for group in groups for path in group}
+    for findings in tables:
         for source in findings.sources:
             path = source.path.absolute()
-            group = group_of.get(path, [])
-            copies = [copy for copy in group if copy.absolute() != path]
+            copies = [copy for copy in group_of_path.get(path, ()) if copy.absolute() != path]
             if copies:
-                # one is this file, one is named
-                and_others = f" and {len(group) - 2} more" if len(group) > 2 else ""
+                and_others = f" and {len(copies) - 1} more" if len(copies) > 1 else ""
                 text = f"nearly the same as {copies[0].name}{and_others}"
-                findings.remarks.append(Fault("are nearly the same as another", text, source.stem))
-    return sorted(groups, key=lambda group: str(group[0]))
+                findings.warnings.append(Fault("are nearly the same as another", text, source.stem))
 
 
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
-    """Group measured files that are near duplicates.
+    """Return groups of near duplicates among measured files, sorted by the first path of a group.
 
-    `tables` are all tables of images, or all tables of clips.
+    `tables` are all tables of images, or all tables of clips. A file that several tables name, by absolute or
+    relative paths, counts once.
     """
-    files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
+    measures_of_path: dict[Path, Measures] = {}
+    absolute_paths: set[Path] = set()
     for findings in tables:
-        # there are no looks if files were not read
-        for source, look in zip(findings.sources, findings.looks, strict=False):
-            if look.measures is not None:
-                files.setdefault(source.path.absolute(), (source.path, look.measures))
-    # by number of hashes: only files with the same number, such as clips of several frames, are compared
-    by_length: dict[int, list[tuple[Path, Measures]]] = {}
+        # there are no inspections if files were not read
+        for source, inspection in zip(findings.sources, findings.inspections, strict=False):
+            absolute_path = source.path.absolute()
+            if inspection.measures is not None and absolute_path not in absolute_paths:
+                absolute_paths.add(absolute_path)
+                measures_of_path[source.path] = inspection.measures
+    # only files with the same number of hashes, such as clips of several frames, are compared
+    paths_by_num_hashes: dict[int, list[Path]] = {}
     # sorted, so that the groups do not depend on the order of the tables
-    for path, measures in sorted(files.values(), key=lambda file: str(file[0])):
-        by_length.setdefault(len(measures.hashes), []).append((path, measures))
+    for path in sorted(measures_of_path, key=str):
+        num_hashes = len(measures_of_path[path].hashes)
+        paths_by_num_hashes.setdefault(num_hashes, []).append(path)
     groups = []
-    for _, files_of_length in sorted(by_length.items()):
-        paths = [path for path, _ in files_of_length]
-        for group in group_copies([measures for _, measures in files_of_length]):
-            groups.append([paths[index] for index in group])
-    return groups
+    for _, paths in sorted(paths_by_num_hashes.items()):
+        for indices in group_copies([measures_of_path[path] for path in paths]):
+            groups.append([paths[index] for index in indices])
+    return sorted(groups, key=lambda group: str(group[0]))
 
 
 # --- copies
@@ -290,7 +290,7 @@ Indices = NDArray[np.int64]
 class _Colors:
     """Colors of N files, for comparing files with similar hashes."""
 
-    pictures: NDArray[np.uint8]  # N K C: small images of K frames
+    thumbnails: NDArray[np.uint8]  # N K C: the C color values of K tiny frames
     is_flat: NDArray[np.bool_]  # N
 
 
@@ -321,26 +321,27 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
     """Label N measures so that all measures in a chain of matches have the same label."""
     colors = _read_colors(measures)
     labels = np.arange(len(measures))
-    for index, near in _find_near(measures):
-        near = near[labels[near] != labels[index]]
-        if not len(near):
+    for index, similar in _find_similar_hashes(measures):
+        candidates = similar[labels[similar] != labels[index]]
+        if not len(candidates):
             continue
-        is_match = _have_same_colors(colors, index, near)
-        for match in near[is_match]:
+        is_match = _have_same_colors(colors, index, candidates)
+        for match in candidates[is_match]:
             labels[labels == labels[match]] = labels[index]
     return labels
 
 
-def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
+def _find_similar_hashes(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
     """Yield each index with all later indices of files whose hashes differ in few bits."""
     signs = _hash_signs(measures)
-    minimum = (BITS - 2 * NEAR) * len(measures[0].hashes)
-    at_once = max(1, PRODUCTS // len(measures))
-    for start in range(0, len(measures), at_once):
-        products = signs[start : start + at_once] @ signs[start:].T
-        for index, products_of_one in enumerate(products, start):
-            near = np.flatnonzero(products_of_one >= minimum) + start
-            yield index, near[near > index]
+    # the dot product of signs is the number of equal bits minus that of different bits
+    min_product = (BITS - 2 * NEAR) * len(measures[0].hashes)
+    batch_size = max(1, PRODUCTS // len(measures))
+    for start in range(0, len(measures), batch_size):
+        products = signs[start : start + batch_size] @ signs[start:].T
+        for index, products_of_file in enumerate(products, start):
+            similar = np.flatnonzero(products_of_file >= min_product) + start
+            yield index, similar[similar > index]
 
 
 def _read_colors(measures: Sequence[Measures]) -> _Colors:
@@ -361,46 +362,48 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
     return bits.astype(np.float32) * 2 - 1
 
 
-def _have_same_colors(colors: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
-    """Return which of `near` have the colors of `index`, apart from brightness and contrast."""
-    first = colors.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
-    second = colors.pictures[near].astype(np.float32) / np.float32(255)  # N K C
-    is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
+def _have_same_colors(colors: _Colors, index: int, candidates: Indices) -> NDArray[np.bool_]:
+    """Return which of `candidates` have the colors of `index`, apart from brightness and contrast."""
+    first = colors.thumbnails[[index]].astype(np.float32) / np.float32(255)  # 1 K C
+    second = colors.thumbnails[candidates].astype(np.float32) / np.float32(255)  # N K C
+    is_same_color = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
     is_flat = colors.is_flat
-    one_is_flat = is_flat[index] | is_flat[near]
-    both_are_flat = is_flat[index] & is_flat[near]
-    return np.where(one_is_flat, both_are_flat & is_same_flat, _match_contrast(first, second))
+    one_is_flat = is_flat[index] | is_flat[candidates]
+    both_are_flat = is_flat[index] & is_flat[candidates]
+    return np.where(one_is_flat, both_are_flat & is_same_color, _match_contrast(first, second))
 
 
 class _Centered(NamedTuple):
     """Thumbnails of N files with their mean brightness subtracted."""
 
-    pictures: NDArray[np.float32]  # N K C
+    values: NDArray[np.float32]  # N K C
     mean: NDArray[np.float32]  # N
-    power: NDArray[np.float32]  # N
+    variance: NDArray[np.float32]  # N
 
 
-def _center(pictures: NDArray[np.float32]) -> _Centered:
-    """Return images minus their mean brightness, so that only their structure is compared."""
-    mean = pictures.mean(axis=(1, 2))
-    centered = pictures - mean[:, None, None]
-    return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))
+def _center(thumbnails: NDArray[np.float32]) -> _Centered:
+    """Return thumbnails minus their mean brightness, so that only their structure is compared."""
+    mean = thumbnails.mean(axis=(1, 2))
+    centered = thumbnails - mean[:, None, None]
+    return _Centered(centered, mean, variance=np.square(centered).mean(axis=(1, 2)))
 
 
-def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Compare images, 1 K C, with N copies, N K C: which copies differ in brightness or contrast only?"""
-    first = _center(pictures)
-    second = _center(copies)
-    # least squares: the image of less contrast is `gain` times the other, plus the misfit
-    power = np.maximum(first.power, second.power)
-    covariance = (first.pictures * second.pictures).mean(axis=(1, 2))
-    gain = covariance / np.maximum(power, 1e-9)
-    second_is_stronger = (first.power < second.power)[:, None, None]
-    strong = np.where(second_is_stronger, second.pictures, first.pictures)
-    weak = np.where(second_is_stronger, first.pictures, second.pictures)
-    misfit = np.abs(weak - gain[:, None, None] * strong)
-    worst_misfit = misfit.mean(axis=1).max(axis=1)  # over frames, then cells
-    has_same_shapes = worst_misfit <= SAME_COLORS
+def _match_contrast(image: NDArray[np.float32], candidates: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which candidates, N K C, differ from an image, 1 K C, in brightness and contrast only.
+
+    Least squares: the thumbnail of less contrast is fitted by `gain` times the other one.
+    """
+    first = _center(image)
+    second = _center(candidates)
+    max_variance = np.maximum(first.variance, second.variance)
+    covariance = (first.values * second.values).mean(axis=(1, 2))
+    gain = covariance / np.maximum(max_variance, 1e-9)
+    second_is_stronger = (first.variance < second.variance)[:, None, None]
+    strong = np.where(second_is_stronger, second.values, first.values)
+    weak = np.where(second_is_stronger, first.values, second.values)
+    residual = np.abs(weak - gain[:, None, None] * strong)
+    worst_residual = residual.mean(axis=1).max(axis=1)  # mean over frames, maximum over color values
+    has_same_shapes = worst_residual <= SAME_COLORS
     has_near_brightness = np.abs(first.mean - second.mean) <= MAX_SHIFT
-    has_near_contrast = (gain >= MIN_GAIN) | (power < MIN_DEVIATION**2)
+    has_near_contrast = (gain >= MIN_GAIN) | (max_variance < MIN_DEVIATION**2)
     return has_same_shapes & has_near_brightness & has_near_contrast

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import random
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from modules.media.reading import Frame, resize_frame
 from modules.media.writing import write_png, write_video
 from modules.screen import has_display
 from modules.seeds import derive_seed
+from protocols.data import LatentSpec
 from protocols.family import Described
 
 logger = logging.getLogger(__name__)
@@ -39,51 +41,40 @@ WINDOW = "window"  # another way to show, besides the values of --debug_mode
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
     """Display all items of a dataset as --debug_mode says; return unreadable and unused files."""
-    latent = family.latent
-    fps = family.defaults.fps
     folder = config.path.absolute().parent / "debug_views"
     display = _select_display(debug, folder)
-    failures: list[Failure] = []
-    dropped: list[Failure] = []
+    viewer = _Viewer(family.latent, family.defaults.fps, folder, display, debug)
+    for table in config.datasets:
+        logger.info("%s", table.name)
+        if viewer.show_table(table, workers) == QUIT:
+            break
+    return CacheReport(failures=tuple(viewer.failures), dropped=tuple(viewer.dropped))
 
-    def decode(source: MediaSource) -> DecodedMedia:
-        """Decode a source as caching does."""
-        # a randomly changed image is shown in one of its variants
-        return decode_source(
-            source,
-            fps,
-            latent.pixel_step,
-            latent.lengths,
-            rng=_make_rng(source),
-            keeps_alpha=latent.keeps_alpha,
-            has_alpha=latent.has_alpha,
-        )
 
-    def show_items(media: DecodedMedia, maximum: int | None) -> str:
-        """Show at most `maximum` items of a source; return the last answer of the user.
+@dataclass(frozen=True)
+class _Viewer:
+    """Displays the items of tables, and collects the sources that have none."""
 
-        Any answer other than NEXT ends the loop.
-        """
-        for span in media.spans[:maximum]:
-            _log_item(media, span)
-            file = folder / f"{media.source.table.index}_{media.key(span)}"
-            answer = _show(display, file, side_by_side(media.cut(span)), fps=fps, debug=debug)
-            if answer != NEXT:
-                return answer
-        return NEXT
+    latent: LatentSpec
+    fps: float
+    folder: Path  # for written images and clips
+    display: str  # a value of --debug_mode, or WINDOW
+    debug: DebugOptions
+    failures: list[Failure] = field(default_factory=list)  # sources that cannot be read
+    dropped: list[Failure] = field(default_factory=list)  # readable sources without items
 
-    def show_table(table: DatasetTable) -> str:
+    def show_table(self, table: DatasetTable, workers: int) -> str:
         """Display the items of a table until the user or the limit of the console ends it.
 
         Returns the user's last answer; NEXT also at the end of the table.
         """
         # the console shows a limited number of items, windows and files all
-        num_left = debug.console_num_images if display == "console" else None
+        num_left = self.debug.console_num_images if self.display == "console" else None
         sources = find_sources(table)
         ahead = read_ahead(
             sources,
             source_of=lambda source: source,
-            work=decode,
+            work=self._decode,
             workers=workers,
             bar=Bar(len(sources), "Decoding", "source", shown=False),
             decodes=True,
@@ -91,11 +82,11 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         with contextlib.closing(ahead) as decoded:
             for source, result in decoded:
                 if isinstance(result, Failure):
-                    failures.append(result)
+                    self.failures.append(result)
                     continue
                 if result.reason is not None:  # why the source gives no item
-                    dropped.append(Failure.of(source, result.reason))
-                answer = show_items(result, num_left)
+                    self.dropped.append(Failure.of(source, result.reason))
+                answer = self._show_items(result, num_left)
                 if answer != NEXT:
                     return answer
                 if num_left is not None:
@@ -104,11 +95,31 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                         break
         return NEXT
 
-    for table in config.datasets:
-        logger.info("%s", table.name)
-        if show_table(table) == QUIT:
-            break
-    return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+    def _decode(self, source: MediaSource) -> DecodedMedia:
+        """Decode a source as caching does; a randomly changed image in one of its variants."""
+        return decode_source(
+            source,
+            self.fps,
+            self.latent.pixel_step,
+            self.latent.lengths,
+            rng=_make_rng(source),
+            keeps_alpha=self.latent.keeps_alpha,
+            has_alpha=self.latent.has_alpha,
+        )
+
+    def _show_items(self, media: DecodedMedia, maximum: int | None) -> str:
+        """Show at most `maximum` items of a source; return the last answer of the user.
+
+        Any answer other than NEXT ends the loop.
+        """
+        for span in media.spans[:maximum]:
+            _log_item(media, span)
+            file = self.folder / f"{media.source.table.index}_{media.key(span)}"
+            frames = side_by_side(media.cut(span))
+            answer = _show(self.display, file, frames, fps=self.fps, debug=self.debug)
+            if answer != NEXT:
+                return answer
+        return NEXT
 
 
 def _log_item(media: DecodedMedia, span: Span) -> None:
@@ -180,7 +191,7 @@ def _make_rng(source: MediaSource) -> random.Random:
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
     """Join an item's frames (F H W 3) with control media and mask at the right; transparency is gray."""
-    parts = []
+    columns = []
     height = item.frames.shape[1]
     for frames in (item.frames, *item.control):
         if frames.shape[-1] != 3:
@@ -189,9 +200,10 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
         if frames.shape[1] != height:  # reference images may have another height
             size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
             frames = np.stack([resize_frame(frame, size, "area") for frame in frames])
-        parts.append(frames)
-    parts += [] if item.mask is None else [np.repeat(item.mask[..., None], 3, axis=3)]
-    return np.concatenate(parts, axis=2)
+        columns.append(frames)
+    if item.mask is not None:
+        columns.append(np.repeat(item.mask[..., None], 3, axis=3))
+    return np.concatenate(columns, axis=2)
 
 
 def sheet(frames: NDArray[np.uint8], maximum: int = SHEET_FRAMES) -> Frame:

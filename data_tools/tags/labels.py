@@ -8,7 +8,7 @@ from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.text_files import bad_character, parse_json, read_text
 
-TABLE, MAPPING = "selected_tags.csv", "tag_mapping.json"
+TABLE_NAME, MAPPING_NAME = "selected_tags.csv", "tag_mapping.json"
 RATING, GENERAL, CHARACTER, QUALITY = "rating", "general", "character", "quality"
 # numbers of the categories in the table: those of Danbooru, and 9, which the taggers' makers added
 _BY_NUMBER = {
@@ -37,7 +37,7 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
     Raises:
         CheckpointError: If the folder has neither, or if a line cannot be used.
     """
-    for name, read in ((TABLE, _read_table), (MAPPING, _read_mapping)):
+    for name, read in ((TABLE_NAME, _read_table), (MAPPING_NAME, _read_mapping)):
         path = folder / name
         if not path.is_file():
             continue
@@ -49,12 +49,14 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
         if not labels:
             raise CheckpointError(f"{path} has no tags", path)
         return labels
-    raise CheckpointError(f"{folder} has no {TABLE} and no {MAPPING}: a tagger comes with one", folder)
+    raise CheckpointError(
+        f"{folder} has no {TABLE_NAME} and no {MAPPING_NAME}: a tagger comes with one", folder
+    )
 
 
 def has_mapping(folder: Path) -> bool:
     """Return whether the labels are a JSON mapping; such taggers scale inputs and outputs differently."""
-    return not (folder / TABLE).is_file()
+    return not (folder / TABLE_NAME).is_file()
 
 
 def _read_table(text: str) -> tuple[Label, ...]:

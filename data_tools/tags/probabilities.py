@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_tools.tags.model import MODEL, Tagger, load_tagger
+from data_tools.tags.model import MODEL_NAME, Tagger, load_tagger
 from modules.media.reading import Frame
 
 
@@ -32,7 +32,9 @@ class TagProbabilities:
             CheckpointError: If the network fails.
             MemoryPlanError: If memory runs out.
         """
-        return torch.from_numpy(self.tagger.probabilities([self.tagger.fit(frame) for frame in frames]))
+        return torch.from_numpy(
+            self.tagger.predict_probabilities([self.tagger.pad_and_resize(frame) for frame in frames])
+        )
 
 
 def load_tag_probabilities(folder: Path, batch_size: int) -> TagProbabilities:
@@ -42,8 +44,8 @@ def load_tag_probabilities(folder: Path, batch_size: int) -> TagProbabilities:
         CheckpointError: If the folder does not contain a tagger.
         InstallationError: If onnxruntime is missing.
     """
-    tagger = load_tagger(folder, batch_size, joins_by_mean=False, max_frames=1, option="--tagger")
-    with (folder / MODEL).open("rb") as file:
+    tagger = load_tagger(folder, batch_size, averages_frames=False, max_frames=1, option="--tagger")
+    with (folder / MODEL_NAME).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     names = "\n".join(label.name for label in tagger.labels)
     return TagProbabilities(tagger, hashlib.sha256(f"{digest}\n{names}".encode()).hexdigest()[:16])

@@ -7,16 +7,17 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from data_tools.captions.asking import Answerer, Answers, Look
-from data_tools.captions.places import EXTENSION, CaptionLocation, WhichCaptions
-from data_tools.captions.run import CaptionMaker, look_at, try_captions, write_captions
+from data_tools.captions.asking import Captioner, CaptionResults, ReadFrames
+from data_tools.captions.places import DEFAULT_EXTENSION, CaptionLocation, OverwriteRules
+from data_tools.captions.run import CaptionBackend, fetch_frames, try_captions, write_captions
 from data_tools.folder_dataset import make_folder_dataset
 from data_tools.tags.labels import has_mapping
-from data_tools.tags.model import load_tagger
-from data_tools.tags.options import TaggingOptions
-from data_tools.tags.words import extend_caption, read_choice
+from data_tools.tags.model import Tagger, load_tagger
+from data_tools.tags.options import TaggerOptions, TaggingOptions
+from data_tools.tags.words import extend_caption, make_tag_selection
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
@@ -36,78 +37,96 @@ def tag_folder(options: TaggingOptions) -> None:
         config = _read_config(options, temporary)
     tag_counts: Counter[str] = Counter()
     separator = options.words.caption_separator
-    choice = read_choice(options, sorts=has_mapping(options.tagger.model_dir))
+    selection = make_tag_selection(options, sorts_by_probability=has_mapping(options.tagger.model_dir))
 
-    def load() -> Answerer:
-        """Load the tagger, and return its function that answers with tags."""
-        tagger = options.tagger
-        loaded = load_tagger(
-            tagger.model_dir,
-            batch_size=tagger.batch_size,
-            joins_by_mean=tagger.join_frames == "mean",
-            max_frames=tagger.num_frames,
-        )
-        return _counted(loaded.answerer(choice, separator), separator, tag_counts)
+    def load_captioner() -> Captioner:
+        """Load the tagger; return the function that tags files, which also updates `tag_counts`."""
+        captioner = _load_tagger(options.tagger).make_captioner(selection, separator)
+        return partial(_caption_and_count, captioner, separator, tag_counts)
 
-    def finish(location: CaptionLocation, answer: str) -> str:
+    def postprocess(location: CaptionLocation, tags: str) -> str:
         """Return the caption to write: the new tags, appended to the existing caption with --append_tags."""
-        if not options.append_tags or not location.caption:
-            return answer
-        if read_if_object(location.caption) is not None:
-            raise OptionError(
-                f"{location.media}: its caption is a JSON object, which --append_tags would break. Tag a "
-                "folder without such captions, or write them with tools/caption_dataset.py --caption_format"
-            )
-        tags = answer.split(separator)
-        if location.source.table.multi_caption:  # each line is a caption of its own
-            lines = filter(str.strip, location.caption.splitlines())
-            return "\n".join(extend_caption(line, tags, separator) for line in lines)
-        return extend_caption(location.caption, tags, separator)
+        return _append_tags(location, tags, separator) if options.append_tags else tags
 
-    maker = CaptionMaker(
-        name=str(options.tagger.model_dir),
-        pass_id=_make_pass_id(options),
-        rewritten=WhichCaptions(
-            ours=options.overwrite,
+    backend = CaptionBackend(
+        model_name=str(options.tagger.model_dir),
+        options_hash=_hash_options(options),
+        overwrite_rules=OverwriteRules(
+            generated=options.overwrite,
             all=options.overwrite_all or options.append_tags,
             empty=options.fill_empty,
         ),
-        load=load,
-        look=lambda location: look_at(location, options.tagger.num_frames, MAX_PIXELS),
-        finish=finish,
+        load_captioner=load_captioner,
+        read_frames=lambda location: fetch_frames(location, options.tagger.num_frames, MAX_PIXELS),
+        postprocess=postprocess,
     )
     try:
         if options.try_on is not None:
-            try_captions(config, maker, options.try_on)
+            try_captions(config, backend, options.try_on)
         else:
-            write_captions(config, maker, options.dry_run)
+            write_captions(config, backend, options.dry_run)
     finally:
         if options.frequency_tags:
             lines = [f"{count:6} {tag}" for tag, count in tag_counts.most_common()]
             sys.stdout.write(escape_control_codes("\n".join(["tags found in this run:", *lines])) + "\n")
 
 
-def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answerer:
-    """Wrap an answerer in order to count the tags in its answers in `found`."""
-
-    def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
-        """Yield the tags of each location, and count how often each tag occurs."""
-        with contextlib.closing(answerer(locations, look)) as answers:
-            for location, text in answers:
-                if isinstance(text, str):
-                    found.update(text.split(separator))
-                yield location, text
-
-    return answer
+def _load_tagger(options: TaggerOptions) -> Tagger:
+    """Load the tagger that the options name."""
+    return load_tagger(
+        options.model_dir,
+        batch_size=options.batch_size,
+        averages_frames=options.join_frames == "mean",
+        max_frames=options.num_frames,
+    )
 
 
-def _make_pass_id(options: TaggingOptions) -> str:
+def _append_tags(location: CaptionLocation, new_tags: str, separator: str) -> str:
+    """Return the caption at a location with new tags, joined by `separator`, appended where they are missing.
+
+    Raises:
+        OptionError: If the caption is a JSON object.
+    """
+    if not location.caption:
+        return new_tags
+    if read_if_object(location.caption) is not None:
+        raise OptionError(
+            f"{location.display_path}: its caption is a JSON object, which --append_tags would break. Tag a "
+            "folder without such captions, or write them with tools/caption_dataset.py --caption_format"
+        )
+    tags = new_tags.split(separator)
+    if location.source.table.multi_caption:  # each line is a caption
+        lines = filter(str.strip, location.caption.splitlines())
+        return "\n".join(extend_caption(line, tags, separator) for line in lines)
+    return extend_caption(location.caption, tags, separator)
+
+
+def _caption_and_count(
+    captioner: Captioner,
+    separator: str,
+    tag_counts: Counter[str],
+    locations: Sequence[CaptionLocation],
+    read_frames: ReadFrames,
+) -> CaptionResults:
+    """Yield the results of a tagger, and count the tags in them in `tag_counts`."""
+    with contextlib.closing(captioner(locations, read_frames)) as results:
+        for location, result in results:
+            if isinstance(result, str):
+                tag_counts.update(result.split(separator))
+            yield location, result
+
+
+def _hash_options(options: TaggingOptions) -> str:
     """Return a hash of the options that change tags: only runs with equal options continue each other."""
-    records = (options.tagger, options.thresholds, options.words)
-    info = [dataclasses.asdict(record) for record in records]
-    info.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
-    info[0].pop("batch_size")  # it changes only the speed
-    return hashlib.sha256(json.dumps(info, default=str).encode("utf-8")).hexdigest()
+    tagger = dataclasses.asdict(options.tagger)
+    tagger.pop("batch_size")  # it changes only the speed
+    values = [
+        tagger,
+        dataclasses.asdict(options.thresholds),
+        dataclasses.asdict(options.words),
+        {"overwrite_all": options.overwrite_all, "append_tags": options.append_tags},
+    ]
+    return hashlib.sha256(json.dumps(values, default=str).encode("utf-8")).hexdigest()
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
@@ -123,5 +142,5 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
             if getattr(options, name):
                 raise OptionError(f"--{name} is for a folder: the dataset's file says it")
         return load_dataset_config(options.folder)
-    extension = options.caption_extension or EXTENSION
+    extension = options.caption_extension or DEFAULT_EXTENSION
     return make_folder_dataset(options.folder, extension, options.recursive, temporary)

@@ -15,61 +15,62 @@ _LONG_FACES = frozenset({"(o)_(o)", "<o>_<o>", "<|>_<|>", "||_||"})
 
 
 @dataclass(frozen=True)
-class TagChoice:
+class TagSelection:
     """Which tags are written, and in which spelling and order."""
 
     thresholds: Mapping[str, float]  # least probability by category
-    ends: Mapping[str, str | None]  # where rating and quality stand: "first", "last" or None: nowhere
-    undesired: frozenset[str]
+    # where the most probable rating and quality are written: "first", "last" or None: nowhere
+    tag_positions: Mapping[str, str | None]
+    excluded_tags: frozenset[str]
     replacements: Mapping[str, str]
     removes_underscores: bool
-    expands_characters: bool
+    expands_characters: bool  # writes name_(series) as two tags
     characters_first: bool
     always_first: tuple[str, ...]
-    sorts: bool  # by falling probability, else in the order of the labels
+    sorts_by_probability: bool  # by falling probability, else in the order of the labels
 
-    def choose(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
+    def select_tags(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
         """Select the tags of an image from the probability of each label.
 
-        Tags whose probability reaches the threshold of their category are selected. The categories in
-        `self.ends`, rating and quality, instead give their most probable tag, or none.
+        Tags whose probability reaches the threshold of their category are selected. The categories rating
+        and quality instead give their most probable tag, or none.
         """
-        tags = self._choose_above_thresholds(labels, probabilities)
-        for category, end in self.ends.items():
-            of_category = [index for index, label in enumerate(labels) if label.category == category]
-            # `end` is where the category's tag is put, "first" or "last"; None: it is not wanted
-            if end is None or not of_category:
+        tags = self._select_above_thresholds(labels, probabilities)
+        for category, position in self.tag_positions.items():
+            indices = [index for index, label in enumerate(labels) if label.category == category]
+            if position is None or not indices:
                 continue
-            best = max(of_category, key=lambda index: probabilities[index])
-            spelled = self._spell(labels[best])
-            tags = [*spelled, *tags] if end == "first" else [*tags, *spelled]
+            most_probable = max(indices, key=lambda index: probabilities[index])
+            spelled = self._spell(labels[most_probable])
+            tags = [*spelled, *tags] if position == "first" else [*tags, *spelled]
 
-        tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
-        # `always_first` tags move to the front, in the order of their option
-        front = [tag for tag in self.always_first if tag in tags]
-        return [*front, *(tag for tag in tags if tag not in front)]
+        distinct_tags = list(dict.fromkeys(tag for tag in tags if tag not in self.excluded_tags))
+        front = [tag for tag in self.always_first if tag in distinct_tags]
+        return [*front, *(tag for tag in distinct_tags if tag not in front)]
 
-    def _choose_above_thresholds(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
+    def _select_above_thresholds(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
         """Return the tags whose probability reaches the threshold of their category."""
         order = list(range(len(labels)))
-        if self.sorts:
+        if self.sorts_by_probability:
             # stable: tags of equal probability stay in the order of the labels
             order.sort(key=lambda index: -probabilities[index])
         characters: list[str] = []
         general: list[str] = []
         for index in order:
             label = labels[index]
-            # `choose` itself adds the categories in `ends`, rating and quality
-            if label.category in self.ends or probabilities[index] < self.thresholds[label.category]:
+            if label.category in self.tag_positions:  # rating and quality: `select_tags` adds these
                 continue
-            is_first = self.characters_first and label.category == CHARACTER
-            tags = characters if is_first else general
-            tags += self._spell(label)
+            if probabilities[index] < self.thresholds[label.category]:
+                continue
+            if self.characters_first and label.category == CHARACTER:
+                characters += self._spell(label)
+            else:
+                general += self._spell(label)
         return [*characters, *general]
 
     def _spell(self, label: Label) -> list[str]:
         """Return the tags written for a label: one, or name and series separately; [] if undesired."""
-        if label.name in self.undesired:
+        if label.name in self.excluded_tags:
             return []
         names = [label.name]
         series = re.fullmatch(r"(.+?)_?\(([^()]+)\)", label.name)
@@ -85,37 +86,37 @@ def remove_underscores(tag: str) -> str:
     return tag if is_face else tag.replace("_", " ")
 
 
-def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
+def make_tag_selection(options: TaggingOptions, sorts_by_probability: bool) -> TagSelection:
     """Return which tags are written, and how, from the options of the command line.
 
     Raises:
         OptionError: For a bad --tag_replacement.
     """
-    limits = options.thresholds
-    words = options.words
-    separator = words.caption_separator.strip()
+    filters = options.thresholds
+    spelling = options.words
+    separator = spelling.caption_separator.strip()
     thresholds = {}
     for category in CATEGORIES - {RATING, QUALITY}:
-        value = getattr(limits, f"{category}_threshold")
-        thresholds[category] = limits.thresh if value is None else value
-    ends = {
-        QUALITY: _choose_end(limits.use_quality_tags, limits.use_quality_tags_as_last_tag),
-        RATING: _choose_end(limits.use_rating_tags, limits.use_rating_tags_as_last_tag),
+        value = getattr(filters, f"{category}_threshold")
+        thresholds[category] = filters.thresh if value is None else value
+    tag_positions = {
+        QUALITY: _select_position(filters.use_quality_tags, filters.use_quality_tags_as_last_tag),
+        RATING: _select_position(filters.use_rating_tags, filters.use_rating_tags_as_last_tag),
     }
-    return TagChoice(
+    return TagSelection(
         thresholds=thresholds,
-        ends=ends,
-        undesired=frozenset(split_tags(limits.undesired_tags, separator)),
-        replacements=_read_replacements(words.tag_replacement),
-        removes_underscores=words.remove_underscore,
-        expands_characters=words.character_tag_expand,
-        characters_first=words.character_tags_first,
-        always_first=tuple(split_tags(words.always_first_tags, separator)),
-        sorts=sorts,
+        tag_positions=tag_positions,
+        excluded_tags=frozenset(split_tags(filters.undesired_tags, separator)),
+        replacements=_read_replacements(spelling.tag_replacement),
+        removes_underscores=spelling.remove_underscore,
+        expands_characters=spelling.character_tag_expand,
+        characters_first=spelling.character_tags_first,
+        always_first=tuple(split_tags(spelling.always_first_tags, separator)),
+        sorts_by_probability=sorts_by_probability,
     )
 
 
-def _choose_end(is_first: bool, is_last: bool) -> str | None:
+def _select_position(is_first: bool, is_last: bool) -> str | None:
     """Return where a category's tag is written: "first" or "last" among the tags; None: not at all.
 
     `is_first` and `is_last` are the options that ask for it at that end; if both are set, it is first.
@@ -144,8 +145,9 @@ def _read_replacements(text: str) -> dict[str, str]:
     """Parse replacements such as `a,b;c,d`. Raises OptionError if they are malformed."""
     replacements = {}
     for pair in filter(None, re.split(r"(?<!\\);", text)):
-        words = [re.sub(r"\\([,;])", r"\1", word).strip() for word in re.split(r"(?<!\\),", pair)]
-        if len(words) != 2 or not all(words):
+        tags = [re.sub(r"\\([,;])", r"\1", tag).strip() for tag in re.split(r"(?<!\\),", pair)]
+        if len(tags) != 2 or not all(tags):
             raise OptionError(f"--tag_replacement: {pair!r} has to be two tags, the old and the new one")
-        replacements[words[0]] = words[1]
+        old_tag, new_tag = tags
+        replacements[old_tag] = new_tag
     return replacements

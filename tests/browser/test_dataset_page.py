@@ -145,7 +145,7 @@ def test_every_route_answers(kept: Page) -> None:
     assert news["counts"] == {"": 4, "dropped": 1, "told": 2, "uncaptioned": 1, "outdated": 3}
     config = load_dataset_config(kept.served.runs.roots[0] / "data.toml")
     checked = check_caching(ToyFamily(), config, 1, False, parts=["media", "latents"])
-    assert news["totals"] == {"faults": checked.num_faults, "remarks": checked.num_remarks}
+    assert news["totals"] == {"faults": checked.num_errors, "remarks": checked.num_warnings}
     assert files["a.png"]["fit"] == {"resized": [96, 38], "crop": [0, 3], "bucket": [96, 32]}
     assert [files[name]["caption"]["text"] for name in NAMES[:2]] == ["a cat\non a mat", ""]
     assert files["tiny.mp4"]["dropped"] == "3 frames, the shortest of target_frames is 5"

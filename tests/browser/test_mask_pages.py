@@ -29,7 +29,7 @@ from browser.render_worker import RenderWorker
 from browser.runs import Runs
 from browser.server_state import Site
 from data_tools.masks.options import MaskOptions
-from data_tools.masks.places import MADE, find_mask_place
+from data_tools.masks.places import METHOD_TEXT, find_mask_entry
 from dataset.config import load_dataset_config
 from dataset.sources.left_out import TableFolders
 from modules.media.reading import read_mask
@@ -57,7 +57,7 @@ def save_mask(path: Path, is_made: bool = True) -> None:
     gray = np.zeros((HEIGHT, WIDTH), np.uint8)
     gray[:, : WIDTH // 2] = 255
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, gray, {MADE: "the left"} if is_made else None)
+    write_png(path, gray, {METHOD_TEXT: "the left"} if is_made else None)
 
 
 def as_png(pixels: np.ndarray[Any, Any]) -> bytes:
@@ -307,7 +307,9 @@ def test_a_clip_shows_its_first_middle_and_last_frame(folder: Path, served: Serv
     for number in range(10):
         path = folder / "masks" / "0" / f"{number:06}.png"
         path.parent.mkdir(exist_ok=True)
-        write_png(path, np.full((HEIGHT, WIDTH), 25 * number, np.uint8), {MADE: "x"} if not number else None)
+        write_png(
+            path, np.full((HEIGHT, WIDTH), 25 * number, np.uint8), {METHOD_TEXT: "x"} if not number else None
+        )
 
     shown = item(served)
     images = [Image.open(io.BytesIO(served.ask(one["picture"]).body)) for one in shown["shots"]]
@@ -352,7 +354,7 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         assert page.locator("#mask-list").count() == 0
         page.keyboard.press("a")
         shows("2 / 3 · b.png · drawn by hand")
-        assert find_mask_place(folder / "a.png").texts().keys() == {MADE, "mask_accepted"}
+        assert find_mask_entry(folder / "a.png").read_texts().keys() == {METHOD_TEXT, "mask_accepted"}
         page.keyboard.press("i")
         wait_on(page, lambda: "inverted 1" in done.inner_text())
         assert pixels_of(folder, "b.png")[0, 0] == 0

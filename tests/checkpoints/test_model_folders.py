@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints.model_folders import check_settings, read_shapes
-from data_tools.masks.words import load_word_finder
+from data_tools.masks.words import load_prompt_finder
 from modules.errors import CheckpointError
 from tests.data_tools.masks.making import write_clipseg
 
@@ -38,7 +38,7 @@ def change(path: Path, *keys: str, value: object) -> None:
 
 
 def test_a_whole_folder_is_taken(folder: Path) -> None:
-    assert load_word_finder(folder, ["a cat"], 0.5, "cpu").network.config.model_type == "clipseg"
+    assert load_prompt_finder(folder, ["a cat"], 0.5, "cpu").network.config.model_type == "clipseg"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_sizes_that_the_weights_do_not_show_are_refused(
 ) -> None:
     change(folder / "config.json", *keys, value=value)
     with pytest.raises(CheckpointError, match=message):
-        load_word_finder(folder, ["a cat"], 0.5, "cpu")
+        load_prompt_finder(folder, ["a cat"], 0.5, "cpu")
 
 
 @pytest.mark.parametrize("size", [{"height": 100_000, "width": 100_000}, {"shortest_edge": 1025}, 1e12])
@@ -72,7 +72,7 @@ def test_a_processor_makes_no_picture_larger_than_networks_look_at(folder: Path,
     path = next(folder.glob("*processor_config.json"))
     change(path, "size", value=size)
     with pytest.raises(CheckpointError, match=r"processor_config.json: \w+ is .* at most 1,024"):
-        load_word_finder(folder, ["a cat"], 0.5, "cpu")
+        load_prompt_finder(folder, ["a cat"], 0.5, "cpu")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "vocab.json", "x.json"])
@@ -80,14 +80,14 @@ def test_a_processor_makes_no_picture_larger_than_networks_look_at(folder: Path,
 def test_texts_that_are_no_settings_end_in_a_sentence(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
-        load_word_finder(folder, ["a cat"], 0.5, "cpu")
+        load_prompt_finder(folder, ["a cat"], 0.5, "cpu")
 
 
 @pytest.mark.parametrize("kind", [None, [], {}, 5, "x" * 10_000, "bert"])
 def test_a_kind_that_is_none_is_refused(folder: Path, kind: object) -> None:
     change(folder / "config.json", "model_type", value=kind)
     with pytest.raises(CheckpointError, match="which finds no words in pictures") as caught:
-        load_word_finder(folder, ["a cat"], 0.5, "cpu")
+        load_prompt_finder(folder, ["a cat"], 0.5, "cpu")
     assert len(str(caught.value)) < 600
 
 

@@ -282,7 +282,7 @@ def test_caches_of_folders_in_the_order_of_texts_are_made_again(
 
     found = check_caching(ToyFamily(), config, 1, False)
 
-    assert [error.kind for table in found.tables for error in table.remarks].count(REORDERED) == is_stale
+    assert [error.kind for table in found.tables for error in table.warnings].count(REORDERED) == is_stale
     assert set(cached(config)) == ({"clip"} if is_stale else set())
     assert cached(config) == {}
 
@@ -324,7 +324,7 @@ def test_clips_and_controls_that_change_their_size_are_told(
         report = cache_media(ToyFamily(), config, options())
 
         assert [one.reason for one in report.resized] == [change]
-        remarks = [error for found in before.tables for error in found.remarks]
+        remarks = [error for found in before.tables for error in found.warnings]
         assert [(one.kind, one.text) for one in remarks] == [
             (SIZE_CHANGES, f"{tmp_path / 'clip_0.mp4'}: {change}")
         ]

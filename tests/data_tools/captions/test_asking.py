@@ -11,10 +11,16 @@ import pytest
 import torch
 
 from data_tools.captions import places
-from data_tools.captions.asking import Frames, caption_in, read_shown, reword, select_frames
+from data_tools.captions.asking import (
+    CaptionInput,
+    parse_caption,
+    read_sampled_frames,
+    reword,
+    select_frames,
+)
 from data_tools.captions.local_model import LocalModel, load_model
 from data_tools.captions.options import AskOptions, CaptionModelOptions, WordingOptions
-from data_tools.captions.places import CaptionList, CaptionLocation, find_places
+from data_tools.captions.places import CaptionList, LineChange, find_caption_locations
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from dataset.sources.captions import complete_captions
@@ -37,15 +43,15 @@ def test_clips_of_all_kinds_are_sampled_alike(suffix: str, tmp_path: Path) -> No
     make = make_clip if suffix else make_frames  # a Matroska header has no count
     path = make(tmp_path / f"clip{suffix}", 12)
 
-    assert frame_numbers(read_shown(path, False, 3, 10**6)) == [2, 6, 10]
+    assert frame_numbers(read_sampled_frames(path, False, 3, 10**6)) == [2, 6, 10]
 
 
 def test_animations_and_images_are_read_and_large_frames_scaled_down(tmp_path: Path) -> None:
     make_animation(tmp_path / "a.gif", [100] * 4)
 
-    (frame,) = read_shown(make_image(tmp_path / "b.png", (200, 100)), True, 8, 5000)
+    (frame,) = read_sampled_frames(make_image(tmp_path / "b.png", (200, 100)), True, 8, 5000)
     assert frame.shape == (50, 100, 3)
-    assert frame_numbers(read_shown(tmp_path / "a.gif", False, 2, 10**6)) == [1, 3]
+    assert frame_numbers(read_sampled_frames(tmp_path / "a.gif", False, 2, 10**6)) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_animations_and_images_are_read_and_large_frames_scaled_down(tmp_path: P
     ],
 )
 def test_an_answer_becomes_one_line(answer: str, caption: str) -> None:
-    assert caption_in(answer, False) == caption
+    assert parse_caption(answer, False) == caption
 
 
 def test_words_are_put_in_as_the_keys_of_a_table_do_and_not_twice(tmp_path: Path) -> None:
@@ -104,12 +110,14 @@ def load(folder: Path, batch_size: int = 1, **ask: Any) -> LocalModel:
     return load_model(options, dataclasses.replace(ASK, **ask))
 
 
-def make_jobs(folder: Path) -> list[tuple[CaptionLocation, Frames]]:
+def make_jobs(folder: Path) -> list[CaptionInput]:
     """Three sources with one, two and three frames of noise."""
-    places = find_places(load_dataset_config(make_folder(folder)), False)
+    places = find_caption_locations(load_dataset_config(make_folder(folder)), False)
     rng = np.random.default_rng(0)
     return [
-        (place, tuple(rng.integers(0, 256, (24 + 8 * count, 32, 3), np.uint8) for _ in range(count)))
+        CaptionInput(
+            place, tuple(rng.integers(0, 256, (24 + 8 * count, 32, 3), np.uint8) for _ in range(count))
+        )
         for count, place in enumerate(places, 1)
     ]
 
@@ -121,14 +129,13 @@ def test_a_batch_gives_what_each_gives_alone(
     model = load(request.getfixturevalue(name), temperature=temperature)
     jobs = make_jobs(tmp_path)
 
-    together = model.describe(jobs)
-    assert together == [model.describe([job])[0] for job in jobs]
+    together = model.generate_answers(jobs)
+    assert together == [model.generate_answers([job])[0] for job in jobs]
     assert all(was_cut and set(text.split()) <= set(WORDS) for text, was_cut in together)
     if temperature:
         assert len(set(together)) == 3
-        assert together != dataclasses.replace(model, ask=dataclasses.replace(model.ask, seed=1)).describe(
-            jobs
-        )
+        reseeded = dataclasses.replace(model.ask_options, seed=1)
+        assert together != dataclasses.replace(model, ask_options=reseeded).generate_answers(jobs)
 
 
 def test_captions_of_clips_are_written_through_the_loop(llava: Path, tmp_path: Path) -> None:
@@ -149,16 +156,16 @@ def test_captions_of_clips_are_written_through_the_loop(llava: Path, tmp_path: P
 
 def test_messages_are_made_by_the_template_that_is_there(llava: Path, tmp_path: Path) -> None:
     model = load(llava, system_prompt="be short")
-    assert model.message("what", 2) == "<system> be short <user>  <image>  <image> what <model> "
+    assert model.format_prompt("what", 2) == "<system> be short <user>  <image>  <image> what <model> "
 
     folder = shutil.copytree(llava, tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
     plain = load(folder, system_prompt="be short")
-    assert plain.message("what", 2) == "be short\n<image><image>\nwhat"
-    assert load(folder).describe(make_jobs(tmp_path))[0][0]
+    assert plain.format_prompt("what", 2) == "be short\n<image><image>\nwhat"
+    assert load(folder).generate_answers(make_jobs(tmp_path))[0][0]
 
     plain.processor.tokenizer.chat_template = "{% for turn in messages %}[{{ turn.content }}]{% endfor %}"
-    assert plain.message("what", 1) == "[be short][<image>\nwhat]"
+    assert plain.format_prompt("what", 1) == "[be short][<image>\nwhat]"
 
 
 def test_one_that_fails_in_a_batch_costs_only_itself(llava: Path, tmp_path: Path) -> None:
@@ -167,7 +174,7 @@ def test_one_that_fails_in_a_batch_costs_only_itself(llava: Path, tmp_path: Path
     frames = dict(jobs)
     frames[jobs[1][0]] = (np.zeros((0, 4, 3), np.uint8),)
 
-    answers = list(model.answer([job for job, _ in jobs], frames.__getitem__))
+    answers = list(model.caption([job for job, _ in jobs], frames.__getitem__))
     assert [isinstance(text, str) for _, text in answers] == [True, False, True]
 
 
@@ -180,7 +187,7 @@ def test_a_full_memory_ends_the_run_with_advice(llava: Path, tmp_path: Path) -> 
     jobs = make_jobs(tmp_path)
 
     with pytest.raises(MemoryPlanError, match="--batch_size, --num_frames or --max_pixels"):
-        list(model.answer([jobs[0][0]], lambda job: jobs[0][1]))
+        list(model.caption([jobs[0][0]], lambda job: jobs[0][1]))
 
 
 def test_a_thought_that_the_template_begins_is_no_caption(llava: Path, tmp_path: Path) -> None:
@@ -189,7 +196,7 @@ def test_a_thought_that_the_template_begins_is_no_caption(llava: Path, tmp_path:
     model = load(folder)
     job, frames = make_jobs(tmp_path)[0]
 
-    ((_, answer),) = model.answer([job], lambda _: frames)
+    ((_, answer),) = model.caption([job], lambda _: frames)
     assert "--max_new_tokens ended it" in str(answer)
 
 
@@ -225,8 +232,8 @@ def open_list(folder: Path, text: str) -> CaptionList:
     return CaptionList(make_table(folder, "video_jsonl_file"))
 
 
-def put(captions: CaptionList, entry: str, text: str) -> bool:
-    return captions.write({entry: ({"caption": None}, {"caption": text})}, False) > 0
+def put(captions: CaptionList, path: str, text: str) -> bool:
+    return captions.write({path: LineChange({"caption": None}, {"caption": text})}, False) > 0
 
 
 @pytest.mark.parametrize(
@@ -286,7 +293,7 @@ def test_what_is_saved_while_a_caption_is_written_stays_and_a_list_that_is_gone_
     assert put(captions, "a", "x")
     assert json.loads(captions.path.read_text(encoding="utf-8")) == {**json.loads(by_hand), "caption": "x"}
     captions.path.unlink()
-    monkeypatch.setattr(places, "PAUSE", 0)
+    monkeypatch.setattr(places, "RETRY_SECONDS", 0)
     with pytest.raises(OutputError, match="the list is gone"):
         put(captions, "a", "x")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.captions.places import MADE, WhichCaptions
-from data_tools.captions.run import CaptionMaker, _make_captions, run_captioning
+from data_tools.captions.places import RECORD_NAME, OverwriteRules
+from data_tools.captions.run import CaptionBackend, _make_captions, run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
 from tests.commands import QUIET, ROOT
@@ -134,7 +134,7 @@ def test_an_interrupted_overwriting_goes_on_where_it_was(tmp_path: Path) -> None
         assert set(read_captions(tmp_path).values()) == {"three"}
 
         # killed behind the last caption
-        record = tmp_path / "im ages" / MADE
+        record = tmp_path / "im ages" / RECORD_NAME
         record.write_text(record.read_text().rpartition('{"end"')[0])
         run(config, server, "--overwrite")
         assert len(server.bodies) == 10
@@ -211,7 +211,7 @@ def test_captions_that_several_tables_share_are_made_once(tmp_path: Path, server
 
 
 def test_many_failures_without_a_caption_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.captions.run.GIVE_UP", 2)
+    monkeypatch.setattr("data_tools.captions.run.MAX_INITIAL_FAILURES", 2)
     config = make_folder(tmp_path)
     with run_server(lambda *_: (400, "no")) as server, pytest.raises(UserError, match="None of the first 2"):
         run(config, server)
@@ -221,11 +221,13 @@ def test_what_ends_a_server_ends_the_run(tmp_path: Path) -> None:
     def reject(*_: object) -> Any:
         raise AssertionError("nothing is looked at or written")
 
-    rewritten = WhichCaptions(ours=False, all=False, empty=False)
-    maker = CaptionMaker("m", "", rewritten, load=reject, look=reject, finish=reject)
+    overwrite_rules = OverwriteRules(generated=False, all=False, empty=False)
+    backend = CaptionBackend(
+        "m", "", overwrite_rules, load_captioner=reject, read_frames=reject, postprocess=reject
+    )
 
     with pytest.raises(SystemExit):
-        _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, maker)
+        _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, backend)
 
 
 def test_a_try_prints_the_captions_of_the_first_files_without_one_and_writes_none(
@@ -299,7 +301,7 @@ def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path
         assert len(server.bodies) == 4
 
     assert written() == ["caption 0", "caption 1", "caption 3"]
-    assert [path.name for path in tmp_path.rglob(".*")] == [MADE]
+    assert [path.name for path in tmp_path.rglob(".*")] == [RECORD_NAME]
 
 
 def test_a_run_goes_on_with_what_a_killed_earlier_version_left(tmp_path: Path, server: FakeServer) -> None:

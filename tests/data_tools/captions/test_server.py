@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_tools.captions.asking import NoCaptionError
-from data_tools.captions.places import find_places
+from data_tools.captions.places import find_caption_locations
 from data_tools.captions.run import run_captioning
 from data_tools.captions.server import ApiServer
 from dataset.config import load_dataset_config
@@ -86,10 +86,10 @@ def test_the_end_of_a_run_waits_for_no_answer_and_refusals_are_not_kept(tmp_path
         return 422, "this picture is refused"
 
     config = make_folder(tmp_path)
-    places = find_places(load_dataset_config(config), False)
+    places = find_caption_locations(load_dataset_config(config), False)
     with run_server(reply) as server:
         options = options_of(config, "--api_base", server.address, "--api_model", "m")
-        answers = ApiServer(options.api, options.ask, {}).answer(places, lambda _: ())
+        answers = ApiServer(options.api, options.ask, {}).caption(places, lambda _: ())
         _, error = next(answers)
         assert isinstance(error, NoCaptionError)
         kept = weakref.ref(error)
@@ -128,8 +128,8 @@ def test_a_broken_answer_costs_its_caption_only(answer: bytes, tmp_path: Path) -
 def _ask(address: str, config: Path) -> str:
     options = options_of(config, "--api_base", address, "--api_model", "m")
     server = ApiServer(options.api, options.ask, {})
-    server.first_wait = 0.001
-    return server.describe(find_places(load_dataset_config(config), False)[0], ())
+    server.first_retry_seconds = 0.001
+    return server.request_caption(find_caption_locations(load_dataset_config(config), False)[0], ())
 
 
 def test_where_no_server_is_the_message_says_so_at_once(tmp_path: Path) -> None:

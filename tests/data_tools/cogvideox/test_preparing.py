@@ -19,7 +19,7 @@ import cache_text_encoder_outputs
 import prepare_dataset
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from data_tools.cogvideox.models import CogTextEncoder, usable_frames
+from data_tools.cogvideox.models import CogTextEncoder, round_down_frames
 from dataset.cache import commands
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import to_pixels
@@ -238,7 +238,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("frames", "usable"), [(3, 1), (4, 4), (5, 5), (6, 4), (50, 48)])
 def test_the_vae_takes_4n_or_4n_plus_1_frames(frames: int, usable: int) -> None:
-    assert usable_frames(frames) == usable
+    assert round_down_frames(frames) == usable
 
 
 def test_clips_and_captions_are_encoded_as_by_diffusers(pipeline: Path, tmp_path: Path) -> None:

@@ -17,12 +17,19 @@ from data_tools.cutting.clips import (
     SHORT,
     ImageMeasures,
     PlannedClip,
-    VideoLook,
+    VideoAnalysis,
+    list_scenes,
     plan_clips,
-    scenes_of,
 )
 from data_tools.cutting.options import ChoiceOptions, LengthOptions, SceneOptions
-from data_tools.cutting.records import MARK, ClipList, CutRecord, WrittenClip, read_records, write_record
+from data_tools.cutting.records import (
+    RECORD_FOLDER,
+    ClipList,
+    CutRecord,
+    WrittenClip,
+    read_records,
+    write_record,
+)
 from data_tools.cutting.scenes import SceneChange, SceneDetector
 from modules.errors import DatasetError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
@@ -40,13 +47,13 @@ def lengths(**changes: Any) -> LengthOptions:
     return replace(default, **changes)
 
 
-def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> VideoLook:
+def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> VideoAnalysis:
     """A video whose frames begin at these times, the last of which is its end."""
     changes = [(one, one) if isinstance(one, int) else one for one in cuts]
-    look = VideoLook(64, 48, array("d", times[:-1]), times[-1], changes=changes)
+    look = VideoAnalysis(64, 48, array("d", times[:-1]), times[-1], changes=changes)
     for number in range(0, len(times) - 1, 6):
         cells = np.full((4, 4, 3), number % 200, np.uint8)
-        look.samples.append(ImageMeasures(**{**DEFAULT, "cells": cells, **sample, "number": number}))
+        look.measured_frames.append(ImageMeasures(**{**DEFAULT, "cells": cells, **sample, "number": number}))
     return look
 
 
@@ -116,7 +123,7 @@ def find(frames: Sequence[Light], rate: float = RATE) -> list[SceneChange]:
 def find_in(frames: Sequence[Frame], rate: float = RATE) -> list[SceneChange]:
     found = SceneDetector(SceneOptions.usual().scene_threshold, rate)
     for frame in frames:
-        found.see(frame)
+        found.add_frame(frame)
     return found.changes()
 
 
@@ -168,7 +175,7 @@ def test_white_letters_on_black_and_plain_pictures_at_both_ends_are_scenes() -> 
     frames = [*plain(0, 10), *scene(1, 30), *[title] * 20, *scene(2, 30), *plain(0.5, 12)]
 
     expected = [(0, 10), (10, 40), (40, 60), (60, 90), (90, 102)]
-    assert scenes_of(find(frames), len(frames)) == expected
+    assert list_scenes(find(frames), len(frames)) == expected
 
 
 @pytest.mark.parametrize(("length", "speed"), [(8, 0.0), (48, 0.0), (24, 0.5)])
@@ -241,7 +248,7 @@ def test_a_damaged_record_is_an_error_that_names_it(changes: dict[str, Any], tmp
 def change(output: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Write RECORD with other values, and return all of them."""
     write_record(output, RECORD)
-    path = output / MARK / "film.json"
+    path = output / RECORD_FOLDER / "film.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(content), encoding="utf-8")
     return content

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from data_tools.cutting.clips import VideoLook, look_at
+from data_tools.cutting.clips import VideoAnalysis, analyze_video
 from dataset.caching.loop import cache_media
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
@@ -191,12 +191,12 @@ def test_captions_that_are_written_while_a_video_is_looked_at_stay(
     output = tmp_path / "out"
     clips = run(film, output)
 
-    def write_and_look(*arguments: Any) -> VideoLook:
+    def write_and_look(*arguments: Any) -> VideoAnalysis:
         lines = [{**line, "caption": "a hill"} for line in lines_of(output)]
         (output / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-        return look_at(*arguments)
+        return analyze_video(*arguments)
 
-    monkeypatch.setattr("data_tools.cutting.run.look_at", write_and_look)
+    monkeypatch.setattr("data_tools.cutting.run.analyze_video", write_and_look)
     with pytest.raises(OutputError, match=r"with a caption in clips\.jsonl"):
         run(film, output, "--max_frames", 28)
 

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from data_tools.masks.places import (
-    MADE,
+    METHOD_TEXT,
     Gray,
-    MaskPlace,
+    MaskEntry,
     accept_mask,
-    find_mask_place,
-    find_mask_places,
+    find_mask_entries,
+    find_mask_entry,
     invert_mask,
     is_reviewed,
     mask_line,
@@ -42,14 +42,14 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def make(place: MaskPlace, moves: bool = False) -> MaskPlace:
-    frames = [np.roll(LEFT, number, axis=1) for number in range(4)] if moves else [LEFT]
-    assert write_mask(place, frames, moves, {MADE: "a test"})
-    return place.listed_anew()
+def make(place: MaskEntry, is_folder: bool = False) -> MaskEntry:
+    frames = [np.roll(LEFT, number, axis=1) for number in range(4)] if is_folder else [LEFT]
+    assert write_mask(place, frames, is_folder, {METHOD_TEXT: "a test"})
+    return place.refresh()
 
 
-def frames_of(place: MaskPlace) -> list[Gray]:
-    place = place.listed_anew()
+def frames_of(place: MaskEntry) -> list[Gray]:
+    place = place.refresh()
     assert place.mask is not None
     return list(read_frames(place.mask))
 
@@ -61,49 +61,49 @@ def test_places_are_those_that_the_dataset_reads(folder: Path) -> None:
     (masks / "dance").mkdir()
     Image.new("L", (60, 40)).save(masks / "dance" / "0.png")
     Image.new("L", (60, 40)).save(masks / "tree.png")
-    cat, dance = find_mask_places(folder)
-    assert (cat.medium, cat.kind, cat.mask) == (folder / "cat.jpg", "image", masks / "cat.png")
+    cat, dance = find_mask_entries(folder)
+    assert (cat.media_path, cat.kind, cat.mask) == (folder / "cat.jpg", "image", masks / "cat.png")
     assert (dance.kind, dance.mask) == ("video", masks / "dance")
-    assert find_mask_place(folder / "dance.mp4") == dance
+    assert find_mask_entry(folder / "dance.mp4") == dance
 
-    cat, dance = find_mask_places(folder, folder)
+    cat, dance = find_mask_entries(folder, folder)
     assert (cat.mask, dance.mask) == (None, None)
     assert make(cat).mask == folder / "cat-masklabel.png"
-    assert make(dance, moves=True).mask == folder / "dance-masklabel"
-    assert [place.medium.name for place in find_mask_places(folder, folder)] == ["cat.jpg", "dance.mp4"]
+    assert make(dance, is_folder=True).mask == folder / "dance-masklabel"
+    assert [place.media_path.name for place in find_mask_entries(folder, folder)] == ["cat.jpg", "dance.mp4"]
 
 
 @pytest.mark.parametrize("moves", [False, True])
 def test_each_change_is_made_and_undone(folder: Path, moves: bool) -> None:
-    place = make(find_mask_places(folder)[moves], moves)
+    place = make(find_mask_entries(folder)[moves], moves)
     made = frames_of(place)
     assert not is_reviewed(place)
 
     accept_mask(place)
-    place = place.listed_anew()
+    place = place.refresh()
     assert is_reviewed(place)
-    assert place.texts()[MADE] == "a test"
+    assert place.read_texts()[METHOD_TEXT] == "a test"
     np.testing.assert_array_equal(frames_of(place), made)
 
     invert_mask(place)
     np.testing.assert_array_equal(frames_of(place), [255 - frame for frame in made])
-    assert MADE not in place.listed_anew().texts()
-    assert undo_change(place.listed_anew())
-    assert place.listed_anew().texts()[MADE] == "a test"
+    assert METHOD_TEXT not in place.refresh().read_texts()
+    assert undo_change(place.refresh())
+    assert place.refresh().read_texts()[METHOD_TEXT] == "a test"
     np.testing.assert_array_equal(frames_of(place), made)
-    assert not undo_change(place.listed_anew())
+    assert not undo_change(place.refresh())
 
     remove_mask(place)
-    gone = place.listed_anew()
+    gone = place.refresh()
     assert gone.mask is None
     assert gone.is_removed
     assert undo_change(gone)
     np.testing.assert_array_equal(frames_of(place), made)
-    assert not [path for path in place.folder.rglob("*") if path.name.endswith((".tmp", ".old"))]
+    assert not [path for path in place.mask_folder.rglob("*") if path.name.endswith((".tmp", ".old"))]
 
 
 def test_a_frame_of_a_clip_is_replaced_alone(folder: Path) -> None:
-    place = make(find_mask_places(folder)[1], moves=True)
+    place = make(find_mask_entries(folder)[1], is_folder=True)
     before = frames_of(place)
     drawn = np.zeros((40, 60, 3), np.uint8)
     drawn[5:9] = 255
@@ -113,13 +113,13 @@ def test_a_frame_of_a_clip_is_replaced_alone(folder: Path) -> None:
     np.testing.assert_array_equal(after[2], drawn[..., 0])
     assert place.mask is not None
     np.testing.assert_array_equal(read_frame(place.mask, 2), drawn[..., 0])
-    assert is_reviewed(place.listed_anew())
+    assert is_reviewed(place.refresh())
     with pytest.raises(DatasetError, match="has no frame 4"):
         replace_mask(place, drawn, 4)
 
     replace_mask(place, LEFT)  # one picture for the whole clip
-    place = place.listed_anew()
-    assert place.masks == (place.folder / "dance.png",)
+    place = place.refresh()
+    assert place.masks == (place.mask_folder / "dance.png",)
     with pytest.raises(DatasetError, match="has no frame 0"):
         replace_mask(place, drawn, 0)
     undo_change(place)
@@ -127,17 +127,17 @@ def test_a_frame_of_a_clip_is_replaced_alone(folder: Path) -> None:
 
 
 def test_a_drawn_mask_where_there_was_none_is_undone_to_none(folder: Path) -> None:
-    place = find_mask_places(folder)[0]
+    place = find_mask_entries(folder)[0]
     replace_mask(place, LEFT)
-    place = place.listed_anew()
+    place = place.refresh()
     assert place.mask == folder / "masks" / "cat.png"
     assert undo_change(place)
-    assert place.listed_anew().mask is None
-    assert not place.listed_anew().is_removed
+    assert place.refresh().mask is None
+    assert not place.refresh().is_removed
 
 
 def test_masks_that_teach_nothing_or_fit_nothing_are_refused(folder: Path) -> None:
-    place = find_mask_places(folder)[0]
+    place = find_mask_entries(folder)[0]
     for act in (accept_mask, invert_mask, remove_mask):
         with pytest.raises(DatasetError, match=r"cat\.jpg has no mask in "):
             act(place)
@@ -147,12 +147,12 @@ def test_masks_that_teach_nothing_or_fit_nothing_are_refused(folder: Path) -> No
         replace_mask(place, np.zeros_like(LEFT))
     replace_mask(place, np.full_like(LEFT, 255))
     with pytest.raises(DatasetError, match="all white"):
-        invert_mask(place.listed_anew())
-    moving = find_mask_places(folder)[1]
-    assert not write_mask(moving, [np.zeros_like(LEFT)] * 3, moves=True, texts={})
-    assert moving.listed_anew().mask is None
+        invert_mask(place.refresh())
+    moving = find_mask_entries(folder)[1]
+    assert not write_mask(moving, [np.zeros_like(LEFT)] * 3, is_folder=True, texts={})
+    assert moving.refresh().mask is None
     with pytest.raises(DatasetError, match="cannot be listed"):
-        find_mask_places(folder / "nothing")
+        find_mask_entries(folder / "nothing")
 
 
 def test_the_line_of_a_dataset_file_quotes_any_folder() -> None:

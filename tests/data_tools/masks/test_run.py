@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import BatchEncoding, CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from data_tools.masks import run
-from data_tools.masks.places import find_mask_places, remove_mask, replace_mask
+from data_tools.masks.places import find_mask_entries, remove_mask, replace_mask
 from data_tools.masks.seen import MEAN, BackgroundFinder, load_background_finder
-from data_tools.masks.words import WordFinder, load_word_finder, read_kind
+from data_tools.masks.words import PromptFinder, load_prompt_finder, read_kind
 from dataset.config import load_dataset_config
 from dataset.listing import find_all_sources
 from modules.errors import CheckpointError, DatasetError, InstallationError, OptionError
@@ -111,10 +111,12 @@ def test_words_give_what_clipseg_gives(pictures: Path, tmp_path: Path) -> None:
         values = network(**inputs).logits.sigmoid()
 
     for asked in (prompts[:1], prompts[1:], prompts):
-        found = load_word_finder(folder, asked, 0.5, "cpu").find(image)
+        found = load_prompt_finder(folder, asked, 0.5, "cpu").score(image)
         expected = values[[prompts.index(prompt) for prompt in asked]].amax(dim=0).numpy()
         np.testing.assert_allclose(found, expected, atol=1e-4)  # batches of other sizes round otherwise
-    assert np.array_equal(load_word_finder(folder, prompts, 0.5, "cpu").find(image), values.amax(0).numpy())
+    assert np.array_equal(
+        load_prompt_finder(folder, prompts, 0.5, "cpu").score(image), values.amax(0).numpy()
+    )
 
     smoothed = cv2.blur(values.amax(0).numpy(), (11, 11), borderType=cv2.BORDER_REPLICATE)
     threshold = float(np.median(smoothed))
@@ -127,7 +129,7 @@ def test_words_give_what_clipseg_gives(pictures: Path, tmp_path: Path) -> None:
 def test_a_watermark_is_left_out_and_the_rest_learned(pictures: Path, tmp_path: Path) -> None:
     folder = write_clipseg(tmp_path / "clipseg")
     prompts = ("a watermark", "a logo", "text")
-    values = load_word_finder(folder, prompts, 0.5, "cpu").find(read_image(pictures / "cat.png"))
+    values = load_prompt_finder(folder, prompts, 0.5, "cpu").score(read_image(pictures / "cat.png"))
     words = ("--model", folder, "--threshold", np.median(values), "--smooth_pixels", 0, "--expand_pixels", 0)
     make(pictures, "--watermark", *words, "--output", tmp_path / "without")
     found = [word for each in prompts for word in ("--what", each)]
@@ -142,20 +144,20 @@ def test_the_foreground_is_that_of_the_network(pictures: Path, tmp_path: Path) -
     finder = load_background_finder(path)
     image = read_image(pictures / "cat.png")
     assert isinstance(finder, BackgroundFinder)
-    given = finder.as_input(image)
+    given = finder.to_model_input(image)
     small = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.LANCZOS), np.float32)
     normal = (small / small.max() - MEAN) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(given[0].transpose(1, 2, 0), normal, atol=1e-6)
     output = 1 / (1 + np.exp(given[0, 2] - given[0, 0]))
     expected = (output - output.min()) / (output.max() - output.min())
-    np.testing.assert_allclose(finder.find(image), expected, atol=1e-5)
+    np.testing.assert_allclose(finder.score(image), expected, atol=1e-5)
 
     make(pictures, "--background", path, "--smooth_pixels", 0, "--expand_pixels", 0, "--threshold", 0.5)
     assert (read(pictures / "masks" / "cat.png") != rectangle(*BOX)).mean() < 0.03
 
     damaged = BackgroundFinder(path, lambda pictures: pictures * np.float32("nan"), 32)
     with pytest.raises(CheckpointError, match="gives no numbers"):
-        damaged.find(image)
+        damaged.score(image)
     with pytest.raises(CheckpointError, match="is no U2Net-like network"):
         load_background_finder(write_yolo(tmp_path / "yolo.onnx", side=0))
 
@@ -175,7 +177,7 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
 ) -> None:
     draw().save(pictures / "gone.png")
     make(pictures, *COLOR, "--expand_pixels", 1)
-    cat, dog, gone, _ = find_mask_places(pictures)
+    cat, dog, gone, _ = find_mask_entries(pictures)
     drawn = rectangle(0, 0, 5, 5)
     replace_mask(cat, drawn)
     remove_mask(gone)
@@ -202,7 +204,7 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
 
 
 def test_a_run_that_changes_masks_changes_none_twice(pictures: Path) -> None:
-    cat = find_mask_places(pictures)[0]
+    cat = find_mask_entries(pictures)[0]
     replace_mask(cat, rectangle(0, 0, 60, 5))
     words = (*COLOR, "--expand_pixels", 0, "--mode", "blend", "--alpha", 0.5)
     make(pictures, *words)
@@ -228,11 +230,11 @@ def test_a_stopped_run_goes_on_where_it_was(pictures: Path, monkeypatch: pytest.
         def __init__(self, options: object) -> None:
             self.finder, self.left = make_finder(options), 4  # type: ignore[arg-type]
 
-        def find(self, frame: np.ndarray) -> np.ndarray:
+        def score(self, frame: np.ndarray) -> np.ndarray:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-            return self.finder.find(frame)
+            return self.finder.score(frame)
 
     words = (*COLOR, "--colour_distance", 0.3, "--steady_frames", 0)
     with monkeypatch.context() as patched:
@@ -328,13 +330,13 @@ def test_words_give_all_things_that_sam_3_is_sure_of(pictures: Path, tmp_path: P
     minimum = float(scores.sort().values[-3:-1].mean())  # two of the five things
     assert int((scores > minimum).sum()) == 2
 
-    found = WordFinder(network, Words(), prompts[:1], minimum).find(image)
+    found = PromptFinder(network, Words(), prompts[:1], minimum).score(image)
 
     np.testing.assert_array_equal(found, masks[scores > minimum].amax(0))
-    both = WordFinder(network, Words(), prompts, 0.0).find(image)
+    both = PromptFinder(network, Words(), prompts, 0.0).score(image)
     maximum = torch.maximum(*(expected[prompt][1].amax(0) for prompt in prompts))
     np.testing.assert_array_equal(both, maximum)
-    assert not WordFinder(network, Words(), prompts, 1.0).find(image).any()
+    assert not PromptFinder(network, Words(), prompts, 1.0).score(image).any()
     network.save_pretrained(tmp_path / "sam3")
     assert read_kind(tmp_path / "sam3") == "sam3"
     (tmp_path / "sam3" / "preprocessor_config.json").write_text(
@@ -342,4 +344,4 @@ def test_words_give_all_things_that_sam_3_is_sure_of(pictures: Path, tmp_path: P
     )
     if not find_spec("torchvision"):
         with pytest.raises(InstallationError, match="Run: pip install torchvision"):
-            load_word_finder(tmp_path / "sam3", prompts, 0.5, "cpu")
+            load_prompt_finder(tmp_path / "sam3", prompts, 0.5, "cpu")

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_tools.masks.shaping import MaskShape, Values, combine, steady
+from data_tools.masks.shaping import MaskShaping, ScoreMap, combine, median_over_time
 from modules.errors import MediaError
 from tests.data_tools.masks.making import rectangle
 
 
-def values_of(*box: int) -> Values:
+def values_of(*box: int) -> ScoreMap:
     return (rectangle(*box) / 255).astype(np.float32)
 
 
 def find(
-    values: Values, threshold: float = 0.3, smooth: int = 0, expand: int = 0, feather: int = 0
-) -> Values:
-    shape = MaskShape(threshold, smooth, expand, feather, inverts=False)
-    return shape.find(values, (values.shape[1], values.shape[0]))
+    values: ScoreMap, threshold: float = 0.3, smooth: int = 0, expand: int = 0, feather: int = 0
+) -> ScoreMap:
+    shape = MaskShaping(threshold, smooth, expand, feather, inverts=False)
+    return shape.shape(values, (values.shape[1], values.shape[0]))
 
 
 @pytest.mark.parametrize("pixels", [0, 1, 7, 15])
@@ -37,8 +37,8 @@ def test_smoothing_is_the_mean_of_a_box_on_the_networks_grid_with_repeated_edges
     # on the grid: in a picture five times as large, one pixel of the network is five pixels
     dot = np.zeros((9, 11), np.float32)
     dot[4, 5] = 1
-    shape = MaskShape(0.055, smooth_pixels=1, expand_pixels=0, feather_pixels=0, inverts=False)
-    rows, columns = np.nonzero(shape.find(dot, (55, 45)))
+    shape = MaskShaping(0.055, smooth_pixels=1, expand_pixels=0, feather_pixels=0, inverts=False)
+    rows, columns = np.nonzero(shape.shape(dot, (55, 45)))
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (15, 15)
 
 
@@ -72,16 +72,16 @@ OLD = np.array([[0.4, 0.4, 0.8]], np.float32)
     ],
 )
 def test_modes_join_the_new_mask_with_the_old_one(
-    mode: str, old: Values | None, expected: list[float]
+    mode: str, old: ScoreMap | None, expected: list[float]
 ) -> None:
     np.testing.assert_allclose(combine(NEW, old, mode, 0.5), [expected], atol=1e-6)
 
 
 def test_an_older_mask_of_another_size_is_resized_and_inverting_comes_before_joining() -> None:
-    shape = MaskShape(0.3, 0, 0, 0, inverts=True)
+    shape = MaskShaping(0.3, 0, 0, 0, inverts=True)
     found = values_of(0, 0, 30, 40)
     old = np.full((20, 30), 255, np.uint8)
-    finished = shape.finish(found, old, "subtract", 1)
+    finished = shape.combine_with_previous(found, old, "subtract", 1)
     np.testing.assert_array_equal(finished, rectangle(0, 0, 30, 40))
 
 
@@ -96,13 +96,13 @@ def plain_median(values: NDArray[np.float32], frames: int) -> list[float]:
 def test_a_steady_value_is_the_median_over_neighbouring_frames(count: int, frames: int) -> None:
     values = np.random.default_rng(count).random(count, np.float32)
     clip = [np.full((2, 3), value, np.float32) for value in values]
-    steadied = list(steady(iter(clip), frames))
+    steadied = list(median_over_time(iter(clip), frames))
     np.testing.assert_array_equal([each[0, 0] for each in steadied], np.float32(plain_median(values, frames)))
 
 
 def test_one_frame_that_flickers_leaves_no_trace() -> None:
     clip = [np.full((2, 3), float(number != 4), np.float32) for number in range(9)]
-    assert all(frame.min() == 1 for frame in steady(iter(clip), 2))
+    assert all(frame.min() == 1 for frame in median_over_time(iter(clip), 2))
     with pytest.raises(MediaError, match="change their size"):
-        list(steady(iter([clip[0], clip[0].T]), 2))
-    assert list(steady(iter([]), 2)) == []
+        list(median_over_time(iter([clip[0], clip[0].T]), 2))
+    assert list(median_over_time(iter([]), 2)) == []

@@ -54,11 +54,11 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
     found = check_caching(family, config, 1, False)
 
     (table,) = found.tables
-    assert table.caches[1:] == [
+    assert table.info_lines[1:] == [
         "sound: 5 of 6 clips have it: 4 with 2 channels at 48000 Hz, 1 with 1 channel at 44100 Hz",
         "caches of sound: 0 files are valid, 5 items need encoding",
     ]
-    told = {error.stem: error.text.rpartition(".mp4: ")[2] for error in table.remarks if error.stem}
+    told = {error.stem: error.text.rpartition(".mp4: ")[2] for error in table.warnings if error.stem}
     assert told == {
         "late": "its sound: begins 0.38 s late",  # with what the decoder needs to start
         "long": "its sound: continues for 1.00 s, which are cut off",
@@ -68,16 +68,16 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
     }
     assert found.exit_code == 0
     required = check_caching(family, change(config, audio="required"), 1, False)
-    assert [error.stem for error in required.tables[0].faults] == ["silent"]
+    assert [error.stem for error in required.tables[0].errors] == ["silent"]
     cache_media(family, config, options())
-    again = check_caching(family, config, 1, False).tables[0].caches
+    again = check_caching(family, config, 1, False).tables[0].info_lines
     assert again[0] == "caches: 6 files are valid, 0 items need encoding"
     assert again[-1] == "caches of sound: 5 files are valid, 0 items need encoding"
     for other in (
         check_caching(ToyFamily(latent=PLAIN), config, 1, False),
         check_caching(family, change(config, audio="ignore"), 1, False),
     ):
-        assert not any("sound" in line for line in other.tables[0].caches)
+        assert not any("sound" in line for line in other.tables[0].info_lines)
 
 
 def test_a_check_of_training_says_which_caches_of_sound_are_missing(config: DatasetConfig) -> None:
@@ -87,7 +87,7 @@ def test_a_check_of_training_says_which_caches_of_sound_are_missing(config: Data
 
     def faults(config: DatasetConfig) -> list[tuple[str, str]]:
         (table,) = check_training(config, "toy", PLAIN, NO_COMMANDS, audio=family.audio).tables
-        return [(one.kind, Path(one.text.split(": ")[0]).name) for one in table.faults]
+        return [(one.kind, Path(one.text.split(": ")[0]).name) for one in table.errors]
 
     name = "silent_00000-009_0032x0032_toy_audio.safetensors"
     assert faults(config) == []
@@ -100,7 +100,7 @@ def test_pages_draw_the_sound(config: DatasetConfig, tmp_path: Path) -> None:
     family, page = HearingToy(latent=PLAIN), tmp_path / "page.html"
     result = check_caching(family, config, 1, False)
 
-    write_check_page(page, config, result, PLAIN, 16, 10, 1, hears=True)
+    write_check_page(page, config, result, PLAIN, 16, 10, 1, with_audio=True)
 
     text = page.read_text(encoding="utf-8")
     assert text.count('<svg class="wave"') == 5

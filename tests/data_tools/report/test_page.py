@@ -11,8 +11,8 @@ import pytest
 from browser.run_views import share_page
 from data_tools.report.check import check_caching
 from data_tools.report.findings import TableFindings
-from data_tools.report.looks import draw_crop, show
-from data_tools.report.page import CHECK_STRIP, select_sources, write_check_page
+from data_tools.report.looks import draw_crop, inspect_and_draw
+from data_tools.report.page import CHECK_SIZES, select_sources, write_check_page
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource
@@ -170,8 +170,8 @@ def test_files_with_faults_are_shown_first_then_an_even_choice(
     table = make_table(tmp_path)
     sources = [MediaSource(Path(f"{i}.mp4"), str(i), "", None, (), table) for i in range(10)]
     found = TableFindings(table, "", sources, Counter())
-    found.faults = [Fault("cannot be read", name, name) for name in ("3", "7")]
-    found.remarks = [Fault("have an empty caption", "5", "5")]
+    found.errors = [Fault("cannot be read", name, name) for name in ("3", "7")]
+    found.warnings = [Fault("have an empty caption", "5", "5")]
 
     assert select_sources([found], maximum)[0] == list(shown)
 
@@ -193,8 +193,8 @@ def test_a_damaged_clip_shows_what_could_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(content[: len(content) * 2 // 3])
     (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(57,)))
 
-    look = show(source, 16.0, LATENT, CHECK_STRIP)
+    inspection = inspect_and_draw(source, 16.0, LATENT, CHECK_SIZES)
 
-    assert look.strip is not None
-    assert look.problem is not None
-    assert "a.mp4" in look.problem
+    assert inspection.strip is not None
+    assert inspection.read_error is not None
+    assert "a.mp4" in inspection.read_error

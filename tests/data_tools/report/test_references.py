@@ -24,8 +24,8 @@ def test_a_check_counts_references_and_names_the_missing(tmp_path: Path) -> None
     result = check_caching(EditFamily(), config, 1, False)
 
     (found,) = result.tables
-    assert "reference pictures: 1 image with 0, 3 images with 1, 1 image with 2" in found.caches
-    (error,), (remark,) = found.faults, found.remarks
+    assert "reference pictures: 1 image with 0, 3 images with 1, 1 image with 2" in found.info_lines
+    (error,), (remark,) = found.errors, found.warnings
     assert "a_0.png has 1x1 pixels, each side needs at least 16. Replace it" in error.text
     assert (remark.kind, remark.stem) == ("have no reference picture, while others have", "c")
     lines = [line.strip() for line in found.lines()]
@@ -43,7 +43,7 @@ def test_a_check_of_training_groups_as_training_does(tmp_path: Path) -> None:
     result = check_training(config, "toy", EditFamily().latent)
 
     (found,) = result.tables
-    assert found.faults == []
+    assert found.errors == []
     assert found.buckets == {(64, 48, 64, 48): 1, (64, 48, 32, 32): 2, (64, 48): 1}
     assert "An epoch: 4 items with repeats, 3 batches, 3 steps" in result.tail
     assert result.num_batches == 3

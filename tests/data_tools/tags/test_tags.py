@@ -11,7 +11,7 @@ from data_tools.tags.labels import GENERAL, Label, read_labels
 from data_tools.tags.model import Tagger, load_tagger
 from data_tools.tags.options import TaggingOptions
 from data_tools.tags.run import tag_folder
-from data_tools.tags.words import extend_caption, read_choice
+from data_tools.tags.words import extend_caption, make_tag_selection
 from modules import limits
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.media.writing import write_video
@@ -57,8 +57,8 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
-def load(tagger: Path, batch_size: int = 1, joins_by_mean: bool = False) -> Tagger:
-    return load_tagger(tagger, batch_size, joins_by_mean, max_frames=8)
+def load(tagger: Path, batch_size: int = 1, averages_frames: bool = False) -> Tagger:
+    return load_tagger(tagger, batch_size, averages_frames, max_frames=8)
 
 
 def test_tags_are_those_of_the_colours_and_a_second_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
@@ -96,14 +96,14 @@ def test_probabilities_are_the_runtimes_own(tmp_path: Path, batch: int | str) ->
     tagger = load(write_tagger(tmp_path / "tagger", weights, batch), batch_size=2)
     frames = [numbers.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for _ in range(4)]
 
-    found = tagger.probabilities([tagger.fit(frame) for frame in frames])
+    found = tagger.predict_probabilities([tagger.pad_and_resize(frame) for frame in frames])
 
     session = onnxruntime.InferenceSession(str(tmp_path / "tagger" / "model.onnx"))
     for start in (0, 2):
         images = np.stack([frame[..., ::-1].astype(np.float32) for frame in frames[start : start + 2]])
         (expected,) = session.run(None, {"picture": images})
         assert np.array_equal(found[start : start + 2], expected)
-    odd = tagger.probabilities([tagger.fit(frame) for frame in frames[:3]])
+    odd = tagger.predict_probabilities([tagger.pad_and_resize(frame) for frame in frames[:3]])
     assert odd.shape == (3, len(ROWS))
     np.testing.assert_allclose(odd, found[:3], rtol=1e-6)
 
@@ -113,14 +113,14 @@ def test_a_picture_lies_in_the_middle_of_white_in_bgr(tmp_path: Path) -> None:
     wide = np.zeros((2, SIDE, 3), np.uint8)
     wide[..., 0] = 10
 
-    square = tagger.fit(wide)
+    square = tagger.pad_and_resize(wide)
 
     assert square[1:3].tolist() == [[[0, 0, 10]] * SIDE] * 2
     assert np.all(square[[0, 3]] == 255)
-    assert tagger.as_input(square).dtype == np.float32
-    assert tagger.as_input(square)[1, 0].tolist() == [0, 0, 10]
-    assert tagger.fit(np.full((9, 9, 3), 7, np.uint8)).tolist() == [[[7] * 3] * SIDE] * SIDE
-    assert tagger.fit(np.full((2, 2, 3), 7, np.uint8)).tolist() == [[[7] * 3] * SIDE] * SIDE
+    assert tagger.to_model_input(square).dtype == np.float32
+    assert tagger.to_model_input(square)[1, 0].tolist() == [0, 0, 10]
+    assert tagger.pad_and_resize(np.full((9, 9, 3), 7, np.uint8)).tolist() == [[[7] * 3] * SIDE] * SIDE
+    assert tagger.pad_and_resize(np.full((2, 2, 3), 7, np.uint8)).tolist() == [[[7] * 3] * SIDE] * SIDE
 
 
 def test_a_mapping_means_logits_and_colours_around_zero(tmp_path: Path) -> None:
@@ -136,13 +136,15 @@ def test_a_mapping_means_logits_and_colours_around_zero(tmp_path: Path) -> None:
     (tagger / "tag_mapping.json").write_text(json.dumps(mapping), encoding="utf-8")
     loaded = load(tagger)
 
-    (found,) = loaded.probabilities([loaded.fit(np.full((4, 4, 3), (255, 0, 0), np.uint8))])
+    (found,) = loaded.predict_probabilities(
+        [loaded.pad_and_resize(np.full((4, 4, 3), (255, 0, 0), np.uint8))]
+    )
 
     by_name = dict(zip([name for name, _ in ROWS], found.tolist(), strict=True))
     assert by_name["red"] == pytest.approx(1 / (1 + np.exp(-3)))
     assert by_name["1girl"] == pytest.approx(1 / (1 + np.exp(1)))
-    choice = read_choice(options_of(tmp_path, "--thresh", 0.2), sorts=True)
-    assert choice.choose(loaded.labels, found.tolist())[0] == "red"
+    choice = make_tag_selection(options_of(tmp_path, "--thresh", 0.2), sorts_by_probability=True)
+    assert choice.select_tags(loaded.labels, found.tolist())[0] == "red"
 
 
 PROBABILITIES = [0.2, 0.7, 0.9, 0.5, 0.4, 0.1, 0.8, 0.6]  # of ROWS
@@ -166,8 +168,8 @@ PROBABILITIES = [0.2, 0.7, 0.9, 0.5, 0.4, 0.1, 0.8, 0.6]  # of ROWS
 )
 def test_words_of_the_command_line_choose_and_order_the_tags(tmp_path: Path, words: str, tags: str) -> None:
     labels = read_labels(write_tagger(tmp_path / "tagger", BY_COLOR))
-    choice = read_choice(options_of(tmp_path, *words.split()), sorts=False)
-    assert ", ".join(choice.choose(labels, PROBABILITIES)) == tags
+    choice = make_tag_selection(options_of(tmp_path, *words.split()), sorts_by_probability=False)
+    assert ", ".join(choice.select_tags(labels, PROBABILITIES)) == tags
 
 
 def test_the_command_of_a_download_is_said_once(folder: Path, tmp_path: Path) -> None:
@@ -183,9 +185,9 @@ FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o
 @pytest.mark.parametrize("face", FACES.split())
 def test_faces_of_the_taggers_keep_their_underscores(tmp_path: Path, face: str) -> None:
     """The list is that of the taggers' own demonstration (SmilingWolf/wd-tagger)."""
-    choice = read_choice(options_of(tmp_path, "--remove_underscore"), sorts=False)
+    choice = make_tag_selection(options_of(tmp_path, "--remove_underscore"), sorts_by_probability=False)
     labels = [Label(face, GENERAL), Label("red_hair", GENERAL)]
-    assert choice.choose(labels, [0.9, 0.9]) == [face, "red hair"]
+    assert choice.select_tags(labels, [0.9, 0.9]) == [face, "red hair"]
 
 
 def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Path) -> None:
@@ -318,9 +320,9 @@ def test_a_tagger_that_makes_more_than_memory_holds_ends_in_a_sentence(
     (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOR, 1 << 29))  # 2 GiB
     monkeypatch.setattr(limits, "MAX_ONNX_MEMORY", 1 << 28)
     with pytest.raises(CheckpointError, match="it needs more memory"):
-        load(tagger).probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)])
+        load(tagger).predict_probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)])
     (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOR, 1 << 10))
-    assert load(tagger).probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)]).shape == (1, len(ROWS))
+    assert load(tagger).predict_probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)]).shape == (1, len(ROWS))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +353,6 @@ def test_a_tagger_that_takes_more_pictures_at_once_than_memory_holds_is_refused(
 
 @pytest.mark.parametrize("size", [(200_000, 8), (8, 200_000)])
 def test_a_strip_is_fitted_without_a_square_of_its_length(size: tuple[int, int], tmp_path: Path) -> None:
-    fitted = load(write_tagger(tmp_path / "tagger", BY_COLOR)).fit(np.zeros((*size, 3), np.uint8))
+    fitted = load(write_tagger(tmp_path / "tagger", BY_COLOR)).pad_and_resize(np.zeros((*size, 3), np.uint8))
     assert fitted.shape == (SIDE, SIDE, 3)
     assert 0 < (fitted == 0).sum() < fitted.size
