@@ -20,7 +20,7 @@ from starlette.routing import Route
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
-from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
+from browser.dataset_pages import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
 from browser.folders import MAX_ENTRIES, find_folder
 from browser.page_root import add_root
 from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
@@ -38,14 +38,14 @@ from modules.pages.page import encode_address
 from modules.text_files import parse_json, real_path
 
 IMAGES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
-SHOWN = IMAGES | VIDEO_SUFFIXES
+MEDIA_SUFFIXES = IMAGES | VIDEO_SUFFIXES
 LEFT_OUT = "left out"  # folder in BIN
-MAX_INFO = 4000  # number of cached headers
+MAX_HEADERS = 4000  # number of cached headers
 MAX_COUNTED = 100  # maximum number of headers read to count damaged files
 
 
 @dataclass(frozen=True)
-class HeaderInfo:
+class MediaHeader:
     """Sizes and rates in a file's header."""
 
     size: tuple[int, int] | None
@@ -69,7 +69,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def _is_listed(path: Path) -> bool:
-    is_media = path.suffix.lower() in SHOWN | AUDIO_SUFFIXES
+    is_media = path.suffix.lower() in MEDIA_SUFFIXES | AUDIO_SUFFIXES
     return is_media and path.name[0] != "." and label_of(path.stem) is None
 
 
@@ -176,7 +176,7 @@ class FolderFiles:
         self.captions = Captions()
         self.thumbnails = Thumbnails()
         self.left_out = LeftOut(runs)
-        self._info: OrderedDict[tuple[str, int], HeaderInfo] = OrderedDict()
+        self._headers: OrderedDict[tuple[str, int], MediaHeader] = OrderedDict()
 
     def address(self, folder: Path) -> str:
         """Return the address from which `dataset.js` requests the files of a folder."""
@@ -196,13 +196,13 @@ class FolderFiles:
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})
         try:
-            return answer_json(self.items(folder, request.query_params))
+            return answer_json(self.list_files(folder, request.query_params))
         except OSError as error:
             return answer_json({"state": "gone", "error": f"{folder}: {error.strerror or error}"})
         except ValueError:
             return answer_text("from and count are numbers of files.", 400)
 
-    def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
+    def list_files(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
         """Return the files of a folder that a page shows at once, as JSON values.
 
         The query has `text` and `only`, which filter the files, and `from` and `count`.
@@ -211,13 +211,13 @@ class FolderFiles:
             OSError: If the folder cannot be read.
             ValueError: If `from` or `count` is not a number.
         """
-        page_slice = read_part(query)
+        page_slice = read_page_slice(query)
         names = list_names(folder)
         uncaptioned = list_uncaptioned(folder, names)
         chosen = uncaptioned if query.get("only") == "uncaptioned" else names
-        words = query.get("text", "").lower().split()
-        if words:
-            chosen = [name for name in chosen if self._has_words(folder, name, words)]
+        search_terms = query.get("text", "").lower().split()
+        if search_terms:
+            chosen = [name for name in chosen if self._contains_terms(folder, name, search_terms)]
         return {
             "state": "ready",
             "version": folder.stat().st_mtime_ns,
@@ -227,10 +227,10 @@ class FolderFiles:
             "files": [self.show(folder, name) for name in chosen[page_slice]],
         }
 
-    def _has_words(self, folder: Path, name: str, words: Sequence[str]) -> bool:
+    def _contains_terms(self, folder: Path, name: str, search_terms: Sequence[str]) -> bool:
         """Return whether all words are in a file's name or caption."""
         text = f"{name}\n{self.caption(folder, name)['text']}".lower()
-        return all(word in text for word in words)
+        return all(word in text for word in search_terms)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the JSON values of a file in a folder that no dataset report describes.
@@ -239,7 +239,7 @@ class FolderFiles:
         """
         info = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
-        is_seen = suffix in SHOWN and not info.fault
+        is_seen = suffix in MEDIA_SUFFIXES and not info.fault
         return {
             "id": short_digest(name),
             "table": "",
@@ -261,21 +261,21 @@ class FolderFiles:
             "caption": self.caption(folder, name),
         }
 
-    def read_header(self, path: Path) -> HeaderInfo:
+    def read_header(self, path: Path) -> MediaHeader:
         """Return the data of a file's header. A header is read again only after the file has changed."""
         if not self.runs.is_below(path):
-            return HeaderInfo(
+            return MediaHeader(
                 None, None, None, fault=say("it is gone, or leads outside the folders that are shown")
             )
         try:
             key = str(path), path.stat().st_mtime_ns
         except OSError as error:
-            return HeaderInfo(None, None, None, fault=error.strerror or str(error))
-        if key not in self._info:
-            self._info[key] = _read_info(path)
-            while len(self._info) > MAX_INFO:
-                self._info.popitem(last=False)
-        return self._info[key]
+            return MediaHeader(None, None, None, fault=error.strerror or str(error))
+        if key not in self._headers:
+            self._headers[key] = _read_media_header(path)
+            while len(self._headers) > MAX_HEADERS:
+                self._headers.popitem(last=False)
+        return self._headers[key]
 
     def count_unreadable(self, folder: Path) -> int:
         """Return the number of files that cannot be read.
@@ -347,29 +347,29 @@ class FolderFiles:
     def show_image(self, request: Request) -> Response:
         """Respond with a small image of an image or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
-        is_media = path.suffix.lower() in SHOWN and path.is_absolute()
+        is_media = path.suffix.lower() in MEDIA_SUFFIXES and path.is_absolute()
         try:
             if not is_media or not self.runs.is_inside(path):
                 return answer_not_found()
             image = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
         except (MediaError, StopIteration):
-            return answer_unreadable()
+            return answer_placeholder()
         except (OSError, ValueError):
             return answer_not_found()
-        return answer_stamped(image)
+        return answer_cacheable_jpeg(image)
 
 
-def _read_info(path: Path) -> HeaderInfo:
+def _read_media_header(path: Path) -> MediaHeader:
     suffix = path.suffix.lower()
     try:
         if suffix in IMAGES:
-            return HeaderInfo(image_size(path), None, None, fault="")
+            return MediaHeader(image_size(path), None, None, fault="")
         if suffix in VIDEO_SUFFIXES:
             info = source_info(path)
-            return HeaderInfo((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
+            return MediaHeader((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
     except (MediaError, OSError) as error:
-        return HeaderInfo(None, None, None, fault=str(error).replace(f"{path} ", ""))
-    return HeaderInfo(None, None, None, fault="")
+        return MediaHeader(None, None, None, fault=str(error).replace(f"{path} ", ""))
+    return MediaHeader(None, None, None, fault="")
 
 
 def picture_address(path: Path) -> str | None:

@@ -143,8 +143,8 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
     model = row.model
     suits = True
     if content is not None:
-        suits = row.makes.startswith("clips" if content.clips else "pictures")
-        if content.clips and model.data.get("from_image"):
+        suits = row.makes.startswith("clips" if content.num_clips else "pictures")
+        if content.num_clips and model.data.get("from_image"):
             suits = False  # it needs start images
     return _RankedRow(
         row=row,
