@@ -51,7 +51,7 @@ class MediaHeader:
     size: tuple[int, int] | None
     frames: int | None
     fps: float | None
-    fault: str  # why it cannot be read; "" if it can
+    error: str  # why it cannot be read; "" if it can
 
 
 def list_names(folder: Path) -> list[str]:
@@ -107,7 +107,7 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 class LeftOut:
-    """Moves files of a folder, with their captions, into the bin of its root, and back.
+    """Leaves files of a folder out of the training: moves them and their captions into the bin, and back.
 
     This is not a `BinFolder`, whose entries are named by the time of removal and are not restored by any
     page. Files left out are stored under the name of their folder, whose page lists them.
@@ -116,8 +116,8 @@ class LeftOut:
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
-    def place(self, folder: Path) -> Path:
-        """Return where a folder's left-out files are stored. Raises OutputError if that path is a link."""
+    def find_storage(self, folder: Path) -> Path:
+        """Return the folder of the bin that stores left-out files. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
         left_out_folder = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(left_out_folder)) != os.path.normcase(left_out_folder):
@@ -127,44 +127,53 @@ class LeftOut:
     def list_names(self, folder: Path) -> list[str]:
         """Return the names of a folder's left-out files; empty if they cannot be read."""
         try:
-            return list_names(self.place(folder))
+            return list_names(self.find_storage(folder))
         except (OSError, OutputError):
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
         """Move a file out of its folder. Raises UserError if that fails."""
-        self._move(folder, self.place(folder), name)
+        self._move(folder, self.find_storage(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:
         """Move a left-out file back into its folder. Raises UserError if that fails."""
-        left_out_folder = self.place(folder)
+        left_out_folder = self.find_storage(folder)
         self._move(left_out_folder, folder, name)
         with contextlib.suppress(OSError):  # the folder is not empty
             left_out_folder.rmdir()
 
-    def _move(self, start: Path, target: Path, name: str) -> None:
-        """Move a file and its caption files to another folder; raise OptionError if a name is taken there."""
-        if Path(name).name != name or not (start / name).is_file():
+    def _move(self, source: Path, target: Path, name: str) -> None:
+        """Move a media file and its caption files to another folder.
+
+        Raises OptionError if there is no such file, or a name is taken in the other folder; OutputError if
+        that folder is on another disk.
+        """
+        path = source / name
+        if Path(name).name != name or not path.is_file():
             raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
-        path = start / name
-        paths = [path]
-        same_stem = [media_name for media_name in list_names(start) if Path(media_name).stem == path.stem]
-        if len(same_stem) == 1:  # otherwise the caption also belongs to another file
-            captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
-            paths += [caption for caption in captions if caption.is_file()]
-        for moved in paths:
-            if os.path.lexists(target / moved.name):
+        moved_paths = [path, *_list_exclusive_captions(path)]
+        for moved_path in moved_paths:
+            if os.path.lexists(target / moved_path.name):
                 raise OptionError(
-                    say("%(target)s is there already. Rename one of the two", target=target / moved.name)
+                    say("%(target)s is there already. Rename one of the two", target=target / moved_path.name)
                 )
         with explain_errors(target / name):
             try:
-                for moved in paths:
-                    rename_into(moved, target / moved.name, target)
+                for moved_path in moved_paths:
+                    rename_into(moved_path, target / moved_path.name, target)
             except OSError as error:
                 if error.errno != errno.EXDEV:  # EXDEV: renaming cannot move a file to another disk
                     raise
                 raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
+
+
+def _list_exclusive_captions(path: Path) -> list[Path]:
+    """Return the caption files of a media file; none if another media file of the same stem shares them."""
+    same_stem = [name for name in list_names(path.parent) if Path(name).stem == path.stem]
+    if len(same_stem) != 1:
+        return []
+    captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
+    return [caption for caption in captions if caption.is_file()]
 
 
 class FolderFiles:
@@ -214,17 +223,17 @@ class FolderFiles:
         page_slice = read_page_slice(query)
         names = list_names(folder)
         uncaptioned = list_uncaptioned(folder, names)
-        chosen = uncaptioned if query.get("only") == "uncaptioned" else names
+        chosen_names = uncaptioned if query.get("only") == "uncaptioned" else names
         search_terms = query.get("text", "").lower().split()
         if search_terms:
-            chosen = [name for name in chosen if self._contains_terms(folder, name, search_terms)]
+            chosen_names = [name for name in chosen_names if self._contains_terms(folder, name, search_terms)]
         return {
             "state": "ready",
             "version": folder.stat().st_mtime_ns,
             "how": "",
             "counts": {"": len(names), "uncaptioned": len(uncaptioned)},
-            "chosen": len(chosen),
-            "files": [self.show(folder, name) for name in chosen[page_slice]],
+            "chosen": len(chosen_names),
+            "files": [self.show(folder, name) for name in chosen_names[page_slice]],
         }
 
     def _contains_terms(self, folder: Path, name: str, search_terms: Sequence[str]) -> bool:
@@ -237,27 +246,29 @@ class FolderFiles:
 
         They have the keys of a report's items; values that only a report knows are empty.
         """
-        info = self.read_header(folder / name)
+        header = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
-        is_seen = suffix in MEDIA_SUFFIXES and not info.fault
+        address = None
+        if suffix in MEDIA_SUFFIXES and not header.error:
+            address = picture_address(folder / name)
         return {
             "id": short_digest(name),
             "table": "",
             "kind": "video" if suffix in VIDEO_SUFFIXES else "image",
-            "size": info.size,
-            "frames": info.frames,
-            "fps": info.fps,
+            "size": header.size,
+            "frames": header.frames,
+            "fps": header.fps,
             "fit": None,
             "cut_percent": 0,
             "lengths": [],
             "dropped": "",
             "short": "",
             "captions": [],
-            "faults": [info.fault] if info.fault else [],
+            "faults": [header.error] if header.error else [],
             "remarks": [],
             "has_mask": False,
             "caches": None,
-            "pictures": [{"name": name, "address": picture_address(folder / name) if is_seen else None}],
+            "pictures": [{"name": name, "address": address}],
             "caption": self.caption(folder, name),
         }
 
@@ -265,12 +276,12 @@ class FolderFiles:
         """Return the data of a file's header. A header is read again only after the file has changed."""
         if not self.runs.is_below(path):
             return MediaHeader(
-                None, None, None, fault=say("it is gone, or leads outside the folders that are shown")
+                None, None, None, error=say("it is gone, or leads outside the folders that are shown")
             )
         try:
             key = str(path), path.stat().st_mtime_ns
         except OSError as error:
-            return MediaHeader(None, None, None, fault=error.strerror or str(error))
+            return MediaHeader(None, None, None, error=error.strerror or str(error))
         if key not in self._headers:
             self._headers[key] = _read_media_header(path)
             while len(self._headers) > MAX_HEADERS:
@@ -292,7 +303,7 @@ class FolderFiles:
             return []
         if len(names) > MAX_COUNTED:
             return []
-        return [name for name in names if self.read_header(folder / name).fault != ""]
+        return [name for name in names if self.read_header(folder / name).error != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, with the reason if this page cannot edit it."""
@@ -363,13 +374,13 @@ def _read_media_header(path: Path) -> MediaHeader:
     suffix = path.suffix.lower()
     try:
         if suffix in IMAGES:
-            return MediaHeader(image_size(path), None, None, fault="")
+            return MediaHeader(image_size(path), None, None, error="")
         if suffix in VIDEO_SUFFIXES:
             info = source_info(path)
-            return MediaHeader((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
+            return MediaHeader((info.width, info.height), info.frames, round(float(info.rate), 2), error="")
     except (MediaError, OSError) as error:
-        return MediaHeader(None, None, None, fault=str(error).replace(f"{path} ", ""))
-    return MediaHeader(None, None, None, fault="")
+        return MediaHeader(None, None, None, error=str(error).replace(f"{path} ", ""))
+    return MediaHeader(None, None, None, error="")
 
 
 def picture_address(path: Path) -> str | None:

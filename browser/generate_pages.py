@@ -557,7 +557,7 @@ class GeneratePages:
 
     def keep_input(self, path: Path, name: str) -> Response:
         """Store an uploaded image or clip as a start image, and answer with its path."""
-        kept = self.inputs.keep(path, name)
+        kept = self.inputs.store(path, name)
         return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
