@@ -123,7 +123,7 @@ class ComparableRun:
             if not all(path.is_file() for path in paths):
                 continue
             is_average = self.run_history.is_average(name)
-            validation = None if is_average else self.run_history.nearest(step)
+            validation = None if is_average else self.run_history.nearest_validation(step)
             files.append(
                 ComparedFile(
                     source=self,

@@ -91,7 +91,7 @@ class ComparePages:
             "other_runs": other_runs,
             "ids_without_files": compare.find_runs_without_files(other_runs),
             "missing": sum(clip.is_missing for clips in row_clips for clip in clips.with_lora),
-            "has_players": _has_players(row_clips),
+            "plays": _has_players(row_clips),
             "commands": [
                 format_command(job.argv, comparison.sources[0].working_folder)
                 for job in compare.plan_jobs(comparison, row_clips)
