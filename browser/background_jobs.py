@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from browser import launch
-from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, reject_link
+from browser.jobs import LOGS, STORED_TYPES, Job, JobQueue, as_line, reject_link
 from browser.runs import RUNNING, is_living
 from browser.short_names import short_digest
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
@@ -28,7 +28,7 @@ from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
 NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
-STORED = ("line", "folder", "process", "stops")
+STORED_FIELDS = ("line", "folder", "process", "stops")
 LOOKED_EVERY = 0.1  # seconds
 MAX_OF_RECORD = 1 << 17  # bytes
 
@@ -125,8 +125,8 @@ class BackgroundJobs:
             del self._children[name]
         try:
             record = parse_json(read_text(self._record(name), MAX_OF_RECORD))
-            for key in STORED:
-                if not isinstance(record[key], KINDS[key]):
+            for key in STORED_FIELDS:
+                if not isinstance(record[key], STORED_TYPES[key]):
                     return None
             # `start` writes every line in this form: a line in another form was written by another program
             is_canonical = as_line(shlex.split(record["line"])) == record["line"]
@@ -134,7 +134,7 @@ class BackgroundJobs:
                 return None
         except (OSError, ValueError, TypeError, KeyError, OptionError):
             return None
-        return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED})
+        return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED_FIELDS})
 
     def wait(self, name: str, seconds: float) -> Job | None:
         """Wait until a background job has ended, for at most `seconds`, and return it."""
@@ -163,7 +163,7 @@ class BackgroundJobs:
             return
         with explain_errors(self._record(name)):
             append_text(job.log, "It was stopped.\n")
-            record = {key: getattr(job, key) for key in STORED} | {"stops": 1}
+            record = {key: getattr(job, key) for key in STORED_FIELDS} | {"stops": 1}
             write_text(self._record(name), json.dumps(record))
         launch.kill_processes(job.process["number"])
 

@@ -19,7 +19,7 @@ from modules.text_files import parse_toml
 BATCH = "batch_size"  # key of dataset.toml
 BATCH_OPTION = "train_batch_size"  # training option, for datasets whose file does not set a batch size
 GENERAL = "general"
-OF_SUBSETS_TOO = "masked_loss"  # the only option without a corresponding dataset key
+OPTION_WITHOUT_KEY = "masked_loss"  # the only option without a corresponding dataset key
 MAX_IN_BATCH = 1024
 
 
@@ -63,7 +63,9 @@ class DatasetKeys:
             return say("No effect in this run: it is for datasets with subsets, and dataset.toml has none.")
         if not key:  # the dataset file replaces the option without a key of its own
             return (
-                "" if option == OF_SUBSETS_TOO else say("No effect in this run: dataset.toml names the data.")
+                ""
+                if option == OPTION_WITHOUT_KEY
+                else say("No effect in this run: dataset.toml names the data.")
             )
         if self._is_said_everywhere(key):
             return say("No effect in this run: %(key)s in dataset.toml says it.", key=key)
@@ -81,7 +83,7 @@ class DatasetKeys:
         general = self.content.get(GENERAL)
         return general if isinstance(general, dict) else {}
 
-    def read_batch(self, values: Mapping[str, Any]) -> str:
+    def read_batch_size(self, values: Mapping[str, Any]) -> str:
         """Return the batch size as text; several numbers if the tables differ.
 
         `values` are the options of the training; they apply where the file has no batch size.

@@ -55,7 +55,7 @@ class DescribedFolder:
     trigger: str
     model_files: Mapping[str, str]  # path of each file of the model by its option
     values: Mapping[str, Any]  # all options of the training
-    mark: str  # checksum of the files
+    checksum: str  # of the folder's files
     run_content: bytes  # content of run.toml
 
     @property
@@ -139,7 +139,7 @@ def read_own_file(path: Path) -> bytes:
 
 def mark_files(folder: Path) -> str:
     """Return a checksum of a folder's run.toml, dataset.toml and prompts.txt; "" if it has none of them."""
-    return _mark_contents(_read_own_files(folder))
+    return _compute_checksum(_read_own_files(folder))
 
 
 def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
@@ -153,7 +153,7 @@ def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
     return contents
 
 
-def _mark_contents(contents: Mapping[str, bytes | OSError]) -> str:
+def _compute_checksum(contents: Mapping[str, bytes | OSError]) -> str:
     checksums = []
     for content in contents.values():
         if isinstance(content, bytes):
@@ -198,7 +198,7 @@ def read_described(folder: Path) -> DescribedFolder:
             trigger=_read_trigger(contents[DATASET_FILE]),
             model_files=_name_model_files(family, task, files),
             values=values,
-            mark=_mark_contents(contents),
+            checksum=_compute_checksum(contents),
             run_content=run_content,
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -307,7 +307,7 @@ class DraftFile:
         return self.path.name
 
     @property
-    def mark(self) -> str:
+    def checksum(self) -> str:
         """Checksum of the content; "" if the file is missing."""
         return compute_checksum(self.content)
 
@@ -323,7 +323,7 @@ class DraftFile:
 
     def save(self, text: str) -> None:
         """Replace the file's text. Raises ChangedMeanwhileError if the file has changed since it was read."""
-        replace_content(self.path, self.form.with_text(text), self.mark)
+        replace_content(self.path, self.form.with_text(text), self.checksum)
 
 
 def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
@@ -341,7 +341,7 @@ def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
         OutputError: If the file cannot be written.
     """
     draft = DraftFile(path, read_own_file(path))
-    if draft.mark != checksum:
+    if draft.checksum != checksum:
         raise ChangedMeanwhileError
     draft.save(edit_toml(draft.text, changes))
 

@@ -1123,7 +1123,7 @@ def describe_failure(download: Download | None) -> str:
 def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
     """Return a checksum of the folder's files when they were read; "" if it is not described."""
     if described is not None:
-        return described.mark
+        return described.checksum
     return "" if folder is None else mark_files(folder)
 
 
