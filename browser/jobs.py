@@ -665,7 +665,7 @@ def as_line(argv: Sequence[str]) -> str:
 
 def _find_line_folder(line: str) -> Path:
     """Return the folder in which a line's command runs: the folder of its `cd`, or the working folder."""
-    match = launch.CHANGE.fullmatch(line)
+    match = launch.CD_PREFIX.fullmatch(line)
     if match is None:
         return Path.cwd()
     argv: list[str] = []
