@@ -98,10 +98,8 @@ def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collecti
         if not is_measured or run.network != network or not _is_from_this_machine(run, cards):
             continue
         run_options = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
-        if (
-            _has_equal_work_per_step(described.values, run_options)
-            and _find_run_sizes(runs, run, run_options) == sizes
-        ):
+        has_equal_work = _has_equal_work_per_step(described.values, run_options)
+        if has_equal_work and _find_run_sizes(runs, run, run_options) == sizes:
             return run
     return None
 
