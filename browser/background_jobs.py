@@ -99,24 +99,34 @@ class BackgroundJobs:
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
                     raise OptionError(say("it is running already: wait until it has ended, or stop it"))
-                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier record is removed
-                log = self._log(name)
-                progress = log.with_suffix(".progress")  # progress of loops, which pages show
-                for path in (log, log.with_suffix(".code"), progress):
-                    path.unlink(missing_ok=True)
-                variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
-                # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
-                child = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
-                self._children[name] = child
+                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier files are removed
+                process = self._start_waiting_process(name, within, typed)
                 record = {
                     "line": as_line(argv),
                     "folder": str(real_path(folder)),
-                    "process": describe_process(child.pid),
+                    "process": describe_process(process.pid),
                     "stops": 0,
                 }
                 write_text(self._record(name), json.dumps(record))
         # only now that the process id is stored: if the server is killed earlier, the job does not start
-        launch.send_job(child, program, str(folder), log.with_suffix(".code"))
+        launch.send_job(process, program, str(folder), self._log(name).with_suffix(".code"))
+
+    def _start_waiting_process(
+        self, name: str, within: Path | None, typed: Sequence[str]
+    ) -> "subprocess.Popen[bytes]":
+        """Remove the output of the earlier job, and start a process that waits for its command.
+
+        The process has environment variables with the limits of the described folder `within`.
+        """
+        log = self._log(name)
+        progress = log.with_suffix(".progress")  # progress of loops, which pages show
+        for path in (log, log.with_suffix(".code"), progress):
+            path.unlink(missing_ok=True)
+        variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
+        # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
+        process = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
+        self._children[name] = process
+        return process
 
     def find(self, name: str) -> Job | None:
         """Return a background job with its current state; None if there is none, or its record is damaged."""

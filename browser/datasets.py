@@ -221,24 +221,28 @@ def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> Medi
     """
     images: list[str] = []
     clips: list[str] = []
-    audios = 0
+    num_audios = 0
     for folder in list_named_paths(dataset.path, dataset.base_folder, with_companions=False):
         if not (folder.is_dir() and may_show(folder)):
             continue
-        with os.scandir(folder) as entries:
-            for entry in itertools.islice(entries, MAX_ENTRIES):
-                path = Path(entry.name)
-                suffix = path.suffix.lower()
-                if label_of(path.stem) is not None:  # named as a companion of a clip, such as clip_mask.png
-                    continue
-                if suffix in IMAGE_SUFFIXES:
-                    images.append(entry.path)
-                elif suffix in VIDEO_SUFFIXES:
-                    clips.append(entry.path)
-                elif suffix in AUDIO_SUFFIXES:
-                    audios += 1
+        for entry in _list_main_entries(folder):
+            suffix = Path(entry.name).suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                images.append(entry.path)
+            elif suffix in VIDEO_SUFFIXES:
+                clips.append(entry.path)
+            elif suffix in AUDIO_SUFFIXES:
+                num_audios += 1
     first = min([*images, *clips], default=None)
-    return MediaCounts(len(images), len(clips), audios, None if first is None else Path(first))
+    return MediaCounts(len(images), len(clips), num_audios, None if first is None else Path(first))
+
+
+def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """Yield the entries of a folder, without companions of a clip such as clip_mask.png."""
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, MAX_ENTRIES):
+            if label_of(Path(entry.name).stem) is None:
+                yield entry
 
 
 class _LocatedRun(NamedTuple):

@@ -270,9 +270,8 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
         field = name_field(row.key)
         if row.setting is None or not row.is_simple:
             continue
-        if (
-            row.unused_reason and field not in fields
-        ):  # the page has no field for it; absent does not mean emptied
+        has_field = field in fields
+        if row.unused_reason and not has_field:  # the page shows no field for it: it was not emptied
             continue
         typed_text = fields.get(field, "").strip()
         if typed_text == row.value:

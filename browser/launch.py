@@ -87,6 +87,20 @@ def split_arguments(line: str) -> list[str]:
     """
     # group 1 is text that must stay as it is, such as quotes; otherwise ~ was matched
     line = TILDE.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
+    _reject_shell_syntax(line)
+    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    if os.name == "nt":
+        lexer.escape = ""  # a backslash separates folders
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise OptionError(f"{line!r}: {error}") from None
+
+
+def _reject_shell_syntax(line: str) -> None:
+    """Raise OptionError for characters that a shell would interpret, and for paths with backslashes."""
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
         raise OptionError(
@@ -106,15 +120,6 @@ def split_arguments(line: str) -> list[str]:
                 line=f"{line!r}",
             )
         )
-    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    if os.name == "nt":
-        lexer.escape = ""  # a backslash separates folders
-    try:
-        return list(lexer)
-    except ValueError as error:
-        raise OptionError(f"{line!r}: {error}") from None
 
 
 def command_part(line: str) -> str:
@@ -402,15 +407,15 @@ def _file_options() -> frozenset[str]:
 
 def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
+    input_options = {POSITIONAL, *_file_options()}
+    if "--output_config" in argv:  # then a training writes the file that --config_file names
+        input_options.discard("--config_file")
     option = POSITIONAL  # the option that the current word belongs to
-    # with --output_config, a training writes the file that --config_file names
-    written_option = "--config_file" if "--output_config" in argv else None
     for word in argv:
         if word.startswith("-"):  # --option or --option=word
             option, _, word = word.partition("=")
-        is_read = option in (POSITIONAL, *_file_options()) and option != written_option
-        is_file = is_read and FILE_NAME.fullmatch(word) is not None
-        if is_file and not (folder / word).exists() and not may_be_created(folder / word, earlier):
+        is_input_file = option in input_options and FILE_NAME.fullmatch(word) is not None
+        if is_input_file and not (folder / word).exists() and not may_be_created(folder / word, earlier):
             raise OptionError(
                 say(
                     "%(option)s %(word)s: no such file in %(folder)s, where relative paths "
