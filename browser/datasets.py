@@ -367,7 +367,7 @@ class Datasets:
         return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
     def measure(self, dataset: FoundDataset) -> Measurement:
-        """Return the measurements of a dataset; start a new one if its files have changed.
+        """Return the last measurement of a dataset; start a new one if its files have changed since.
 
         Raises OSError or ValueError if the configuration cannot be read.
         """

@@ -117,13 +117,13 @@ class MaskReview:
         """Return the JSON values of an image or clip and its mask."""
         if not self.may_show(media_file):
             fault = say("it is gone, or leads outside the folders that are shown")
-            return _as_json(media_file, NONE, fault)
+            return _describe_mask(media_file, NONE, fault)
         state = find_state(media_file)
         try:
             frame_indices = list_shown_frames(media_file)
             size = image_size(media_file.medium) if media_file.kind == "image" else None
         except (MediaError, OSError) as error:  # the page shows the path already
-            return _as_json(media_file, state, str(error).replace(f"{media_file.medium} ", ""))
+            return _describe_mask(media_file, state, str(error).replace(f"{media_file.medium} ", ""))
         mask_version = read_mask_version(media_file)  # "" without a mask
         media_version = media_file.medium.stat().st_mtime_ns
         frames = []
@@ -139,7 +139,7 @@ class MaskReview:
                     "mask": add_root(f"{ADDRESS}/mask?{mask_query}") if mask_version else "",
                 }
             )
-        return {**_as_json(media_file, state, ""), "mark": mask_version, "size": size, "shots": frames}
+        return {**_describe_mask(media_file, state, ""), "mark": mask_version, "size": size, "shots": frames}
 
     def has_changed(self, folder: Path) -> bool:
         """Return whether a folder has a change that can be undone."""
@@ -360,7 +360,8 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
     return None
 
 
-def _as_json(media_file: MaskPlace, state: str, fault: str) -> dict[str, Any]:
+def _describe_mask(media_file: MaskPlace, state: str, fault: str) -> dict[str, Any]:
+    """Return the JSON values of an image or clip without its frames; `fault` says why it cannot be shown."""
     return {
         "id": name_id(media_file),
         "name": media_file.medium.name,

@@ -543,10 +543,10 @@ def test_files_in_a_tar_have_pictures_and_captions_to_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"a", b" a \r\n", b"\xef\xbb\xbfa\rb\r", b"\xc3\xbc\n\n"])
 def test_a_caption_keeps_all_but_its_text(content: bytes) -> None:
-    caption = CaptionText.of(content)
+    caption = CaptionText.parse(content)
 
     assert caption.with_text(caption.text) == content
-    assert CaptionText.of(caption.with_text("x\ny")).text == "x\ny"
+    assert CaptionText.parse(caption.with_text("x\ny")).text == "x\ny"
 
 
 # --- in a real browser
