@@ -95,7 +95,7 @@ class JoinedText(TranslatableText):
 
     __slots__ = ()
 
-    def shown(self) -> str:
+    def translated(self) -> str:
         """Return the texts in the page's language, with the separator between them."""
         return self.key.join(str(show(text)) for text in self.values["texts"])
 
