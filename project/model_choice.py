@@ -85,7 +85,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     """
     family = _make_family_for_caching(model)
     rules = family.references
-    references = 0 if rules is None or rules.clips else rules.maximum
+    references = 0 if rules is None or rules.clips else rules.max_references
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     # assumed if the checkpoint, which decides for families with audio, is not there yet: `audio_of` raises
