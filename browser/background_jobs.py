@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from browser import launch
-from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, reject_link
+from browser.jobs import LOGS, STORED_TYPES, Job, JobQueue, as_line, reject_link
 from browser.runs import RUNNING, is_living
 from browser.short_names import short_digest
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
@@ -28,7 +28,7 @@ from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
 NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
-STORED = ("line", "folder", "process", "stops")
+STORED_FIELDS = ("line", "folder", "process", "stops")
 LOOKED_EVERY = 0.1  # seconds
 MAX_OF_RECORD = 1 << 17  # bytes
 
@@ -99,24 +99,34 @@ class BackgroundJobs:
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
                     raise OptionError(say("it is running already: wait until it has ended, or stop it"))
-                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier record is removed
-                log = self._log(name)
-                progress = log.with_suffix(".progress")  # progress of loops, which pages show
-                for path in (log, log.with_suffix(".code"), progress):
-                    path.unlink(missing_ok=True)
-                variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
-                # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
-                child = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
-                self._children[name] = child
+                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier files are removed
+                process = self._start_waiting_process(name, within, typed)
                 record = {
                     "line": as_line(argv),
                     "folder": str(real_path(folder)),
-                    "process": describe_process(child.pid),
+                    "process": describe_process(process.pid),
                     "stops": 0,
                 }
                 write_text(self._record(name), json.dumps(record))
         # only now that the process id is stored: if the server is killed earlier, the job does not start
-        launch.send_job(child, program, str(folder), log.with_suffix(".code"))
+        launch.send_job(process, program, str(folder), self._log(name).with_suffix(".code"))
+
+    def _start_waiting_process(
+        self, name: str, within: Path | None, typed: Sequence[str]
+    ) -> "subprocess.Popen[bytes]":
+        """Remove the output of the earlier job, and start a process that waits for its command.
+
+        The process has environment variables with the limits of the described folder `within`.
+        """
+        log = self._log(name)
+        progress = log.with_suffix(".progress")  # progress of loops, which pages show
+        for path in (log, log.with_suffix(".code"), progress):
+            path.unlink(missing_ok=True)
+        variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
+        # TELLS_KINDS: `new` then marks each printed line with its kind, which the page reads
+        process = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
+        self._children[name] = process
+        return process
 
     def find(self, name: str) -> Job | None:
         """Return a background job with its current state; None if there is none, or its record is damaged."""
@@ -125,8 +135,8 @@ class BackgroundJobs:
             del self._children[name]
         try:
             record = parse_json(read_text(self._record(name), MAX_OF_RECORD))
-            for key in STORED:
-                if not isinstance(record[key], KINDS[key]):
+            for key in STORED_FIELDS:
+                if not isinstance(record[key], STORED_TYPES[key]):
                     return None
             # `start` writes every line in this form: a line in another form was written by another program
             is_canonical = as_line(shlex.split(record["line"])) == record["line"]
@@ -134,7 +144,7 @@ class BackgroundJobs:
                 return None
         except (OSError, ValueError, TypeError, KeyError, OptionError):
             return None
-        return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED})
+        return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED_FIELDS})
 
     def wait(self, name: str, seconds: float) -> Job | None:
         """Wait until a background job has ended, for at most `seconds`, and return it."""
@@ -163,7 +173,7 @@ class BackgroundJobs:
             return
         with explain_errors(self._record(name)):
             append_text(job.log, "It was stopped.\n")
-            record = {key: getattr(job, key) for key in STORED} | {"stops": 1}
+            record = {key: getattr(job, key) for key in STORED_FIELDS} | {"stops": 1}
             write_text(self._record(name), json.dumps(record))
         launch.kill_processes(job.process["number"])
 

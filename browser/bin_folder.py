@@ -49,9 +49,9 @@ class BinFolder:
                 entries += [_measure(path) for path in bin_folder.iterdir()]
         return sorted(entries, key=lambda entry: entry.path.name, reverse=True)
 
-    def mark(self) -> str:
-        """Return a checksum of the content of the bin."""
-        return _mark_entries(self.list_entries())
+    def compute_checksum(self) -> str:
+        """Return a checksum of the paths and sizes in the bin."""
+        return _compute_checksum(self.list_entries())
 
     def move_in(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
         """Move files or folders into a new folder of the bin, and return that folder.
@@ -65,25 +65,27 @@ class BinFolder:
             OutputError: If a path cannot be moved. The paths before it have been moved.
         """
         safe_title = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
-        base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{safe_title}"
-        names = number_names(base_name)  # several may be of the same second
-        name = next(
-            name
-            for name in names
-            if not any(os.path.lexists(bin_folder / name) for bin_folder in self.folders)
-        )
-        used = self.folders[0]  # the bin has a folder on each disk; the last one used is returned
+        entry_name = self._find_free_name(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{safe_title}")
+        used_folder = self.folders[0]  # the bin has a folder on each disk; the last one used is returned
         for path in paths:
-            used = self._move_one(path, base, name)
-        return used / name
+            used_folder = self._move_to_own_disk(path, Path(entry_name, path.relative_to(base)))
+        return used_folder / entry_name
 
-    def _move_one(self, path: Path, base: Path, name: str) -> Path:
+    def _find_free_name(self, name: str) -> str:
+        """Return a name that no folder of the bin has: several entries may be of the same second."""
+        return next(
+            free_name
+            for free_name in number_names(name)
+            if not any(os.path.lexists(bin_folder / free_name) for bin_folder in self.folders)
+        )
+
+    def _move_to_own_disk(self, path: Path, relative_target: Path) -> Path:
         """Move a file or folder into the bin's folder on the same disk, and return that folder of the bin.
 
-        Below it, the path is `name` and then the path relative to `base`.
+        `relative_target` is the new path below the folder of the bin.
         """
         for bin_folder in self.folders:
-            target = _free_name(bin_folder / name / path.relative_to(base))
+            target = _free_name(bin_folder / relative_target)
             with explain_errors(target):
                 try:
                     rename_into(path, target, bin_folder)
@@ -109,18 +111,18 @@ class BinFolder:
                     return bin_folder
         return self.folders[0]
 
-    def empty(self, mark: str) -> int:
+    def empty(self, checksum: str) -> int:
         """Permanently delete the content of the bin, and return the number of deleted bytes.
 
         Args:
-            mark: Checksum of the content that the user saw, as `mark` returned it.
+            checksum: Checksum of the content that the user saw, as `compute_checksum` returned it.
 
         Raises:
             OptionError: If the content has changed since.
             OutputError: If a file cannot be deleted.
         """
         entries = self.list_entries()  # once: what another page puts there meanwhile was not shown
-        if mark != _mark_entries(entries):
+        if checksum != _compute_checksum(entries):
             raise OptionError(say("The bin has changed meanwhile. Look at it again."))
         size_bytes = 0
         for entry in entries:
@@ -133,7 +135,7 @@ class BinFolder:
         return size_bytes
 
 
-def _mark_entries(entries: Sequence[BinEntry]) -> str:
+def _compute_checksum(entries: Sequence[BinEntry]) -> str:
     rows = [f"{entry.path}\0{entry.size_bytes}\0{entry.num_files}" for entry in entries]
     return short_digest("\n".join(rows))
 
@@ -168,14 +170,14 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
 def _measure(path: Path) -> BinEntry:
     """Return the size of a file or folder and its number of files; a link counts as a file of 0 bytes."""
     size_bytes = num_files = 0
-    waiting = [path]
-    while waiting:
-        entry = waiting.pop()
+    unvisited = [path]
+    while unvisited:
+        entry = unvisited.pop()
         with contextlib.suppress(OSError):
             if entry.is_symlink():
                 num_files += 1
             elif entry.is_dir():
-                waiting += entry.iterdir()
+                unvisited += entry.iterdir()
             else:
                 num_files += 1
                 size_bytes += entry.stat().st_size

@@ -29,40 +29,40 @@ MAX_SAVES = 100  # how many saves of a file can be undone
 
 @dataclass(frozen=True)
 class CaptionText:
-    """A caption and the form of its file: byte order mark, line ends, white space at both ends."""
+    """A caption, and the byte order mark, line ends and white space of its file, which edits preserve."""
 
     text: str = ""
-    start: bytes = b""
-    head: str = ""
-    tail: str = ""
+    byte_order_mark: bytes = b""
+    leading_space: str = ""
+    trailing_space: str = ""
     newline: str = "\n"
 
     @classmethod
-    def of(cls, content: bytes) -> "CaptionText":
-        """Split a caption file's bytes into its text and what surrounds it, which is written back unchanged.
+    def parse(cls, content: bytes) -> "CaptionText":
+        """Split the bytes of a caption file into its text and what surrounds it.
 
         Raises UnicodeDecodeError if they are not UTF-8.
         """
-        start = BOM if content.startswith(BOM) else b""
-        decoded = content[len(start) :].decode()
+        byte_order_mark = BOM if content.startswith(BOM) else b""
+        decoded = content[len(byte_order_mark) :].decode()
         newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
         decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
         text = decoded.strip()
-        # white space before and after the caption
-        position = decoded.index(text) if text else 0
+        text_start = decoded.index(text) if text else 0
+        text_end = text_start + len(text)
         return cls(
             text=text,
-            start=start,
-            head=decoded[:position],
-            tail=decoded[position + len(text) :],
+            byte_order_mark=byte_order_mark,
+            leading_space=decoded[:text_start],
+            trailing_space=decoded[text_end:],
             newline=newline,
         )
 
     def with_text(self, text: str) -> bytes:
         """Encode another caption with the byte order mark, line ends and white space of this file."""
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-        content = self.head + text + self.tail
-        return self.start + content.replace("\n", self.newline).encode()
+        content = self.leading_space + text + self.trailing_space
+        return self.byte_order_mark + content.replace("\n", self.newline).encode()
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class CaptionConflictError(Exception):
 class Captions:
     """Reads and saves caption files, and stores their earlier contents so that saves can be undone."""
 
-    _before: dict[Path, deque[bytes | None]] = field(default_factory=dict)  # None: there was no file
-    _first: dict[Path, bytes | None] = field(default_factory=dict)
+    # contents of each edited file before its last saves, the newest last; None: there was no file
+    _undo_stacks: dict[Path, deque[bytes | None]] = field(default_factory=dict)
+    _original_contents: dict[Path, bytes | None] = field(default_factory=dict)  # before the first save
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, path: Path) -> tuple[CaptionText, str, int]:
@@ -101,23 +102,24 @@ class Captions:
             UnicodeDecodeError: If the file is not UTF-8.
         """
         content = _read_content(path)
-        return CaptionText.of(content or b""), compute_checksum(content), len(self._before.get(path, ()))
+        num_saves = len(self._undo_stacks.get(path, ()))
+        return CaptionText.parse(content or b""), compute_checksum(content), num_saves
 
-    def describe(self, path: Path, where: str, remedy: str) -> dict[str, Any]:
+    def describe(self, path: Path, read_only_reason: str, remedy: str) -> dict[str, Any]:
         """Return a caption as the JSON values that a page shows.
 
         Args:
             path: Caption file.
-            where: Reason why the caption cannot be edited on this page; "" if it can.
+            read_only_reason: Reason why the caption cannot be edited on this page; "" if it can.
             remedy: Advice to show if the file is not UTF-8.
         """
         try:
-            caption, checksum, saves = self.read(path)
+            caption, checksum, num_saves = self.read(path)
         except UnicodeDecodeError:
             return caption_values(say("It is not UTF-8: %(remedy)s", remedy=remedy))
         except OSError as error:
             return caption_values(f"It cannot be read: {error.strerror or error}")
-        return caption_values(where, caption.text, checksum, saves)
+        return caption_values(read_only_reason, caption.text, checksum, num_saves)
 
     def change(self, path: Path, query: Mapping[str, Any]) -> tuple[int, str]:
         """Save or undo a caption, and return the HTTP status and the reason if nothing was done.
@@ -131,8 +133,10 @@ class Captions:
         try:
             if action == "save":
                 self.save(path, str(query.get("text", "")), checksum)
-            elif action in ("undo", "back"):
-                self.undo(path, checksum, is_all=action == "back")
+            elif action == "undo":
+                self.undo(path, checksum)
+            elif action == "back":
+                self.restore_original(path, checksum)
             else:
                 return 404, say("There is no such request.")
         except CaptionConflictError:
@@ -159,13 +163,12 @@ class Captions:
             OSError: If the file cannot be read.
             OutputError: If the file cannot be written.
         """
-        with self._lock, _only_one_writes(path):
+        with self._lock, _lock_folder_of(path):
             old_content = self._require_unchanged(path, checksum)
             new_content = _encode(text, old_content or b"")
             if new_content != old_content:
                 _write(path, new_content)
-                self._first.setdefault(path, old_content)
-                self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(old_content)
+                self._push_undo(path, old_content)
 
     def save_all(self, edits: Sequence["CaptionEdit"], checksums: dict[Path, str]) -> None:
         """Write many captions with a .bak copy of each old file, skipping files that have changed.
@@ -180,24 +183,22 @@ class Captions:
             OSError: If a file cannot be read.
             OutputError: If a file cannot be written.
         """
-        with self._lock, _only_one_writes_in({edit.path.parent for edit in edits}):
-            before: dict[Path, bytes] = {}
-            contents: dict[Path, bytes] = {}
+        with self._lock, _lock_folders({edit.path.parent for edit in edits}):
+            old_contents: dict[Path, bytes] = {}
+            new_contents: dict[Path, bytes] = {}
             for edit in edits:
-                present = _read_content(edit.path)
-                # files changed since then are left unchanged
-                if present is not None and compute_checksum(present) == edit.checksum:
-                    contents[edit.path] = _encode(edit.text, present)
-                    before[edit.path] = present
-            write_files({name_backup(path): content for path, content in before.items()})
+                content = _read_content(edit.path)
+                is_unchanged = compute_checksum(content) == edit.checksum
+                if content is not None and is_unchanged:
+                    new_contents[edit.path] = _encode(edit.text, content)
+                    old_contents[edit.path] = content
+            write_files({name_backup(path): content for path, content in old_contents.items()})
 
-            def note(path: Path) -> None:
-                """Store the earlier content of a written file, so that the save can be undone."""
-                self._first.setdefault(path, before[path])
-                self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(before[path])
-                checksums[path] = compute_checksum(contents[path])
+            def record_written(path: Path) -> None:
+                self._push_undo(path, old_contents[path])
+                checksums[path] = compute_checksum(new_contents[path])
 
-            write_files(contents, note)
+            write_files(new_contents, record_written)
 
     def undo_all(self, checksums: Mapping[Path, str]) -> int:
         """Undo the last save of many captions; return the number of files skipped because they have changed.
@@ -209,48 +210,73 @@ class Captions:
             OSError: If a file cannot be read.
             OutputError: If a file cannot be written.
         """
-        with self._lock, _only_one_writes_in({path.parent for path in checksums}):
+        with self._lock, _lock_folders({path.parent for path in checksums}):
             contents = {}
             for path, checksum in checksums.items():
-                earlier = self._before[path][-1] if path in self._before else None
-                if earlier is not None and compute_checksum(_read_content(path)) == checksum:
-                    contents[path] = earlier
-            write_files(contents, self._forget_last)
+                earlier_content = self._undo_stacks[path][-1] if path in self._undo_stacks else None
+                if earlier_content is None:
+                    continue
+                is_unchanged = compute_checksum(_read_content(path)) == checksum
+                if is_unchanged:
+                    contents[path] = earlier_content
+            write_files(contents, self._pop_undo)
             return len(checksums) - len(contents)
 
-    def _forget_last(self, path: Path) -> None:
-        before = self._before[path]
-        before.pop()
-        if not before:
-            del self._before[path], self._first[path]
-
-    def undo(self, path: Path, checksum: str, is_all: bool = False) -> None:
-        """Undo the last save of a caption; with `is_all`, undo all of them.
+    def undo(self, path: Path, checksum: str) -> None:
+        """Undo the last save of a caption.
 
         Raises LookupError if there is no save to undo, CaptionConflictError if the file has changed since.
         """
-        with self._lock, _only_one_writes(path):
-            before = self._before[path]
-            content = self._require_unchanged(path, checksum)
-            earlier_content = self._first[path] if is_all else before[-1]  # None: there was no file
-            if earlier_content is None and content is not None:
-                path.unlink()
-            elif earlier_content is not None and earlier_content != content:
-                _write(path, earlier_content)
-            before.pop()
-            if is_all or not before:
-                del self._before[path], self._first[path]
+        with self._lock, _lock_folder_of(path):
+            self._restore(path, self._undo_stacks[path][-1], checksum)
+            self._pop_undo(path)
+
+    def restore_original(self, path: Path, checksum: str) -> None:
+        """Undo all saves of a caption.
+
+        Raises LookupError if there is no save to undo, CaptionConflictError if the file has changed since.
+        """
+        with self._lock, _lock_folder_of(path):
+            self._restore(path, self._original_contents[path], checksum)
+            del self._undo_stacks[path], self._original_contents[path]
+
+    def _push_undo(self, path: Path, content: bytes | None) -> None:
+        """Store the content that a file had before a save; None: there was no file."""
+        self._original_contents.setdefault(path, content)
+        self._undo_stacks.setdefault(path, deque(maxlen=MAX_SAVES)).append(content)
+
+    def _pop_undo(self, path: Path) -> None:
+        """Forget the last save of a file."""
+        self._undo_stacks[path].pop()
+        if not self._undo_stacks[path]:
+            del self._undo_stacks[path], self._original_contents[path]
+
+    def _restore(self, path: Path, earlier_content: bytes | None, checksum: str) -> None:
+        """Write the earlier content of a file, or delete the file if there was none (None)."""
+        content = self._require_unchanged(path, checksum)
+        if earlier_content is None and content is not None:
+            path.unlink()
+        elif earlier_content is not None and earlier_content != content:
+            _write(path, earlier_content)
 
     def _require_unchanged(self, path: Path, checksum: str) -> bytes | None:
-        now = _read_content(path)
-        if compute_checksum(now) != checksum:
+        content = _read_content(path)
+        if compute_checksum(content) != checksum:
             raise CaptionConflictError
-        return now
+        return content
 
 
-def caption_values(where: str, text: str = "", mark: str = "", saves: int = 0) -> dict[str, Any]:
-    """Return the JSON values of a caption. `where` is the reason why it cannot be edited; "" if it can."""
-    return {"text": text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
+def caption_values(
+    read_only_reason: str, text: str = "", checksum: str = "", num_saves: int = 0
+) -> dict[str, Any]:
+    """Return the JSON values of a caption. `num_saves` is the number of saves that can be undone."""
+    return {
+        "text": text,
+        "can_edit": not read_only_reason,
+        "where": read_only_reason,
+        "mark": checksum,
+        "saves": num_saves,
+    }
 
 
 def compute_checksum(content: bytes | None) -> str:
@@ -258,24 +284,24 @@ def compute_checksum(content: bytes | None) -> str:
     return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
 
 
-def _encode(text: str, now: bytes) -> bytes:
-    """Return the new bytes of a caption file with `text` in place of the caption in its bytes `now`.
+def _encode(text: str, old_content: bytes) -> bytes:
+    """Return the new bytes of a caption file with `text` in place of the caption in `old_content`.
 
     Raises ValueError if the text cannot be stored.
     """
     reason = bad_character(text)
     if reason is not None:
         raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
-    new = CaptionText.of(now).with_text(text)
-    if len(new) > MAX_BYTES:
+    new_content = CaptionText.parse(old_content).with_text(text)
+    if len(new_content) > MAX_BYTES:
         raise ValueError(
             say("a caption of more than %(max_bytes)s KiB cannot be edited here", max_bytes=MAX_BYTES >> 10)
         )
-    return new
+    return new_content
 
 
 @contextlib.contextmanager
-def _only_one_writes_in(folders: Iterable[Path]) -> Iterator[None]:
+def _lock_folders(folders: Iterable[Path]) -> Iterator[None]:
     """Let no other server write captions in these folders, locked in one order to avoid deadlocks."""
     with contextlib.ExitStack() as locks:
         for folder in sorted(folders):
@@ -283,7 +309,7 @@ def _only_one_writes_in(folders: Iterable[Path]) -> Iterator[None]:
         yield
 
 
-def _only_one_writes(path: Path) -> AbstractContextManager[None]:
+def _lock_folder_of(path: Path) -> AbstractContextManager[None]:
     """Let one server at a time compare and write captions of a folder, so that it sees every save."""
     return only_one(path.with_name(LOCK))
 

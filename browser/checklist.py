@@ -7,16 +7,16 @@ out is read of its lines; those that need nobody stand behind the list.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from browser.command_output import OUT, REPAIR, OutputLine
+from browser.command_output import LEAVE_OUT_FILES, REPAIR_CAPTIONS, OutputLine
 from browser.folders import MediaFolder
 from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
 from modules.pages.language import join, say, say_count
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
-LISTED = 3  # maximum number of files named in a row
+MAX_NAMED_FILES = 3  # maximum number of files named in a row
 # kinds of lines of `new` without a row: the page counts missing captions itself, and the
 # button at the bottom shows the next step
-NO_ROWS = (CAPTIONS, NEXT, MEND)
+KINDS_SHOWN_ELSEWHERE = (CAPTIONS, NEXT, MEND)
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class CheckRow:
     grade: str
     text: str = ""
     line: OutputLine | None = None  # line printed by `new`, instead of the text
-    items: Sequence[OutputLine] = ()  # lines printed below that line: commands or files
-    left_out: Sequence[str] = ()  # files that its button leaves out
+    details: Sequence[OutputLine] = ()  # lines printed below that line: commands or files
+    files_to_leave_out: Sequence[str] = ()  # files that its button leaves out
     asks_for_captions: bool = False
 
 
@@ -36,7 +36,7 @@ class Checklist:
     """The checklist of a folder, and the lines printed by `new` that did not become rows."""
 
     rows: Sequence[CheckRow]
-    details: Sequence[OutputLine] = ()
+    details: Sequence[OutputLine] = ()  # lines without a row, shown below the list
 
 
 @dataclass
@@ -44,11 +44,11 @@ class _PrintedGroup:
     """A printed line, with the commands or files that are indented below it."""
 
     head: OutputLine
-    items: list[OutputLine] = field(default_factory=list)
+    details: list[OutputLine] = field(default_factory=list)
 
     @property
     def lines(self) -> list[OutputLine]:
-        return [self.head, *self.items]
+        return [self.head, *self.details]
 
 
 def make_checklist(
@@ -56,90 +56,116 @@ def make_checklist(
     lines: Sequence[OutputLine],
     *,
     unreadable: Sequence[str] = (),
-    word: str = "",
-    mended: Collection[str] = (),
+    trigger_word: str = "",
+    applied_remedies: Collection[str] = (),
 ) -> Checklist:
-    """Return the checklist of a folder, the worst rows first.
+    """Return the checklist of a training folder: findings about its files as graded rows, the worst first.
 
     Args:
         content: Counts of the folder's files; None if it has none.
-        lines: Lines that `new` has printed.
+        lines: Lines that `new` has printed about the folder.
         unreadable: Names of files that cannot be read at present.
-        word: Trigger word that stands for missing captions; "" if there is none.
-        mended: Remedies that have been applied: command lines, or REPAIR.
+        trigger_word: Word that stands for missing captions; "" if there is none.
+        applied_remedies: Command lines that have been run, and REPAIR_CAPTIONS if captions were repaired.
     """
-    rows = [] if content is None else _list_counted(content, unreadable, word)
-    details: list[OutputLine] = []
-    # names of files for which a line offers a button that leaves them out
-    with_button = {name for line in lines if line.remedy == OUT for name in line.left_out}
-    for group in _group(lines):
-        items = [item for item in group.items if item.remedy or item.text not in with_button]
-        row = _grade(_PrintedGroup(group.head, items), unreadable, mended)
-        if row is not None:
+    rows = [] if content is None else _list_content_rows(content, unreadable, trigger_word)
+    lines_without_row: list[OutputLine] = []
+    for group in _group_details(lines):
+        row = _make_row(_without_repeated_names(group, lines), unreadable, applied_remedies)
+        if row is None:
+            lines_without_row += map(_without_leave_out_button, group.lines)
+        else:
             rows.append(row)
-            continue
-        # lines without a row go below the list
-        for line in group.lines:  # shown without a button, because the file already has one
-            details.append(replace(line, remedy="") if line.remedy == OUT else line)
-    return Checklist(sorted(rows, key=lambda row: (BAD, WARN, GOOD).index(row.grade)), details)
+    rows.sort(key=lambda row: (BAD, WARN, GOOD).index(row.grade))
+    return Checklist(rows, details=lines_without_row)
 
 
-def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word: str) -> list[CheckRow]:
-    """Return the checklist rows about a folder's files: their numbers, unreadable ones, missing captions."""
+def _without_repeated_names(group: _PrintedGroup, lines: Sequence[OutputLine]) -> _PrintedGroup:
+    """Drop details that only repeat the name of a file that another line offers to leave out."""
+    with_button: set[str] = set()
+    for line in lines:
+        if line.remedy == LEAVE_OUT_FILES:
+            with_button.update(line.files_to_leave_out)
+    return _PrintedGroup(
+        group.head, [detail for detail in group.details if detail.remedy or detail.text not in with_button]
+    )
+
+
+def _without_leave_out_button(line: OutputLine) -> OutputLine:
+    """Return a line without its button that leaves files out, because a row of the list has that button."""
+    return replace(line, remedy="") if line.remedy == LEAVE_OUT_FILES else line
+
+
+def _list_content_rows(content: MediaFolder, unreadable: Sequence[str], trigger_word: str) -> list[CheckRow]:
+    """Return the rows about a folder's files: how many there are, unreadable files, missing captions."""
     # files without caption and unreadable files get rows of their own below
-    rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
+    rows = [CheckRow(GOOD, replace(content, num_uncaptioned=0, num_unreadable=0).summary)]
     if unreadable:
-        names = join(", ", unreadable[:LISTED])
-        text = say_count(
-            len(unreadable),
-            "%(n)s file cannot be read: %(names)s",
-            "%(n)s files cannot be read: %(names)s",
-            names=names if len(unreadable) <= LISTED else say("%(names)s and others", names=names),
-        )
-        rows.append(CheckRow(BAD, text, left_out=unreadable))
-    if content.uncaptioned and trigger_word:
-        text = say_count(
-            content.uncaptioned,
-            "%(n)s file has no caption: %(word)s stands for it",
-            "%(n)s files have no caption: %(word)s stands for it",
-            word=trigger_word,
-        )
-        rows.append(CheckRow(GOOD, text))
-    elif content.uncaptioned:
-        text = say_count(content.uncaptioned, "%(n)s file has no caption", "%(n)s files have no caption")
-        rows.append(CheckRow(WARN, text, asks_for_captions=True))
-    else:
-        rows.append(CheckRow(GOOD, say("each has a caption")))
+        rows.append(_make_unreadable_row(unreadable))
+    rows.append(_make_caption_row(content.num_uncaptioned, trigger_word))
     return rows
 
 
-def _group(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
+def _make_unreadable_row(unreadable: Sequence[str]) -> CheckRow:
+    """Return the row with the number of unreadable files, the first names, and a button to leave them out."""
+    names = join(", ", unreadable[:MAX_NAMED_FILES])
+    if len(unreadable) > MAX_NAMED_FILES:
+        names = say("%(names)s and others", names=names)
+    text = say_count(
+        len(unreadable),
+        "%(n)s file cannot be read: %(names)s",
+        "%(n)s files cannot be read: %(names)s",
+        names=names,
+    )
+    return CheckRow(BAD, text, files_to_leave_out=unreadable)
+
+
+def _make_caption_row(num_uncaptioned: int, trigger_word: str) -> CheckRow:
+    """Return the row about files without a caption, which is good if a trigger word stands for it."""
+    if not num_uncaptioned:
+        return CheckRow(GOOD, say("each has a caption"))
+    if not trigger_word:
+        text = say_count(num_uncaptioned, "%(n)s file has no caption", "%(n)s files have no caption")
+        return CheckRow(WARN, text, asks_for_captions=True)
+    text = say_count(
+        num_uncaptioned,
+        "%(n)s file has no caption: %(word)s stands for it",
+        "%(n)s files have no caption: %(word)s stands for it",
+        word=trigger_word,
+    )
+    return CheckRow(GOOD, text)
+
+
+def _group_details(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
+    """Group the printed lines: indented lines and commands are details of the line above them."""
     groups: list[_PrintedGroup] = []
     for line in lines:
         if groups and (line.depth or line.is_command):
-            groups[-1].items.append(line)
+            groups[-1].details.append(line)
         else:
             groups.append(_PrintedGroup(line))
     return groups
 
 
-def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
-    """Return the checklist row of a printed line and its details; None if it needs no row of its own.
+def _make_row(
+    group: _PrintedGroup, unreadable: Sequence[str], applied_remedies: Collection[str]
+) -> CheckRow | None:
+    """Return the row of a printed line and its details; None if nothing is left to do or to read in it.
 
-    `unreadable` are names of files that another row lists; `mended` are remedies that were applied.
+    `unreadable` are names of files that another row lists.
     """
     head = group.head
-    if head.kind in NO_ROWS:  # missing captions and next steps, which the page shows elsewhere
+    is_repaired = head.remedy == REPAIR_CAPTIONS and REPAIR_CAPTIONS in applied_remedies
+    is_in_other_row = head.remedy == LEAVE_OUT_FILES and set(head.files_to_leave_out) <= set(unreadable)
+    if head.kind in KINDS_SHOWN_ELSEWHERE or is_repaired or is_in_other_row:
         return None
-    if head.remedy == OUT and {*head.left_out} <= {*unreadable}:
-        return None  # another row shows it
-    if head.remedy == REPAIR and REPAIR in mended:
+    done = {*applied_remedies, *unreadable}
+    open_details = [detail for detail in group.details if detail.text not in done]
+    if head.text.endswith(":") and not open_details:  # all details announced by this line are fixed
         return None
-    items = [item for item in group.items if item.text not in mended and item.text not in unreadable]
-    if head.text.endswith(":") and not items:  # all items announced by this line are fixed
-        return None
-    if head.is_fault or any(item.remedy == OUT for item in items):
-        return CheckRow(BAD, line=head, items=items)
-    if head.remedy or any(item.is_command for item in items) or head.kind == WARNING:
-        return CheckRow(WARN, line=head, items=items)
+    if head.is_error or any(detail.remedy == LEAVE_OUT_FILES for detail in open_details):
+        return CheckRow(BAD, line=head, details=open_details)
+    has_command = any(detail.is_command for detail in open_details)
+    if head.remedy or has_command or head.kind == WARNING:
+        return CheckRow(WARN, line=head, details=open_details)
     return None

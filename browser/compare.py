@@ -10,7 +10,7 @@ import contextlib
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -43,16 +43,16 @@ SCRIPT = ["python", "tools/compare.py"]
 LORA = "--lora_weight"
 # generation options that the comparison sets itself, or that would write into other folders
 # fmt: off
-REPLACED = {
+OPTIONS_OF_COMPARISON = {
     LORA, f"{LORA}_{HIGH_NOISE}", "--lora_multiplier", f"--lora_multiplier_{HIGH_NOISE}", "--prompt",
     "--seed", "--save_path", "--from_file", "--config_file", "--console_log_file",
 }
 # fmt: on
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
-SEED = "0"  # if neither prompt nor run has a seed: all columns need the same one
+DEFAULT_SEED = "0"  # if neither prompt nor run has a seed: all columns need the same one
 # prompt-line options that the metadata of a clip contain
 # fmt: off
-SETTINGS = (
+PROMPT_LINE_OPTIONS = (
     "infer_steps", "guidance_scale", f"guidance_scale_{HIGH_NOISE}", "embedded_cfg_scale", "flow_shift",
     "video_length", "video_seconds", "video_sections", "negative_prompt",
 )
@@ -67,7 +67,7 @@ class ComparableRun:
     run_history: RunHistory
     family: str  # as named by tools/compare.py
     options: Mapping[str, Sequence[str]]  # option -> its arguments
-    missing: Sequence[str] = ()  # placeholders that the user has to replace
+    unfilled_words: Sequence[str] = ()  # words of the command that the user has to replace
 
     @property
     def folder(self) -> Path:
@@ -88,9 +88,8 @@ class ComparableRun:
     def problem(self) -> str:
         """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
         for name, values in self.options.items():
-            # a file that the run did not have, or a part of its command that the user has to replace
-            is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in values)
-            if is_missing and name not in REPLACED:  # the comparison itself sets the options in REPLACED
+            is_unfilled = any(word in self.unfilled_words or PLACEHOLDER.fullmatch(word) for word in values)
+            if is_unfilled and name not in OPTIONS_OF_COMPARISON:
                 return say(
                     "%(name)s was trained without %(name2)s, which is needed to make them",
                     name=self.run.name,
@@ -109,36 +108,40 @@ class ComparableRun:
 
     @property
     def files(self) -> list["ComparedFile"]:
-        """Saved files that still exist, sorted by step. Of several with equal weights, only one is listed."""
+        """Saved LoRA files that still exist, by step. Of several with equal weights, one is listed."""
         folder = self.run.history.parent
-        run_history = self.run_history
-        best = find_best_file(folder, self.run.name, run_history)
+        best = find_best_file(folder, self.run.name, self.run_history)
         best_name = None if best is None else best.name
         files = []
-        for step, names in list_files(run_history, folder):
-            name = names[0]
-            if f"_{HIGH_NOISE}." in name:
-                continue  # listed together with the file of the low-noise expert
-            if run_history.is_embedding(name):
-                continue  # the embedding of a trigger word, used together with a LoRA
-            high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
-            paths = [folder / name]
-            if high_noise_name != name:
-                paths.append(folder / high_noise_name)
+        for step, equal_names in list_files(self.run_history, folder):
+            name = equal_names[0]
+            is_high_noise = f"_{HIGH_NOISE}." in name  # listed together with the file of the low-noise expert
+            # the embedding of a trigger word is used together with a LoRA
+            if is_high_noise or self.run_history.is_embedding(name):
+                continue
+            paths = _list_expert_files(folder / name)
             if not all(path.is_file() for path in paths):
                 continue
-            validation = None if run_history.is_average(name) else run_history.nearest_validation(step)
-            file = ComparedFile(
-                source=self,
-                name=name,
-                paths=paths,
-                step=step,
-                loss=None if validation is None else validation.loss,
-                is_best=best_name in (high_noise_name, *names),
-                copies=names[1:],
+            is_average = self.run_history.is_average(name)
+            validation = None if is_average else self.run_history.nearest_validation(step)
+            files.append(
+                ComparedFile(
+                    source=self,
+                    name=name,
+                    paths=paths,
+                    step=step,
+                    loss=None if validation is None else validation.loss,
+                    is_best=best_name in (paths[-1].name, *equal_names),
+                    copies=equal_names[1:],
+                )
             )
-            files.append(file)
         return files
+
+
+def _list_expert_files(path: Path) -> list[Path]:
+    """Return a LoRA file and, if it is for the low-noise expert, the file for the high-noise expert."""
+    high_noise_path = path.with_name(path.name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}."))
+    return [path] if high_noise_path == path else [path, high_noise_path]
 
 
 @dataclass(frozen=True)
@@ -192,17 +195,17 @@ class ComparedPrompt:
     seed: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison:
-    """The requested runs, columns and rows. `problem` is the reason why no clips can be generated, or ""."""
+    """The runs that are compared, their files as columns, and prompts as rows."""
 
-    sources: list[ComparableRun] = field(default_factory=list)
-    columns: list[ComparedFile] = field(default_factory=list)
-    sampled_prompts: list[str] = field(default_factory=list)
-    rows: list[ComparedPrompt] = field(default_factory=list)
-    chosen: list[str] = field(default_factory=list)  # selected prompts among `sampled_prompts`
-    typed_lines: str = ""  # typed lines of prompts
-    problem: str = ""
+    sources: Sequence[ComparableRun] = ()
+    columns: Sequence[ComparedFile] = ()
+    rows: Sequence[ComparedPrompt] = ()
+    sampled_prompts: Sequence[str] = ()  # prompts that have samples, which the user may select
+    selected_prompts: Sequence[str] = ()  # those that are rows
+    typed_lines: str = ""  # prompt lines that the user has typed
+    problem: str = ""  # reason why no clips can be generated; "" if they can
 
 
 def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
@@ -219,7 +222,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
             run_history=run_history,
             family=families[command.script],
             options=group_options(command.argv),
-            missing=command.missing,
+            unfilled_words=command.unfilled_words,
         )
     return None
 
@@ -230,7 +233,7 @@ class _TypedCommand(NamedTuple):
     line: str
     script: str
     argv: Sequence[str]  # arguments of the script
-    missing: Sequence[str]  # words that the user has to replace
+    unfilled_words: Sequence[str]  # words that the user has to replace
 
 
 def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) -> Iterator[_TypedCommand]:
@@ -238,14 +241,14 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
     for command in commands:
         try:
             argv = shlex.split(command.bash)
-            missing = shlex.split(command.missing)
+            unfilled_words = shlex.split(command.missing)
         except ValueError:  # a manually edited history
             continue
         # the script's name follows `python`, or a launcher and its options
         for index, word in enumerate(argv[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in scripts:
-                yield _TypedCommand(command.bash, script, argv[index + 1 :], missing)
+                yield _TypedCommand(command.bash, script, argv[index + 1 :], unfilled_words)
                 break
 
 
@@ -260,13 +263,13 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
             return run.working_folder
     output_words = options.get("--output_dir")
     # training scripts have --output_dir; generation scripts write samples to --save_path below it
-    typed = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
-    parents = run.history.parent.parts
-    # the history lies in the output folder; without the typed relative path, the working folder remains
-    count = len(parents) - len(typed.parts)
-    if typed.is_absolute() or parents[count:] != typed.parts:
+    typed_output = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
+    output_folder = run.history.parent.parts  # the history lies in the output folder
+    num_working_parts = len(output_folder) - len(typed_output.parts)
+    ends_as_typed = output_folder[num_working_parts:] == typed_output.parts
+    if typed_output.is_absolute() or not ends_as_typed:
         return Path.cwd()
-    return Path(*parents[:count])
+    return Path(*output_folder[:num_working_parts])
 
 
 def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -283,13 +286,24 @@ def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
-    """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared."""
+    """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared.
+
+    The rows are the selected prompts and the typed prompt lines; without both, the first prompts that have
+    samples.
+    """
     sources = _read_sources(runs, form)  # the selected runs
-    comparison = Comparison(sources, typed_lines="\n".join(form.get("more", ())))
+    columns: list[ComparedFile] = []
     for source in sources:
-        comparison.columns += _select_files(runs, source, form.get("file", ()))
-    _select_rows(comparison, form.get("prompt", ()))
-    if len(comparison.columns) > MAX_COLUMNS or len(comparison.rows) > MAX_ROWS:
+        columns += _select_files(runs, source, form.get("file", ()))
+    sampled_prompts = _list_prompts(sources)
+    typed_lines = "\n".join(form.get("more", ()))
+    prompt_lines = [line for line in typed_lines.splitlines() if line.strip() and not line.startswith("#")]
+    requested_prompts = form.get("prompt", ())
+    if not requested_prompts and not prompt_lines:
+        requested_prompts = sampled_prompts[:DEFAULT_ROWS]
+    selected_prompts = [prompt for prompt in sampled_prompts if prompt in requested_prompts]
+    rows = _make_rows(sources, selected_prompts, prompt_lines)
+    if len(columns) > MAX_COLUMNS or len(rows) > MAX_ROWS:
         raise OptionError(
             say(
                 "%(max_columns)s files and %(most_rows)s prompts are the most: choose fewer",
@@ -297,12 +311,18 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
                 most_rows=MAX_ROWS,
             )
         )
-    if sources:  # the first run's command generates the clips of all columns
-        comparison.problem = sources[0].problem
-    return comparison
+    return Comparison(
+        sources=sources,
+        columns=columns,
+        rows=rows,
+        sampled_prompts=sampled_prompts,
+        selected_prompts=selected_prompts,
+        typed_lines=typed_lines,
+        problem=sources[0].problem if sources else "",  # its command generates the clips of all columns
+    )
 
 
-def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
+def find_runs_without_files(runs: Sequence[RunSummary]) -> set[str]:
     """Return the ids of runs whose folder has no saved file of their name; no history is read for this."""
     names: dict[Path, list[str]] = {}
     bare = set()
@@ -355,23 +375,13 @@ def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
     return files[max(0, best_index - 1) :][:2]
 
 
-def _select_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
-    """Add the prompts that have samples, and a row for each selected prompt and each typed line.
-
-    Without selected prompts and typed lines, the first prompts that have samples become rows.
-    """
-    sources = comparison.sources
-    comparison.sampled_prompts = _list_prompts(sources)
-    lines = []
-    for line in comparison.typed_lines.splitlines():
-        if line.strip() and not line.startswith("#"):
-            lines.append(line)
-    if not prompts and not lines:
-        prompts = comparison.sampled_prompts[:DEFAULT_ROWS]
-    comparison.chosen = [prompt for prompt in comparison.sampled_prompts if prompt in prompts]
-    seed = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
-    comparison.rows = [_make_sampled_row(sources, prompt, seed) for prompt in comparison.chosen]
-    comparison.rows += [_make_typed_row(line, seed) for line in lines]
+def _make_rows(
+    sources: Sequence[ComparableRun], prompts: Sequence[str], prompt_lines: Sequence[str]
+) -> list[ComparedPrompt]:
+    """Return a row for each prompt that has samples, and for each prompt line that the user has typed."""
+    seed = sources[0].options.get("--seed", [DEFAULT_SEED])[0] if sources else DEFAULT_SEED
+    rows = [_make_sampled_row(sources, prompt, seed) for prompt in prompts]
+    return rows + [_make_typed_row(line, seed) for line in prompt_lines]
 
 
 def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
@@ -395,23 +405,24 @@ def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
     return ComparedPrompt(prompt, f"{line} --seed {seed}", seed)
 
 
-def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
+def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, default_seed: str) -> ComparedPrompt:
     """Return the row of a prompt that has samples, with the settings of the first sample."""
     settings: dict[str, str] = {}
     for name, text in _first_tags(sources, prompt).items():  # metadata, such as bt_seeds
         if text != "N/A":
             settings[name.removeprefix("bt_")] = text
-    line = f"{prompt} --seed {settings.get('seeds', seed)}"
+    seed = settings.get("seeds", default_seed)
+    line = f"{prompt} --seed {seed}"
     if "height" in settings and "width" in settings:
         line += f" --video_size {settings['height']} {settings['width']}"
-    for name in SETTINGS:
+    for name in PROMPT_LINE_OPTIONS:
         text = settings.get(name, "")
         # a line break or two dashes would end the option's value in a prompt line
         fits_in_line = "\\n" not in text and " --" not in text
-        is_length_of_image = (name, text) == ("video_length", "1")  # the default of image models
-        if text and fits_in_line and not is_length_of_image:
+        is_default_length = (name, text) == ("video_length", "1")  # the default of image models
+        if text and fits_in_line and not is_default_length:
             line += f" --{name} {text}"
-    return ComparedPrompt(prompt, line, settings.get("seeds", seed))
+    return ComparedPrompt(prompt, line, seed)
 
 
 def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, str]:
@@ -445,7 +456,12 @@ class ShownClip:
 
     href: str = ""
     note: str = ""
-    is_asked: bool = False  # a job generates it
+    is_queued: bool = False  # a job generates it
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is neither a clip nor a queued job that generates it."""
+        return not self.href and not self.is_queued
 
 
 class ClipKey(NamedTuple):
@@ -466,32 +482,43 @@ class QueuedClip(NamedTuple):
 QueuedClips = Mapping[tuple[str, str], QueuedClip]  # by LoRA file and prompt line
 
 
-def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> list[list[ShownClip]]:
-    """Return a list of cells for each row: first the clip without LoRA, then one cell for each column.
+@dataclass(frozen=True)
+class RowClips:
+    """The cells of a row: a clip without a LoRA, and a clip for the file of each column."""
 
-    `jobs` is the result of `find_queued_clips`. Files that were never hashed before are hashed now, which
-    takes a while.
+    without_lora: ShownClip
+    with_lora: Sequence[ShownClip]
+
+
+def find_row_clips(comparison: Comparison, notes: FileNotes, queued_clips: QueuedClips) -> list[RowClips]:
+    """Return the cells of each row of a comparison: generated clips, samples, and queued jobs.
+
+    `queued_clips` is the result of `find_queued_clips`. Files that were never hashed before are hashed now,
+    which takes a while.
     """
-    clips = _find_made_clips(comparison)
+    addresses = _find_generated_clips(comparison)
     digests: dict[str, frozenset[str]] = {}
-    if clips:  # hashing takes long, and without clips there is nothing to find by the digests
+    if addresses:  # hashing takes long, and without clips there is nothing to find by the digests
         digests = {file.key: frozenset(map(notes.hash, file.paths)) for file in comparison.columns}
-    cells = []
+    row_clips = []
     for row in comparison.rows:
-        without_lora = ClipKey(row.prompt, row.seed, frozenset())  # no LoRA: no file digests
-        cells_of_row = [ShownClip(clips.get(without_lora, ""))]
+        key_without_lora = ClipKey(row.prompt, row.seed, frozenset())
+        clips = []
         for file in comparison.columns:
             address = ""
-            if clips:
-                address = clips.get(ClipKey(row.prompt, row.seed, digests[file.key]), "")
-            cells_of_row.append(_fill_cell(file, row, address, jobs))
-        cells.append(cells_of_row)
-    return cells
+            if addresses:
+                address = addresses.get(ClipKey(row.prompt, row.seed, digests[file.key]), "")
+            clips.append(_fill_cell(file, row, address, queued_clips))
+        row_clips.append(RowClips(ShownClip(addresses.get(key_without_lora, "")), with_lora=clips))
+    return row_clips
 
 
-def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
-    """Return the addresses of the clips that tools/compare.py generated without a LoRA or at strength 1."""
-    clips: dict[ClipKey, str] = {}
+def _find_generated_clips(comparison: Comparison) -> dict[ClipKey, str]:
+    """Return the addresses of the clips that tools/compare.py generated without a LoRA or at strength 1.
+
+    The metadata of a clip, whose names begin with `bt_`, has its prompt, seed, LoRAs and their SHA-256.
+    """
+    addresses: dict[ClipKey, str] = {}
     for source in comparison.sources:
         if not source.folder.is_dir() or source.is_link:
             continue
@@ -500,15 +527,18 @@ def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
                 continue
             tags = read_clip_tags(path)
             lora = tags.get("bt_lora_0")  # `NAME: STRENGTH`
-            if lora is not None and not lora.endswith(": 1.0"):  # columns show LoRAs at strength 1 only
-                continue
-            digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
-            key = ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
-            clips[key] = _address(source, COMPARED_FOLDER, path.name)
-    return clips
+            if lora is None or lora.endswith(": 1.0"):  # columns show LoRAs at strength 1 only
+                addresses[_read_clip_key(tags)] = _address(source, COMPARED_FOLDER, path.name)
+    return addresses
 
 
-def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: QueuedClips) -> ShownClip:
+def _read_clip_key(tags: Mapping[str, str]) -> ClipKey:
+    """Return the key of a generated clip from its metadata."""
+    digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
+    return ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
+
+
+def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_clips: QueuedClips) -> ShownClip:
     """Return the generated clip of a file and a prompt, else a sample, else the state of the queued job.
 
     `address` is that of the generated clip; "" if there is none.
@@ -517,11 +547,11 @@ def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: Queu
         sample = _find_sample(file, row)
         if sample is not None:
             return sample
-    job = jobs.get((str(file.paths[0]), row.line))
+    job = queued_clips.get((str(file.paths[0]), row.line))
     if job is None:
         return ShownClip(address)
     note = "" if address else say("job %(number)s: %(state)s", number=job.number, state=job.state)
-    return ShownClip(address, note, is_asked=job.state in (WAITING, RUNNING))
+    return ShownClip(address, note, is_queued=job.state in (WAITING, RUNNING))
 
 
 def _find_sample(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
@@ -562,19 +592,18 @@ class PlannedJob(NamedTuple):
     prompts: str  # text of that file
 
 
-def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> list[PlannedJob]:
-    """Return the jobs that generate the missing clips; rows that lack clips of the same files share one job.
+def plan_jobs(comparison: Comparison, row_clips: Sequence[RowClips]) -> list[PlannedJob]:
+    """Return the jobs that generate the missing clips of a comparison, whose cells are `row_clips`.
 
-    `cells` has a list for each row: the clip without a LoRA, then one clip for each column.
+    Rows that lack clips of the same files share one job.
     """
     if comparison.problem:
         return []
     rows_by_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # indices of columns without a clip
-    for row, cells_of_row in zip(comparison.rows, cells, strict=True):
+    for row, clips in zip(comparison.rows, row_clips, strict=True):
         if row.line.splitlines() != [row.line] or row.line.startswith("#"):
             continue  # cannot be a line of a prompt file
-        file_cells = cells_of_row[1:]  # the first cell is the clip without a LoRA
-        missing = [index for index, cell in enumerate(file_cells) if not (cell.href or cell.is_asked)]
+        missing = [index for index, clip in enumerate(clips.with_lora) if clip.is_missing]
         if missing:
             rows_by_columns.setdefault(tuple(missing), []).append(row)
     jobs = []
@@ -595,7 +624,7 @@ def _plan_job(
     if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
         argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
-        if name not in REPLACED:  # options that this job sets itself
+        if name not in OPTIONS_OF_COMPARISON:  # options that this job sets itself
             argv += [name, *values]
-    argv += ["--seed", SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
+    argv += ["--seed", DEFAULT_SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
     return PlannedJob(argv, prompt_file, prompts)

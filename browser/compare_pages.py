@@ -41,7 +41,7 @@ class ComparePages:
                 comparison = compare.read_comparison(self.runs, form)
             if not comparison.rows:
                 raise OptionError(say("Tick a prompt, or type one, to see what each file makes of it."))
-            for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
+            for job in compare.plan_jobs(comparison, self.find_row_clips(comparison)):
                 write_text(job.prompt_file, job.prompts)
                 # the options come from a history, which another person may have written
                 source = comparison.sources[0]
@@ -66,9 +66,9 @@ class ComparePages:
         except (OSError, UserError) as problem:
             return answer_text(str(problem), 422 if error else 500)
 
-    def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
-        """Return the clips of a comparison: one list for each prompt, with a cell for each file."""
-        return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
+    def find_row_clips(self, comparison: compare.Comparison) -> list[compare.RowClips]:
+        """Return the clips of a comparison for each prompt."""
+        return compare.find_row_clips(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
         """Return the HTML of a comparison. `runs` are all runs that can be selected.
@@ -77,22 +77,24 @@ class ComparePages:
             UserError: If the queue cannot be read.
             OSError: If a file is removed while the page is built.
         """
-        cells = self.fill_cells(comparison)
-        compared = {source.run.id for source in comparison.sources}
+        row_clips = self.find_row_clips(comparison)
+        compared_ids = {source.run.id for source in comparison.sources}
         models = {source.run.model for source in comparison.sources}
-        other_runs = [run for run in runs if run.id not in compared and (not models or run.model in models)]
+        other_runs = [
+            run for run in runs if run.id not in compared_ids and (not models or run.model in models)
+        ]
         values: dict[str, Any] = {
             "comparison": comparison,
-            "cells": cells,
-            "chosen": {file.key for file in comparison.columns},
+            "row_clips": row_clips,
+            "selected_files": {file.key for file in comparison.columns},
             "titles": [file.step_title for file in comparison.columns],
-            "others": other_runs,
-            "bare": compare.find_without_files(other_runs),  # ids of runs that have no LoRA file
-            "missing": count_missing(cells),
-            "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
+            "other_runs": other_runs,
+            "ids_without_files": compare.find_runs_without_files(other_runs),
+            "missing": sum(clip.is_missing for clips in row_clips for clip in clips.with_lora),
+            "plays": _has_players(row_clips),
             "commands": [
                 format_command(job.argv, comparison.sources[0].working_folder)
-                for job in compare.plan_jobs(comparison, cells)
+                for job in compare.plan_jobs(comparison, row_clips)
             ],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not self.queue.read_only,
@@ -101,12 +103,12 @@ class ComparePages:
         return render_page(HERE / "compare.html", say("Compare"), values, POLICY)
 
 
-def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
-    """Return the number of LoRA clips that exist neither as files nor as queued jobs."""
-    count = 0
-    for _, *column_cells in cells:
-        count += sum(not cell.href and not cell.is_asked for cell in column_cells)
-    return count
+def _has_players(row_clips: Sequence[compare.RowClips]) -> bool:
+    """Return whether one of the clips of a comparison is shown with a player, not as an image."""
+    for clips in row_clips:
+        if any(clip.href.endswith(PLAYED) for clip in (clips.without_lora, *clips.with_lora)):
+            return True
+    return False
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:

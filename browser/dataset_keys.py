@@ -19,7 +19,7 @@ from modules.text_files import parse_toml
 BATCH = "batch_size"  # key of dataset.toml
 BATCH_OPTION = "train_batch_size"  # training option, for datasets whose file does not set a batch size
 GENERAL = "general"
-OF_SUBSETS_TOO = "masked_loss"  # the only option without a corresponding dataset key
+OPTION_WITHOUT_KEY = "masked_loss"  # the only option without a corresponding dataset key
 MAX_IN_BATCH = 1024
 
 
@@ -62,26 +62,29 @@ class DatasetKeys:
         if not self.has_subsets:
             return say("No effect in this run: it is for datasets with subsets, and dataset.toml has none.")
         if not key:  # the dataset file replaces the option without a key of its own
-            return (
-                "" if option == OF_SUBSETS_TOO else say("No effect in this run: dataset.toml names the data.")
-            )
-        if self._is_said_everywhere(key):
+            if option == OPTION_WITHOUT_KEY:
+                return ""
+            return say("No effect in this run: dataset.toml names the data.")
+        if self._is_set_everywhere(key):
             return say("No effect in this run: %(key)s in dataset.toml says it.", key=key)
         return ""
 
-    def _is_said_everywhere(self, key: str) -> bool:
+    def _is_set_everywhere(self, key: str) -> bool:
         """Return whether dataset.toml sets a key for all its data: in [general], in tables or in subsets."""
         if key in self._read_general():
             return True
-        missing = [table for table in self.tables if key not in table]
-        subsets = [subset for table in missing for subset in _list_subsets(table)]
-        return all(_list_subsets(table) for table in missing) and all(key in subset for subset in subsets)
+        for table in self.tables:
+            subsets = _list_subsets(table)
+            is_set_by_subsets = subsets != [] and all(key in subset for subset in subsets)
+            if key not in table and not is_set_by_subsets:
+                return False
+        return True
 
     def _read_general(self) -> Mapping[str, Any]:
         general = self.content.get(GENERAL)
         return general if isinstance(general, dict) else {}
 
-    def read_batch(self, values: Mapping[str, Any]) -> str:
+    def read_batch_size(self, values: Mapping[str, Any]) -> str:
         """Return the batch size as text; several numbers if the tables differ.
 
         `values` are the options of the training; they apply where the file has no batch size.

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from browser.caption_keys import describe_formats, find_format_of_folder
 from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
-from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
+from browser.datasets import MODELS, Datasets, File, FoundDataset, Measurement
 from browser.described_folder import is_described
 from browser.offered_folders import find_open_folder, list_table_folders
 from browser.options import PROJECT_CONFIG
@@ -46,8 +46,8 @@ LARGEST_SIDE = 448  # pixels of an image in the page
 MAX_IMAGES = 1000  # images in memory, about 20 KB each
 MAX_AT_ONCE = 200  # maximum number of files in an answer
 MAX_FOLDERS = 100  # maximum number of a dataset's folders for which tools are offered
-TOLD = 200  # maximum number of general remarks shown
-ONLY = {  # filter -> label
+MAX_REMARKS = 200  # maximum number of general remarks shown
+FILTERS = {  # filter -> label
     "": say("all files"),
     "dropped": "dropped",
     "told": say("with faults or remarks"),
@@ -55,62 +55,63 @@ ONLY = {  # filter -> label
     "outdated": say("caches missing or out of date"),
 }
 # fmt: off
-SHOWN = (
+REPORT_KEYS = (
     "table", "kind", "size", "frames", "fps", "fit", "cut_percent", "lengths", "dropped", "short",
     "captions", "faults", "remarks", "has_mask",
 )
 # fmt: on
 
 
-def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
+def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> bool:
     """Return whether a file passes the filters of the page.
 
     Args:
         file: A file of the dataset report.
-        words: Words that must all occur in the file's name or caption.
-        only: Key of ONLY, the filters that the page offers.
+        search_terms: Texts that must all occur in the file's name or caption.
+        filter_key: Key of FILTERS, the choices of the page.
     """
-    if not _has_words(file, words):
+    if not _contains_terms(file, search_terms):
         return False
-    if only == "dropped":
+    if filter_key == "dropped":
         return bool(file["dropped"])
-    if only == "told":  # files with messages of the report
+    if filter_key == "told":  # files with messages of the report
         return bool(file["faults"] or file["remarks"])
-    if only == "uncaptioned":
+    if filter_key == "uncaptioned":
         # a caption edited on the page counts instead of those that the report has read
-        captions = [file["edited"]] if "edited" in file else file["captions"] or [file["text"]]
-        return not any(captions)
-    if only == "outdated":
+        if "edited" in file:
+            return not file["edited"]
+        return not any(file["captions"] or [file["text"]])
+    if filter_key == "outdated":
         return not file["dropped"] and _is_outdated(file)
     return True
 
 
-def read_part(query: Mapping[str, str]) -> slice:
+def read_page_slice(query: Mapping[str, str]) -> slice:
     """Return the slice of a list that a query asks for. Raises ValueError if a number is not valid."""
     first = max(0, int(query.get("from") or 0))
     count = min(max(0, int(query.get("count") or 0)), MAX_AT_ONCE)
     return slice(first, first + count)
 
 
-def answer_stamped(jpeg: bytes) -> Response:
+def answer_cacheable_jpeg(jpeg: bytes) -> Response:
     """Return a small image that browsers may cache forever: its address changes when its file does."""
     headers = {"cache-control": "private, max-age=31536000, immutable"}
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
-def answer_unreadable() -> Response:
+def answer_placeholder() -> Response:
     """Return a placeholder drawing for a file that cannot be read."""
-    drawing = UNREADABLE % escape(show(say("cannot be read")))
+    drawing = PLACEHOLDER_SVG % escape(show(say("cannot be read")))
     return Response(drawing, media_type="image/svg+xml", headers={"cache-control": "no-store"})
 
 
-def _has_words(file: File, words: Sequence[str]) -> bool:
+def _contains_terms(file: File, search_terms: Sequence[str]) -> bool:
     """Return whether all words are in the name or caption of a file."""
-    if not words:
+    if not search_terms:
         return True
     name = Path(file["parts"][0]["path"]).name
     text = "\n".join([name, file["text"] or "", *file["captions"]]).lower()
-    return all(word in text for word in words)
+    return all(word in text for word in search_terms)
 
 
 def _is_outdated(file: File) -> bool:
@@ -121,7 +122,7 @@ def _is_outdated(file: File) -> bool:
     return not states or any(state != "valid" for state in states)
 
 
-UNREADABLE = (
+PLACEHOLDER_SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="120"><rect width="160" height="120" '
     'fill="#777"/><text x="80" y="65" fill="#fff" font-family="sans-serif" font-size="14" '
     'text-anchor="middle">%s</text></svg>'
@@ -136,18 +137,18 @@ class Thumbnails:
         self._images: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
+    def make(self, part: Mapping[str, Any], modified_ns: int) -> bytes:
         """Return the first frame of a file as a small JPEG.
 
         Args:
             part: The file as the dataset report lists it, with its `path`.
-            stamp: Modification time of the file in nanoseconds: a changed file is decoded again.
+            modified_ns: Modification time of the file in nanoseconds: a changed file is decoded again.
 
         Raises:
             MediaError: If the file cannot be decoded.
             OSError: If the file cannot be read.
         """
-        key = part["path"], stamp
+        key = part["path"], modified_ns
         with self._lock:
             if key in self._images:
                 self._images.move_to_end(key)
@@ -163,22 +164,27 @@ class Thumbnails:
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
-        """Return the first frame of a dataset's file, which may be a member of a tar archive."""
+        """Return the first frame of a file that the dataset report lists; it may be a member of a tar.
+
+        The keys of `part` are `path`, and for a file in an archive also `in`, the archive, with `offset` and
+        `bytes`, its position and size in a tar.
+        """
         path = Path(part["path"])
-        if "in" not in part:  # the item is a file, not inside an archive
+        is_archived = "in" in part
+        if not is_archived:
             return first_frame(path)
-        if "offset" not in part:  # an item of a Parquet table, not of a tar
+        if "offset" not in part:  # a row of a Parquet table
             raise MediaError(say("%(path)s is in a table", path=path))
+        if part["bytes"] > MAX_COPIED:
+            raise MediaError(
+                say("%(path)s has more than %(most_copied)s MiB", path=path, most_copied=MAX_COPIED >> 20)
+            )
         # decoders open paths, so the member's bytes are copied out of the tar
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / f"copy{path.suffix}"
-            if part["bytes"] > MAX_COPIED:
-                raise MediaError(
-                    say("%(path)s has more than %(most_copied)s MiB", path=path, most_copied=MAX_COPIED >> 20)
-                )
-            with Path(part["in"]).open("rb") as file, copy.open("wb") as target:
-                file.seek(part["offset"])
-                target.write(file.read(part["bytes"]))
+            with Path(part["in"]).open("rb") as archive, copy.open("wb") as target:
+                archive.seek(part["offset"])
+                target.write(archive.read(part["bytes"]))
             return first_frame(copy)
 
 
@@ -192,7 +198,7 @@ class DatasetPages:
         self.captions = Captions()
         self.thumbnails = Thumbnails()
 
-    def items(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
+    def list_files(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
         """Return one page of a dataset's files, and the state of its measurement, as JSON values.
 
         Args:
@@ -202,28 +208,28 @@ class DatasetPages:
         Raises:
             ValueError: If `from` or `count` is not a number.
         """
-        page_slice = read_part(query)
+        page_slice = read_page_slice(query)
         try:
-            outside = self.datasets.list_outside(dataset)  # its folders that this browser may not show
-            if outside:
-                return self._describe_outside(outside)
-            measured = self.datasets.measure(dataset)
+            hidden_folders = self.datasets.list_hidden_folders(dataset)
+            if hidden_folders:
+                return self._describe_outside(hidden_folders)
+            measurement = self.datasets.measure(dataset)
         except OSError as error:
             return {"state": "gone", "error": f"{dataset.path}: {error.strerror or error}"}
         except ValueError as error:
             return {"state": "failed", "error": f"{dataset.path}: {error}"}
         with self.datasets.lock:
-            files = dict(measured.files)
-            status = _describe_status(measured)
-        words = query.get("text", "").lower().split()
-        only = query.get("only", "")
-        chosen = [id for id, file in files.items() if is_chosen(file, words, only)]
-        listed = [self.show(dataset, id, files[id]) for id in chosen[page_slice]]
+            files = dict(measurement.files)
+            status = _describe_status(measurement)
+        search_terms = query.get("text", "").lower().split()
+        filter_key = query.get("only", "")
+        chosen_ids = [id for id, file in files.items() if passes_filters(file, search_terms, filter_key)]
+        listed = [self.describe_file(dataset, id, files[id]) for id in chosen_ids[page_slice]]
         return {
             **status,
-            "counts": _count_filtered(files.values()),  # number of files by value of `only`
-            "items": _count_items(files.values()),  # training items that the files yield
-            "chosen": len(chosen),
+            "counts": _count_by_filter(files.values()),
+            "items": _count_training_items(files.values()),
+            "chosen": len(chosen_ids),
             "files": listed,
         }
 
@@ -232,38 +238,35 @@ class DatasetPages:
         names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
         return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
-    def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
+    def describe_file(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values of a file, with its current caption."""
-        caption = self.caption(dataset, file)
-        caches = {tag: dict(states) for tag, states in file["caches"].items()}  # copied, to change states
-        # the caption was edited after the measurement, which still calls its text cache valid
-        if caption["can_edit"] and caption["text"] != (file["text"] or ""):
-            for states in caches.values():
-                if states["text"][0] == "valid":
-                    states["text"] = ("stale", say("the caption has changed since: cache the captions again"))
+        caption = self.describe_caption(dataset, file)
+        is_edited = caption["can_edit"] and caption["text"] != (file["text"] or "")
         images = [
-            {"name": Path(part["path"]).name, "address": self.address(dataset, id, index, part)}
+            {"name": Path(part["path"]).name, "address": self.image_address(dataset, id, index, part)}
             for index, part in enumerate(file["parts"])
         ]
         return {
             "id": id,
-            **{name: file[name] for name in SHOWN},
-            "caches": caches,
+            **{key: file[key] for key in REPORT_KEYS},
+            "caches": _with_stale_text(file["caches"]) if is_edited else file["caches"],
             "pictures": images,
             "caption": caption,
         }
 
-    def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
-        """Return the address of a small image of one file of an item, such as its clip or control image.
+    def image_address(
+        self, dataset: FoundDataset, id: str, part_index: int, part: Mapping[str, Any]
+    ) -> str | None:
+        """Return the address of a thumbnail of one file of an item, such as its clip or control image.
 
         Returns None if the file may not be shown, or if it is in an archive at an unknown offset.
         """
         file_path = Path(part.get("in", part["path"]))
-        if not self.datasets.is_open(dataset, file_path) or ("in" in part and "offset" not in part):
+        if not self.datasets.may_show(dataset, file_path) or ("in" in part and "offset" not in part):
             return None
-        return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{file_path.stat().st_mtime_ns}")
+        return add_root(f"/dataset/{dataset.id}/picture/{id}/{part_index}/{file_path.stat().st_mtime_ns}")
 
-    def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
+    def describe_caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
         """Return the current caption of a file, with the reason if this page cannot edit it."""
         path = self.caption_path(dataset, file)
         if path is None:
@@ -286,7 +289,7 @@ class DatasetPages:
             return None
         path = Path(file["caption_file"])
         inside = path if path.exists() or path.is_symlink() else path.parent
-        return real_path(path) if self.datasets.is_open(dataset, inside) else None
+        return real_path(path) if self.datasets.may_show(dataset, inside) else None
 
     def write_caption(self, dataset: FoundDataset, id: str, query: Mapping[str, Any]) -> tuple[int, Any]:
         """Save or undo a caption, and return the HTTP status and the answer.
@@ -297,16 +300,16 @@ class DatasetPages:
         path = None if file is None else self.caption_path(dataset, file)
         if file is None or path is None:
             return 404, {"error": NOT_FOUND}
-        mark = self.datasets.mark(dataset)
+        fingerprint_before = self.datasets.compute_fingerprint(dataset)
         status, error = self.captions.change(path, query)
         if not error:
-            self.datasets.accept_edit(dataset, mark)
+            self.datasets.accept_edit(dataset, fingerprint_before)
             self.note_edited(dataset, file)
-        return status, {"error": error, "file": self.show(dataset, id, file)}
+        return status, {"error": error, "file": self.describe_file(dataset, id, file)}
 
     def note_edited(self, dataset: FoundDataset, file: File) -> None:
         """Mark a measured file's caption as edited, so that counts are right without measuring again."""
-        text = self.caption(dataset, file)["text"]
+        text = self.describe_caption(dataset, file)["text"]
         with self.datasets.lock:
             file.pop("edited", None)
             if text != (file["text"] or ""):
@@ -329,7 +332,7 @@ class DatasetPages:
         values = {
             "dataset": dataset,
             "folder": dataset.path.parent,
-            "only": ONLY,
+            "only": FILTERS,
             "models": list(MODELS),
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
@@ -341,20 +344,20 @@ class DatasetPages:
 
     def run_line(self, dataset: FoundDataset) -> str:
         """Return the command that trains on a folder that `new` has described; "" for other datasets."""
-        words = ["reelsmith", "run", str(dataset.path.parent)]
-        return shlex.join(words) if _is_of_described(dataset) else ""
+        argv = ["reelsmith", "run", str(dataset.path.parent)]
+        return shlex.join(argv) if _is_of_described(dataset) else ""
 
     def list_tool_folders(self, dataset: FoundDataset) -> list[Path]:
         """Return the folders to tag or mask: the described folder, or each media folder of the dataset."""
         if _is_of_described(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
-        return list_table_folders(self.runs, dataset.path, dataset.folder)[:MAX_FOLDERS]
+        return list_table_folders(self.runs, dataset.path, dataset.base_folder)[:MAX_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
         """Respond with a part of a dataset's files as JSON; 400 if the requested part is not valid."""
         try:
-            return answer_json(self.items(dataset, request.query_params))
+            return answer_json(self.list_files(dataset, request.query_params))
         except ValueError:
             return answer_text("from and count are numbers of files.", 400)
 
@@ -362,53 +365,67 @@ class DatasetPages:
         """Respond with a small image of a dataset's first file, for the list of datasets."""
         media, _words = self.datasets.describe(dataset)
         try:
-            if media.first is None or not self.datasets.is_open(dataset, media.first):
+            if media.shown_file is None or not self.datasets.may_show(dataset, media.shown_file):
                 return answer_not_found()
-            part = {"path": str(media.first)}
-            image = self.thumbnails.make(part, media.first.stat().st_mtime_ns)
+            part = {"path": str(media.shown_file)}
+            image = self.thumbnails.make(part, media.shown_file.stat().st_mtime_ns)
         except (MediaError, StopIteration):
-            return answer_unreadable()
+            return answer_placeholder()
         return Response(image, media_type="image/jpeg")
 
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
-        """Respond with a small image of one file of an item, such as its clip or control image.
+        """Respond with a thumbnail of one file of a training item, such as its clip or control image.
 
-        The status is 404 if the address differs from the one on the current page.
+        The status is 404 if the file is outside the roots, or has changed since the page was built.
         """
-        item = request.path_params["item"]
-        number = request.path_params["number"]
-        if self.datasets.list_outside(dataset):
+        item_id = request.path_params["item"]
+        part_index = request.path_params["number"]
+        if self.datasets.list_hidden_folders(dataset):
             return answer_not_found()
-        file = self.datasets.measure(dataset).files.get(item)
-        parts = file["parts"] if file else ()
-        if number >= len(parts):
+        item = self.datasets.measure(dataset).files.get(item_id)
+        if item is None or part_index >= len(item["parts"]):
             return answer_not_found()
-        item_part = parts[number]
-        if self.address(dataset, item, number, item_part) != request.url.path:
-            return answer_not_found()  # outside the roots, or changed since the page was built
+        part = item["parts"][part_index]
+        current_address = self.image_address(dataset, item_id, part_index, part)
+        if current_address != request.url.path:
+            return answer_not_found()
         try:
-            image = self.thumbnails.make(item_part, request.path_params["stamp"])
+            image = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
-            return answer_unreadable()
-        return answer_stamped(image)
+            return answer_placeholder()
+        return answer_cacheable_jpeg(image)
 
-    def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
-        """Start a measurement or edit a caption, depending on the JSON body of a request."""
+    def start_measuring(self, dataset: FoundDataset, _: Request, body: bytes) -> Response:
+        """Measure a dataset in the background. The JSON body has `model`, a key of MODELS, and `decodes`."""
         try:
-            query = parse_json(body.decode())
-            if not isinstance(query, dict):
-                raise ValueError("it is no object")
-            if self.datasets.list_outside(dataset):
+            query = _parse_object(body)
+            if self.datasets.list_hidden_folders(dataset):
                 return answer_not_found()
-            if "item" not in request.path_params:  # the address ends in /measure, not in /caption/{item}
-                model = str(query.get("model"))
-                decodes = bool(query.get("decodes"))
-                self.datasets.start(dataset, decodes, model if model in MODELS else None)
-                return Response(status_code=204)
+            model = str(query.get("model"))
+            reads_whole_files = bool(query.get("decodes"))
+            self.datasets.start_measuring(dataset, reads_whole_files, model if model in MODELS else None)
+            return Response(status_code=204)
+        except ValueError as error:
+            return answer_text(f"This is no request: {error}", 400)
+
+    def change_caption(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
+        """Save or undo the caption of one file, as the JSON body says (`Captions.change`)."""
+        try:
+            query = _parse_object(body)
+            if self.datasets.list_hidden_folders(dataset):
+                return answer_not_found()
             status, answer = self.write_caption(dataset, request.path_params["item"], query)
             return answer_json(answer, status)
         except ValueError as error:
             return answer_text(f"This is no request: {error}", 400)
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    """Parse the JSON object in the body of a request. Raises ValueError if it is none."""
+    query = parse_json(body.decode())
+    if not isinstance(query, dict):
+        raise ValueError("it is no object")
+    return query
 
 
 def _is_of_described(dataset: FoundDataset) -> bool:
@@ -416,32 +433,43 @@ def _is_of_described(dataset: FoundDataset) -> bool:
     return dataset.path.name == PROJECT_CONFIG and is_described(dataset.path.parent)
 
 
-def _count_filtered(files: Collection[File]) -> dict[str, int]:
+def _with_stale_text(caches: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the states of a file's caches after its caption was edited: valid text caches are stale."""
+    stale = ("stale", say("the caption has changed since: cache the captions again"))
+    result = {}
+    for tag, states in caches.items():
+        result[tag] = dict(states)
+        if states["text"][0] == "valid":
+            result[tag]["text"] = stale
+    return result
+
+
+def _count_by_filter(files: Collection[File]) -> dict[str, int]:
     """Return the number of files that pass each filter of the page, by the key of the filter in ONLY."""
-    return {name: sum(is_chosen(file, (), name) for file in files) for name in ONLY}
+    return {name: sum(passes_filters(file, (), name) for file in files) for name in FILTERS}
 
 
-def _count_items(files: Collection[File]) -> int:
+def _count_training_items(files: Collection[File]) -> int:
     """Return the number of training items that the files yield."""
     return sum(number for file in files for _, number in file["lengths"])
 
 
-def _describe_status(measured: Measured) -> dict[str, Any]:
+def _describe_status(measurement: Measurement) -> dict[str, Any]:
     """Return the state of a measurement as the JSON values that the page shows."""
-    state = "failed" if measured.error else "ready"
-    if measured.is_running:
+    state = "failed" if measurement.error else "ready"
+    if measurement.is_running:
         state = "measuring"
     return {
         "state": state,
-        "error": measured.error,
-        "version": measured.version,
-        "outside": measured.outside,  # number of files that may not be shown
-        "remarks": measured.remarks[:TOLD],
-        "totals": measured.totals,
-        "model": measured.model,
-        "decodes": measured.decodes,  # whether whole files were read, not only headers
-        "seconds": round(time.monotonic() - measured.began),
-        "media": measured.num_media,
+        "error": measurement.error,
+        "version": measurement.version,
+        "outside": measurement.num_hidden_files,  # number of files that may not be shown
+        "remarks": measurement.remarks[:MAX_REMARKS],
+        "totals": measurement.totals,
+        "model": measurement.model,
+        "decodes": measurement.reads_whole_files,  # whether whole files were read, not only headers
+        "seconds": round(time.monotonic() - measurement.started_at),
+        "media": measurement.num_media,
     }
 
 
@@ -452,25 +480,27 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
     """
     pages = DatasetPages(runs, read_only)
 
-    def find(show: Callable[..., Response]) -> Callable[..., Response]:
-        """Return a handler that calls `show` with the dataset of the address."""
+    def with_dataset(handler: Callable[..., Response]) -> Callable[..., Response]:
+        """Return a request handler that calls `handler` with the dataset whose id is in the address."""
 
-        def answer(request: Request, *body: bytes) -> Response:
+        def handle(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
-            # "/dataset/ID/": the page itself, not a part of it
-            if dataset is None and request.url.path.count("/") == 3:
-                return answer_not_found_page(request)
-            return answer_not_found() if dataset is None else show(dataset, request, *body)
+            if dataset is not None:
+                return handler(dataset, request, *body)
+            is_page = request.url.path.count("/") == 3  # "/dataset/ID/"
+            return answer_not_found_page(request) if is_page else answer_not_found()
 
-        return answer
+        return handle
 
     address = "/dataset/{id}"
     return [
         Route("/datasets", pages.show_list),
-        Route(f"{address}/", find(pages.show_page)),
-        Route(f"{address}/first", find(pages.show_first)),
-        Route(f"{address}/items", find(pages.show_items)),
-        Route(f"{address}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_image)),
-        Route(f"{address}/measure", answer_body(find(pages.write)), methods=["POST"]),
-        Route(f"{address}/caption/{{item}}", answer_body(find(pages.write)), methods=["POST"]),
+        Route(f"{address}/", with_dataset(pages.show_page)),
+        Route(f"{address}/first", with_dataset(pages.show_first)),
+        Route(f"{address}/items", with_dataset(pages.show_items)),
+        Route(f"{address}/picture/{{item}}/{{number:int}}/{{stamp:int}}", with_dataset(pages.show_image)),
+        Route(f"{address}/measure", answer_body(with_dataset(pages.start_measuring)), methods=["POST"]),
+        Route(
+            f"{address}/caption/{{item}}", answer_body(with_dataset(pages.change_caption)), methods=["POST"]
+        ),
     ]

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Runs, RunSummary
@@ -35,9 +35,9 @@ from protocols.families import caption_formats, with_scripts
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder
 # dataset keys that name folders of accompanying files, such as mask_directory
-BESIDE = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
+COMPANION_KEY = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MAX_ERROR = 4000  # characters
-TABLES = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
+DATASET_TABLE = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
 # frame rate, and step of sides and frame counts, by model; used if no run tells the dataset's model
 MODELS = {
     "Wan": ("16", "16", "4"),
@@ -48,9 +48,9 @@ MODELS = {
     "MiniMax-H3": ("24", "32", "17"),
     "models of pictures": ("24", "16", "1"),
 }
-IMAGES = "models of pictures"
+IMAGE_MODELS = "models of pictures"
 # keyed by the model's name in the history of a run
-OF_RUNS = {
+MODEL_OF_FAMILY = {
     "hunyuan_video": "HunyuanVideo",
     "framepack": "FramePack",
     "ltx2_v1": "LTX-2",
@@ -79,7 +79,7 @@ class FoundDataset:
     """The configuration file of a dataset, and the runs that trained on it."""
 
     path: Path
-    folder: Path  # that relative paths in it begin at
+    base_folder: Path  # folder that relative paths in the configuration refer to
     is_project: bool = False  # the whole project folder may be shown, not only its output folder
     runs: Sequence[tuple[str, str]] = ()  # id and name of each run that trained on it
     model: str = next(iter(MODELS))
@@ -102,7 +102,7 @@ class FoundDataset:
             OSError: If the configuration cannot be read.
             ValueError: If it is not valid TOML.
         """
-        return list_named_paths(self.path, self.folder)
+        return list_named_paths(self.path, self.base_folder)
 
 
 def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -> list[Path]:
@@ -152,7 +152,7 @@ def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
         yield content
     elif isinstance(content, dict):
         for key, entry in content.items():
-            if with_companions or not BESIDE.fullmatch(key):
+            if with_companions or not COMPANION_KEY.fullmatch(key):
                 yield from _list_texts(entry, with_companions)
     elif isinstance(content, list):
         for entry in content:
@@ -160,60 +160,60 @@ def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """Results of measuring a dataset, and the state of the measurement that is running."""
 
     version: int = 0  # number of finished measurements; 0 while the first one is running
     files: dict[str, File] = field(default_factory=dict)  # files inside the shown folders, by id
-    outside: int = 0  # number of files outside the folders
+    num_hidden_files: int = 0  # files outside the shown folders
     remarks: list[str] = field(default_factory=list)  # remarks that are not about a single file
     totals: dict[str, int] = field(default_factory=dict)  # faults and remarks, as the report counts them
     error: str = ""
-    decodes: bool = False  # whole files were read, not only headers
+    reads_whole_files: bool = False  # whole files were read, not only headers
     model: str = ""
-    mark: object = None  # `Datasets.mark` of the files that were measured
-    newer_mark: object = None  # mark of the files if they have changed since
-    newer_since: float = 0.0  # when they had this mark first, in seconds of the monotonic clock
+    fingerprint: object = None  # `Datasets.compute_fingerprint` of the measured files; None: never measured
+    latest_fingerprint: object = None  # fingerprint of the files when they were last looked at
+    latest_since: float = 0.0  # when they had it first, in seconds of the monotonic clock
     is_running: bool = False
-    began: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
+    started_at: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
     num_media: int = 0  # number of media found in the dataset's folders
 
 
 @dataclass(frozen=True)
-class MediaFiles:
+class MediaCounts:
     """Numbers of media in a dataset's folders, counted by file name without opening the files."""
 
-    pictures: int = 0
-    clips: int = 0
-    audios: int = 0
-    first: Path | None = None  # first image or clip by name
+    num_images: int = 0
+    num_clips: int = 0
+    num_audios: int = 0
+    shown_file: Path | None = None  # first image or clip by name, shown as the dataset's thumbnail
 
     @property
     def total(self) -> int:
         """Number of images, clips and audio files together."""
-        return self.pictures + self.clips + self.audios
+        return self.num_images + self.num_clips + self.num_audios
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """The counts as a text such as `5 pictures, 1 clip`."""
         counts = []
-        if self.pictures:
-            counts.append(say_count(self.pictures, "%(n)s picture", "%(n)s pictures"))
-        if self.clips:
-            counts.append(say_count(self.clips, "%(n)s clip", "%(n)s clips"))
-        if self.audios:
-            counts.append(say_count(self.audios, "%(n)s sound", "%(n)s sounds"))
+        if self.num_images:
+            counts.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))
+        if self.num_clips:
+            counts.append(say_count(self.num_clips, "%(n)s clip", "%(n)s clips"))
+        if self.num_audios:
+            counts.append(say_count(self.num_audios, "%(n)s sound", "%(n)s sounds"))
         return join(", ", counts) or say("no pictures or clips in its folders")
 
 
-def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
+def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> MediaCounts:
     """Count the media in a dataset's folders by their names; no file is opened.
 
     Control images, references and masks are not counted: they belong to the media that they go with.
 
     Args:
         dataset: The dataset.
-        is_open: Returns whether a folder may be shown.
+        may_show: Returns whether a folder may be shown.
 
     Raises:
         OSError: If the configuration cannot be read.
@@ -221,24 +221,54 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
     """
     images: list[str] = []
     clips: list[str] = []
-    audios = 0
-    for folder in list_named_paths(dataset.path, dataset.folder, with_companions=False):
-        if not (folder.is_dir() and is_open(folder)):
+    num_audios = 0
+    for folder in list_named_paths(dataset.path, dataset.base_folder, with_companions=False):
+        if not (folder.is_dir() and may_show(folder)):
             continue
-        with os.scandir(folder) as entries:
-            for entry in itertools.islice(entries, MAX_ENTRIES):
-                path = Path(entry.name)
-                suffix = path.suffix.lower()
-                if label_of(path.stem) is not None:  # named as a companion of a clip, such as clip_mask.png
-                    continue
-                if suffix in IMAGE_SUFFIXES:
-                    images.append(entry.path)
-                elif suffix in VIDEO_SUFFIXES:
-                    clips.append(entry.path)
-                elif suffix in AUDIO_SUFFIXES:
-                    audios += 1
+        for entry in _list_main_entries(folder):
+            suffix = Path(entry.name).suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                images.append(entry.path)
+            elif suffix in VIDEO_SUFFIXES:
+                clips.append(entry.path)
+            elif suffix in AUDIO_SUFFIXES:
+                num_audios += 1
     first = min([*images, *clips], default=None)
-    return MediaFiles(len(images), len(clips), audios, None if first is None else Path(first))
+    return MediaCounts(len(images), len(clips), num_audios, None if first is None else Path(first))
+
+
+def _list_main_entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """Yield the entries of a folder, without companions of a clip such as clip_mask.png."""
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, MAX_ENTRIES):
+            if label_of(Path(entry.name).stem) is None:
+                yield entry
+
+
+class _LocatedRun(NamedTuple):
+    """A run, and the folder that the relative path of its dataset configuration refers to."""
+
+    run: RunSummary
+    folder: Path
+
+
+def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
+    """Return the dataset of a configuration that runs have trained on, in the order of the runs.
+
+    If they were started in several folders, the dataset is that of the last folder.
+    """
+    folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
+    families = [located.run.model for located in located_runs]
+    default_model = IMAGE_MODELS if families[0] in image_families() else next(iter(MODELS))
+    caption_families = [family for family in families if family in caption_formats()]
+    return FoundDataset(
+        config,
+        folder,
+        is_project=is_project,
+        runs=[(located.run.id, located.run.name) for located in located_runs if located.folder == folder],
+        model=MODEL_OF_FAMILY.get(families[0], default_model),
+        caption_format=caption_families[-1] if caption_families else "",
+    )
 
 
 class Datasets:
@@ -248,8 +278,8 @@ class Datasets:
         self.runs = runs
         self.lock = threading.RLock()
         self._found: dict[str, FoundDataset] = {}
-        self._measured: dict[str, Measured] = {}
-        self._texts: dict[Path, tuple[int, bool]] = {}  # by .toml file: change time, is a dataset
+        self._measurements: dict[str, Measurement] = {}
+        self._is_dataset_cache: dict[Path, tuple[int, bool]] = {}  # by .toml file: change time, is a dataset
         self._measuring = threading.Semaphore()  # one measurement at a time
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)
@@ -272,31 +302,17 @@ class Datasets:
 
         `projects` are the configurations of described folders.
         """
-        runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
-        models: dict[Path, str] = {}
-        formats: dict[Path, str] = {}
+        runs_by_config: dict[Path, list[_LocatedRun]] = {}
         for run in self.runs.list_all():
-            changed = run.start.changed if run.start else ()
-            typed_config = dict(changed).get("dataset_config")
+            changed_options = dict(run.start.changed) if run.start else {}
+            typed_config = changed_options.get("dataset_config")
             if typed_config:
-                folder, path = _locate(typed_config, run)
-                runs.setdefault((path, folder), []).append((run.id, run.name))
-                # the key of MODELS for which the dataset is measured
-                default_model = IMAGES if run.model in image_families() else next(iter(MODELS))
-                models.setdefault(path, OF_RUNS.get(run.model, default_model))
-                if run.model in caption_formats():
-                    formats[path] = run.model
-        datasets = {}
-        for (path, folder), names in runs.items():
-            datasets[path] = FoundDataset(
-                path,
-                folder,
-                is_project=path in projects,
-                runs=names,
-                model=models[path],
-                caption_format=formats.get(path, ""),
-            )
-        return datasets
+                folder, config = _locate_config(typed_config, run)
+                runs_by_config.setdefault(config, []).append(_LocatedRun(run, folder))
+        return {
+            config: _make_run_dataset(config, located_runs, is_project=config in projects)
+            for config, located_runs in runs_by_config.items()
+        }
 
     def _find_projects(self) -> set[Path]:
         """Return the dataset files next to the given folders.
@@ -311,7 +327,7 @@ class Datasets:
                     configs.add(config)
         return configs
 
-    def is_open(self, dataset: FoundDataset, path: Path) -> bool:
+    def may_show(self, dataset: FoundDataset, path: Path) -> bool:
         """Return whether a path that a dataset names exists inside the folders that are shown."""
         if self.runs.is_below(path):
             return True
@@ -331,84 +347,86 @@ class Datasets:
         """Return whether a .toml file has dataset tables; a file is read again only after a change."""
         try:
             changed = path.stat().st_mtime_ns
-            if self._texts.get(path, (None, False))[0] != changed:
-                self._texts[path] = changed, TABLES.search(read_text(path)) is not None
+            if self._is_dataset_cache.get(path, (None, False))[0] != changed:
+                self._is_dataset_cache[path] = changed, DATASET_TABLE.search(read_text(path)) is not None
         except (OSError, ValueError):
             return False
-        return self._texts[path][1]
+        return self._is_dataset_cache[path][1]
 
-    def list_outside(self, dataset: FoundDataset) -> list[Path]:
+    def list_hidden_folders(self, dataset: FoundDataset) -> list[Path]:
         """Return the folders that have to be added to the command line before this dataset can be shown.
 
         Raises:
             OSError: If the configuration does not exist.
             ValueError: If the configuration cannot be read.
         """
-        if not (self.is_open(dataset, dataset.path) and dataset.path.is_file()):
+        if not (self.may_show(dataset, dataset.path) and dataset.path.is_file()):
             dataset.path.stat()
             return [dataset.path.parent]
-        paths = [path for path in dataset.named_paths() if not self.is_open(dataset, path)]
+        paths = [path for path in dataset.named_paths() if not self.may_show(dataset, path)]
         return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
-    def measure(self, dataset: FoundDataset) -> Measured:
-        """Return the measurements of a dataset; start a new one if its files have changed.
+    def measure(self, dataset: FoundDataset) -> Measurement:
+        """Return the last measurement of a dataset; start a new one if its files have changed since.
 
         Raises OSError or ValueError if the configuration cannot be read.
         """
-        mark = self.mark(dataset)
+        fingerprint = self.compute_fingerprint(dataset)
         with self.lock:
-            measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
-            if measured.newer_mark != mark:
-                measured.newer_mark = mark
-                measured.newer_since = time.monotonic()
-            settled_seconds = time.monotonic() - measured.newer_since
-            # files that are still being copied keep changing the mark: wait until it is stable
-            # no mark: it was never measured, so it is measured at once
-            is_settled = settled_seconds >= SETTLED_SECONDS or measured.mark is None
-            if mark != measured.mark and is_settled:
-                self.start(dataset)
-            return measured
+            measurement = self._measurements.setdefault(dataset.id, Measurement(model=dataset.model))
+            if measurement.latest_fingerprint != fingerprint:
+                measurement.latest_fingerprint = fingerprint
+                measurement.latest_since = time.monotonic()
+            settled_seconds = time.monotonic() - measurement.latest_since
+            # files that are still being copied keep changing the fingerprint: wait until it is stable
+            is_settled = settled_seconds >= SETTLED_SECONDS
+            was_never_measured = measurement.fingerprint is None
+            if fingerprint != measurement.fingerprint and (is_settled or was_never_measured):
+                self.start_measuring(dataset)
+            return measurement
 
-    def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
+    def describe(self, dataset: FoundDataset) -> tuple[MediaCounts, str]:
         """Return the number of media in a dataset's folders, and in words the state of its measurement."""
         try:
-            if self.list_outside(dataset):
-                return MediaFiles(), say("partly outside the folders that are shown")
-            media = count_media(dataset, lambda path: self.is_open(dataset, path))
+            if self.list_hidden_folders(dataset):
+                return MediaCounts(), say("partly outside the folders that are shown")
+            media = count_media(dataset, lambda path: self.may_show(dataset, path))
         except OSError as error:
-            return MediaFiles(), f"cannot be read: {error.strerror or error}"
+            return MediaCounts(), f"cannot be read: {error.strerror or error}"
         except ValueError as error:
-            return MediaFiles(), f"cannot be read: {error}"
+            return MediaCounts(), f"cannot be read: {error}"
         with self.lock:
-            return media, _describe_measured(self._measured.get(dataset.id))
+            return media, _describe_measurement(self._measurements.get(dataset.id))
 
-    def mark(self, dataset: FoundDataset) -> object:
+    def compute_fingerprint(self, dataset: FoundDataset) -> object:
         """Return a value that changes with the dataset's files. Raises OSError or ValueError."""
-        marks: list[object] = []
+        entries: list[object] = []
         for path in (dataset.path, *dataset.named_paths()):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 size = status.st_size if path.is_file() else 0
-                marks.append((str(path), status.st_mtime_ns, size))
-        return marks
+                entries.append((str(path), status.st_mtime_ns, size))
+        return entries
 
     def accept_edit(self, dataset: FoundDataset, before: object) -> None:
         """Keep a dataset's measurements valid after this server has saved one of its captions.
 
-        `before` is the fingerprint of the dataset's files before the save, which `mark` returned. If other
-        files have changed as well, the dataset is measured again.
+        `before` is the fingerprint of the dataset's files before the save, which `compute_fingerprint`
+        returned. If other files have changed as well, the dataset is measured again.
         """
         with self.lock:
-            measured = self._measured.get(dataset.id)
-            if measured is not None and measured.mark == before:
-                measured.mark = self.mark(dataset)
+            measurement = self._measurements.get(dataset.id)
+            if measurement is not None and measurement.fingerprint == before:
+                measurement.fingerprint = self.compute_fingerprint(dataset)
 
-    def start(self, dataset: FoundDataset, decodes: bool | None = None, model: str | None = None) -> None:
+    def start_measuring(
+        self, dataset: FoundDataset, reads_whole_files: bool | None = None, model: str | None = None
+    ) -> None:
         """Measure a dataset in the background, unless a measurement is running.
 
         Args:
             dataset: The dataset.
-            decodes: Read whole files instead of headers; None: as in the last measurement.
+            reads_whole_files: Read whole files instead of headers; None: as in the last measurement.
             model: Key of MODELS; None: as in the last measurement.
 
         Raises:
@@ -416,56 +434,60 @@ class Datasets:
             ValueError: If the configuration cannot be read.
         """
         with self.lock:
-            measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
-            if measured.is_running or self.list_outside(dataset):
+            measurement = self._measurements.setdefault(dataset.id, Measurement(model=dataset.model))
+            if measurement.is_running or self.list_hidden_folders(dataset):
                 return
-            measured.is_running = True
-            measured.mark = self.mark(dataset)
-            measured.began = time.monotonic()
-            measured.num_media = count_media(dataset, lambda path: self.is_open(dataset, path)).total
-            if decodes is not None:
-                measured.decodes = decodes
-            measured.model = model or measured.model
-            threading.Thread(target=self._run_measurement, args=(dataset, measured), daemon=True).start()
+            measurement.is_running = True
+            measurement.fingerprint = self.compute_fingerprint(dataset)
+            measurement.started_at = time.monotonic()
+            measurement.num_media = count_media(dataset, lambda path: self.may_show(dataset, path)).total
+            if reads_whole_files is not None:
+                measurement.reads_whole_files = reads_whole_files
+            measurement.model = model or measurement.model
+            threading.Thread(target=self._run_measurement, args=(dataset, measurement), daemon=True).start()
 
-    def _run_measurement(self, dataset: FoundDataset, measured: Measured) -> None:
-        """Measure a dataset's files, and store what may be shown of the report in `measured`."""
-        options = _report_options(dataset, measured)
+    def _run_measurement(self, dataset: FoundDataset, measurement: Measurement) -> None:
+        """Measure a dataset's files, and store what may be shown of the report in `measurement`."""
+        options = _report_options(dataset, measurement)
         report: dict[str, Any] = {}
         error = ""
         with self._measuring:  # one measurement at a time
             try:
-                report = self._report(options, dataset.folder)
+                report = self._run_report(options, dataset.base_folder)
             except (OSError, ValueError, OptionError) as problem:
                 error = str(problem)
-        # leave out files outside the roots, and the captions of files whose caption is outside
         all_files = list(report.get("files", ()))
-        for file in all_files:
-            _join_paths(file, dataset.folder)
-        files = [file for file in all_files if self._is_file_open(dataset, file)]
-        for file in files:
-            if not self._is_caption_open(dataset, file):
-                _leave_out_caption(file)
+        shown_files = self._select_shown_files(dataset, all_files)
         remarks = [*report.get("faults", ()), *report.get("remarks", ())]
         with self.lock:
-            measured.files = {_identify(file): file for file in files}
-            measured.outside = len(all_files) - len(files)
-            measured.error = error
-            measured.remarks = [f"{remark['kind']}: {remark['text']}" for remark in remarks]
-            measured.totals = {name: report.get(f"num_{name}", 0) for name in ("faults", "remarks")}
-            measured.version += 1
-            measured.is_running = False
+            measurement.files = {_identify(file): file for file in shown_files}
+            measurement.num_hidden_files = len(all_files) - len(shown_files)
+            measurement.error = error
+            measurement.remarks = [f"{remark['kind']}: {remark['text']}" for remark in remarks]
+            measurement.totals = {name: report.get(f"num_{name}", 0) for name in ("faults", "remarks")}
+            measurement.version += 1
+            measurement.is_running = False
 
-    def _is_file_open(self, dataset: FoundDataset, file: File) -> bool:
+    def _select_shown_files(self, dataset: FoundDataset, files: Sequence[File]) -> list[File]:
+        """Return the files of a report inside the shown folders, without captions that are outside."""
+        for file in files:
+            _join_paths(file, dataset.base_folder)
+        shown_files = [file for file in files if self._may_show_file(dataset, file)]
+        for file in shown_files:
+            if not self._may_show_caption(dataset, file):
+                _leave_out_caption(file)
+        return shown_files
+
+    def _may_show_file(self, dataset: FoundDataset, file: File) -> bool:
         first_part = file["parts"][0]
-        return self.is_open(dataset, Path(first_part.get("in", first_part["path"])))
+        return self.may_show(dataset, Path(first_part.get("in", first_part["path"])))
 
-    def _is_caption_open(self, dataset: FoundDataset, file: File) -> bool:
+    def _may_show_caption(self, dataset: FoundDataset, file: File) -> bool:
         """Return whether a caption may be shown: it lies inside the shown folders, or does not exist."""
         path = Path(file["caption_file"] or file["caption_list"])
-        return self.is_open(dataset, path) or not (path.exists() or path.is_symlink())
+        return self.may_show(dataset, path) or not (path.exists() or path.is_symlink())
 
-    def _report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
+    def _run_report(self, options: Sequence[str], folder: Path) -> dict[str, Any]:
         """Run tools/dataset_report.py in `folder`, and return its JSON report.
 
         Raises ValueError with its message if it fails.
@@ -497,38 +519,40 @@ class Datasets:
             process.kill()
 
 
-def _describe_measured(measured: Measured | None) -> str:
+def _describe_measurement(measurement: Measurement | None) -> str:
     """Describe the state of a dataset's measurement. The caller holds the lock of `Datasets`."""
-    if measured is None:
+    if measurement is None:
         return say("not measured yet")
-    if not measured.version:  # the first measurement is running
+    if not measurement.version:  # the first measurement is running
         return say("being measured")
-    if measured.error:
+    if measurement.error:
         return say("cannot be measured")
-    info = []
-    dropped = sum(bool(file["dropped"]) for file in measured.files.values())
-    if dropped:
-        info.append(say("%(dropped)s dropped", dropped=dropped))
-    states = set()  # states of all caches, such as "valid"
-    for file in measured.files.values():
-        for parts in file["caches"].values():
-            states |= {state for state, _ in parts.values()}
+    phrases = []
+    num_dropped = sum(bool(file["dropped"]) for file in measurement.files.values())
+    if num_dropped:
+        phrases.append(say("%(dropped)s dropped", dropped=num_dropped))
+    phrases.append(_describe_caches(measurement.files.values()))
+    return join(", ", phrases)
+
+
+def _describe_caches(files: Iterable[File]) -> str:
+    """Describe whether the latent and text caches of a dataset's files exist and are valid."""
+    states = set()
+    for file in files:
+        for cache_parts in file["caches"].values():
+            states |= {state for state, _ in cache_parts.values()}
     if not states:
-        info.append(say("not cached"))
-    elif states == {"valid"}:
-        info.append(say("caches valid"))
-    else:
-        info.append(say("caches out of date"))
-    return join(", ", info)
+        return say("not cached")
+    return say("caches valid") if states == {"valid"} else say("caches out of date")
 
 
-def _report_options(dataset: FoundDataset, measured: Measured) -> list[str]:
+def _report_options(dataset: FoundDataset, measurement: Measurement) -> list[str]:
     """Return the options of tools/dataset_report.py that measure a dataset."""
-    fps, pixel_step, frame_step = MODELS[measured.model]
+    fps, pixel_step, frame_step = MODELS[measurement.model]
     options = ["--dataset_config", str(dataset.path), "--fps", fps, "--pixel_step", pixel_step]
     options += ["--frame_step", frame_step]
     options += ["--json", "--files", "--no_download", "--num_workers", "2"]
-    if not measured.decodes:
+    if not measurement.reads_whole_files:
         options.append("--no_decode")
     return options
 
@@ -557,7 +581,7 @@ def _join_paths(file: File, folder: Path) -> None:
             file[name] = str(folder / file[name])
 
 
-def _locate(typed: str, run: RunSummary) -> tuple[Path, Path]:
+def _locate_config(typed: str, run: RunSummary) -> tuple[Path, Path]:
     """Return the working folder of a run, and the path of its --dataset_config.
 
     The history of an older version does not have the working folder: the run folder's parents are tried, the

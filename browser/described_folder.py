@@ -55,7 +55,7 @@ class DescribedFolder:
     trigger: str
     model_files: Mapping[str, str]  # path of each file of the model by its option
     values: Mapping[str, Any]  # all options of the training
-    mark: str  # checksum of the files
+    checksum: str  # of the folder's files
     run_content: bytes  # content of run.toml
 
     @property
@@ -71,28 +71,30 @@ class DescribedFolder:
 
 @dataclass(frozen=True)
 class KeyChanges:
-    """Keys of a run.toml to set (None removes a key), and keys that keep a value that the user has set."""
+    """Changes to the options in a run.toml, and options that keep a value that the user has typed."""
 
-    changes: Mapping[str, Any]
-    unchanged: Mapping[str, Any] = field(default_factory=dict)  # values that the user has changed
+    changes: Mapping[str, Any]  # new value of each option; None removes the option
+    unchanged: Mapping[str, Any] = field(default_factory=dict)  # typed values that stay
 
     @property
     def text(self) -> str:
         """The changed lines, such as `run.toml: max_train_steps = 100`, and the lines that stay."""
-        lines = [
-            say("%(name)s is removed", name=name) if value is None else f"{name} = {toml_value(value)}"
-            for name, value in self.changes.items()
-        ]
-        unchanged = [f"{name} = {toml_value(value)}" for name, value in self.unchanged.items()]
-        written = join(": ", (RUN_FILE, join(", ", lines)))
-        if not unchanged:
-            return written
+        lines = []
+        for name, value in self.changes.items():
+            is_removed = value is None
+            lines.append(
+                say("%(name)s is removed", name=name) if is_removed else f"{name} = {toml_value(value)}"
+            )
+        changes_text = join(": ", (RUN_FILE, join(", ", lines)))
+        unchanged_lines = [f"{name} = {toml_value(value)}" for name, value in self.unchanged.items()]
+        if not unchanged_lines:
+            return changes_text
         return say_count(
-            len(unchanged),
+            len(unchanged_lines),
             "%(written)s. %(kept)s stays, as typed by hand",
             "%(written)s. %(kept)s stay, as typed by hand",
-            written=written,
-            kept=", ".join(unchanged),
+            written=changes_text,
+            kept=", ".join(unchanged_lines),
         )
 
 
@@ -105,16 +107,20 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     changes: dict[str, Any] = {"max_train_steps": steps}
     if "max_train_epochs" in values:
         changes["max_train_epochs"] = None  # it would take precedence
-    before = values.get("max_train_steps")
-    are_large = saves_models(values)
+    old_steps = values.get("max_train_steps")
+    saves_full_models = saves_models(values)
     # intervals such as save_every_n_steps, as `new` derives them from a number of steps
-    derived = derive_times(before, are_large) if isinstance(before, int) and before > 0 else {}
+    new_intervals = derive_times(steps, saves_full_models)
+    old_intervals = {}
+    if isinstance(old_steps, int) and old_steps > 0:
+        old_intervals = derive_times(old_steps, saves_full_models)
     unchanged = {}
-    for name, value in derive_times(steps, are_large).items():
-        if name not in values or values[name] == value:
+    for name, new_value in new_intervals.items():
+        if name not in values or values[name] == new_value:
             continue
-        if values[name] == derived.get(name):
-            changes[name] = value
+        is_derived = values[name] == old_intervals.get(name)
+        if is_derived:
+            changes[name] = new_value
         else:
             unchanged[name] = values[name]
     return KeyChanges(changes, unchanged)
@@ -139,7 +145,7 @@ def read_own_file(path: Path) -> bytes:
 
 def mark_files(folder: Path) -> str:
     """Return a checksum of a folder's run.toml, dataset.toml and prompts.txt; "" if it has none of them."""
-    return _mark_contents(_read_own_files(folder))
+    return _compute_checksum(_read_own_files(folder))
 
 
 def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
@@ -153,7 +159,7 @@ def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
     return contents
 
 
-def _mark_contents(contents: Mapping[str, bytes | OSError]) -> str:
+def _compute_checksum(contents: Mapping[str, bytes | OSError]) -> str:
     checksums = []
     for content in contents.values():
         if isinstance(content, bytes):
@@ -177,14 +183,13 @@ def read_described(folder: Path) -> DescribedFolder:
     run = parse_toml(run_content.decode())
     try:
         values = dict(run[TRAINING_TABLE])
-        project = run[PROJECT_TABLE]
-        commands = [list(map(str, words)) for words in project["commands"]]
-        download = commands[0]  # `new` writes the download of the model as the first command
-        family = download[download.index("--family") + 1]
-        task = download[download.index("--task") + 1]
-        files = [str(file) for file in project["files"]]
-        for file in files:
-            reject_share(file, folder)
+        commands = [list(map(str, argv)) for argv in run[PROJECT_TABLE]["commands"]]
+        download_argv = commands[0]  # `new` writes the download of the model as the first command
+        family = download_argv[download_argv.index("--family") + 1]
+        task = download_argv[download_argv.index("--task") + 1]
+        model_paths = [str(path) for path in run[PROJECT_TABLE]["files"]]
+        for path in model_paths:
+            reject_share(path, folder)
         steps = None
         if "max_train_epochs" not in values:  # epochs take precedence over steps
             steps = values.get("max_train_steps")
@@ -196,9 +201,9 @@ def read_described(folder: Path) -> DescribedFolder:
             name=str(values["output_name"]),
             steps=None if steps is None else int(steps),
             trigger=_read_trigger(contents[DATASET_FILE]),
-            model_files=_name_model_files(family, task, files),
+            model_files=_name_model_files(family, task, model_paths),
             values=values,
-            mark=_mark_contents(contents),
+            checksum=_compute_checksum(contents),
             run_content=run_content,
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -307,7 +312,7 @@ class DraftFile:
         return self.path.name
 
     @property
-    def mark(self) -> str:
+    def checksum(self) -> str:
         """Checksum of the content; "" if the file is missing."""
         return compute_checksum(self.content)
 
@@ -323,7 +328,7 @@ class DraftFile:
 
     def save(self, text: str) -> None:
         """Replace the file's text. Raises ChangedMeanwhileError if the file has changed since it was read."""
-        replace_content(self.path, self.form.with_text(text), self.mark)
+        replace_content(self.path, self.form.with_text(text), self.checksum)
 
 
 def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
@@ -341,7 +346,7 @@ def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
         OutputError: If the file cannot be written.
     """
     draft = DraftFile(path, read_own_file(path))
-    if draft.mark != checksum:
+    if draft.checksum != checksum:
         raise ChangedMeanwhileError
     draft.save(edit_toml(draft.text, changes))
 
@@ -382,18 +387,18 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
     if not isinstance(training_table, Table):
         raise ValueError(f"[{TRAINING_TABLE}] is no table")
     for name, value in changes.items():
-        holders = _list_holders(document, name)
+        tables = _list_tables_with(document, name)
         if value is None:
-            for holder in holders:
-                holder.remove(name)
-        elif holders:
-            holders[-1][name] = value
+            for table in tables:
+                table.remove(name)
+        elif tables:
+            tables[-1][name] = value
         else:
             append_key(training_table, name, value)
     return tomlkit.dumps(document)
 
 
-def _list_holders(document: Any, name: str) -> list[Any]:
+def _list_tables_with(document: Any, name: str) -> list[Any]:
     """Return the tables that have a key, in order, without the table that `run` itself writes."""
     holders = []
     tables = [document]

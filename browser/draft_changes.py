@@ -6,7 +6,7 @@ edits are known, and the file's checksum, so that a file that changed meanwhile 
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,21 +42,21 @@ from project.kinds.composing import kinds_by_script
 from project.options import RUN_FILE
 from training.config_options import PROJECT_TABLE, toml_value
 
-TRAINS = ("train", "finetune")  # first words of the commands that train
-CACHES = "cache"  # first word of the commands that cache
-STEPS = "max_train_steps"
+TRAINING_COMMANDS = ("train", "finetune")  # first words of the commands that train
+CACHING_COMMAND = "cache"  # first word of the commands that cache
+MAX_TRAIN_STEPS = "max_train_steps"
 
 
 @dataclass(frozen=True)
 class DraftChange:
     """The changes that saving a form would make to files, shown as a preview in one section of the page."""
 
-    part: str  # TABLE or the name of a file
-    difference: Sequence[str] = ()
-    fault: str = ""  # why it cannot be saved
-    message: str = ""  # after a press of its button
-    text: str | None = None  # that was typed, of a file
-    note: str = ""  # message of the script that checked it, or why none did
+    section: str  # section of the page: SETTINGS_TABLE, the name of a file edited as text, or `samples`
+    diff_lines: Sequence[str] = ()  # removed and added lines
+    error: str = ""  # why the change cannot be saved
+    message: str = ""  # result of saving
+    typed_text: str | None = None  # text of a file that the user typed in full
+    note: str = ""  # warnings of the script that checked the change, or why none did
 
 
 def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
@@ -90,57 +90,66 @@ def read_keys(text: str) -> dict[str, Any]:
 
 
 def plan_change(
-    site: Site, part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
+    site: Site,
+    section: str,
+    new_texts: Mapping[DraftFile, str],
+    run: DraftFile,
+    typed_text: str | None = None,
 ) -> DraftChange:
-    """Let the scripts check a change, and return it with their messages.
+    """Return the preview of a change to files of a described folder, with the messages of its scripts.
 
     While the folder trains, only the prompts may change: the training has read the other files already.
 
     Args:
         site: The pages' server.
-        part: TABLE or the name of the file that the form edits.
-        texts: Files as they are on disk, mapped to their new texts.
+        section: The section of the page, as `DraftChange.section`.
+        new_texts: The new text of each file, by the file as it is on disk.
         run: The folder's current run.toml, which names the scripts.
-        typed: Text of a file that the user typed in full; None if it was edited by fields.
+        typed_text: Text of a file that the user typed in full; None if it was edited by fields.
     """
-    difference: list[str] = []
-    for draft, after in texts.items():
-        difference += describe_difference(draft.text, after)
-    change = DraftChange(part, difference, text=typed)
+    diff_lines: list[str] = []
+    for draft, new_text in new_texts.items():
+        diff_lines += describe_difference(draft.text, new_text)
+    notes: list[str] = []
+    error = ""
     try:
-        for draft, after in texts.items():
-            if after == draft.text:
-                continue
-            if draft.name != PROMPTS_FILE:
-                site.tracked_runs.reject_while_it_runs(draft.path.parent)
-            notes = [change.note, reject_new_errors(draft, after, run.text)]
-            if draft.name == RUN_FILE:
-                notes.append(describe_following(draft.text, after))
-            change = replace(change, note=" ".join(filter(None, notes)))
-    except (ValueError, UserError) as error:
-        return replace(change, fault=str(error))
-    return change
+        for draft, new_text in new_texts.items():
+            if new_text != draft.text:
+                notes += _check_new_text(site, draft, new_text, run.text)
+    except (ValueError, UserError) as problem:
+        error = str(problem)
+    return DraftChange(section, diff_lines, error=error, typed_text=typed_text, note=" ".join(notes))
 
 
-def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
+def _check_new_text(site: Site, draft: DraftFile, new_text: str, run_text: str) -> list[str]:
+    """Return the warnings about the new text of a file; raise UserError or ValueError if it is rejected."""
+    if draft.name != PROMPTS_FILE:
+        site.tracked_runs.reject_while_it_runs(draft.path.parent)
+    warnings = [reject_new_errors(draft, new_text, run_text)]
+    if draft.name == RUN_FILE:
+        warnings.append(describe_underived_intervals(draft.text, new_text))
+    return list(filter(None, warnings))
+
+
+def save_change(change: DraftChange, new_texts: Mapping[DraftFile, str]) -> DraftChange:
     """Write a change unless it has an error, and return it with the message for the page.
 
-    `texts` maps each file, as it was read, to its new text. Raises ChangedMeanwhileError if a file has
-    changed since it was read, OutputError if it cannot be written.
+    `new_texts` has the new text of each file, by the file as it was read. Raises ChangedMeanwhileError if a
+    file has changed since it was read, OutputError if it cannot be written.
     """
-    if change.fault:
+    if change.error:
         return change
-    changed = {draft: after for draft, after in texts.items() if after != draft.text}
+    changed = {draft: new_text for draft, new_text in new_texts.items() if new_text != draft.text}
     if not changed:
-        return DraftChange(part=change.part, message=say("Nothing is changed."))
-    for draft, after in changed.items():
-        draft.save(after)
+        return DraftChange(section=change.section, message=say("Nothing is changed."))
+    for draft, new_text in changed.items():
+        draft.save(new_text)
     names = ", ".join(draft.name for draft in changed)
-    message = say("Saved into %(names)s: %(names2)s", names=names, names2=join("; ", change.difference))
-    return DraftChange(part=change.part, message=message, note=change.note)
+    message = say("Saved into %(names)s: %(names2)s", names=names, names2=join("; ", change.diff_lines))
+    return DraftChange(section=change.section, message=message, note=change.note)
 
 
-def describe_following(before: str, after: str) -> str:
+def describe_underived_intervals(before: str, after: str) -> str:
     """Describe the intervals that a changed run.toml keeps although `new` would derive others from its steps.
 
     Args:
@@ -150,21 +159,20 @@ def describe_following(before: str, after: str) -> str:
     Returns:
         The description; "" if there are no such values.
     """
-    keys, changed = read_keys(before), read_keys(after)
-    steps = changed.get(STEPS)
-    if not isinstance(steps, int) or steps < 1 or steps == keys.get(STEPS):
+    old_options = read_keys(before)
+    new_options = read_keys(after)
+    steps = new_options.get(MAX_TRAIN_STEPS)
+    if not isinstance(steps, int) or steps < 1 or steps == old_options.get(MAX_TRAIN_STEPS):
         return ""
-    derived = change_steps(keys, steps).changes
-    unchanged = {
-        name: value
-        for name, value in derived.items()
-        # the change left the value as it was
-        if value is not None and name != STEPS and changed.get(name) == keys.get(name)
-    }
-    if not unchanged:
+    underived = {}
+    for name, derived_value in change_steps(old_options, steps).changes.items():
+        is_untouched = new_options.get(name) == old_options.get(name)
+        if name != MAX_TRAIN_STEPS and derived_value is not None and is_untouched:
+            underived[name] = derived_value
+    if not underived:
         return ""
-    current_values = ", ".join(f"{name} = {toml_value(keys[name])}" for name in unchanged)
-    derived_values = ", ".join(f"{name} = {toml_value(value)}" for name, value in unchanged.items())
+    current_values = ", ".join(f"{name} = {toml_value(old_options[name])}" for name in underived)
+    derived_values = ", ".join(f"{name} = {toml_value(value)}" for name, value in underived.items())
     return say(
         "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
         "The field Training steps, at the top, changes them together.",
@@ -231,24 +239,33 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     except ValueError as error:
         raise ValueError(say("%(name)s is not valid TOML: %(error)s", name=name, error=error)) from None
     if name == RUN_FILE:
-        if not isinstance(content.get(TRAINING_TABLE), dict):
-            raise ValueError(
-                say(
-                    "%(run_file)s: the table [%(training_table)s] is missing",
-                    run_file=RUN_FILE,
-                    training_table=TRAINING_TABLE,
-                )
-            )
-        # the script that trains reads run.toml; the one that caches reads dataset.toml, below
-        script = find_training_script(text)
-        return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
+        return _check_run(text, content, folder)
     if name == DATASET_FILE:
-        try:
-            argv = find_caching_argv(run_text)
-        except OptionError as error:
-            return say("No script has checked %(name)s: %(error)s.", name=name, error=error)
-        return _check_by_script(argv, name, text=text, folder=folder)
+        return _check_dataset(text, folder, run_text)
     return ""
+
+
+def _check_run(text: str, content: Mapping[str, Any], folder: Path) -> str:
+    """Check a run.toml by the training script that it names."""
+    if not isinstance(content.get(TRAINING_TABLE), dict):
+        raise ValueError(
+            say(
+                "%(run_file)s: the table [%(training_table)s] is missing",
+                run_file=RUN_FILE,
+                training_table=TRAINING_TABLE,
+            )
+        )
+    argv = ["python", find_training_script(text), "--config_file", RUN_FILE]
+    return _check_by_script(argv, RUN_FILE, text=text, folder=folder)
+
+
+def _check_dataset(text: str, folder: Path, run_text: str) -> str:
+    """Check a dataset.toml by the caching script that run.toml names."""
+    try:
+        argv = find_caching_argv(run_text)
+    except OptionError as error:
+        return say("No script has checked %(name)s: %(error)s.", name=DATASET_FILE, error=error)
+    return _check_by_script(argv, DATASET_FILE, text=text, folder=folder)
 
 
 def find_training_script(text: str) -> str:
@@ -272,7 +289,7 @@ def find_training_script(text: str) -> str:
 
 def trains(command: ScriptCommand) -> bool:
     """Return whether a command trains a model or an addition to a model (LoRA, ControlNet, embedding)."""
-    return command.words[0] in TRAINS or command.path.name in kinds_by_script()
+    return command.words[0] in TRAINING_COMMANDS or command.path.name in kinds_by_script()
 
 
 def find_caching_argv(run_text: str) -> list[str]:
@@ -291,7 +308,7 @@ def find_caching_argv(run_text: str) -> list[str]:
             if DATASET_FILE not in argv or "--check" in argv:
                 continue
             command, _ = launch.find_program(argv, Path.cwd())
-            if command.words[0] == CACHES:
+            if command.words[0] == CACHING_COMMAND:
                 return argv
         reason: str = say("none of its commands does")
     except KeyError as error:
@@ -351,35 +368,37 @@ class FolderPages(Protocol):
 
 def folder_routes(
     site: Site,
-    part: str,
+    section: str,
     pages: FolderPages,
     find: Callable[[Runs, str], Path | None] = find_described,
 ) -> list[Route]:
     """Return two routes for a section of a folder's page: to show it, and to carry out its buttons.
 
-    `part` is the section's name in its addresses. `find` returns the folder that a text names, or None if
+    `section` is the section's name in its addresses. `find` returns the folder that a text names, or None if
     the section does not apply to that folder.
     """
 
-    def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:
-        folder = find(site.runs, folder_text)
+    def show(request: Request) -> Response:
+        query = request.query_params
+        folder = find(site.runs, query.get("folder", ""))
         if folder is None:
             return answer_not_found()
         try:
-            return act(folder)
+            return pages.show(folder, query)
         except (OSError, ValueError, UserError) as error:
             return answer_text(str(error), 422)
 
-    def show(request: Request) -> Response:
-        query = request.query_params
-        return answer(query.get("folder", ""), lambda folder: pages.show(folder, query))
-
     def change(request: Request, form: Form) -> Response:
         fields = {name: tidy_lines("".join(values)) for name, values in form.items()}
-        action = request.path_params["what"]
-        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, action, fields))
+        folder = find(site.runs, fields.get("folder", ""))
+        if folder is None:
+            return answer_not_found()
+        try:
+            return pages.change(folder, request.path_params["what"], fields)
+        except (OSError, ValueError, UserError) as error:
+            return answer_text(str(error), 422)
 
     return [
-        Route(f"/new/{part}", show),
-        Route(f"/new/{part}/{{what}}", answer_form(change), methods=["POST"]),
+        Route(f"/new/{section}", show),
+        Route(f"/new/{section}/{{what}}", answer_form(change), methods=["POST"]),
     ]

@@ -18,8 +18,15 @@ FOLDER = "inputs"  # subfolder of the results folder
 MAX_BYTES = 256 << 20  # maximum size of a file
 MAX_FILES = 1000
 LONGEST_NAME = 60  # characters
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
-CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # FFmpeg's format name -> suffix
+IMAGE_SUFFIXES = {
+    "PNG": ".png",
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+}
+CLIP_SUFFIXES = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # FFmpeg's format name -> suffix
 
 
 class InputFolder:
@@ -61,11 +68,11 @@ class InputFolder:
                 raise
         return path
 
-    def keep(self, path: Path, name: str) -> Path:
-        """Move an uploaded file to its final name, and return the new path; equal files are stored once.
+    def store(self, path: Path, name: str) -> Path:
+        """Move an uploaded image or clip to its final name, and return the new path.
 
-        The name contains a digest of the content, so equal files of one name replace each other. `name` is
-        the original name. Raises OptionError if the file is neither an image nor a clip.
+        The new name contains a digest of the content, so equal files of one name are stored once. `name` is
+        the original name. Raises OptionError if the file is neither an image nor a clip; then it is deleted.
         """
         try:
             suffix = find_suffix(path)
@@ -94,19 +101,34 @@ def clean_stem(name: str) -> str:
 
 def find_suffix(path: Path) -> str:
     """Return the suffix that fits a file's content. Raises OptionError if no model can use such content."""
-    with contextlib.suppress(MediaError):  # raised if it is no image: then it may be a clip
+    suffix = _find_image_suffix(path) or _find_clip_suffix(path)
+    if suffix is None:
+        raise OptionError(say("It is neither a picture nor a clip that can be read"))
+    return suffix
+
+
+def _find_image_suffix(path: Path) -> str | None:
+    """Return the suffix of an image; None if the file is no image. Raises OptionError for other formats."""
+    try:
         with DECODING, open_image(path) as image:
             kind = image.format or ""
-            if kind in SUFFIXES:
+            if kind in IMAGE_SUFFIXES:
                 image.load()  # decode all of it: a damaged image raises MediaError
-        if kind in SUFFIXES:
-            return SUFFIXES[kind]
+    except MediaError:
+        return None
+    if kind not in IMAGE_SUFFIXES:
         raise OptionError(say("It is a %(kind)s picture: give it as PNG, JPEG or WebP", kind=kind))
-    with contextlib.suppress(MediaError):
+    return IMAGE_SUFFIXES[kind]
+
+
+def _find_clip_suffix(path: Path) -> str | None:
+    """Return the suffix of a clip; None if the file is no clip. Raises OptionError for other containers."""
+    try:
         with open_video(path) as (container, _):
             names = container.format.name.split(",")
-        for name, suffix in CLIPS.items():
-            if name in names:
-                return suffix
-        raise OptionError(say("It is a clip of the kind %(names)s: give it as MP4 or MKV", names=names[0]))
-    raise OptionError(say("It is neither a picture nor a clip that can be read"))
+    except MediaError:
+        return None
+    for name, suffix in CLIP_SUFFIXES.items():
+        if name in names:
+            return suffix
+    raise OptionError(say("It is a clip of the kind %(names)s: give it as MP4 or MKV", names=names[0]))

@@ -29,7 +29,7 @@ class DroppedSettings:
     """Settings that a file was generated with, read from its metadata."""
 
     program: str  # program that generated the file
-    texts: Mapping[str, str] = field(default_factory=dict)  # option key -> text, including "prompt"
+    options: Mapping[str, str] = field(default_factory=dict)  # text of each option key, "prompt" included
     model: str = ""  # name of the model in the metadata
     task: str = ""
     loras: Mapping[str, str] = field(default_factory=dict)  # file name -> strength
@@ -41,9 +41,9 @@ class DroppedSettings:
 
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
         """Return the settings that the model has, by the names of the form's fields."""
-        texts = {"prompt": self.texts.get("prompt", "")}
+        texts = {"prompt": self.options.get("prompt", "")}
         for name, key in recipe.keys.items():
-            text = self.texts.get(key, "")
+            text = self.options.get(key, "")
             if text and name not in IMAGES:
                 texts[name] = text
         return texts
@@ -51,9 +51,9 @@ class DroppedSettings:
 
 def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
     """Return the settings in the metadata of a file. Raises OptionError if there are none."""
-    ours = parse_tags(tags)
-    if "prompt" in ours.values:
-        return _read_ours(ours)
+    result_settings = parse_tags(tags)
+    if "prompt" in result_settings.values:
+        return _convert_result(result_settings)
     for name in ("prompt", "comment"):
         graph = _read_graph(tags.get(name, ""))
         if graph:
@@ -64,14 +64,14 @@ def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
     raise OptionError(NO_SETTINGS)
 
 
-def _read_ours(settings: ResultSettings) -> DroppedSettings:
+def _convert_result(settings: ResultSettings) -> DroppedSettings:
     """Convert the settings of a file that this program generated into the settings of a form."""
-    texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
-    if texts.get("video_length") == "1":
-        del texts["video_length"]
+    options = {KEYS.get(name, name): text for name, text in settings.values.items()}
+    if options.get("video_length") == "1":
+        del options["video_length"]
     return DroppedSettings(
         program="Reelsmith",
-        texts=texts,
+        options=options,
         model=settings.get("model_type"),
         task=settings.get("task"),
         loras={lora.name: f"{float_or_one(lora.strength):g}" for lora in settings.loras},
@@ -111,29 +111,33 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
     """
     for node in graph.values():
         inputs = node.get("inputs")
-        # only samplers have an input `positive`: the id of the node of the prompt, and an output of it
-        if not isinstance(inputs, dict) or not isinstance(inputs.get("positive"), list):
+        if not isinstance(inputs, dict):
             continue
-        prompt = _follow(graph, inputs["positive"])
-        if not prompt:
-            continue
-        texts = {"prompt": prompt, "negative_prompt": _follow(graph, inputs.get("negative"))}
-        for name, key in _COMFYUI_NUMBERS.items():
-            if isinstance(inputs.get(name), (int, float)):
-                texts[key] = f"{inputs[name]}"
-        latent = inputs.get("latent_image")  # [id of the node that makes it, number of its output]
-        sizes = {}
-        if isinstance(latent, list) and latent:
-            latent_node = graph.get(str(latent[0]), {})
-            sizes = latent_node.get("inputs", {})
-        if isinstance(sizes, dict):
-            for name, key in _COMFYUI_SIZES.items():
-                if isinstance(sizes.get(name), int):
-                    texts[key] = str(sizes[name])
-        return DroppedSettings(program="ComfyUI", texts={key: text for key, text in texts.items() if text})
+        positive = inputs.get("positive")  # only samplers have it: [id of the prompt's node, output number]
+        prompt = _follow(graph, positive) if isinstance(positive, list) else ""
+        if prompt:
+            options = {"prompt": prompt, **_read_sampler_inputs(graph, inputs)}
+            return DroppedSettings("ComfyUI", {key: text for key, text in options.items() if text})
     raise OptionError(
         say("It holds a graph of ComfyUI in which no prompt can be found plainly: copy it from there.")
     )
+
+
+def _read_sampler_inputs(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the negative prompt, numbers and size of a sampler in a ComfyUI graph, by option keys."""
+    options = {"negative_prompt": _follow(graph, inputs.get("negative"))}
+    for name, key in _COMFYUI_NUMBERS.items():
+        if isinstance(inputs.get(name), (int, float)):
+            options[key] = f"{inputs[name]}"
+    latent = inputs.get("latent_image")  # [id of the node that makes it, output number]
+    sizes = {}
+    if isinstance(latent, list) and latent:
+        sizes = graph.get(str(latent[0]), {}).get("inputs", {})
+    if isinstance(sizes, dict):
+        for name, key in _COMFYUI_SIZES.items():
+            if isinstance(sizes.get(name), int):
+                options[key] = str(sizes[name])
+    return options
 
 
 def _follow(graph: Mapping[str, Any], link: Any) -> str:
@@ -162,17 +166,17 @@ SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?
 def _read_parameters(text: str) -> DroppedSettings:
     """Return the settings in AUTOMATIC1111's metadata: prompt, `Negative prompt:`, a line of settings."""
     # the settings are the last line, such as `Steps: 20, Seed: 1, Size: 512x768`
-    body, _, line = text.rpartition("\n")
-    prompt, _, negative = body.partition("\nNegative prompt:")
-    settings = dict(SETTINGS.findall(line))
-    texts = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
+    prompts, _, settings_line = text.rpartition("\n")
+    prompt, _, negative = prompts.partition("\nNegative prompt:")
+    settings = dict(SETTINGS.findall(settings_line))
+    options = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
     names = {"Steps": "infer_steps", "CFG scale": "guidance_scale", "Seed": "seed"}
     for name, key in names.items():
         if _is_number(settings.get(name, "")):
-            texts[key] = settings[name]
+            options[key] = settings[name]
     size = re.fullmatch(r"(\d+)x(\d+)", settings.get("Size", ""))
     if size:
-        texts |= {"video_size_width": size[1], "video_size_height": size[2]}
+        options |= {"video_size_width": size[1], "video_size_height": size[2]}
     return DroppedSettings(
-        program="AUTOMATIC1111's web UI", texts={key: text for key, text in texts.items() if text}
+        program="AUTOMATIC1111's web UI", options={key: text for key, text in options.items() if text}
     )

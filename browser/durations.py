@@ -32,20 +32,20 @@ def describe_duration(
     if steps is None:
         return ""
     own_run = _read_own_run(runs, described)
-    if own_run is not None and own_run.step_seconds is not None and _may_be_own_measurement(own_run, cards):
-        time = _in_time(steps, own_run.step_seconds)
+    if own_run is not None and own_run.step_seconds is not None and _may_be_from_this_machine(own_run, cards):
+        time = _describe_time(steps, own_run.step_seconds)
         return say("%(time)s, as the run %(name)s measured.", time=time, name=described.name)
-    run = _find_equal_run(runs, described, cards)
+    run = _find_comparable_run(runs, described, cards)
     if run is None or run.step_seconds is None:
         return ""
     return say(
         "%(time)s, as the run %(name)s measured with the same model and size.",
-        time=_in_time(steps, run.step_seconds, is_rough=True),
+        time=_describe_time(steps, run.step_seconds, is_approximate=True),
         name=run.name,
     )
 
 
-def _in_time(steps: int, seconds: float, is_rough: bool = False) -> TranslatableText:
+def _describe_time(steps: int, seconds: float, is_approximate: bool = False) -> TranslatableText:
     """Describe how long `steps` take at `seconds` per step, in seconds, minutes or hours."""
     hours = steps * seconds / 3600
     if hours >= 1:
@@ -54,7 +54,7 @@ def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Translatable
         duration = say_count(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
     else:
         duration = say_count(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
-    if is_rough:
+    if is_approximate:
         duration = say("about %(time)s", time=duration)
     return say_count(
         steps,
@@ -77,17 +77,17 @@ def _read_own_run(runs: Runs, described: DescribedFolder) -> RunSummary | None:
         return None
 
 
-def _may_be_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
-    return run.start is None or _is_own_measurement(run, cards)
+def _may_be_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
+    return run.start is None or _is_from_this_machine(run, cards)
 
 
-def _is_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
+def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
     """Return whether a run was made on this machine since its last boot, or on a card of the same name."""
     is_of_boot = run.start is not None and is_living(run.start.process) is not None
     return is_of_boot or run.memory.get(DEVICE, "") in cards
 
 
-def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
+def _find_comparable_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
     """Return the latest finished run with the same network, dataset sizes and work per step, or None."""
     network = Path(str(described.values.get("dit", ""))).name
     sizes = _read_sizes(described.folder / DATASET_FILE)
@@ -95,15 +95,16 @@ def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[st
         return None
     for run in runs.list_all():
         is_measured = run.state == FINISHED and run.step_seconds is not None
-        if not is_measured or run.network != network or not _is_own_measurement(run, cards):
+        if not is_measured or run.network != network or not _is_from_this_machine(run, cards):
             continue
         run_options = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
-        if _is_alike(described.values, run_options) and _find_run_sizes(runs, run, run_options) == sizes:
+        has_equal_work = _has_equal_work_per_step(described.values, run_options)
+        if has_equal_work and _find_run_sizes(runs, run, run_options) == sizes:
             return run
     return None
 
 
-def _is_alike(values: Mapping[str, Any], typed: Mapping[str, str]) -> bool:
+def _has_equal_work_per_step(values: Mapping[str, Any], typed: Mapping[str, str]) -> bool:
     """Return whether a run.toml's `values` and a run's `typed` options mean equal work per step."""
     is_same_task = str(values.get(TASK, typed.get(TASK))) == typed.get(TASK, str(values.get(TASK)))
     return is_same_task and str(values.get(ACCUMULATION, 1)) == typed.get(ACCUMULATION, "1")

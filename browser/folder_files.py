@@ -20,7 +20,7 @@ from starlette.routing import Route
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
-from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
+from browser.dataset_pages import Thumbnails, answer_cacheable_jpeg, answer_placeholder, read_page_slice
 from browser.folders import MAX_ENTRIES, find_folder
 from browser.page_root import add_root
 from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
@@ -38,20 +38,20 @@ from modules.pages.page import encode_address
 from modules.text_files import parse_json, real_path
 
 IMAGES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
-SHOWN = IMAGES | VIDEO_SUFFIXES
+MEDIA_SUFFIXES = IMAGES | VIDEO_SUFFIXES
 LEFT_OUT = "left out"  # folder in BIN
-MAX_INFO = 4000  # number of cached headers
+MAX_HEADERS = 4000  # number of cached headers
 MAX_COUNTED = 100  # maximum number of headers read to count damaged files
 
 
 @dataclass(frozen=True)
-class HeaderInfo:
+class MediaHeader:
     """Sizes and rates in a file's header."""
 
     size: tuple[int, int] | None
     frames: int | None
     fps: float | None
-    fault: str  # why it cannot be read; "" if it can
+    error: str  # why it cannot be read; "" if it can
 
 
 def list_names(folder: Path) -> list[str]:
@@ -69,7 +69,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def _is_listed(path: Path) -> bool:
-    is_media = path.suffix.lower() in SHOWN | AUDIO_SUFFIXES
+    is_media = path.suffix.lower() in MEDIA_SUFFIXES | AUDIO_SUFFIXES
     return is_media and path.name[0] != "." and label_of(path.stem) is None
 
 
@@ -107,7 +107,7 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 class LeftOut:
-    """Moves files of a folder, with their captions, into the bin of its root, and back.
+    """Leaves files of a folder out of the training: moves them and their captions into the bin, and back.
 
     This is not a `BinFolder`, whose entries are named by the time of removal and are not restored by any
     page. Files left out are stored under the name of their folder, whose page lists them.
@@ -116,8 +116,8 @@ class LeftOut:
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
-    def place(self, folder: Path) -> Path:
-        """Return where a folder's left-out files are stored. Raises OutputError if that path is a link."""
+    def find_storage(self, folder: Path) -> Path:
+        """Return the folder of the bin that stores left-out files. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
         left_out_folder = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(left_out_folder)) != os.path.normcase(left_out_folder):
@@ -127,44 +127,53 @@ class LeftOut:
     def list_names(self, folder: Path) -> list[str]:
         """Return the names of a folder's left-out files; empty if they cannot be read."""
         try:
-            return list_names(self.place(folder))
+            return list_names(self.find_storage(folder))
         except (OSError, OutputError):
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
         """Move a file out of its folder. Raises UserError if that fails."""
-        self._move(folder, self.place(folder), name)
+        self._move(folder, self.find_storage(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:
         """Move a left-out file back into its folder. Raises UserError if that fails."""
-        left_out_folder = self.place(folder)
+        left_out_folder = self.find_storage(folder)
         self._move(left_out_folder, folder, name)
         with contextlib.suppress(OSError):  # the folder is not empty
             left_out_folder.rmdir()
 
-    def _move(self, start: Path, target: Path, name: str) -> None:
-        """Move a file and its caption files to another folder; raise OptionError if a name is taken there."""
-        if Path(name).name != name or not (start / name).is_file():
+    def _move(self, source: Path, target: Path, name: str) -> None:
+        """Move a media file and its caption files to another folder.
+
+        Raises OptionError if there is no such file, or a name is taken in the other folder; OutputError if
+        that folder is on another disk.
+        """
+        path = source / name
+        if Path(name).name != name or not path.is_file():
             raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
-        path = start / name
-        paths = [path]
-        same_stem = [media_name for media_name in list_names(start) if Path(media_name).stem == path.stem]
-        if len(same_stem) == 1:  # otherwise the caption also belongs to another file
-            captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
-            paths += [caption for caption in captions if caption.is_file()]
-        for moved in paths:
-            if os.path.lexists(target / moved.name):
+        moved_paths = [path, *_list_exclusive_captions(path)]
+        for moved_path in moved_paths:
+            if os.path.lexists(target / moved_path.name):
                 raise OptionError(
-                    say("%(target)s is there already. Rename one of the two", target=target / moved.name)
+                    say("%(target)s is there already. Rename one of the two", target=target / moved_path.name)
                 )
         with explain_errors(target / name):
             try:
-                for moved in paths:
-                    rename_into(moved, target / moved.name, target)
+                for moved_path in moved_paths:
+                    rename_into(moved_path, target / moved_path.name, target)
             except OSError as error:
                 if error.errno != errno.EXDEV:  # EXDEV: renaming cannot move a file to another disk
                     raise
                 raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
+
+
+def _list_exclusive_captions(path: Path) -> list[Path]:
+    """Return the caption files of a media file; none if another media file of the same stem shares them."""
+    same_stem = [name for name in list_names(path.parent) if Path(name).stem == path.stem]
+    if len(same_stem) != 1:
+        return []
+    captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
+    return [caption for caption in captions if caption.is_file()]
 
 
 class FolderFiles:
@@ -176,7 +185,7 @@ class FolderFiles:
         self.captions = Captions()
         self.thumbnails = Thumbnails()
         self.left_out = LeftOut(runs)
-        self._info: OrderedDict[tuple[str, int], HeaderInfo] = OrderedDict()
+        self._headers: OrderedDict[tuple[str, int], MediaHeader] = OrderedDict()
 
     def address(self, folder: Path) -> str:
         """Return the address from which `dataset.js` requests the files of a folder."""
@@ -196,13 +205,13 @@ class FolderFiles:
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})
         try:
-            return answer_json(self.items(folder, request.query_params))
+            return answer_json(self.list_files(folder, request.query_params))
         except OSError as error:
             return answer_json({"state": "gone", "error": f"{folder}: {error.strerror or error}"})
         except ValueError:
             return answer_text("from and count are numbers of files.", 400)
 
-    def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
+    def list_files(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
         """Return the files of a folder that a page shows at once, as JSON values.
 
         The query has `text` and `only`, which filter the files, and `from` and `count`.
@@ -211,71 +220,73 @@ class FolderFiles:
             OSError: If the folder cannot be read.
             ValueError: If `from` or `count` is not a number.
         """
-        page_slice = read_part(query)
+        page_slice = read_page_slice(query)
         names = list_names(folder)
         uncaptioned = list_uncaptioned(folder, names)
-        chosen = uncaptioned if query.get("only") == "uncaptioned" else names
-        words = query.get("text", "").lower().split()
-        if words:
-            chosen = [name for name in chosen if self._has_words(folder, name, words)]
+        chosen_names = uncaptioned if query.get("only") == "uncaptioned" else names
+        search_terms = query.get("text", "").lower().split()
+        if search_terms:
+            chosen_names = [name for name in chosen_names if self._contains_terms(folder, name, search_terms)]
         return {
             "state": "ready",
             "version": folder.stat().st_mtime_ns,
             "how": "",
             "counts": {"": len(names), "uncaptioned": len(uncaptioned)},
-            "chosen": len(chosen),
-            "files": [self.show(folder, name) for name in chosen[page_slice]],
+            "chosen": len(chosen_names),
+            "files": [self.show(folder, name) for name in chosen_names[page_slice]],
         }
 
-    def _has_words(self, folder: Path, name: str, words: Sequence[str]) -> bool:
+    def _contains_terms(self, folder: Path, name: str, search_terms: Sequence[str]) -> bool:
         """Return whether all words are in a file's name or caption."""
         text = f"{name}\n{self.caption(folder, name)['text']}".lower()
-        return all(word in text for word in words)
+        return all(word in text for word in search_terms)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the JSON values of a file in a folder that no dataset report describes.
 
         They have the keys of a report's items; values that only a report knows are empty.
         """
-        info = self.read_header(folder / name)
+        header = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
-        is_seen = suffix in SHOWN and not info.fault
+        address = None
+        if suffix in MEDIA_SUFFIXES and not header.error:
+            address = picture_address(folder / name)
         return {
             "id": short_digest(name),
             "table": "",
             "kind": "video" if suffix in VIDEO_SUFFIXES else "image",
-            "size": info.size,
-            "frames": info.frames,
-            "fps": info.fps,
+            "size": header.size,
+            "frames": header.frames,
+            "fps": header.fps,
             "fit": None,
             "cut_percent": 0,
             "lengths": [],
             "dropped": "",
             "short": "",
             "captions": [],
-            "faults": [info.fault] if info.fault else [],
+            "faults": [header.error] if header.error else [],
             "remarks": [],
             "has_mask": False,
             "caches": None,
-            "pictures": [{"name": name, "address": picture_address(folder / name) if is_seen else None}],
+            "pictures": [{"name": name, "address": address}],
             "caption": self.caption(folder, name),
         }
 
-    def read_header(self, path: Path) -> HeaderInfo:
+    def read_header(self, path: Path) -> MediaHeader:
         """Return the data of a file's header. A header is read again only after the file has changed."""
         if not self.runs.is_below(path):
-            return HeaderInfo(
-                None, None, None, fault=say("it is gone, or leads outside the folders that are shown")
+            return MediaHeader(
+                None, None, None, error=say("it is gone, or leads outside the folders that are shown")
             )
         try:
             key = str(path), path.stat().st_mtime_ns
         except OSError as error:
-            return HeaderInfo(None, None, None, fault=error.strerror or str(error))
-        if key not in self._info:
-            self._info[key] = _read_info(path)
-            while len(self._info) > MAX_INFO:
-                self._info.popitem(last=False)
-        return self._info[key]
+            return MediaHeader(None, None, None, error=error.strerror or str(error))
+        if key not in self._headers:
+            self._headers[key] = _read_media_header(path)
+            while len(self._headers) > MAX_HEADERS:
+                self._headers.popitem(last=False)
+        return self._headers[key]
 
     def count_unreadable(self, folder: Path) -> int:
         """Return the number of files that cannot be read.
@@ -292,7 +303,7 @@ class FolderFiles:
             return []
         if len(names) > MAX_COUNTED:
             return []
-        return [name for name in names if self.read_header(folder / name).fault != ""]
+        return [name for name in names if self.read_header(folder / name).error != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, with the reason if this page cannot edit it."""
@@ -347,29 +358,29 @@ class FolderFiles:
     def show_image(self, request: Request) -> Response:
         """Respond with a small image of an image or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
-        is_media = path.suffix.lower() in SHOWN and path.is_absolute()
+        is_media = path.suffix.lower() in MEDIA_SUFFIXES and path.is_absolute()
         try:
             if not is_media or not self.runs.is_inside(path):
                 return answer_not_found()
             image = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
         except (MediaError, StopIteration):
-            return answer_unreadable()
+            return answer_placeholder()
         except (OSError, ValueError):
             return answer_not_found()
-        return answer_stamped(image)
+        return answer_cacheable_jpeg(image)
 
 
-def _read_info(path: Path) -> HeaderInfo:
+def _read_media_header(path: Path) -> MediaHeader:
     suffix = path.suffix.lower()
     try:
         if suffix in IMAGES:
-            return HeaderInfo(image_size(path), None, None, fault="")
+            return MediaHeader(image_size(path), None, None, error="")
         if suffix in VIDEO_SUFFIXES:
             info = source_info(path)
-            return HeaderInfo((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
+            return MediaHeader((info.width, info.height), info.frames, round(float(info.rate), 2), error="")
     except (MediaError, OSError) as error:
-        return HeaderInfo(None, None, None, fault=str(error).replace(f"{path} ", ""))
-    return HeaderInfo(None, None, None, fault="")
+        return MediaHeader(None, None, None, error=str(error).replace(f"{path} ", ""))
+    return MediaHeader(None, None, None, error="")
 
 
 def picture_address(path: Path) -> str | None:

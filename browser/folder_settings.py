@@ -55,11 +55,19 @@ from training.config_options import PROJECT_TABLE
 
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 # options with which a run ends before training
-ENDING = ("check", "html", "show_timesteps", "plan", "debug_dataset", "debug_mode", "output_config")
+OPTIONS_WITHOUT_TRAINING = (
+    "check",
+    "html",
+    "show_timesteps",
+    "plan",
+    "debug_dataset",
+    "debug_mode",
+    "output_config",
+)
 # the first two name the file itself; the others are only used on the command line
-NOT_IN_FILE = {"config_file", "help", *ENDING, "repair_captions", *STARTING}
-CHOSEN = "chosen"  # kind of the background job that makes run.toml again
-TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
+NOT_SHOWN = {"config_file", "help", *OPTIONS_WITHOUT_TRAINING, "repair_captions", *STARTING}
+PROPOSAL = "chosen"  # kind of the background job that makes run.toml again
+SETTINGS_TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
 
 class Setting(DescribedOption):
@@ -97,16 +105,21 @@ class SettingRow:
 
     key: str  # as the file spells it
     setting: Setting | None  # None: no option of the script has this name
-    text: str  # text of the value; "" if the file does not set it
-    chosen: str | None  # by `new`; "": nothing; None: not known
+    value: str  # as the user types it; "" if the file does not set it
+    proposed: str | None  # value that `new` would write; "": it writes none; None: not known
     is_simple: bool = True  # whether the value can be typed in one line
-    unused: str = ""  # why the dataset leaves it without effect, so that it cannot be set
-    idle: str = ""  # why the other settings leave it without effect
+    unused_reason: str = ""  # why the dataset leaves it without effect, so that it cannot be set
+    idle_reason: str = ""  # why the other settings leave it without effect
 
     @property
     def is_changed(self) -> bool:
         """Whether the value in the file differs from what `new` chose; False if that is not known."""
-        return self.chosen is not None and self.chosen != self.text
+        return self.proposed is not None and self.proposed != self.value
+
+    @property
+    def has_no_effect(self) -> bool:
+        """Whether the dataset or the other settings leave the option without effect."""
+        return self.unused_reason != "" or self.idle_reason != ""
 
     @property
     def choices(self) -> list[str]:
@@ -114,8 +127,8 @@ class SettingRow:
         if self.setting is None or self.setting.is_list:
             return []
         choices = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
-        if choices and self.text and self.text not in choices:
-            choices.append(self.text)
+        if choices and self.value and self.value not in choices:
+            choices.append(self.value)
         return choices
 
 
@@ -128,7 +141,7 @@ def read_settings(script: str) -> Sequence[Setting]:
     return [
         Setting(**vars(option))
         for option in describe_options(build_parser(table, script))
-        if option.rejection is None and option.name not in NOT_IN_FILE
+        if option.rejection is None and option.name not in NOT_SHOWN
     ]
 
 
@@ -151,58 +164,70 @@ def _is_simple(value: Any) -> bool:
 
 
 def list_rows(
-    text: str, settings: Sequence[Setting], chosen_text: str | None, dataset: DatasetKeys | None = None
+    text: str, settings: Sequence[Setting], proposed_run: str | None, dataset: DatasetKeys | None = None
 ) -> list[SettingRow]:
     """Return all rows: the keys of the file in its order, then all other options in the order of the help.
 
-    Options that have no effect with the folder's dataset or with the other settings come last.
+    Of the other options, those that `new` proposes come first. Options that have no effect with the folder's
+    dataset or with the other settings come last.
 
     Args:
         text: Text of run.toml.
         settings: All options of the training script.
-        chosen_text: The run.toml that `new` would write; None if that is not known.
+        proposed_run: The run.toml that `new` would write; None if that is not known.
         dataset: Keys of dataset.toml; None if that file cannot be read.
 
     Raises:
         ValueError: If a text is not TOML.
     """
-
-    def explain(name: str) -> str:
-        """Return why an option has no effect with the dataset; "" if it has one or no dataset is known."""
-        return "" if dataset is None else dataset.explain_unused(name)
-
     by_name = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
     by_name |= {setting.name: setting for setting in settings}  # a name wins over an equal flag
     values = read_keys(text)
-    chosen_values = None if chosen_text is None else read_keys(chosen_text)
+    proposed_values = None if proposed_run is None else read_keys(proposed_run)
     rows = []
     for key, value in values.items():
+        setting = by_name.get(key)
         rows.append(
             SettingRow(
                 key=key,
-                setting=by_name.get(key),
-                text=show_value(value),
-                chosen=_show_chosen(chosen_values, key),
+                setting=setting,
+                value=show_value(value),
+                proposed=_show_proposed(proposed_values, key),
                 is_simple=_is_simple(value),
-                unused=explain(by_name[key].name) if key in by_name else "",
+                unused_reason="" if setting is None else _explain_unused(dataset, setting.name),
             )
         )
-    in_file = {row.setting.name for row in rows if row.setting is not None}
     set_values = {by_name[key].name: value for key, value in values.items() if key in by_name}
+    unset_settings = [setting for setting in settings if setting.name not in set_values]
+    unset_settings.sort(key=lambda setting: setting.name not in (proposed_values or {}))
+    idle_reasons = _explain_idle(settings, set_values)
+    for setting in unset_settings:
+        unused_reason = _explain_unused(dataset, setting.name)
+        rows.append(
+            SettingRow(
+                key=setting.name,
+                setting=setting,
+                value="",
+                proposed=_show_proposed(proposed_values, setting.name),
+                unused_reason=unused_reason,
+                idle_reason="" if unused_reason else idle_reasons.get(setting.name, ""),
+            )
+        )
+    return sorted(rows, key=lambda row: row.has_no_effect and not row.value)
+
+
+def _explain_unused(dataset: DatasetKeys | None, option: str) -> str:
+    """Return why an option has no effect with a dataset; "" if it has one or no dataset is known."""
+    return "" if dataset is None else dataset.explain_unused(option)
+
+
+def _explain_idle(settings: Sequence[Setting], set_values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the reasons why options have no effect with the values that a run.toml sets."""
     defaults = {setting.name: setting.convert(setting.default) for setting in settings if setting.default}
-    idle_reasons = explain_idle(set_values, defaults=defaults)
-    # options that `new` chose and the file lacks come first
-    lacking = [setting for setting in settings if setting.name not in in_file]
-    lacking.sort(key=lambda setting: setting.name not in (chosen_values or {}))
-    for setting in lacking:
-        chosen = _show_chosen(chosen_values, setting.name)
-        unused = explain(setting.name)
-        idle = "" if unused else idle_reasons.get(setting.name, "")  # one reason is enough
-        rows.append(SettingRow(setting.name, setting, text="", chosen=chosen, unused=unused, idle=idle))
-    return sorted(rows, key=lambda row: bool(row.unused or row.idle) and not row.text)
+    return explain_idle(set_values, defaults=defaults)
 
 
-def _show_chosen(values: Mapping[str, Any] | None, key: str) -> str | None:
+def _show_proposed(values: Mapping[str, Any] | None, key: str) -> str | None:
     if values is None:
         return None
     return show_value(values[key]) if key in values else ""
@@ -245,10 +270,11 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
         field = name_field(row.key)
         if row.setting is None or not row.is_simple:
             continue
-        if row.unused and field not in fields:  # the page has no field for it; absent does not mean emptied
+        has_field = field in fields
+        if row.unused_reason and not has_field:  # the page shows no field for it: it was not emptied
             continue
         typed_text = fields.get(field, "").strip()
-        if typed_text == row.text:
+        if typed_text == row.value:
             continue
         reason = bad_character(typed_text)
         if reason is not None:
@@ -257,7 +283,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     return edit_toml(text, changes)
 
 
-def read_chosen(lines: str) -> str | None:
+def parse_proposed_run(lines: str) -> str | None:
     """Return the run.toml in the output of `new --print_run`; None if the output has none."""
     begin = lines.find(f"[{TRAINING_TABLE}]\n")
     end = lines.find(f"\n[{PROJECT_TABLE}]\n", begin)
@@ -278,12 +304,12 @@ class SettingsView:
     folder: Path
     files: Mapping[str, DraftFile]
     rows: Sequence[SettingRow]
-    is_chosen_known: bool
-    is_asking: bool  # what `new` chose is being found out
-    batch: str = ""  # images of a step, as text; "": not known
-    chosen_problem: str = ""  # why it could not be found out
+    is_proposal_known: bool
+    is_computing: bool  # what `new` chose is being found out
+    batch_size: str = ""  # as text; "": not known
+    proposal_problem: str = ""  # why it could not be found out
     problem: str = ""  # why there are no rows
-    change: DraftChange = field(default_factory=lambda: DraftChange(part=""))
+    change: DraftChange = field(default_factory=lambda: DraftChange(section=""))
 
 
 class FolderSettingsPages:
@@ -301,7 +327,7 @@ class FolderSettingsPages:
         folder: Path,
         change: DraftChange | None = None,
         is_rejected: bool = False,
-        chosen_problem: str = "",
+        proposal_problem: str = "",
     ) -> Response:
         """Return the HTML of a folder's settings: its files, and a table of the training's options.
 
@@ -309,11 +335,11 @@ class FolderSettingsPages:
             folder: The described folder.
             change: The edit that was previewed or saved; None if only the files are shown.
             is_rejected: Whether the answer explains a rejected request (status 422).
-            chosen_problem: Why the values that `new` chose cannot be determined; "" if they can.
+            proposal_problem: Why the values that `new` chose cannot be determined; "" if they can.
         """
-        view = self.view(folder, change or DraftChange(part=""))
+        view = self.view(folder, change or DraftChange(section=""))
         values = {
-            "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
+            "view": replace(view, proposal_problem=proposal_problem or view.proposal_problem),
             "name_field": name_field,
             "name_dataset_field": name_dataset_field,
             "rank_words": rank_words,
@@ -321,36 +347,35 @@ class FolderSettingsPages:
             "batch_key": BATCH,
             "dataset_file": DATASET_FILE,
             "can_write": not self.site.read_only,
-            "table_part": TABLE,
+            "table_part": SETTINGS_TABLE,
         }
         return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         """Return the values of the settings table; if a file is unreadable, its error is their `problem`."""
-        chosen = self.read_chosen_text(folder)
+        proposed_run = self.read_proposed_run(folder)
         problem = ""
         rows: list[SettingRow] = []
         files = {}
-        batch = ""
+        batch_size = ""
         try:
             files = {name: read_draft_file(self.site, folder, name) for name in FILES}
             dataset = read_dataset_keys(files[DATASET_FILE])
-            rows = self.read_rows(files[RUN_FILE].text, chosen, dataset)
+            rows = self.read_rows(files[RUN_FILE].text, proposed_run, dataset)
             if dataset is not None:
-                batch = dataset.read_batch(read_keys(files[RUN_FILE].text))
+                batch_size = dataset.read_batch_size(read_keys(files[RUN_FILE].text))
         except (OSError, ValueError, UserError) as error:
             problem = str(error)
-        # the job that computes which values `new` would choose
-        job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
-        is_failed = job is not None and job.state != RUNNING and job.code != 0
+        job = self.site.background_jobs.find(name_background_job(PROPOSAL, folder))
+        has_failed = job is not None and job.state != RUNNING and job.code != 0
         return SettingsView(
             folder=folder,
             files=files,
             rows=rows,
-            is_chosen_known=chosen is not None,
-            is_asking=job is not None and job.state == RUNNING,
-            chosen_problem=job.last_lines(3) if job is not None and is_failed else "",
-            batch=batch,
+            is_proposal_known=proposed_run is not None,
+            is_computing=job is not None and job.state == RUNNING,
+            proposal_problem=job.last_lines(3) if job is not None and has_failed else "",
+            batch_size=batch_size,
             problem=problem,
             change=change,
         )
@@ -364,7 +389,7 @@ class FolderSettingsPages:
         """
         return list_rows(text, read_settings(find_training_script(text)), chosen, dataset)
 
-    def chosen_argv(self, folder: Path) -> list[str]:
+    def proposal_argv(self, folder: Path) -> list[str]:
         """Return the command that prints, without writing it, the run.toml that `new` would write.
 
         It repeats the page's last `new` command for the folder. If `new` has run in a terminal since, the
@@ -379,122 +404,116 @@ class FolderSettingsPages:
                 argv = shlex.split(job.line)
         return [*(word for word in argv if word != "--overwrite"), "--print_run"]
 
-    def read_chosen_text(self, folder: Path) -> str | None:
+    def read_proposed_run(self, folder: Path) -> str | None:
         """Return the run.toml that `new` chose for a folder; None if it is not, or no longer, known."""
-        job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
+        job = self.site.background_jobs.find(name_background_job(PROPOSAL, folder))
         if job is None or job.code != 0:
             return None
         try:
-            if job.argv != self.chosen_argv(folder):
+            if job.argv != self.proposal_argv(folder):
                 return None
-            return read_chosen(read_text(job.log))
+            return parse_proposed_run(read_text(job.log))
         except (OSError, ValueError, UserError):
             return None
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Preview or save the edited settings, or compute the values that `new` would choose."""
-        if action == CHOSEN:
-            return self.ask_chosen(folder)
+        if action == PROPOSAL:
+            return self.compute_proposal(folder)
         # the page edits the options in run.toml in a table, and the text of each file in full
-        edited_part = fields.get("part", TABLE)
-        if action not in ("look", "save") or edited_part not in (TABLE, *FILES):
+        section = fields.get("part", SETTINGS_TABLE)
+        if action not in ("look", "save") or section not in (SETTINGS_TABLE, *FILES):
             return answer_unknown()
-        name = RUN_FILE if edited_part == TABLE else edited_part
+        name = RUN_FILE if section == SETTINGS_TABLE else section
         try:
-            current_draft = read_draft_file(self.site, folder, name)
-            if current_draft.mark != fields.get("have", ""):  # not the file that the page was made from
-                return self.answer_conflict(folder, edited_part, current_draft, fields)
-            edited_text = self.read_edited(edited_part, current_draft, fields)
-            texts: Mapping[DraftFile, str] = {current_draft: edited_text}  # file as it is -> its new text
-            typed_text: str | None = edited_text  # shown in the answer as the user typed it
-            if edited_part == TABLE:  # the table also has the batch size, which is in dataset.toml
-                texts = self.with_batch(folder, texts, fields)
-                typed_text = None  # the answer shows the fields of the table instead
+            draft = read_draft_file(self.site, folder, name)
+            if draft.checksum != fields.get("have", ""):  # not the file that the page was made from
+                return self.answer_conflict(folder, section, draft, fields)
+            typed_text = None if section == SETTINGS_TABLE else fields.get("text", "")
+            if typed_text is None:
+                new_texts = self.edit_by_table(draft, fields)
+            else:
+                new_texts = {draft: typed_text}
             run_file = read_draft_file(self.site, folder, RUN_FILE)
-            change = plan_change(self.site, edited_part, texts, run_file, typed_text)
+            change = plan_change(self.site, section, new_texts, run_file, typed_text)
             if action == "save":
-                change = save_change(change, texts)
+                change = save_change(change, new_texts)
         except ChangedMeanwhileError:
-            return self.answer_conflict(folder, edited_part, read_draft_file(self.site, folder, name), fields)
+            return self.answer_conflict(folder, section, read_draft_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
-            change = DraftChange(part=edited_part, fault=str(error), text=fields.get("text"))
-        return self.answer(folder, change, is_rejected=action == "save" and change.fault != "")
+            change = DraftChange(section=section, error=str(error), typed_text=fields.get("text"))
+        return self.answer(folder, change, is_rejected=action == "save" and change.error != "")
 
-    def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
-        """Return the new text of a file: as typed in full, or with the edits of the table (`part` TABLE)."""
-        if part != TABLE:
-            return fields.get("text", "")
-        require_full(fields)
-        draft = read_draft_file(self.site, present.path.parent, DATASET_FILE)
-        rows = self.read_rows(present.text, None, read_dataset_keys(draft))
-        return apply_edits(present.text, rows, fields)
-
-    def with_batch(
-        self, folder: Path, texts: Mapping[DraftFile, str], fields: Mapping[str, str]
-    ) -> Mapping[DraftFile, str]:
-        """Return the texts to save, with the batch size written into dataset.toml if it was changed.
+    def edit_by_table(self, run_draft: DraftFile, fields: Mapping[str, str]) -> dict[DraftFile, str]:
+        """Return the new texts of run.toml and, if the batch size was changed, of dataset.toml.
 
         Args:
-            folder: The described folder.
-            texts: run.toml as it is on disk, mapped to its new text.
-            fields: Fields of the form; `have_dataset` is the checksum of dataset.toml on the page.
+            run_draft: run.toml as it is on disk.
+            fields: Fields of the table. `have_dataset` is the checksum of dataset.toml on the page.
 
         Raises:
             ChangedMeanwhileError: If dataset.toml has changed since the page was made.
-            OptionError: If the batch size is not a number.
+            OptionError: If a typed value cannot be read.
+            ValueError: If a file is not TOML.
         """
+        require_full(fields)
+        folder = run_draft.path.parent
+        dataset_keys = read_dataset_keys(read_draft_file(self.site, folder, DATASET_FILE))
+        run_text = apply_edits(run_draft.text, self.read_rows(run_draft.text, None, dataset_keys), fields)
         typed_size = fields.get(name_dataset_field(BATCH), "").strip()
-        before = fields.get(f"{name_dataset_field(BATCH)} before", "")
-        if typed_size == before:
-            return texts
+        shown_size = fields.get(f"{name_dataset_field(BATCH)} before", "")
+        if typed_size == shown_size:
+            return {run_draft: run_text}
         size = read_batch_field(typed_size)
         dataset_draft = read_draft_file(self.site, folder, DATASET_FILE)
-        if dataset_draft.mark != fields.get("have_dataset", ""):
+        if dataset_draft.checksum != fields.get("have_dataset", ""):
             raise ChangedMeanwhileError
         # dataset.toml takes precedence: the training would ignore its own option
-        runs = {run: edit_toml(text, {BATCH_OPTION: None}) for run, text in texts.items()}
-        return {**runs, dataset_draft: write_batch(dataset_draft.text, size)}
+        return {
+            run_draft: edit_toml(run_text, {BATCH_OPTION: None}),
+            dataset_draft: write_batch(dataset_draft.text, size),
+        }
 
     def answer_conflict(
-        self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
+        self, folder: Path, section: str, draft: DraftFile, fields: Mapping[str, str]
     ) -> Response:
         """Return the page with the error that a file changed while it was edited, and with the typed text.
 
         Args:
             folder: The described folder.
-            part: TABLE, or the name of the file that was edited as text.
-            present: The file as it is now.
+            section: SETTINGS_TABLE, or the name of the file that was edited as text.
+            draft: The file as it is now.
             fields: Fields of the form; `base` is the text that the page was made from.
         """
         typed_text = fields.get("text")
-        base = fields.get("base", "")
-        file_changes = describe_difference(base, present.text)
+        base_text = fields.get("base", "")
         try:
-            edited = typed_text or ""
-            if part == TABLE:  # the fields of the table, applied to the text that the page showed
-                edited = apply_edits(base, self.read_rows(base, None), fields)
-            user_changes = describe_difference(base, edited)
+            edited_text = typed_text or ""
+            if section == SETTINGS_TABLE:
+                edited_text = apply_edits(base_text, self.read_rows(base_text, None), fields)
+            user_changes = describe_difference(base_text, edited_text)
         except (ValueError, UserError) as error:
             user_changes = [str(error)]
-        fault = say(
+        file_changes = describe_difference(base_text, draft.text)
+        error_message = say(
             "%(name)s has changed meanwhile, and nothing was overwritten. The file now: "
             "%(names)s. What you changed: %(names2)s",
-            name=present.name,
+            name=draft.name,
             names=join("; ", file_changes or [say("as before")]),
             names2=join("; ", user_changes or [say("nothing")]),
         )
-        change = DraftChange(part=part, fault=fault, text=typed_text)
+        change = DraftChange(section=section, error=error_message, typed_text=typed_text)
         return self.answer(folder, change, is_rejected=True)
 
-    def ask_chosen(self, folder: Path) -> Response:
+    def compute_proposal(self, folder: Path) -> Response:
         """Start the process that prints the run.toml that `new` would write."""
         try:
-            words = self.chosen_argv(folder)
-            job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
+            words = self.proposal_argv(folder)
+            job = self.site.background_jobs.find(name_background_job(PROPOSAL, folder))
             if job is None or job.argv != words or job.state != RUNNING:
                 self.site.background_jobs.start(
-                    name_background_job(CHOSEN, folder), words, Path.cwd(), within=folder
+                    name_background_job(PROPOSAL, folder), words, Path.cwd(), within=folder
                 )
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, is_rejected=True, chosen_problem=str(error))
+            return self.answer(folder, is_rejected=True, proposal_problem=str(error))
         return self.answer(folder)

@@ -43,7 +43,7 @@ class FolderTool:
             "queue_problem": self.site.queue.problem,
         }
 
-    def press(self, folder: Path, action: str, make_argv: Callable[[bool], Sequence[str]]) -> bool:
+    def handle_button(self, folder: Path, action: str, make_argv: Callable[[bool], Sequence[str]]) -> bool:
         """Start, try, stop or resume a tool on a folder; return False if `action` names no such button.
 
         `make_argv` returns the command line; its argument is true for a dry run. Raises UserError if the
@@ -58,7 +58,7 @@ class FolderTool:
             case "stop":
                 self.stop(folder)
             case "go_on":
-                self.go_on(folder)
+                self.resume(folder)
             case _:
                 return False
         return True
@@ -84,7 +84,7 @@ class FolderTool:
         elif job is not None and job.state == WAITING:
             self.site.queue.remove(job.id)
 
-    def go_on(self, folder: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Queue a stopped or failed job again; the tool skips files that it has already processed."""
         job = self.find_job(folder)
         if job is None or job.state not in ENDED or job.state == FINISHED:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,10 @@ MAX_FOLDERS = 500
 MAX_ENTRIES = 20_000  # maximum number of entries that are read in a folder
 CHECK_PAGE = "check.html"  # written by `run --check` into a described folder
 # folder names of image trainers, with the number of repeats and the caption: 10_ohwx man
-OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
-INSIDE = "img"  # subfolder of a project that contains such folders
+TRAINER_FOLDER_NAME = re.compile(r"[1-9]\d{0,2}_.*\S.*")
+IMG_FOLDER = "img"  # subfolder of a project that contains such folders
 # names of subfolders that belong to a project
-PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)
+PROJECT_SUBFOLDER_NAME = re.compile(rf"{IMG_FOLDER}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)
 # names of folders that our programs write, normalized by `fold_name`
 NOT_MEDIA = re.compile(
     rf"\..*|{SAMPLES}|output|cache|generated|compare|{QUEUE_FOLDER}|{BIN}|.*-state", re.DOTALL
@@ -41,14 +41,14 @@ class MediaFolder:
     """Row of the list of folders: counts of a folder's files, without its subfolders."""
 
     path: Path
-    pictures: int
-    clips: int
-    audios: int
-    uncaptioned: int  # files whose caption is missing or empty
-    first: Path | None  # image or clip shown for the folder
+    num_images: int
+    num_clips: int
+    num_audios: int
+    num_uncaptioned: int  # files whose caption is missing or empty
+    shown_file: Path | None  # first image or clip, shown as the thumbnail of the folder
     is_described: bool
-    inner: int = 0  # number of subfolders with media, if the folder itself has none
-    unreadable: int = 0  # number of unreadable files among those whose headers were read
+    num_subfolders: int = 0  # subfolders with media, if the folder itself has none
+    num_unreadable: int = 0  # unreadable files among those whose headers were read
 
     @property
     def problem(self) -> str:
@@ -59,23 +59,26 @@ class MediaFolder:
         )
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """The counts as a text such as `12 clips, 3 without caption`."""
         phrases = []
-        if self.pictures:
-            phrases.append(say_count(self.pictures, "%(n)s picture", "%(n)s pictures"))
-        if self.clips:
-            phrases.append(say_count(self.clips, "%(n)s clip", "%(n)s clips"))
-        if self.audios:
-            phrases.append(say_count(self.audios, "%(n)s sound", "%(n)s sounds"))
-        if self.inner:  # then all counted files are in the subfolders
+        if self.num_images:
+            phrases.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))
+        if self.num_clips:
+            phrases.append(say_count(self.num_clips, "%(n)s clip", "%(n)s clips"))
+        if self.num_audios:
+            phrases.append(say_count(self.num_audios, "%(n)s sound", "%(n)s sounds"))
+        if self.num_subfolders:  # then all counted files are in the subfolders
             phrases[-1] = say_count(
-                self.inner, "%(files)s in %(n)s folder", "%(files)s in %(n)s folders", files=phrases[-1]
+                self.num_subfolders,
+                "%(files)s in %(n)s folder",
+                "%(files)s in %(n)s folders",
+                files=phrases[-1],
             )
-        if self.uncaptioned:
-            phrases.append(say("%(uncaptioned)s without caption", uncaptioned=self.uncaptioned))
-        if self.unreadable:
-            phrases.append(say_count(self.unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
+        if self.num_uncaptioned:
+            phrases.append(say("%(uncaptioned)s without caption", uncaptioned=self.num_uncaptioned))
+        if self.num_unreadable:
+            phrases.append(say_count(self.num_unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
         return join(", ", phrases)
 
 
@@ -105,43 +108,47 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def read_media_folder(folder: Path) -> MediaFolder | None:
-    """Count the media of a folder; None if it has none or cannot be read."""
-    images: list[str] = []
-    clips: list[str] = []
-    audios: list[str] = []
-    has_text: dict[str, bool] = {}  # by stem; a .txt takes precedence over a .caption
+    """Count the images, clips, audio files and missing captions of a folder; None if it has no media."""
     try:
         with os.scandir(folder) as scanned:
             entries = [*itertools.islice(scanned, MAX_ENTRIES)]
     except OSError:
         return None
-    for entry in entries:
-        name = entry.name
-        path = Path(name)
-        suffix = path.suffix.lower()
-        if name[0] == "." or label_of(path.stem) is not None:  # hidden, or a companion such as clip_mask.png
-            continue
-        if suffix in IMAGE_SUFFIXES:
-            images.append(name)
-        elif suffix in VIDEO_SUFFIXES:
-            clips.append(name)
-        elif suffix in AUDIO_SUFFIXES:
-            audios.append(name)
-        elif suffix == ".txt" or (suffix == ".caption" and path.stem not in has_text):
-            has_text[path.stem] = _has_text(entry)
+    # without hidden files, and without companions of a clip such as clip_mask.png
+    entries = [entry for entry in entries if entry.name[0] != "." and label_of(Path(entry.name).stem) is None]
+    images = _list_names(entries, IMAGE_SUFFIXES)
+    clips = _list_names(entries, VIDEO_SUFFIXES)
+    audios = _list_names(entries, AUDIO_SUFFIXES)
     media = [*images, *clips, *audios]
     if not media:
         return None
+    captioned_stems = _find_captioned_stems(entries)
     first_name = min([*images, *clips], default=None)
     return MediaFolder(
         path=folder,
-        pictures=len(images),
-        clips=len(clips),
-        audios=len(audios),
-        uncaptioned=sum(not has_text.get(Path(name).stem) for name in media),
-        first=None if first_name is None else folder / first_name,
+        num_images=len(images),
+        num_clips=len(clips),
+        num_audios=len(audios),
+        num_uncaptioned=sum(Path(name).stem not in captioned_stems for name in media),
+        shown_file=None if first_name is None else folder / first_name,
         is_described=is_described(folder),
     )
+
+
+def _list_names(entries: Sequence["os.DirEntry[str]"], suffixes: Collection[str]) -> list[str]:
+    """Return the names of the files with one of these suffixes, in any case."""
+    return [entry.name for entry in entries if Path(entry.name).suffix.lower() in suffixes]
+
+
+def _find_captioned_stems(entries: Sequence["os.DirEntry[str]"]) -> set[str]:
+    """Return the stems of caption files that are not empty; a .txt takes precedence over a .caption."""
+    has_text: dict[str, bool] = {}
+    for entry in entries:
+        path = Path(entry.name)
+        suffix = path.suffix.lower()
+        if suffix == ".txt" or (suffix == ".caption" and path.stem not in has_text):
+            has_text[path.stem] = _has_text(entry)
+    return {stem for stem, is_filled in has_text.items() if is_filled}
 
 
 def _has_text(entry: "os.DirEntry[str]") -> bool:
@@ -157,31 +164,32 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     Returns None unless the folder is described, or has subfolders with the names that image trainers use
     (`10_name`), directly or in a subfolder `img`.
     """
-    direct = _read_inner(folder)
-    in_img = _read_inner(folder / INSIDE)
-    candidates = [*direct, *in_img]
-    if PARTS.fullmatch(folder.name):  # `img` and the like belong to the folder above, which is the dataset
-        candidates = in_img
-    has_trainer_names = any(OF_TRAINERS.fullmatch(candidate.path.name) for candidate in candidates)
+    direct = _read_subfolders(folder)
+    in_img = _read_subfolders(folder / IMG_FOLDER)
+    is_part_of_project = PROJECT_SUBFOLDER_NAME.fullmatch(folder.name) is not None  # `img` and the like
+    # the subfolders of such a folder belong to the folder above, which is the dataset
+    candidates = in_img if is_part_of_project else [*direct, *in_img]
+    has_trainer_names = any(TRAINER_FOLDER_NAME.fullmatch(candidate.path.name) for candidate in candidates)
     if not has_trainer_names and not is_described(folder):
         return None
     by_path = {subfolder.path: subfolder for subfolder in (*direct, *in_img)}
     subfolders = list(by_path.values())
     if not subfolders:
         return None
+    shown_files = [subfolder.shown_file for subfolder in subfolders if subfolder.shown_file is not None]
     return MediaFolder(
         path=folder,
-        pictures=sum(subfolder.pictures for subfolder in subfolders),
-        clips=sum(subfolder.clips for subfolder in subfolders),
-        audios=sum(subfolder.audios for subfolder in subfolders),
-        uncaptioned=sum(subfolder.uncaptioned for subfolder in subfolders),
-        first=next((subfolder.first for subfolder in subfolders if subfolder.first is not None), None),
+        num_images=sum(subfolder.num_images for subfolder in subfolders),
+        num_clips=sum(subfolder.num_clips for subfolder in subfolders),
+        num_audios=sum(subfolder.num_audios for subfolder in subfolders),
+        num_uncaptioned=sum(subfolder.num_uncaptioned for subfolder in subfolders),
+        shown_file=shown_files[0] if shown_files else None,
         is_described=is_described(folder),
-        inner=len(subfolders),
+        num_subfolders=len(subfolders),
     )
 
 
-def _read_inner(folder: Path) -> list[MediaFolder]:
+def _read_subfolders(folder: Path) -> list[MediaFolder]:
     """Return the subfolders of a folder that contain media."""
     return [
         media_folder

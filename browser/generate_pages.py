@@ -65,9 +65,9 @@ from modules.text_files import real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
 MAX_AT_ONCE = 64  # maximum number of results per request
-FOUR = 4  # number of results of "Make with four seeds"
-SHOWN_ENDED = 12  # maximum number of stopped, failed or warning jobs shown
-SHOWN_OF_REASON = 400  # characters: a sentence with its remedy and two paths
+SEVERAL_SEEDS = 4  # number of results of "Make with four seeds"
+MAX_ENDED_JOBS = 12  # maximum number of stopped, failed or warning jobs shown
+MAX_REASON_LENGTH = 400  # characters: a sentence with its remedy and two paths
 LABELS = {
     "prompt": say("Prompt"),
     "negative": say("Negative"),
@@ -91,22 +91,22 @@ LABELS = {
     "lora_strength": say("Its strength"),
 }
 # in their order
-NUMBERS = ("width", "height", "frames", "layers", "steps", "guidance", "cfg", "high_cfg", "share")
-NOTES = {
+NUMBER_FIELDS = ("width", "height", "frames", "layers", "steps", "guidance", "cfg", "high_cfg", "share")
+FIELD_NOTES = {
     "start": say("the first picture"),
     "end": say("the last picture"),
     "control": say("a clip whose motion is followed"),
     "references": say("pictures to edit, one a line"),
     "redraw": say("a picture or clip that is made anew in part"),
 }
-CHOOSERS = {
+FILE_CHOOSER_LABELS = {
     "start": say("file of the first picture"),
     "end": say("file of the last picture"),
     "control": say("file of the clip"),
     "references": say("files of pictures"),
     "redraw": say("file of the picture or clip"),
 }
-EXPERTS = {BOTH: say("both parts"), HIGH_NOISE: say("high noise"), LOW_NOISE: say("low noise")}
+EXPERT_LABELS = {BOTH: say("both parts"), HIGH_NOISE: say("high noise"), LOW_NOISE: say("low noise")}
 SEED_BITS = 32
 
 
@@ -115,36 +115,42 @@ class GenerateForm:
     """Values of the fields of the page Generate."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
-    texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field
-    strengths: Mapping[str, str] = field(default_factory=dict)  # strengths of the selected LoRAs, by path
-    experts: Mapping[str, str] = field(default_factory=dict)  # expert of each LoRA, by path
-    count: str = "1"
-    is_locked: bool = False  # keep the seed for the next result
+    field_values: Mapping[str, str] = field(default_factory=dict)  # typed text of each other field
+    lora_strengths: Mapping[str, str] = field(default_factory=dict)  # of the selected LoRAs, by path
+    lora_experts: Mapping[str, str] = field(default_factory=dict)  # expert of each selected LoRA, by path
+    num_results: str = "1"
+    keeps_seed: bool = False  # keep the seed for the next result
 
     @classmethod
-    def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "GenerateForm":
+    def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "GenerateForm":
         """Read the form from the fields of a request."""
-        texts = {name: "".join(form[name]) for name in LABELS if name in form}
+        field_values = {name: "".join(fields[name]) for name in LABELS if name in fields}
         for name in (*IMAGES, "lora_file"):  # fields with paths; `references` has one on each line
-            if name in texts:
-                texts[name] = "\n".join(complete_home(path) for path in texts[name].split("\n"))
-        chosen = form.get("lora", ())
+            if name in field_values:
+                paths = field_values[name].split("\n")
+                field_values[name] = "\n".join(complete_home(path) for path in paths)
+        lora_strengths = {}
+        lora_experts = {}
+        for path in fields.get("lora", ()):  # the selected LoRAs
+            lora_strengths[path] = "".join(fields.get(f"strength {path}", ["1"]))
+            if fields.get(f"expert {path}"):
+                lora_experts[path] = fields[f"expert {path}"][0]
         return cls(
-            source="".join(form.get("source", ())[:1]),
-            texts={name: text for name, text in texts.items() if name != "count"},
-            strengths={path: "".join(form.get(f"strength {path}", ["1"])) for path in chosen},
-            experts={path: form[f"expert {path}"][0] for path in chosen if form.get(f"expert {path}")},
-            count=texts.get("count", "") or "1",
-            is_locked="lock" in form,
+            source="".join(fields.get("source", ())[:1]),
+            num_results=field_values.pop("count", "") or "1",
+            field_values=field_values,
+            lora_strengths=lora_strengths,
+            lora_experts=lora_experts,
+            keeps_seed="lock" in fields,
         )
 
     def as_fields(self) -> dict[str, list[str]]:
         """Return the fields that a page with this form sends."""
-        fields = {name: [text] for name, text in self.texts.items()}
-        fields |= {"source": [self.source], "count": [self.count], "lora": list(self.strengths)}
-        fields |= {f"strength {path}": [strength] for path, strength in self.strengths.items()}
-        fields |= {f"expert {path}": [expert] for path, expert in self.experts.items()}
-        if self.is_locked:
+        fields = {name: [text] for name, text in self.field_values.items()}
+        fields |= {"source": [self.source], "count": [self.num_results], "lora": list(self.lora_strengths)}
+        fields |= {f"strength {path}": [strength] for path, strength in self.lora_strengths.items()}
+        fields |= {f"expert {path}": [expert] for path, expert in self.lora_experts.items()}
+        if self.keeps_seed:
             fields["lock"] = ["yes"]
         return fields
 
@@ -215,41 +221,30 @@ class GeneratePages:
             draft: Name of the draft that holds the form.
             message: Message to show that is not an error.
         """
-        problem = error
-        recipe = None
         sources = self.list_sources()
-        source = form.source
-        if not source and sources and is_new:
-            source = self.first_source(sources)
+        if is_new and not form.source:
+            form = replace(form, source=self.first_source(sources))
+        recipe = None
+        problem = error
         try:
-            recipe = self.find_recipe(source) if source else None
+            recipe = self.find_recipe(form.source) if form.source else None
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
-        form = replace(form, source=source)
-        rows = [] if recipe is None else self.run_loras.list_rows(recipe)
+        loras = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
-            form = make_default_form(source, recipe, rows)
-        render_request = None if recipe is None else self.make_render_request(recipe, form, rows)
+            form = make_default_form(form.source, recipe, loras)
         values = {
             "form": form,
             "recipe": recipe,
-            "labels": {
-                **LABELS,
-                "frames": say("Seconds") if recipe and recipe.counts_seconds else say("Frames"),
-            },
-            "numbers": NUMBERS,
+            "labels": _make_labels(recipe),
+            "numbers": NUMBER_FIELDS,
             "pictures": IMAGES,
-            "notes": NOTES,
-            "choosers": CHOOSERS,
-            "experts": EXPERTS,
+            "notes": FIELD_NOTES,
+            "choosers": FILE_CHOOSER_LABELS,
+            "experts": EXPERT_LABELS,
             "sources": sources,
-            "rows": [row for row in rows if not row.reason or row.path in form.strengths],
-            # LoRAs that do not fit the recipe are listed apart, unless they are selected
-            "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
-            "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
-            "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),
-            "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
-            "command": "" if render_request is None else self.format_command_line(render_request, form),
+            **self.lora_values(form, recipe, loras),
+            "command": self.format_command_line(recipe, form, loras),
             "draft": draft or self.drafts.new_name(),
             "describe_loading": describe_loading(recipe),
             **self.work_values(),
@@ -260,27 +255,39 @@ class GeneratePages:
         }
         return answer_template("generate.html", say("Generate"), values, is_rejected=error != "")
 
+    def lora_values(
+        self, form: GenerateForm, recipe: ModelRecipe | None, loras: Sequence[LoraRow]
+    ) -> dict[str, object]:
+        """Return the template values for the list of LoRAs: those that fit the recipe, and others apart.
+
+        LoRAs that do not fit but are selected are listed with those that fit.
+        """
+        fitting_rows: list[LoraRow] = []
+        other_rows: list[LoraRow] = []
+        for row in loras:
+            is_listed = not row.reason or row.path in form.lora_strengths
+            (fitting_rows if is_listed else other_rows).append(row)
+        return {
+            "rows": fitting_rows,
+            "other_rows": other_rows,
+            "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
+            "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),
+            "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
+        }
+
     def work_values(self) -> dict[str, object]:
         """Return the template values for the page's list of render jobs."""
         render_jobs = self.render_worker.list_all()
         mentioned = [render_job for render_job in render_jobs if needs_mention(render_job)]
-        ended = mentioned[-SHOWN_ENDED:][::-1]  # the newest first
+        ended = mentioned[-MAX_ENDED_JOBS:][::-1]  # the newest first
         open_jobs = [render_job for render_job in render_jobs if render_job.state in ("running", "waiting")]
-        preview = self.render_worker.preview
-        address = ""
-        if preview is not None:
-            try:
-                # with its time in the address, so that browsers load each new preview
-                address = f"/generate/preview/{preview.stat().st_mtime_ns}{preview.suffix}"
-            except OSError:
-                address = ""
         return {
             "render_jobs": open_jobs,
             "ended": ended,
             "ended_words": describe_ended(ended),
             "waiting": sum(render_job.state == "waiting" for render_job in render_jobs),
             "loaded": self.render_worker.loaded,
-            "preview": address,
+            "preview": _preview_address(self.render_worker.preview),
             "waits_for": self.render_worker.waits_for,
             "worker_problem": self.render_worker.problem,
             "idle_minutes": round(IDLE_SECONDS / 60),
@@ -378,13 +385,15 @@ class GeneratePages:
         """Return the form after another run or model was selected: its defaults, the old prompts and seed."""
         recipe = self.find_recipe(form.source)
         default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
-        texts = dict(default.texts)
+        field_values = dict(default.field_values)
         for name in ("prompt", "negative", "seed", "lora_file", "lora_strength"):
-            if form.texts.get(name, "").strip():
-                texts[name] = form.texts[name]
-        if texts.get("negative") in list_default_negatives():  # another model's default
-            texts["negative"] = default.texts.get("negative", "")
-        return replace(default, texts=texts, count=form.count, is_locked=form.is_locked)
+            if form.field_values.get(name, "").strip():
+                field_values[name] = form.field_values[name]
+        if field_values.get("negative") in list_default_negatives():  # another model's default
+            field_values["negative"] = default.field_values.get("negative", "")
+        return replace(
+            default, field_values=field_values, num_results=form.num_results, keeps_seed=form.keeps_seed
+        )
 
     # --- render jobs
 
@@ -392,75 +401,78 @@ class GeneratePages:
         self, recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]
     ) -> RenderRequest:
         """Return the render request that a form describes, with the selected LoRAs among `rows`."""
-        texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
+        texts = {}
+        for name in FIELDS:
+            if name not in ("seed", "references"):
+                texts[name] = form.field_values.get(name, "")
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
             # a model without start images redraws the image taken from a result
             texts["redraw"] = texts["redraw"] or texts["start"]
-        references = [line.strip() for line in form.texts.get("references", "").splitlines() if line.strip()]
-        loras: list[UsedLora] = []
-        for row in rows:
-            if row.path in form.strengths:
-                expert = form.experts.get(row.path) or choose_expert(row, recipe.folder)
-                loras += row.as_used(form.strengths[row.path], expert, recipe.has_experts)
-        path = strip_quotes(form.texts.get("lora_file", "").strip())
-        if path:
-            strength = form.texts.get("lora_strength", "").strip() or "1"
-            row = LoraRow(path=path, title="")
-            loras += row.as_used(strength, choose_expert(row, recipe.folder), recipe.has_experts)
+        references = form.field_values.get("references", "").splitlines()
         return RenderRequest(
             recipe=recipe,
-            prompt=form.texts.get("prompt", ""),
+            prompt=form.field_values.get("prompt", ""),
             texts=texts,
-            loras=loras,
+            loras=_select_loras(recipe, form, rows),
             save_path=str(self.results_folder),
-            references=references,
+            references=[line.strip() for line in references if line.strip()],
             labels=LABELS,
         )
 
-    def format_command_line(self, render_request: RenderRequest, form: GenerateForm) -> str:
-        """Return the command line that generates the same result as the form."""
-        words = render_request.command(form.texts.get("seed", "").strip())
-        if form.count.strip() not in ("", "1"):
-            words += [find_flag("num_videos", render_request.recipe.defaults), form.count.strip()]
-        return format_command(words, render_request.recipe.folder)
+    def format_command_line(
+        self, recipe: ModelRecipe | None, form: GenerateForm, rows: Sequence[LoraRow]
+    ) -> str:
+        """Return the command line that generates the same result as the form; "" without a recipe."""
+        if recipe is None:
+            return ""
+        argv = self.make_render_request(recipe, form, rows).command(form.field_values.get("seed", "").strip())
+        num_results = form.num_results.strip()
+        if num_results not in ("", "1"):
+            argv += [find_flag("num_videos", recipe.defaults), num_results]
+        return format_command(argv, recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
         """Carry out a button of the page: fill the form, generate, or change a render job."""
         action = request.path_params["what"]
         # each field of a form is a list of texts; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
-        number = "".join(fields.pop("id", ()))
-        by_number = {
-            "cancel": self.render_worker.cancel,
-            "again": self.render_worker.again,
-            "remove": self.render_worker.remove,
-        }
+        job_number = "".join(fields.pop("id", ()))
         form = GenerateForm.of_fields(fields)
         queued_message = ""
         try:
             if action == "form":
-                if "fill" in fields:
-                    form = self.refill(form)
+                form = self.refill(form) if "fill" in fields else form  # "fill": another model was selected
                 self.drafts.write(draft, form.as_fields())
                 return self.answer(form, draft=draft)
-            if action in ("make", "four"):
-                if action == "four":
-                    form = replace(form, count=str(FOUR))
-                queued_message = self.make(form)
-                # the draft keeps the typed number of results: "four" replaces it for this press only
-                self.drafts.write(draft, GenerateForm.of_fields(fields).as_fields())
-            elif action == "free":
-                self.render_worker.free()
-            elif action == "forget":
-                for render_job in filter(needs_mention, self.render_worker.list_all()):
-                    self.render_worker.remove(render_job.id)
-            elif action in by_number and number.isdecimal() and len(number) < 10:
-                by_number[action](int(number))
-            else:
+            if action == "make":
+                queued_message = self.queue_results(form)
+                self.drafts.write(draft, form.as_fields())
+            elif action == "four":
+                queued_message = self.queue_results(replace(form, num_results=str(SEVERAL_SEEDS)))
+                self.drafts.write(draft, form.as_fields())  # with the typed number of results
+            elif not self.change_jobs(action, job_number):
                 return answer_unknown()
         except (UserError, OSError) as error:
             return self.answer_pressed(str(error))
         return self.answer_pressed(queued_message=queued_message)
+
+    def change_jobs(self, action: str, job_number: str) -> bool:
+        """Carry out a button of the list of render jobs; return False if `action` names no such button."""
+        actions_of_one_job = {
+            "cancel": self.render_worker.cancel,
+            "again": self.render_worker.again,
+            "remove": self.render_worker.remove,
+        }
+        if action == "free":
+            self.render_worker.free()
+        elif action == "forget":
+            for render_job in filter(needs_mention, self.render_worker.list_all()):
+                self.render_worker.remove(render_job.id)
+        elif action in actions_of_one_job and job_number.isdecimal() and len(job_number) < 10:
+            actions_of_one_job[action](int(job_number))
+        else:
+            return False
+        return True
 
     def answer_pressed(self, error: str = "", queued_message: str = "") -> Response:
         """Return the list of render jobs after a button was pressed, with an error or a message about it."""
@@ -468,7 +480,7 @@ class GeneratePages:
         response.headers["hx-trigger"] = "render_added"
         return response
 
-    def make(self, form: GenerateForm) -> str:
+    def queue_results(self, form: GenerateForm) -> str:
         """Queue the render jobs of a form, one for each seed, and return a message about the results to come.
 
         Raises OptionError if the form is not valid.
@@ -476,9 +488,9 @@ class GeneratePages:
         recipe = self.find_recipe(form.source)
         self.run_loras.refresh()
         rows = self.run_loras.list_rows(recipe)
-        paths = {row.path for row in rows}
-        for path in form.strengths:
-            if path not in paths:
+        listed_paths = {row.path for row in rows}
+        for path in form.lora_strengths:
+            if path not in listed_paths:
                 raise OptionError(
                     say("%(path)s: there is no such LoRA (any more). Choose another one.", path=path)
                 )
@@ -493,7 +505,8 @@ class GeneratePages:
         render_jobs = []
         for seed in seeds:
             # each job remembers a form that generates exactly its one result again
-            repeated = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True)
+            field_values = {**form.field_values, "seed": seed}
+            repeated = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
         self.render_worker.add(render_jobs)
         return say_count(
@@ -523,7 +536,7 @@ class GeneratePages:
 
     def _check_lora_file(self, recipe: ModelRecipe, form: GenerateForm) -> None:
         """Raise OptionError if a typed LoRA lies outside the folders of this page or is not a LoRA file."""
-        text = strip_quotes(form.texts.get("lora_file", "").strip())
+        text = strip_quotes(form.field_values.get("lora_file", "").strip())
         if not text:
             return
         path = recipe.folder / text  # an absolute path replaces the folder
@@ -555,10 +568,10 @@ class GeneratePages:
 
         return handle
 
-    def keep_input(self, path: Path, name: str) -> Response:
+    def store_input(self, path: Path, name: str) -> Response:
         """Store an uploaded image or clip as a start image, and answer with its path."""
-        kept = self.inputs.keep(path, name)
-        return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
+        stored = self.inputs.store(path, name)
+        return answer_json({"path": str(stored), "address": add_root(f"/generate/input/{stored.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
         """Fill a form with the settings in a dropped file, store it, and respond with its page's address."""
@@ -573,85 +586,99 @@ class GeneratePages:
         self.drafts.write(draft, {**form.as_fields(), "note": note})
         return answer_json({"address": add_root(f"/generate?draft={draft}")})
 
-    def fill_form(self, found: DroppedSettings) -> GenerateForm:
+    def fill_form(self, settings: DroppedSettings) -> GenerateForm:
         """Return the form for the settings of a file. Raises OptionError if no source has their model."""
         sources = self.list_sources()
-        source = self._select_source(found, sources) or self.first_source(sources)
+        source = self._select_source(settings, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
         rows = self.run_loras.list_rows(recipe)
-        strengths: dict[str, str] = {}
+        lora_strengths: dict[str, str] = {}
         for row in rows:
-            names = row.names & found.loras.keys()
-            if names and not any(Path(path).name in row.names for path in strengths):
-                strengths[row.path] = found.loras[min(names)]
-        texts = {**make_default_form(source, recipe, []).texts, **found.fields(recipe)}
-        return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
+            matching_names = row.names & settings.loras.keys()
+            is_selected = any(Path(path).name in row.names for path in lora_strengths)
+            if matching_names and not is_selected:
+                lora_strengths[row.path] = settings.loras[min(matching_names)]
+        field_values = dict(make_default_form(source, recipe, []).field_values)
+        field_values |= settings.fields(recipe)
+        return GenerateForm(
+            source,
+            field_values=field_values,
+            lora_strengths=lora_strengths,
+            keeps_seed=bool(field_values.get("seed")),
+        )
 
-    def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
+    def describe_filling(self, settings: DroppedSettings, form: GenerateForm) -> str:
         """Say which program's settings have filled the form, and what of them is missing here.
 
-        `found` are the settings in a dropped file; `form` is already filled with them.
+        `settings` are those of a dropped file; `form` is already filled with them.
         """
-        sentences = [say("Filled with the settings of a file that %(program)s made.", program=found.program)]
+        program = settings.program
+        sentences = [say("Filled with the settings of a file that %(program)s made.", program=program)]
         recipe = self.find_recipe(form.source)
-        if not found.family:
+        if not settings.family:
             sentences.append(say("Its model is not known here: choose one."))
-        elif self._rate_source(found, form.source) < 0:
-            name = f"{found.model} {found.task}".strip()
+        elif self._score_source(settings, form.source) < 0:
+            name = f"{settings.model} {settings.task}".strip()
             sentences.append(say("Its model, %(name)s, is not among the models here: choose one.", name=name))
-        rows = self.run_loras.list_rows(recipe)
-        chosen = {name for row in rows if row.path in form.strengths for name in row.names}
-        for name in found.loras:
-            if name not in chosen:
+        selected_rows = [row for row in self.run_loras.list_rows(recipe) if row.path in form.lora_strengths]
+        selected_names = {name for row in selected_rows for name in row.names}
+        for name in settings.loras:
+            if name not in selected_names:
                 sentences.append(say("%(name)s, a LoRA of it, is not here.", name=name))
-        for name in IMAGES:
-            paths = found.texts.get(recipe.keys.get(name, ""), "").splitlines()
+        for field_name in IMAGES:
+            option_key = recipe.keys.get(field_name, "")
+            paths = settings.options.get(option_key, "").splitlines()
             if paths:
                 sentences.append(
                     say("It began from %(splitlines)s: drop that on the form.", splitlines=paths[0])
                 )
         return join(" ", sentences)
 
-    def _select_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    def _select_source(
+        self, settings: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]
+    ) -> str:
         """Return the run or released model that fits a dropped file's settings best; "" if none fits.
 
         `sources` are lists of (field value, title). One with the file's LoRAs is preferred, then a run, then
         a model on disk.
         """
-        best = ("", -1)
+        best_source = ""
+        best_score = -1
         for group in sources.values():
-            for value, _ in group:
-                points = self._rate_source(found, value)
-                if points > best[1]:
-                    best = (value, points)
-        return best[0]
+            for source, _ in group:
+                score = self._score_source(settings, source)
+                if score > best_score:
+                    best_source = source
+                    best_score = score
+        return best_source
 
-    def _rate_source(self, found: DroppedSettings, source: str) -> int:
+    def _score_source(self, settings: DroppedSettings, source: str) -> int:
         """Return how well a model or run fits the settings of a dropped file; -1 if it does not fit.
 
         `source` is "model FAMILY TASK" or "run ID".
         """
         kind, _, name = source.partition(" ")
-        if not found.family:
+        if not settings.family:
             return -1
-        if kind == "run" and self.run_loras.find_run_family(name) != found.family:
+        if kind == "run" and self.run_loras.find_run_family(name) != settings.family:
             return -1
         try:
             recipe = self.find_recipe(source)
         except (UserError, OSError):
             return -1
-        if recipe.family != found.family:
+        if recipe.family != settings.family:
             return -1
         task = "".join(recipe.fixed.get("--task", ()))
-        if task and found.task and task != found.task:
+        if task and settings.task and task != settings.task:
             return -1
-        names = {Path(lora.path).name for lora in recipe.loras}
+        lora_names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
-            names |= self.run_loras.find_run_files(name)
-        score = 4 * sum(lora in names for lora in found.loras)  # 4: more than the two points below together
+            lora_names |= self.run_loras.find_run_files(name)
+        # 4 for each LoRA of the file: more than what is added below
+        score = 4 * sum(name in lora_names for name in settings.loras)
         if kind == "run" or not recipe.missing:
             score += 2  # prefer models whose files are on disk
-        if kind == "model" and found.task in source.split():
+        if kind == "model" and settings.task in source.split():
             score += 1
         return score
 
@@ -671,10 +698,43 @@ def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow])
     chosen = select_default_loras(recipe, rows)
     return GenerateForm(
         source=source,
-        texts={**recipe.initial_texts, "seed": ""},
-        strengths={path: strength for path, (strength, _) in chosen.items()},
-        experts={path: expert for path, (_, expert) in chosen.items()} if recipe.has_experts else {},
+        field_values={**recipe.initial_texts, "seed": ""},
+        lora_strengths={path: strength for path, (strength, _) in chosen.items()},
+        lora_experts={path: expert for path, (_, expert) in chosen.items()} if recipe.has_experts else {},
     )
+
+
+def _make_labels(recipe: ModelRecipe | None) -> dict[str, str]:
+    """Return the labels of the form's fields; models that count seconds have seconds instead of frames."""
+    if recipe is not None and recipe.counts_seconds:
+        return {**LABELS, "frames": say("Seconds")}
+    return {**LABELS, "frames": say("Frames")}
+
+
+def _preview_address(preview: Path | None) -> str:
+    """Return the address of the newest preview image or clip; "" if there is none."""
+    if preview is None:
+        return ""
+    try:
+        # with its time in the address, so that browsers load each new preview
+        return f"/generate/preview/{preview.stat().st_mtime_ns}{preview.suffix}"
+    except OSError:
+        return ""
+
+
+def _select_loras(recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]) -> list[UsedLora]:
+    """Return the LoRAs that a form selects among `rows`, and the LoRA whose path the user typed."""
+    loras: list[UsedLora] = []
+    for row in rows:
+        if row.path in form.lora_strengths:
+            expert = form.lora_experts.get(row.path) or choose_expert(row, recipe.folder)
+            loras += row.as_used(form.lora_strengths[row.path], expert, recipe.has_experts)
+    typed_path = strip_quotes(form.field_values.get("lora_file", "").strip())
+    if typed_path:
+        row = LoraRow(path=typed_path, title="")
+        strength = form.field_values.get("lora_strength", "").strip() or "1"
+        loras += row.as_used(strength, choose_expert(row, recipe.folder), recipe.has_experts)
+    return loras
 
 
 def needs_mention(render_job: RenderJob) -> bool:
@@ -689,7 +749,7 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
         return ""
     newest = ended[0]
     words = newest.reason or newest.warnings
-    reason = shorten(" ".join(words.split()), SHOWN_OF_REASON)
+    reason = shorten(" ".join(words.split()), MAX_REASON_LENGTH)
     state = join(" ", (str(newest.id), name_state(newest.state)))
     return join(": ", filter(None, (state, reason)))
 
@@ -736,12 +796,12 @@ def select_seeds(form: GenerateForm) -> list[str]:
 
     Raises OptionError if seed or count is not valid.
     """
-    seed = form.texts.get("seed", "").strip()
+    seed = form.field_values.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
         raise OptionError(
             say("Seed %(seed)s: give a whole number, or leave it empty for another each time.", seed=seed)
         )
-    count = form.count.strip()
+    count = form.num_results.strip()
     if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MAX_AT_ONCE:
         raise OptionError(
             say(
@@ -762,7 +822,7 @@ def generate_routes(site: Site) -> list[Route]:
         Route("/generate/work", pages.show_work),
         Route("/generate/preview/{name}", pages.show_preview),
         Route("/generate/input/{name}", pages.show_input),
-        Route("/generate/file", pages.receive(pages.keep_input), methods=["POST"]),
+        Route("/generate/file", pages.receive(pages.store_input), methods=["POST"]),
         Route("/generate/settings", pages.receive(pages.read_dropped), methods=["POST"]),
         Route("/generate/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -43,12 +43,12 @@ LAST_LINES = 20
 EVERY_SECONDS = 0.5
 # a line of the text file, with its continuation lines
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
-TAIL = 64 << 10  # bytes at the end of a log that are searched for its last lines
+MAX_TAIL_BYTES = 64 << 10  # bytes at the end of a log that are searched for its last lines
 MAX_JOBS = 10**9
 MAX_BORN = 1e11  # seconds since 1970
 MAX_LINES = 1000  # lines of the text file
 MAX_OF_JOB = 100_000  # characters of a job
-KINDS: dict[str, Any] = {
+STORED_TYPES: dict[str, Any] = {
     "line": str,
     "folder": str,
     "process": dict | None,
@@ -57,7 +57,7 @@ KINDS: dict[str, Any] = {
     "within": str,
     "typed": str,
 }
-STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # fields stored in STATE
+STORED_FIELDS = ("id", "line", "folder", "process", "stops", "within", "typed")  # fields stored in STATE
 
 
 class UnknownJobsError(OutputError):
@@ -76,7 +76,7 @@ class Job:
     stops: int = 0  # number of stop requests
     within: str = ""  # described folder whose limits apply; "": no limits
     typed: str = ""  # typed options that may send data despite limits
-    place: int = -1  # index among the entries of the text file; -1: its line has been removed
+    entry_index: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
     state: str = field(init=False)  # WAITING, or as the state of a run
 
@@ -112,7 +112,7 @@ class Job:
 
     def as_row(self) -> dict[str, Any]:
         """Return the values of the job as they are stored."""
-        row = {name: getattr(self, name) for name in STORED}
+        row = {name: getattr(self, name) for name in STORED_FIELDS}
         for name in ("within", "typed"):
             if not row[name]:
                 del row[name]
@@ -167,7 +167,7 @@ class Job:
             return ""
         try:
             with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - TAIL))
+                file.seek(max(0, self.log.stat().st_size - MAX_TAIL_BYTES))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""
@@ -176,7 +176,7 @@ class Job:
 
 
 @dataclass
-class _Book:
+class _QueueContent:
     """Content of a queue's two files: command lines in a text file, and the stored state of their jobs."""
 
     entries: list[str]  # entries of the text file: commands and other lines
@@ -215,22 +215,23 @@ class _Book:
 
     def wait_again(self, job: Job, line: str) -> None:
         """Make a job that is not running wait again, with this command line."""
-        if job.place < 0:
+        if job.entry_index < 0:
             self.entries.append("")  # which is at -1
-        self.entries[job.place] = f"{line}\n"
+        self.entries[job.entry_index] = f"{line}\n"
         job.line = line
         job.process = None
         job.stops = 0
         job.code_path.unlink(missing_ok=True)
 
-    def next(self) -> Job | None:
+    def find_next(self) -> Job | None:
+        """Return the first waiting job; None if a job is running or none waits."""
         if any(job.state == RUNNING for job in self.jobs):
             return None
         return next((job for job in self.jobs if job.state == WAITING), None)
 
 
 @dataclass(frozen=True)
-class QueueNow:
+class QueueState:
     """The jobs of a queue, and which process runs them, as read at one moment."""
 
     jobs: Sequence[Job]  # in the order of the text file
@@ -251,29 +252,29 @@ class JobQueue:
         self.problem = ""  # reason why the last start of a job failed
         # frees the graphics card before a job starts; returns the reason if the job has to wait, else ""
         self.before_start: Callable[[], str] = lambda: ""
-        self._keeps_open = False  # the next server continues the running queue
-        self._ended = threading.Event()
-        self._worker: threading.Thread | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._continues_in_next_server = False  # the next server continues the running queue
+        self._stop_requested = threading.Event()
+        self._worker_thread: threading.Thread | None = None
+        self._child_process: subprocess.Popen[bytes] | None = None
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of the text file. Raises OutputError if a file cannot be read."""
-        return self._read_book().jobs
+        return self._read_content().jobs
 
-    def now(self) -> QueueNow:
+    def now(self) -> QueueState:
         """Return all jobs and the worker, read at one moment. Raises OutputError if a file cannot be read."""
-        book = self._read_book()
-        return QueueNow(book.jobs, self._find_worker(book))
+        content = self._read_content()
+        return QueueState(content.jobs, self._find_worker(content))
 
     @property
     def worker(self) -> str:
         """Where the jobs run: "here" in this process, "elsewhere" in another one, "" if nothing runs them."""
-        return "here" if self._worker is not None else self._find_worker(self._read_book())
+        return "here" if self._worker_thread is not None else self._find_worker(self._read_content())
 
-    def _find_worker(self, book: _Book) -> str:
-        if self._worker is not None:
+    def _find_worker(self, content: _QueueContent) -> str:
+        if self._worker_thread is not None:
             return "here"
-        return "elsewhere" if book.worker is not None and is_living(book.worker) is not False else ""
+        return "elsewhere" if content.worker is not None and is_living(content.worker) is not False else ""
 
     def add(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
@@ -292,12 +293,12 @@ class JobQueue:
         """
         launch.find_job_program(argv, folder)
         line = as_line(argv)
-        with self._change() as book:
-            job = self._new_job(book, line, folder)
+        with self._edit_files() as content:
+            job = self._new_job(content, line, folder)
             job.within = "" if within is None else str(real_path(within))
             job.typed = " ".join(typed)
-            book.jobs.append(job)
-            book.entries.append(f"{line}\n")
+            content.jobs.append(job)
+            content.entries.append(f"{line}\n")
         return job.id
 
     def add_and_begin(
@@ -316,23 +317,23 @@ class JobQueue:
 
     def move(self, number: int, by: int) -> None:
         """Swap a waiting job with the next (`by` 1) or the previous (`by` -1) job, if there is one."""
-        with self._change() as book:
-            job = book.find(number, WAITING)
-            waiting = [candidate for candidate in book.jobs if candidate.state == WAITING]
+        with self._edit_files() as content:
+            job = content.find(number, WAITING)
+            waiting = [candidate for candidate in content.jobs if candidate.state == WAITING]
             index = waiting.index(job) + by
             if 0 <= index < len(waiting):
                 neighbor = waiting[index]
-                entry = book.entries[job.place]
-                book.entries[job.place] = book.entries[neighbor.place]
-                book.entries[neighbor.place] = entry
+                entry = content.entries[job.entry_index]
+                content.entries[job.entry_index] = content.entries[neighbor.entry_index]
+                content.entries[neighbor.entry_index] = entry
 
     def remove(self, number: int) -> None:
         """Delete a job that is not running, with its line and its log."""
-        with self._change() as book:
-            job = book.find(number, WAITING, *ENDED)
-            if job.place >= 0:
-                book.entries[job.place] = ""
-            book.jobs.remove(job)
+        with self._edit_files() as content:
+            job = content.find(number, WAITING, *ENDED)
+            if job.entry_index >= 0:
+                content.entries[job.entry_index] = ""
+            content.jobs.remove(job)
             for path in (job.log, job.code_path):
                 path.unlink(missing_ok=True)
 
@@ -341,23 +342,23 @@ class JobQueue:
 
         Raises OutputError if it runs on another machine.
         """
-        with self._change() as book:
-            job = book.find(number, RUNNING)
+        with self._edit_files() as content:
+            job = content.find(number, RUNNING)
             if job.process is None or not is_living(job.process):
                 raise OutputError(
                     say("job %(number)s runs on another machine. Stop it from there", number=number)
                 )
             job.stops += 1
-            number_of_process = job.process["number"]
+            process_id = job.process["number"]
             if job.stops == 1:
-                launch.interrupt_processes(number_of_process)
+                launch.interrupt_processes(process_id)
             else:
-                launch.kill_processes(number_of_process)
+                launch.kill_processes(process_id)
 
     def retry(self, number: int) -> None:
         """Queue an ended job again; add `--resume latest` to a training run without --resume."""
-        with self._change() as book:
-            job = book.find(number, *ENDED)
+        with self._edit_files() as content:
+            job = content.find(number, *ENDED)
             argv = job.argv
             line = job.line
             command, _ = launch.find_program(argv, Path(job.folder))
@@ -365,17 +366,17 @@ class JobQueue:
             resumes = any(word.partition("=")[0] == "--resume" for word in argv)
             if is_training and not resumes:
                 line = shlex.join([*argv, "--resume", "latest"])
-            book.wait_again(job, line)
+            content.wait_again(job, line)
 
     def edit(self, number: int, line: str) -> None:
         """Replace the line of a job that is not running, and queue it again. Raises OptionError."""
-        with self._change() as book:
-            job = book.find(number, WAITING, *ENDED)
+        with self._edit_files() as content:
+            job = content.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
             argv = launch.split_arguments(command)
-            others = [other for other in book.jobs if other is not job]
+            others = [other for other in content.jobs if other is not job]
             launch.check_options(argv, folder, list_earlier(others))
-            book.wait_again(job, as_line(argv))
+            content.wait_again(job, as_line(argv))
             job.folder = str(real_path(folder))
             job.within = ""  # a typed line has no limits
             job.typed = ""
@@ -397,47 +398,47 @@ class JobQueue:
             OutputError: If another process runs the jobs.
             UnknownJobsError: If `only_known` is set and there is a job that the user does not know.
         """
-        if self._worker is not None:
+        if self._worker_thread is not None:
             return
         was_open = self.is_open  # the user has started the queue, and not paused it since
-        stack = contextlib.ExitStack()  # holds the lock of the one server that runs the jobs
-        with self._change() as book:
+        worker_lock = contextlib.ExitStack()  # holds the lock file of the one server that runs the jobs
+        with self._edit_files() as content:
             if only_known:
-                self._reject_unknown(book)
+                self._reject_unknown_jobs(content)
             try:
-                stack.enter_context(only_one(self.folder / ".worker.lock", waits=False))
+                worker_lock.enter_context(only_one(self.folder / ".worker.lock", waits=False))
             except BlockingIOError:
                 raise OutputError(
                     say("another browser runs the jobs of %(folder)s already", folder=self.folder)
                 ) from None
-            book.worker = describe_process()
-            self._keeps_open = stays_open or was_open
-        self._ended.clear()
-        self._worker = threading.Thread(target=self._work, args=(stack,), daemon=True)
-        self._worker.start()
+            content.worker = describe_process()
+            self._continues_in_next_server = stays_open or was_open
+        self._stop_requested.clear()
+        self._worker_thread = threading.Thread(target=self._work, args=(worker_lock,), daemon=True)
+        self._worker_thread.start()
 
     def end_work(self, pauses: bool = False) -> None:
         """Stop starting jobs, and wait for the thread that starts them; a running job continues.
 
         With `pauses`, the queue also stays paused in the next server of these folders.
         """
-        worker = self._worker
-        self._worker = None
+        worker = self._worker_thread
+        self._worker_thread = None
         if worker is None:
             return
-        self._ended.set()
+        self._stop_requested.set()
         worker.join()
-        self._keeps_open = False
-        with self._change() as book:
-            book.worker = None
+        self._continues_in_next_server = False
+        with self._edit_files() as content:
+            content.worker = None
             known = recall_queue(self.folder)
             if pauses and known is not None:
                 remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
-    def _work(self, lock: contextlib.ExitStack) -> None:
+    def _work(self, worker_lock: contextlib.ExitStack) -> None:
         """Start one job after another until the queue is closed, holding the queue's lock."""
-        with lock:
-            while not self._ended.wait(EVERY_SECONDS):
+        with worker_lock:
+            while not self._stop_requested.wait(EVERY_SECONDS):
                 try:
                     self.start_next()
                     self.problem = ""
@@ -448,15 +449,15 @@ class JobQueue:
 
     def start_next(self) -> None:
         """Start the first waiting job, unless a job is running. Raises OutputError if it cannot start now."""
-        if self._child is not None and self._child.poll() is not None:  # reap a process that has ended
-            self._child = None
-        if self._read_book().next() is None:
+        if self._child_process is not None and self._child_process.poll() is not None:
+            self._child_process = None  # `poll` has reaped the process
+        if self._read_content().find_next() is None:
             return
         reason = self.before_start()  # frees the card of a model loaded for generation; "" if it is free
         if reason:
             raise OutputError(reason)
-        with self._change() as book:
-            job = book.next()  # again, under the lock: another server may have started or removed it
+        with self._edit_files() as content:
+            job = content.find_next()  # again, under the lock: another server may have started or removed it
             if job is None:
                 return
             job.log.parent.mkdir(exist_ok=True)
@@ -470,20 +471,21 @@ class JobQueue:
                 return
             # environment variables: a job of a described folder may write only below that folder
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
-            self._child = launch.prepare_process(job.log, **limits)  # waits until it is sent the command
-            job.process = describe_process(self._child.pid)
-        # only now that the process id is stored: if the server is killed earlier, the job does not start
-        launch.send_job(self._child, program, job.folder, job.code_path)
+            self._child_process = launch.prepare_process(job.log, **limits)
+            job.process = describe_process(self._child_process.pid)
+        # the process waits for its command until now, when its id is stored: if the server is killed earlier,
+        # the job does not start
+        launch.send_job(self._child_process, program, job.folder, job.code_path)
 
-    def _read_book(self) -> _Book:
-        book, stored_text = self._read_files()
-        if book.as_text() != stored_text and not self.read_only:
-            with self._change() as book:  # keeps the numbers of lines that are new
+    def _read_content(self) -> _QueueContent:
+        content, stored_text = self._read_files()
+        if content.as_text() != stored_text and not self.read_only:
+            with self._edit_files() as content:  # stores the numbers of the new jobs
                 pass
-        return book
+        return content
 
     @contextlib.contextmanager
-    def _change(self) -> Iterator[_Book]:
+    def _edit_files(self) -> Iterator[_QueueContent]:
         """Yield the jobs in the queue's text file and state file, and write the changes of the block."""
         if self.read_only:
             raise OutputError(say("the browser was started with --read_only"))
@@ -492,18 +494,18 @@ class JobQueue:
                 reject_link(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
-                book, stored_text = self._read_files()
-                entries = [*book.entries]
-                before = book.count_waiting()
-                yield book
+                content, stored_text = self._read_files()
+                entries = [*content.entries]
+                before = content.count_waiting()
+                yield content
                 # each file is written only if it changed: users edit the text file too
-                if book.entries != entries:
-                    write_text(self.folder / QUEUE, "".join(book.entries))
-                if book.as_text() != stored_text:
-                    write_text(self.folder / STATE, book.as_text())
-                self._remember(book.count_waiting(), before)
+                if content.entries != entries:
+                    write_text(self.folder / QUEUE, "".join(content.entries))
+                if content.as_text() != stored_text:
+                    write_text(self.folder / STATE, content.as_text())
+                self._store_known_jobs(content.count_waiting(), before)
 
-    def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
+    def _store_known_jobs(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
         """Store which waiting jobs the user knows about, outside of the queue's own folder.
 
         The user knows about jobs added with a button, and about lines added to the text file while a queue
@@ -514,21 +516,22 @@ class JobQueue:
             before: These numbers before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
-        if self._keeps_open:  # the user has started the queue, so that all waiting jobs are known
-            jobs = waiting
+        is_started_here = self._continues_in_next_server
+        if is_started_here:  # then the user knows all waiting jobs
+            known_jobs = waiting
         else:
             added = waiting - before  # jobs that a button has just added
             still_waiting = known.jobs & waiting  # of each line, the smaller number of the two
-            jobs = still_waiting + added
-        updated = KnownQueue(is_open=known.is_open or self._keeps_open, jobs=jobs)
+            known_jobs = still_waiting + added
+        updated = KnownQueue(is_open=known.is_open or is_started_here, jobs=known_jobs)
         if updated != known:
             remember_queue(self.folder, updated.is_open, updated.jobs.elements())
 
-    def _reject_unknown(self, book: _Book) -> None:
+    def _reject_unknown_jobs(self, content: _QueueContent) -> None:
         """Raise UnknownJobsError if a job waits that the user has neither typed nor started."""
         known = recall_queue(self.folder)
         # equal lines may wait several times, so lines are counted: more than are known count as unknown
-        unknown = book.count_waiting() - (Counter() if known is None else known.jobs)
+        unknown = content.count_waiting() - (Counter() if known is None else known.jobs)
         if unknown:
             raise UnknownJobsError(
                 say_count(
@@ -541,20 +544,20 @@ class JobQueue:
                 )
             )
 
-    def _read_files(self) -> tuple[_Book, str]:
+    def _read_files(self) -> tuple[_QueueContent, str]:
         """Return the content of both files, and the text of the state file."""
-        stored_text = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
+        stored_text = _read_or_empty(self.folder / STATE) or _QueueContent([], [], 0, None).as_text()
         try:
             stored = parse_json(stored_text)
             _check_stored(stored)
             jobs = [self._job(**row) for row in stored["jobs"]]
-            book = _Book([], [], stored["last"], stored["worker"])
+            content = _QueueContent([], [], stored["last"], stored["worker"])
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
             raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
-        book.entries = self._read_entries()
-        self._match_jobs(book, jobs)
-        return book, stored_text
+        content.entries = self._read_entries()
+        self._match_jobs(content, jobs)
+        return content, stored_text
 
     def _read_entries(self) -> list[str]:
         """Return the entries of the text file. Raises OutputError if it is too large."""
@@ -573,38 +576,47 @@ class JobQueue:
             entries[-1] += "\n"
         return entries
 
-    def _match_jobs(self, book: _Book, jobs: Sequence[Job]) -> None:
+    def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> None:
         """Match the jobs of the state file with the lines of the text file, and sort them.
 
-        First come running or ended jobs without a line, then one job for each line. A new job is made for a
-        line that has none.
+        1. Of each line, the newest jobs are matched with its occurrences in the text file.
+        2. A line without a job gets a new one.
+        3. The order is: running jobs without a line, ended jobs without a line, jobs of the lines. Waiting
+           jobs without a line are dropped: the user has removed the line.
         """
-        lines = _list_lines(book.entries)
-        counts = Counter(lines.values())
-        unmatched: dict[str, list[Job]] = defaultdict(list)  # by line
-        for job in jobs:
-            unmatched[job.line].append(job)
-        for line, equal_jobs in unmatched.items():
-            # jobs without a line: their lines were removed when they ended
-            surplus = max(0, len(equal_jobs) - counts[line])
-            ended = [job for job in equal_jobs if job.state in ENDED]
-            book.jobs += ended[:surplus]  # the oldest: a line belongs to the newest of its jobs
-            unmatched[line] = [job for job in equal_jobs if job not in book.jobs]
+        lines = _list_lines(content.entries)
+        num_lines = Counter(lines.values())
+        ended_without_line: list[Job] = []
+        unmatched: dict[str, list[Job]] = {}  # by line
+        for line, equal_jobs in _group_by_line(jobs).items():
+            num_surplus = max(0, len(equal_jobs) - num_lines[line])
+            surplus = [job for job in equal_jobs if job.state in ENDED][:num_surplus]  # the oldest
+            ended_without_line += surplus
+            unmatched[line] = [job for job in equal_jobs if job not in surplus]
+        jobs_of_lines: list[Job] = []
         for index, line in lines.items():
-            candidates = unmatched[line]
-            job = candidates.pop(0) if candidates else self._new_job(book, line, _find_line_folder(line))
-            job.place = index
-            book.jobs.append(job)
-        # running jobs whose lines the user has removed from the file
-        running = [job for equal_jobs in unmatched.values() for job in equal_jobs if job.state == RUNNING]
-        book.jobs[:0] = running
+            candidates = unmatched.get(line)
+            job = candidates.pop(0) if candidates else self._new_job(content, line, _find_line_folder(line))
+            job.entry_index = index
+            jobs_of_lines.append(job)
+        still_unmatched = [job for equal_jobs in unmatched.values() for job in equal_jobs]
+        running_without_line = [job for job in still_unmatched if job.state == RUNNING]
+        content.jobs = [*running_without_line, *ended_without_line, *jobs_of_lines]
 
-    def _new_job(self, book: _Book, line: str, folder: Path) -> Job:
-        book.last += 1
-        return self._job(book.last, line, str(real_path(folder)))
+    def _new_job(self, content: _QueueContent, line: str, folder: Path) -> Job:
+        content.last += 1
+        return self._job(content.last, line, str(real_path(folder)))
 
     def _job(self, id: int, line: str, folder: str, **stored: Any) -> Job:
         return Job(id, line, folder, self.folder / LOGS / f"{id}.log", **stored)
+
+
+def _group_by_line(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    """Return the jobs with equal command lines, by the line."""
+    groups: dict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[job.line].append(job)
+    return groups
 
 
 def _list_lines(entries: Sequence[str]) -> dict[int, str]:
@@ -624,7 +636,7 @@ def _check_stored(stored: Any) -> None:
         if type(number) is not int or not 0 <= number < MAX_JOBS:  # the number becomes a part of file names
             raise ValueError(f"{number!r} is no number of a job")
     for row in (stored, *stored["jobs"]):
-        for name, kind in KINDS.items():
+        for name, kind in STORED_TYPES.items():
             if name in row and not isinstance(row[name], kind):
                 raise TypeError(f"{name} is {row[name]!r}")
 
@@ -653,7 +665,7 @@ def as_line(argv: Sequence[str]) -> str:
 
 def _find_line_folder(line: str) -> Path:
     """Return the folder in which a line's command runs: the folder of its `cd`, or the working folder."""
-    match = launch.CHANGE.fullmatch(line)
+    match = launch.CD_PREFIX.fullmatch(line)
     if match is None:
         return Path.cwd()
     argv: list[str] = []

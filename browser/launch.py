@@ -45,13 +45,13 @@ from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
-CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # `&&` is allowed only after `cd`
-HOME = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
+CD_PREFIX = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # `&&` is allowed only after `cd`
+TILDE = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
 SHELL_CHARACTERS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
 # A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
 # unpickles, and a file of settings can name such an address.
-LAUNCHER = {
+LAUNCHER_OPTIONS = {
     **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), None),
     **dict.fromkeys(("--num_processes", "--num_cpu_threads_per_process", "--max_restarts"), r"\d{1,4}"),
     "--num_machines": "1",
@@ -61,8 +61,8 @@ LAUNCHER = {
     "--gpu_ids": r"all|\d{1,3}(,\d{1,3})*",
     "--mixed_precision": "no|fp16|bf16|fp8",
 }
-_SHAPES = {  # shape of a value -> description
-    **dict.fromkeys((name for name, shape in LAUNCHER.items() if shape is None), "no value"),
+_VALUE_DESCRIPTIONS = {  # shape of a value -> description
+    **dict.fromkeys((name for name, shape in LAUNCHER_OPTIONS.items() if shape is None), "no value"),
     "--num_machines": "1",
     "--machine_rank": "0",
     "--rdzv_backend": "static",
@@ -72,7 +72,7 @@ _SHAPES = {  # shape of a value -> description
 # -P: import no modules from the working folder, which may come from somebody else
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
 # how scripts' messages continue after the path of a missing file
-NOT_THERE = re.compile(r"(there is )?no such (file|folder)")
+NO_SUCH_FILE = re.compile(r"(there is )?no such (file|folder)")
 logger = logging.getLogger(__name__)
 _find_commands = functools.cache(find_commands)
 
@@ -86,7 +86,21 @@ def split_arguments(line: str) -> list[str]:
     that looks like a separator in a Windows path.
     """
     # group 1 is text that must stay as it is, such as quotes; otherwise ~ was matched
-    line = HOME.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
+    line = TILDE.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
+    _reject_shell_syntax(line)
+    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    if os.name == "nt":
+        lexer.escape = ""  # a backslash separates folders
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise OptionError(f"{line!r}: {error}") from None
+
+
+def _reject_shell_syntax(line: str) -> None:
+    """Raise OptionError for characters that a shell would interpret, and for paths with backslashes."""
     shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
     if shell_character:
         raise OptionError(
@@ -106,20 +120,11 @@ def split_arguments(line: str) -> list[str]:
                 line=f"{line!r}",
             )
         )
-    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    if os.name == "nt":
-        lexer.escape = ""  # a backslash separates folders
-    try:
-        return list(lexer)
-    except ValueError as error:
-        raise OptionError(f"{line!r}: {error}") from None
 
 
 def command_part(line: str) -> str:
     """Return a line without a `cd FOLDER &&` at its start."""
-    match = CHANGE.fullmatch(line.strip())
+    match = CD_PREFIX.fullmatch(line.strip())
     return line if match is None else match[2]
 
 
@@ -129,7 +134,7 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
     `folder` is the working folder of a line without `cd`. Raises OptionError if the named folder does not
     exist.
     """
-    match = CHANGE.fullmatch(line.strip())
+    match = CD_PREFIX.fullmatch(line.strip())
     if match is None:
         return line, folder
     argv = split_arguments(match[1])
@@ -188,30 +193,28 @@ def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
 
 
 def _count_launcher_arguments(argv: Sequence[str]) -> int:
-    """Return the number of words from the start of `argv` that belong to `accelerate launch` and its options.
+    """Return how many words at the start of `argv` belong to `accelerate launch` and its options.
 
     Raises OptionError for unknown options, and for options and values that reach beyond this machine.
     """
     position = 2  # after `accelerate launch`
-    while position < len(argv) and argv[position].startswith("-"):
-        if argv[position] == "-m":  # a module instead of a script
-            break
+    while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
         name, equals_sign, value = argv[position].partition("=")
-        if name not in LAUNCHER:
+        if name not in LAUNCHER_OPTIONS:
             raise OptionError(
-                f"{shorten(name, 80)}: in a job `accelerate launch` takes only {', '.join(LAUNCHER)} and a "
-                "script, all on this machine. Start the command in a terminal if it needs more"
+                f"{shorten(name, 80)}: in a job `accelerate launch` takes only {', '.join(LAUNCHER_OPTIONS)} "
+                "and a script, all on this machine. Start the command in a terminal if it needs more"
             )
         position += 1
-        pattern = LAUNCHER[name]  # None for a switch, which has no value
+        pattern = LAUNCHER_OPTIONS[name]  # None for a switch, which has no value
         if pattern is not None and not equals_sign:
             value = "".join(argv[position : position + 1])
             position += 1
         if re.fullmatch(pattern or "", value, re.ASCII) is None:  # a switch must not have a value
             raise OptionError(
                 f"{name} {shorten(value, 80)}: a job runs on this machine alone, and {name} takes "
-                f"{_SHAPES.get(name, 'a whole number')} there. For several machines start the command in a "
-                "terminal"
+                f"{_VALUE_DESCRIPTIONS.get(name, 'a whole number')} there. For several machines start the "
+                "command in a terminal"
             )
     return position
 
@@ -251,13 +254,13 @@ WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diff
 WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # endings after the name of a model
 # the other scripts read their options with one of these functions, which can end the script afterwards
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
-WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
+WARNING_LINE = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
 MIN_SIMILAR = 0.75  # similarity from which a script name is suggested
 HELP = ("-h", "--help")
-INTERACTIVE = "--interactive"
+INTERACTIVE_OPTION = "--interactive"
 # options that name input files, in addition to model files; `--lora_weight a b` names two files
-FILES_READ = {
+INPUT_FILE_OPTIONS = {
     *("--lora_weight", "--lora_weight_high_noise", "--network_weights", "--network_weights_high_noise"),
     *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
     *("--control_image_path", "--sample_prompts", "--dataset_config", "--config_file", "--lora", "--input"),
@@ -287,45 +290,59 @@ def check_options(
     Raises:
         OptionError: With the script's own message, if it rejects its options.
     """
-    command, program_line = find_program(argv, folder)
+    command, program = find_program(argv, folder)
     if any(word in HELP for word in argv):  # the script prints its help and ends
         return []
-    python = program_line[0]
-    program = program_line[1:]
     reject_endless(command, argv)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder, earlier)
+    try:
+        process = _read_options(command, program, folder, min(seconds, CHECK_SECONDS))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.debug("%s", argv, exc_info=error)
+        return []  # undecided: the command counts as accepted
+    if process is None:
+        return []
+    if process.returncode and not _may_be_created_later(process.stderr, argv, folder, earlier):
+        raise OptionError(extract_error_message(process.stderr))
+    if checks_files:
+        _check_files(argv, folder, earlier)
+    return [escape_control_codes(text) for text in WARNING_LINE.findall(process.stderr)]
+
+
+def _read_options(
+    command: ScriptCommand, program: Sequence[str], folder: Path, seconds: float
+) -> "subprocess.CompletedProcess[str] | None":
+    """Run a script until it has read its options; None if it cannot be ended then.
+
+    Args:
+        command: The command that the script belongs to.
+        program: The Python program, an optional launcher, the script and its options (`find_program`).
+        folder: Working folder of the script.
+        seconds: Time limit.
+    """
     variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
     # READ_OPTIONS ends scripts of WITH_TORCH when they import torch; others must end after reading options
     has_torch = command.words[0] in WITH_TORCH or command.words[0].endswith(WITH_TORCH_ENDS)
     if not has_torch:
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
-            return []  # the check cannot be limited to the options
+            return None
         variables[ONLY_OPTIONS] = "1"
-    if program[:3] == ACCELERATE:  # check the script without the launcher and its options
+    python, *script_argv = program
+    if script_argv[:3] == ACCELERATE:  # check the script without the launcher and its options
         script = program_words(command.path.relative_to(ROOT))
-        script_start = program.index(script[-1]) + 1 - len(script)
-        program = program[script_start:]
-    # READ_OPTIONS is code that runs the script until it has read its options
-    try:
-        process = subprocess.run(
-            [python, "-P", "-c", READ_OPTIONS, *program],
-            cwd=folder,
-            env=program_environment(**variables),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=min(seconds, CHECK_SECONDS),
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.debug("%s", argv, exc_info=error)
-        return []  # undecided: the command counts as accepted
-    if process.returncode and not _may_be_created_later(process.stderr, argv, folder, earlier):
-        raise OptionError(extract_error_message(process.stderr))
-    if checks_files:
-        _check_files(argv, folder, earlier)
-    return [escape_control_codes(text) for text in WARNING.findall(process.stderr)]
+        script_start = script_argv.index(script[-1]) + 1 - len(script)
+        script_argv = script_argv[script_start:]
+    return subprocess.run(
+        [python, "-P", "-c", READ_OPTIONS, *script_argv],
+        cwd=folder,
+        env=program_environment(**variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=seconds,
+    )
 
 
 def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:
@@ -340,10 +357,12 @@ def _may_be_created_later(
     message: str, argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]
 ) -> bool:
     """Return whether a script failed only because of files that jobs before it may still create."""
-    if not earlier or not NOT_THERE.search(message):
+    if not earlier or not NO_SUCH_FILE.search(message):
         return False
     values = {value for word in argv for value in (word, word.rpartition("=")[2])} - {""}
-    missing = [value for value in values if re.search(rf"{re.escape(value)}: {NOT_THERE.pattern}", message)]
+    missing = [
+        value for value in values if re.search(rf"{re.escape(value)}: {NO_SUCH_FILE.pattern}", message)
+    ]
     return all(may_be_created(folder / value, earlier) for value in missing)
 
 
@@ -362,7 +381,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
         )
     for option in options:
         # argparse accepts abbreviations; those up to `--in` also begin other options, such as --input
-        if INTERACTIVE.startswith(option) and len(option) > len("--in"):
+        if INTERACTIVE_OPTION.startswith(option) and len(option) > len("--in"):
             raise OptionError(
                 say(
                     "%(option)s asks for prompts in a terminal, and a job has none. Give --prompt, "
@@ -383,20 +402,20 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
 def _file_options() -> frozenset[str]:
     """Return the options that name files which a command reads."""
     parts = [part.option for model in model_sets() for part in model.components if part.option]
-    return frozenset({*FILES_READ, *parts})
+    return frozenset({*INPUT_FILE_OPTIONS, *parts})
 
 
 def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
+    input_options = {POSITIONAL, *_file_options()}
+    if "--output_config" in argv:  # then a training writes the file that --config_file names
+        input_options.discard("--config_file")
     option = POSITIONAL  # the option that the current word belongs to
-    # with --output_config, a training writes the file that --config_file names
-    written_option = "--config_file" if "--output_config" in argv else None
     for word in argv:
         if word.startswith("-"):  # --option or --option=word
             option, _, word = word.partition("=")
-        is_read = option in (POSITIONAL, *_file_options()) and option != written_option
-        is_file = is_read and FILE_NAME.fullmatch(word) is not None
-        if is_file and not (folder / word).exists() and not may_be_created(folder / word, earlier):
+        is_input_file = option in input_options and FILE_NAME.fullmatch(word) is not None
+        if is_input_file and not (folder / word).exists() and not may_be_created(folder / word, earlier):
             raise OptionError(
                 say(
                     "%(option)s %(word)s: no such file in %(folder)s, where relative paths "
@@ -409,16 +428,13 @@ def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob
             )
 
 
-def _check_folder_of_run(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
+def _check_folder_of_run(program: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job.
 
     Whether it is described is checked when the job starts, because a job before it may describe it.
     """
-    # the folder is the word behind the script
-    script = next(
-        index for index, word in enumerate(argv) if word.endswith(("run_project.py", "run_project"))
-    )
-    described = "".join(argv[script + 1 : script + 2])
+    is_script = [word.endswith(("run_project.py", "run_project")) for word in program]
+    described = "".join(program[is_script.index(True) + 1 :][:1])  # the word after the script
     is_typed = described != "" and not described.startswith("-")
     if is_typed and not (folder / described).exists() and not may_be_created(folder / described, earlier):
         raise OptionError(
@@ -433,44 +449,52 @@ def _check_folder_of_run(argv: Sequence[str], folder: Path, earlier: Sequence[Ea
 
 def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return the command of this project that a line begins with, and the number of words in its name."""
-    word = "".join(argv[:1])
-    count = 1
-    name = word
-    if word == "-m":  # `python -m reelsmith.tools.mask`, as the installed package is run
-        word = " ".join(argv[:2])
-        count = 2
-        name = word.removeprefix("-m reelsmith.").replace(".", "/")
-    script = find_script(name)
-    if script is None and word.endswith(".py"):
-        path = real_path(folder / word)
-        if path.is_relative_to(ROOT):
-            script = path.relative_to(ROOT)
-    commands = _find_commands(ROOT)
+    first_word = "".join(argv[:1])
+    name = script_name = first_word
+    num_words = 1
+    if first_word == "-m":  # `python -m reelsmith.tools.mask`, as the installed package is run
+        name = " ".join(argv[:2])
+        script_name = name.removeprefix("-m reelsmith.").replace(".", "/")
+        num_words = 2
+    script = find_script(script_name)
+    if script is None and name.endswith(".py"):
+        script = _find_script_file(folder / name)
     # `reelsmith train wan`, or the same with `python reelsmith.py`
-    if word in ("reelsmith", FRONT_SCRIPT) or script == Path(FRONT_SCRIPT):
-        word = " ".join((word, *argv[1:3]))
-        for command in commands:
-            if tuple(argv[1 : 1 + len(command.words)]) == command.words:
-                return command, 1 + len(command.words)
+    if name in ("reelsmith", FRONT_SCRIPT) or script == Path(FRONT_SCRIPT):
+        for command in _find_commands(ROOT):
+            num_command_words = len(command.words)
+            if tuple(argv[1 : 1 + num_command_words]) == command.words:
+                return command, 1 + num_command_words
+        name = " ".join((name, *argv[1:3]))
     # a script at the root and a script of the same name in a folder are the same command
-    is_script = script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS)
-    for command in commands:
-        if script is not None and is_script and command.path.name == script.name:
-            return command, count
-    typed = word.rpartition("/")[2]
-    names = [command.path.name for command in commands]
-    if word.startswith("reelsmith "):
-        typed = argv[1]
-        names = [command.words[0] for command in commands]
-    hint = did_you_mean(typed[:LONGEST_NAME], names, MIN_SIMILAR)
+    if script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS):
+        for command in _find_commands(ROOT):
+            if command.path.name == script.name:
+                return command, num_words
     raise OptionError(
         say(
             "%(word)s is no command of this program.%(hint)s A job is a line such as "
             "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
-            word=f"{shorten(word, 80)!r}",
-            hint=hint,
+            word=f"{shorten(name, 80)!r}",
+            hint=_suggest_command(name, argv),
         )
     )
+
+
+def _find_script_file(path: Path) -> Path | None:
+    """Return the path of a script relative to the project; None if it is outside of the project."""
+    path = real_path(path)
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else None
+
+
+def _suggest_command(name: str, argv: Sequence[str]) -> str:
+    """Return a question that names a similar command; "" if none is similar."""
+    typed = name.rpartition("/")[2]
+    known_names = [command.path.name for command in _find_commands(ROOT)]
+    if name.startswith("reelsmith "):
+        typed = argv[1]
+        known_names = [command.words[0] for command in _find_commands(ROOT)]
+    return did_you_mean(typed[:LONGEST_NAME], known_names, MIN_SIMILAR)
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from browser import compare
 from browser.compare import ComparableRun
@@ -54,22 +55,24 @@ class LoraRow:
         another task, the row gets that as its `reason`.
         """
         task = "".join(recipe.fixed.get("--task", ()))
-        reason = (
-            say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)
-            if self.task and task and self.task != task
-            else ""
-        )
+        reason = ""
+        if self.task and task and self.task != task:
+            reason = say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)
         for lora in recipe.loras:
             lora_path = _complete_path(recipe, lora.path)
             if lora_path == self.path:
                 return replace(self, path=lora.path, reason=reason)
-            if lora_path in self.copies:  # the command uses a copy of this row's file: show that one instead
-                high_path = ""
-                if self.high_path:  # a pair: the copy has its own file for the high-noise expert
-                    high_path = lora_path.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
-                other_copies = [path for path in (self.path, *self.copies) if path != lora_path]
-                return replace(self, path=lora.path, high_path=high_path, copies=other_copies, reason=reason)
+            if lora_path in self.copies:
+                return replace(self._with_copy_first(lora_path), path=lora.path, reason=reason)
         return replace(self, reason=reason)
+
+    def _with_copy_first(self, copy: str) -> "LoraRow":
+        """Return the row for a copy of its file, whose path is `copy`; the row's file becomes a copy."""
+        high_path = ""
+        if self.high_path:  # a pair: the copy has its own file for the high-noise expert
+            high_path = copy.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
+        other_copies = [path for path in (self.path, *self.copies) if path != copy]
+        return replace(self, path=copy, high_path=high_path, copies=other_copies)
 
     def as_used(self, strength: str, expert: str, has_experts: bool) -> list[UsedLora]:
         """Return the LoRA as a generation uses it: one or two files, each with a strength and an expert.
@@ -86,40 +89,45 @@ class LoraRow:
         return used
 
 
+class _RunLoraFiles(NamedTuple):
+    """The LoRA files of a run, as read when its history was last changed."""
+
+    changed: float  # `RunSummary.changed` of the run then
+    family: str  # "" if the run's history has no generation command
+    rows: list[LoraRow]  # the newest file first
+
+
 class RunLoras:
     """The LoRA files of runs whose model can generate; a run is read again only if it has changed."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # run id -> time, family, rows
+        self._loras_of_runs: dict[str, _RunLoraFiles] = {}  # by the id of the run
 
     def refresh(self) -> list[tuple[RunSummary, str]]:
         """Read runs that have changed, and return the runs that generate with their labels, newest first."""
         with self.runs.lock:
             labeled = label_runs(self.runs.list_all())
-            rows = {}
+            loras_of_runs = {}
             for run, label in labeled:
-                known = self._rows.get(run.id)
-                if known is None or known[0] != run.changed:
-                    known = (run.changed, *self._read(run, label))
-                rows[run.id] = known
-            self._rows = rows
-        return [(run, label) for run, label in labeled if rows[run.id][1]]
+                loras = self._loras_of_runs.get(run.id)
+                if loras is None or loras.changed != run.changed:
+                    loras = self._read(run, label)
+                loras_of_runs[run.id] = loras
+            self._loras_of_runs = loras_of_runs
+        return [(run, label) for run, label in labeled if loras_of_runs[run.id].family]
 
-    def _read(self, run: RunSummary, label: str) -> tuple[str, list[LoraRow]]:
-        """Return the family of a run and the rows of its LoRA files, titled `label`.
-
-        The family is "" if the run's history has no generation command.
-        """
+    def _read(self, run: RunSummary, label: str) -> _RunLoraFiles:
+        """Return the family of a run and the rows of its LoRA files, titled `label`."""
         try:
             source = compare.read_source(self.runs, run)
         except OSError:
-            return "", []
+            source = None
         if source is None:
-            return "", []
+            return _RunLoraFiles(run.changed, family="", rows=[])
         other_networks = _find_other_networks(source)
         if other_networks is None:
-            return source.family, []
+            return _RunLoraFiles(run.changed, source.family, rows=[])
         rows = [
             LoraRow(
                 path=str(file.paths[0]),
@@ -136,48 +144,45 @@ class RunLoras:
             for file in source.files
             if file.name not in other_networks and all(map(self.runs.is_inside, file.paths))
         ]
-        return source.family, rows[::-1]  # the newest file first
+        return _RunLoraFiles(run.changed, source.family, rows[::-1])
 
     def find_run_family(self, run_id: str) -> str:
         """Return the family of a run; "" if it is unknown or cannot generate."""
-        known = self._rows.get(run_id)
-        return "" if known is None else known[1]
+        loras = self._loras_of_runs.get(run_id)
+        return "" if loras is None else loras.family
 
     def find_run_files(self, run_id: str) -> set[str]:
         """Return the names of a run's files."""
-        known = self._rows.get(run_id)
-        return set() if known is None else {name for row in known[2] for name in row.names}
+        loras = self._loras_of_runs.get(run_id)
+        return set() if loras is None else {name for row in loras.rows for name in row.names}
 
     def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs for a recipe: first the LoRAs of its command, then LoRAs of runs of its family."""
-        rows: dict[str, LoraRow] = {}
+        rows: dict[str, LoraRow] = {}  # by the complete path
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
             rows.setdefault(_complete_path(recipe, lora.path), row)
-        for _, family, run_rows in self._rows.values():
-            for row in run_rows if family == recipe.family else ():
-                named = row.for_recipe(recipe)
-                rows[_complete_path(recipe, named.path)] = named
-        listed_paths = {_complete_path(recipe, row.high_path) for row in rows.values() if row.high_path}
-        return [row for path, row in rows.items() if path not in listed_paths]
+        for loras in self._loras_of_runs.values():
+            if loras.family == recipe.family:
+                for row in loras.rows:
+                    adapted_row = row.for_recipe(recipe)
+                    rows[_complete_path(recipe, adapted_row.path)] = adapted_row
+        # files for the high-noise expert belong to the row of the low-noise file
+        high_paths = {_complete_path(recipe, row.high_path) for row in rows.values() if row.high_path}
+        return [row for path, row in rows.items() if path not in high_paths]
 
     def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs of runs that were trained for another model family, each with that reason."""
-        rows = []
-        for _, family, run_rows in self._rows.values():
-            if family != recipe.family:
-                rows += [
-                    replace(
-                        row,
-                        reason=say(
-                            "of %(family)s, not %(family2)s",
-                            family=model_title(family),
-                            family2=model_title(recipe.family),
-                        ),
-                    )
-                    for row in run_rows
-                ]
-        return rows
+        foreign_rows: list[LoraRow] = []
+        for loras in self._loras_of_runs.values():
+            if loras.family != recipe.family:
+                reason = say(
+                    "of %(family)s, not %(family2)s",
+                    family=model_title(loras.family),
+                    family2=model_title(recipe.family),
+                )
+                foreign_rows += [replace(row, reason=reason) for row in loras.rows]
+        return foreign_rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
         """Return the run with this id if it can generate, else None.

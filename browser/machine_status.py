@@ -16,6 +16,7 @@ from browser.command_lines import format_command
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_pages import is_started_by
+from browser.render_queue import RenderJob
 from browser.responses import answer_template
 from browser.run_start import read_preparation_state, read_run_state
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
@@ -179,12 +180,8 @@ class MachineLine:
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
-        render_job = self.site.render_worker.current
-        if render_job is not None:
-            parts = [say("making with %(title)s", title=render_job.shown_title)]
-            if render_job.steps:
-                parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
-            things.append(RunningThing(join(", ", parts), "/generate"))
+        if self.site.render_worker.current is not None:
+            things.append(_describe_render_job(self.site.render_worker.current))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
                 text = say(
@@ -198,11 +195,11 @@ class MachineLine:
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return lines for running jobs that are not among `runs`, and for the jobs of a paused queue."""
         try:
-            now = self.site.queue.now()
+            queue_state = self.site.queue.now()
         except UserError:  # the queue's page reports it
             return []
         things = []
-        for job in now.jobs:
+        for job in queue_state.jobs:
             if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
                 things.append(
                     RunningThing(
@@ -210,8 +207,8 @@ class MachineLine:
                         f"/queue#j{job.id}",
                     )
                 )
-        num_waiting = sum(job.state == WAITING for job in now.jobs)
-        if now.worker == "" and num_waiting:
+        num_waiting = sum(job.state == WAITING for job in queue_state.jobs)
+        if queue_state.worker == "" and num_waiting:
             text = say_count(
                 num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
             )
@@ -236,6 +233,14 @@ def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
 
 def _is_running_here(run: RunSummary) -> bool:
     return run.state == RUNNING and run.start is not None and bool(is_living(run.start.process))
+
+
+def _describe_render_job(render_job: RenderJob) -> RunningThing:
+    """Describe a running render job with its number of denoising steps, and a link to the page Generate."""
+    parts = [say("making with %(title)s", title=render_job.shown_title)]
+    if render_job.steps:
+        parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
+    return RunningThing(join(", ", parts), "/generate")
 
 
 def _describe_run(run: RunSummary) -> RunningThing:

@@ -28,17 +28,22 @@ from modules.pages.language import say
 from project.options import MODELS
 
 NO_COLOR = "RRGGBB"  # placeholder in the shown command
-BETWEEN = ";"  # separates things to find
+DESCRIPTION_SEPARATOR = ";"  # separates things to find
 # detection methods, named like the options of the tool; "" is --what
-WORDS, WATERMARK, BACKGROUND, FACES, COLOR = "", "watermark", "background", "faces", "colour"
+BY_DESCRIPTION, WATERMARK, BACKGROUND, FACES, COLOR = "", "watermark", "background", "faces", "colour"
 FINDERS = {
-    WORDS: say("what I name below"),
+    BY_DESCRIPTION: say("what I name below"),
     BACKGROUND: say("what stands before the background"),
     FACES: say("faces"),
     COLOR: say("a color"),
     WATERMARK: say("all but watermarks and texts"),
 }
-NETWORKS = {WORDS: MODEL_FOLDER, WATERMARK: MODEL_FOLDER, BACKGROUND: BACKGROUND_FILE, FACES: FACE_FILE}
+DEFAULT_NETWORKS = {
+    BY_DESCRIPTION: MODEL_FOLDER,
+    WATERMARK: MODEL_FOLDER,
+    BACKGROUND: BACKGROUND_FILE,
+    FACES: FACE_FILE,
+}
 FORM = ToolForm(
     name="mask",
     script="tools/mask.py",
@@ -76,46 +81,46 @@ class MaskMakingPages:
         """Return the HTML of the mask tool's form, or of its section named in the query."""
         return self.answer(folder, query, query.get("part", ""))
 
-    def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", error: str = "") -> Response:
+    def answer(self, folder: Path, fields: Mapping[str, str], section: str = "", error: str = "") -> Response:
         """Return the HTML of the form for masks and its progress.
 
         Args:
             folder: The folder. If it is a described folder with several media folders, the form selects one.
-            texts: Values of the form's fields.
-            part: "form" or "progress"; "" for both.
+            fields: Values of the form's fields.
+            section: "form" or "progress"; "" for both.
             error: Reason why a button did nothing.
         """
         # once one of several media folders is selected, the form sends the described folder as `outer`
-        outer = find_open_folder(self.site.runs, texts.get("outer", "")) or folder
-        folders = list_media_folders_of(self.site.runs, outer)
+        described_folder = find_open_folder(self.site.runs, fields.get("outer", "")) or folder
+        folders = list_media_folders_of(self.site.runs, described_folder)
         folder = folder if folder in folders else folders[0]
         values: dict[str, Any] = {
             "folder": folder,
-            "outer": outer,
+            "outer": described_folder,
             "folders": folders,
-            "part": part,
+            "part": section,
             "refused": error,
             "can_write": not self.site.read_only,
             "form": FORM,
             "finders": FINDERS,
-            "texts": texts,
+            "texts": fields,
         }
-        if part in ("", "form"):
-            values |= self.collect_form(outer, folder, texts)
-        if part in ("", "progress"):
+        if section in ("", "form"):
+            values |= self.collect_form(described_folder, folder, fields)
+        if section in ("", "progress"):
             values |= self.tool.collect_progress(folder)
             values["use"] = self.find_use(folder)
-            values["is_first"] = self.is_first(values["use"], values["job"])
+            values["is_first"] = self.offers_training(values["use"], values["job"])
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")
 
-    def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    def collect_form(self, described_folder: Path, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
-            dry_run = format_command(self.make_argv(folder, texts, tries=True), folder)
-            lines = [dry_run, format_command(self.make_argv(folder, texts, tries=False), folder)]
+            dry_run = format_command(self.make_argv(folder, fields, is_dry_run=True), folder)
+            lines = [dry_run, format_command(self.make_argv(folder, fields, is_dry_run=False), folder)]
         except OptionError as error:  # the error is shown at both buttons
             lines = [str(error), str(error)]
-        finder = texts.get("finder", WORDS)
+        finder = fields.get("finder", BY_DESCRIPTION)
         return {
             "model": self.find_model(finder),
             "model_place": self.name_network(finder),
@@ -128,7 +133,7 @@ class MaskMakingPages:
         use = read_mask_use(self.site.runs, folder)
         return use if use is not None and use.num_masks else None
 
-    def is_first(self, use: MaskUse | None, job: Job | None) -> bool:
+    def offers_training(self, use: MaskUse | None, job: Job | None) -> bool:
         """Return whether a job has written masks since dataset.toml was last changed.
 
         Then the page offers to train with them.
@@ -139,74 +144,76 @@ class MaskMakingPages:
             return use.config.path.stat().st_mtime < job.log.stat().st_mtime
         return False
 
-    def learn(self, folder: Path, fields: Mapping[str, str]) -> None:
+    def set_mask_use(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Write into dataset.toml whether the training uses the masks of a folder."""
         use = read_mask_use(self.site.runs, folder)
         if use is None:
             raise OptionError(say("It is not prepared yet: press Prepare first."))
         self.site.tracked_runs.reject_while_it_runs(use.config.path.parent)
-        use.write(bool(fields.get("learns")))
+        if fields.get("learns"):
+            use.enable()
+        else:
+            use.disable()
 
     def find_model(self, finder: str) -> TaskFiles | None:
         """Return the catalogue's network for a way of finding masks, with the state of its files on disk."""
-        network = NETWORKS.get(finder)
+        network = DEFAULT_NETWORKS.get(finder)
         for model in model_sets() if network is not None else ():
-            if any(MODELS / part.path == PurePath(network or "") for part in model.components):
+            if any(MODELS / section.path == PurePath(network or "") for section in model.components):
                 return find_task(self.site.models, model.family, model.task)
         return None
 
     def name_network(self, finder: str) -> str:
         """Return the path to which a finder's network is downloaded; "" if the finder needs none."""
-        network = NETWORKS.get(finder)
+        network = DEFAULT_NETWORKS.get(finder)
         return "" if network is None else str((self.site.models / network.relative_to(MODELS)).absolute())
 
-    def make_argv(self, folder: Path, texts: Mapping[str, str], tries: bool) -> list[str]:
+    def make_argv(self, folder: Path, fields: Mapping[str, str], is_dry_run: bool) -> list[str]:
         """Return the command line of the mask tool.
 
         Args:
             folder: The folder with media.
-            texts: Values of the form's fields.
-            tries: Only print what the tool would do.
+            fields: Values of the form's fields.
+            is_dry_run: Only print what the tool would do.
 
         Raises:
             OptionError: If a field has a value that its option does not accept.
         """
-        finder = texts.get("finder", WORDS)
+        finder = fields.get("finder", BY_DESCRIPTION)
         if finder not in FINDERS:
             raise OptionError(say("%(finder)s finds nothing: choose from the list.", finder=finder[:40]))
-        argv = FORM.make_argv(".", texts)
-        network = texts.get("model", "").strip() or self.name_network(finder)
-        if finder == WORDS:  # the mask tool takes one --what for each object
-            names = [" ".join(name.split()) for name in texts.get("what", "").split(BETWEEN)]
-            for name in filter(None, names):
-                argv += give_value("what", name)
-        # finders of watermarks and colors need no network; the other finders name theirs in different options
-        if finder == WATERMARK:
-            argv.append("--watermark")
-        if finder == COLOR:
-            argv += give_value(COLOR, texts.get("colour", "").strip() or NO_COLOR)
-        elif finder in (BACKGROUND, FACES):
-            argv += give_value(finder, network)
-        else:
+        argv = FORM.make_argv(".", fields)
+        network = fields.get("model", "").strip() or self.name_network(finder)
+        if finder == BY_DESCRIPTION:  # the mask tool takes one --what for each object
+            for description in fields.get("what", "").split(DESCRIPTION_SEPARATOR):
+                if description.strip():
+                    argv += give_value("what", " ".join(description.split()))
             argv += give_value("model", network)
+        elif finder == WATERMARK:
+            argv.append("--watermark")
+            argv += give_value("model", network)
+        elif finder == COLOR:
+            argv += give_value(COLOR, fields.get("colour", "").strip() or NO_COLOR)
+        else:  # BACKGROUND and FACES: options of their own that name the network
+            argv += give_value(finder, network)
         masks = find_masks_folder(self.site.runs, folder)
-        if masks == folder:  # masks beside their media
+        if masks == folder:  # masks are next to their media
             argv.append("--beside")
         elif masks is not None:
             argv += give_value("output", str(masks))
-        return [*argv, "--dry_run"] if tries else argv
+        return [*argv, "--dry_run"] if is_dry_run else argv
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Carry out a button of the mask tool's form, and return the HTML of its progress."""
 
-        def make_argv(tries: bool) -> list[str]:
-            self.require_ready(fields, tries)
-            return self.make_argv(folder, fields, tries)
+        def make_argv(is_dry_run: bool) -> list[str]:
+            self.require_ready(fields, is_dry_run)
+            return self.make_argv(folder, fields, is_dry_run)
 
         try:
             if action == "learn":  # write whether the training uses the masks
-                self.learn(folder, fields)
-            elif not self.tool.press(folder, action, make_argv):
+                self.set_mask_use(folder, fields)
+            elif not self.tool.handle_button(folder, action, make_argv):
                 return answer_unknown()
         except ChangedMeanwhileError:
             message = say("dataset.toml has changed meanwhile: press it again.")
@@ -215,17 +222,17 @@ class MaskMakingPages:
             return self.answer(folder, fields, "progress", error=str(error))
         return self.answer(folder, fields, "progress")
 
-    def require_ready(self, fields: Mapping[str, str], tries: bool) -> None:
+    def require_ready(self, fields: Mapping[str, str], is_dry_run: bool) -> None:
         """Raise OptionError if the form names nothing to find, or if the model is not downloaded."""
-        finder = fields.get("finder", WORDS)
-        if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
+        finder = fields.get("finder", BY_DESCRIPTION)
+        if finder == BY_DESCRIPTION and not fields.get("what", "").replace(DESCRIPTION_SEPARATOR, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))
         if finder == COLOR and not IS_COLOR.fullmatch(fields.get("colour", "").strip()):
             raise OptionError(
                 say("Type the color to find in six hexadecimal digits, such as 00ff00 for green.")
             )
         network = self.name_network(finder)
-        if not tries and network and not fields.get("model", "").strip() and not Path(network).exists():
+        if not is_dry_run and network and not fields.get("model", "").strip() and not Path(network).exists():
             raise OptionError(say("%(missing)s is missing: load the model first (Models).", missing=network))
 
 

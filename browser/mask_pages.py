@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.described_folder import ChangedMeanwhileError
-from browser.mask_review import ADDRESS, CHANGES, MaskConflictError, MaskImage, MaskReview
+from browser.mask_review import ADDRESS, MASK_ACTIONS, MaskConflictError, MaskImage, MaskReview
 from browser.mask_use import use_first_mask
 from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import (
@@ -29,7 +29,7 @@ from modules.text_files import parse_json
 
 DRAWN_ADDRESS = f"{ADDRESS}/drawn"
 MAX_OF_DRAWN = 32 << 20  # maximum bytes of a drawn mask
-PART = 24  # media on a page for browsers without scripts
+PAGE_SIZE = 24  # media on a page for browsers without scripts
 
 
 class MaskPages:
@@ -44,28 +44,31 @@ class MaskPages:
         return find_open_folder(self.site.runs, query.get("folder", ""))
 
     def show(self, request: Request) -> Response:
-        """Return the page. Its script shows one file at a time; without scripts it lists PART files."""
+        """Return the page. Its script shows one file at a time; without scripts it lists PAGE_SIZE files."""
         query = request.query_params
         folder = self.find_folder(query)
         if folder is None:
             return answer_not_found_page(request)
         folders = [folder]
         problem = ""
-        places: list[MaskEntry] = []
+        media_files: list[MaskEntry] = []
         try:
             folders = list_media_folders_of(self.site.runs, folder)
             if len(folders) == 1:  # of several folders, the page only lists the links
-                places = self.review.places(folders[0])
+                media_files = self.review.list_media(folders[0])
         except (UserError, OSError) as error:
             problem = str(error)
-        first = read_number(query, "from", len(places))  # for browsers without scripts
+        first = read_number(query, "from", len(media_files))  # for browsers without scripts
         values = {
             "folder": folders[0] if len(folders) == 1 else folder,
             "folders": folders,
-            "total": len(places),
+            "total": len(media_files),
             "first": first,
-            "next": first + PART if first + PART < len(places) else None,
-            "items": [self.review.describe(folders[0], place) for place in places[first : first + PART]],
+            "next": first + PAGE_SIZE if first + PAGE_SIZE < len(media_files) else None,
+            "items": [
+                self.review.describe(folders[0], media_file)
+                for media_file in media_files[first : first + PAGE_SIZE]
+            ],
             "can_write": not self.site.read_only,
             "problem": problem,
         }
@@ -78,41 +81,45 @@ class MaskPages:
         if folder is None:
             return answer_json({"error": NOT_FOUND}, 404)
         try:
-            places = self.review.places(folder)
-            at = read_number(query, "at", len(places))
-            if not places:
+            media_files = self.review.list_media(folder)
+            index = read_number(query, "at", len(media_files))
+            if not media_files:
                 return answer_json({"error": NOT_FOUND}, 404)
-            return answer_json(self.make_item(folder, places, at))
+            return answer_json(self.make_item(folder, media_files, index))
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
 
-    def make_item(self, folder: Path, places: list[MaskEntry], at: int, error: str = "") -> dict[str, Any]:
+    def make_item(
+        self, folder: Path, media_files: list[MaskEntry], index: int, error: str = ""
+    ) -> dict[str, Any]:
         """Return the JSON values of an image or clip at an index, and the error of the last action."""
         return {
-            **self.review.describe(folder, places[at]),
-            "at": at,
-            "total": len(places),
+            **self.review.describe(folder, media_files[index]),
+            "at": index,
+            "total": len(media_files),
             "can_undo": self.review.has_changed(folder) and not self.site.read_only,
             "error": error,
         }
 
     def show_image(self, request: Request) -> Response:
         """Respond with a frame of an image or clip, as JPEG."""
-        return self._answer_image(request, lambda place, number: self.review.read_picture(place, number))
+        return self._answer_image(
+            request, lambda media_file, number: self.review.read_picture(media_file, number)
+        )
 
     def show_mask(self, request: Request) -> Response:
         """Respond with a mask as PNG: reduced, or in full size if the query has `whole`."""
         is_full = "whole" in request.query_params
         return self._answer_image(
-            request, lambda place, number: self.review.read_mask(place, number, is_full)
+            request, lambda media_file, number: self.review.read_mask(media_file, number, is_full)
         )
 
     def _answer_image(self, request: Request, read: Callable[[MaskEntry, int], MaskImage | None]) -> Response:
         query = request.query_params
         folder = self.find_folder(query)
         try:
-            place = None if folder is None else self.review.find(folder, query.get("id", ""))
-            image = None if place is None else read(place, read_number(query, "number"))
+            media_file = None if folder is None else self.review.find(folder, query.get("id", ""))
+            image = None if media_file is None else read(media_file, read_number(query, "number"))
         except (UserError, OSError, StopIteration):
             image = None
         if image is None:
@@ -131,46 +138,49 @@ class MaskPages:
             texts = {name: str(query.get(name, "")) for name in ("folder", "id", "have")}
         except (ValueError, AttributeError) as error:
             return answer_json({"error": f"This is no request: {error}"}, 400)
-        if action not in (*CHANGES, "undo"):
+        if action not in (*MASK_ACTIONS, "undo"):
             return answer_json({"error": say("There is no such request.")}, 404)
-
-        def act(folder: Path, place: MaskEntry) -> None:
-            self.review.change(folder, place, action, texts["have"])
 
         if action == "undo":
             return self._undo(texts)
-        return self._answer_change(texts, act)
+
+        def change_mask(folder: Path, media_file: MaskPlace) -> None:
+            self.review.change(folder, media_file, action, version=texts["have"])
+
+        return self._answer_change(texts, change_mask)
 
     def draw(self, request: Request, body: bytes) -> Response:
         """Store a drawn mask. The body is a PNG; the query has `folder`, `id` and `have`."""
         query = request.query_params
 
-        def act(folder: Path, place: MaskEntry) -> None:
-            self.review.draw(folder, place, body, query.get("have", ""))
+        def replace_mask(folder: Path, media_file: MaskEntry) -> None:
+            self.review.draw(folder, media_file, body, query.get("have", ""))
             with contextlib.suppress(ChangedMeanwhileError, OSError, ValueError, UserError):
                 use_first_mask(self.site.runs, folder)  # otherwise the form's checkbox decides
 
-        return self._answer_change(query, act)
+        return self._answer_change(query, replace_mask)
 
-    def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskEntry], None]) -> Response:
-        """Call `act` to change the mask of `query`, and respond with the image or clip and its mask as JSON.
+    def _answer_change(
+        self, query: Mapping[str, str], change_mask: Callable[[Path, MaskEntry], None]
+    ) -> Response:
+        """Call `change_mask` for the image or clip of `query`, and respond with its new JSON values.
 
         If nothing could be changed, the JSON also has the reason as `error`.
         """
         folder = self.find_folder(query)
         id = query.get("id", "")
-        place = None
+        media_file = None
         try:
-            place = None if folder is None else self.review.find(folder, id)
-            if folder is None or place is None:
+            media_file = None if folder is None else self.review.find(folder, id)
+            if folder is None or media_file is None:
                 return answer_json({"error": NOT_FOUND}, 404)
-            act(folder, place)
+            change_mask(folder, media_file)
             status, error = 200, ""
         except MaskConflictError:
             status, error = 409, say("The mask has changed since: look at it again.")
         except (UserError, OSError) as problem:
             status, error = 422, str(problem)
-        return self._answer_item(folder, place, status, error)
+        return self._answer_item(folder, media_file, status, error)
 
     def _undo(self, query: Mapping[str, str]) -> Response:
         folder = self.find_folder(query)
@@ -182,15 +192,15 @@ class MaskPages:
             return answer_json({"error": str(problem), "can_undo": self.review.has_changed(folder)}, 422)
 
     def _answer_item(
-        self, folder: Path | None, place: MaskEntry | None, status: int = 200, error: str = ""
+        self, folder: Path | None, media_file: MaskEntry | None, status: int = 200, error: str = ""
     ) -> Response:
         """Respond with the current state of an image or clip as JSON."""
-        if folder is None or place is None:
+        if folder is None or media_file is None:
             return answer_json({"error": error or NOT_FOUND}, status if error else 404)
         try:
-            places = self.review.places(folder)
-            at = [mask_place.media_path for mask_place in places].index(place.media_path)
-            return answer_json(self.make_item(folder, places, at, error), status)
+            media_files = self.review.list_media(folder)
+            index = [candidate.media_path for candidate in media_files].index(media_file.media_path)
+            return answer_json(self.make_item(folder, media_files, index, error), status)
         except (UserError, OSError, ValueError) as problem:  # the file was removed
             return answer_json({"error": error or str(problem)}, max(status, 404))
 

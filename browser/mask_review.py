@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,18 +43,18 @@ from modules.text_files import real_path
 ADDRESS = "/masks"
 LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have all of theirs
 LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
-MAX_SHOTS = 60  # images in memory, some 200 KB each
+MAX_JPEGS = 60  # images in memory, some 200 KB each
 MAX_UNDONE = 1000
 # states of masks
-NONE, OF_PROGRAM, TAKEN, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"
+NONE, GENERATED, ACCEPTED_BY_USER, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"
 STATES = {
     NONE: say("no mask"),
-    OF_PROGRAM: say("made by a program"),
-    TAKEN: say("accepted"),
+    GENERATED: say("made by a program"),
+    ACCEPTED_BY_USER: say("accepted"),
     DRAWN: say("drawn by hand"),
     REMOVED: say("thrown away"),
 }
-CHANGES = {"accept": accept_mask, "invert": invert_mask, "remove": remove_mask}
+MASK_ACTIONS = {"accept": accept_mask, "invert": invert_mask, "remove": remove_mask}
 
 
 class MaskConflictError(Exception):
@@ -69,17 +69,24 @@ class MaskImage:
     kind: str  # media type
 
 
+class _MaskChange(NamedTuple):
+    """A change of a mask that can be undone while the mask has this version."""
+
+    path: Path  # image or clip
+    mask_version: str
+
+
 @dataclass
 class MaskReview:
     """The masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
-    # media of a folder with the checksums of their masks after each change, the newest last
-    _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
-    _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
+    _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # by folder, the newest last
+    # frames by the path of their file, its modification time and the index of the frame
+    _jpegs: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a mask is changed
 
-    def places(self, folder: Path) -> list[MaskEntry]:
+    def list_media(self, folder: Path) -> list[MaskEntry]:
         """Return each image and clip of a folder with its mask.
 
         Raises DatasetError if it cannot be listed.
@@ -91,80 +98,80 @@ class MaskReview:
 
         Returns None if it does not exist, or if it or its mask is outside the roots.
         """
-        for place in self.places(folder):
-            if name_id(place) == id:
-                return place if self.is_open(place) else None
+        for media_file in self.list_media(folder):
+            if name_id(media_file) == id:
+                return media_file if self.may_show(media_file) else None
         return None
 
-    def is_open(self, place: MaskEntry) -> bool:
+    def may_show(self, media_file: MaskEntry) -> bool:
         """Return whether a file, its mask and the mask's history are below the roots, with links resolved."""
-        paths = [place.media_path, *place.masks]
-        kept = place.backup_folder.parent
-        paths += [path for path in (place.mask_folder, kept, place.backup_folder) if os.path.lexists(path)]
-        for mask in place.masks:
+        paths = [media_file.media_path, *media_file.masks]
+        kept = media_file.backup_folder.parent
+        paths += [path for path in (media_file.mask_folder, kept, media_file.backup_folder) if os.path.lexists(path)]
+        for mask in media_file.masks:
             if mask.is_dir():
                 paths += [mask / entry.name for entry in os.scandir(mask) if entry.is_symlink()]
         return all(self.runs.is_below(path) for path in paths)
 
-    def describe(self, folder: Path, place: MaskEntry) -> dict[str, Any]:
+    def describe(self, folder: Path, media_file: MaskEntry) -> dict[str, Any]:
         """Return the JSON values of an image or clip and its mask."""
-        if not self.is_open(place):
+        if not self.may_show(media_file):
             fault = say("it is gone, or leads outside the folders that are shown")
-            return _as_json(place, NONE, fault)
-        state = find_state(place)
+            return _describe_mask(media_file, NONE, fault)
+        state = find_state(media_file)
         try:
-            numbers = list_shots(place)
-            size = image_size(place.media_path) if place.kind == "image" else None
+            frame_indices = list_shown_frames(media_file)
+            size = image_size(media_file.media_path) if media_file.kind == "image" else None
         except (MediaError, OSError) as error:  # the page shows the path already
-            return _as_json(place, state, str(error).replace(f"{place.media_path} ", ""))
-        mark = mark_mask(place)  # "" without a mask
-        stamp = place.media_path.stat().st_mtime_ns
-        shots = []
-        for number in numbers:
-            query = {"folder": folder, "id": name_id(place), "number": number}
-            # a stamp makes browsers load the image again after its file has changed
-            picture = encode_address({**query, "stamp": stamp})
-            mask = encode_address({**query, "stamp": mark})
-            shots.append(
+            return _describe_mask(media_file, state, str(error).replace(f"{media_file.media_path} ", ""))
+        mask_version = read_mask_version(media_file)  # "" without a mask
+        media_version = media_file.media_path.stat().st_mtime_ns
+        frames = []
+        for frame_index in frame_indices:
+            query = {"folder": folder, "id": name_id(media_file), "number": frame_index}
+            # versions make browsers load the image again after its file has changed
+            picture_query = encode_address({**query, "stamp": media_version})
+            mask_query = encode_address({**query, "stamp": mask_version})
+            frames.append(
                 {
-                    "number": number,
-                    "picture": add_root(f"{ADDRESS}/picture?{picture}"),
-                    "mask": add_root(f"{ADDRESS}/mask?{mask}") if mark else "",
+                    "number": frame_index,
+                    "picture": add_root(f"{ADDRESS}/picture?{picture_query}"),
+                    "mask": add_root(f"{ADDRESS}/mask?{mask_query}") if mask_version else "",
                 }
             )
-        return {**_as_json(place, state, ""), "mark": mark, "size": size, "shots": shots}
+        return {**_describe_mask(media_file, state, ""), "mark": mask_version, "size": size, "shots": frames}
 
     def has_changed(self, folder: Path) -> bool:
         """Return whether a folder has a change that can be undone."""
-        return bool(self._changed.get(folder))
+        return bool(self._changes.get(folder))
 
-    def change(self, folder: Path, place: MaskEntry, action: str, version: str) -> None:
+    def change(self, folder: Path, media_file: MaskEntry, action: str, version: str) -> None:
         """Accept, invert or remove a mask, and note the change so that it can be undone.
 
         Args:
             folder: The folder with media.
-            place: The image or clip.
-            action: A key of CHANGES.
-            version: Checksum of the mask that the page shows, as `mark_mask` returns it.
+            media_file: The image or clip.
+            action: A key of MASK_ACTIONS.
+            version: Checksum of the mask that the page shows, as `read_mask_version` returns it.
 
         Raises:
             MaskConflictError: If the mask has changed since.
             UserError: If it cannot be changed.
         """
         with self._lock, only_one(folder / LOCK):
-            place = self._require_unchanged(place, version)
-            CHANGES[action](place)
-            self._note(folder, place)
+            media_file = self._require_unchanged(media_file, version)
+            MASK_ACTIONS[action](media_file)
+            self._record_change(folder, media_file)
 
-    def draw(self, folder: Path, place: MaskEntry, png: bytes, version: str) -> None:
+    def draw(self, folder: Path, media_file: MaskEntry, png: bytes, version: str) -> None:
         """Replace an image's mask by a drawn one. Raises MaskConflictError if the mask has changed."""
         with self._lock, only_one(folder / LOCK):
-            place = self._require_unchanged(place, version)
-            if place.kind != "image":
+            media_file = self._require_unchanged(media_file, version)
+            if media_file.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
             with DECODING:
-                replace_mask(place, read_drawn(png, image_size(place.media_path)))
-            self._note(folder, place)
+                replace_mask(media_file, read_drawn(png, image_size(media_file.media_path)))
+            self._record_change(folder, media_file)
 
     def undo(self, folder: Path) -> MaskEntry:
         """Undo the last change in a folder, and return its image or clip.
@@ -172,115 +179,123 @@ class MaskReview:
         Raises OptionError if that fails.
         """
         with self._lock, only_one(folder / LOCK):
-            changed = self._changed.get(folder)
-            if not changed:
+            changes = self._changes.get(folder)
+            if not changes:
                 raise OptionError(say("There is nothing to undo."))
-            medium, mark = changed.pop()  # the file, and the checksum of its mask after the change
-            place = next((place for place in self.places(folder) if place.media_path == medium), None)
-            if place is None or not self.is_open(place):
-                raise OptionError(say("%(name)s is gone.", name=medium.name))
-            if mark_mask(place) != mark or not undo_change(place):
+            last_change = changes.pop()
+            media_file = self._find_path(folder, last_change.path)
+            if media_file is None or not self.may_show(media_file):
+                raise OptionError(say("%(name)s is gone.", name=last_change.path.name))
+            is_unchanged = read_mask_version(media_file) == last_change.mask_version
+            if not is_unchanged or not undo_change(media_file):
                 raise OptionError(
                     say(
                         "%(name)s: only the last change of a mask can be undone, until a program changes it.",
-                        name=medium.name,
+                        name=last_change.path.name,
                     )
                 )
-            return place.refresh()
+            return media_file.listed_anew()
 
-    def read_picture(self, place: MaskEntry, number: int) -> MaskImage | None:
-        """Return a frame as JPEG; None if `list_shots` does not list it.
+    def read_picture(self, media_file: MaskEntry, frame_index: int) -> MaskImage | None:
+        """Return a frame as JPEG; None if `list_shown_frames` does not list it.
 
         Raises MediaError if the file cannot be read.
         """
-        numbers = list_shots(place)
-        if number not in numbers:
+        frame_indices = list_shown_frames(media_file)
+        if frame_index not in frame_indices:
             return None
-        stamp = place.media_path.stat().st_mtime_ns
-        key = place.media_path, stamp, number
+        modified_ns = media_file.media_path.stat().st_mtime_ns
+        key = media_file.media_path, modified_ns, frame_index
         with DECODING:
-            if key not in self._shots:  # decode all frames of the clip at once: the page shows them together
-                for shown, frame in read_shots(place, numbers):
-                    self._shots[place.media_path, stamp, shown] = _encode_jpeg(frame)
-                while len(self._shots) > MAX_SHOTS:
-                    self._shots.popitem(last=False)
-            content = self._shots.get(key)
-        return None if content is None else MaskImage(content, "image/jpeg")
+            if key not in self._jpegs:  # decode all frames of the clip at once: the page shows them together
+                for index, frame in read_shown_frames(media_file, frame_indices):
+                    self._jpegs[media_file.media_path, modified_ns, index] = _encode_jpeg(frame)
+                while len(self._jpegs) > MAX_JPEGS:
+                    self._jpegs.popitem(last=False)
+            jpeg = self._jpegs.get(key)
+        return None if jpeg is None else MaskImage(jpeg, "image/jpeg")
 
-    def read_mask(self, place: MaskEntry, number: int, is_full: bool) -> MaskImage | None:
+    def read_mask(self, media_file: MaskEntry, frame_index: int, is_full_size: bool) -> MaskImage | None:
         """Return a mask as a PNG of white pixels whose opacity is the brightness of the mask.
 
-        `is_full` asks for full size. Returns None without a mask; raises MediaError if it cannot be read.
+        Returns None without a mask. Raises MediaError if it cannot be read.
         """
-        if place.mask is None:
+        if media_file.mask is None:
             return None
         with DECODING:
-            gray = read_frame(place.mask, number)
-            if not is_full:
+            gray = read_frame(media_file.mask, frame_index)
+            if not is_full_size:
                 gray = reduce_frame(gray, LARGEST_SIDE)
             white = np.full_like(gray, 255)
             png = io.BytesIO()
             Image.fromarray(np.dstack([white, gray])).save(png, format="PNG", compress_level=1)
         return MaskImage(png.getvalue(), "image/png")
 
-    def _note(self, folder: Path, place: MaskEntry) -> None:
-        changed = self._changed.setdefault(folder, [])
-        changed.append((place.media_path, mark_mask(place.refresh())))
-        del changed[:-MAX_UNDONE]
+    def _record_change(self, folder: Path, media_file: MaskEntry) -> None:
+        changes = self._changes.setdefault(folder, [])
+        changes.append(_MaskChange(media_file.media_path, read_mask_version(media_file.listed_anew())))
+        del changes[:-MAX_UNDONE]
 
-    def _require_unchanged(self, place: MaskEntry, version: str) -> MaskEntry:
+    def _find_path(self, folder: Path, path: Path) -> MaskEntry | None:
+        """Return the image or clip with a path in a folder; None if it does not exist any more."""
+        for media_file in self.list_media(folder):
+            if media_file.media_path == path:
+                return media_file
+        return None
+
+    def _require_unchanged(self, media_file: MaskEntry, version: str) -> MaskEntry:
         """Return a file with its present mask; raise MaskConflictError if its checksum is not `version`."""
-        now = place.refresh()
-        if mark_mask(now) != version:
+        now = media_file.listed_anew()
+        if read_mask_version(now) != version:
             raise MaskConflictError
         return now
 
 
-def name_id(place: MaskEntry) -> str:
+def name_id(media_file: MaskEntry) -> str:
     """Return the id of an image or clip in addresses."""
-    return short_digest(place.media_path.name)
+    return short_digest(media_file.media_path.name)
 
 
-def mark_mask(place: MaskEntry) -> str:
+def read_mask_version(media_file: MaskEntry) -> str:
     """Return a text that changes whenever the mask changes; "" if there is no mask."""
-    return "" if place.mask is None else str(place.mask.stat().st_mtime_ns)
+    return "" if media_file.mask is None else str(media_file.mask.stat().st_mtime_ns)
 
 
-def find_state(place: MaskEntry) -> str:
+def find_state(media_file: MaskEntry) -> str:
     """Return the state of a mask, a key of STATES."""
-    if place.mask is None:
-        return REMOVED if place.is_removed else NONE
-    texts = place.read_texts()
-    if ACCEPTED_TEXT in texts:
-        return TAKEN
-    return OF_PROGRAM if METHOD_TEXT in texts else DRAWN
+    if media_file.mask is None:
+        return REMOVED if media_file.is_removed else NONE
+    texts = media_file.texts()
+    if ACCEPTED in texts:
+        return ACCEPTED_BY_USER
+    return GENERATED if MADE in texts else DRAWN
 
 
-def list_shots(place: MaskEntry) -> list[int]:
+def list_shown_frames(media_file: MaskEntry) -> list[int]:
     """Return the indices of the frames to show: the first, middle and last frame of a clip.
 
     Raises MediaError if the clip cannot be read.
     """
-    if place.kind == "image":
+    if media_file.kind == "image":
         return [0]
-    count = source_info(place.media_path).frames or count_frames(place.media_path)
+    count = source_info(media_file.media_path).frames or count_frames(media_file.media_path)
     return sorted({0, count // 2, count - 1})
 
 
-def read_shots(place: MaskEntry, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
+def read_shown_frames(media_file: MaskEntry, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
     """Return frames of an image or clip with their numbers, reduced in size.
 
     Raises MediaError if it cannot be read.
     """
-    if place.kind == "image":
-        return [(0, reduce_frame(first_frame(place.media_path), LARGEST_SIDE))]
-    shots = []
-    for index, frame in enumerate(video_frames(place.media_path)):
+    if media_file.kind == "image":
+        return [(0, reduce_frame(first_frame(media_file.media_path), LARGEST_SIDE))]
+    frames = []
+    for index, frame in enumerate(video_frames(media_file.media_path)):
         if index in numbers:
-            shots.append((index, reduce_frame(frame, LARGEST_SIDE)))
+            frames.append((index, reduce_frame(frame, LARGEST_SIDE)))
         if index >= numbers[-1]:
             break
-    return shots
+    return frames
 
 
 def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -345,11 +360,12 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
     return None
 
 
-def _as_json(place: MaskEntry, state: str, fault: str) -> dict[str, Any]:
+def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, Any]:
+    """Return the JSON values of an image or clip without its frames; `fault` says why it cannot be shown."""
     return {
-        "id": name_id(place),
-        "name": place.media_path.name,
-        "kind": place.kind,
+        "id": name_id(media_file),
+        "name": media_file.media_path.name,
+        "kind": media_file.kind,
         "state": state,
         "state_text": STATES[state],
         "fault": fault,

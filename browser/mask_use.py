@@ -32,37 +32,45 @@ class MaskUse:
     num_media: int
     is_used: bool
 
-    def write(self, learns: bool) -> bool:
-        """Set or remove `mask_directory` in dataset.toml, and return whether that changed the file.
+    def enable(self) -> bool:
+        """Set `mask_directory` in dataset.toml, and return whether that changed the file.
+
+        Raises OptionError or ValueError if dataset.toml cannot be edited or there are no masks yet,
+        ChangedMeanwhileError if it has changed.
+        """
+        if not self.num_masks:
+            raise OptionError(say("There are no masks yet: make or draw one first."))
+        document = _parse(self.config.text)
+        base = self.config.path.parent
+        mask_path = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks
+        for table in _list_tables_of(document, base, self.folder):
+            table[MASKS] = mask_path.as_posix()
+        return self._save(document)
+
+    def disable(self) -> bool:
+        """Remove `mask_directory` from dataset.toml, and return whether that changed the file.
 
         Raises OptionError or ValueError if dataset.toml cannot be edited,
         ChangedMeanwhileError if it has changed.
         """
-        if learns and not self.num_masks:
-            raise OptionError(say("There are no masks yet: make or draw one first."))
         document = _parse(self.config.text)
-        base = self.config.path.parent
-        for table in _list_tables_of(document, base, self.folder):
-            if learns:
-                mask_path = self.masks.relative_to(base) if self.masks.is_relative_to(base) else self.masks
-                table[MASKS] = mask_path.as_posix()
-            else:
-                table.pop(MASKS, None)
-        after = tomlkit.dumps(document)
-        if after == self.config.text:
+        for table in _list_tables_of(document, self.config.path.parent, self.folder):
+            table.pop(MASKS, None)
+        return self._save(document)
+
+    def _save(self, document: Any) -> bool:
+        new_text = tomlkit.dumps(document)
+        if new_text == self.config.text:
             return False
-        self.config.save(after)
+        self.config.save(new_text)
         return True
 
 
 def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
-    """Return how the masks of a folder are used.
+    """Return whether the training uses the masks of a media folder, whose real path is `folder`.
 
-    Returns None if the folder is in no dataset.toml of a described folder.
-
-    `folder` is the real path of a folder with media.
+    Returns None if no dataset.toml of a described folder, in the media folder or the one above, names it.
     """
-    # the dataset.toml is in the media folder or in the folder above
     for outer in (folder, folder.parent):
         path = outer / DATASET_FILE
         if not is_described(outer) or not runs.is_inside(path):
@@ -74,13 +82,13 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
             continue
         if tables:
             masks = find_masks_folder(runs, folder) or folder / FOLDER_NAME
-            places = find_mask_entries(folder, masks)
+            media_files = find_mask_places(folder, masks)
             return MaskUse(
                 config=config,
                 folder=folder,
                 masks=masks,
-                num_masks=sum(place.mask is not None for place in places),
-                num_media=len(places),
+                num_masks=sum(media_file.mask is not None for media_file in media_files),
+                num_media=len(media_files),
                 is_used=all(MASKS in table for table in tables),
             )
     return None
@@ -92,7 +100,7 @@ def use_first_mask(runs: Runs, folder: Path) -> bool:
     Raises OptionError or ValueError if dataset.toml cannot be edited.
     """
     use = read_mask_use(runs, folder)
-    return use is not None and use.num_masks == 1 and not use.is_used and use.write(learns=True)
+    return use is not None and use.num_masks == 1 and not use.is_used and use.enable()
 
 
 def _parse(text: str) -> Any:

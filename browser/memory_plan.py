@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomlkit
 from starlette.responses import Response
@@ -59,8 +59,8 @@ class PlannedPart:
     """A row of a memory plan: a phase of the training, or a part of the memory that a phase takes."""
 
     name: str
-    device: float  # GiB
-    host: float  # GiB
+    device_gib: float
+    host_gib: float
     note: str
 
 
@@ -73,7 +73,7 @@ class ReadPlan:
     remarks: Sequence[str]  # the lines below the table, the verdict among them
 
     @property
-    def of_cuda(self) -> float:
+    def cuda_gib(self) -> float:
         """Memory in GiB that CUDA itself takes."""
         match = OF_CUDA.search(" ".join(self.remarks))
         return float(match[1]) if match else 0.0
@@ -92,52 +92,68 @@ class ReadPlan:
 
         `size` is the card's memory in GiB.
         """
-        of_cuda = PlannedPart(say("CUDA itself"), self.of_cuda, 0.0, "")
-        parts = [part for part in (*self.parts, of_cuda) if part.device]
-        full = max(size, sum(part.device for part in parts))
-        return [(part, 100 * part.device / full) for part in parts]
+        cuda = PlannedPart(say("CUDA itself"), self.cuda_gib, 0.0, "")
+        parts = [part for part in (*self.parts, cuda) if part.device_gib]
+        bar_gib = max(size, sum(part.device_gib for part in parts))
+        return [(part, 100 * part.device_gib / bar_gib) for part in parts]
 
     def card_share(self, size: float) -> float:
         """Return the position on the bar at which the card's memory ends, in percent."""
-        needed = sum(part.device for part in self.parts) + self.of_cuda
-        return 100 * size / max(size, needed)
+        needed_gib = sum(part.device_gib for part in self.parts) + self.cuda_gib
+        return 100 * size / max(size, needed_gib)
 
 
 def read_plan(text: str) -> ReadPlan | None:
-    """Parse the plan that a training script has printed for one card; None if there is none."""
+    """Parse the memory plan that a training script has printed for one card; None if there is none.
+
+    The plan is a table of phases, each with the indented parts of its memory below it.
+    """
     lines = text.splitlines()
-    heads = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
-    if not heads:
+    head_indices = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
+    if not head_indices:
         return None
-    titles = lines[heads[-1]]  # the last table: the log may hold several plans
-    # numbers are right-aligned below the column titles
-    device_end = titles.index("device") + len("device")
-    host_end = titles.index("host") + len("host")
+    head_index = head_indices[-1]  # the last table: the log may hold several plans
     phases: list[PlannedPart] = []
     parts_of_phase: list[list[PlannedPart]] = []
-    after_table = heads[-1] + 1
-    for line in lines[after_table:]:
-        match = PART.fullmatch(line[:device_end])
-        if match is None:
+    remarks: list[str] = []
+    for index in range(head_index + 1, len(lines)):
+        row = _read_table_row(lines[index], head=lines[head_index])
+        if row is None:
+            remarks = [line.strip() for line in lines[index:] if line.strip()]
             break
-        after_table += 1
-        host = line[device_end:host_end].strip()
-        part = PlannedPart(
-            name=match[2].strip(),
-            device=float(match[3]),
-            host=float(host) if host else 0.0,
-            note=line[host_end:].strip(),
-        )
-        if match[1]:  # indented: a part of the phase above
-            parts_of_phase[-1].append(part)
+        if row.is_indented:
+            parts_of_phase[-1].append(row.part)
         else:
-            phases.append(part)
+            phases.append(row.part)
             parts_of_phase.append([])
     if not phases:
         return None
-    largest = max(range(len(phases)), key=lambda index: phases[index].device)
-    remarks = [line.strip() for line in lines[after_table:] if line.strip()]
+    largest = max(range(len(phases)), key=lambda index: phases[index].device_gib)
     return ReadPlan(phases[largest], parts_of_phase[largest], remarks)
+
+
+class _TableRow(NamedTuple):
+    """A row of a printed memory plan."""
+
+    part: PlannedPart
+    is_indented: bool  # a part of the phase above
+
+
+def _read_table_row(line: str, head: str) -> _TableRow | None:
+    """Parse a row of a printed plan, whose numbers are right-aligned below the titles in `head`."""
+    device_end = head.index("device") + len("device")
+    host_end = head.index("host") + len("host")
+    match = PART.fullmatch(line[:device_end])
+    if match is None:
+        return None
+    host = line[device_end:host_end].strip()
+    part = PlannedPart(
+        name=match[2].strip(),
+        device_gib=float(match[3]),
+        host_gib=float(host) if host else 0.0,
+        note=line[host_end:].strip(),
+    )
+    return _TableRow(part, is_indented=match[1] != "")
 
 
 @dataclass(frozen=True)
@@ -186,21 +202,30 @@ def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str],
     if switches.can_swap and swap != switches.swap:
         # a number of blocks or a word; an emptied field removes the option
         changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
-    menus = {
-        "weights": (WEIGHTS, switches.weights),
-        "checkpointing": (CHECKPOINTING, switches.checkpointing),
-    }
-    for name, (keys_by_choice, current_choice) in menus.items():
-        chosen = fields.get(name, "")
-        if chosen == current_choice or chosen not in ("", *keys_by_choice):
-            continue
-        for keys in keys_by_choice.values():
-            for key in keys:
-                changes[key] = None  # removed, unless the choice sets it again
-        for key in keys_by_choice.get(chosen, ()):
-            if key in names:  # an option of this model's training script
-                changes[key] = True
+    weights = fields.get("weights", "")
+    if weights != switches.weights:
+        changes |= _select_choice(WEIGHTS, weights, names)
+    checkpointing = fields.get("checkpointing", "")
+    if checkpointing != switches.checkpointing:
+        changes |= _select_choice(CHECKPOINTING, checkpointing, names)
     return edit_toml(text, changes)
+
+
+def _select_choice(
+    keys_by_choice: Mapping[str, Sequence[str]], choice: str, names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the changes that set the keys of one choice, and remove (None) the keys of all others.
+
+    Keys outside of `names`, the options of the training script, are not set. The choice "" removes all keys;
+    an unknown choice changes nothing.
+    """
+    if choice not in ("", *keys_by_choice):
+        return {}
+    changes: dict[str, Any] = {key: None for keys in keys_by_choice.values() for key in keys}
+    for key in keys_by_choice.get(choice, ()):
+        if key in names:
+            changes[key] = True
+    return changes
 
 
 @dataclass(frozen=True)
@@ -224,27 +249,27 @@ class MemoryPages:
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
         """Return the HTML of the section about memory, with an error (`fault`) or a message (`done`)."""
         described = read_described(folder)
-        file = read_draft_file(self.site, folder, RUN_FILE)
+        run_file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
-        card = find_memory()
-        size = self.planned_size(job, card)
+        card_gib = find_memory()
+        size = self.planned_size(job, card_gib)
         plan = self.read_plan(job)
-        settings = read_settings(find_training_script(file.text))
+        settings = read_settings(find_training_script(run_file.text))
         values = {
             "folder": folder,
-            "have": file.mark,
-            "base": file.text,
+            "have": run_file.checksum,
+            "base": run_file.text,
             "switches": read_switches(described.values, [setting.name for setting in settings]),
             "job": job,
             "plan": plan,
             "lines": self.printed_lines(job, folder) if plan is None else [],
             "is_old": plan is not None and self.is_old(job, folder),
-            "card": card,
+            "card": card_gib,
             "size": size,
-            "sizes": sorted({*SIZES, size, *([card] if card else [])}),
+            "sizes": sorted({*SIZES, size, *([card_gib] if card_gib else [])}),
             "missing": self.list_missing(described),
             "duration": describe_duration(self.site.runs, described, described.steps),
-            "command": format_command(self.plan_argv(file, size), folder),
+            "command": format_command(self.plan_argv(run_file, size), folder),
             "can_write": not self.site.read_only,
             "fault": fault,
             "done": done,
@@ -319,24 +344,23 @@ class MemoryPages:
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
         """Write a form's memory switches into run.toml, and return a message with the changed lines."""
         draft = read_draft_file(self.site, folder, RUN_FILE)
-        if draft.mark != fields.get("have", ""):  # the checksum that the page was made with
+        if draft.checksum != fields.get("have", ""):  # the checksum that the page was made with
             raise ChangedMeanwhileError
         text = draft.text
         names = [setting.name for setting in read_settings(find_training_script(text))]
         switches = read_switches(read_described(folder).values, names)
-        after = edit_switches(text, switches, fields, names)
-        if after == text:
+        new_text = edit_switches(text, switches, fields, names)
+        if new_text == text:
             return ""
         self.site.tracked_runs.reject_while_it_runs(folder)
-        note = reject_new_errors(draft, after, text)
-        draft.save(after)
-        lines_of_one = {*text.splitlines()} ^ {*after.splitlines()}  # lines that only one of the texts has
-        changed = [f"-{line}" for line in text.splitlines() if line in lines_of_one]
-        changed += [f"+{line}" for line in after.splitlines() if line in lines_of_one]
+        note = reject_new_errors(draft, new_text, text)
+        draft.save(new_text)
+        changed_lines = [f"-{line}" for line in text.splitlines() if line not in new_text.splitlines()]
+        changed_lines += [f"+{line}" for line in new_text.splitlines() if line not in text.splitlines()]
         return say(
             "Saved into %(run_file)s: %(names)s. %(note)s",
             run_file=RUN_FILE,
-            names="; ".join(changed),
+            names="; ".join(changed_lines),
             note=note,
             # without a note, the text ends after the lines
         ).rstrip(". ")

@@ -53,10 +53,10 @@ class ModelPart:
     @property
     def shown_size(self) -> str:
         """Size of the part on disk or, if it is missing, of its download."""
-        known = self.size_bytes if self.is_there else self.component.size_bytes
-        if known is None:
+        size_bytes = self.size_bytes if self.is_there else self.component.size_bytes
+        if size_bytes is None:
             return say("not known") if "LoRA" in self.component.role else say("a few MB")
-        return gigabytes(known)
+        return gigabytes(size_bytes)
 
     @property
     def state(self) -> str:
@@ -147,59 +147,61 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
     return {files: tuple(by_name.values()) for files, by_name in uses.items()}
 
 
-KnownParts = dict[tuple[ReleasedFile, ...], ModelPart]  # parts that have been read, by their files
+# parts that were already looked for on disk, by their files
+PartCache = dict[tuple[ReleasedFile, ...], ModelPart]
 
 
-def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = None) -> list[TaskFiles]:
+def list_tasks(models: Path, in_fp8: bool = False, part_cache: PartCache | None = None) -> list[TaskFiles]:
     """Return all tasks of the catalogue with their state in the models folder.
 
     Args:
         models: The models folder.
         in_fp8: Use the 8-bit text encoders where a task has them.
-        known: Cache of the parts that were read already; new parts are added to it.
+        part_cache: Cache of the parts that were read already; new parts are added to it.
     """
-    known = {} if known is None else known  # many tasks share a part
-    return [_read_task(model, models, in_fp8, known) for model in model_sets(in_fp8)]
+    part_cache = {} if part_cache is None else part_cache  # many tasks share a part
+    return [_read_task(model, models, in_fp8, part_cache) for model in model_sets(in_fp8)]
 
 
 def find_task(
-    models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
+    models: Path, family: str, task: str, in_fp8: bool = False, part_cache: PartCache | None = None
 ) -> TaskFiles | None:
     """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
 
     `in_fp8` selects the smaller text encoders; `known` keeps parts that were already looked for on disk.
     """
-    known = {} if known is None else known
+    part_cache = {} if part_cache is None else part_cache
     for model in model_sets(in_fp8):
         if (model.family, model.task) == (family, task):
-            return _read_task(model, models, in_fp8, known)
+            return _read_task(model, models, in_fp8, part_cache)
     return None
 
 
-def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -> TaskFiles:
+def _read_task(model: ModelSet, models: Path, in_fp8: bool, part_cache: PartCache) -> TaskFiles:
     parts = []
     for component in model.components:
-        if component.files not in known:
-            known[component.files] = read_part(component, models)
-        parts.append(replace(known[component.files], component=component))  # its option depends on the family
+        if component.files not in part_cache:
+            part_cache[component.files] = read_model_part(component, models)
+        part = part_cache[component.files]
+        parts.append(replace(part, component=component))  # its option depends on the family
     return TaskFiles(model, tuple(parts), in_fp8)
 
 
-def read_part(component: Component, models: Path) -> ModelPart:
+def read_model_part(component: Component, models: Path) -> ModelPart:
     """Return a downloadable part of a model with its size and state in the models folder."""
     sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
     size_bytes = sum(size or 0 for size in sizes.values())
     size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
-    differs = False
+    has_other_size = False
     for file, size in sizes.items():
         if size is not None and file.size_bytes is not None and size != file.size_bytes:
-            differs = True
+            has_other_size = True
     return ModelPart(
         component=component,
         models=_list_uses().get(component.files, ()),
         size_bytes=size_bytes,
         is_there=all(size is not None for size in sizes.values()),
-        has_other_size=differs or _is_cut_off(component, list(sizes.values())),
+        has_other_size=has_other_size or _is_cut_off(component, list(sizes.values())),
     )
 
 
@@ -231,14 +233,14 @@ def _list_partial_paths(component: Component, models: Path) -> list[Path]:
     return paths
 
 
-def list_parts_on_disk(models: Path, known: KnownParts) -> list[ModelPart]:
+def list_parts_on_disk(models: Path, part_cache: PartCache) -> list[ModelPart]:
     """Return all parts with files on disk, even unfinished ones, the largest first.
 
     `known` caches the parts that were read already.
     """
-    parts: KnownParts = {}
+    parts: PartCache = {}
     for in_fp8 in (False, True):
-        for files in list_tasks(models, in_fp8, known):
+        for files in list_tasks(models, in_fp8, part_cache):
             parts |= {part.component.files: part for part in files.parts if part.size_bytes}
     return sorted(parts.values(), key=lambda part: -part.size_bytes)
 
@@ -309,19 +311,23 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
             )
     if not chosen:
         raise OptionError(say("Tick what is to be removed."))
-    paths = []
-    for name in chosen:
-        component = parts[name].component
-        paths += [models / file.name for file in component.files]
-        paths += _list_partial_paths(component, models)
-    existing_paths = [path for path in paths if os.path.lexists(path)]
-    for path in existing_paths:
+    paths = _list_files_on_disk([parts[name].component for name in chosen], models)
+    for path in paths:
         if not real_path(path.parent).is_relative_to(real_path(models)):
             raise OutputError(f"{path.parent} is a link to another place than {models}: remove it there")
-    folder = bin_folder.move_in(f"models {files.name}", models, existing_paths)
-    for path in existing_paths:
+    folder = bin_folder.move_in(f"models {files.name}", models, paths)
+    for path in paths:
         _remove_empty(path.parent, models)
     return folder
+
+
+def _list_files_on_disk(components: Sequence[Component], models: Path) -> list[Path]:
+    """Return the existing files of some networks or tokenizers, with those of unfinished downloads."""
+    paths = []
+    for component in components:
+        paths += [models / file.name for file in component.files]
+        paths += _list_partial_paths(component, models)
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def _remove_empty(folder: Path, models: Path) -> None:

@@ -13,7 +13,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
 from browser.model_files import (
-    KnownParts,
+    PartCache,
     TaskFiles,
     find_download,
     find_task,
@@ -36,7 +36,7 @@ from project.model_sizes import describe_fit, find_memory
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedTask:
     """The task of a model that the page Models shows, with 8-bit text encoders or without."""
 
     family: str = ""
@@ -44,7 +44,7 @@ class Chosen:
     in_fp8: bool = False
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "Chosen":
+    def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "SelectedTask":
         """Read the task from the fields of a form or an address."""
         family = "".join(fields.get("family", ()))
         task = "".join(fields.get("task", ()))
@@ -76,10 +76,12 @@ class ModelPages:
     def show(self, request: Request) -> Response:
         """Return the page of the task in the query."""
         query = request.query_params
-        chosen = Chosen.of_fields(read_query(request))
+        chosen = SelectedTask.of_fields(read_query(request))
         return self.answer(chosen, is_removing=query.get("ask") == "remove", moved=query.get("moved", ""))
 
-    def answer(self, chosen: Chosen, error: str = "", is_removing: bool = False, moved: str = "") -> Response:
+    def answer(
+        self, chosen: SelectedTask, error: str = "", is_removing: bool = False, moved: str = ""
+    ) -> Response:
         """Return the page.
 
         Args:
@@ -90,34 +92,26 @@ class ModelPages:
         """
         site = self.site
         models = site.models
-        known: KnownParts = {}  # each part is looked for on disk once
-        tasks = list_tasks(models, known=known)
-        files = find_task(models, chosen.family, chosen.task, chosen.in_fp8, known) if chosen.family else None
+        part_cache: PartCache = {}  # each part is looked for on disk once
+        tasks = list_tasks(models, part_cache=part_cache)
+        files = None
+        if chosen.family:
+            files = find_task(models, chosen.family, chosen.task, chosen.in_fp8, part_cache)
         if chosen.family and files is None:
             error = error or say(
                 "%(family)s %(task)s: the list of models has no such task.",
                 family=chosen.family,
                 task=chosen.task,
             )
-        on_disk = list_parts_on_disk(models, known)
-        moved_to: Path | str = ""
-        for bin_folder in open_bin(site).folders:  # `moved` may be in the folder of either disk
-            if moved and moved_to == "" and (bin_folder / moved).is_dir():
-                moved_to = bin_folder / moved
+        on_disk = list_parts_on_disk(models, part_cache)
         values = {
             "tasks": tasks,
             "memory": find_memory(),
             "describe_fit": describe_fit,
-            "files": files,
             "chosen": chosen,
-            "is_full": files is not None and _is_full(files),
-            "can_be_smaller": files is not None and _has_smaller(files),
-            "command": "" if files is None else files.shown_download(models),
-            "download": None if files is None else find_download(site.background_jobs, files, models),
+            **self.task_values(files, part_cache),
             "downloads": list_downloads(site.background_jobs, models),
-            "removable": [] if files is None else [part for part in files.parts if part.size_bytes],
             "is_removing": is_removing,
-            "sharing": {} if files is None else _find_sharing(files, list_tasks(models, files.in_fp8, known)),
             "on_disk": on_disk,
             "total": gigabytes(sum(part.size_bytes for part in on_disk)),
             "unknown": list_unknown_files(models),
@@ -125,13 +119,44 @@ class ModelPages:
             "unverified": UNVERIFIED,
             "models": models.absolute(),
             "bin": site.runs.tops[0] / BIN,
-            "moved": moved_to,
+            "moved": self.find_bin_entry(moved),
             "free": self.describe_free(),
             "login": describe_login(),
             "can_write": not site.read_only,
             "message": error,
         }
         return answer_template("models.html", say("Models"), values, is_rejected=error != "")
+
+    def task_values(self, files: TaskFiles | None, part_cache: PartCache) -> dict[str, object]:
+        """Return the template values for the files of the selected task; None if no task is selected."""
+        models = self.site.models
+        if files is None:
+            return {
+                "files": None,
+                "is_full": False,
+                "can_be_smaller": False,
+                "command": "",
+                "download": None,
+                "removable": [],
+                "sharing": {},
+            }
+        tasks = list_tasks(models, files.in_fp8, part_cache)
+        return {
+            "files": files,
+            "is_full": _is_full(files),
+            "can_be_smaller": _has_smaller(files),
+            "command": files.shown_download(models),
+            "download": find_download(self.site.background_jobs, files, models),
+            "removable": [part for part in files.parts if part.size_bytes],
+            "sharing": _find_sharing(files, tasks),
+        }
+
+    def find_bin_entry(self, name: str) -> Path | str:
+        """Return the path of a folder in the bin, which has a folder on each disk; "" if there is none."""
+        for bin_folder in open_bin(self.site).folders:
+            if name and (bin_folder / name).is_dir():
+                return bin_folder / name
+        return ""
 
     def describe_free(self) -> str:
         """Return the free disk space for models as a text in GB."""
@@ -142,7 +167,7 @@ class ModelPages:
 
     def change(self, request: Request, form: Form) -> Response:
         """Download a task's files, stop a download, or remove parts; then show the page again."""
-        chosen = Chosen.of_fields(form)
+        chosen = SelectedTask.of_fields(form)
         action = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
         if files is None:

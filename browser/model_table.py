@@ -22,16 +22,16 @@ from modules.control_codes import escape_control_codes
 from modules.installation import PREFIX, ROOT, program_environment
 from modules.pages.language import join, say
 from modules.paths import expand_path, strip_quotes
-from modules.text_files import read_tensor_header
+from modules.text_files import TensorHeader, read_tensor_header
 from project.model_sizes import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
 GATED = "asks to accept"  # in the terms of licenses that need acceptance
 MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
-MISFIT_SECONDS = 120
-_ASKING = threading.Lock()  # one process at a time, because each loads torch
+FILE_CHECK_SECONDS = 120
+_FILE_CHECK_LOCK = threading.Lock()  # one process at a time, because each loads torch
 logger = logging.getLogger(__name__)
-SUGGESTED = 3  # number of recommended rows
+MAX_SUGGESTED = 3  # number of recommended rows
 
 
 @dataclass(frozen=True)
@@ -93,45 +93,40 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         memory: GiB of the graphics card; 0 without a card.
         content: Media of the folder; None if no folder is selected.
     """
-    ranked: list[_RankedRow] = []
-    for model in find_models():
-        missing = list_missing(model, models, {})
-        size = say("ready")
-        if missing:
-            size = say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
-        row = ModelRow(
-            model=model,
-            size=size,
-            is_there=not missing,
-            fit=describe_fit(model, memory),
-            makes=describe_kind(model),
-        )
-        ranked.append(_rank_row(row, memory, content))
+    rows = [_rank_row(_make_row(model, models, memory), memory, content) for model in find_models()]
     # False sorts first; the sort is stable: models of equal rank stay in the order of the catalogue
-    ranked.sort(
-        key=lambda item: (
-            not item.suits,
-            item.is_distilled,
-            not item.fits,
-            item.size_bytes,
-        )
+    rows.sort(key=lambda row: (not row.suits_media, row.is_distilled, not row.fits_memory, row.size_bytes))
+    num_suggested = 0 if content is None else MAX_SUGGESTED
+    suggested = [replace(ranked.row, is_suggested=True) for ranked in rows[:num_suggested]]
+    others = sorted(
+        rows[num_suggested:],
+        key=lambda ranked: (not ranked.suits_media, ranked.row.model.title.lower()),
     )
-    num_suggested = 0 if content is None else SUGGESTED
-    suggested = [replace(item.row, is_suggested=True) for item in ranked[:num_suggested]]
-    other_rows = sorted(
-        ranked[num_suggested:],
-        key=lambda item: (not item.suits, item.row.model.title.lower()),
+    return [*suggested, *(ranked.row for ranked in others)]
+
+
+def _make_row(model: ModelSet, models: Path, memory: float) -> ModelRow:
+    """Return a model as a row, with the size of its files that are missing in the folder `models`."""
+    missing = list_missing(model, models, {})
+    size = say("ready")
+    if missing:
+        size = say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
+    return ModelRow(
+        model=model,
+        size=size,
+        is_there=not missing,
+        fit=describe_fit(model, memory),
+        makes=describe_kind(model),
     )
-    return [*suggested, *(item.row for item in other_rows)]
 
 
 class _RankedRow(NamedTuple):
     """A model row with the properties by which the table is sorted."""
 
     row: ModelRow
-    suits: bool  # the model makes what is in the folder
+    suits_media: bool  # the model generates the kind of media that is in the folder
     is_distilled: bool  # distilled models are harder to train
-    fits: bool  # on the graphics card
+    fits_memory: bool  # of the graphics card
     size_bytes: int
 
 
@@ -141,17 +136,17 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
     `memory` is the graphics card's GiB, 0 without a card; `content` is the selected folder's media.
     """
     model = row.model
-    suits = True
+    suits_media = True
     if content is not None:
-        suits = row.makes.startswith("clips" if content.clips else "pictures")
-        if content.clips and model.data.get("from_image"):
-            suits = False  # it needs start images
+        suits_media = row.makes.startswith("clips" if content.num_clips else "pictures")
+        if content.num_clips and model.data.get("from_image"):
+            suits_media = False  # it needs start images
     return _RankedRow(
         row=row,
-        suits=suits,
+        suits_media=suits_media,
         # the catalogue only describes this in words
         is_distilled=any(phrase in model.about for phrase in ("eight steps", "four steps", "distilled")),
-        fits=not memory or is_small(model, memory),
+        fits_memory=not memory or is_small(model, memory),
         size_bytes=transformer_bytes(model),
     )
 
@@ -176,7 +171,7 @@ def has_login() -> bool:
 def describe_file(text: str) -> str:
     """Describe a model file from its header: `the transformer of Wan2.1, 2.8 GB`.
 
-    `text` is its typed path.
+    Returns the reason if it is no model file, and "" if nothing is typed. `text` is its typed path.
     """
     if not text.strip() or "\0" in text:
         return ""
@@ -201,27 +196,37 @@ def describe_file(text: str) -> str:
         size_bytes = path.stat().st_size
         if suffix != ".safetensors":  # only safetensors files have a header that is read here
             return say("%(size_bytes)s; what it is, Prepare looks up", size_bytes=gigabytes(size_bytes))
+        wrong_beginning = _describe_wrong_beginning(path)
+        if wrong_beginning:
+            return wrong_beginning
         with path.open("rb") as file:
-            start = file.read(16)
-            file.seek(0)
-            if not start:
-                return say("It is empty. Download or copy it again.")
-            if is_pointer_or_page(start):  # a Git LFS pointer or an HTML page was saved instead of the file
-                return translate_line(f"It {describe_beginning(start)}")
             header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
         return say("It cannot be read: %(error)s. Download or copy it again.", error=error)
-    end = header.start + _find_end(header.entries)
-    if end > size_bytes:
+    return _describe_header(header, size_bytes)
+
+
+def _describe_wrong_beginning(path: Path) -> str:
+    """Describe a file that is empty, or a Git LFS pointer or HTML page instead of a model; "" for others."""
+    with path.open("rb") as file:
+        first_bytes = file.read(16)
+    if not first_bytes:
+        return say("It is empty. Download or copy it again.")
+    return translate_line(f"It {describe_beginning(first_bytes)}") if is_pointer_or_page(first_bytes) else ""
+
+
+def _describe_header(header: TensorHeader, size_bytes: int) -> str:
+    """Describe a .safetensors file of this size from its header."""
+    required_bytes = header.start + _find_data_end(header.entries)
+    if required_bytes > size_bytes:
         return say(
             "It is incomplete: it has %(size_bytes)s of %(end)s bytes. Download or copy it again.",
             size_bytes=f"{size_bytes:,}",
-            end=f"{end:,}",
+            end=f"{required_bytes:,}",
         )
-    kind = kind_of(header.entries)
     return say(
         "%(kind)s, %(size_bytes)s",
-        kind=translate_file_kind(kind),
+        kind=translate_file_kind(kind_of(header.entries)),
         size_bytes=gigabytes(size_bytes),
     )
 
@@ -237,8 +242,8 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
         if not path.is_absolute() or not path.is_file() or path.suffix.lower() not in MODEL_SUFFIXES:
             return ""
         status = path.stat()
-        with _ASKING:
-            return _ask_misfit(
+        with _FILE_CHECK_LOCK:
+            return _check_file_in_process(
                 family, task, option=option, path=str(path), changed=status.st_mtime_ns, size=status.st_size
             )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
@@ -247,8 +252,8 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, size: int) -> str:
-    """Return why a file does not fit an option of a model; "" if it fits or cannot be checked.
+def _check_file_in_process(family: str, task: str, option: str, path: str, changed: int, size: int) -> str:
+    """Return why a model file does not fit an option of a task; "" if it fits or cannot be checked.
 
     It is checked in another process, because the families' code loads torch. `changed` (modification time)
     and `size` only make the cache forget an answer when the file changes.
@@ -261,7 +266,7 @@ def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, si
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        timeout=MISFIT_SECONDS,
+        timeout=FILE_CHECK_SECONDS,
     )
     if process.returncode == 1 and process.stdout:
         text = escape_control_codes(process.stdout)
@@ -269,7 +274,7 @@ def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, si
     return ""
 
 
-def _find_end(entries: Mapping[str, Any]) -> int:
+def _find_data_end(entries: Mapping[str, Any]) -> int:
     """Return the offset, from the first byte of the data, at which the last tensor of a header ends.
 
     Raises ValueError if an entry does not describe a tensor.

@@ -38,7 +38,7 @@ from browser.captioning import (
 from browser.captions import compute_checksum
 from browser.checklist import BAD, Checklist, make_checklist
 from browser.command_lines import format_command
-from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
+from browser.command_output import REPAIR_CAPTIONS, OutputLine, find_command, read_changes, read_output_lines
 from browser.described_folder import (
     FILES,
     ChangedMeanwhileError,
@@ -282,7 +282,7 @@ class NewPages:
             problem = self.explain_folder(form.folder)
         content = None if folder is None else read_media_folder(folder)
         if content is not None:
-            content = replace(content, unreadable=self.files.count_unreadable(content.path))
+            content = replace(content, num_unreadable=self.files.count_unreadable(content.path))
         written = None if described is None else self.make_form(described)  # as the files have it
         progress = self.progress_values(folder, described)
         # whether the form has only values that the files have already
@@ -570,8 +570,8 @@ class NewPages:
         missing: dict[str, Any] = {}
         content = read_media_folder(folder) or read_outer_folder(folder)
         if CAPTIONS in kinds and not described.trigger and content is not None:
-            missing["uncaptioned"] = content.uncaptioned
-            missing["only_pictures"] = not content.clips and not content.audios
+            missing["uncaptioned"] = content.num_uncaptioned
+            missing["only_pictures"] = not content.num_clips and not content.num_audios
         # a later check reports the errors that are left
         was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
         if MEND in kinds and not was_checked:
@@ -633,8 +633,8 @@ class NewPages:
             content or read_outer_folder(folder),
             lines if has_succeeded else [],
             unreadable=unreadable,
-            word="" if described is None else described.trigger,
-            mended=list_mended(lines, looking, [*jobs, background_jobs[REPAIRING]]),
+            trigger_word="" if described is None else described.trigger,
+            applied_remedies=list_mended(lines, looking, [*jobs, background_jobs[REPAIRING]]),
         )
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
@@ -914,7 +914,7 @@ class NewPages:
             self.site.queue.add_and_begin(argv, folder, within=folder, typed=TYPED_OPTIONS)
         elif action == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
-        elif action == REPAIR:
+        elif action == REPAIR_CAPTIONS:
             self.repair(folder, texts.get("encoding", ""))  # converts captions to UTF-8
         else:
             return False
@@ -1086,7 +1086,7 @@ def explain_empty(folder: Path) -> str:
 def list_mended(lines: Sequence[OutputLine], describing: Job | None, jobs: Sequence[Job | None]) -> set[str]:
     """Return the remedies that succeeded after `new` last described the folder.
 
-    These are command lines that `new` has printed, and REPAIR if the captions were repaired.
+    These are command lines that `new` has printed, and REPAIR_CAPTIONS if the captions were repaired.
 
     Args:
         lines: Lines that `new` has printed.
@@ -1101,7 +1101,7 @@ def list_mended(lines: Sequence[OutputLine], describing: Job | None, jobs: Seque
     done = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]
     mended = {line.text for line in lines if line.is_command and _split_line(line.text) in done}
     if any("--repair_captions" in argv for argv in done):
-        mended.add(REPAIR)
+        mended.add(REPAIR_CAPTIONS)
     return mended
 
 
@@ -1123,7 +1123,7 @@ def describe_failure(download: Download | None) -> str:
 def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
     """Return a checksum of the folder's files when they were read; "" if it is not described."""
     if described is not None:
-        return described.mark
+        return described.checksum
     return "" if folder is None else mark_files(folder)
 
 

@@ -373,7 +373,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
         options=source.options,
         folder=source.working_folder,
         missing=[],
-        is_example=lambda word: word in source.missing or PLACEHOLDER.fullmatch(word) is not None,
+        is_example=lambda word: word in source.unfilled_words or PLACEHOLDER.fullmatch(word) is not None,
         file_defaults=_find_defaults(source.family, names),
     )
 

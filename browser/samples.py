@@ -329,7 +329,11 @@ class SamplePages:
             is_rejected: Whether the page reports an error.
             typed: Fields of the form that are not saved; None if the form shows the files.
         """
-        values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
+        values: dict[str, Any] = {
+            "folder": folder,
+            "change": change or DraftChange(section=""),
+            "problem": "",
+        }
         try:
             values |= self.collect_values(folder, num_rows)
             if typed is not None:
@@ -364,7 +368,7 @@ class SamplePages:
             require_full(fields)
             prompts, run = self.read_drafts(folder)
             # the form sends the checksums that both files had when the form was built
-            if prompts.mark != fields.get("have", "") or run.mark != fields.get("have run", ""):
+            if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
                 raise ChangedMeanwhileError
             prompts_after = edit_prompts(
                 prompts.text, fields, lambda text: check_image(self.site, folder, text)
@@ -377,10 +381,10 @@ class SamplePages:
             sizes = describe_changed_sizes(prompts_after, folder)
             change = replace(change, note=change.note.removeprefix(sizes).strip())
         except ChangedMeanwhileError:
-            change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
+            change = DraftChange(section="samples", error=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
-            change = DraftChange(part="samples", fault=str(error))
-        is_rejected = action == "save" and change.fault != ""
+            change = DraftChange(section="samples", error=str(error))
+        is_rejected = action == "save" and change.error != ""
         is_open = is_rejected or action == "look"
         # a field `row N` for each prompt of the form
         num_rows = sum(name.startswith("row ") for name in fields) if is_open else 0

@@ -69,7 +69,7 @@ class SettingsPages:
             if entries
             else say("empty"),
             "bin": bin_folder.folders[0],
-            "mark": bin_folder.mark(),
+            "mark": bin_folder.compute_checksum(),
             "is_asked": is_asked and bool(entries),
             "gigabytes": gigabytes,
             "code": draw_svg(settings.address, say("QR code of this page's address")) if has_code else "",

@@ -182,7 +182,7 @@ class TagPages:
             self.require_ready(folder, fields)
             return self.make_argv(folder, fields, TRIED if tries else None)
 
-        return "" if self.tool.press(folder, action, make_argv) else None
+        return "" if self.tool.handle_button(folder, action, make_argv) else None
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Raise OptionError if the model is not downloaded, or files of the dataset are outside the roots."""

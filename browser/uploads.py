@@ -190,7 +190,7 @@ def name_upload_folder(top: Path, day: date) -> str:
 def answer_received(folder: Path) -> Response:
     """Return the folder and its current content as the response to a complete upload."""
     media_folder = read_media_folder(folder)
-    words = "" if media_folder is None else media_folder.words
+    words = "" if media_folder is None else media_folder.summary
     return answer_json({"folder": str(folder), "words": words})
 
 

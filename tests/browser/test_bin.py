@@ -46,11 +46,11 @@ def test_nothing_is_replaced_in_the_bin(tmp_path: Path) -> None:
 def test_it_is_emptied_only_of_what_was_shown(tmp_path: Path) -> None:
     folder = BinFolder(tmp_path / FOLDER)
     folder.move_in("a", tmp_path, make(tmp_path, "a"))
-    mark = folder.mark()
+    mark = folder.compute_checksum()
     folder.move_in("b", tmp_path, make(tmp_path, "b"))
     with pytest.raises(OptionError, match="changed meanwhile"):
         folder.empty(mark)
-    assert folder.empty(folder.mark()) == 20
+    assert folder.empty(folder.compute_checksum()) == 20
     assert folder.list_entries() == []
 
 
@@ -62,7 +62,7 @@ def test_links_are_moved_and_deleted_but_not_followed(tmp_path: Path) -> None:
     (root / "link").symlink_to(outside.parent)
     folder = BinFolder(root / FOLDER)
     folder.move_in("x", root, [root / "link"])
-    assert folder.empty(folder.mark()) == 0
+    assert folder.empty(folder.compute_checksum()) == 0
     assert outside.exists()
 
     (root / FOLDER).rmdir()
@@ -97,7 +97,7 @@ def test_what_is_put_into_the_bin_while_it_is_emptied_stays(
     """It was not shown to the one who agreed to delete what was."""
     bin_folder = BinFolder(tmp_path / FOLDER)
     bin_folder.move_in("old", tmp_path, make(tmp_path, "old.txt"))
-    mark, listed = bin_folder.mark(), BinFolder.list_entries
+    mark, listed = bin_folder.compute_checksum(), BinFolder.list_entries
 
     def list_then_put(self: BinFolder) -> list[BinEntry]:
         entries = listed(self)

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.checklist import BAD, GOOD, WARN, CheckRow, make_checklist
-from browser.command_output import REPAIR, OutputLine, read_output_lines
+from browser.command_output import REPAIR_CAPTIONS, OutputLine, read_output_lines
 from browser.folders import MediaFolder
 from browser.jobs import Job
 from modules.installation import TELLS_KINDS
@@ -42,7 +42,7 @@ mend> First correct what is listed above. Then reelsmith run /x checks, caches a
 
 
 def content_of(uncaptioned: int = 0) -> MediaFolder:
-    return MediaFolder(Path("x"), 3, 0, 0, uncaptioned, None, is_described=True, unreadable=1)
+    return MediaFolder(Path("x"), 3, 0, 0, uncaptioned, None, is_described=True, num_unreadable=1)
 
 
 def lines_of(folder: Path) -> list[OutputLine]:
@@ -67,8 +67,8 @@ def test_the_worst_rows_come_first_and_no_fault_stands_twice(tmp_path: Path) -> 
         (GOOD, "3 pictures"),
     ]
     assert [row.asks_for_captions for row in listed.rows] == [False, True, False, False, False, False]
-    assert [item.remedy for item in listed.rows[4].items] == ["run"]
-    assert listed.rows[0].left_out == ["bad.png"]
+    assert [item.remedy for item in listed.rows[4].details] == ["run"]
+    assert listed.rows[0].files_to_leave_out == ["bad.png"]
 
 
 @pytest.mark.parametrize("text", ["a.png: tiny, below 256 pixels", "a.png: in words of next year"])
@@ -118,7 +118,7 @@ def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
 def test_each_line_is_a_row_or_stands_behind_the_list(tmp_path: Path) -> None:
     lines = lines_of(tmp_path)
     listed = make_checklist(content_of(), lines, unreadable=["bad.png"])
-    shown = [line.text for row in listed.rows if row.line for line in (row.line, *row.items)]
+    shown = [line.text for row in listed.rows if row.line for line in (row.line, *row.details)]
 
     assert sorted([*shown, *(line.text for line in listed.details)]) == sorted(line.text for line in lines)
     assert COMMAND in [line.text for line in listed.details]
@@ -127,13 +127,13 @@ def test_each_line_is_a_row_or_stands_behind_the_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mended", "gone"),
     [
-        ({REPAIR}, "captions that are no"),
+        ({REPAIR_CAPTIONS}, "captions that are no"),
         ({"python tools/tag.py . --rename 'red_hat'"}, "red_hat: the model's"),
     ],
 )
 def test_what_is_mended_is_no_row(mended: set[str], gone: str, tmp_path: Path) -> None:
     before = make_checklist(content_of(), lines_of(tmp_path), unreadable=["bad.png"])
-    after = make_checklist(content_of(), lines_of(tmp_path), unreadable=["bad.png"], mended=mended)
+    after = make_checklist(content_of(), lines_of(tmp_path), unreadable=["bad.png"], applied_remedies=mended)
 
     assert {name_row(row) for row in before.rows} - {name_row(row) for row in after.rows} == {(WARN, gone)}
 
@@ -155,7 +155,7 @@ def test_a_broken_file_of_a_large_folder_is_a_fault_by_its_line(tmp_path: Path) 
 
 
 def test_the_word_stands_for_captions_and_a_folder_without_files_has_no_rows() -> None:
-    (counts, captions) = make_checklist(content_of(1), [], word="ohwx").rows
+    (counts, captions) = make_checklist(content_of(1), [], trigger_word="ohwx").rows
     assert (captions.grade, show(captions.text)) == (GOOD, "1 file has no caption: ohwx stands for it")
     assert counts.grade == GOOD
     assert [show(row.text) for row in make_checklist(content_of(), []).rows][1] == "each has a caption"

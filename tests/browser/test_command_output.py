@@ -20,7 +20,7 @@ def job(folder: Path, text: str) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("line", "names", "remedy", "left_out"),
+    ("line", "names", "remedy", "files_to_leave_out"),
     [
         (
             "left out: /x/bad.png is no image that can be read, or it is damaged",
@@ -38,13 +38,13 @@ def job(folder: Path, text: str) -> Job:
     ],
 )
 def test_lines_have_files_and_remedies(
-    line: str, names: tuple[str, ...], remedy: str, left_out: tuple[str, ...] | None, tmp_path: Path
+    line: str, names: tuple[str, ...], remedy: str, files_to_leave_out: tuple[str, ...] | None, tmp_path: Path
 ) -> None:
     [message] = read_output_lines(job(tmp_path, f"{line}\n"), NAMES)
 
     assert (message.text, message.names, message.remedy) == (line.strip(), names, remedy)
-    if left_out is not None:
-        assert message.left_out == left_out
+    if files_to_leave_out is not None:
+        assert message.files_to_leave_out == files_to_leave_out
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_only_a_printed_command_can_be_run(tmp_path: Path) -> None:
     assert find_command(lines, "python tools/a.py 'b c'") == ["python", "tools/a.py", "b c"]
     assert find_command(lines, "python tools/a.py") is None
     assert find_command(lines, "x") is None
-    assert [line.needs_word for line in lines] == [False, False, True]
+    assert [line.needs_trigger_word for line in lines] == [False, False, True]
     assert find_command(lines, lines[2].text) is None
 
 

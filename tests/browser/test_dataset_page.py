@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from browser.captions import CaptionText
-from browser.dataset_pages import is_chosen
+from browser.dataset_pages import passes_filters
 from browser.datasets import Datasets
 from browser.folders import read_media_folder
 from browser.runs import Runs
@@ -196,10 +196,10 @@ def test_counts_follow_a_caption_that_was_saved() -> None:
         "dropped": "",
         "caches": valid,
     }
-    found = [[is_chosen(file, (), only) for only in ("outdated", "uncaptioned")]]
+    found = [[passes_filters(file, (), only) for only in ("outdated", "uncaptioned")]]
     for text in ("a dog", ""):
         file["edited"] = text
-        found.append([is_chosen(file, (), only) for only in ("outdated", "uncaptioned")])
+        found.append([passes_filters(file, (), only) for only in ("outdated", "uncaptioned")])
     assert found == [[False, False], [True, False], [True, True]]
 
 
@@ -225,7 +225,7 @@ def test_what_belongs_to_pictures_is_counted_with_them_as_on_the_page_new(
         assert ">3 pictures, 1 sound · " in served.ask("/datasets").text
     folder = read_media_folder(tmp_path / "set")
     assert folder is not None
-    assert folder.words.startswith("3 pictures, 1 sound")
+    assert folder.summary.startswith("3 pictures, 1 sound")
 
 
 def test_a_described_folder_is_put_into_the_queue_from_its_page(tmp_path: Path) -> None:
@@ -322,9 +322,9 @@ def test_a_folder_that_new_described_is_open_from_anywhere(
     datasets = Datasets(Runs([project / root]))
     [dataset] = datasets.list_all()
 
-    assert (dataset.path, dataset.folder) == (project / "dataset.toml", project)
+    assert (dataset.path, dataset.base_folder) == (project / "dataset.toml", project)
     assert [name for _, name in dataset.runs] == ([] if version == "untrained" else ["x"])
-    assert datasets.list_outside(dataset) == []
+    assert datasets.list_hidden_folders(dataset) == []
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,9 @@ def test_only_the_dataset_file_of_a_project_opens_its_folder(tmp_path: Path) -> 
     datasets = Datasets(Runs([project / "output"]))
 
     outside = {
-        one.path.name: datasets.list_outside(one) for one in datasets.list_all() if one.path.parent != project
+        one.path.name: datasets.list_hidden_folders(one)
+        for one in datasets.list_all()
+        if one.path.parent != project
     }
     assert outside == {"dataset.toml": [], "theirs.toml": [project], "above.toml": [tmp_path]}
 
@@ -405,7 +407,7 @@ def test_paths_of_a_dataset_begin_where_they_exist(
 
     [dataset] = Datasets(Runs([tmp_path])).list_all()
 
-    assert dataset.folder == tmp_path / folder
+    assert dataset.base_folder == tmp_path / folder
 
 
 def test_no_way_leads_out_of_the_folders(tmp_path: Path) -> None:
@@ -541,10 +543,10 @@ def test_files_in_a_tar_have_pictures_and_captions_to_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"a", b" a \r\n", b"\xef\xbb\xbfa\rb\r", b"\xc3\xbc\n\n"])
 def test_a_caption_keeps_all_but_its_text(content: bytes) -> None:
-    caption = CaptionText.of(content)
+    caption = CaptionText.parse(content)
 
     assert caption.with_text(caption.text) == content
-    assert CaptionText.of(caption.with_text("x\ny")).text == "x\ny"
+    assert CaptionText.parse(caption.with_text("x\ny")).text == "x\ny"
 
 
 # --- in a real browser

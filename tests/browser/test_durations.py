@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.described_folder import read_described
-from browser.durations import _in_time, describe_duration
+from browser.durations import _describe_time, describe_duration
 from browser.runs import Runs
 from tests.browser.drafts import RUN, write_draft
 from tests.browser.serving import serve_runs, write_run
@@ -110,7 +110,7 @@ def test_the_run_of_the_name_counts_before_others(tmp_path: Path) -> None:
     ],
 )
 def test_a_short_training_takes_seconds(steps: int, seconds: float, said: str) -> None:
-    assert str(_in_time(steps, seconds)) == said
+    assert str(_describe_time(steps, seconds)) == said
 
 
 def test_the_page_new_says_it_beside_the_steps(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_files_are_not_left_out_through_a_link_that_came_with_the_folder(
     root = served.runs.roots[0]
     (tmp_path / "elsewhere").mkdir()
     outside = save_image(tmp_path / "elsewhere/hid7x2.png", 7, caption=None)
-    name = LeftOut(served.runs).place(root / "set").name
+    name = LeftOut(served.runs).find_storage(root / "set").name
     link = root / linked.replace("{set}", name)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(outside.parent)

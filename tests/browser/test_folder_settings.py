@@ -17,7 +17,7 @@ from browser.captions import compute_checksum
 from browser.dataset_keys import DatasetKeys
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
 from browser.draft_changes import check_text, describe_difference, find_caching_argv, read_keys
-from browser.folder_settings import apply_edits, list_rows, name_field, read_chosen, read_settings
+from browser.folder_settings import apply_edits, list_rows, name_field, parse_proposed_run, read_settings
 from browser.setting_words import DATASET_KEYS, WORDS
 from dataset.config import load_dataset_config
 from dataset.subset_options import SubsetOptions
@@ -38,7 +38,7 @@ def fields_of(text: str, **typed: str) -> dict[str, str]:
     """The fields of the table of a run.toml, with other texts in some."""
     rows = list_rows(text, read_settings(SCRIPT), None)
     fields = {
-        name_field(row.key): typed.pop(row.key, row.text) for row in rows if row.setting and row.is_simple
+        name_field(row.key): typed.pop(row.key, row.value) for row in rows if row.setting and row.is_simple
     }
     return {**fields, **typed}
 
@@ -80,11 +80,11 @@ def test_rows_begin_with_the_keys_of_the_file_and_have_all_options() -> None:
     by_key = {row.key: row for row in rows}
     assert [row.key for row in rows[:3]] == ["dit", "dataset_config", "sdpa"]
     assert {setting.name for setting in settings} <= by_key.keys()
-    assert (by_key["network_dim"].text, by_key["network_dim"].chosen) == ("32", "16")
+    assert (by_key["network_dim"].value, by_key["network_dim"].proposed) == ("32", "16")
     changed = [row.key for row in rows if row.is_changed]
     assert changed == ["sdpa", "network_dim", "fp8_base"]
     assert by_key["their_key"].setting is None
-    assert by_key["their_key"].text == "7"
+    assert by_key["their_key"].value == "7"
 
 
 def test_only_what_was_typed_is_changed() -> None:
@@ -375,8 +375,8 @@ def test_a_change_for_an_earlier_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_new_prints_is_found_between_other_lines() -> None:
-    assert read_chosen(f"a warning\n{RUN}") == RUN[RUN.index("[training]") : RUN.index("[reelsmith]")]
-    assert read_chosen("OptionError: no such folder\n") is None
+    assert parse_proposed_run(f"a warning\n{RUN}") == RUN[RUN.index("[training]") : RUN.index("[reelsmith]")]
+    assert parse_proposed_run("OptionError: no such folder\n") is None
 
 
 @contextlib.contextmanager
@@ -625,7 +625,7 @@ def test_settings_that_a_run_ignores_say_so(
 def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     (folder / "dataset.toml").write_text(form, encoding="utf-8")
-    before = {"dataset batch_size before": DatasetKeys.of_text(form).read_batch({})}
+    before = {"dataset batch_size before": DatasetKeys.of_text(form).read_batch_size({})}
     before["have_dataset"] = compute_checksum(form.encode())
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/new/settings?folder={quote(str(folder))}").text
@@ -647,7 +647,7 @@ def test_a_batch_size_of_the_training_moves_into_the_dataset(tmp_path: Path) -> 
     folder = write_draft(tmp_path, run)
     (folder / "dataset.toml").write_text(form, encoding="utf-8")
     keys = DatasetKeys.of_text(form)
-    assert keys.read_batch(read_keys(run)) == "2"
+    assert keys.read_batch_size(read_keys(run)) == "2"
     assert keys.explain_unused("train_batch_size") == ""
     typed = {"dataset batch_size": "3", "dataset batch_size before": "2"}
     with serve_runs(tmp_path) as served:
@@ -718,9 +718,9 @@ def test_settings_that_the_other_settings_leave_idle_say_so(lines: str, idle: se
         *("huber_c", "learning_rate", "network_dim", "lr_scheduler"),
     )
     rows = list_rows(f"[training]\n{lines}\n", list_settings()["wan_train_network.py"], None)
-    found = {row.key for row in rows if row.idle}
+    found = {row.key for row in rows if row.idle_reason}
     assert found & {*looked_at} == idle | ({"lr_scheduler_num_cycles"} if "huber" in lines else set())
-    assert [bool(row.idle) for row in rows] == sorted(bool(row.idle) for row in rows)
+    assert [bool(row.idle_reason) for row in rows] == sorted(bool(row.idle_reason) for row in rows)
 
 
 @pytest.mark.parametrize(

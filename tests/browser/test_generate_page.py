@@ -848,15 +848,15 @@ EXPECTED |= {"guidance_scale": "7.5", "video_size_width": "640", "video_size_hei
 
 def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
     found = read_dropped_settings({"prompt": json.dumps(GRAPH), "workflow": "{}"})
-    assert (found.program, dict(found.texts)) == ("ComfyUI", EXPECTED)
+    assert (found.program, dict(found.options)) == ("ComfyUI", EXPECTED)
     found = read_dropped_settings(
         {"comment": json.dumps({"prompt": json.dumps(GRAPH), "workflow": {}})}
     )  # of a clip
-    assert found.texts["prompt"] == "a cat"
+    assert found.options["prompt"] == "a cat"
     text = "a cat,\nsitting\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, "
     text += 'Size: 640x512, Model: "a, b"'
     found = read_dropped_settings({"parameters": text})
-    assert dict(found.texts) == EXPECTED | {"prompt": "a cat,\nsitting"}
+    assert dict(found.options) == EXPECTED | {"prompt": "a cat,\nsitting"}
 
 
 @pytest.mark.parametrize(
@@ -1057,7 +1057,7 @@ def test_home_folders_in_fields_of_files_are_completed(monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     fields = {"lora_file": ["~/a.safetensors"], "references": ["~/b.png\nc.png"], "prompt": ["~/not a file"]}
-    texts = GenerateForm.of_fields(fields).texts
+    texts = GenerateForm.of_fields(fields).field_values
     assert texts["lora_file"] == str(Path.home() / "a.safetensors")
     assert texts["references"] == f"{Path.home() / 'b.png'}\nc.png"
     assert texts["prompt"] == "~/not a file"

@@ -455,7 +455,7 @@ def test_the_form_of_masks_becomes_the_words_of_the_command(
     queue = open_queue(runs, read_only=True)
     site = Site(runs, queue, BackgroundJobs(queue), RenderWorker(queue), models=Path("M"))
 
-    typed = MaskMakingPages(site).make_argv(folder, fields, tries=False)
+    typed = MaskMakingPages(site).make_argv(folder, fields, is_dry_run=False)
 
     shown = [word.replace(f"{Path('M').absolute()}", "M").replace("\\", "/") for word in typed]
     assert shown == ["python", "tools/mask.py", ".", *words]
@@ -622,8 +622,8 @@ class OneAtATime(OrderedDict[Any, Any]):
 
 
 def test_two_pages_that_load_pictures_at_once_change_the_kept_ones_in_turn(folder: Path) -> None:
-    review = MaskReview(Runs([folder.parent]), _shots=OneAtATime())
-    places = review.places(folder)
+    review = MaskReview(Runs([folder.parent]), _jpegs=OneAtATime())
+    places = review.list_media(folder)
     assert len(places) > 1
     threads = [threading.Thread(target=review.read_picture, args=(place, 0)) for place in places * 3]
     for thread in threads:
@@ -631,13 +631,13 @@ def test_two_pages_that_load_pictures_at_once_change_the_kept_ones_in_turn(folde
     for thread in threads:
         thread.join()
     assert OneAtATime.overlaps == 0
-    assert len(review._shots) == len(places)
+    assert len(review._jpegs) == len(places)
 
 
 def test_a_mask_that_another_server_has_drawn_first_is_not_replaced(folder: Path) -> None:
     """Both pages were shown a picture without a mask."""
     servers = [MaskReview(Runs([folder.parent])) for _ in range(2)]
-    (place, *_) = [place for place in servers[0].places(folder) if place.mask is None]
+    (place, *_) = [place for place in servers[0].list_media(folder) if place.mask is None]
     png = as_png(np.full((HEIGHT, WIDTH), 255, np.uint8))
     servers[0].draw(folder, place, png, "")
     with pytest.raises(MaskConflictError):

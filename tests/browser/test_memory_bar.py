@@ -76,8 +76,8 @@ def test_the_bar_has_the_parts_that_the_script_prints() -> None:
         plan_of(("training step, 832x480, 81 frames, batch 1", PARTS), remarks=("a remark",)), room
     )
     assert plan.phase.name == "training step, 832x480, 81 frames, batch 1"
-    assert (plan.phase.device, plan.phase.host) == (13.75, 9.0)
-    assert [(part.name, part.device, part.host) for part in plan.parts] == [
+    assert (plan.phase.device_gib, plan.phase.host_gib) == (13.75, 9.0)
+    assert [(part.name, part.device_gib, part.host_gib) for part in plan.parts] == [
         ("weights of the transformer", 13.0, 7.0),
         ("network (LoRA)", 0.25, 0.0),
         ("kept activations", 0.0, 2.0),
@@ -89,8 +89,8 @@ def test_the_bar_has_the_parts_that_the_script_prints() -> None:
     assert plan.fits is True
     shares = {part.name: share for part, share in plan.segments(24.0)}
     assert shares["weights of the transformer"] == pytest.approx(100 * 13 / 24)
-    assert shares["CUDA itself"] == pytest.approx(100 * plan.of_cuda / 24)
-    assert plan.of_cuda > 0.3
+    assert shares["CUDA itself"] == pytest.approx(100 * plan.cuda_gib / 24)
+    assert plan.cuda_gib > 0.3
 
 
 def test_what_does_not_fit_is_longer_than_the_card() -> None:
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_longer_than_the_card() -> None:
     assert plan.fits is False
     assert "--blocks_to_swap 30: 9.10 GiB fits" in plan.remarks
     assert sum(share for _, share in plan.segments(12.0)) == pytest.approx(100)
-    assert plan.card_share(12.0) == pytest.approx(100 * 12 / (13.75 + plan.of_cuda))
+    assert plan.card_share(12.0) == pytest.approx(100 * 12 / (13.75 + plan.cuda_gib))
 
 
 def test_of_several_phases_the_largest_is_shown() -> None:

@@ -12,7 +12,14 @@ import pytest
 from browser import model_files
 from browser.bin_folder import BinFolder
 from browser.jobs import Job
-from browser.model_files import Download, find_task, list_tasks, list_unknown_files, read_part, remove_parts
+from browser.model_files import (
+    Download,
+    find_task,
+    list_tasks,
+    list_unknown_files,
+    read_model_part,
+    remove_parts,
+)
 from downloads.catalogue import known_components
 from modules.errors import OptionError, OutputError
 from modules.progress import read_progress
@@ -80,16 +87,16 @@ def test_a_task_is_on_disk_when_all_of_its_parts_are(models: Path) -> None:
 def test_files_of_another_size_and_unfinished_downloads_are_told_apart(models: Path) -> None:
     component = known_components()["wan_vae"]
     write_sparse(models / VAE, 1000)
-    assert read_part(component, models).state == "another file than the released one, by its size"
+    assert read_model_part(component, models).state == "another file than the released one, by its size"
     (models / VAE).unlink()
 
     write_sparse(models / f".{VAE}.0123456789ab.part", 200_000_000)
-    part = read_part(component, models)
+    part = read_model_part(component, models)
     assert (part.is_there, part.size_bytes, part.state) == (False, 200_000_000, "0.2 GB of it on disk")
     assert "wan22 t2v-A14B" in part.tasks
 
     write_sparse(models / DIT, 1_000_000)  # smaller than its tensors, whose size is known
-    assert read_part(known_components()["wan_t2v_small"], models).has_other_size
+    assert read_model_part(known_components()["wan_t2v_small"], models).has_other_size
 
 
 def test_two_parts_in_one_folder_are_two(models: Path) -> None:
@@ -119,7 +126,9 @@ def test_the_page_looks_for_each_part_once(
 ) -> None:
     parts = []
     monkeypatch.setattr(
-        model_files, "read_part", lambda one, folder: parts.append(one.files) or read_part(one, folder)
+        model_files,
+        "read_model_part",
+        lambda one, folder: parts.append(one.files) or read_model_part(one, folder),
     )
     with serve(tmp_path) as served:
         served.ask(f"/models?{urlencode({**TASK, 'ask': 'remove'})}")

@@ -19,11 +19,11 @@ def test_what_models_make_is_what_new_says() -> None:
 def folder(pictures: int = 0, clips: int = 0) -> MediaFolder:
     return MediaFolder(
         path=Path("x"),
-        pictures=pictures,
-        clips=clips,
-        audios=0,
-        uncaptioned=0,
-        first=None,
+        num_images=pictures,
+        num_clips=clips,
+        num_audios=0,
+        num_uncaptioned=0,
+        shown_file=None,
         is_described=False,
     )
 

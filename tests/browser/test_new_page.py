@@ -739,7 +739,7 @@ def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) ->
         write_images(root / place, 2)
     write_images(root / "plain" / "day", 1)
     write_images(root / "plain" / "day" / "masks", 1)  # which are no pictures to learn
-    listed = {one.path: one.words for one in list_media_folders(Runs([root]))}
+    listed = {one.path: one.summary for one in list_media_folders(Runs([root]))}
     assert listed[root / "mine"] == "2 pictures in 1 folder, 2 without caption"
     assert listed[root / "flat"] == "2 pictures in 1 folder, 2 without caption"
     assert listed[root / "plain" / "day"] == "1 picture, 1 without caption"

@@ -227,7 +227,7 @@ def test_a_job_that_waits_says_why_it_cannot_begin(tmp_path: Path) -> None:
     tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
     tracked_runs.queue.problem = "x/jobs.json: the disk has 0.0 MB free"
     assert find(tracked_runs).state.reason == ""  # it is paused: that is why
-    tracked_runs.queue._worker = threading.current_thread()
+    tracked_runs.queue._worker_thread = threading.current_thread()
     assert find(tracked_runs).state.reason == "x/jobs.json: the disk has 0.0 MB free"
 
 

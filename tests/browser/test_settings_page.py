@@ -93,7 +93,9 @@ def test_with_read_only_nothing_is_offered_or_done(tmp_path: Path) -> None:
         text = served.ask("/settings?ask=empty").text
         assert "hx-post" not in text
         assert shown_command(text)[-1] == "--read_only"
-        assert post(served, "empty", mark=BinFolder(tmp_path / "reelsmith-bin").mark()).status == 403
+        assert (
+            post(served, "empty", mark=BinFolder(tmp_path / "reelsmith-bin").compute_checksum()).status == 403
+        )
     assert (tmp_path / "reelsmith-bin" / "x").is_dir()
 
 
@@ -109,7 +111,7 @@ def test_the_bin_is_emptied_only_as_it_was_shown(tmp_path: Path) -> None:
         answer = post(served, "empty", mark=mark[1])
         assert (answer.status, "has changed meanwhile" in answer.text) == (422, True)
         assert (place / "2026_a" / "x.bin").is_file()
-        assert post(served, "empty", mark=BinFolder(place).mark()).status == 200
+        assert post(served, "empty", mark=BinFolder(place).compute_checksum()).status == 200
         assert "empty" in served.ask("/settings").text
     assert [*place.iterdir()] == []
 
@@ -208,7 +210,7 @@ def test_emptying_follows_no_link(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="changed meanwhile"):
         bin_folder.empty("")
 
-    assert bin_folder.empty(bin_folder.mark()) == 0
+    assert bin_folder.empty(bin_folder.compute_checksum()) == 0
 
     assert (tmp_path / "kept" / "x").is_file()
     assert [*(tmp_path / "bin").iterdir()] == []

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.datasets import TABLES
+from browser.datasets import DATASET_TABLE
 from browser.dropped_settings import read_dropped_settings
 from browser.launch import command_part
 from modules.errors import UserError
@@ -37,8 +37,8 @@ CASES: dict[str, tuple[Callable[[str], object], str]] = {
     "settings of one word": (read_settings, "a" * LONG),
     "settings of many words": (read_settings, "a " * LONG),
     "settings with quotes": (read_settings, ', a: "\\' * LONG),
-    "a table of empty lines": (TABLES.search, "\n" * LONG),
-    "a table of blanks": (TABLES.search, " \t" * LONG),
+    "a table of empty lines": (DATASET_TABLE.search, "\n" * LONG),
+    "a table of blanks": (DATASET_TABLE.search, " \t" * LONG),
     "a line of blanks": (command_part, "cd " + " " * LONG),
     "a line of a folder": (command_part, "cd x" + " " * LONG),
     "an address of letters": (hide_secrets, "a1" * LONG),
