@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from browser.recipes import IMAGES, ModelRecipe, float_or_one
-from browser.result_settings import KEYS, ResultSettings, find_family, parse_tags
+from browser.result_settings import PROMPT_LINE_KEYS, ResultSettings, find_family, parse_tags
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json
@@ -66,7 +66,7 @@ def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
 
 def _read_ours(settings: ResultSettings) -> DroppedSettings:
     """Convert the settings of a file that this program generated into the settings of a form."""
-    texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
+    texts = {PROMPT_LINE_KEYS.get(name, name): text for name, text in settings.values.items()}
     if texts.get("video_length") == "1":
         del texts["video_length"]
     return DroppedSettings(

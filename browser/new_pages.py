@@ -95,7 +95,7 @@ from browser.new_form import (
     name_field,
     read_steps,
 )
-from browser.new_steps import FolderStanding, select_step
+from browser.new_steps import FolderProgress, select_step
 from browser.offered_folders import find_open_folder, require_inside
 from browser.printed_lines import is_for_terminal, translate_line
 from browser.responses import (
@@ -113,9 +113,9 @@ from browser.run_start import (
     DESCRIBE,
     is_run_of_folder,
     make_check_argv,
-    make_plan,
     make_run_argv,
     newest_job,
+    parse_run_config,
 )
 from browser.run_views import POLICY
 from browser.runs import DIED, RUNNING
@@ -527,7 +527,7 @@ class NewPages:
         *,
         output: Mapping[str, Any],
         loading: Mapping[str, Any],
-    ) -> FolderStanding:
+    ) -> FolderProgress:
         """Return how far the preparation of a folder for a training has come, without its training job.
 
         Args:
@@ -539,7 +539,7 @@ class NewPages:
         """
         # if this page cannot load the missing files, `run` loads them when the training starts
         is_loaded_here = loading["load_command"] != ""
-        return FolderStanding(
+        return FolderProgress(
             is_described=described is not None,
             describing=output["looking"],
             has_changes=bool(output["comparing"] is not None and output["changes"]),
@@ -771,7 +771,7 @@ class NewPages:
                 return f"/run/{run.id}/"
         plan = None
         if job is not None:
-            plan = make_plan(described.folder / RUN_FILE, described.run_content, changed=0.0)
+            plan = parse_run_config(described.folder / RUN_FILE, described.run_content, changed=0.0)
         return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:

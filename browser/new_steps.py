@@ -38,7 +38,7 @@ class NextStep:
 
 
 @dataclass(frozen=True)
-class FolderStanding:
+class FolderProgress:
     """How far a folder is prepared and trained, derived from its files and its commands."""
 
     is_described: bool = False
@@ -77,7 +77,7 @@ class FolderStanding:
         return say("%(done)s.", done=join(", ", words))
 
 
-def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
+def select_step(form: NewForm, standing: FolderProgress, is_written: bool) -> NextStep:
     """Return the next step towards a training: what to press, and what is missing for it.
 
     `is_written` is true if the folder's files have the values of the form.
@@ -97,7 +97,7 @@ def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
     return _select_after_describing(standing)
 
 
-def _ask_for_captions(standing: FolderStanding) -> NextStep:
+def _ask_for_captions(standing: FolderProgress) -> NextStep:
     """Return the next step "write captions", with a trigger word as the other choice."""
     missing = (
         say_count(
@@ -123,7 +123,7 @@ def _ask_for_captions(standing: FolderStanding) -> NextStep:
     )
 
 
-def _select_after_describing(standing: FolderStanding) -> NextStep:
+def _select_after_describing(standing: FolderProgress) -> NextStep:
     """Return the next step of a folder whose files have the values of the form."""
     job, download, checking = standing.job, standing.download, standing.checking
     if job is not None and (

@@ -44,19 +44,19 @@ PREVIEWS = "preview"  # folder of the previews
 PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
 SESSION = "session.json"  # names the process with the model
 IDLE_SECONDS = 600.0  # a model idle for this long is freed
-LOOKED_EVERY = 0.2  # seconds between two looks for answers
-QUEUE_LOOKED_EVERY = 1.0
-WRITTEN_EVERY = 1.0  # interval of storing a job's progress for other servers
-RETRIED_EVERY = 2.0  # retry interval after an error or while another server works
-PATIENCE = 20.0  # seconds for a process to end by itself
-PATIENCE_AT_END = 5.0  # the same, when the server ends
+ANSWER_POLL_SECONDS = 0.2  # seconds between two looks for answers
+QUEUE_POLL_SECONDS = 1.0
+PROGRESS_WRITE_SECONDS = 1.0  # interval of storing a job's progress for other servers
+RETRY_SECONDS = 2.0  # retry interval after an error or while another server works
+SHUTDOWN_SECONDS = 20.0  # seconds for a process to end by itself
+SERVER_SHUTDOWN_SECONDS = 5.0  # the same, when the server ends
 MAX_OF_SESSION = 1000  # bytes
 TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MAX_OF_LINE = 500
 MAX_OF_WARNINGS = 4000  # characters that are kept of a render job
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
-ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
+FINAL_FIELDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = say("the page Generate")
 NO_WRITING = say("the browser was started with --read_only")
 KILLED = say(
@@ -66,7 +66,7 @@ KILLED = say(
 
 
 @dataclass
-class LoadedModel:
+class ModelSession:
     """A running process with a loaded model, and the answers that it has sent."""
 
     argv: list[str]
@@ -115,7 +115,7 @@ class RenderWorker:
         self.folder = queue.folder / FOLDER
         self.read_only = queue.read_only
         self.store = RenderQueue(self.folder)
-        self.session: LoadedModel | None = None
+        self.session: ModelSession | None = None
         self.problem = ""  # error because of which render jobs wait
         self.waits_for = ""  # ordinary reason for which they wait, such as a training run that uses the card
         self._current: RenderJob | None = None
@@ -124,12 +124,12 @@ class RenderWorker:
         self._ending = threading.Lock()  # held while a process is ended; taken before `_lock`, never after it
         self._thread: threading.Thread | None = None
         self._is_ended = False
-        self._cancels = 0  # stops that were requested for the current job: the second one kills
+        self._num_cancel_requests = 0  # stops that were requested for the current job: the second one kills
         # ended jobs whose end is not stored yet, because the disk was full
         self._unsaved: dict[int, RenderJob] = {}
         if not self.read_only:
             self._end_orphan()
-            queue.before_start = self.free_card
+            queue.before_start = self.free_gpu
             atexit.register(self.close)
             if self._has_waiting():
                 self._begin()
@@ -189,13 +189,13 @@ class RenderWorker:
                 else:
                     self.store.change(number, [WAITING], state=STOPPED)
                 return
-            self._cancels += 1
+            self._num_cancel_requests += 1
             session = self.session
             if session is None:  # no process yet: `_open_session` sees the count and ends the job
                 return
             current.doing = CANCELLING
             # a process that is still loading, or runs on Windows, does not react to SIGINT
-            if self._cancels > 1 or not session.is_ready or os.name == "nt":
+            if self._num_cancel_requests > 1 or not session.is_ready or os.name == "nt":
                 launch.kill_processes(session.process.pid)
             else:
                 session.process.send_signal(signal.SIGINT)
@@ -221,13 +221,15 @@ class RenderWorker:
         """End the process with the model. Raises OptionError if it is generating a result."""
         with self._changed:
             # after a result is finished, its cleanup takes another moment
-            self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
+            self._changed.wait_for(
+                lambda: self._current is None or self._current.state == RUNNING, SHUTDOWN_SECONDS
+            )
             if self._current is not None:
                 raise OptionError(say("result %(id)s is being made: cancel it first", id=self._current.id))
             session = self._detach_session()
         self._end_process(session)
 
-    def free_card(self) -> str:
+    def free_gpu(self) -> str:
         """Unload the model for a training job, and return why the card is still not free; "" if it is."""
         with self._lock:
             if self._current is not None:
@@ -269,10 +271,10 @@ class RenderWorker:
                 with contextlib.suppress(OSError):
                     self.session.process.send_signal(signal.SIGINT)
             session = self._detach_session()
-        self._end_process(session, PATIENCE_AT_END)
+        self._end_process(session, SERVER_SHUTDOWN_SECONDS)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(PATIENCE_AT_END)
+            thread.join(SERVER_SHUTDOWN_SECONDS)
 
     # --- the thread
 
@@ -291,13 +293,13 @@ class RenderWorker:
         with contextlib.ExitStack() as stack:
             has_lock = False
             while not self._is_ended:
-                wait = QUEUE_LOOKED_EVERY
+                wait = QUEUE_POLL_SECONDS
                 try:
                     if not has_lock:
                         stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()  # a generating process of a killed server
-                    has_worked = self._make_next()
+                    has_worked = self._generate_next()
                     self.problem = ""
                     if has_worked:
                         continue
@@ -305,14 +307,14 @@ class RenderWorker:
                         return
                 except BlockingIOError:
                     self.problem = say("another server of these folders makes the results")
-                    wait = RETRIED_EVERY
+                    wait = RETRY_SECONDS
                     if self._has_ended():
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
                         logger.warning("no result can be made: %s", error)
                     self.problem = str(error)
-                    wait = RETRIED_EVERY
+                    wait = RETRY_SECONDS
                 with self._changed:
                     if not self._is_ended:
                         self._changed.wait(wait)
@@ -331,9 +333,9 @@ class RenderWorker:
     def _has_waiting(self) -> bool:
         return any(render_job.state == WAITING for render_job in self.store.list_all())
 
-    def _make_next(self) -> bool:
+    def _generate_next(self) -> bool:
         """Generate the next render job, and return whether there was one; free a model that is not needed."""
-        self._save_ends()
+        self._save_finished()
         blocking = self._find_blocking_job()
         self._free_if_unneeded(blocking is not None)
         render_job = None if blocking is not None else self._claim_next()
@@ -341,7 +343,7 @@ class RenderWorker:
             return False
         self.problem = ""
         try:
-            self._make(render_job)
+            self._generate(render_job)
         except (UserError, OSError, ValueError) as error:
             logger.debug("%s", render_job.command, exc_info=error)
             self._end_render_job(render_job, DIED, str(error))
@@ -389,7 +391,7 @@ class RenderWorker:
                     continue
                 with contextlib.suppress(OptionError):  # it was canceled meanwhile
                     self.store.pop_cancel_request(render_job.id)
-                    self._cancels = 0
+                    self._num_cancel_requests = 0
                     self._current = self.store.change(
                         render_job.id,
                         [WAITING],
@@ -401,7 +403,7 @@ class RenderWorker:
                     return self._current
         return None
 
-    def _make(self, render_job: RenderJob) -> None:
+    def _generate(self, render_job: RenderJob) -> None:
         """Generate one render job with a process that has its model loaded, and record how it ends."""
         session = self._open_session(render_job)
         if session is None:  # it could not be started, or the job was cancelled: already recorded
@@ -411,12 +413,12 @@ class RenderWorker:
         while True:
             answer = self._wait_for_answer(session, render_job)
             if answer is None:
-                self._note_lost(session, render_job)
+                self._record_process_end(session, render_job)
                 return
             if answer.get("event") == "ready":  # the render job is done
                 break
-            self._follow(render_job, answer)
-            if time.monotonic() - last_write > WRITTEN_EVERY and render_job.state == RUNNING:
+            self._record_event(render_job, answer)
+            if time.monotonic() - last_write > PROGRESS_WRITE_SECONDS and render_job.state == RUNNING:
                 last_write = time.monotonic()
                 values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
                 with contextlib.suppress(UserError):  # only its final state matters
@@ -427,10 +429,10 @@ class RenderWorker:
         elif render_job.state == RUNNING:  # the process is ready again, but named no file: it failed
             self._end_render_job(render_job, DIED, self.read_last_error())
 
-    def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
+    def _record_event(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
         """Record a message of the generation process, such as a step or a written file, in its render job."""
         event = answer.get("event")
-        is_canceled = self._cancels > 0
+        is_canceled = self._num_cancel_requests > 0
         if event == "begun":
             render_job.steps = int(answer["steps"])
         elif event == "phase" and not is_canceled:
@@ -450,21 +452,21 @@ class RenderWorker:
             # it may have been written before the stop arrived
             self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
-    def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
+    def _wait_for_answer(self, session: ModelSession, render_job: RenderJob) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
             if self.store.pop_cancel_request(render_job.id):  # first, as fast steps leave no idle time
                 self.cancel(render_job.id)
-            answer = session.next_answer(LOOKED_EVERY)
+            answer = session.next_answer(ANSWER_POLL_SECONDS)
             if answer is not None:
                 return answer
             if not session.is_alive:
-                return session.next_answer(LOOKED_EVERY)  # it may have answered before it ended
+                return session.next_answer(ANSWER_POLL_SECONDS)  # it may have answered before it ended
 
-    def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
+    def _record_process_end(self, session: ModelSession, render_job: RenderJob) -> None:
         """Record that the model's process has ended unexpectedly during a render job."""
         session.process.wait()
-        if self._cancels:
+        if self._num_cancel_requests:
             self._end_render_job(render_job, STOPPED)
         elif self._is_ended:
             self._end_render_job(render_job, STOPPED, say("the page's server was ended"))
@@ -485,18 +487,18 @@ class RenderWorker:
             render_job.last_lines = self._read_last_lines() if state == DIED else ""
             self._unsaved[render_job.id] = render_job
         with contextlib.suppress(OutputError):  # the next turn tries again and reports the reason
-            self._save_ends()
+            self._save_finished()
 
-    def _save_ends(self) -> None:
+    def _save_finished(self) -> None:
         """Write how render jobs have ended. Raises OutputError if that fails; the caller tries again."""
         with self._lock:
             for number, render_job in list(self._unsaved.items()):
-                values = {name: getattr(render_job, name) for name in ENDS}
+                values = {name: getattr(render_job, name) for name in FINAL_FIELDS}
                 with contextlib.suppress(OptionError):  # the file may have been removed
                     self.store.change(number, [RUNNING], **values)
                 del self._unsaved[number]
 
-    def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
+    def _open_session(self, render_job: RenderJob) -> ModelSession | None:
         """Return a ready process with the model of a render job, loading it if necessary.
 
         Returns None if loading fails or the job was cancelled; the render job then records that end.
@@ -509,21 +511,21 @@ class RenderWorker:
             session = self._detach_session()
         self._end_process(session)  # another model: it frees the card before the next one is loaded
         with self._lock:
-            if self._cancels or self._is_ended:
+            if self._num_cancel_requests or self._is_ended:
                 self._end_render_job(render_job, STOPPED)
                 return None
             session = self.session = self._start_session(render_job)
         answer = self._wait_for_answer(session, render_job)
         if answer is None or answer.get("event") != "ready":
-            self._note_lost(session, render_job)
+            self._record_process_end(session, render_job)
             return None
         session.is_ready = True
-        if self._cancels:  # the job ends, but the loaded model stays for the next one
+        if self._num_cancel_requests:  # the job ends, but the loaded model stays for the next one
             self._end_render_job(render_job, STOPPED)
             return None
         return session
 
-    def _start_session(self, render_job: RenderJob) -> LoadedModel:
+    def _start_session(self, render_job: RenderJob) -> ModelSession:
         """Start a generation process that loads the model of a render job and then takes jobs on its stdin.
 
         Raises OptionError if the command's folder no longer exists.
@@ -551,27 +553,27 @@ class RenderWorker:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        session = LoadedModel(render_job.session, render_job.title, process)
+        session = ModelSession(render_job.session, render_job.title, process)
         session.start_reading()
         row = {"server": describe_process(), "process": describe_process(process.pid)}
         with contextlib.suppress(OutputError):  # without the file, an orphaned process ends only by itself
             write_text(self.folder / SESSION, json.dumps(row))
         return session
 
-    def _send(self, session: LoadedModel, render_job: RenderJob) -> None:
+    def _send(self, session: ModelSession, render_job: RenderJob) -> None:
         assert session.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended, which the reader notices
             session.process.stdin.write(json.dumps(render_job.request) + "\n")
             session.process.stdin.flush()
 
-    def _detach_session(self) -> LoadedModel | None:
+    def _detach_session(self) -> ModelSession | None:
         """Detach and return the loaded process so that the caller can end it; None if no model is loaded."""
         with self._lock:
             session = self.session
             self.session = None
             return session
 
-    def _end_process(self, session: LoadedModel | None, patience: float = PATIENCE) -> None:
+    def _end_process(self, session: ModelSession | None, patience: float = SHUTDOWN_SECONDS) -> None:
         """End a process by closing its input; kill it if it is still alive after `patience` seconds.
 
         Call this without the lock, which other threads need meanwhile. It returns only after every process

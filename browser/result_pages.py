@@ -45,7 +45,7 @@ from browser.result_settings import (
     ResultSettings,
     format_sample_line,
     read_settings,
-    remake,
+    regenerate,
 )
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.run_views import label_runs
@@ -65,17 +65,17 @@ from modules.text_files import read_content
 from project.options import MODELS
 from protocols.families import with_scripts
 
-PART = 24  # results that are shown at once: full rows of one, two, three and four
+PAGE_SIZE = 24  # results that are shown at once: full rows of one, two, three and four
 READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
 MAX_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
-TOOL = "blissful_tuner/upscaler.py"
-LOAD = "upscaler"  # kind of a background job
-FACTOR = 2  # by which width and height grow
+UPSCALER_SCRIPT = "blissful_tuner/upscaler.py"
+DOWNLOAD_UPSCALER = "upscaler"  # kind of a background job
+UPSCALE_FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
-NETWORKS = (".pth", ".safetensors")
+UPSCALER_SUFFIXES = (".pth", ".safetensors")
 MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
-SHORT = 160  # characters of a prompt in the list
+MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
 
 
 class ReadSettings(NamedTuple):
@@ -178,7 +178,7 @@ class ResultTile:
         """Beginning of the prompt, or the name of the file."""
         text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
         text = text or self.result.path.name
-        return text if len(text) <= SHORT else f"{text[:SHORT].rstrip()} …"
+        return text if len(text) <= MAX_TITLE_CHARACTERS else f"{text[:MAX_TITLE_CHARACTERS].rstrip()} …"
 
     @property
     def name(self) -> str:
@@ -259,14 +259,14 @@ class Candidate(NamedTuple):
     run: RunSummary | None
 
 
-class Remaker:
+class ResultRegenerator:
     """Finds the models and files that a result was generated with, and generates it again."""
 
     def __init__(self, site: Site, folders: ResultFolders) -> None:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
+    def regenerate(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
         """Return the render job that generates a result again with a seed, from the first recipe that can.
 
         Raises OptionError if no recipe can.
@@ -275,7 +275,7 @@ class Remaker:
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
             try:
-                return remake(
+                return regenerate(
                     settings,
                     candidate.recipe,
                     seed=seed,
@@ -374,21 +374,21 @@ class ResultPages:
         self.site = site
         self.folders = ResultFolders(site.runs)
         self.cache = SettingsCache()
-        self.remaker = Remaker(site, self.folders)
+        self.regenerator = ResultRegenerator(site, self.folders)
         self._prompts_lock = threading.Lock()
         self.changes: dict[str, Callable[[Result, Form], Response]] = {
-            "again": self.make_again,
-            "other": self.make_other,
-            "larger": self.make_larger,
-            "load": self.load_upscaler,
+            "again": self.generate_again,
+            "other": self.generate_with_random_seed,
+            "larger": self.upscale,
+            "load": self.download_upscaler,
             "start": self.start_from,
             "sample": self.add_sample,
             "remove": self.remove,
         }
-        self.sheets: dict[str, Callable[[Result, str], Response]] = {
+        self.dialogs: dict[str, Callable[[Result, str], Response]] = {
             "settings": self.show_settings,
             "layers": self.show_layers,
-            "larger": self.show_larger,
+            "larger": self.show_upscale_dialog,
             "sample": self.show_sample,
             "remove": self.show_remove,
         }
@@ -429,7 +429,7 @@ class ResultPages:
         results, chosen, unread = self.choose(query)
         days = count_days(chosen)
         models = self.list_models(results)
-        jobs = [(path, job.state) for path, job in self.find_larger().items()]
+        jobs = [(path, job.state) for path, job in self.find_upscale_jobs().items()]
         files = [(result.id, result.changed) for result in chosen]
         text = repr((files, days, unread, models, sorted(jobs), len(results)))
         mark = short_digest(text)
@@ -441,7 +441,7 @@ class ResultPages:
         # `unread`: number of files whose settings the filter has not read yet
         answer = {
             "mark": mark,
-            "part": PART,
+            "part": PAGE_SIZE,
             "all": len(results),
             "chosen": len(chosen),
             "unread": unread,
@@ -468,9 +468,9 @@ class ResultPages:
         if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
             return answer_text("from and count are numbers of results.", 400)
         first = int(texts[0])
-        count = min(int(texts[1]), 2 * PART)
+        count = min(int(texts[1]), 2 * PAGE_SIZE)
         _, chosen, _ = self.choose(query)
-        jobs = self.find_larger()
+        jobs = self.find_upscale_jobs()
         tiles = []
         for result in chosen[first : first + count]:
             read = self.cache.get(result)
@@ -479,14 +479,14 @@ class ResultPages:
         values = {"tiles": tiles, "can_write": not self.site.read_only}
         return answer_template("result_tiles.html", say("Results"), values)
 
-    def find_larger(self) -> dict[str, Job]:
+    def find_upscale_jobs(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by the file's path."""
         jobs = {}
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():
                 with contextlib.suppress(UserError):
-                    argv = job.argv if TOOL in job.line and "--input" in job.line else []
-                    if TOOL in argv and "--input" in argv[:-1]:
+                    argv = job.argv if UPSCALER_SCRIPT in job.line and "--input" in job.line else []
+                    if UPSCALER_SCRIPT in argv and "--input" in argv[:-1]:
                         jobs[argv[argv.index("--input") + 1]] = job
         return jobs
 
@@ -511,15 +511,15 @@ class ResultPages:
             raise OptionError(say("This file does not say how it was made."))
         return settings
 
-    def show_sheet(self, request: Request) -> Response:
+    def show_dialog(self, request: Request) -> Response:
         """Respond with the dialog that a button opens before its action is carried out."""
         result = self.find(request)
-        show = self.sheets.get(request.path_params["what"])
+        show = self.dialogs.get(request.path_params["what"])
         if result is None or show is None:
             return answer_not_found()
         return show(result, "")
 
-    def answer_sheet(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
+    def answer_dialog(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
         """Return the content of a dialog. `what` names its part of the template; `error` is a message."""
         shown = {
             "what": what,
@@ -538,15 +538,17 @@ class ResultPages:
         commands = {"other": "", "again": ""}
         try:
             settings = self.require_settings(result)
-            remade = self.remaker.remake(result, settings, settings.get("seeds"))
-            commands["again"] = format_command(remade.command, Path(remade.folder))
-            remade = self.remaker.remake(result, settings, "SEED")  # a placeholder for the user's seed
-            commands["other"] = format_command(remade.command, Path(remade.folder))
+            render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
+            commands["again"] = format_command(render_job.command, Path(render_job.folder))
+            render_job = self.regenerator.regenerate(
+                result, settings, "SEED"
+            )  # a placeholder for the user's seed
+            commands["other"] = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
-        networks = self.list_networks()
-        if networks:
-            commands["larger"] = format_command(self.larger_argv(result, networks[0]))
+        upscalers = self.list_upscalers()
+        if upscalers:
+            commands["larger"] = format_command(self.make_upscale_argv(result, upscalers[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -562,11 +564,11 @@ class ResultPages:
                 is_ours = True
                 rows = settings.rows()
                 done = settings.done
-                remade = self.remaker.remake(result, settings, settings.get("seeds"))
-                command = format_command(remade.command, Path(remade.folder))
+                render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
+                command = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
-        return self.answer_sheet(
+        return self.answer_dialog(
             "settings", result, rows=rows, command=command, problem=problem, is_ours=is_ours, done=done
         )
 
@@ -579,7 +581,7 @@ class ResultPages:
             number = path.stem.rpartition("layer")[2]
             name = say("the whole picture") if number == "0" else say("layer %(number)s", number=number)
             layers.append((index, name, number != "0"))
-        return self.answer_sheet("layers", result, error, layers=layers)
+        return self.answer_dialog("layers", result, error, layers=layers)
 
     def show_layer(self, request: Request) -> Response:
         """Respond with the file of a layer."""
@@ -597,12 +599,12 @@ class ResultPages:
 
     # --- again, other seed
 
-    def make_again(self, result: Result, _: Form) -> Response:
+    def generate_again(self, result: Result, _: Form) -> Response:
         """Queue the render job that repeats a result with its own seed."""
         settings = self.require_settings(result)
         return self.add_render_job(result, settings, settings.get("seeds"))
 
-    def make_other(self, result: Result, _: Form) -> Response:
+    def generate_with_random_seed(self, result: Result, _: Form) -> Response:
         """Queue the render job that repeats a result with a random seed."""
         return self.add_render_job(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
@@ -611,52 +613,54 @@ class ResultPages:
 
         Raises OptionError or OutputError if that fails.
         """
-        remade = self.remaker.remake(result, settings, seed)
+        render_job = self.regenerator.regenerate(result, settings, seed)
         suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
         # session: the command line that loads the model
-        files = [word for word in remade.session if Path(word).suffix in suffixes]
-        missing = [word for word in files if not Path(remade.folder, word).exists()]
+        files = [word for word in render_job.session if Path(word).suffix in suffixes]
+        missing = [word for word in files if not Path(render_job.folder, word).exists()]
         if missing:
             raise OptionError(
                 say("%(missing)s is missing: load the model first (Models).", missing=missing[0])
             )
 
-        [number] = self.site.render_worker.add([remade])
+        [number] = self.site.render_worker.add([render_job])
         return answer_message(
             say("It waits above as %(number)s, with seed %(seed)s.", number=number, seed=seed)
         )
 
     # --- larger
 
-    def list_networks(self) -> list[Path]:
+    def list_upscalers(self) -> list[Path]:
         """Return the upscaler files in the models folder."""
-        networks = []
+        upscalers = []
         with contextlib.suppress(OSError):
             for path in sorted((self.site.models / UPSCALERS).iterdir()):
-                if path.suffix.lower() in NETWORKS and path.is_file():
-                    networks.append(path)
-        return networks
+                if path.suffix.lower() in UPSCALER_SUFFIXES and path.is_file():
+                    upscalers.append(path)
+        return upscalers
 
-    def larger_argv(self, result: Result, network: Path) -> list[str]:
+    def make_upscale_argv(self, result: Result, network: Path) -> list[str]:
         """Return the command that enlarges a result with an upscaler file."""
-        argv = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
+        argv = ["python", UPSCALER_SCRIPT, "--input", str(result.path), "--model", str(network.absolute())]
         argv += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        argv += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
+        argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(_free_path(result.path, LARGER))]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
             argv += ["--codec", "h264", "--container", "mp4"]
         return argv
 
-    def show_larger(self, result: Result, error: str) -> Response:
+    def show_upscale_dialog(self, result: Result, error: str) -> Response:
         """Return the dialog that enlarges a result, with the installed and downloadable upscalers."""
-        installed = self.list_networks()
+        installed = self.list_upscalers()
         to_load = [
-            (model, gigabytes(total_bytes(model.components)), format_command(self.load_argv(model)))
+            (model, gigabytes(total_bytes(model.components)), format_command(self.make_download_argv(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
-        loading = self.site.background_jobs.find(name_background_job(LOAD, self.site.models))
-        options = [(network, format_command(self.larger_argv(result, network))) for network in installed]
-        return self.answer_sheet(
+        loading = self.site.background_jobs.find(name_background_job(DOWNLOAD_UPSCALER, self.site.models))
+        options = [
+            (network, format_command(self.make_upscale_argv(result, network))) for network in installed
+        ]
+        return self.answer_dialog(
             "larger",
             result,
             error,
@@ -665,37 +669,37 @@ class ResultPages:
             loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
-            sizes=describe_larger(result),
+            sizes=describe_upscaled_size(result),
         )
 
-    def load_argv(self, model: ModelSet) -> list[str]:
+    def make_download_argv(self, model: ModelSet) -> list[str]:
         """Return the command that downloads an upscaler's file."""
         argv = ["reelsmith", "download", "--family", model.family, "--task", model.task]
         return argv if self.site.models == MODELS else [*argv, "--to", str(self.site.models)]
 
-    def load_upscaler(self, result: Result, form: Form) -> Response:
+    def download_upscaler(self, result: Result, form: Form) -> Response:
         """Start the download of an upscaler's file."""
         task = "".join(form.get("task", ()))
         for model in model_sets():
             if model.task == task and "upscale" in model.commands:
-                name = name_background_job(LOAD, self.site.models)
-                self.site.background_jobs.start(name, self.load_argv(model), Path.cwd())
-                return self.show_larger(result, "")
-        return self.show_larger(result, say("Choose a file to load."))
+                name = name_background_job(DOWNLOAD_UPSCALER, self.site.models)
+                self.site.background_jobs.start(name, self.make_download_argv(model), Path.cwd())
+                return self.show_upscale_dialog(result, "")
+        return self.show_upscale_dialog(result, say("Choose a file to load."))
 
-    def make_larger(self, result: Result, form: Form) -> Response:
+    def upscale(self, result: Result, form: Form) -> Response:
         """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""
         queue = self.site.queue
         chosen = "".join(form.get("network", ()))
-        network = next((path for path in self.list_networks() if path.name == chosen), None)
-        earlier = self.find_larger().get(str(result.path))
+        network = next((path for path in self.list_upscalers() if path.name == chosen), None)
+        earlier = self.find_upscale_jobs().get(str(result.path))
         if result.kind == "sound":
             raise OptionError(say("A sound has no size."))
         if network is None:
-            return self.show_larger(result, say("Choose an upscaler's file."))
+            return self.show_upscale_dialog(result, say("Choose an upscaler's file."))
         if earlier is not None and earlier.state in (WAITING, RUNNING):
-            return self.show_larger(result, say("It is being enlarged already."))
-        number = queue.add_and_begin(self.larger_argv(result, network), Path.cwd())
+            return self.show_upscale_dialog(result, say("It is being enlarged already."))
+        number = queue.add_and_begin(self.make_upscale_argv(result, network), Path.cwd())
         where = say(
             "It is job %(number)s of the queue. The larger one will stand here when it is made.",
             number=number,
@@ -705,7 +709,7 @@ class ResultPages:
                 "It is job %(number)s of the queue, which is paused: start it on the page Queue.",
                 number=number,
             )
-        return self.answer_sheet("done", result, text=where)
+        return self.answer_dialog("done", result, text=where)
 
     # --- start from this
 
@@ -767,7 +771,7 @@ class ResultPages:
                 files.append((path, compute_checksum(content), (content or b"").decode("utf-8", "replace")))
         except (UserError, OSError, ValueError) as reason:
             problem = str(reason)
-        return self.answer_sheet("sample", result, error, problem=problem, line=line, files=files)
+        return self.answer_dialog("sample", result, error, problem=problem, line=line, files=files)
 
     def add_sample(self, result: Result, form: Form) -> Response:
         """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
@@ -788,14 +792,14 @@ class ResultPages:
         text = say("%(path)s has it as its last line now. The next samples are made of it too.", path=path)
         if not is_added:
             text = say("%(path)s has this line already.", path=path)
-        return self.answer_sheet("done", result, text=text)
+        return self.answer_dialog("done", result, text=text)
 
     # --- remove
 
     def show_remove(self, result: Result, error: str) -> Response:
         """Return the dialog that asks before a result is moved into the bin."""
         root = self.site.runs.find_top(result.path)
-        return self.answer_sheet("remove", result, error, root=root)
+        return self.answer_dialog("remove", result, error, root=root)
 
     def remove(self, result: Result, _: Form) -> Response:
         """Move a result, with its layers, into the bin of its root."""
@@ -804,7 +808,7 @@ class ResultPages:
             title=result.path.name, base=root, paths=[result.path, *result.layers]
         )
         self.folders.list_all()
-        return self.answer_sheet("done", result, text=say("It is in %(folder)s now.", folder=folder))
+        return self.answer_dialog("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
     def change(self, request: Request, form: Form) -> Response:
         """Handle the button of a result that the address names."""
@@ -875,7 +879,7 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
     return True
 
 
-def describe_larger(result: Result) -> str:
+def describe_upscaled_size(result: Result) -> str:
     """Describe the size of an enlarged image or clip; "" if the file cannot be read."""
     if result.kind == "sound":
         return ""
@@ -885,8 +889,8 @@ def describe_larger(result: Result) -> str:
         return ""
     return say(
         "%(factor)s x %(factor2)s pixels, from %(width)s x %(height)s",
-        factor=FACTOR * width,
-        factor2=FACTOR * height,
+        factor=UPSCALE_FACTOR * width,
+        factor2=UPSCALE_FACTOR * height,
         width=width,
         height=height,
     )
@@ -900,7 +904,7 @@ def result_routes(site: Site) -> list[Route]:
         Route("/results/part", pages.show_part),
         Route("/results/{id}/commands", pages.show_commands),
         Route("/results/{id}/layer/{index}", pages.show_layer),
-        Route("/results/{id}/{what}", pages.show_sheet),
+        Route("/results/{id}/{what}", pages.show_dialog),
         Route("/results/{id}/{what}", answer_form(pages.change), methods=["POST"]),
         Route("/result/{name}", pages.show_file),
     ]

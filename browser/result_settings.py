@@ -45,15 +45,23 @@ EMBEDDINGS = "textual_inversion_embeddings"
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
 # metadata that does not affect the pixels, or that is read elsewhere
-APART = {"model_type", "tunerver", "prompt", "creation_timestamp", "device", "timestep_boundary", "task"}
+EXCLUDED_METADATA = {
+    "model_type",
+    "tunerver",
+    "prompt",
+    "creation_timestamp",
+    "device",
+    "timestep_boundary",
+    "task",
+}
 # keys of prompt lines that have another name in the metadata
-KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
+PROMPT_LINE_KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
 # options for input files; the metadata contains their file names
-MEDIA = {key for name in IMAGES for key in FIELDS[name]}
+MEDIA_OPTIONS = {key for name in IMAGES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
-OPTION = re.compile(r"-(?!\.?\d)")  # looks like an option, not like a negative number
+OPTION_PATTERN = re.compile(r"-(?!\.?\d)")  # looks like an option, not like a negative number
 OLD_NAMES = {"hunyuan": "hunyuan_video"}  # old names of families in metadata
 
 
@@ -229,7 +237,7 @@ class KnownOption(NamedTuple):
     """An option of a generation script: its flags, number of words and default, to write a command line."""
 
     flags: Sequence[str]
-    num_words: Any  # `nargs`
+    nargs: Any  # `nargs`
     default: Any
     is_recorded: bool  # recorded in the metadata unless it is the default
 
@@ -253,7 +261,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
             reaches_out = "reach" in option_info  # it writes files or imports code
             options[action.dest] = KnownOption(
                 flags=flags,
-                num_words=action.nargs,
+                nargs=action.nargs,
                 default=action.default,
                 is_recorded=action.dest in info and kind not in ("request", "nothing") and not reaches_out,
             )
@@ -263,7 +271,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
 FindFile = Callable[[str], str]  # returns the path of a file by its name; raises OptionError
 
 
-def remake(
+def regenerate(
     settings: ResultSettings,
     recipe: ModelRecipe,
     seed: str,
@@ -286,8 +294,8 @@ def remake(
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long to be typed again."))
-    fixed = _fix_options(settings, recipe)
-    line = _read_line(settings, recipe, seed, find_media)
+    fixed = _make_fixed_options(settings, recipe)
+    line = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
         # it comes from metadata, and must not be read as another option
@@ -316,31 +324,36 @@ def remake(
     return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
 
 
-def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
+def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
     """Return a recipe's fixed options with the values that a result was generated with.
 
     Raises OptionError if a setting does not fit the model.
     """
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
-    fixed = _keep_fixed(settings, recipe, options)
+    fixed = _select_recipe_options(settings, recipe, options)
     names = {flag: name for name, option in options.items() for flag in option.flags}
     flags = {names[flag]: flag for flag in fixed if flag in names}
     for name, text in settings.values.items():
         option = options.get(name)
         # these are read elsewhere, or do not affect the pixels
-        is_apart = name in APART or name in KEYS or name.startswith("original_") or name == EMBEDDINGS
+        is_apart = (
+            name in EXCLUDED_METADATA
+            or name in PROMPT_LINE_KEYS
+            or name.startswith("original_")
+            or name == EMBEDDINGS
+        )
         if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
             continue
         flag = flags.get(name, option.flags[0])
         words = fixed.get(flag)
         present_words = [str(option.default)] if words is None else words
         if not _is_equal(present_words, text):  # equal values keep the recipe's spelling
-            _set_option(fixed, flag, option, text)
+            _set_recorded_option(fixed, flag, option, text)
     return fixed
 
 
-def _keep_fixed(
+def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
     """Return the fixed options of a recipe that the file was also generated with."""
@@ -357,7 +370,7 @@ def _keep_fixed(
     return fixed
 
 
-def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
+def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
     """Set an option to its recorded value.
 
     Raises OptionError for files, because their folders are unknown.
@@ -368,11 +381,11 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
         raise OptionError(say("It was made with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag))
     if text == "False":  # a switch that was not given
         return
-    if option.num_words == 0:
+    if option.nargs == 0:
         fixed[flag] = True
         return
     # num_words: None for an option that takes one word
-    new_words = [text] if option.num_words is None else _split_words(flag, text)
+    new_words = [text] if option.nargs is None else _split_words(flag, text)
     _reject_options(flag, new_words)
     fixed[flag] = new_words
 
@@ -395,7 +408,7 @@ def _split_words(flag: str, text: str) -> list[str]:
 def _reject_options(flag: str, words: Sequence[str]) -> None:
     """Raise OptionError if a value from a file looks like an option, not like the value of a flag."""
     for word in words:
-        if OPTION.match(word):
+        if OPTION_PATTERN.match(word):
             raise OptionError(
                 say(
                     "It was made with %(flag)s %(word)s, which begins as an option does.",
@@ -440,7 +453,7 @@ def _has_folder(words: Sequence[str]) -> bool:
     return any("/" in word or "\\" in word for word in words)
 
 
-def _read_line(
+def _make_prompt_line_options(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
     """Return the options of the prompt line that generates a result again with `seed`.
@@ -450,8 +463,8 @@ def _read_line(
     options = read_script_options(recipe.family)
     line: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
-        key = KEYS.get(name, name)
-        if name in APART or name.startswith("original_"):
+        key = PROMPT_LINE_KEYS.get(name, name)
+        if name in EXCLUDED_METADATA or name.startswith("original_"):
             continue
         # only options that a prompt line can have are returned
         line_option = find_option(key, recipe.defaults.line_options)
@@ -464,7 +477,7 @@ def _read_line(
         is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then even a default is set
         if is_default and not is_set_by_recipe and key not in SIZES:  # sizes are always written
             continue
-        if key in MEDIA or line_option.read is read_path:
+        if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]
             line[key] = paths if line_option.repeats else paths[0]
         else:
@@ -512,7 +525,7 @@ def format_sample_line(settings: ResultSettings) -> str:
         raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
     if prompt.startswith("#") or not prompt:
         raise OptionError(say("A line that begins with # is no prompt."))
-    if any(settings.get(name) for name in MEDIA):
+    if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise OptionError(
             say("It began from a picture, of which the file holds only the name: write it by hand.")
         )

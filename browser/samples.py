@@ -43,11 +43,11 @@ from project.options import RUN_FILE
 MIN_ROWS = 3
 MAX_ROWS = 100
 MAX_IMAGES = 2000
-DEEPEST = 3  # maximum depth of subfolders that are searched for images
-EVERY = "sample_every_n_steps"  # keys of run.toml
-EVERY_EPOCHS = "sample_every_n_epochs"
-AT_FIRST = "sample_at_first"
-PROMPTS = "sample_prompts"
+MAX_DEPTH = 3  # maximum depth of subfolders that are searched for images
+SAMPLE_EVERY_N_STEPS = "sample_every_n_steps"  # keys of run.toml
+SAMPLE_EVERY_N_EPOCHS = "sample_every_n_epochs"
+SAMPLE_AT_FIRST = "sample_at_first"
+SAMPLE_PROMPTS = "sample_prompts"
 # form field of a row -> key of the option, and its letters in a new prompt-line option
 FIELDS = {
     "width": ("width", "w"),
@@ -63,15 +63,15 @@ FIELDS = {
     "source": ("control_image_path", "ci"),
     "control": ("control_video_path", "cn"),
 }
-DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
-INTEGER_FIELDS = tuple(DEFAULT)  # fields for positive integers
+EXAMPLE_VALUES = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
+INTEGER_FIELDS = tuple(EXAMPLE_VALUES)  # fields for positive integers
 MAX_NUMBER = 1_000_000
-SCALES = ("guidance", "embedded guidance")  # fields of any number
+GUIDANCE_FIELDS = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
-IMAGES = ("start", "end", "source", "control")
-TEXTS = ("negative",)
-OF_NUMBERS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
-OF_ALL_MODELS = {"width", "height", "seed", "steps"}
+IMAGE_FIELDS = ("start", "end", "source", "control")
+TEXT_FIELDS = ("negative",)
+NUMBER_FIELDS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
+COMMON_NUMBER_FIELDS = {"width", "height", "seed", "steps"}
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
                     title=title,
                     name=name,
                     text=shorten(text, 40),
-                    usual=DEFAULT[name],
+                    usual=EXAMPLE_VALUES[name],
                 )
             )
-        if name in SCALES and text and not NUMBER.fullmatch(text):
+        if name in GUIDANCE_FIELDS and text and not NUMBER.fullmatch(text):
             raise OptionError(
                 say(
                     "%(title)s %(name)s: %(text)s is no number, such as 4 or 3.5.",
@@ -257,16 +257,16 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
             raise OptionError(
                 say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
             )
-        if name in IMAGES and text:
+        if name in IMAGE_FIELDS and text:
             check_image(text)
 
 
-def edit_times(text: str, fields: Mapping[str, str]) -> str:
+def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
     """Return run.toml with the sampling intervals of a form. Raises OptionError, ValueError."""
     keys = read_keys(text)
     changes: dict[str, Any] = {}
     typed_interval = fields.get("every", "").strip()
-    if typed_interval != str(keys.get(EVERY, "")):
+    if typed_interval != str(keys.get(SAMPLE_EVERY_N_STEPS, "")):
         number = parse_integer(typed_interval, MAX_STEPS)
         if typed_interval and number is None:
             raise OptionError(
@@ -275,12 +275,12 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
                     every=shorten(typed_interval, 40),
                 )
             )
-        changes[EVERY] = number  # None removes the key
+        changes[SAMPLE_EVERY_N_STEPS] = number  # None removes the key
     is_first = "first" in fields
-    if is_first != bool(keys.get(AT_FIRST)):
-        changes[AT_FIRST] = is_first or None
-    if any(changes.values()) and PROMPTS not in keys:  # a training samples only with a prompt file
-        changes[PROMPTS] = PROMPTS_FILE
+    if is_first != bool(keys.get(SAMPLE_AT_FIRST)):
+        changes[SAMPLE_AT_FIRST] = is_first or None
+    if any(changes.values()) and SAMPLE_PROMPTS not in keys:  # a training samples only with a prompt file
+        changes[SAMPLE_PROMPTS] = PROMPTS_FILE
     return edit_toml(text, changes)
 
 
@@ -298,14 +298,14 @@ class SamplePages:
     def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
         """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
         run = read_draft_file(self.site, folder, RUN_FILE)
-        name = str(read_keys(run.text).get(PROMPTS, PROMPTS_FILE))
+        name = str(read_keys(run.text).get(SAMPLE_PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
             raise OptionError(
                 say(
                     "The prompts are in %(name)s (%(prompts)s of %(run_file)s), which is edited "
                     'elsewhere. With %(prompts)s = "%(prompts_file)s" they are edited here.',
                     name=name,
-                    prompts=PROMPTS,
+                    prompts=SAMPLE_PROMPTS,
                     run_file=RUN_FILE,
                     prompts_file=PROMPTS_FILE,
                 )
@@ -350,9 +350,9 @@ class SamplePages:
             "prompts": prompts,
             "run": run,
             **describe_rows(read_rows(prompts.text), model, folder, num_rows),
-            "every": str(keys.get(EVERY, "")),
-            "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
-            "at_first": bool(keys.get(AT_FIRST)),
+            "every": str(keys.get(SAMPLE_EVERY_N_STEPS, "")),
+            "every_epochs": str(keys.get(SAMPLE_EVERY_N_EPOCHS, "")),
+            "at_first": bool(keys.get(SAMPLE_AT_FIRST)),
             "can_write": not self.site.read_only,
         }
 
@@ -369,7 +369,7 @@ class SamplePages:
             prompts_after = edit_prompts(
                 prompts.text, fields, lambda text: check_image(self.site, folder, text)
             )
-            texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
+            texts = {prompts: prompts_after, run: edit_sampling_intervals(run.text, fields)}
             change = plan_change(self.site, "samples", texts, run)
             if action == "save":
                 change = save_change(change, texts)
@@ -401,7 +401,7 @@ def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
             texts = {name: fields.get(f"{name} {number}", "").strip() for name in FIELDS}
-            rows[number] = texts | {name: complete_home(texts[name]) for name in IMAGES}
+            rows[number] = texts | {name: complete_home(texts[name]) for name in IMAGE_FIELDS}
     return rows
 
 
@@ -427,7 +427,7 @@ def has_layers(recipe: ModelRecipe | None) -> bool:
 def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) -> list[str]:
     """Return the text fields that the model uses, or that a line of the prompt file fills."""
     used = set() if recipe is None else {*recipe.fields}
-    return [name for name in TEXTS if name in used or any(name in row.texts for row in rows)]
+    return [name for name in TEXT_FIELDS if name in used or any(name in row.texts for row in rows)]
 
 
 def describe_rows(
@@ -462,9 +462,9 @@ def select_number_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
     """Return the number fields to show: those that the model uses, and those that a row fills."""
-    fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
+    fields = {name for row in rows for name in NUMBER_FIELDS if name in row.texts}
     if model is None:
-        return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
+        return [name for name in NUMBER_FIELDS if name in COMMON_NUMBER_FIELDS | fields]
     if has_layers(recipe):
         fields.add("frames")  # for this model, the number of layers
     elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
@@ -473,21 +473,21 @@ def select_number_fields(
         fields.add("frames")
     has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"
     fields.add("embedded guidance" if has_embedded else "guidance")
-    return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
+    return [name for name in NUMBER_FIELDS if name in COMMON_NUMBER_FIELDS | fields]
 
 
 def select_image_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
     """Return the image fields that the model uses, or that a line of the prompt file fills."""
-    fields = {name for row in rows for name in IMAGES if name in row.texts}
+    fields = {name for row in rows for name in IMAGE_FIELDS if name in row.texts}
     if recipe is not None:
         fields |= {"end", "control"} & {*recipe.fields}
     if model is not None and model.data.get("from_image"):
         fields.add("start")
     if model is not None and needs_image(model):
         fields.add("source")
-    return [name for name in IMAGES if name in fields]
+    return [name for name in IMAGE_FIELDS if name in fields]
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
@@ -520,7 +520,7 @@ def list_images(folder: Path) -> list[str]:
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if depth < DEEPEST and not is_written(entry.name):
+                if depth < MAX_DEPTH and not is_written(entry.name):
                     waiting.append((subfolder / entry.name, depth + 1))
                 continue
             # in a prompt line, two dashes after a blank begin an option

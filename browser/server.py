@@ -39,10 +39,10 @@ from browser.page_access import (
     COOKIE,
     OLD_COOKIE,
     PageAccess,
-    access_of,
+    find_account,
     find_connection,
+    find_page_access,
     list_values,
-    owner_of,
 )
 from browser.page_access import SECONDS as COOKIE_SECONDS
 from browser.page_language import choose_language, language_headers, language_routes
@@ -89,16 +89,16 @@ from project.options import MODELS
 logger = logging.getLogger(__name__)
 
 PLAIN_PAGE = '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
-TO_THE_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
+REDIRECT_TO_RUN_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
 # an admitted browser knows the root path of the pages; this script redirects it there
-TO_THE_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
-ENTER = "/static/enter.js"  # contains no secret
+REDIRECT_TO_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
+ENTER_SCRIPT = "/static/enter.js"  # contains no secret
 NO_TOKEN = say(
     "Open the address that the command has printed in its terminal. It ends in "
     "?token= and a word that lets you in. This browser then remembers that it may come in."
 )
 # requests to a run, see training/training_run.py, and the answer to each
-KINDS = {
+TRAINING_REQUESTS = {
     "sample": say("Asked: samples are made when this step is done."),
     "save": say("Asked: it saves when this step is done."),
     "stop": say("Asked: it saves and ends when this step is done."),
@@ -186,17 +186,17 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        access = None if self.token is None else access_of(self.token, scope)
+        access = None if self.token is None else find_page_access(self.token, scope)
         # with a token, all addresses begin with a secret root; routes are matched without it
-        is_below, scope = _leave_root(scope, access)
+        is_below_root, scope = _strip_root(scope, access)
         request = Request(scope)
-        root = access.root if access is not None and is_below else ""
+        root = access.root if access is not None and is_below_root else ""
         body = _BoundedBody(receive, max_bytes=LARGEST_BODIES.get(request.url.path, MAX_BYTES))
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
             with speaking(choose_language(request)), serving_below(root):
-                rejection = self._find_rejection(request, access, is_below)
+                rejection = self._find_rejection(request, access, is_below_root)
                 await (rejection or self.app)(scope, body.receive_part, response.send_part)
         except Exception as error:  # a damaged file may raise anything; only this request fails
             logger.debug("%s", request.url.path, exc_info=error)
@@ -213,27 +213,30 @@ class Gate:
         complete = [*headers, *((name, value) for name, value in default if name not in names)]
         return [(name, add_root_to_header(name, value)) for name, value in complete]
 
-    def _find_rejection(self, request: Request, access: PageAccess | None, is_below: bool) -> Response | None:
+    def _find_rejection(
+        self, request: Request, access: PageAccess | None, is_below_root: bool
+    ) -> Response | None:
         """Return the response that rejects a request; None if the request may pass.
 
         Args:
             request: The request.
             access: Cookie and root path of admitted browsers; None without a token.
-            is_below: Whether the address is below the root of the pages.
+            is_below_root: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
         # pages of other sites may reach this server under a name of theirs (DNS rebinding)
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
         if not self._is_from_here(request, is_read):
             return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
-        # shared pages, and the page that sets the cookie, are read without a cookie
-        if access is None or (is_read and (request.url.path.startswith(SHARED) or request.url.path == ENTER)):
+        path = request.url.path
+        is_public = is_read and (path.startswith(SHARED) or path == ENTER_SCRIPT)
+        if access is None or is_public:
             return None
-        return self._check_browser(request, access, is_below)
+        return self._check_browser(request, access, is_below_root)
 
     def _is_from_here(self, request: Request, is_read: bool) -> bool:
         """Return whether a request comes from a page of this server, or opens a page."""
@@ -247,38 +250,49 @@ class Gate:
         is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
-    def _check_browser(self, request: Request, access: PageAccess, is_below: bool) -> Response | None:
+    def _check_browser(self, request: Request, access: PageAccess, is_below_root: bool) -> Response | None:
         """Return None if a request has the cookie or the token; otherwise the response that stops it.
 
         Opening the address with `?token=` sets the cookie, which admits the browser from then on.
         """
         typed_token = request.query_params.get("token")
-        if request.url.path == "/" and typed_token is not None and self._opens(request, typed_token):
-            # not a redirect: after a link from another site, browsers would not send the cookie to its target
-            page = HTMLResponse(TO_THE_LIST.format(root=access.root))
-            page.set_cookie(
-                COOKIE,
-                access.make_word(owner_of(request.scope)),
-                max_age=COOKIE_SECONDS,
-                httponly=True,
-                samesite="strict",
-                path=access.root,
-                secure=self._is_encrypted(request),
-            )
-            return page
-        scheme, _, word = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._fits(word.strip()):  # sent by programs, not by browsers
+        if (
+            request.url.path == "/"
+            and typed_token is not None
+            and self._is_token_or_ticket(request, typed_token)
+        ):
+            return self._admit_browser(request, access)
+        scheme, _, bearer_token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._is_token(bearer_token.strip()):  # sent by programs
             return None
         cookies = request.headers.get("cookie", "")
-        if is_below and access.is_right(cookies, owner_of(request.scope)):
+        if is_below_root and access.has_valid_cookie(cookies, find_account(request.scope)):
             return None
         if "text/html" not in request.headers.get("accept", ""):
             return answer_text(NO_TOKEN, 401)
-        return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
+        page = REDIRECT_TO_ROOT.format(script=ENTER_SCRIPT, text=escape(show(NO_TOKEN)))
+        return HTMLResponse(page, 401)
 
-    def _opens(self, request: Request, word: str) -> bool:
+    def _admit_browser(self, request: Request, access: PageAccess) -> Response:
+        """Return the page that sets the cookie and then opens the list of runs.
+
+        It is no redirect: after a link from another site, browsers would not send the cookie to its target.
+        """
+        page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
+        page.set_cookie(
+            COOKIE,
+            access.make_cookie_value(find_account(request.scope)),
+            max_age=COOKIE_SECONDS,
+            httponly=True,
+            samesite="strict",
+            path=access.root,
+            secure=self._is_encrypted(request),
+        )
+        return page
+
+    def _is_token_or_ticket(self, request: Request, word: str) -> bool:
         """Return whether a word in the address is the token or a valid ticket, which admits the browser."""
-        if self._fits(word):
+        if self._is_token(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
@@ -287,10 +301,10 @@ class Gate:
         origin = self.public_origin or ""
         return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
-    def _fits(self, word: str) -> bool:
+    def _is_token(self, word: str) -> bool:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_own_host(self, host: str) -> bool:
         """Return whether a Host header names this server or an address; other names may be DNS rebinding."""
         match = HOST.fullmatch(host)
         if match is None:
@@ -308,7 +322,7 @@ class Gate:
         return True
 
 
-def _leave_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
+def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
     """Return whether a request's address is below the root of the pages, and the request without it."""
     if access is None:
         return True, scope
@@ -358,10 +372,10 @@ class RunPages:
         run = shown.summary
         if not run.history.exists():
             return answer_page(self.buttons.show_page(shown))
-        plan = self.tracked_runs.find_plan(run)
+        run_config = self.tracked_runs.find_run_config(run)
         # the history is of the downloads and caching before a training: show the training's page
-        if plan is not None and plan.id != run.id:
-            return RedirectResponse(f"/run/{plan.id}/", 303)
+        if run_config is not None and run_config.id != run.id:
+            return RedirectResponse(f"/run/{run_config.id}/", 303)
         is_paused = False
         with contextlib.suppress(UserError):  # the queue's page reports it
             is_paused = self.queue.worker == ""
@@ -375,7 +389,7 @@ class RunPages:
             is_paused=is_paused,
             actions=self.buttons.render(shown),
             lower_buttons=lower_buttons,
-            ended_at_once=shown.ended_at_once,
+            kill_message=shown.kill_message,
         )
         return answer_page(page)
 
@@ -386,7 +400,7 @@ class RunPages:
             return answer_not_found()
         try:
             shown = self.tracked_runs.find(run.id) if run.state == DIED else None
-            message = "" if shown is None else shown.ended_at_once
+            message = "" if shown is None else shown.kill_message
             return answer_json(collect_news(self.runs, run, request.query_params, message))
         except ValueError:
             return answer_text("from and to are numbers of steps.", 400)
@@ -407,12 +421,12 @@ class RunPages:
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
-        if run is None or kind not in KINDS:
+        if run is None or kind not in TRAINING_REQUESTS:
             return answer_not_found()
         if run.state != RUNNING or run.start is None or not run.start.listens:
             return answer_text(say("Only a running training can be asked."), 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
-        return answer_text(KINDS[kind])
+        return answer_text(TRAINING_REQUESTS[kind])
 
     def show_static(self, request: Request) -> Response:
         """Respond with a script or style sheet of the page."""

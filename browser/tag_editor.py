@@ -138,7 +138,7 @@ class TagEditor:
         num_conflicts = len(edits) - len(change.checksums)  # skipped because another program changed them
         if not change.checksums and not num_emptied and not num_conflicts:
             raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
-        return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])
+        return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
         """Return the last change of a folder's tags; None if there is none to undo."""
@@ -159,7 +159,7 @@ class TagEditor:
             changes.remove(change)  # only now: after an error, it can be undone again
         num_undone = len(change.checksums) - num_conflicts
         about = say_count(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
-        return join(" ", [about, *_list_left(0, num_conflicts)])
+        return join(" ", [about, *_explain_unchanged(0, num_conflicts)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
         """Yield each caption file of a folder that is below the roots, with its text and checksum.
@@ -181,7 +181,7 @@ class TagEditor:
                     continue
 
 
-def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
+def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
     """Return sentences about captions that a change of tags left alone: how many, and for which reason."""
     lines: list[str] = []
     if num_emptied:

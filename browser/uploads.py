@@ -318,13 +318,13 @@ class FileUploads:
             with claim_file(folder, target.name), atomic_files(target, size) as temporary:
                 path = temporary / target.name
                 await write_arriving(request.stream(), path, target.name, size)
-                await run_in_threadpool(self.judge, path, folder)
+                await run_in_threadpool(self.validate_content, path, folder)
         except BaseException:
             if is_new:
                 remove_empty(folder)
             raise
 
-    def judge(self, path: Path, folder: Path) -> None:
+    def validate_content(self, path: Path, folder: Path) -> None:
         """Raise UserError if a file's content does not fit its suffix, or if its name is already taken."""
         try:
             check_content(path, find_kind(path.name))

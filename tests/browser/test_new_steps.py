@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from browser.described_folder import FILES
 from browser.jobs import QUEUE, STATE, open_queue
 from browser.new_form import NewForm
-from browser.new_steps import FolderStanding, select_step
+from browser.new_steps import FolderProgress, select_step
 from browser.runs import DIED, FINISHED, RUNNING, Runs
 from project.options import find_models
 from tests.browser.described_folders import describe as describe_folder
@@ -42,9 +42,9 @@ def job(state: str, code: int | None = None) -> Any:
     return SimpleNamespace(state=state, code=code, progress_words=", 11.2 of 34.8 GB")
 
 
-def standing(**facts: Any) -> FolderStanding:
+def standing(**facts: Any) -> FolderProgress:
     """How far a folder is. A pair stands for a job: its state and exit code."""
-    return FolderStanding(
+    return FolderProgress(
         **{name: job(*fact) if isinstance(fact, tuple) else fact for name, fact in facts.items()}
     )
 

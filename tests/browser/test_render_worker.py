@@ -343,7 +343,7 @@ def test_of_two_servers_one_makes_the_render_jobs_of_both(
         assert other.add([request(tmp_path, "of the other")]) == [2]
         wait_for(lambda: "another server" in other.problem, lambda: other.problem)
         assert states(other) == [RUNNING, WAITING]
-        assert other.free_card()
+        assert other.free_gpu()
         other.cancel(1)  # the server that makes it stops it
         wait_for_states(other, STOPPED, FINISHED)
         assert other.session is None

@@ -29,7 +29,7 @@ from browser.result_settings import (
     format_sample_line,
     parse_settings,
     read_settings,
-    remake,
+    regenerate,
 )
 from browser.results import MADE_FROM, ResultFolders
 from browser.runs import Runs
@@ -186,7 +186,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
 def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> RenderJob:
     settings = parse_settings(tags)
     assert settings is not None
-    return remake(
+    return regenerate(
         settings,
         recipe,
         seed=seed,
