@@ -121,7 +121,7 @@ class RenderWorker:
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._ending = threading.Lock()  # held while a process is ended; taken before `_lock`, never after it
+        self._process_end_lock = threading.Lock()  # taken before `_lock`, never after it
         self._thread: threading.Thread | None = None
         self._is_ended = False
         self._num_cancel_requests = 0  # stops that were requested for the current job: the second one kills
@@ -182,23 +182,28 @@ class RenderWorker:
         """
         with self._lock:
             current = self._current
-            if current is None or current.id != number or current.state != RUNNING:
-                render_job = self.store.find(number)
-                if render_job is not None and render_job.state == RUNNING:  # it runs on another server
-                    self.store.ask_to_cancel(number)
-                else:
-                    self.store.change(number, [WAITING], state=STOPPED)
+            is_running_here = current is not None and current.id == number and current.state == RUNNING
+            if current is not None and is_running_here:
+                self._cancel_current(current)
                 return
-            self._num_cancel_requests += 1
-            session = self.session
-            if session is None:  # no process yet: `_open_session` sees the count and ends the job
-                return
-            current.doing = CANCELLING
-            # a process that is still loading, or runs on Windows, does not react to SIGINT
-            if self._num_cancel_requests > 1 or not session.is_ready or os.name == "nt":
-                launch.kill_processes(session.process.pid)
+            render_job = self.store.find(number)
+            if render_job is not None and render_job.state == RUNNING:  # it runs on another server
+                self.store.ask_to_cancel(number)
             else:
-                session.process.send_signal(signal.SIGINT)
+                self.store.change(number, [WAITING], state=STOPPED)
+
+    def _cancel_current(self, current: RenderJob) -> None:
+        """Interrupt the process of the running job; on the second call, kill it."""
+        self._num_cancel_requests += 1
+        session = self.session
+        if session is None:  # no process yet: `_open_session` sees the count and ends the job
+            return
+        current.doing = CANCELLING
+        can_be_interrupted = session.is_ready and os.name != "nt"  # while it loads, it ignores SIGINT
+        if self._num_cancel_requests > 1 or not can_be_interrupted:
+            launch.kill_processes(session.process.pid)
+        else:
+            session.process.send_signal(signal.SIGINT)
 
     def again(self, number: int) -> None:
         """Queue a stopped or failed render job again. Raises OptionError for a job in another state."""
@@ -230,7 +235,10 @@ class RenderWorker:
         self._end_process(session)
 
     def free_gpu(self) -> str:
-        """Unload the model for a training job, and return why the card is still not free; "" if it is."""
+        """Unload the model to free the graphics card for a job of the queue.
+
+        Returns why the card is still not free; "" if it is.
+        """
         with self._lock:
             if self._current is not None:
                 return say(
@@ -243,6 +251,10 @@ class RenderWorker:
         with self._lock:
             if self.session is None:  # no model was loaded meanwhile
                 self._end_orphan()
+        return self._explain_use_by_other_servers()
+
+    def _explain_use_by_other_servers(self) -> str:
+        """Return why another server uses the graphics card; "" if none does."""
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
                 "%(generate)s of another server makes a result: the job begins after it", generate=GENERATE
@@ -288,41 +300,42 @@ class RenderWorker:
     def _work(self) -> None:
         """Generate waiting render jobs one after another, until none waits and no model is loaded.
 
-        Only one server of these folders generates at a time: it holds a lock file.
+        Only one server of these folders generates at a time: it holds a lock file. After an error, or while
+        another server has the lock, this thread tries again after some seconds.
         """
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as held_lock:
             has_lock = False
             while not self._is_ended:
-                wait = QUEUE_POLL_SECONDS
+                wait_seconds = QUEUE_POLL_SECONDS
                 try:
                     if not has_lock:
-                        stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
+                        held_lock.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()  # a generating process of a killed server
-                    has_worked = self._generate_next()
+                    has_generated = self._generate_next()
                     self.problem = ""
-                    if has_worked:
+                    if has_generated:
                         continue
-                    if self._has_ended():
+                    if self._end_thread_if_idle():
                         return
                 except BlockingIOError:
                     self.problem = say("another server of these folders makes the results")
-                    wait = RETRY_SECONDS
-                    if self._has_ended():
+                    wait_seconds = RETRY_SECONDS
+                    if self._end_thread_if_idle():
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
                         logger.warning("no result can be made: %s", error)
                     self.problem = str(error)
-                    wait = RETRY_SECONDS
+                    wait_seconds = RETRY_SECONDS
                 with self._changed:
                     if not self._is_ended:
-                        self._changed.wait(wait)
+                        self._changed.wait(wait_seconds)
 
-    def _has_ended(self) -> bool:
-        """Return whether nothing is left to do.
+    def _end_thread_if_idle(self) -> bool:
+        """Forget the thread if nothing is left to do, and return whether it has to end.
 
-        If so, the thread ends, and the next request starts a new one.
+        The next request then starts a new one.
         """
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
@@ -336,9 +349,9 @@ class RenderWorker:
     def _generate_next(self) -> bool:
         """Generate the next render job, and return whether there was one; free a model that is not needed."""
         self._save_finished()
-        blocking = self._find_blocking_job()
-        self._free_if_unneeded(blocking is not None)
-        render_job = None if blocking is not None else self._claim_next()
+        is_blocked = self._find_blocking_job() is not None
+        self._free_if_unneeded(is_blocked)
+        render_job = None if is_blocked else self._claim_next()
         if render_job is None:
             return False
         self.problem = ""
@@ -357,12 +370,17 @@ class RenderWorker:
         return True
 
     def _find_blocking_job(self) -> Job | None:
-        """Return the queue's job that uses the graphics card or is next to use it; None if there is none."""
+        """Return the queue's job that uses the graphics card or is next to use it; None if there is none.
+
+        `waits_for` then names this job.
+        """
         try:
             queue_state = self.queue.now()
         except OutputError:  # the queue's page reports it
             return None
-        for state in (RUNNING, WAITING) if queue_state.worker else (RUNNING,):
+        # waiting jobs of a paused queue do not block
+        blocking_states = (RUNNING, WAITING) if queue_state.worker else (RUNNING,)
+        for state in blocking_states:
             for job in queue_state.jobs:
                 if job.state == state:
                     verb = "runs" if state == RUNNING else say("is next")
@@ -409,25 +427,34 @@ class RenderWorker:
         if session is None:  # it could not be started, or the job was cancelled: already recorded
             return
         self._send(session, render_job)
-        last_write = time.monotonic()
-        while True:
-            answer = self._wait_for_answer(session, render_job)
-            if answer is None:
-                self._record_process_end(session, render_job)
-                return
-            if answer.get("event") == "ready":  # the render job is done
-                break
-            self._record_event(render_job, answer)
-            if time.monotonic() - last_write > PROGRESS_WRITE_SECONDS and render_job.state == RUNNING:
-                last_write = time.monotonic()
-                values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
-                with contextlib.suppress(UserError):  # only its final state matters
-                    self.store.change(render_job.id, [RUNNING], **values)
+        is_complete = self._record_events(session, render_job)
+        if not is_complete:
+            self._record_process_end(session, render_job)
+            return
         session.used = time.monotonic()
         if render_job.state == RUNNING and render_job.file:
             self._end_render_job(render_job, FINISHED)
         elif render_job.state == RUNNING:  # the process is ready again, but named no file: it failed
             self._end_render_job(render_job, DIED, self.read_last_error())
+
+    def _record_events(self, session: ModelSession, render_job: RenderJob) -> bool:
+        """Record the messages of the process in a render job until it is ready for the next job.
+
+        The progress is stored about once a second. Returns False if the process ends before it is ready.
+        """
+        last_write = time.monotonic()
+        while True:
+            answer = self._wait_for_answer(session, render_job)
+            if answer is None:
+                return False
+            if answer.get("event") == "ready":
+                return True
+            self._record_event(render_job, answer)
+            if time.monotonic() - last_write > PROGRESS_WRITE_SECONDS and render_job.state == RUNNING:
+                last_write = time.monotonic()
+                progress = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
+                with contextlib.suppress(UserError):  # only its final state matters
+                    self.store.change(render_job.id, [RUNNING], **progress)
 
     def _record_event(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
         """Record a message of the generation process, such as a step or a written file, in its render job."""
@@ -505,8 +532,8 @@ class RenderWorker:
         """
         with self._lock:
             session = self.session
-            is_same = session is not None and session.argv == render_job.session
-            if session is not None and session.is_alive and session.is_ready and is_same:
+            has_same_model = session is not None and session.argv == render_job.session
+            if session is not None and has_same_model and session.is_alive and session.is_ready:
                 return session
             session = self._detach_session()
         self._end_process(session)  # another model: it frees the card before the next one is loaded
@@ -538,13 +565,14 @@ class RenderWorker:
         limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
         reject_link(self.folder)
         (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
-        # a queue has started it; it exchanges JSON with this server, and writes previews to that folder
-        variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
+        previews = str(self.folder.absolute() / PREVIEWS)
+        # FROM_QUEUE: a queue has started it; DRIVEN: it exchanges JSON, and writes previews to this folder
+        environment = program_environment(**{FROM_QUEUE: "1", DRIVEN: previews, "PYTHONUTF8": "1"}, **limits)
         with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 program,
                 cwd=folder,
-                env=program_environment(**variables, **limits),
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -555,9 +583,9 @@ class RenderWorker:
             )
         session = ModelSession(render_job.session, render_job.title, process)
         session.start_reading()
-        row = {"server": describe_process(), "process": describe_process(process.pid)}
+        owner = {"server": describe_process(), "process": describe_process(process.pid)}
         with contextlib.suppress(OutputError):  # without the file, an orphaned process ends only by itself
-            write_text(self.folder / SESSION, json.dumps(row))
+            write_text(self.folder / SESSION, json.dumps(owner))
         return session
 
     def _send(self, session: ModelSession, render_job: RenderJob) -> None:
@@ -579,7 +607,7 @@ class RenderWorker:
         Call this without the lock, which other threads need meanwhile. It returns only after every process
         that is being ended has ended, because two models may not fit on the card.
         """
-        with self._ending:
+        with self._process_end_lock:
             if session is None:  # only another thread's process had to be waited for
                 return
             with contextlib.suppress(OSError):
@@ -597,9 +625,11 @@ class RenderWorker:
     def _end_orphan(self) -> None:
         """End a process that a killed server has left behind and that still occupies the graphics card."""
         owner = self._read_session()
-        if owner and is_living(owner["process"]) is True and is_living(owner["server"]) is False:
+        if not owner:
+            return
+        if is_living(owner["process"]) is True and is_living(owner["server"]) is False:
             launch.kill_processes(owner["process"]["number"])
-        if owner and is_living(owner["server"]) is not True:
+        if is_living(owner["server"]) is not True:
             with contextlib.suppress(OSError):
                 (self.folder / SESSION).unlink()
             self._remove_previews()
