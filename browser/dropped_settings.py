@@ -42,7 +42,7 @@ class DroppedSettings:
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
         """Return the settings that the model has, by the names of the form's fields."""
         texts = {"prompt": self.texts.get("prompt", "")}
-        for name, key in recipe.keys.items():
+        for name, key in recipe.option_keys.items():
             text = self.texts.get(key, "")
             if text and name not in IMAGES:
                 texts[name] = text

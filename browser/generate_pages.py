@@ -36,9 +36,9 @@ from browser.recipes import (
     ModelRecipe,
     RenderRequest,
     UsedLora,
+    can_generate,
     find_flag,
     find_model_set,
-    is_driven,
     make_model_recipe,
     make_run_recipe,
 )
@@ -157,7 +157,7 @@ class GeneratePages:
         self.render_worker = site.render_worker
         self.run_loras = RunLoras(site.runs)
         self.drafts = Drafts(self.render_worker.folder)
-        self.models = [model for model in model_sets() if is_driven(model)]
+        self.models = [model for model in model_sets() if can_generate(model)]
 
     @property
     def results_folder(self) -> Path:
@@ -370,7 +370,7 @@ class GeneratePages:
             return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
-        if model is None or not is_driven(model):
+        if model is None or not can_generate(model):
             raise OptionError(say("%(name)s: there is no such model here.", name=name or source))
         return make_model_recipe(model, self.site.models, Path.cwd())
 
@@ -605,7 +605,7 @@ class GeneratePages:
             if name not in chosen:
                 sentences.append(say("%(name)s, a LoRA of it, is not here.", name=name))
         for name in IMAGES:
-            paths = found.texts.get(recipe.keys.get(name, ""), "").splitlines()
+            paths = found.texts.get(recipe.option_keys.get(name, ""), "").splitlines()
             if paths:
                 sentences.append(
                     say("It began from %(splitlines)s: drop that on the form.", splitlines=paths[0])
@@ -642,7 +642,7 @@ class GeneratePages:
             return -1
         if recipe.family != found.family:
             return -1
-        task = "".join(recipe.fixed.get("--task", ()))
+        task = "".join(recipe.fixed_options.get("--task", ()))
         if task and found.task and task != found.task:
             return -1
         names = {Path(lora.path).name for lora in recipe.loras}

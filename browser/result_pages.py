@@ -26,7 +26,7 @@ from browser.command_lines import format_command
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
-from browser.recipes import RESULTS, ModelRecipe, is_driven, make_model_recipe, make_run_recipe
+from browser.recipes import RESULTS, ModelRecipe, can_generate, make_model_recipe, make_run_recipe
 from browser.render_queue import RenderJob
 from browser.responses import (
     Form,
@@ -310,7 +310,7 @@ class ResultRegenerator:
         for source in sources:
             yield Candidate(make_run_recipe(source), source.run)
         for model in model_sets():
-            if is_driven(model):
+            if can_generate(model):
                 recipe = make_model_recipe(model, self.site.models, Path.cwd())
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
@@ -321,7 +321,7 @@ class ResultRegenerator:
         It is looked for in the recipe, in the render job of the result, and in the folders of runs, the
         result's own run first. Raises OptionError if none has it.
         """
-        embeddings = recipe.fixed.get(f"--{EMBEDDINGS}", ())
+        embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
         for path in (*(lora.path for lora in recipe.loras), *embeddings):
             if Path(path).name == name and (recipe.folder / path).is_file():
                 return path

@@ -16,12 +16,12 @@ from browser.recipes import (
     FIELDS,
     IMAGES,
     LORA,
-    SIZES,
+    SIDE_POSITIONS,
     STRENGTHS,
     ModelRecipe,
     RenderRequest,
     UsedLora,
-    type_options,
+    to_command_options,
 )
 from browser.render_queue import RenderJob
 from downloads.catalogue import model_title
@@ -311,16 +311,16 @@ def regenerate(
         fixed[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
     prompt = settings.get("prompt")
     render_request = RenderRequest(
-        replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
+        replace(recipe, fixed_options=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
     )
     request = render_request.request("")  # no seed here: the line's options include it
     request["options"] = {**request["options"], **line}
-    typed_options = {**fixed, **type_options(line, recipe.defaults)}
+    typed_options = {**fixed, **to_command_options(line, recipe.defaults)}
     # only this result is generated again, even if its command generated several
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed_options.pop(flag, None)
     # the shown command has the line's options as its own; the request passes them as a prompt line
-    as_typed = replace(render_request, recipe=replace(recipe, fixed=typed_options))
+    as_typed = replace(render_request, recipe=replace(recipe, fixed_options=typed_options))
     return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
 
 
@@ -359,7 +359,7 @@ def _select_recipe_options(
     """Return the fixed options of a recipe that the file was also generated with."""
     names = {flag: name for name, option in options.items() for flag in option.flags}
     fixed: dict[str, Any] = {}
-    for flag, words in recipe.fixed.items():
+    for flag, words in recipe.fixed_options.items():
         name = names.get(flag, "")
         option = options.get(name)
         is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)  # read from the file instead
@@ -424,7 +424,7 @@ def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[
         raise OptionError(say("It was made with %(title)s.", title=settings.title))
     task = settings.get("task")
     if task and "task" in options:
-        task_words = recipe.fixed.get("--task", [str(options["task"].default)])
+        task_words = recipe.fixed_options.get("--task", [str(options["task"].default)])
         if [*task_words] != [task]:
             raise OptionError(say("It was made with %(title)s.", title=settings.title))
 
@@ -468,14 +468,14 @@ def _make_prompt_line_options(
             continue
         # only options that a prompt line can have are returned
         line_option = find_option(key, recipe.defaults.line_options)
-        is_known = key in SIZES or key in options or key in recipe.extras
+        is_known = key in SIDE_POSITIONS or key in options or key in recipe.extra_options
         if not is_known or line_option is None:
             continue
         option = options.get(key)
         flags = [] if option is None else option.flags
         is_default = option is not None and _is_equal([str(option.default)], text)
-        is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then even a default is set
-        if is_default and not is_set_by_recipe and key not in SIZES:  # sizes are always written
+        is_set_by_recipe = any(flag in recipe.fixed_options for flag in flags)  # then even a default is set
+        if is_default and not is_set_by_recipe and key not in SIDE_POSITIONS:  # sizes are always written
             continue
         if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]

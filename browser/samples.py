@@ -25,7 +25,7 @@ from browser.draft_changes import (
 )
 from browser.folders import is_written
 from browser.new_form import MAX_STEPS, find_model, parse_integer
-from browser.recipes import ModelRecipe, is_driven, make_model_recipe
+from browser.recipes import ModelRecipe, can_generate, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.sample_sizes import describe_changed_sizes, note_sizes
 from browser.server_state import Site
@@ -416,7 +416,7 @@ def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
 
 def find_recipe(model: ModelSet | None) -> ModelRecipe | None:
     """Return the recipe of a model; None if the page cannot generate with it."""
-    return make_model_recipe(model, Path(), Path()) if model is not None and is_driven(model) else None
+    return make_model_recipe(model, Path(), Path()) if model is not None and can_generate(model) else None
 
 
 def has_layers(recipe: ModelRecipe | None) -> bool:
@@ -471,7 +471,7 @@ def select_number_fields(
         fields.discard("frames")  # an image model, whose rows have no other length
     elif model.data["frames"] > 1:
         fields.add("frames")
-    has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"
+    has_embedded = recipe is not None and recipe.option_keys.get("guidance") == "embedded_cfg_scale"
     fields.add("embedded guidance" if has_embedded else "guidance")
     return [name for name in NUMBER_FIELDS if name in COMMON_NUMBER_FIELDS | fields]
 

@@ -430,7 +430,7 @@ def recipe_of(words: Sequence[str], family: str, folder: Path) -> ModelRecipe:
             fixed[word] = []
         else:
             fixed[[*fixed][-1]].append(word)
-    return ModelRecipe(title="tiny", family=family, fixed=fixed, initial_texts={}, folder=folder)
+    return ModelRecipe(title="tiny", family=family, fixed_options=fixed, initial_texts={}, folder=folder)
 
 
 def pocket_requests(folder: Path) -> list[RenderRequest]:

@@ -177,7 +177,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
     return ModelRecipe(
         title="own",
         family=recipe.family,
-        fixed={**fixed, **changes},
+        fixed_options={**fixed, **changes},
         initial_texts={},
         folder=Path.cwd(),
     )
