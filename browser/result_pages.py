@@ -58,6 +58,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
+from modules.media.colors import Frame
 from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
 from modules.pages.language import say
@@ -126,7 +127,7 @@ class SettingsCache:
 
 
 @dataclass(frozen=True)
-class ResultChoice:
+class ResultFilter:
     """Values of the fields that filter the list of results."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
@@ -153,6 +154,14 @@ class ResultChoice:
         if settings is not None:
             text += f"\n{settings.get('prompt')}\n{settings.get('negative_prompt')}".lower()
         return all(word in text for word in self.words)
+
+
+class FilteredResults(NamedTuple):
+    """Results of the page, and those that pass its filter."""
+
+    all: Sequence[Result]
+    accepted: Sequence[Result]
+    num_unread: int  # number of files whose settings are still to be read
 
 
 def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
@@ -295,20 +304,19 @@ class ResultRegenerator:
 
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
-            has_file = any((folder / name).is_file() for name in names)
-            # False sorts first: the result's own run, then runs that have its files, then newer runs
-            return not result.path.is_relative_to(folder), not has_file, -run.changed
+            is_other_run = not result.path.is_relative_to(folder)
+            lacks_files = not any((folder / name).is_file() for name in names)
+            return is_other_run, lacks_files, -run.changed  # False sorts first, and newer runs
 
         with self.site.runs.lock:
-            runs = sorted(self.site.runs.list_all(), key=rank)
-            sources = []
-            for run in runs:
+            comparable_runs = []
+            for run in sorted(self.site.runs.list_all(), key=rank):
                 with contextlib.suppress(OSError):
-                    source = compare.read_source(self.site.runs, run)
-                    if source is not None and source.family == settings.family:
-                        sources.append(source)
-        for source in sources:
-            yield Candidate(make_run_recipe(source), source.run)
+                    comparable_run = compare.read_source(self.site.runs, run)
+                    if comparable_run is not None and comparable_run.family == settings.family:
+                        comparable_runs.append(comparable_run)
+        for comparable_run in comparable_runs:
+            yield Candidate(make_run_recipe(comparable_run), comparable_run.run)
         for model in model_sets():
             if can_generate(model):
                 recipe = make_model_recipe(model, self.site.models, Path.cwd())
@@ -327,7 +335,7 @@ class ResultRegenerator:
                 return path
         render_job = self.find_render_job(result)
         if render_job is not None:
-            for word in render_job.session:
+            for word in render_job.session:  # command that loaded the model
                 if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
         with self.site.runs.lock:
@@ -348,9 +356,10 @@ class ResultRegenerator:
         # the render job names the file's path; without one, any result of this name is taken
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
-                for text in value if isinstance(value, list) else [value]:
-                    if Path(str(text)).name == name and Path(render_job.folder, str(text)).is_file():
-                        return str(text)
+                words = value if isinstance(value, list) else [value]
+                for word in map(str, words):
+                    if Path(word).name == name and Path(render_job.folder, word).is_file():
+                        return word
         for candidate in self.folders.list_all():
             if candidate.path.name == name:
                 return str(candidate.path)
@@ -395,62 +404,65 @@ class ResultPages:
 
     # --- the list
 
-    def read_choice(self, query: Mapping[str, str]) -> ResultChoice:
+    def read_filter(self, query: Mapping[str, str]) -> ResultFilter:
         """Read the filter from a query: `find`, `kind`, `model`, and `of`, the id of a run."""
         run = self.site.runs.find(query["of"]) if query.get("of") else None
-        return ResultChoice(
+        return ResultFilter(
             words=query.get("find", "").lower().split(),
             kind=query.get("kind", ""),
             model=query.get("model", ""),
             run=run,
         )
 
-    def choose(self, query: Mapping[str, str]) -> tuple[Sequence[Result], Sequence[Result], int]:
-        """Return all results, the results that pass the filter, and how many are still to be read."""
+    def filter_results(self, query: Mapping[str, str]) -> FilteredResults:
+        """Return the results that pass the filter in a query.
+
+        If the filter needs settings, files whose settings are not read yet are left out.
+        """
         results = self.folders.list_all()
-        choice = self.read_choice(query)
-        unread = self.cache.read_some(results, READ_SECONDS)
-        chosen = []
+        result_filter = self.read_filter(query)
+        num_unread = self.cache.read_some(results, READ_SECONDS)
+        accepted = []
         for result in results:
-            read = self.cache.find_read(result)
-            if read is None and choice.needs_settings():
+            cached = self.cache.find_read(result)
+            if cached is None and result_filter.needs_settings():
                 continue
-            if choice.accepts(result, None if read is None else read.settings):
-                chosen.append(result)
-        return results, chosen, unread
+            if result_filter.accepts(result, None if cached is None else cached.settings):
+                accepted.append(result)
+        return FilteredResults(results, accepted, num_unread)
 
     def show_layout(self, request: Request) -> Response:
         """Respond with the days and the number of their results as JSON; 204 if nothing has changed.
 
-        The query has the fields of `read_choice`, `have` (the mark of an earlier answer) and `compared` (ids
+        The query has the fields of `read_filter`, `have` (the mark of an earlier answer) and `compared` (ids
         of results that the page keeps; the answer lists those that no longer exist).
         """
         query = request.query_params
-        results, chosen, unread = self.choose(query)
-        days = count_days(chosen)
-        models = self.list_models(results)
-        jobs = [(path, job.state) for path, job in self.find_upscale_jobs().items()]
-        files = [(result.id, result.changed) for result in chosen]
-        text = repr((files, days, unread, models, sorted(jobs), len(results)))
-        mark = short_digest(text)
-        if query.get("have") == mark:
+        filtered = self.filter_results(query)
+        days = count_days(filtered.accepted)
+        models = self.list_models(filtered.all)
+        upscale_jobs = [(path, job.state) for path, job in self.find_upscale_jobs().items()]
+        files = [(result.id, result.changed) for result in filtered.accepted]
+        displayed = (files, days, filtered.num_unread, models, sorted(upscale_jobs), len(filtered.all))
+        digest = short_digest(repr(displayed))
+        if query.get("have") == digest:
             return Response(status_code=204)
         with self.site.runs.lock:
             runs = label_runs(self.site.runs.list_all())
-        ids = {result.id for result in results}
-        # `unread`: number of files whose settings the filter has not read yet
-        answer = {
-            "mark": mark,
-            "part": PAGE_SIZE,
-            "all": len(results),
-            "chosen": len(chosen),
-            "unread": unread,
-            "days": days,
-            "models": models,
-            "runs": [[run.id, label] for run, label in runs],
-            "gone": [id for id in query.get("compared", "").split() if id not in ids],
-        }
-        return answer_json(answer)
+        ids = {result.id for result in filtered.all}
+        return answer_json(
+            {
+                "mark": digest,
+                "part": PAGE_SIZE,
+                "all": len(filtered.all),
+                "chosen": len(filtered.accepted),
+                "unread": filtered.num_unread,
+                "days": days,
+                "models": models,
+                "runs": [[run.id, label] for run, label in runs],
+                "gone": [id for id in query.get("compared", "").split() if id not in ids],
+            }
+        )
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
         """Return the models of all results read so far, as values and titles of a drop-down list."""
@@ -464,18 +476,19 @@ class ResultPages:
     def show_part(self, request: Request) -> Response:
         """Respond with the tiles of `count` filtered results, beginning at the index `from` of the query."""
         query = request.query_params
-        texts = (query.get("from", ""), query.get("count", ""))
-        if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
-            return answer_text("from and count are numbers of results.", 400)
-        first = int(texts[0])
-        count = min(int(texts[1]), 2 * PAGE_SIZE)
-        _, chosen, _ = self.choose(query)
+        first_text, count_text = query.get("from", ""), query.get("count", "")
+        for text in (first_text, count_text):
+            if not text.isdecimal() or len(text) >= 9:  # long numbers are slow to convert
+                return answer_text("from and count are numbers of results.", 400)
+        first = int(first_text)
+        count = min(int(count_text), 2 * PAGE_SIZE)
+        results = self.filter_results(query).accepted
         jobs = self.find_upscale_jobs()
         tiles = []
-        for result in chosen[first : first + count]:
-            read = self.cache.get(result)
+        for result in results[first : first + count]:
+            cached = self.cache.get(result)
             job = jobs.get(str(result.path))
-            tiles.append(ResultTile(result, read.settings, problem=read.problem, job=job))
+            tiles.append(ResultTile(result, cached.settings, problem=cached.problem, job=job))
         values = {"tiles": tiles, "can_write": not self.site.read_only}
         return answer_template("result_tiles.html", say("Results"), values)
 
@@ -484,10 +497,13 @@ class ResultPages:
         jobs = {}
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():
+                if UPSCALER_SCRIPT not in job.line or "--input" not in job.line:
+                    continue  # splitting all lines would be slow
                 with contextlib.suppress(UserError):
-                    argv = job.argv if UPSCALER_SCRIPT in job.line and "--input" in job.line else []
+                    argv = job.argv
                     if UPSCALER_SCRIPT in argv and "--input" in argv[:-1]:
-                        jobs[argv[argv.index("--input") + 1]] = job
+                        input_path = argv[argv.index("--input") + 1]
+                        jobs[input_path] = job
         return jobs
 
     # --- a result
@@ -540,9 +556,8 @@ class ResultPages:
             settings = self.require_settings(result)
             render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
             commands["again"] = format_command(render_job.command, Path(render_job.folder))
-            render_job = self.regenerator.regenerate(
-                result, settings, "SEED"
-            )  # a placeholder for the user's seed
+            placeholder = "SEED"  # for the user's seed
+            render_job = self.regenerator.regenerate(result, settings, placeholder)
             commands["other"] = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
@@ -587,11 +602,8 @@ class ResultPages:
         """Respond with the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
-        paths = (
-            {}
-            if result is None
-            else {str(layer_index): path for layer_index, path in enumerate(result.layers)}
-        )
+        layers = () if result is None else result.layers
+        paths = {str(layer_index): path for layer_index, path in enumerate(layers)}
         path = paths.get(index)
         if path is None or path.is_symlink() or not path.is_file():
             return answer_not_found()
@@ -650,22 +662,21 @@ class ResultPages:
 
     def show_upscale_dialog(self, result: Result, error: str) -> Response:
         """Return the dialog that enlarges a result, with the installed and downloadable upscalers."""
-        installed = self.list_upscalers()
-        to_load = [
+        downloadable = [
             (model, gigabytes(total_bytes(model.components)), format_command(self.make_download_argv(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
         loading = self.site.background_jobs.find(name_background_job(DOWNLOAD_UPSCALER, self.site.models))
-        options = [
-            (network, format_command(self.make_upscale_argv(result, network))) for network in installed
-        ]
+        options = []
+        for path in self.list_upscalers():
+            options.append((path, format_command(self.make_upscale_argv(result, path))))
         return self.answer_dialog(
             "larger",
             result,
             error,
             options=options,
-            to_load=to_load,
+            to_load=downloadable,
             loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
@@ -690,26 +701,27 @@ class ResultPages:
     def upscale(self, result: Result, form: Form) -> Response:
         """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""
         queue = self.site.queue
-        chosen = "".join(form.get("network", ()))
-        network = next((path for path in self.list_upscalers() if path.name == chosen), None)
-        earlier = self.find_upscale_jobs().get(str(result.path))
+        selected_name = "".join(form.get("network", ()))
+        upscaler = next((path for path in self.list_upscalers() if path.name == selected_name), None)
+        earlier_job = self.find_upscale_jobs().get(str(result.path))
         if result.kind == "sound":
             raise OptionError(say("A sound has no size."))
-        if network is None:
+        if upscaler is None:
             return self.show_upscale_dialog(result, say("Choose an upscaler's file."))
-        if earlier is not None and earlier.state in (WAITING, RUNNING):
+        if earlier_job is not None and earlier_job.state in (WAITING, RUNNING):
             return self.show_upscale_dialog(result, say("It is being enlarged already."))
-        number = queue.add_and_begin(self.make_upscale_argv(result, network), Path.cwd())
-        where = say(
+        number = queue.add_and_begin(self.make_upscale_argv(result, upscaler), Path.cwd())
+        message = say(
             "It is job %(number)s of the queue. The larger one will stand here when it is made.",
             number=number,
         )
-        if queue.worker == "":
-            where = say(
+        is_paused = queue.worker == ""
+        if is_paused:
+            message = say(
                 "It is job %(number)s of the queue, which is paused: start it on the page Queue.",
                 number=number,
             )
-        return self.answer_dialog("done", result, text=where)
+        return self.answer_dialog("done", result, text=message)
 
     # --- start from this
 
@@ -722,7 +734,7 @@ class ResultPages:
         return answer_json({"path": str(result.path), "name": result.path.name})
 
     def write_last_frame(self, result: Result) -> Result:
-        """Write the last frame of a clip next to it unless it exists, and return that image.
+        """Return the last frame of a clip as an image next to it, written unless it exists and is newer.
 
         Raises:
             MediaError: If the clip has no frame.
@@ -730,14 +742,11 @@ class ResultPages:
             OutputError: If the image cannot be written.
         """
         path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
-        if not path.is_file() or path.is_symlink() or path.stat().st_mtime < result.changed:
+        is_current = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= result.changed
+        if not is_current:
             if path.is_symlink() or path.is_dir():
                 raise OptionError(say("%(path)s is no picture. Remove it first.", path=path))
-            frame = None
-            for frame in video_frames(result.path):  # noqa: B007 (the last one is meant)
-                pass
-            if frame is None:
-                raise MediaError(say("%(path)s has no frame", path=result.path))
+            frame = _read_last_frame(result.path)
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()  # so that requests for the new image find it
         status = path.stat()
@@ -747,7 +756,7 @@ class ResultPages:
 
     def list_prompt_files(self, family: str) -> list[Path]:
         """Return the prompt files of described folders that train a family."""
-        files = []
+        prompt_files = []
         families = {family, *_list_catalog_families(family)}
         for folder in list_media_folders(self.site.runs):
             if not folder.is_described or (folder.path / PROMPTS_FILE).is_symlink():
@@ -755,8 +764,8 @@ class ResultPages:
             with contextlib.suppress(OSError, ValueError):
                 described = read_described(folder.path)
                 if described.family in families:
-                    files.append(folder.path / PROMPTS_FILE)
-        return files
+                    prompt_files.append(folder.path / PROMPTS_FILE)
+        return prompt_files
 
     def show_sample(self, result: Result, error: str) -> Response:
         """Return the dialog that offers to add a result's line to one of the prompt files."""
@@ -775,11 +784,12 @@ class ResultPages:
 
     def add_sample(self, result: Result, form: Form) -> Response:
         """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
-        line = format_sample_line(self.require_settings(result))
-        chosen = "".join(form.get("file", ()))
-        name, _, checksum = chosen.rpartition(" ")  # the path may have blanks
-        family = self.require_settings(result).family
-        path = next((file for file in self.list_prompt_files(family) if str(file) == name), None)
+        settings = self.require_settings(result)
+        line = format_sample_line(settings)
+        # path and checksum of the file when the dialog was shown; the path may have blanks
+        selected_path, _, checksum = "".join(form.get("file", ())).rpartition(" ")
+        prompt_files = {str(path): path for path in self.list_prompt_files(settings.family)}
+        path = prompt_files.get(selected_path)
         if path is None:
             return self.show_sample(result, say("Choose a folder."))
         try:
@@ -789,10 +799,13 @@ class ResultPages:
             return self.show_sample(
                 result, say("%(path)s has changed meanwhile. It is shown as it is now.", path=path)
             )
-        text = say("%(path)s has it as its last line now. The next samples are made of it too.", path=path)
-        if not is_added:
-            text = say("%(path)s has this line already.", path=path)
-        return self.answer_dialog("done", result, text=text)
+        if is_added:
+            message = say(
+                "%(path)s has it as its last line now. The next samples are made of it too.", path=path
+            )
+        else:
+            message = say("%(path)s has this line already.", path=path)
+        return self.answer_dialog("done", result, text=message)
 
     # --- remove
 
@@ -822,6 +835,16 @@ class ResultPages:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
             return answer_message(str(error), is_rejected=True)
+
+
+def _read_last_frame(path: Path) -> Frame:
+    """Decode a clip up to its end, and return the last frame. Raises MediaError if it has none."""
+    frame = None
+    for frame in video_frames(path):  # noqa: B007 (only the last one is needed)
+        pass
+    if frame is None:
+        raise MediaError(say("%(path)s has no frame", path=path))
+    return frame
 
 
 def _free_path(path: Path, added: str) -> Path:
