@@ -886,19 +886,19 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
     content = _read_or_nothing(path)
     if compute_checksum(content) != checksum:
         raise ChangedMeanwhileError
-    before = content or b""
-    text = before.decode("utf-8-sig")
-    if line in [existing_line.strip() for existing_line in text.splitlines()]:
+    old_content = content or b""
+    old_lines = old_content.decode("utf-8-sig").splitlines()
+    if line in [old_line.strip() for old_line in old_lines]:
         return False
-    newline = b"\r\n" if b"\r\n" in before else b"\n"
-    start = newline if before and not before.endswith((b"\n", b"\r")) else b""
-    # `write_bytes` replaces the file: the new one gets the old one's permissions
-    mode = None
+    newline = b"\r\n" if b"\r\n" in old_content else b"\n"
+    has_open_line = bool(old_content) and not old_content.endswith((b"\n", b"\r"))
+    separator = newline if has_open_line else b""
+    permissions = None  # `write_bytes` replaces the file: the new one gets the old one's permissions
     with contextlib.suppress(OSError):
-        mode = path.stat().st_mode & 0o777
-    write_bytes(path, before + start + line.encode() + newline)
-    if mode is not None:
-        path.chmod(mode)
+        permissions = path.stat().st_mode & 0o777
+    write_bytes(path, old_content + separator + line.encode() + newline)
+    if permissions is not None:
+        path.chmod(permissions)
     return True
 
 
