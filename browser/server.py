@@ -189,8 +189,8 @@ class Gate:
         access = None if self.token is None else find_page_access(self.token, scope)
         # with a token, all addresses begin with a secret root; routes are matched without it
         is_below_root, scope = _strip_root(scope, access)
-        request = Request(scope)
         root = access.root if access is not None and is_below_root else ""
+        request = Request(scope)
         body = _BoundedBody(receive, max_bytes=LARGEST_BODIES.get(request.url.path, MAX_BYTES))
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
@@ -205,13 +205,13 @@ class Gate:
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return the headers of a response, with the default headers that it does not set itself."""
-        default = [(b"cache-control", b"no-cache")]
-        default += [(name.encode(), value.encode()) for name, value in self.headers.items()]
-        names = {name for name, _ in headers}
+        default_headers = [(b"cache-control", b"no-cache")]
+        default_headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
-            default += language_headers()
-        complete = [*headers, *((name, value) for name, value in default if name not in names)]
-        return [(name, add_root_to_header(name, value)) for name, value in complete]
+            default_headers += language_headers()
+        names = {name for name, _ in headers}
+        missing_headers = [(name, value) for name, value in default_headers if name not in names]
+        return [(name, add_root_to_header(name, value)) for name, value in [*headers, *missing_headers]]
 
     def _find_rejection(
         self, request: Request, access: PageAccess | None, is_below_root: bool
@@ -311,12 +311,12 @@ class Gate:
             return False
         if (match["name"] or "").lower() in self.names:
             return True
+        is_in_brackets = match["inside"] is not None  # as only IPv6 addresses are written
         try:
-            # only IPv6 addresses are written inside brackets
-            if match["inside"] is None:
-                ipaddress.IPv4Address(match["name"])
-            else:
+            if is_in_brackets:
                 ipaddress.IPv6Address(match["inside"])
+            else:
+                ipaddress.IPv4Address(match["name"])
         except ValueError:
             return False
         return True
@@ -327,11 +327,12 @@ def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
     if access is None:
         return True, scope
     root, path = access.root, scope["path"]
-    start = path[: len(root)].encode("utf-8", "surrogatepass")
-    if not hmac.compare_digest(start, root.encode()) or path[len(root) : len(root) + 1] not in ("", "/"):
+    beginning, rest = path[: len(root)], path[len(root) :]
+    has_root = hmac.compare_digest(beginning.encode("utf-8", "surrogatepass"), root.encode())
+    if not has_root or rest[:1] not in ("", "/"):
         return False, scope
-    rest = path[len(root) :] or "/"
-    return True, {**scope, "path": rest, "raw_path": scope.get("raw_path", b"")[len(root) :] or b"/"}
+    raw_rest = scope.get("raw_path", b"")[len(root) :]
+    return True, {**scope, "path": rest or "/", "raw_path": raw_rest or b"/"}
 
 
 class RunPages:
@@ -356,22 +357,22 @@ class RunPages:
 
     def show_list(self, request: Request) -> Response:
         """Respond with the list of runs; 304 if the browser has it and nothing has changed."""
-        found_runs = self.tracked_runs.list_all()
+        tracked_runs = self.tracked_runs.list_all()
         query = request.query_params
-        mark = f'"{mark_list(found_runs, query)}"'
-        if request.headers.get("if-none-match") == mark:
-            return Response(status_code=304, headers={"etag": mark})
-        page = list_page(found_runs, self.runs.roots, query, can_write=not self.queue.read_only)
-        return answer_page(page, headers={"etag": mark})
+        etag = f'"{mark_list(tracked_runs, query)}"'
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers={"etag": etag})
+        page = list_page(tracked_runs, self.runs.roots, query, can_write=not self.queue.read_only)
+        return answer_page(page, headers={"etag": etag})
 
     def show_run(self, request: Request) -> Response:
         """Respond with the page of a run, or, for a folder that has not trained yet, with its buttons."""
-        shown = self.tracked_runs.find(request.path_params["id"])
-        if shown is None:
+        tracked_run = self.tracked_runs.find(request.path_params["id"])
+        if tracked_run is None:
             return answer_not_found_page(request)
-        run = shown.summary
+        run = tracked_run.summary
         if not run.history.exists():
-            return answer_page(self.buttons.show_page(shown))
+            return answer_page(self.buttons.show_page(tracked_run))
         run_config = self.tracked_runs.find_run_config(run)
         # the history is of the downloads and caching before a training: show the training's page
         if run_config is not None and run_config.id != run.id:
@@ -379,7 +380,7 @@ class RunPages:
         is_paused = False
         with contextlib.suppress(UserError):  # the queue's page reports it
             is_paused = self.queue.worker == ""
-        lower_buttons = self.buttons.render(shown, "more_actions.html")
+        lower_buttons = self.buttons.render(tracked_run, "more_actions.html")
         if not self.queue.read_only:
             lower_buttons += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
@@ -387,9 +388,9 @@ class RunPages:
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
-            actions=self.buttons.render(shown),
+            actions=self.buttons.render(tracked_run),
             lower_buttons=lower_buttons,
-            kill_message=shown.kill_message,
+            kill_message=tracked_run.kill_message,
         )
         return answer_page(page)
 
@@ -399,9 +400,9 @@ class RunPages:
         if run is None:
             return answer_not_found()
         try:
-            shown = self.tracked_runs.find(run.id) if run.state == DIED else None
-            message = "" if shown is None else shown.kill_message
-            return answer_json(collect_news(self.runs, run, request.query_params, message))
+            tracked_run = self.tracked_runs.find(run.id) if run.state == DIED else None
+            kill_message = "" if tracked_run is None else tracked_run.kill_message
+            return answer_json(collect_news(self.runs, run, request.query_params, kill_message))
         except ValueError:
             return answer_text("from and to are numbers of steps.", 400)
 
@@ -479,7 +480,6 @@ def make_app(
         render_worker: Worker of the page Generate; None to make one for the queue.
         ticket: Word that opens the page once.
     """
-    notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
     site = Site(
         runs,
@@ -487,9 +487,19 @@ def make_app(
         BackgroundJobs(queue),
         render_worker or RenderWorker(queue),
         models=models,
-        notes=notes,
+        notes=FileNotes(),
         settings=settings or ServerSettings(),
     )
+    public_origin = None if settings is None else settings.public_origin
+    host_names = _list_host_names(host, public_origin)
+    handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
+    app = Starlette(routes=_list_routes(site, read_only), exception_handlers=handlers)
+    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
+    return Gate(app, host_names, token, read_only, ticket, public_origin)
+
+
+def _list_routes(site: Site, read_only: bool) -> list[Route]:
+    """Return the routes of all pages, and of the extensions if they are enabled."""
     buttons = RunButtons(site)
     shares = SharePages(site)
     pages = RunPages(site, buttons, shares)
@@ -517,20 +527,22 @@ def make_app(
         *share_routes(shares),
         # last of a run's routes: it matches every path
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
-        *queue_routes(runs, queue, site.tracked_runs),
-        *compare_routes(runs, notes, queue),
-        *dataset_routes(runs, read_only),
+        *queue_routes(site.runs, site.queue, site.tracked_runs),
+        *compare_routes(site.runs, site.notes, site.queue),
+        *dataset_routes(site.runs, read_only),
     ]
     if os.environ.get(EXTENSIONS):
         from modules.extensions import PAGES, load_extensions  # imported only if extensions are enabled
 
-        routes += [route for make_routes in load_extensions(PAGES).values() for route in make_routes(site)]
+        for make_routes in load_extensions(PAGES).values():
+            routes += make_routes(site)
+    return routes
+
+
+def _list_host_names(host: str, public_origin: str | None) -> frozenset[str]:
+    """Return the names by which requests may call this server, in addition to IP addresses."""
     machine = socket.gethostname().lower()
     names = {"localhost", host.lower(), machine, f"{machine}.local"}
-    public_origin = None if settings is None else settings.public_origin
     if public_origin is not None:
         names.add(urllib.parse.urlsplit(public_origin).hostname or "")
-    handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
-    return Gate(app, frozenset(names), token, read_only, ticket, public_origin)
+    return frozenset(names)
