@@ -46,7 +46,7 @@ class PartialUpload:
     changed: str  # modification time reported by the browser
 
     @property
-    def part(self) -> Path:
+    def partial_path(self) -> Path:
         """Path of the file in which the pieces are joined."""
         digest = short_digest(repr((self.name, self.size, self.changed)))
         return self.folder / f".{self.name[:100]}.{digest}{SUFFIX}"
@@ -56,11 +56,11 @@ class PartialUpload:
 
         Raises OptionError if its name belongs to another kind of file.
         """
-        if not self.part.exists() and not self.part.is_symlink():
+        if not self.partial_path.exists() and not self.partial_path.is_symlink():
             return 0
-        if self.part.is_symlink() or not self.part.is_file():
-            raise OptionError(say("%(path)s is in the way: remove it", path=self.part))
-        return self.part.stat().st_size
+        if self.partial_path.is_symlink() or not self.partial_path.is_file():
+            raise OptionError(say("%(path)s is in the way: remove it", path=self.partial_path))
+        return self.partial_path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class PieceUploads:
         upload = None
         try:
             upload = await run_in_threadpool(self.find, request)
-            begin = _read_integer_field(request, "at")
-            with claim_file(upload.folder, upload.part.name):
+            offset = _read_integer_field(request, "at")
+            with claim_file(upload.folder, upload.partial_path.name):
                 num_received = await run_in_threadpool(upload.count_bytes)
-                if begin != num_received:  # a piece arrived twice or was lost
-                    return answer_json({"at": num_received, "folder": str(upload.folder)})
-                await run_in_threadpool(self.remove_old, upload)
-                num_received = await self.add(request, upload)
-                if num_received < upload.size:
+                was_lost_or_repeated = offset != num_received
+                if not was_lost_or_repeated:
+                    await run_in_threadpool(self.remove_old, upload)
+                    num_received = await self.add(request, upload)
+                if was_lost_or_repeated or num_received < upload.size:
                     return answer_json({"at": num_received, "folder": str(upload.folder)})
                 await run_in_threadpool(self.finish, upload)
         except FileBusyError as error:
@@ -132,14 +132,14 @@ class PieceUploads:
 
         If the body breaks off, the bytes received until then stay in the file.
         """
-        with upload.part.open("ab") as file:
+        with upload.partial_path.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
                 async for chunk in request.stream():
-                    room = upload.size - file.tell()
-                    await run_in_threadpool(file.write, chunk[:room])
+                    num_missing = upload.size - file.tell()
+                    await run_in_threadpool(file.write, chunk[:num_missing])
                     await run_in_threadpool(file.flush)
             modified_ns = os.fstat(file.fileno()).st_mtime_ns
-            self._last_writes[upload.part] = LastWrite(time.monotonic(), modified_ns)
+            self._last_writes[upload.partial_path] = LastWrite(time.monotonic(), modified_ns)
             return file.tell()
 
     def finish(self, upload: PartialUpload) -> None:
@@ -147,15 +147,17 @@ class PieceUploads:
         target = upload.folder / upload.name
         with claim_file(upload.folder, upload.name), atomic_files(target) as temporary:
             path = temporary / upload.name
-            replace_file(upload.part, path)
-            self._last_writes.pop(upload.part, None)
+            replace_file(upload.partial_path, path)
+            self._last_writes.pop(upload.partial_path, None)
             self.uploads.validate_content(path, upload.folder)
 
     def remove_old(self, upload: PartialUpload) -> None:
         """Remove uploads abandoned for more than a day from the folder of a file."""
         folder = upload.folder
-        for path in folder.glob(f".*.{'[0-9a-f]' * 16}{SUFFIX}"):  # as `Arriving.part` names them
-            if path == upload.part:
+        for path in folder.glob(
+            f".*.{'[0-9a-f]' * 16}{SUFFIX}"
+        ):  # as `PartialUpload.partial_path` names them
+            if path == upload.partial_path:
                 continue
             with contextlib.suppress(FileBusyError, FileNotFoundError), claim_file(folder, path.name):
                 if path.is_file() and self.is_old(path):

@@ -341,7 +341,7 @@ def test_a_file_that_another_program_writes_meanwhile_stays(
         validate_content(self, path, folder)
         (folder / path.name).write_text("theirs", encoding="utf-8")
 
-    monkeypatch.setattr(FileUploads, "judge", write_then)
+    monkeypatch.setattr(FileUploads, "validate_content", write_then)
     (tmp_path / "roots").mkdir()
     with serve_runs(tmp_path / "roots") as served:
         answer = send(served, "a.txt", b"mine")
