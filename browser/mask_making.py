@@ -20,7 +20,7 @@ from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.runs import FINISHED
 from browser.server_state import Site
-from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
+from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, format_option
 from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
@@ -179,21 +179,21 @@ class MaskMakingPages:
         if finder == WORDS:  # the mask tool takes one --what for each object
             names = [" ".join(name.split()) for name in texts.get("what", "").split(BETWEEN)]
             for name in filter(None, names):
-                argv += give_value("what", name)
+                argv += format_option("what", name)
         # finders of watermarks and colors need no network; the other finders name theirs in different options
         if finder == WATERMARK:
             argv.append("--watermark")
         if finder == COLOR:
-            argv += give_value(COLOR, texts.get("colour", "").strip() or NO_COLOR)
+            argv += format_option(COLOR, texts.get("colour", "").strip() or NO_COLOR)
         elif finder in (BACKGROUND, FACES):
-            argv += give_value(finder, network)
+            argv += format_option(finder, network)
         else:
-            argv += give_value("model", network)
+            argv += format_option("model", network)
         masks = find_masks_folder(self.site.runs, folder)
         if masks == folder:  # masks beside their media
             argv.append("--beside")
         elif masks is not None:
-            argv += give_value("output", str(masks))
+            argv += format_option("output", str(masks))
         return [*argv, "--dry_run"] if tries else argv
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:

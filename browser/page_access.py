@@ -20,7 +20,7 @@ from browser.tokens import Connection, find_owner
 
 COOKIE = "reelsmith_page"
 OLD_COOKIE = "reelsmith"  # older cookie with the token itself, sent to all ports; it is deleted
-SECONDS = 60 * 60 * 24 * 30  # after that, the printed address has to be opened again
+COOKIE_SECONDS = 60 * 60 * 24 * 30  # after that, the printed address has to be opened again
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class PageAccess:
 
     def make_cookie_value(self, owner: int | None) -> str:
         """Return the value of a cookie. `owner` is the account of its browser; None if that is not known."""
-        end = int(self.now()) + SECONDS
+        end = int(self.now()) + COOKIE_SECONDS
         return f"{end}.{self._sign(f'{end} {owner}')}"
 
     def has_valid_cookie(self, cookies: str, owner: int | None) -> bool:
         """Return whether a request has a cookie whose value is valid for its account and has not expired."""
-        return any(self._fits(word, owner) for word in list_values(cookies, COOKIE))
+        return any(self._is_valid_value(value, owner) for value in list_values(cookies, COOKIE))
 
-    def _fits(self, word: str, owner: int | None) -> bool:
-        end, _, _ = word.partition(".")
-        right = f"{end}.{self._sign(f'{end} {owner}')}"
-        if not hmac.compare_digest(word.encode("utf-8", "replace"), right.encode("utf-8", "replace")):
+    def _is_valid_value(self, value: str, owner: int | None) -> bool:
+        end, _, _ = value.partition(".")
+        expected = f"{end}.{self._sign(f'{end} {owner}')}"
+        if not hmac.compare_digest(value.encode("utf-8", "replace"), expected.encode("utf-8", "replace")):
             return False
         return self.now() < int(end)
 

@@ -37,7 +37,7 @@ from training.reports.present_files import current_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + quote_command(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
-NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
+JOB_NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
 MAX_ADDED = 40  # maximum number of jobs added at once
 CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
 
@@ -52,34 +52,34 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
     return False
 
 
-class Draft(NamedTuple):
+class EditedCommand(NamedTuple):
     """A command that the user edits, and the run whose command it is."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
-def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
+def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
     """Return the command line to show in the edit field of the page; an empty one if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.
     """
     if "line" in query:
-        return Draft(query["line"], runs.find(query.get("run", "")))
+        return EditedCommand(query["line"], runs.find(query.get("run", "")))
     index_text = query.get("command", "")
-    if not NUMBER.fullmatch(index_text):
-        return Draft()
+    if not JOB_NUMBER.fullmatch(index_text):
+        return EditedCommand()
     run = runs.find(query.get("run", ""))
     if run is None:
-        return Draft()
+        return EditedCommand()
     with contextlib.suppress(OSError):
         run_history = runs.open(run).run_history
         # a slice, because the index may lie past the end: then it is empty
         commands = current_commands(run_history, run.history.parent, run.name)[int(index_text) :]
         if commands:
-            return Draft(escape_control_codes(commands[0].bash), run)
-    return Draft()
+            return EditedCommand(escape_control_codes(commands[0].bash), run)
+    return EditedCommand()
 
 
 def read_jobs(
@@ -175,7 +175,7 @@ class QueuePages:
         ended = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:
             trainings = self.find_trainings(running)
-            draft = find_draft(self.runs, query)
+            draft = find_edited_command(self.runs, query)
         shown_runs = self.tracked_runs.find_job_states(jobs)
         values = {
             "running": running,
@@ -247,7 +247,7 @@ class QueuePages:
                 )
             for argv, folder in read_jobs(line, run, list_earlier(self.queue.jobs())):
                 self.queue.add(argv, folder, within=limits)
-        elif not NUMBER.fullmatch(number):  # all buttons below belong to a job
+        elif not JOB_NUMBER.fullmatch(number):  # all buttons below belong to a job
             return False
         elif action == "edit":
             self.queue.edit(int(number), line)

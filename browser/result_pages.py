@@ -47,7 +47,7 @@ from browser.result_settings import (
     read_settings,
     regenerate,
 )
-from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
+from browser.results import LAST_FRAME_SUFFIX, UPSCALED_SUFFIX, Result, ResultFolders
 from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
 from browser.server_state import Site
@@ -655,7 +655,7 @@ class ResultPages:
         """Return the command that enlarges a result with an upscaler file."""
         argv = ["python", UPSCALER_SCRIPT, "--input", str(result.path), "--model", str(network.absolute())]
         argv += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(_free_path(result.path, LARGER))]
+        argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(_free_path(result.path, UPSCALED_SUFFIX))]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
             argv += ["--codec", "h264", "--container", "mp4"]
         return argv
@@ -741,7 +741,7 @@ class ResultPages:
             OptionError: If a link or a folder has the name of the image.
             OutputError: If the image cannot be written.
         """
-        path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
+        path = result.path.with_name(f"{result.path.stem}{LAST_FRAME_SUFFIX}.png")
         is_current = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= result.changed
         if not is_current:
             if path.is_symlink() or path.is_dir():

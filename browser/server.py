@@ -37,6 +37,7 @@ from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.page_access import (
     COOKIE,
+    COOKIE_SECONDS,
     OLD_COOKIE,
     PageAccess,
     find_account,
@@ -44,7 +45,6 @@ from browser.page_access import (
     find_page_access,
     list_values,
 )
-from browser.page_access import SECONDS as COOKIE_SECONDS
 from browser.page_language import choose_language, language_headers, language_routes
 from browser.page_root import add_root_to_header, serving_below
 from browser.queue_pages import queue_routes

@@ -93,9 +93,9 @@ class SettingsPages:
         roots = [ShownSetting(say("folder with runs"), str(root), "FOLDER") for root in site.runs.roots]
         port = say("not known") if settings.port is None else str(settings.port)
         token = say("none: every account of this machine can open the page")
-        if settings.token.place is not None:
-            token = say("the word in %(absolute)s", absolute=settings.token.place.absolute())
-        elif settings.token.word is not None:
+        if settings.token.path is not None:
+            token = say("the word in %(absolute)s", absolute=settings.token.path.absolute())
+        elif settings.token.secret is not None:
             token = say("a word of its own making, until the page ends")
         return [
             *roots,
@@ -122,8 +122,8 @@ class SettingsPages:
     def _find_token_file(self) -> str | None:
         """Return the file of --token; None without this option."""
         token = self.site.settings.token
-        is_given = self.site.settings.is_token_given and token.place is not None
-        return str(token.place.absolute()) if is_given and token.place is not None else None
+        is_given = self.site.settings.is_token_given and token.path is not None
+        return str(token.path.absolute()) if is_given and token.path is not None else None
 
     def phone_argv(self, worker: str) -> list[str]:
         """Return the command that starts this page so that other devices, such as a phone, can open it."""
@@ -144,7 +144,7 @@ class SettingsPages:
             "--public_url": self.site.settings.public_origin,
             "--token": token,
             # a server that asks for no token starts another such one
-            "--no_token": (token is None and self.site.settings.token.word is None) or None,
+            "--no_token": (token is None and self.site.settings.token.secret is None) or None,
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,
         }

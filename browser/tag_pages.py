@@ -24,13 +24,13 @@ from browser.tool_form import (
     TEXT,
     ToolField,
     ToolForm,
-    give_value,
+    format_option,
 )
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
-TRIED = 5  # number of files in a trial run
+NUM_TRIAL_FILES = 5  # number of files in a trial run
 MAX_TAGS = 60  # maximum number of tags shown at once
 FAMILY, TASK = "tools", "wd_tagger"  # model in the catalogue
 FORM = ToolForm(
@@ -99,7 +99,7 @@ class TagPages:
             "can_write": not self.site.read_only,
             "form": FORM,
             "texts": texts,
-            "tried": TRIED,
+            "tried": NUM_TRIAL_FILES,
         }
         if part in ("", "form"):
             values |= self.collect_form(folder, texts)
@@ -118,38 +118,41 @@ class TagPages:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
             lines = [
-                format_command(self.make_argv(folder, texts, try_on), folder) for try_on in (TRIED, None)
+                format_command(self.make_argv(folder, texts, num_trial_files), folder)
+                for num_trial_files in (NUM_TRIAL_FILES, None)
             ]
         except OptionError as error:
             lines = [str(error)] * 2
-        return {"model": self.find_model(), "model_place": self.name_model(), "lines": lines}
+        return {"model": self.find_model(), "model_place": self.find_model_folder(), "lines": lines}
 
     def find_model(self) -> TaskFiles | None:
         """Return the catalogue's tagger, with its state on disk."""
         return find_task(self.site.models, FAMILY, TASK)
 
-    def name_model(self) -> str:
+    def find_model_folder(self) -> str:
         """Return the folder into which the catalogue's tagger is downloaded."""
         model = self.find_model()
         assert model is not None  # a test guarantees the catalogue entry
         return str((self.site.models / model.parts[0].path).absolute())
 
-    def make_argv(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:
+    def make_argv(
+        self, folder: Path, texts: Mapping[str, str], num_trial_files: int | None = None
+    ) -> list[str]:
         """Return the command line of the tagger.
 
         Args:
             folder: The folder with media.
             texts: Values of the form's fields.
-            try_on: Number of files to print tags for, without saving them; None to write all tags.
+            num_trial_files: Number of files to print tags for, without saving them; None to write all tags.
 
         Raises:
             OptionError: If a field has a value that its option does not accept.
         """
         argv = FORM.make_argv(DATASET_FILE if is_described(folder) else ".", texts)
-        argv += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
+        argv += format_option("model_dir", texts.get("model", "").strip() or self.find_model_folder())
         if not is_described(folder) and _has_only(folder, ".caption"):
             argv += ["--caption_extension", ".caption"]
-        return argv if try_on is None else [*argv, "--try_on", str(try_on)]
+        return argv if num_trial_files is None else [*argv, "--try_on", str(num_trial_files)]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Carry out a button about tags, and return the HTML of the part that it belongs to."""
@@ -180,7 +183,7 @@ class TagPages:
 
         def make_argv(tries: bool) -> list[str]:
             self.require_ready(folder, fields)
-            return self.make_argv(folder, fields, TRIED if tries else None)
+            return self.make_argv(folder, fields, NUM_TRIAL_FILES if tries else None)
 
         return "" if self.tool.press(folder, action, make_argv) else None
 
@@ -191,7 +194,9 @@ class TagPages:
         model = self.find_model()
         if not fields.get("model", "").strip() and (model is None or not model.is_there):
             raise OptionError(
-                say("%(missing)s is missing: load the model first (Models).", missing=self.name_model())
+                say(
+                    "%(missing)s is missing: load the model first (Models).", missing=self.find_model_folder()
+                )
             )
 
 

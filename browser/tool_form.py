@@ -83,7 +83,7 @@ class ToolForm:
             elif field.kind == SWITCH:
                 argv.append(f"--{field.name}")
             else:
-                argv += give_value(field.name, text)
+                argv += format_option(field.name, text)
         return argv
 
 
@@ -101,7 +101,7 @@ def find_default(record: type, name: str) -> Any:
     raise KeyError(name)
 
 
-def give_value(option: str, text: str) -> list[str]:
+def format_option(option: str, text: str) -> list[str]:
     """Return an option with its value; as one word `--option=value` if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.page_access import COOKIE, SECONDS, PageAccess, derive_access
+from browser.page_access import COOKIE, COOKIE_SECONDS, PageAccess, derive_access
 from browser.page_root import add_root, add_root_to_page, serving_below
 from tests.browser.entering import enter
 from tests.browser.serving import Served, serve_runs, write_run
@@ -114,9 +114,9 @@ def test_words_hold_for_one_server_one_account_and_thirty_days() -> None:
         other = PageAccess(derive_access(token, port).key, lambda: now)
         assert not other.has_valid_cookie(f"{COOKIE}={word}", 1000)
         assert other.root != access.root
-    late = PageAccess(access.key, lambda: now + SECONDS)
+    late = PageAccess(access.key, lambda: now + COOKIE_SECONDS)
     assert not late.has_valid_cookie(f"{COOKIE}={word}", 1000)
-    again = PageAccess(derive_access(TOKEN, 8765).key, lambda: now + SECONDS - 1)  # after a restart
+    again = PageAccess(derive_access(TOKEN, 8765).key, lambda: now + COOKIE_SECONDS - 1)  # after a restart
     assert again.has_valid_cookie(f"{COOKIE}={word}", 1000)
     assert TOKEN not in word + access.root
 

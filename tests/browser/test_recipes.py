@@ -16,8 +16,8 @@ from browser.recipes import (
     ModelRecipe,
     RenderRequest,
     UsedLora,
-    find_model_set,
     can_generate,
+    find_model_set,
     make_model_recipe,
 )
 from downloads.catalogue import ModelSet, model_sets
