@@ -137,7 +137,7 @@ class _ListedFile(NamedTuple):
 def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]) -> _ListedFolder:
     """Return the subfolders and results of a folder. Raises OSError if it cannot be listed.
 
-    `changed` is its modification time (ns) before the listing; `earlier` has the files of the last listing.
+    `changed` is its modification time (ns) before the listing; `previous` has the files of the last listing.
     """
     subfolders = []
     files: dict[str, _ListedFile] = {}
@@ -159,7 +159,7 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
 
 
 def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:
-    """Return a file as a result; None for other files. `earlier` is the previous entry of the same name."""
+    """Return a file of results; None for other files. `previous` is that of this name in the last listing."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
@@ -178,35 +178,38 @@ def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
     The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
     layers.
     """
-    names = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
-    times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}
-    clips = {stem for stem, suffix in names if KINDS[suffix.lower()] == "clip"}
+    stems_and_suffixes = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
+    times = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
+    clips = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
     layers = _group_layers(folder, times)
-    layer_stems = {layer.stem for layers_of_image in layers.values() for layer in layers_of_image}
+    layer_stems = {layer.stem for image_layers in layers.values() for layer in image_layers}
     results = []
-    for (stem, suffix), file in zip(names, files, strict=True):
-        if stem in layer_stems:
-            continue
+    for (stem, suffix), file in zip(stems_and_suffixes, files, strict=True):
         is_last_frame = suffix.lower() == ".png" and stem.endswith(LAST_FRAME_SUFFIX)
-        if is_last_frame and stem.removesuffix(LAST_FRAME_SUFFIX) in clips:
-            continue  # the last frame saved for continuing a clip
-        shown_at = file.changed
-        derived = None
-        if (
-            UPSCALED_SUFFIX in stem or LAST_FRAME_SUFFIX in stem
-        ):  # the pattern is slow, and folders may hold many files
-            derived = DERIVED_NAME.fullmatch(stem)
-        if derived is not None:  # sorted by the time of the file that it was made from
-            shown_at = times.get(derived[1], shown_at)
+        is_frame_of_clip = is_last_frame and stem.removesuffix(LAST_FRAME_SUFFIX) in clips
+        if stem in layer_stems or is_frame_of_clip:
+            continue
+        source_time = _find_source_time(stem, times)
         result = Result(
             folder / file.name,
             file.changed,
             file.size_bytes,
-            shown_at=shown_at,
+            shown_at=file.changed if source_time is None else source_time,
             layers=layers.get(stem, ()),
         )
         results.append(result)
     return results
+
+
+def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
+    """Return the time of the file that an enlarged image or a last frame was made from; None without one.
+
+    `times` are the modification times of the folder's files, by name without suffix.
+    """
+    if UPSCALED_SUFFIX not in stem and LAST_FRAME_SUFFIX not in stem:
+        return None  # the pattern is slow, and folders may hold many files
+    match = DERIVED_NAME.fullmatch(stem)
+    return None if match is None else times.get(match[1])
 
 
 def _group_layers(folder: Path, stems: Collection[str]) -> dict[str, tuple[Path, ...]]:

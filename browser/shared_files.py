@@ -38,7 +38,7 @@ WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
 
 
 class Replacement(NamedTuple):
-    """Bytes that are sent instead of the file's own; `data` is b"" for `size` zeros."""
+    """Bytes that are sent instead of `size` bytes of the file; `data` is b"" for zeros."""
 
     start: int
     size: int
@@ -52,24 +52,25 @@ class Replacement(NamedTuple):
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a response with a file without its metadata, or with the byte range that the request asks for.
+    """Return a response with a file, or the byte range of it that the request asks for, without its metadata.
 
-    Raises OSError if it cannot be read.
+    The metadata is overwritten while it is sent, so the size stays the same. Raises OSError if the file
+    cannot be read.
     """
     size = path.stat().st_size
-    replacements = find_replacements(
-        path
-    )  # positions of metadata, which is overwritten: the size stays the same
+    replacements = find_replacements(path)
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}
-    status = 200
-    sent = _read_range(request.headers.get("range", ""), size)
-    if sent is None:
-        sent = range(size)
+    requested_range = _read_range(request.headers.get("range", ""), size)
+    if requested_range is None:
+        sent_range = range(size)
+        status = 200
     else:
+        sent_range = requested_range
         status = 206  # partial content
-        headers["content-range"] = f"bytes {sent.start}-{sent.stop - 1}/{size}"
-    headers |= {"content-length": str(len(sent)), "accept-ranges": "bytes"}
-    return StreamingResponse(_read_pieces(path, replacements, sent.start, sent.stop), status, headers)
+        headers["content-range"] = f"bytes {sent_range.start}-{sent_range.stop - 1}/{size}"
+    headers |= {"content-length": str(len(sent_range)), "accept-ranges": "bytes"}
+    pieces = _read_pieces(path, replacements, sent_range.start, sent_range.stop)
+    return StreamingResponse(pieces, status, headers)
 
 
 def _read_range(header: str, size: int) -> range | None:
@@ -115,18 +116,18 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
         header = read_tensor_header(file.read, size)
     except ValueError:  # another kind of file has this name
         return
-    texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
-    if texts == header.metadata:
+    public_texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
+    if public_texts == header.metadata:
         return
-    length = header.start - 8  # the first 8 bytes hold the length of the header
+    header_length = header.start - 8  # the first 8 bytes of the file hold this length
     # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
     # the texts that may be sent, all texts are removed.
-    for sent_texts in (texts, {}):
+    for sent_texts in (public_texts, {}):
         metadata: Mapping[str, object] = {"__metadata__": sent_texts} if sent_texts else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)
-        data = content.encode("utf-8", "replace")
-        if len(data) <= length:
-            yield Replacement(8, length, data.ljust(length))
+        new_header = content.encode("utf-8", "replace")
+        if len(new_header) <= header_length:
+            yield Replacement(8, header_length, new_header.ljust(header_length))
             return
     raise OSError("its header cannot be written again")
 
@@ -165,7 +166,7 @@ def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
 
     A box is length (4 bytes), kind (4 bytes) and content (ISO 14496-12); outer boxes contain boxes.
     """
-    unread = [(0, size)]  # begin and end of sequences of boxes
+    unread = [(0, size)]  # start and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
         if not unread:
             return
@@ -176,20 +177,20 @@ def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
             continue
         length = int.from_bytes(header_bytes[:4], "big")
         kind = header_bytes[4:8]
-        head_bytes = 8
+        header_length = 8
         if length == 1 and len(header_bytes) == 16:  # a large box: its length follows in 64 bits
             length = int.from_bytes(header_bytes[8:], "big")
-            head_bytes = 16
+            header_length = 16
         elif length == 0:  # up to the end of the file
             length = end - start
-        if length < head_bytes or start + length > end:
+        if length < header_length or start + length > end:
             continue
         unread.append((start + length, end))
         if kind in MP4_TEXTS:
             yield Replacement(start + 4, 4, b"free")  # the kind follows four bytes of length
-            yield Replacement(start + head_bytes, length - head_bytes)
+            yield Replacement(start + header_length, length - header_length)
         elif kind in MP4_OUTER:
-            unread.append((start + head_bytes, start + length))
+            unread.append((start + header_length, start + length))
 
 
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Replacement]:

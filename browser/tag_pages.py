@@ -32,6 +32,7 @@ from modules.pages.language import say
 
 NUM_TRIAL_FILES = 5  # number of files in a trial run
 MAX_TAGS = 60  # maximum number of tags shown at once
+EDITOR_ACTIONS = ("rename", "remove", "undo")  # buttons that change tags without a model
 FAMILY, TASK = "tools", "wd_tagger"  # model in the catalogue
 FORM = ToolForm(
     name="tag",
@@ -117,13 +118,15 @@ class TagPages:
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
-            lines = [
-                format_command(self.make_argv(folder, texts, num_trial_files), folder)
-                for num_trial_files in (NUM_TRIAL_FILES, None)
-            ]
+            trial_line = format_command(self.make_argv(folder, texts, NUM_TRIAL_FILES), folder)
+            line = format_command(self.make_argv(folder, texts), folder)
         except OptionError as error:
-            lines = [str(error)] * 2
-        return {"model": self.find_model(), "model_place": self.find_model_folder(), "lines": lines}
+            trial_line = line = str(error)
+        return {
+            "model": self.find_model(),
+            "model_place": self.find_model_folder(),
+            "lines": [trial_line, line],
+        }
 
     def find_model(self) -> TaskFiles | None:
         """Return the catalogue's tagger, with its state on disk."""
@@ -156,7 +159,7 @@ class TagPages:
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Carry out a button about tags, and return the HTML of the part that it belongs to."""
-        part = "editor" if action in ("rename", "remove", "undo") else "progress"
+        part = "editor" if action in EDITOR_ACTIONS else "progress"
         try:
             message = self.carry_out(folder, action, fields)
         except (UserError, OSError, ValueError) as error:
@@ -168,24 +171,27 @@ class TagPages:
 
         Raises UserError, OSError or ValueError.
         """
-        tag, name = fields.get("tag", ""), fields.get("name", "")
-        match action:
-            case "rename" | "remove" if not tag.strip():
-                raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
-            case "rename" if not name.strip():
-                raise OptionError(say("Type the new name of the tag, or press Remove."))
-            case "rename":
-                return self.editor.rename(folder, tag, name)
-            case "remove":
-                return self.editor.rename(folder, tag, "")
-            case "undo":
-                return self.editor.undo(folder)
+        if action in EDITOR_ACTIONS:
+            return self._edit_tags(folder, action, tag=fields.get("tag", ""), new_tag=fields.get("name", ""))
 
-        def make_argv(tries: bool) -> list[str]:
+        def make_argv(is_trial: bool) -> list[str]:
             self.require_ready(folder, fields)
-            return self.make_argv(folder, fields, NUM_TRIAL_FILES if tries else None)
+            return self.make_argv(folder, fields, NUM_TRIAL_FILES if is_trial else None)
 
-        return "" if self.tool.press(folder, action, make_argv) else None
+        is_known = self.tool.press(folder, action, make_argv)
+        return "" if is_known else None
+
+    def _edit_tags(self, folder: Path, action: str, tag: str, new_tag: str) -> str:
+        """Rename or remove a tag of a folder, or undo the last change, and return a message about it."""
+        if action == "undo":
+            return self.editor.undo(folder)
+        if not tag.strip():
+            raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
+        if action == "remove":
+            return self.editor.rename(folder, tag, "")
+        if not new_tag.strip():
+            raise OptionError(say("Type the new name of the tag, or press Remove."))
+        return self.editor.rename(folder, tag, new_tag)
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Raise OptionError if the model is not downloaded, or files of the dataset are outside the roots."""
