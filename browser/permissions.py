@@ -86,18 +86,18 @@ def _describe_target(folder: Path, option: str, text: str) -> Permission:
     """Return a line about the place that an option writes to, marked as unusual if it is outside `folder`."""
     try:
         reject_share(text, folder)
-        real = real_path(expand_path(text, folder))
+        target = real_path(expand_path(text, folder))
     except ValueError as error:
         return Permission(f"--{option} {text}: {error}", is_unusual=True)
-    if real.is_relative_to(folder):
-        return Permission(say("writes into %(place)s", place=real))
-    allowing = ALLOWED_BY.get(option, ANY)
+    text = say("writes into %(place)s", place=target)
+    if target.is_relative_to(folder):
+        return Permission(text)
     note = say(
         "outside of %(folder)s: `run` refuses it unless --%(allowing)s is typed",
         folder=folder,
-        allowing=allowing,
+        allowing=ALLOWED_BY.get(option, ANY),  # option that allows this target
     )
-    return Permission(say("writes into %(place)s", place=real), note=note, is_unusual=True)
+    return Permission(text, note=note, is_unusual=True)
 
 
 def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
@@ -131,9 +131,9 @@ def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
     for option, info in options_reaching("sends", "configures").items():
         value = values.get(option)
         if value:
-            stays = value in info.get("stays", ())
-            note = "" if stays else say("`run` refuses it unless --%(option)s is typed", option=option)
-            yield Permission(info["permission"].format(value), note=note, is_unusual=not stays)
+            is_local = value in info.get("stays", ())  # nothing leaves this machine
+            note = "" if is_local else say("`run` refuses it unless --%(option)s is typed", option=option)
+            yield Permission(info["permission"].format(value), note=note, is_unusual=not is_local)
 
 
 def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:

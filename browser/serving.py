@@ -83,14 +83,14 @@ def run_browser(options: BrowserOptions) -> None:
         settings=settings,
         ticket=ticket,
     )
+    if may_open_page(options):
+        # all users can read that browser's command line: it gets a word that works once, not the token
+        ticket_address = make_address(options, port, token.secret and ticket.secret)
+        # in a thread, because some browsers block the calling process; the socket is already listening
+        threading.Thread(target=webbrowser.open, args=(ticket_address,), daemon=True).start()
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
-    if may_open_page(options):
-        # in a thread, because some browsers block the calling process; the socket is already listening
-        # all users can read that browser's command line: it gets a word that works once, not the token
-        opened = make_address(options, port, token.secret and ticket.secret)
-        threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
@@ -129,8 +129,8 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     home = Path.home()
     is_home = real_path(working_folder) == real_path(home)
     is_checkout = real_path(working_folder) == real_path(checkout)
-    is_unnamed = options.folders == (Path(),) and options.export is None  # the default: no folder was typed
-    if not is_unnamed or not (is_home or is_checkout):
+    names_folder = options.folders != (Path(),) or options.export is not None
+    if names_folder or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
     default = home / DEFAULT_FOLDER
     note = "" if default.is_dir() else ", which is made when something is written"
@@ -214,8 +214,8 @@ def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
     In a job of the queue, the output is a log that pages show, so it is printed without the token.
     """
     if FROM_QUEUE in os.environ:
-        where = "" if token.path is None else f" followed by ?token= and the word in {token.path}"
-        sys.stdout.write(f"{make_address(options, port, None)}{where}\n")
+        hint = "" if token.path is None else f" followed by ?token= and the word in {token.path}"
+        sys.stdout.write(f"{make_address(options, port, None)}{hint}\n")
         sys.stdout.flush()
         return
     address = make_address(options, port, token.secret)
