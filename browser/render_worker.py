@@ -457,27 +457,27 @@ class RenderWorker:
                     self.store.change(render_job.id, [RUNNING], **progress)
 
     def _record_event(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
-        """Record a message of the generation process, such as a step or a written file, in its render job."""
-        event = answer.get("event")
+        """Record a message of the generation process (generation/json_requests.py) in its render job."""
         is_canceled = self._num_cancel_requests > 0
-        if event == "begun":
-            render_job.steps = int(answer["steps"])
-        elif event == "phase" and not is_canceled:
-            render_job.doing = str(answer["what"])
-        elif event == "warned" and len(render_job.warnings) < MAX_OF_WARNINGS:
-            render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
-        elif event == "step":
-            render_job.done = int(answer["done"])
-            render_job.steps = int(answer.get("steps", render_job.steps))
-            if not is_canceled:
-                render_job.doing = MAKING
-        elif event == "made":
-            render_job.file = str(answer["file"])
-        elif event == "failed":
-            self._end_render_job(render_job, DIED, str(answer["reason"]))
-        elif event == "cancelled":
-            # it may have been written before the stop arrived
-            self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
+        match answer.get("event"):
+            case "begun":
+                render_job.steps = int(answer["steps"])
+            case "phase" if not is_canceled:
+                render_job.doing = str(answer["what"])
+            case "warned" if len(render_job.warnings) < MAX_OF_WARNINGS:
+                render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
+            case "step":
+                render_job.done = int(answer["done"])
+                render_job.steps = int(answer.get("steps", render_job.steps))
+                if not is_canceled:
+                    render_job.doing = MAKING
+            case "made":
+                render_job.file = str(answer["file"])
+            case "failed":
+                self._end_render_job(render_job, DIED, str(answer["reason"]))
+            case "cancelled":
+                # it may have been written before the stop arrived
+                self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
 
     def _wait_for_answer(self, session: ModelSession, render_job: RenderJob) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""

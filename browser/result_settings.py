@@ -149,7 +149,7 @@ class ResultSettings:
                 )
             )
         rows += [("afterwards", text) for text in self.done]  # later processing, such as enlarging
-        shown_first = {
+        main_names = {
             "prompt",
             "negative_prompt",
             "width",
@@ -162,7 +162,7 @@ class ResultSettings:
             "model_type",
             "task",
         }
-        rows += [(name, text) for name, text in self.values.items() if name not in shown_first]
+        rows += [(name, text) for name, text in self.values.items() if name not in main_names]
         return rows
 
     def shortened(self) -> "ResultSettings":

@@ -414,8 +414,8 @@ class RunButtons:
                 path = expand_path(recorded_path, run.working_folder) if recorded_path else None
         if path is None or path.suffix.lower() not in PROMPT_FILES:
             return None
-        exists = path.exists() or path.is_symlink()
-        is_below_roots = self.site.runs.is_below(path if exists else path.parent)
+        is_new_file = not (path.exists() or path.is_symlink())
+        is_below_roots = self.site.runs.is_below(path.parent if is_new_file else path)
         return path if is_below_roots else None
 
     # ---- parts of the page

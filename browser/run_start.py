@@ -465,18 +465,16 @@ class TrackedRuns:
     def reject_while_it_runs(self, folder: Path) -> None:
         """Raise OptionError if a training run of the folder is running, because its files must not change."""
         for tracked_run in self.list_all():
-            is_of_folder = tracked_run.run_config is not None and tracked_run.run_config.folder == folder
-            if (
-                is_of_folder
-                and tracked_run.state.name in ACTIVE_STATES
-                and tracked_run.state.name != CHECKING
-            ):
+            run_config, state = tracked_run.run_config, tracked_run.state
+            is_of_folder = run_config is not None and run_config.folder == folder
+            is_running = state.name in ACTIVE_STATES and state.name != CHECKING
+            if is_of_folder and is_running:
                 raise OptionError(
                     say(
                         "%(name)s is %(text)s. It has read its files already, and would continue with "
                         "others: stop it first, or wait until it has ended.",
                         name=tracked_run.summary.name,
-                        text=tracked_run.state.text,
+                        text=state.text,
                     )
                 )
 
@@ -726,19 +724,19 @@ def explain_kill(run: RunSummary) -> str:
     if run.name.endswith(BEFORE_TRAINING):
         return say("Ended at once from the page, before its training began. Continue begins where it was.")
     states = state_pattern(run.name)
-    saved = []
+    state_folders = []
     with contextlib.suppress(OSError):
         folders = [entry for entry in run.history.parent.iterdir() if states.fullmatch(entry.name)]
-        saved = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+        state_folders = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
     text = say("Ended at once from the page after step %(step)s", step=f"{run.step:,}")
-    if not saved:
+    if not state_folders:
         return say("%(text)s. No state was saved: it begins anew.", text=text)
-    step = re.search(r"-step(\d+)-state$", saved[-1].name)
-    continuation = (
-        say("step %(step)s", step=f"{int(step[1]):,}")
-        if step is not None
-        else say("its last state, %(name)s", name=saved[-1].name)
-    )
+    newest = state_folders[-1].name
+    step = re.search(r"-step(\d+)-state$", newest)
+    if step is not None:
+        continuation = say("step %(step)s", step=f"{int(step[1]):,}")
+    else:
+        continuation = say("its last state, %(name)s", name=newest)
     return say("%(text)s; continues from %(place)s.", text=text, place=continuation)
 
 

@@ -195,6 +195,7 @@ class Gate:
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
+            # texts in the language of the request, and the secret root in all addresses of the response
             with speaking(choose_language(request)), serving_below(root):
                 rejection = self._find_rejection(request, access, is_below_root)
                 await (rejection or self.app)(scope, body.receive_part, response.send_part)
