@@ -96,7 +96,7 @@ class ComparePages:
                 format_command(job.argv, comparison.sources[0].working_folder)
                 for job in compare.plan_jobs(comparison, row_clips)
             ],
-            "is_of_here": all(source.run.is_of_here for source in comparison.sources),
+            "is_of_here": all(source.run.is_trusted for source in comparison.sources),
             "can_write": not self.queue.read_only,
             "message": error,
         }

@@ -527,7 +527,7 @@ def _describe_measurement(measurement: Measurement | None) -> str:
         return say("being measured")
     if measurement.error:
         return say("cannot be measured")
-    phrases = []
+    phrases: list[str] = []
     num_dropped = sum(bool(file["dropped"]) for file in measurement.files.values())
     if num_dropped:
         phrases.append(say("%(dropped)s dropped", dropped=num_dropped))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from browser.recipes import IMAGES, ModelRecipe, float_or_one
-from browser.result_settings import KEYS, ResultSettings, find_family, parse_tags
+from browser.result_settings import PROMPT_LINE_KEYS, ResultSettings, find_family, parse_tags
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json
@@ -42,7 +42,7 @@ class DroppedSettings:
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
         """Return the settings that the model has, by the names of the form's fields."""
         texts = {"prompt": self.options.get("prompt", "")}
-        for name, key in recipe.keys.items():
+        for name, key in recipe.option_keys.items():
             text = self.options.get(key, "")
             if text and name not in IMAGES:
                 texts[name] = text
@@ -66,7 +66,7 @@ def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
 
 def _convert_result(settings: ResultSettings) -> DroppedSettings:
     """Convert the settings of a file that this program generated into the settings of a form."""
-    options = {KEYS.get(name, name): text for name, text in settings.values.items()}
+    options = {PROMPT_LINE_KEYS.get(name, name): text for name, text in settings.values.items()}
     if options.get("video_length") == "1":
         del options["video_length"]
     return DroppedSettings(

@@ -396,10 +396,10 @@ class FolderSettingsPages:
         command is derived from the files.
         """
         described = read_described(folder)
-        argv = make_new_argv(NewForm.of_described(described, self.site.models), self.site.models)
+        argv = make_new_argv(NewForm.from_described(described, self.site.models), self.site.models)
         job = self.site.background_jobs.find(name_background_job(DESCRIBE, folder))
         if job is not None and job.code == 0:
-            typed = NewForm.of_argv(shlex.split(job.line))
+            typed = NewForm.from_argv(shlex.split(job.line))
             if (typed.family, typed.task) == (described.family, described.task):
                 argv = shlex.split(job.line)
         return [*(word for word in argv if word != "--overwrite"), "--print_run"]

@@ -36,9 +36,9 @@ from browser.recipes import (
     ModelRecipe,
     RenderRequest,
     UsedLora,
+    can_generate,
     find_flag,
     find_model_set,
-    is_driven,
     make_model_recipe,
     make_run_recipe,
 )
@@ -163,7 +163,7 @@ class GeneratePages:
         self.render_worker = site.render_worker
         self.run_loras = RunLoras(site.runs)
         self.drafts = Drafts(self.render_worker.folder)
-        self.models = [model for model in model_sets() if is_driven(model)]
+        self.models = [model for model in model_sets() if can_generate(model)]
 
     @property
     def results_folder(self) -> Path:
@@ -377,7 +377,7 @@ class GeneratePages:
             return make_run_recipe(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
-        if model is None or not is_driven(model):
+        if model is None or not can_generate(model):
             raise OptionError(say("%(name)s: there is no such model here.", name=name or source))
         return make_model_recipe(model, self.site.models, Path.cwd())
 
@@ -626,7 +626,7 @@ class GeneratePages:
             if name not in selected_names:
                 sentences.append(say("%(name)s, a LoRA of it, is not here.", name=name))
         for field_name in IMAGES:
-            option_key = recipe.keys.get(field_name, "")
+            option_key = recipe.option_keys.get(field_name, "")
             paths = settings.options.get(option_key, "").splitlines()
             if paths:
                 sentences.append(
@@ -668,7 +668,7 @@ class GeneratePages:
             return -1
         if recipe.family != settings.family:
             return -1
-        task = "".join(recipe.fixed.get("--task", ()))
+        task = "".join(recipe.fixed_options.get("--task", ()))
         if task and settings.task and task != settings.task:
             return -1
         lora_names = {Path(lora.path).name for lora in recipe.loras}

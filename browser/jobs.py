@@ -18,7 +18,7 @@ from typing import Any
 from browser import launch
 from browser.earlier_jobs import EarlierJob
 from browser.known_queues import KnownQueue, recall_queue, remember_queue
-from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
+from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, is_living
 from browser.short_names import short_digest
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
@@ -97,7 +97,7 @@ class Job:
             return is_alive
         # the process belongs to another machine, or was started before the last boot
         with contextlib.suppress(OSError):
-            return time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
+            return time.time() - self.log.stat().st_mtime < REMOTE_RUN_TIMEOUT_SECONDS
         return False
 
     def _name_ending(self) -> str:

@@ -54,7 +54,7 @@ class LoraRow:
         If the recipe's command has this LoRA, the row gets the path typed there. If the LoRA was trained for
         another task, the row gets that as its `reason`.
         """
-        task = "".join(recipe.fixed.get("--task", ()))
+        task = "".join(recipe.fixed_options.get("--task", ()))
         reason = ""
         if self.task and task and self.task != task:
             reason = say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)

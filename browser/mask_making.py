@@ -20,7 +20,7 @@ from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.runs import FINISHED
 from browser.server_state import Site
-from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
+from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, format_option
 from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
@@ -187,20 +187,20 @@ class MaskMakingPages:
         if finder == BY_DESCRIPTION:  # the mask tool takes one --what for each object
             for description in fields.get("what", "").split(DESCRIPTION_SEPARATOR):
                 if description.strip():
-                    argv += give_value("what", " ".join(description.split()))
-            argv += give_value("model", network)
+                    argv += format_option("what", " ".join(description.split()))
+            argv += format_option("model", network)
         elif finder == WATERMARK:
             argv.append("--watermark")
-            argv += give_value("model", network)
+            argv += format_option("model", network)
         elif finder == COLOR:
-            argv += give_value(COLOR, fields.get("colour", "").strip() or NO_COLOR)
+            argv += format_option(COLOR, fields.get("colour", "").strip() or NO_COLOR)
         else:  # BACKGROUND and FACES: options of their own that name the network
-            argv += give_value(finder, network)
+            argv += format_option(finder, network)
         masks = find_masks_folder(self.site.runs, folder)
         if masks == folder:  # masks are next to their media
             argv.append("--beside")
         elif masks is not None:
-            argv += give_value("output", str(masks))
+            argv += format_option("output", str(masks))
         return [*argv, "--dry_run"] if is_dry_run else argv
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:

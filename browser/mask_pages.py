@@ -144,7 +144,7 @@ class MaskPages:
         if action == "undo":
             return self._undo(texts)
 
-        def change_mask(folder: Path, media_file: MaskPlace) -> None:
+        def change_mask(folder: Path, media_file: MaskEntry) -> None:
             self.review.change(folder, media_file, action, version=texts["have"])
 
         return self._answer_change(texts, change_mask)

@@ -194,7 +194,7 @@ class MaskReview:
                         name=last_change.path.name,
                     )
                 )
-            return media_file.listed_anew()
+            return media_file.refresh()
 
     def read_picture(self, media_file: MaskEntry, frame_index: int) -> MaskImage | None:
         """Return a frame as JPEG; None if `list_shown_frames` does not list it.
@@ -233,7 +233,7 @@ class MaskReview:
 
     def _record_change(self, folder: Path, media_file: MaskEntry) -> None:
         changes = self._changes.setdefault(folder, [])
-        changes.append(_MaskChange(media_file.media_path, read_mask_version(media_file.listed_anew())))
+        changes.append(_MaskChange(media_file.media_path, read_mask_version(media_file.refresh())))
         del changes[:-MAX_UNDONE]
 
     def _find_path(self, folder: Path, path: Path) -> MaskEntry | None:
@@ -245,7 +245,7 @@ class MaskReview:
 
     def _require_unchanged(self, media_file: MaskEntry, version: str) -> MaskEntry:
         """Return a file with its present mask; raise MaskConflictError if its checksum is not `version`."""
-        now = media_file.listed_anew()
+        now = media_file.refresh()
         if read_mask_version(now) != version:
             raise MaskConflictError
         return now
@@ -265,10 +265,10 @@ def find_state(media_file: MaskEntry) -> str:
     """Return the state of a mask, a key of STATES."""
     if media_file.mask is None:
         return REMOVED if media_file.is_removed else NONE
-    texts = media_file.texts()
-    if ACCEPTED in texts:
+    texts = media_file.read_texts()
+    if ACCEPTED_TEXT in texts:
         return ACCEPTED_BY_USER
-    return GENERATED if MADE in texts else DRAWN
+    return GENERATED if METHOD_TEXT in texts else DRAWN
 
 
 def list_shown_frames(media_file: MaskEntry) -> list[int]:

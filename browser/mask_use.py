@@ -82,7 +82,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
             continue
         if tables:
             masks = find_masks_folder(runs, folder) or folder / FOLDER_NAME
-            media_files = find_mask_places(folder, masks)
+            media_files = find_mask_entries(folder, masks)
             return MaskUse(
                 config=config,
                 folder=folder,

@@ -25,13 +25,13 @@ from project.options import MODELS, check_trigger, find_models
 from project.recipes.reading import TrainingRecipe, list_paths, read_recipe
 
 # a number with any country's thousands separators: 2,000 or 2 000
-GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
+GROUPED_NUMBER = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
 # full-width digits, as Japanese input methods produce them
-FULL_WIDTH = {0xFF10 + digit: str(digit) for digit in range(10)}
+FULL_WIDTH_DIGITS = {0xFF10 + digit: str(digit) for digit in range(10)}
 DEFAULT_STEPS = NewOptions(folder=Path()).max_train_steps
 MAX_STEPS = 10_000_000
 # field name -> label, for the fields that `new` writes into all three files
-OF_ALL_FILES = {
+FIELDS_OF_ALL_FILES = {
     "family": say("Model"),
     "task": say("Version"),
     "train": say("What is trained"),
@@ -39,7 +39,10 @@ OF_ALL_FILES = {
     "model_files": say("model files"),
     "recipe": say("Recipe"),
 }
-OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # fields that are keys of run.toml only
+FIELDS_OF_RUN_FILE = {
+    "name": say("Name"),
+    "steps": say("Training steps"),
+}  # fields that are keys of run.toml only
 KIND_TITLES = {  # name of a kind of run -> title
     "lora": say("a LoRA"),
     "adapter": say("a training adapter"),
@@ -74,7 +77,7 @@ KIND_NOTES = {
 }
 
 # common subjects and styles that every model already knows by name
-KNOWN_WORDS = frozenset(
+COMMON_WORDS = frozenset(
     {
         *("animal", "anime", "baby", "bag", "bird", "bike", "boat", "body", "bottle", "boy"),
         *("building", "cake", "car", "cartoon", "castle", "cat", "chair", "character", "child"),
@@ -105,59 +108,60 @@ class NewForm:
     recipe: str = ""  # name of a recipe; "": the values of `new`
 
     @classmethod
-    def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
+    def from_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
         """Read the form from the fields of a request."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
-        # FAMILY, or FAMILY TASK from a list of all models; a field `task` takes precedence
-        family, _, task_of_family = texts.get("family", "").partition(" ")
-        task = select_single_task(family, texts.get("task", task_of_family))
+        # "FAMILY", or "FAMILY TASK" from a list of all models; a field `task` takes precedence
+        family, _, task_in_family = texts.get("family", "").partition(" ")
+        task = select_single_task(family, texts.get("task", task_in_family))
+        model = find_model(family, task)
+        train = texts.get("train", "")
         return cls(
             folder=strip_quotes(texts.get("folder", "")),
             family=family,
             task=task,
-            # "" if the model does not support this kind of run, or has no such recipe (below)
-            train=_fit_kind(texts.get("train", ""), find_model(family, task)),
+            train=_select_supported_kind(train, model),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
-            steps=without_groups(texts.get("steps", str(DEFAULT_STEPS))),
+            steps=remove_thousands_separators(texts.get("steps", str(DEFAULT_STEPS))),
             model_files={
                 name.removeprefix("file_"): strip_quotes(text)
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
-            recipe=_fit_recipe(texts.get("recipe", ""), family, task, texts.get("train", "")),
+            recipe=_select_supported_recipe(texts.get("recipe", ""), family, task, train),
         )
 
     @classmethod
-    def of_address(cls, address: str) -> "NewForm":
+    def from_address(cls, address: str) -> "NewForm":
         """Read the form from an address that `NewForm.address` has returned."""
-        return cls.of_fields(parse_qs(urlsplit(address).query))
+        return cls.from_fields(parse_qs(urlsplit(address).query))
 
     @classmethod
-    def of_argv(cls, argv: Sequence[str]) -> "NewForm":
+    def from_argv(cls, argv: Sequence[str]) -> "NewForm":
         """Read the form from a command line that `make_new_argv` has returned."""
-        texts: dict[str, str] = {}
-        files: dict[str, str] = {}
-        for option, value in zip(argv, argv[1:], strict=False):  # each word with the one after it
-            if option == "--model_file":
-                name, _, path = value.partition("=")
-                files[name] = path
-            elif option.startswith("--"):
-                texts[option] = value
+        options: dict[str, str] = {}
+        model_files: dict[str, str] = {}
+        for word, next_word in zip(argv, argv[1:], strict=False):
+            if word == "--model_file":
+                name, _, path = next_word.partition("=")
+                model_files[name] = path
+            elif word.startswith("--"):
+                options[word] = next_word
         return cls(
             folder="".join(argv[2:3]),  # reelsmith new FOLDER ...
-            family=texts.get("--family", ""),
-            task=texts.get("--task", ""),
-            train=_read_kind(texts.get("--train", "")),
-            trigger=texts.get("--trigger_word", ""),
-            name=texts.get("--output_name", ""),
-            steps=texts.get("--max_train_steps", str(DEFAULT_STEPS)),
-            model_files=files,
-            recipe=texts.get("--recipe", ""),
+            family=options.get("--family", ""),
+            task=options.get("--task", ""),
+            train=_read_kind(options.get("--train", "")),
+            trigger=options.get("--trigger_word", ""),
+            name=options.get("--output_name", ""),
+            steps=options.get("--max_train_steps", str(DEFAULT_STEPS)),
+            model_files=model_files,
+            recipe=options.get("--recipe", ""),
         )
 
     @classmethod
-    def of_described(cls, described: DescribedFolder, models: Path) -> "NewForm":
+    def from_described(cls, described: DescribedFolder, models: Path) -> "NewForm":
         """Return the form of a described folder. Files in the folder `models` need no field."""
         return cls(
             folder=str(described.folder),
@@ -174,7 +178,7 @@ class NewForm:
             },
         )
 
-    def of_folder(self, folder: Path) -> "NewForm":
+    def with_folder(self, folder: Path) -> "NewForm":
         """Return the form with another folder."""
         return replace(self, folder=str(folder))
 
@@ -201,8 +205,8 @@ def _read_kind(name: str) -> str:
     return "" if name == LORA.name else name
 
 
-def _fit_kind(name: str, model: ModelSet | None) -> str:
-    """Return `name`, a value of the field `train`, if the selected model supports it; else ""."""
+def _select_supported_kind(name: str, model: ModelSet | None) -> str:
+    """Return the value `name` of the field `train` if the model supports this kind of run; else ""."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
@@ -218,7 +222,7 @@ def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRec
     return [one for one in recipes if (one.family, one.task, one.train) == (family, task, kind)]
 
 
-def _fit_recipe(name: str, family: str, task: str, train: str) -> str:
+def _select_supported_recipe(name: str, family: str, task: str, train: str) -> str:
     """Return the value of the field `recipe` if it is of this model and kind of run."""
     return name if any(name == recipe.name for recipe in list_fitting_recipes(family, task, train)) else ""
 
@@ -243,7 +247,7 @@ def find_model(family: str, task: str) -> ModelSet | None:
     return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
 
 
-def _name_default(form: NewForm) -> str | None:
+def _find_explicit_lora_option(form: NewForm) -> str | None:
     """Return the value of --train that selects a LoRA; None if `new` trains a LoRA by default."""
     model = find_model(form.family, form.task)
     return None if model is None or find_control_kind(model) is None else LORA.name
@@ -261,13 +265,13 @@ def check_form(form: NewForm) -> None:
         )
     tasks = [model.task for model in models if model.family == form.family]
     if form.task not in tasks:
-        error = join(" ", filter(None, (say("Version"), form.task)))
+        field_and_value = join(" ", filter(None, (say("Version"), form.task)))
         raise OptionError(
-            say("%(problem)s: choose one of %(names)s.", problem=error, names=join(", ", tasks))
+            say("%(problem)s: choose one of %(names)s.", problem=field_and_value, names=join(", ", tasks))
         )
     if not form.trigger and BY_NAME[form.train or LORA.name].learns_word:
         raise OptionError(say("Trigger word: an embedding is a new word. Give one, such as mrsfluff."))
-    for check in CHECKS.values():
+    for check in FIELD_CHECKS.values():
         check(form)
 
 
@@ -282,7 +286,7 @@ def check_trigger_field(form: NewForm) -> None:
 
 def hint_at_word(word: str) -> str:
     """Return a line about a trigger word that models know already; "" for any other word."""
-    if word.strip().lower() not in KNOWN_WORDS:
+    if word.strip().lower() not in COMMON_WORDS:
         return ""
     return say(
         "Every model knows %(word)s already: what it draws for that word changes too. A made-up word changes "
@@ -311,7 +315,7 @@ def check_steps_field(form: NewForm) -> None:
 
 
 # field name -> its check, for the fields that are checked during typing
-CHECKS: Mapping[str, Callable[[NewForm], None]] = {
+FIELD_CHECKS: Mapping[str, Callable[[NewForm], None]] = {
     "trigger": check_trigger_field,
     "name": check_name_field,
     "steps": check_steps_field,
@@ -321,7 +325,7 @@ CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 def list_field_errors(form: NewForm) -> dict[str, str]:
     """Return the reasons why `new` would reject values, by the names of the fields."""
     errors = {}
-    for name, check in CHECKS.items():
+    for name, check in FIELD_CHECKS.items():
         try:
             check(form)
         except OptionError as error:
@@ -345,15 +349,15 @@ def read_steps(text: str) -> int:
     return steps
 
 
-def without_groups(text: str) -> str:
+def remove_thousands_separators(text: str) -> str:
     """Remove the thousands separators from a number; return any other text unchanged."""
-    text = text.translate(FULL_WIDTH)
-    return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
+    text = text.translate(FULL_WIDTH_DIGITS)
+    return re.sub(r"\D", "", text) if GROUPED_NUMBER.fullmatch(text) else text
 
 
 def parse_integer(text: str, maximum: int) -> int | None:
     """Parse a positive integer; return None for any other text or a number above `maximum`."""
-    text = without_groups(text)
+    text = remove_thousands_separators(text)
     digits = text.lstrip("0")
     if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(maximum))):
         return None  # Python refuses to read thousands of digits
@@ -373,7 +377,7 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
     options: dict[str, Any] = {  # None leaves an option out
         "--family": form.family or None,
         "--task": form.task or None,
-        "--train": form.train or _name_default(form),
+        "--train": form.train or _find_explicit_lora_option(form),
         "--recipe": form.recipe or None,
         "--trigger_word": form.trigger or None,
         "--output_name": form.name or None,
@@ -388,27 +392,29 @@ def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run:
     return argv
 
 
-def list_differing(form: NewForm, before: NewForm) -> list[str]:
+def list_changed_fields(form: NewForm, before: NewForm) -> list[str]:
     """Return the labels of fields that differ in two forms, among those that affect all files of a folder."""
-    return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
+    return [
+        label for name, label in FIELDS_OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)
+    ]
 
 
-def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]:
+def list_unsaved(sent: NewForm, initial: NewForm, saved: NewForm) -> list[str]:
     """Return the labels of the fields that were changed on the page and are not yet in the files.
 
     An empty name or number of steps stands for the value in the files.
 
     Args:
         sent: Values that the page has sent.
-        shown: Values when the page was built.
-        present: Values in the folder's current files.
+        initial: Values when the page was built.
+        saved: Values in the folder's current files.
     """
     labels: list[str] = []
-    for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():
+    for name, label in (FIELDS_OF_ALL_FILES | FIELDS_OF_RUN_FILE).items():
         value = getattr(sent, name)
-        # not typed since the page was built, or in the files already: then it is not reported
-        is_changed = value not in (getattr(shown, name), getattr(present, name))
-        if is_changed and (value or name not in OF_RUN_FILE):
+        is_unsaved = value != getattr(initial, name) and value != getattr(saved, name)
+        stands_for_saved_value = not value and name in FIELDS_OF_RUN_FILE
+        if is_unsaved and not stands_for_saved_value:
             labels.append(label)
     return labels
 

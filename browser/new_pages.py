@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -85,17 +85,17 @@ from browser.new_form import (
     check_form,
     find_model,
     hint_at_word,
-    list_differing,
+    list_changed_fields,
     list_field_errors,
     list_fitting_recipes,
     list_key_changes,
     list_shown_kinds,
-    list_unwritten,
+    list_unsaved,
     make_new_argv,
     name_field,
     read_steps,
 )
-from browser.new_steps import FolderStanding, select_step
+from browser.new_steps import FolderProgress, NextStep, select_step
 from browser.offered_folders import find_open_folder, require_inside
 from browser.printed_lines import is_for_terminal, translate_line
 from browser.responses import (
@@ -113,9 +113,9 @@ from browser.run_start import (
     DESCRIBE,
     is_run_of_folder,
     make_check_argv,
-    make_plan,
     make_run_argv,
     newest_job,
+    parse_run_config,
 )
 from browser.run_views import POLICY
 from browser.runs import DIED, RUNNING
@@ -144,15 +144,14 @@ from project.options import CAPTION_MODEL, RUN_FILE, find_models
 from protocols.families import caption_formats
 
 LINES_OF_FAILURE = 3
-COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
-TRY = "try"  # kind of background job: captions a few files as a trial
-REPAIRING = "repair"
-BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
-FULL_PAGE = ("describe", "replace", "keep")  # buttons that change more than the progress part
+DRY_RUN = "compare"  # kind of background job: shows how the files of a described folder would change
+TRY_CAPTIONS = "try"  # kind of background job: captions a few files as a trial
+BACKGROUND_KINDS = (DESCRIBE, DRY_RUN, CHECK, TRY_CAPTIONS, REPAIR_CAPTIONS)
+FULL_PAGE_ACTIONS = ("describe", "replace", "keep")  # buttons that change more than the progress part
 MESSAGE_HEADER = "x-reelsmith-said"  # header with the message of an action, when the page reopens
-PART = 24  # number of folders shown at once
-TILES = 12  # number of files in the row of images
-CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
+FOLDERS_PER_PART = 24  # number of folders shown at once
+MAX_TILES = 12  # number of files in the row of images
+CAPTION_CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
 # check.html may come from somebody else: it runs no scripts, loads nothing, and has a separate origin
@@ -161,11 +160,11 @@ CHECK_POLICY = (
     "frame-ancestors 'self'"
 )
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # starts with a drive letter, or is a network path
-MAX_OF_PAGE = 256 << 20  # maximum bytes of check.html
+MAX_CHECK_PAGE_BYTES = 256 << 20  # maximum bytes of check.html
 
 
 @dataclass(frozen=True)
-class DescribePlan:
+class PreparePlan:
     """What the button Prepare will do: run a `new` command, or change keys of run.toml."""
 
     argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
@@ -180,6 +179,30 @@ class DescribePlan:
         return format_command(self.argv)
 
 
+@dataclass(frozen=True)
+class PressedButton:
+    """A request of a button: the selected folder, the form, and all fields of the request as texts."""
+
+    folder: Path
+    form: NewForm
+    fields: Mapping[str, str]
+
+    @property
+    def files_checksum(self) -> str:
+        """Checksum of the folder's files when the page was built; "" if the request has none."""
+        return self.fields.get("mark", "")
+
+    @property
+    def displayed_address(self) -> str:
+        """Address with the form's values when the page was built; "" if the request has none."""
+        return self.fields.get("shown", "")
+
+    @property
+    def has_accepted_licenses(self) -> bool:
+        """Whether the user has accepted the licenses of the model."""
+        return bool(self.fields.get("accept"))
+
+
 class NewPages:
     """Shows the page New, and handles its buttons."""
 
@@ -188,6 +211,20 @@ class NewPages:
         self.files = FolderFiles(site.runs, site.read_only)
         self.uploads = FileUploads(site.runs)
         self.pieces = PieceUploads(self.uploads)
+        # each returns a message, and raises UserError, OSError or ValueError if it fails
+        self.actions: dict[str, Callable[[PressedButton], str]] = {
+            "describe": self.prepare,
+            "replace": self.replace,
+            "keep": self.keep_files,
+            "check": self.check,
+            "load": self.start_download,
+            "stop": self.stop,
+            "start": self.start,
+            "try": self.try_captions,
+            "write": self.write_captions,
+            "remedy": self.run_remedy,
+            REPAIR_CAPTIONS: self.repair_captions,
+        }
 
     @functools.cached_property
     def memory(self) -> float:
@@ -206,23 +243,32 @@ class NewPages:
         since the page was built, the form shows the files, with a message.
         """
         query = read_query(request)
-        form = NewForm.of_fields(query)
+        form = NewForm.from_fields(query)
         if "train" not in query:
             form = replace(form, train=self.suggest_kind(form))
         message = ""
-        if "folder" in query and set(query) <= {"folder", "name"}:  # a link, not a sent form
-            described = self.read_form(form.folder)
-            form = replace(described, name=form.name or described.name)
-        elif "mark" in query:
-            folder = find_folder(self.site.runs, form.folder)
-            mark, shown = "".join(query["mark"]), "".join(query.get("shown", ()))
-            if folder is not None and mark_files(folder) != mark and not self.is_as_shown(folder, shown):
-                form = self.read_form(form.folder)
-                message = say(
-                    "The files of this folder have changed meanwhile. The form shows them as they are now."
-                )
+        is_link = "folder" in query and set(query) <= {"folder", "name"}  # not a sent form
+        if is_link:
+            saved_form = self.read_form(form.folder)
+            form = replace(saved_form, name=form.name or saved_form.name)
+        elif self._has_changed_since_displayed(form.folder, query):
+            form = self.read_form(form.folder)
+            message = say(
+                "The files of this folder have changed meanwhile. The form shows them as they are now."
+            )
         is_part = "hx-request" in request.headers
         return self.answer(form, message=message, is_part=is_part)
+
+    def _has_changed_since_displayed(self, folder_text: str, query: Form) -> bool:
+        """Return whether a folder's files have other values than when the page of a sent form was built.
+
+        In the query, `mark` is the checksum that the files had then, `shown` the address with their values.
+        """
+        folder = find_folder(self.site.runs, folder_text) if "mark" in query else None
+        if folder is None:
+            return False
+        has_changed = mark_files(folder) != "".join(query["mark"])
+        return has_changed and not self.has_displayed_values(folder, "".join(query.get("shown", ())))
 
     def suggest_kind(self, form: NewForm) -> str:
         """Return the value of `train` that `new` selects by default for a folder not yet described."""
@@ -239,32 +285,33 @@ class NewPages:
         folder = find_folder(self.site.runs, folder_text)
         if folder is None:
             return NewForm(folder=folder_text)
-        comparing = self.find_background_job(COMPARE, folder)
-        if comparing is not None and self.is_pending(comparing, folder):
-            # COMPARE ran `new --dry_run`; until the user accepts its changes, only the form has them
-            return NewForm.of_argv(shlex.split(comparing.line))
-        job = self.find_background_job(DESCRIBE, folder)
-        is_failed = job is not None and job.state != RUNNING and job.code != 0
-        if is_described(folder) and not is_failed:
+        dry_run_job = self.find_background_job(DRY_RUN, folder)
+        if dry_run_job is not None and self.is_dry_run_current(dry_run_job, folder):
+            # until the user accepts the changes that `new --dry_run` has shown, only its command has them
+            return NewForm.from_argv(shlex.split(dry_run_job.line))
+        describe_job = self.find_background_job(DESCRIBE, folder)
+        has_failed = describe_job is not None and describe_job.state != RUNNING and describe_job.code != 0
+        if is_described(folder) and not has_failed:
             try:
                 return self.make_form(read_described(folder))
             except (OSError, ValueError):
                 return NewForm(folder=str(folder))
-        if job is not None:  # the command failed: its values can be corrected
-            return NewForm.of_argv(shlex.split(job.line))
+        if describe_job is not None:  # it failed: its values can be corrected
+            return NewForm.from_argv(shlex.split(describe_job.line))
         return NewForm(folder=str(folder), name=find_free_name(folder / "output", folder.name))
 
-    def is_as_shown(self, folder: Path, shown: str) -> bool:
+    def has_displayed_values(self, folder: Path, displayed_address: str) -> bool:
         """Return whether a folder's files still have the values that the page showed when it was loaded.
 
-        `shown` is the address of that page with its form values; "" if the folder was not described then.
+        `displayed_address` is the address of that page with its form values; "" if the folder was not
+        described then.
         """
         described, _ = self.try_read(folder)
-        return described is not None and self.make_form(described).address == shown
+        return described is not None and self.make_form(described).address == displayed_address
 
-    def is_pending(self, comparing: Job, folder: Path) -> bool:
+    def is_dry_run_current(self, dry_run_job: Job, folder: Path) -> bool:
         """Return whether saving would still make the changes that `comparing`, a `new --dry_run`, found."""
-        return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
+        return dry_run_job.state == RUNNING or not has_changed_since(dry_run_job, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the page with a filled form.
@@ -276,48 +323,35 @@ class NewPages:
             is_part: Leave out the list of folders, because the browser uses only other parts of the page.
         """
         folder = find_folder(self.site.runs, form.folder)
-        described, problem = self.try_read(folder)
-        problem = error or message or problem
-        if form.folder and folder is None and not error:
-            problem = self.explain_folder(form.folder)
+        described, reading_error = self.try_read(folder)
         content = None if folder is None else read_media_folder(folder)
         if content is not None:
             content = replace(content, num_unreadable=self.files.count_unreadable(content.path))
-        written = None if described is None else self.make_form(described)  # as the files have it
-        progress = self.progress_values(folder, described)
-        # whether the form has only values that the files have already
-        is_written = written is not None and not list_unwritten(form, written, written)
+        progress_values = self.collect_progress(folder, described)
         duration = self.describe_duration(form, described)
-        writer = CaptionForm(format=find_format_of_folder(folder))  # initial values of its caption fields
-        # reason why there is nothing to describe in the folder
-        empty = "" if folder is None or described is not None else explain_empty(folder)
+        folder_error = ""  # why the typed folder cannot be used
+        if form.folder and folder is None:
+            folder_error = self.explain_folder(form.folder)
+        elif folder is not None and described is None:
+            folder_error = explain_missing_media(folder)
+        unknown_folder_error = folder_error if folder is None and not error else ""
         values = {
-            **progress,
-            **self.folder_values(folder, content, is_part),
-            **self.list_model_values(form, content),
+            **progress_values,
+            **self.collect_folder_values(folder, content, is_part),
+            **self.collect_model_values(form, content),
+            **self.collect_caption_values(folder),
             "form": form,
-            "plan": self.plan_or_none(form, folder, described),
+            "plan": self.preview_prepare(form, folder, described),
             "duration": duration,
-            # the next step; a folder that does not exist counts as not chosen
-            "step": select_step(
-                form if folder is not None else replace(form, folder=""), progress["standing"], is_written
-            ),
+            "step": self.select_step(form, folder, described, progress_values["folder_progress"]),
             "field_faults": list_field_errors(form),
             "word_hint": hint_at_word(form.trigger),
-            "folder_fault": self.explain_folder(form.folder) if form.folder and folder is None else empty,
-            "free": self.describe_free(),
+            "folder_fault": folder_error,
+            "free": self.describe_free_space(),
             "facts": self.list_info(form, described, duration),
-            "shown": "" if written is None else written.address,
+            "shown": "" if described is None else self.make_form(described).address,
             "free_name": _suggest_free_name(form, folder, described),
-            "engine": CAPTION_MODEL,
-            "engine_size": describe_engine(CAPTION_MODEL),
-            "tried": TRIED,
-            "caption_line": format_command(make_caption_argv(writer), folder),
-            "try_line": format_command(make_caption_argv(writer, TRIED), folder),
-            "caption_format": writer.format,
-            "format_title": caption_formats()[writer.format].title if writer.format else "",
-            "caption_formats": describe_formats(),
-            "message": problem,
+            "message": unknown_folder_error or error or message or reading_error,
             "refused": error if folder is None else "",  # error of a button whose folder no longer exists
         }
         response = answer_template(
@@ -327,7 +361,32 @@ class NewPages:
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
 
-    def folder_values(
+    def select_step(
+        self, form: NewForm, folder: Path | None, described: DescribedFolder | None, progress: FolderProgress
+    ) -> NextStep:
+        """Return the next step towards a training. A folder that does not exist counts as not chosen."""
+        is_saved = False  # whether the folder's files have all values of the form
+        if described is not None:
+            saved_form = self.make_form(described)
+            is_saved = not list_unsaved(form, saved_form, saved_form)
+        existing_form = form if folder is not None else replace(form, folder="")
+        return select_step(existing_form, progress, is_saved)
+
+    def collect_caption_values(self, folder: Path | None) -> dict[str, Any]:
+        """Return the template values of the section that writes captions with a model."""
+        caption_form = CaptionForm(format=find_format_of_folder(folder))  # initial values of its fields
+        return {
+            "engine": CAPTION_MODEL,
+            "engine_size": describe_engine(CAPTION_MODEL),
+            "tried": TRIED,
+            "caption_line": format_command(make_caption_argv(caption_form), folder),
+            "try_line": format_command(make_caption_argv(caption_form, TRIED), folder),
+            "caption_format": caption_form.format,
+            "format_title": caption_formats()[caption_form.format].title if caption_form.format else "",
+            "caption_formats": describe_formats(),
+        }
+
+    def collect_folder_values(
         self, folder: Path | None, content: MediaFolder | None, is_part: bool
     ) -> dict[str, Any]:
         """Return the template values for the list of folders and for the selected folder.
@@ -343,9 +402,9 @@ class NewPages:
         folders = [] if is_part else list_media_folders(self.site.runs)
         return {
             "content": content,
-            "folders": folders[:PART],
+            "folders": folders[:FOLDERS_PER_PART],
             "num_folders": len(folders),
-            "next_folder": PART,
+            "next_folder": FOLDERS_PER_PART,
             "tool_folders": [] if opened is None else [opened],
             "roots": tops,
             "is_chosen": folder is not None,
@@ -368,12 +427,12 @@ class NewPages:
             with contextlib.suppress(OSError):
                 names = list_names(content.path)
         return {
-            "tiles": [self.files.show(content.path, name) for name in names[:TILES]] if content else [],
+            "tiles": [self.files.show(content.path, name) for name in names[:MAX_TILES]] if content else [],
             "num_files": len(names),
-            "shown_letters": CHARACTERS,
+            "shown_letters": CAPTION_CHARACTERS,
         }
 
-    def list_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
+    def collect_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
         """Return the values for the page's part about models and the selected model.
 
         `content` is the media of the selected folder; models that suit them come first.
@@ -385,11 +444,11 @@ class NewPages:
             "families": list({row.model.family: row.model for row in rows}.values()),  # one model of each
             "tasks": [row for row in rows if row.model.family == form.family],
             "options": _file_options(chosen),
-            **self.list_kind_values(form, None if chosen is None else chosen.model),
+            **self.collect_kind_values(form, None if chosen is None else chosen.model),
             "memory": self.memory,
         }
 
-    def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
+    def collect_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
         """Return the values for the field `train`. `model` is the selected model; None if there is none."""
         if model is None:
             return {"kinds": [], "recipes": []}
@@ -408,33 +467,36 @@ class NewPages:
 
         `duration` is the estimated duration of the training, in words.
         """
-        info = [duration] if duration else []
-        if not duration:
-            with contextlib.suppress(OptionError):
-                info.append(
-                    say_count(
-                        read_steps(form.steps),
-                        "%(steps)s step",
-                        "%(steps)s steps",
-                        steps=read_steps(form.steps),
-                    )
-                )
-        missing: list[Component] | None = None
-        if described is not None and (described.family, described.task) == (form.family, form.task):
-            missing = self.list_missing_parts(described)
+        if duration:
+            notes = [duration]
         else:
-            for model in find_models():
-                if (model.family, model.task) == (form.family, form.task):
-                    missing = list_missing(model, self.site.models, form.model_files)
-        if missing is not None:
-            info.append(
-                say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
-                if missing
-                else say("its model is here")
-            )
-        return info
+            notes = []
+            with contextlib.suppress(OptionError):
+                steps = read_steps(form.steps)
+                notes.append(say_count(steps, "%(steps)s step", "%(steps)s steps", steps=steps))
+        missing = self._list_missing_components(form, described)
+        if missing:
+            notes.append(say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing))))
+        elif missing is not None:
+            notes.append(say("its model is here"))
+        return notes
 
-    def describe_free(self) -> str:
+    def _list_missing_components(
+        self, form: NewForm, described: DescribedFolder | None
+    ) -> list[Component] | None:
+        """Return the files of the form's model that have to be downloaded; None for an unknown model.
+
+        If the described folder uses this model, its own files count.
+        """
+        if described is not None and (described.family, described.task) == (form.family, form.task):
+            return self.list_missing_parts(described)
+        missing: list[Component] | None = None
+        for model in find_models():
+            if (model.family, model.task) == (form.family, form.task):
+                missing = list_missing(model, self.site.models, form.model_files)
+        return missing
+
+    def describe_free_space(self) -> str:
         """Return the free disk space for models in GB; "" if it is not known."""
         with contextlib.suppress(OSError):
             return gigabytes(free_bytes(self.site.models.absolute()))
@@ -442,7 +504,7 @@ class NewPages:
 
     def make_form(self, described: DescribedFolder) -> NewForm:
         """Return the form of a described folder."""
-        return NewForm.of_described(described, self.site.models)
+        return NewForm.from_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
         """Describe how long the steps in the form take; "" if that is not known."""
@@ -463,151 +525,164 @@ class NewPages:
         except (OSError, ValueError) as reason:
             return None, str(reason)
 
-    def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
+    def collect_progress(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the template values for the part of the page that is reloaded while commands run."""
         site = self.site
         background_jobs = {kind: self.find_background_job(kind, folder) for kind in BACKGROUND_KINDS}
         queue = site.queue.now()
-        job = captioning = None
+        training_job = caption_job = None
         if folder is not None:
-            job = newest_job(
-                [queued_job for queued_job in queue.jobs if is_run_of_folder(queued_job, folder)]
-            )
-            captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
-        output = self.output_values(folder, background_jobs)
-        loading = self.loading_values(described)
-        # the browser reloads this part as long as anything still waits or runs
-        is_busy = False
-        for running_job in (*background_jobs.values(), loading["download"]):
-            if running_job is not None and running_job.state == RUNNING:
-                is_busy = True
-        for queued_job in (job, captioning):
-            if queued_job is not None and queued_job.state in (WAITING, RUNNING):
-                is_busy = True
+            training_job = newest_job([job for job in queue.jobs if is_run_of_folder(job, folder)])
+            caption_job = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
+        command_output = self.collect_command_output(folder, background_jobs)
+        download_values = self.collect_download_values(described)
         checklist = self.make_checklist(
-            folder, described, background_jobs, queue.jobs, output["looking_lines"]
+            folder, described, background_jobs, queue.jobs, command_output["looking_lines"]
         )
-        commands: list[list[str]] = []  # that run.toml lists
-        if folder is not None:  # a folder that cannot be read as described may still list commands
-            commands = read_commands(folder) if described is None else described.commands
-        repair_argv = [] if folder is None else find_repair(commands, folder)
-        standing = self.find_standing(
-            folder, described, background_jobs[CHECK], output=output, loading=loading
+        folder_progress = self.find_folder_progress(
+            folder,
+            described,
+            background_jobs[CHECK],
+            command_output=command_output,
+            download_values=download_values,
         )
-        standing = replace(standing, job=job, run_address=self.find_run(described, job))
+        run_address = self.find_run(described, training_job)
+        folder_progress = replace(folder_progress, training_job=training_job, run_address=run_address)
+        # the browser reloads this part as long as anything still waits or runs
+        is_busy = _is_any_active(
+            background=[*background_jobs.values(), download_values["download"]],
+            queued=[training_job, caption_job],
+        )
         return {
-            **output,
-            **loading,
-            "standing": standing,
+            **command_output,
+            **download_values,
+            **self.collect_commands(folder, described),
+            "folder_progress": folder_progress,
             "checklist": checklist,
             "folder": folder,
             "described": described,
-            "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
-            "repair_line": format_command(repair_argv) if repair_argv else "",
-            "commands": [format_command(argv, folder) for argv in commands],
-            "run_command": "" if described is None else format_command(self.make_run_argv(described)),
-            "check_command": "" if folder is None else format_command(make_check_argv(folder)),
-            "job": job,
-            "run_address": standing.run_address,
-            "captioning": captioning,
+            "tries": [] if folder is None else read_tries(background_jobs[TRY_CAPTIONS], folder),
+            "job": training_job,
+            "run_address": run_address,
+            "captioning": caption_job,
             "is_busy": is_busy,
             "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
-            "mark": find_mark(folder, described),
+            "mark": find_files_checksum(folder, described),
             "refused": "",
             "is_part": False,
         }
 
-    def find_standing(
+    def collect_commands(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
+        """Return the displayed command lines of a folder: those of run.toml, and of run, check and repair."""
+        if folder is None:
+            return {"repair_line": "", "commands": [], "run_command": "", "check_command": ""}
+        # a folder that cannot be read as described may still list commands
+        commands = read_commands(folder) if described is None else described.commands
+        repair_argv = make_repair_argv(commands, folder)
+        return {
+            "repair_line": format_command(repair_argv) if repair_argv else "",
+            "commands": [format_command(argv, folder) for argv in commands],
+            "run_command": "" if described is None else format_command(self.make_run_argv(described)),
+            "check_command": format_command(make_check_argv(folder)),
+        }
+
+    def find_folder_progress(
         self,
         folder: Path | None,
         described: DescribedFolder | None,
-        checking: Job | None,
+        check_job: Job | None,
         *,
-        output: Mapping[str, Any],
-        loading: Mapping[str, Any],
-    ) -> FolderStanding:
+        command_output: Mapping[str, Any],
+        download_values: Mapping[str, Any],
+    ) -> FolderProgress:
         """Return how far the preparation of a folder for a training has come, without its training job.
 
         Args:
             folder: The folder; None if none is selected.
             described: Content of its files; None if it is not described.
-            checking: Background job of the check.
-            output: Page values of the commands that describe and check the folder (`output_values`).
-            loading: Page values of the model files that are missing or loading (`loading_values`).
+            check_job: Background job of the check.
+            command_output: Page values of the commands that describe and check the folder.
+            download_values: Page values of the model files that are missing or loading.
         """
-        # if this page cannot load the missing files, `run` loads them when the training starts
-        is_loaded_here = loading["load_command"] != ""
-        return FolderStanding(
+        download = download_values["download"]
+        # if this page cannot download the missing files, `run` does when the training starts
+        can_download = download_values["load_command"] != ""
+        return FolderProgress(
             is_described=described is not None,
-            describing=output["looking"],
-            has_changes=bool(output["comparing"] is not None and output["changes"]),
-            download=loading["download"],
-            to_load=loading["to_load"] if is_loaded_here else "",
-            load_failure=describe_failure(loading["download"]) if is_loaded_here else "",
-            **self.find_missing(folder, described, checking, output["looking_lines"]),
-            loads_at_start=bool(loading["licences"]) and not is_loaded_here,
-            checking=checking,
-            is_check_old=output["is_check_old"],
+            description_job=command_output["looking"],
+            has_changes=bool(command_output["comparing"] is not None and command_output["changes"]),
+            download=download,
+            to_load=download_values["to_load"] if can_download else "",
+            load_failure=describe_failure(download) if can_download else "",
+            **self.find_missing_inputs(folder, described, check_job, command_output["looking_lines"]),
+            loads_at_start=bool(download_values["licences"]) and not can_download,
+            check_job=check_job,
+            is_check_old=command_output["is_check_old"],
         )
 
-    def find_missing(
+    def find_missing_inputs(
         self,
         folder: Path | None,
         described: DescribedFolder | None,
-        checking: Job | None,
+        check_job: Job | None,
         lines: Sequence[OutputLine],
     ) -> dict[str, Any]:
-        """Return the fields of `FolderStanding` for missing captions and errors that `new` has reported.
+        """Return the fields of `FolderProgress` for missing captions and errors that `new` has reported.
 
         `lines` were printed by `new` about files that still exist.
         """
-        looking = self.find_background_job(DESCRIBE, folder)
-        if folder is None or described is None or looking is None or looking.code != 0:
+        description_job = self.find_background_job(DESCRIBE, folder)
+        if folder is None or described is None or description_job is None or description_job.code != 0:
             return {}  # `new` has reported nothing about this folder
-        kinds = {line.kind for line in lines}
+        line_kinds = {line.kind for line in lines}
         missing: dict[str, Any] = {}
         content = read_media_folder(folder) or read_outer_folder(folder)
-        if CAPTIONS in kinds and not described.trigger and content is not None:
+        if CAPTIONS in line_kinds and not described.trigger and content is not None:
             missing["uncaptioned"] = content.num_uncaptioned
             missing["only_pictures"] = not content.num_clips and not content.num_audios
         # a later check reports the errors that are left
-        was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
-        if MEND in kinds and not was_checked:
+        was_checked = (
+            check_job is not None and check_job.log.stat().st_mtime > description_job.log.stat().st_mtime
+        )
+        if MEND in line_kinds and not was_checked:
             missing["has_listed_errors"] = any(row.grade == BAD for row in make_checklist(None, lines).rows)
         return missing
 
-    def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
+    def collect_command_output(
+        self, folder: Path | None, background_jobs: Mapping[str, Job | None]
+    ) -> dict[str, Any]:
         """Return the template values of the commands that describe, check and repair a folder.
 
-        `looking` is the `new` command whose lines are shown: a pending dry run, or the last that wrote.
+        `looking` is the `new` command whose lines are shown: a current dry run, or the last that wrote.
         """
-        names: list[str] = []
+        file_names: list[str] = []
         if folder is not None:
             with contextlib.suppress(OSError):
-                names = list_names(folder)
-        comparing = background_jobs[COMPARE]  # `new --dry_run`
-        if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
-            comparing = None  # the files have changed since: its changes are no longer those to confirm
-        looking = comparing or background_jobs[DESCRIBE]
-        checking = background_jobs[CHECK]
-        repairing = background_jobs[REPAIRING]
+                file_names = list_names(folder)
+        dry_run_job = background_jobs[DRY_RUN]
+        if dry_run_job is not None and folder is not None:
+            # after a change of the files, the changes that it found are no longer those to confirm
+            dry_run_job = dry_run_job if self.is_dry_run_current(dry_run_job, folder) else None
+        displayed_job = dry_run_job or background_jobs[DESCRIBE]
+        displayed_lines = read_output_lines(displayed_job, file_names)
+        check_job = background_jobs[CHECK]
+        repair_job = background_jobs[REPAIR_CAPTIONS]
+        repair_lines = read_output_lines(repair_job, file_names)
         return {
-            "looking": looking,
-            "looked": _list_ended(background_jobs[COMPARE], background_jobs[DESCRIBE]),
-            "looking_lines": [
-                line for line in read_output_lines(looking, names) if not is_for_terminal(line.text)
-            ],
-            "comparing": comparing,
-            "changes": read_changes(comparing),
-            "checking": checking,
-            "checking_lines": read_output_lines(checking, names),
+            "looking": displayed_job,
+            "looked": _list_ended(background_jobs[DRY_RUN], background_jobs[DESCRIBE]),
+            "looking_lines": [line for line in displayed_lines if not is_for_terminal(line.text)],
+            "comparing": dry_run_job,
+            "changes": read_changes(dry_run_job),
+            "checking": check_job,
+            "checking_lines": read_output_lines(check_job, file_names),
             "check_page": self.find_check_page(folder),
-            "is_check_old": self.is_check_old(checking, folder),
-            "trying": background_jobs[TRY],
-            "repairing": repairing,
-            "repair_lines": [line for line in read_output_lines(repairing, names) if line.is_about_repair],
+            "is_check_old": self.is_check_old(check_job, folder),
+            "trying": background_jobs[TRY_CAPTIONS],
+            "repairing": repair_job,
+            "repair_lines": [line for line in repair_lines if line.is_about_repair],
         }
 
     def make_checklist(
@@ -627,25 +702,25 @@ class NewPages:
             return Checklist([])
         content = read_media_folder(folder)
         unreadable = [] if content is None else self.files.list_unreadable(folder)
-        looking = background_jobs[COMPARE] or background_jobs[DESCRIBE]  # both run `new`
-        has_succeeded = looking is not None and looking.code == 0
+        new_job = background_jobs[DRY_RUN] or background_jobs[DESCRIBE]  # both run `new`
+        has_succeeded = new_job is not None and new_job.code == 0
         return make_checklist(
             content or read_outer_folder(folder),
             lines if has_succeeded else [],
             unreadable=unreadable,
             trigger_word="" if described is None else described.trigger,
-            applied_remedies=list_mended(lines, looking, [*jobs, background_jobs[REPAIRING]]),
+            applied_remedies=list_applied_remedies(lines, new_job, [*jobs, background_jobs[REPAIR_CAPTIONS]]),
         )
 
-    def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
+    def collect_download_values(self, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the template values about model files to download: size, licenses, command and login."""
         to_load = self.list_missing_parts(described)
         licenses = list_licenses(to_load)
-        files = None if described is None else self.find_files_to_load(described)
+        files = None if described is None else self.find_files_to_download(described)
         load_argv: list[str] = []
         download = None
         if described is not None and files is not None:
-            load_argv = self.make_load_argv(described, files)
+            load_argv = self.make_download_argv(described, files)
             download = find_download(self.site.background_jobs, files, self.site.models)
         return {
             "download": download,
@@ -666,7 +741,7 @@ class NewPages:
     def answer_progress(self, folder: Path, error: str = "") -> Response:
         """Return the section of `show_progress`. `error` is the reason why a button changed nothing."""
         described, _ = self.try_read(folder)
-        values = self.progress_values(folder, described) | {"refused": error, "is_part": True}
+        values = self.collect_progress(folder, described) | {"refused": error, "is_part": True}
         return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
@@ -687,9 +762,9 @@ class NewPages:
         first = int(first_text[:6]) if first_text.isascii() and first_text.isdecimal() else 0
         folders = list_media_folders(self.site.runs)
         values = {
-            "folders": folders[first : first + PART],
+            "folders": folders[first : first + FOLDERS_PER_PART],
             "num_folders": len(folders),
-            "next_folder": first + PART,
+            "next_folder": first + FOLDERS_PER_PART,
             "picture_address": picture_address,
         }
         return answer_template("new_folders.html", say("New"), values)
@@ -704,7 +779,7 @@ class NewPages:
         if path is None:
             return answer_not_found()
         try:
-            content = read_content(path, MAX_OF_PAGE)
+            content = read_content(path, MAX_CHECK_PAGE_BYTES)
         except OSError:
             return answer_not_found()
         headers = {"content-security-policy": CHECK_POLICY}
@@ -715,9 +790,9 @@ class NewPages:
         path = None if folder is None else folder / CHECK_PAGE
         return path if path is not None and self.site.runs.is_inside(path) else None
 
-    def is_check_old(self, checking: Job | None, folder: Path | None) -> bool:
+    def is_check_old(self, check_job: Job | None, folder: Path | None) -> bool:
         """Return whether the files of a folder have changed since its check began."""
-        return checking is not None and folder is not None and has_changed_since(checking, folder, FILES)
+        return check_job is not None and folder is not None and has_changed_since(check_job, folder, FILES)
 
     def explain_folder(self, text: str) -> str:
         """Return the reason why `text`, a typed path, names no folder that this page can describe."""
@@ -771,7 +846,7 @@ class NewPages:
                 return f"/run/{run.id}/"
         plan = None
         if job is not None:
-            plan = make_plan(described.folder / RUN_FILE, described.run_content, changed=0.0)
+            plan = parse_run_config(described.folder / RUN_FILE, described.run_content, changed=0.0)
         return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
@@ -787,7 +862,7 @@ class NewPages:
                 return [part for part in missing if (part.option or "").lstrip("-") in described.model_files]
         return []
 
-    def find_files_to_load(self, described: DescribedFolder) -> TaskFiles | None:
+    def find_files_to_download(self, described: DescribedFolder) -> TaskFiles | None:
         """Return the model files of a described folder if some are missing and a download can provide them.
 
         Returns None if no file is missing, or if run.toml names a file that is not a released file in this
@@ -795,75 +870,75 @@ class NewPages:
         """
         paths = [described.folder / path for path in described.model_files.values()]
         missing = {real_path(path) for path in paths if not path.exists()}
+        if not missing:
+            return None
         for in_fp8 in (False, True):  # the released files exist in two precisions
             files = find_task(self.site.models, described.family, described.task, in_fp8)
-            if files is None or not missing:
+            if files is None:
                 return None
-            if missing <= {real_path(self.site.models / part.path) for part in files.parts}:
+            released = {real_path(self.site.models / part.path) for part in files.parts}
+            if missing <= released:
                 return files
         return None
 
-    def make_load_argv(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
+    def make_download_argv(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
         """Return the command that downloads the missing files of a described folder's model."""
-        missing = {
+        missing_options = {
             name for name, path in described.model_files.items() if not (described.folder / path).exists()
         }
         options = {(part.component.option or "").lstrip("-") for part in files.parts}
-        without = sorted(options - missing - {""})
+        present_options = sorted(options - missing_options - {""})
         argv = files.download_words(self.site.models)
-        return [*argv, "--without", *without] if without else argv
+        return [*argv, "--without", *present_options] if present_options else argv
 
     def make_run_argv(self, described: DescribedFolder) -> list[str]:
         """Return the command that trains on a described folder, with this page's models folder."""
         return make_run_argv(described, self.site.models)
 
-    def plan_or_none(
+    def preview_prepare(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
-    ) -> DescribePlan:
+    ) -> PreparePlan:
         """Return what Prepare would do; for an incomplete form, the command with the fields filled so far."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
-                return self.plan_describe(form, folder, described)
+                return self.plan_prepare(form, folder, described)
         form = form if form.folder else replace(form, folder="FOLDER")
-        return DescribePlan(make_new_argv(form, self.site.models))
+        return PreparePlan(make_new_argv(form, self.site.models))
 
-    def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
+    def plan_prepare(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> PreparePlan:
         """Return what the button Prepare does with a folder: a `new` command, or changed keys of run.toml.
 
         A folder that is not described yet is described by `new`. In a described folder, a changed name or
         number of steps is written into run.toml; for all other changes, `new` first shows how the files would
         change. Raises OptionError if the number of steps is not valid.
         """
-        form = form.of_folder(folder)
+        form = form.with_folder(folder)
         models = self.site.models
         if not any((folder / name).exists() for name in FILES):
-            return DescribePlan(make_new_argv(form, models))
+            return PreparePlan(make_new_argv(form, models))
         if described is not None:
-            before = NewForm.of_described(described, models)
+            before = NewForm.from_described(described, models)
             changes = list_key_changes(form, before, described.values)
-            if changes.changes and not list_differing(form, before):
-                return DescribePlan([], changes)
-        return DescribePlan(make_new_argv(form, models, dry_run=True), compares=True)
+            if changes.changes and not list_changed_fields(form, before):
+                return PreparePlan([], changes)
+        return PreparePlan(make_new_argv(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Carry out a button's action on the selected folder, and show the folder's page again."""
-        sent = NewForm.of_fields(form)
+        sent_form = NewForm.from_fields(form)
         action = request.path_params["what"]
-        folder = find_folder(self.site.runs, sent.folder)
+        folder = find_folder(self.site.runs, sent_form.folder)
         if folder is None:
-            return self.answer(
-                sent, self.explain_folder(sent.folder) if sent.folder else say("Choose a folder.")
+            folder_error = (
+                self.explain_folder(sent_form.folder) if sent_form.folder else say("Choose a folder.")
             )
-        texts = {name: "".join(values) for name, values in form.items()}
-        message = ""
+            return self.answer(sent_form, folder_error)
+        if action not in self.actions:
+            return answer_unknown()
+        fields = {name: "".join(values) for name, values in form.items()}
+        message = problem = ""
         try:
-            if action == "describe":  # the button Prepare
-                message = self.describe(
-                    folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", "")
-                )
-            elif not self.carry_out(action, folder, sent, texts):
-                return answer_unknown()
-            problem = ""
+            message = self.actions[action](PressedButton(folder, sent_form, fields))
         except ChangedMeanwhileError:
             problem = say(
                 "The files of %(folder)s have changed meanwhile. Load this page again to see them.",
@@ -871,64 +946,23 @@ class NewPages:
             )
         except (UserError, OSError, ValueError) as error:
             problem = str(error)
-        if action not in FULL_PAGE:  # the browser replaces only the progress part of the page
+        if action not in FULL_PAGE_ACTIONS:  # the browser replaces only the progress part of the page
             return self.answer_progress(folder, problem)
-        if problem:  # after Prepare with what was typed, after the others as the folder's files have it
-            return self.answer(sent if action == "describe" else self.read_form(str(folder)), problem)
+        if problem:
+            keeps_typed_values = action == "describe"
+            return self.answer(sent_form if keeps_typed_values else self.read_form(str(folder)), problem)
         # success: the browser opens the page anew, and shows the message from the header
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
         response.headers[MESSAGE_HEADER] = quote(message)
         return response
 
-    def carry_out(self, action: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
-        """Carry out any button of the page except Prepare; return False for an unknown button.
-
-        Raises UserError, OSError or ValueError if it fails, and ChangedMeanwhileError if the files have
-        changed since the page was made.
-        """
-        background_jobs = self.site.background_jobs
-        if action == "replace":
-            self.replace(folder, texts.get("mark", ""))
-        elif action == "keep":
-            background_jobs.forget(name_background_job(COMPARE, folder))  # the files stay as they are
-        elif action == "check":
-            self.reject_unwritten(folder, sent, texts.get("shown", ""))
-            background_jobs.start(name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd())
-        elif action == "load":
-            self.load(folder, has_accepted=bool(texts.get("accept")))
-        elif action == "stop":
-            for kind in BACKGROUND_KINDS:
-                background_jobs.stop(name_background_job(kind, folder))
-        elif action == "start":
-            self.reject_unwritten(folder, sent, texts.get("shown", ""))
-            self.start(folder, has_accepted=bool(texts.get("accept")))
-        elif action == "try":
-            argv = make_caption_argv(CaptionForm.read(texts), TRIED)  # prints captions of a few files
-            require_inside(self.site.runs, folder)  # the command writes into the folder
-            background_jobs.start(
-                name_background_job(TRY, folder), argv, folder, within=folder, typed=TYPED_OPTIONS
-            )
-        elif action == "write":
-            argv = make_caption_argv(CaptionForm.read(texts))
-            require_inside(self.site.runs, folder)
-            self.site.queue.add_and_begin(argv, folder, within=folder, typed=TYPED_OPTIONS)
-        elif action == "remedy":
-            self.run_remedy(folder, texts.get("line", ""))
-        elif action == REPAIR_CAPTIONS:
-            self.repair(folder, texts.get("encoding", ""))  # converts captions to UTF-8
-        else:
-            return False
-        return True
-
-    def reject_unwritten(self, folder: Path, sent: NewForm, shown: str) -> None:
-        """Raise OptionError if fields of a page have values that are not in the folder's files.
-
-        `shown` is the query string with the form's values when the page was made; "" if no fields were sent.
-        """
-        if not shown:
+    def reject_unsaved(self, button: PressedButton) -> None:
+        """Raise OptionError if fields of a page have values that are not in the folder's files."""
+        if not button.displayed_address:  # no fields were sent
             return
-        form_of_files = self.make_form(read_described(folder))
-        labels = list_unwritten(sent, NewForm.of_address(shown), form_of_files)
+        displayed_form = NewForm.from_address(button.displayed_address)
+        saved_form = self.make_form(read_described(button.folder))
+        labels = list_unsaved(button.form, displayed_form, saved_form)
         if labels:
             raise OptionError(
                 say(
@@ -938,171 +972,228 @@ class NewPages:
                 )
             )
 
-    def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> str:
+    def prepare(self, button: PressedButton) -> str:
         """Describe a folder with the form's values, or change its files, and return a message.
 
         Small changes are written at once; otherwise a `new` command starts, and the message is "".
-
-        Args:
-            folder: The folder.
-            form: Values of the fields.
-            mark: Checksum of the files that the page was made from.
-            shown: Query string with the form's values when the page was made.
         """
+        folder, form = button.folder, button.form
         check_form(form)
+        has_changed = button.files_checksum != "" and button.files_checksum != mark_files(folder)
         # changed files are no conflict while they still have the values that the page showed
-        if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
+        if has_changed and not self.has_displayed_values(folder, button.displayed_address):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
-        reason = explain_empty(folder)
+        reason = explain_missing_media(folder)
         if reason:
             raise OptionError(reason)
         described, _ = self.try_read(folder)
-        plan = self.plan_describe(form, folder, described)
+        plan = self.plan_prepare(form, folder, described)
         if plan.changes.changes:
-            checksum = compute_checksum(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, plan.changes.changes, checksum)
+            run_checksum = compute_checksum(read_content(folder / RUN_FILE))
+            change_keys(folder / RUN_FILE, plan.changes.changes, run_checksum)
             return say("Written into %(text)s.", text=plan.changes.text)
-        kind = COMPARE if plan.compares else DESCRIBE
+        kind = DRY_RUN if plan.compares else DESCRIBE
         self.site.background_jobs.start(
             name_background_job(kind, folder), plan.argv, Path.cwd(), within=folder
         )
         return ""
 
-    def replace(self, folder: Path, mark: str) -> None:
+    def replace(self, button: PressedButton) -> str:
         """Let `new` write the folder's files again with the changes shown, after a copy of the old ones."""
-        comparing = self.find_background_job(COMPARE, folder)
-        if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
+        folder = button.folder
+        dry_run_job = self.find_background_job(DRY_RUN, folder)
+        if (
+            dry_run_job is None
+            or dry_run_job.state == RUNNING
+            or not self.is_dry_run_current(dry_run_job, folder)
+        ):
             raise OptionError(say("There are no changes to make (any more). Press Prepare to see them."))
-        if mark != mark_files(folder):
+        if button.files_checksum != mark_files(folder):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
         copy_name = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / copy_name)
         # the command that was compared, this time writing
-        form = NewForm.of_argv(shlex.split(comparing.line))
+        form = NewForm.from_argv(shlex.split(dry_run_job.line))
         argv = make_new_argv(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(
             name_background_job(DESCRIBE, folder), argv, Path.cwd(), within=folder
         )
-        self.site.background_jobs.forget(name_background_job(COMPARE, folder))
+        self.site.background_jobs.forget(name_background_job(DRY_RUN, folder))
+        return ""
 
-    def load(self, folder: Path, has_accepted: bool) -> None:
+    def keep_files(self, button: PressedButton) -> str:
+        """Reject the changes that `new --dry_run` has shown: the files stay as they are."""
+        self.site.background_jobs.forget(name_background_job(DRY_RUN, button.folder))
+        return ""
+
+    def check(self, button: PressedButton) -> str:
+        """Start the check of the described folder."""
+        self.reject_unsaved(button)
+        name = name_background_job(CHECK, button.folder)
+        self.site.background_jobs.start(name, make_check_argv(button.folder), Path.cwd())
+        return ""
+
+    def stop(self, button: PressedButton) -> str:
+        """Stop all background commands of the folder."""
+        for kind in BACKGROUND_KINDS:
+            self.site.background_jobs.stop(name_background_job(kind, button.folder))
+        return ""
+
+    def try_captions(self, button: PressedButton) -> str:
+        """Start the command that prints captions of a few files."""
+        folder = button.folder
+        argv = make_caption_argv(CaptionForm.read(button.fields), TRIED)
+        require_inside(self.site.runs, folder)  # the command writes into the folder
+        self.site.background_jobs.start(
+            name_background_job(TRY_CAPTIONS, folder), argv, folder, within=folder, typed=TYPED_OPTIONS
+        )
+        return ""
+
+    def write_captions(self, button: PressedButton) -> str:
+        """Queue the command that writes the folder's captions."""
+        folder = button.folder
+        argv = make_caption_argv(CaptionForm.read(button.fields))
+        require_inside(self.site.runs, folder)
+        self.site.queue.add_and_begin(argv, folder, within=folder, typed=TYPED_OPTIONS)
+        return ""
+
+    def start_download(self, button: PressedButton) -> str:
         """Start the download of the missing files of a described folder's model."""
-        described = read_described(folder)
-        files = self.find_files_to_load(described)
+        described = read_described(button.folder)
+        files = self.find_files_to_download(described)
         if files is None:
             raise OptionError(say("Nothing of its model is to be loaded (any more). Load this page again."))
-        if not has_accepted:
+        if not button.has_accepted_licenses:
             raise OptionError(say("Read the licenses of the model next to the button, and accept them."))
         name = name_download(self.site.models, described.family, described.task)
-        self.site.background_jobs.start(name, self.make_load_argv(described, files), Path.cwd())
+        self.site.background_jobs.start(name, self.make_download_argv(described, files), Path.cwd())
+        return ""
 
-    def start(self, folder: Path, has_accepted: bool) -> None:
+    def start(self, button: PressedButton) -> str:
         """Add the run of a folder to the queue, and start the queue unless other jobs wait in it."""
+        self.reject_unsaved(button)
+        folder = button.folder
         if not is_described(folder):
             raise OptionError(say("It is not prepared yet: press Prepare first."))
         argv = self.make_run_argv(read_described(folder))
-        if "--download" in argv and not has_accepted:
+        if "--download" in argv and not button.has_accepted_licenses:
             raise OptionError(
                 say("Its model is to be loaded: read the licenses next to Start, and accept them.")
             )
         self.site.tracked_runs.start(folder, argv)
+        return ""
 
-    def run_remedy(self, folder: Path, line: str) -> None:
-        """Run a command that `new` or `run --check` has printed for this folder."""
-        kinds = (COMPARE, DESCRIBE, CHECK)
-        lines: list[OutputLine] = []
-        for kind in kinds:
-            lines += read_output_lines(self.find_background_job(kind, folder))
-        argv = find_command(lines, line)
+    def run_remedy(self, button: PressedButton) -> str:
+        """Run a command that `new` or `run --check` has printed for this folder.
+
+        Raises OptionError if the folder's jobs have not printed the command of the pressed button.
+        """
+        folder = button.folder
+        printed_lines: list[OutputLine] = []
+        for kind in (DRY_RUN, DESCRIBE, CHECK):
+            printed_lines += read_output_lines(self.find_background_job(kind, folder))
+        argv = find_command(printed_lines, button.fields.get("line", ""))
         if argv is None:
             raise OptionError(say("This command is not one that was printed for this folder (any more)."))
         require_inside(self.site.runs, folder)
         command, _ = find_program(argv, folder)
         if command.words[0] == "cache":  # it repairs captions: short, so it does not wait in the queue
             self.site.background_jobs.start(
-                name_background_job(REPAIRING, folder), argv, folder, within=folder
+                name_background_job(REPAIR_CAPTIONS, folder), argv, folder, within=folder
             )
         else:
             self.site.queue.add_and_begin(argv, folder, within=folder)
+        return ""
 
-    def repair(self, folder: Path, encoding: str) -> None:
-        """Convert captions of a folder to UTF-8. `encoding` is their encoding; "" to guess it."""
+    def repair_captions(self, button: PressedButton) -> str:
+        """Convert captions of a folder to UTF-8. The field `encoding` is their encoding; "" to guess it."""
+        folder, encoding = button.folder, button.fields.get("encoding", "")
         if encoding and encoding not in NAMES:
             raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
-        argv = find_repair(read_commands(folder), folder)
+        argv = make_repair_argv(read_commands(folder), folder)
         if not argv:
             raise OptionError(say("It is not prepared yet: press Prepare first."))
         require_inside(self.site.runs, folder)
         if encoding:
             argv = [*argv, encoding]
-        self.site.background_jobs.start(name_background_job(REPAIRING, folder), argv, folder, within=folder)
+        name = name_background_job(REPAIR_CAPTIONS, folder)
+        self.site.background_jobs.start(name, argv, folder, within=folder)
+        return ""
 
-    def look_at_file(self, request: Request, form: Form) -> Response:
+    def show_file_description(self, request: Request, form: Form) -> Response:
         """Respond with a description of the file typed for a model option, and whether the page asks `new`.
 
         `new` is asked whether the file fits the model only if the described folder uses another file.
         """
         option = request.query_params.get("option", "")
-        text = "".join(form.get(f"file_{option}", ()))
-        chosen = NewForm.of_fields(form)
-        is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
-        described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
-        form_of_files = NewForm() if described is None else self.make_form(described)
+        path = "".join(form.get(f"file_{option}", ()))
+        sent_form = NewForm.from_fields(form)
+        has_model = find_model(sent_form.family, sent_form.task) is not None
+        described, _ = self.try_read(find_folder(self.site.runs, sent_form.folder))
+        saved_form = NewForm() if described is None else self.make_form(described)
         # `new` has already checked the file that the described folder uses
-        is_known = (form_of_files.family, form_of_files.task) == (chosen.family, chosen.task) and (
-            form_of_files.model_files.get(option) == chosen.model_files.get(option)
-        )
+        uses_saved_model = (saved_form.family, saved_form.task) == (sent_form.family, sent_form.task)
+        uses_saved_file = saved_form.model_files.get(option) == sent_form.model_files.get(option)
+        is_checked = uses_saved_model and uses_saved_file
         values = {
-            "text": describe_file(text),
+            "text": describe_file(path),
             "option": option,
-            "asks": is_chosen and not is_known and bool(text.strip()),
+            "asks": has_model and not is_checked and bool(path.strip()),
         }
         return answer_template("new_file.html", say("New"), values)
 
-    def look_whether_it_fits(self, request: Request, form: Form) -> Response:
+    def show_misfit(self, request: Request, form: Form) -> Response:
         """Respond with the reason, as `new` states it, why a model file does not fit the selected model."""
         option = request.query_params.get("option", "")
-        chosen = NewForm.of_fields(form)
-        text = "".join(form.get(f"file_{option}", ()))
-        is_option = any(
-            f"--{option}" == part.option
-            for model in find_models()
-            if (model.family, model.task) == (chosen.family, chosen.task)
-            for part in model.components
-        )
-        reason = find_misfit(chosen.family, chosen.task, option, text) if is_option else ""
+        sent_form = NewForm.from_fields(form)
+        path = "".join(form.get(f"file_{option}", ()))
+        model = find_model(sent_form.family, sent_form.task)
+        components = [] if model is None else model.components
+        if any(f"--{option}" == part.option for part in components):
+            reason = find_misfit(sent_form.family, sent_form.task, option, path)
+        else:
+            reason = ""  # not an option of this model
         return answer_page(str(escape(reason)))
 
 
-def explain_empty(folder: Path) -> str:
+def _is_any_active(background: Sequence[Job | Download | None], queued: Sequence[Job | None]) -> bool:
+    """Return whether a background command or download runs, or a job of the queue runs or waits."""
+    if any(process is not None and process.state == RUNNING for process in background):
+        return True
+    return any(job is not None and job.state in (WAITING, RUNNING) for job in queued)
+
+
+def explain_missing_media(folder: Path) -> str:
     """Return the reason why a folder without media cannot be described; "" if it may have media."""
     if read_media_folder(folder) is not None or any(path.is_dir() for path in folder.iterdir()):
         return ""
     return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
 
 
-def list_mended(lines: Sequence[OutputLine], describing: Job | None, jobs: Sequence[Job | None]) -> set[str]:
+def list_applied_remedies(
+    lines: Sequence[OutputLine], description_job: Job | None, jobs: Sequence[Job | None]
+) -> set[str]:
     """Return the remedies that succeeded after `new` last described the folder.
 
     These are command lines that `new` has printed, and REPAIR_CAPTIONS if the captions were repaired.
 
     Args:
         lines: Lines that `new` has printed.
-        describing: Background job that runs `new`, which describes the folder; None if there is none.
+        description_job: Background job of the `new` that described the folder; None if there is none.
         jobs: Jobs that may have applied a remedy.
     """
-    if describing is None or not describing.log.exists():
+    if description_job is None or not description_job.log.exists():
         return set()
-    # times of logs are those of the last output
-    described_at = describing.log.stat().st_mtime
+    # a log's modification time is that of the last output
+    described_at = description_job.log.stat().st_mtime
     succeeded = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
-    done = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]
-    mended = {line.text for line in lines if line.is_command and _split_line(line.text) in done}
-    if any("--repair_captions" in argv for argv in done):
-        mended.add(REPAIR_CAPTIONS)
-    return mended
+    applied = [_split_line(job.line) for job in succeeded if job.log.stat().st_mtime > described_at]
+    remedies = {line.text for line in lines if line.is_command and _split_line(line.text) in applied}
+    if any("--repair_captions" in argv for argv in applied):
+        remedies.add(REPAIR_CAPTIONS)
+    return remedies
 
 
 def _split_line(line: str) -> list[str]:
@@ -1120,14 +1211,14 @@ def describe_failure(download: Download | None) -> str:
     )
 
 
-def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
+def find_files_checksum(folder: Path | None, described: DescribedFolder | None) -> str:
     """Return a checksum of the folder's files when they were read; "" if it is not described."""
     if described is not None:
         return described.checksum
     return "" if folder is None else mark_files(folder)
 
 
-def find_repair(commands: Sequence[list[str]], folder: Path) -> list[str]:
+def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
     """Return the command that converts a described folder's captions to UTF-8; empty if there is none.
 
     `commands` are those of its run.toml.
@@ -1175,8 +1266,8 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/folders", pages.show_folders),
         Route("/new/checked", pages.show_check),
         Route("/new/caption_line", pages.show_caption_line),
-        Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
-        Route("/new/fits", answer_form(pages.look_whether_it_fits), methods=["POST"]),
+        Route("/new/file", answer_form(pages.show_file_description), methods=["POST"]),
+        Route("/new/fits", answer_form(pages.show_misfit), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
         Route(PIECE, pages.pieces.take, methods=["POST"]),
         Route(PIECE, pages.pieces.show),

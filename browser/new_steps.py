@@ -24,12 +24,12 @@ class NextStep:
     """The next step towards a training: label and action of the page's main button."""
 
     name: str
-    word: str
+    label: str
     missing: Sequence[str] = ()  # what the user still has to select or fix, in words
     done: str = ""  # completed steps in words
     address: str = ""  # address that the button opens instead of an action
-    other_word: str = ""  # label of a second button
-    other_address: str = ""
+    second_label: str = ""  # label of a second button
+    second_address: str = ""
 
     @property
     def mark(self) -> str:
@@ -38,11 +38,11 @@ class NextStep:
 
 
 @dataclass(frozen=True)
-class FolderStanding:
+class FolderProgress:
     """How far a folder is prepared and trained, derived from its files and its commands."""
 
     is_described: bool = False
-    describing: Job | None = None  # `new`, for the files or for a comparison with them
+    description_job: Job | None = None  # `new`, for the files or for a comparison with them
     has_changes: bool = False  # shown changes that the user has neither accepted nor rejected
     download: Download | None = None  # download of the folder's model
     to_load: str = ""  # missing GB of the model that this page can download
@@ -51,9 +51,9 @@ class FolderStanding:
     only_pictures: bool = True  # whether all of these files are images
     has_listed_errors: bool = False  # `new` has listed files that prevent a training run
     loads_at_start: bool = False  # the training downloads missing files
-    checking: Job | None = None
+    check_job: Job | None = None
     is_check_old: bool = False
-    job: Job | None = None  # job of the queue that trains on the folder
+    training_job: Job | None = None  # job of the queue that trains on the folder
     run_address: str = ""  # address of the page of its training
 
     @property
@@ -64,20 +64,20 @@ class FolderStanding:
     @property
     def is_checked(self) -> bool:
         """Whether the last check found no error and the files have not changed since."""
-        return self.checking is not None and self.checking.state == FINISHED and not self.is_check_old
+        return self.check_job is not None and self.check_job.state == FINISHED and not self.is_check_old
 
     @property
     def done(self) -> str:
         """Text about the steps that are complete."""
-        words = [say("Prepared")]
+        steps = [say("Prepared")]
         if self.download is not None and self.download.state == FINISHED and not self.to_load:
-            words.append(say("the model is here"))
+            steps.append(say("the model is here"))
         if self.is_checked:
-            words.append(say("checked: no fault"))
-        return say("%(done)s.", done=join(", ", words))
+            steps.append(say("checked: no fault"))
+        return say("%(done)s.", done=join(", ", steps))
 
 
-def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
+def select_step(form: NewForm, progress: FolderProgress, is_written: bool) -> NextStep:
     """Return the next step towards a training: what to press, and what is missing for it.
 
     `is_written` is true if the folder's files have the values of the form.
@@ -85,81 +85,97 @@ def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
         fields[say("a version")] = form.task
-    missing = [label for label, text in fields.items() if not text]
-    if missing:
-        return NextStep(DESCRIBE, say("Prepare"), missing=missing)
-    if standing.describing is not None and standing.describing.state == RUNNING:
+    missing_fields = [label for label, text in fields.items() if not text]
+    if missing_fields:
+        return NextStep(DESCRIBE, say("Prepare"), missing=missing_fields)
+    if progress.description_job is not None and progress.description_job.state == RUNNING:
         return NextStep(BUSY, say("Preparing …"))
-    if standing.has_changes:
+    if progress.has_changes:
         return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_ANCHOR)
-    if not (standing.is_described and is_written):
+    if not (progress.is_described and is_written):
         return NextStep(DESCRIBE, say("Prepare"))
-    return _select_after_describing(standing)
+    return _select_after_describing(progress)
 
 
-def _ask_for_captions(standing: FolderStanding) -> NextStep:
+def _ask_for_captions(progress: FolderProgress) -> NextStep:
     """Return the next step "write captions", with a trigger word as the other choice."""
-    missing = (
-        say_count(
-            standing.uncaptioned,
+    count = progress.uncaptioned
+    if progress.only_pictures:
+        missing = say_count(
+            count,
             "the caption of %(n)s picture, or a trigger word",
             "captions of %(n)s pictures, or a trigger word",
         )
-        if standing.only_pictures
-        else say_count(
-            standing.uncaptioned,
+    else:
+        missing = say_count(
+            count,
             "the caption of %(n)s file, or a trigger word",
             "captions of %(n)s files, or a trigger word",
         )
-    )
     return NextStep(
         CAPTIONS,
         say("Write captions"),
         missing=[missing],
-        done=standing.done,
+        done=progress.done,
         address=CAPTIONS_ANCHOR,
-        other_word=say("Type a trigger word"),
-        other_address=WORD_ANCHOR,
+        second_label=say("Type a trigger word"),
+        second_address=WORD_ANCHOR,
     )
 
 
-def _select_after_describing(standing: FolderStanding) -> NextStep:
+def _select_after_describing(progress: FolderProgress) -> NextStep:
     """Return the next step of a folder whose files have the values of the form."""
-    job, download, checking = standing.job, standing.download, standing.checking
-    if job is not None and (
-        job.state in (WAITING, RUNNING) or job.state == FINISHED and standing.run_address
-    ):
-        words = {
-            WAITING: say("It waits in the queue."),
-            RUNNING: say("It trains."),
-            FINISHED: say("The trained file is there."),
-        }
-        address = standing.run_address or QUEUE_ADDRESS
-        return NextStep(FOLLOW, say("Show the training"), done=words[job.state], address=address)
-    if standing.uncaptioned:
-        return _ask_for_captions(standing)
-    if standing.has_listed_errors:
+    training_step = _find_training_step(progress)
+    if training_step is not None:
+        return training_step
+    if progress.uncaptioned:
+        return _ask_for_captions(progress)
+    if progress.has_listed_errors:
         return NextStep(
             MEND,
             say("Look at the files"),
             missing=[say("the files that are listed under Your files")],
-            done=standing.done,
+            done=progress.done,
             address=LISTED_ANCHOR,
         )
-    if standing.to_load and download is not None and download.state == RUNNING:
+    if progress.to_load:
+        return _select_download_step(progress)
+    check_job = progress.check_job
+    if check_job is not None and check_job.state == RUNNING:
+        return NextStep(BUSY, say("Checking …"), done=progress.done)
+    # loads_at_start: `run` downloads the missing model files itself
+    if progress.is_checked or progress.loads_at_start:
+        return NextStep(START, say("Start"), done=progress.done)
+    has_errors = check_job is not None and check_job.code not in (0, None) and not progress.is_check_old
+    missing = [say("what the check has found")] if has_errors else []
+    return NextStep(CHECK, say("Check"), missing=missing, done=progress.done)
+
+
+def _find_training_step(progress: FolderProgress) -> NextStep | None:
+    """Return the step that shows a waiting, running or finished training; None without one."""
+    job = progress.training_job
+    if job is None:
+        return None
+    has_finished = job.state == FINISHED and progress.run_address != ""
+    if job.state not in (WAITING, RUNNING) and not has_finished:
+        return None
+    done_texts = {
+        WAITING: say("It waits in the queue."),
+        RUNNING: say("It trains."),
+        FINISHED: say("The trained file is there."),
+    }
+    address = progress.run_address or QUEUE_ADDRESS
+    return NextStep(FOLLOW, say("Show the training"), done=done_texts[job.state], address=address)
+
+
+def _select_download_step(progress: FolderProgress) -> NextStep:
+    """Return the step that starts or shows the download of the folder's model."""
+    download = progress.download
+    if download is not None and download.state == RUNNING:
         return NextStep(
             BUSY,
             say("Downloading the model%(progress_words)s …", progress_words=download.progress_words),
-            done=standing.done,
+            done=progress.done,
         )
-    if standing.to_load:
-        word = say("Download the model (%(size)s)", size=standing.to_load)
-        return NextStep(LOAD, word, done=standing.done)
-    if checking is not None and checking.state == RUNNING:
-        return NextStep(BUSY, say("Checking …"), done=standing.done)
-    # loads_at_start: `run` downloads the missing model files itself
-    if standing.is_checked or standing.loads_at_start:
-        return NextStep(START, say("Start"), done=standing.done)
-    has_errors = checking is not None and checking.code not in (0, None) and not standing.is_check_old
-    missing = [say("what the check has found")] if has_errors else []
-    return NextStep(CHECK, say("Check"), missing=missing, done=standing.done)
+    label = say("Download the model (%(size)s)", size=progress.to_load)
+    return NextStep(LOAD, label, done=progress.done)

@@ -14,11 +14,11 @@ from project.options import MODELS
 LOCAL = "localhost"
 DEFAULT_PORT = 8765
 PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
-READ = (".toml", "-history.jsonl")  # endings of the files that it shows: datasets, histories of runs
-SHORTEST = 16  # characters of a token
-WORD = re.compile(rf"[\w-]{{{SHORTEST},}}", re.ASCII)
-LONGEST = 1024
-MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
+READABLE_SUFFIXES = (".toml", "-history.jsonl")  # of datasets and histories of runs
+MIN_TOKEN_LENGTH = 16  # characters of a token
+TOKEN_PATTERN = re.compile(rf"[\w-]{{{MIN_TOKEN_LENGTH},}}", re.ASCII)
+MAX_TOKEN_BYTES = 1024
+HOW_TO_MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
 
 
 class BrowserOptions(Options, title="browser"):
@@ -88,23 +88,29 @@ class BrowserOptions(Options, title="browser"):
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "
-                f"least {SHORTEST} characters, or leave --host out. {MAKE_TOKEN.format('token.txt')}"
+                f"least {MIN_TOKEN_LENGTH} characters, or leave --host out. "
+                f"{HOW_TO_MAKE_TOKEN.format('token.txt')}"
             )
-        if self.export is not None and self.export.suffix.lower() not in {".html", ".htm"}:
-            raise OptionError(f"--export {self.export}: name a file that ends in .html")
-        if self.export is not None and len(self.folders) != 1:
+        if self.export is not None:
+            self._check_export(self.export)
+
+    def _check_export(self, path: Path) -> None:
+        """Raise OptionError if the file to write is no HTML file, or if there is not one folder to export."""
+        if path.suffix.lower() not in {".html", ".htm"}:
+            raise OptionError(f"--export {path}: name a file that ends in .html")
+        if len(self.folders) != 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if an address cannot be the top of a site."""
+        """Raise OptionError if --public_url is no address of a whole host, or there is no token."""
         if self.no_token:
             raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
         try:
             parts = urllib.parse.urlsplit(url)
-            is_plain = bool(parts.hostname) and parts.username is None and parts.port != 0
+            has_host_and_port_only = bool(parts.hostname) and parts.username is None and parts.port != 0
         except ValueError:
-            is_plain = False
-        if not is_plain or parts.scheme not in {"http", "https"}:
+            has_host_and_port_only = False
+        if not has_host_and_port_only or parts.scheme not in {"http", "https"}:
             raise OptionError(f"--public_url {url}: give an address such as https://my-page.example.org")
         if parts.path not in {"", "/"} or parts.query or parts.fragment:
             raise OptionError(
@@ -118,7 +124,7 @@ class BrowserOptions(Options, title="browser"):
         is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
         if not folder.exists() and not (is_described and self.export is None):
             raise OptionError(f"{folder}: no such folder.{explain_missing(folder)}")
-        if folder.is_file() and not folder.name.endswith(READ):
+        if folder.is_file() and not folder.name.endswith(READABLE_SUFFIXES):
             raise OptionError(
                 f"{folder} is a file: give a folder with runs in it, such as {real_path(folder).parent}, "
                 "a run's ...-history.jsonl, or a dataset's .toml"
@@ -150,17 +156,17 @@ class BrowserOptions(Options, title="browser"):
         if self.token is None:
             return None
         try:
-            word = read_text(self.token, LONGEST).strip()
+            token = read_text(self.token, MAX_TOKEN_BYTES).strip()
         except UnicodeDecodeError:  # "" is rejected below
-            word = ""
+            token = ""
         except OSError as error:
             raise OptionError(
                 f"--token {self.token} cannot be read: {error.strerror or error}. "
-                f"{MAKE_TOKEN.format(self.token)}"
+                f"{HOW_TO_MAKE_TOKEN.format(self.token)}"
             ) from None
-        if not WORD.fullmatch(word):
+        if not TOKEN_PATTERN.fullmatch(token):
             raise OptionError(
-                f"--token {self.token}: the word has to have at least {SHORTEST} letters, digits, - and _, "
-                f"without blanks. {MAKE_TOKEN.format(self.token)}"
+                f"--token {self.token}: the word has to have at least {MIN_TOKEN_LENGTH} letters, digits, - "
+                f"and _, without blanks. {HOW_TO_MAKE_TOKEN.format(self.token)}"
             )
-        return word
+        return token

@@ -20,7 +20,7 @@ from browser.tokens import Connection, find_owner
 
 COOKIE = "reelsmith_page"
 OLD_COOKIE = "reelsmith"  # older cookie with the token itself, sent to all ports; it is deleted
-SECONDS = 60 * 60 * 24 * 30  # after that, the printed address has to be opened again
+COOKIE_SECONDS = 60 * 60 * 24 * 30  # after that, the printed address has to be opened again
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class PageAccess:
         """Path below which the pages lie."""
         return f"{MARK}{self._sign('path')}"
 
-    def make_word(self, owner: int | None) -> str:
+    def make_cookie_value(self, owner: int | None) -> str:
         """Return the value of a cookie. `owner` is the account of its browser; None if that is not known."""
-        end = int(self.now()) + SECONDS
+        end = int(self.now()) + COOKIE_SECONDS
         return f"{end}.{self._sign(f'{end} {owner}')}"
 
-    def is_right(self, cookies: str, owner: int | None) -> bool:
+    def has_valid_cookie(self, cookies: str, owner: int | None) -> bool:
         """Return whether a request has a cookie whose value is valid for its account and has not expired."""
-        return any(self._fits(word, owner) for word in list_values(cookies, COOKIE))
+        return any(self._is_valid_value(value, owner) for value in list_values(cookies, COOKIE))
 
-    def _fits(self, word: str, owner: int | None) -> bool:
-        end, _, _ = word.partition(".")
-        right = f"{end}.{self._sign(f'{end} {owner}')}"
-        if not hmac.compare_digest(word.encode("utf-8", "replace"), right.encode("utf-8", "replace")):
+    def _is_valid_value(self, value: str, owner: int | None) -> bool:
+        end, _, _ = value.partition(".")
+        expected = f"{end}.{self._sign(f'{end} {owner}')}"
+        if not hmac.compare_digest(value.encode("utf-8", "replace"), expected.encode("utf-8", "replace")):
             return False
         return self.now() < int(end)
 
@@ -67,7 +67,7 @@ def derive_access(token: str, port: int) -> PageAccess:
     return PageAccess(hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations=200_000))
 
 
-def access_of(token: str, scope: Mapping[str, Any]) -> PageAccess:
+def find_page_access(token: str, scope: Mapping[str, Any]) -> PageAccess:
     """Return the path and cookie values of the server that received a request."""
     return derive_access(token, find_port(scope))
 
@@ -90,7 +90,7 @@ def find_connection(scope: Mapping[str, Any]) -> Connection | None:
     return Connection(*client, *server)
 
 
-def owner_of(scope: Mapping[str, Any]) -> int | None:
+def find_account(scope: Mapping[str, Any]) -> int | None:
     """Return the account of this machine that sent a request; None if the system does not show it."""
     connection = find_connection(scope)
     return None if connection is None else find_owner(connection)

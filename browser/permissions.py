@@ -20,10 +20,10 @@ from project.run_options import STARTING
 from training.config_options import OUR_NETWORKS, PROJECT_TABLE
 from training.features.composing import options_reaching
 
-CODE = ("network_module",)  # options that load code
+CODE_OPTIONS = ("network_module",)  # options that load code
 NOT_STARTED = "`run` refuses it: --%(option)s is only taken if it is typed"
 CACHES = "cache_directory"  # suffix of dataset keys for cache folders
-MAX_LINES = 100
+MAX_PERMISSIONS = 100
 MAX_SHOWN = 64 << 10  # bytes of a file
 
 
@@ -55,7 +55,7 @@ def read_permissions(folder: Path) -> list[Permission]:
         *_list_commands(tables),
     ]
     permissions.sort(key=lambda permission: not permission.is_unusual)
-    hidden = permissions[MAX_LINES:]
+    hidden = permissions[MAX_PERMISSIONS:]
     if not hidden:
         return permissions
     num_unusual = sum(permission.is_unusual for permission in hidden)
@@ -64,7 +64,7 @@ def read_permissions(folder: Path) -> list[Permission]:
         n=f"{len(hidden):,}",
         num_unusual=f"{num_unusual:,}",
     )
-    return [*permissions[:MAX_LINES], Permission(text, is_unusual=num_unusual > 0)]
+    return [*permissions[:MAX_PERMISSIONS], Permission(text, is_unusual=num_unusual > 0)]
 
 
 def read_shown_text(path: Path) -> str:
@@ -77,7 +77,7 @@ def read_shown_text(path: Path) -> str:
     return text if len(content) <= MAX_SHOWN else f"{text}\n… and {len(content) - MAX_SHOWN:,} bytes"
 
 
-def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _get_table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     table = tables.get(name)
     return table if isinstance(table, dict) else {}
 
@@ -86,22 +86,22 @@ def _describe_target(folder: Path, option: str, text: str) -> Permission:
     """Return a line about the place that an option writes to, marked as unusual if it is outside `folder`."""
     try:
         reject_share(text, folder)
-        real = real_path(expand_path(text, folder))
+        target = real_path(expand_path(text, folder))
     except ValueError as error:
         return Permission(f"--{option} {text}: {error}", is_unusual=True)
-    if real.is_relative_to(folder):
-        return Permission(say("writes into %(place)s", place=real))
-    allowing = ALLOWED_BY.get(option, OTHER_FOLDERS_OPTION)
+    text = say("writes into %(place)s", place=target)
+    if target.is_relative_to(folder):
+        return Permission(text)
     note = say(
         "outside of %(folder)s: `run` refuses it unless --%(allowing)s is typed",
         folder=folder,
-        allowing=allowing,
+        allowing=ALLOWED_BY.get(option, OTHER_FOLDERS_OPTION),  # option that allows this target
     )
-    return Permission(say("writes into %(place)s", place=real), note=note, is_unusual=True)
+    return Permission(text, note=note, is_unusual=True)
 
 
 def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:
-    values = _table(tables, TRAINING_TABLE)
+    values = _get_table(tables, TRAINING_TABLE)
     for option in ("output_dir", *options_reaching("writes")):
         if option in values:
             yield _describe_target(folder, option, str(values[option]))
@@ -127,18 +127,18 @@ def _as_list(value: object) -> list[Any]:
 
 
 def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
-    values = _table(tables, TRAINING_TABLE)
+    values = _get_table(tables, TRAINING_TABLE)
     for option, info in options_reaching("sends", "configures").items():
         value = values.get(option)
         if value:
-            stays = value in info.get("stays", ())
-            note = "" if stays else say("`run` refuses it unless --%(option)s is typed", option=option)
-            yield Permission(info["permission"].format(value), note=note, is_unusual=not stays)
+            is_local = value in info.get("stays", ())  # nothing leaves this machine
+            note = "" if is_local else say("`run` refuses it unless --%(option)s is typed", option=option)
+            yield Permission(info["permission"].format(value), note=note, is_unusual=not is_local)
 
 
 def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:
-    values = _table(tables, TRAINING_TABLE)
-    for option in CODE:
+    values = _get_table(tables, TRAINING_TABLE)
+    for option in CODE_OPTIONS:
         name = str(values.get(option, ""))
         if name and not name.startswith(OUR_NETWORKS):
             note = say("no code of this program: `run` refuses it")
@@ -146,7 +146,7 @@ def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:
 
 
 def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
-    values = _table(tables, TRAINING_TABLE)
+    values = _get_table(tables, TRAINING_TABLE)
     for option in STARTING:
         if values.get(option) is not None:
             yield Permission(
@@ -164,7 +164,7 @@ def _list_typed_only(words: Sequence[str]) -> list[str]:
 
 
 def _list_commands(tables: Mapping[str, Any]) -> Iterator[Permission]:
-    commands = _as_list(_table(tables, PROJECT_TABLE).get("commands"))
+    commands = _as_list(_get_table(tables, PROJECT_TABLE).get("commands"))
     for number, words in enumerate(commands):
         texts = [str(word) for word in _as_list(words)]
         text = f"{'downloads with' if number == 0 else 'runs'} {quote_command(texts)}"

@@ -221,7 +221,7 @@ LINES = (
     say("%(device)s: a prediction is made for CUDA devices (--plan)"),
 )
 # texts that placeholders of the lines above may contain; they are translated too
-PARTS = (
+PLACEHOLDER_TEXTS = (
     say("%(word)s is the class of %(subject)s: its pictures seem to be for regularization"),
     say("%(name)s is the name of a folder of regularization pictures"),
     say("%(n)s files"),
@@ -312,8 +312,16 @@ PARTS = (
     say("training"),
 )
 COUNT = "%(n)s"
-OF_FILES = ("file_kind", "wanted", "what", "other", "of_file", "families")  # placeholders for kinds of files
-OF_CATALOGUE = ("about", "terms")  # placeholders for texts from the catalogue
+# placeholders that stand for kinds of files
+FILE_KIND_PLACEHOLDERS = (
+    "file_kind",
+    "wanted",
+    "what",
+    "other",
+    "of_file",
+    "families",
+)
+CATALOGUE_PLACEHOLDERS = ("about", "terms")  # placeholders for texts from the catalogue
 # titles of the commands suggested after a run, and the sentences below them
 COMMANDS = (
     say("Generate with it"),
@@ -337,7 +345,7 @@ COMMANDS = (
 )
 SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z])")
 # errors that end a run; of a message with several lines, the first line
-REASONS = (
+RUN_ERRORS = (
     say("the device has too little memory for this run: %(reason)s."),
     say(
         "step %(step)s: the loss is %(loss)s, the gradient norm %(norm)s; nothing of this step was saved. "
@@ -361,37 +369,42 @@ REASONS = (
         "without it; what was saved is untouched."
     ),
 )
-PLACE = re.compile(r"%\((\w+)\)s")
-# endings of lines that are only useful in a terminal: the page has buttons instead
-AT_END = ("written: ", "checks, caches and trains")
+PLACEHOLDER = re.compile(r"%\((\w+)\)s")
+# beginning and end of lines that are only useful in a terminal: the page has buttons instead
+WRITTEN_FILES = "written: "
+NEXT_COMMAND = "checks, caches and trains"
 
 
 def is_for_terminal(line: str) -> bool:
     """Return whether a printed line only lists written files or the next command to type."""
-    return line.startswith(AT_END[0]) or (line.endswith(AT_END[1]) and not line.startswith("First "))
+    if line.startswith(WRITTEN_FILES):
+        return True
+    return line.endswith(NEXT_COMMAND) and not line.startswith("First ")  # "First ..." names missing inputs
 
 
 def translate_line(line: str) -> str:
     """Return a printed line as a text that pages translate; an unknown line unchanged."""
-    return _find(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
+    return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
 
 
 def translate_file_kind(kind: str | None) -> str:
     """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as a text that pages translate."""
-    return UNKNOWN_FILE if kind is None else _find(kind, FILE_KINDS) or kind
+    return UNKNOWN_FILE if kind is None else _translate_by_pattern(kind, FILE_KINDS) or kind
 
 
 def translate_reason(text: str) -> str:
     """Return the message of an error that ended a run as a text that pages translate, if it is known."""
     first, end, rest = text.partition("\n")
-    known = _find(first, REASONS)
+    known = _translate_by_pattern(first, RUN_ERRORS)
     return text if known is None else join("", (known, end + rest))
 
 
 def translate_command(command: PageCommand) -> PageCommand:
     """Return a command of a history with its title and the known sentences below it as translatable texts."""
-    sentences = [_find(sentence, COMMANDS) or sentence for sentence in SENTENCE_END.split(command.note)]
-    title = _find(command.title, COMMANDS) or command.title
+    sentences = []
+    for sentence in SENTENCE_END.split(command.note):
+        sentences.append(_translate_by_pattern(sentence, COMMANDS) or sentence)
+    title = _translate_by_pattern(command.title, COMMANDS) or command.title
     return replace(command, title=title, note=join(" ", sentences))
 
 
@@ -400,57 +413,64 @@ def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 
-def _find(text: str, forms: Sequence[TranslatableText]) -> TranslatableText | None:
-    for form in forms:
-        values = _read_values(form.key, text)
+def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> TranslatableText | None:
+    """Return a printed text as a translatable text by the first pattern that it matches; None without one."""
+    for pattern in patterns:
+        values = _match_placeholders(pattern.key, text)
         if values is not None:
-            translated = {name: _find_part(name, value) for name, value in values.items()}
-            return TranslatableText(text, form.key, translated)
+            translated_values = {name: _translate_placeholder(name, value) for name, value in values.items()}
+            return TranslatableText(text, pattern.key, translated_values)
     return None
 
 
 def _find_fault(line: str) -> TranslatableText | None:
     """Return a line such as `2 have no caption:` as a translatable text; None for any other line."""
-    number, _, words = line.removesuffix(":").partition(" ")
+    text = line.removesuffix(":")
+    number, _, _ = text.partition(" ")
     if not line.endswith(":") or not number.isdigit():
         return None
-    for form in FAULTS:
-        key = form.key
-        if number == "1":
+    for pattern in FAULTS:
+        key = pattern.key
+        if number == "1":  # the key is in the plural, but the program has printed the singular
             key = pluralize(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
-        values = _read_values(key, line[:-1])
+        values = _match_placeholders(key, text)
         if values is not None:
-            fault = TranslatableText(line[:-1], form.key, values)
+            fault = TranslatableText(text, pattern.key, values)
             return TranslatableText(line, FAULT_LINE.key, {"fault": fault})
     return None
 
 
-def _find_part(name: str, value: str) -> str:
+def _translate_placeholder(name: str, value: str) -> str:
     """Return the text of a placeholder, translatable if it matches a known pattern."""
-    if name in OF_CATALOGUE:
+    if name in CATALOGUE_PLACEHOLDERS:
         return TranslatableText(value, value, {})
     if name == "kinds":  # suffixes of files that are not read
-        return join("; ", [_find(part, (UNREAD_FILES,)) or part for part in value.split("; ")])
-    parts = (*REASONS, *PARTS_OF_CHECKS, *PARTS)
-    return _find(value, (*FILE_KINDS, *parts) if name in OF_FILES else parts) or value
+        kinds = [_translate_by_pattern(kind, (UNREAD_FILES,)) or kind for kind in value.split("; ")]
+        return join("; ", kinds)
+    patterns: tuple[TranslatableText, ...] = (*RUN_ERRORS, *PARTS_OF_CHECKS, *PLACEHOLDER_TEXTS)
+    if name in FILE_KIND_PLACEHOLDERS:
+        patterns = (*FILE_KINDS, *patterns)
+    return _translate_by_pattern(value, patterns) or value
 
 
-def _read_values(key: str, text: str) -> dict[str, str] | None:
+def _match_placeholders(key: str, text: str) -> dict[str, str] | None:
     """Return the values of a pattern's placeholders in a text; None if the text does not match.
 
     A placeholder ends at the first occurrence of the words after it, so that no file name can make this slow.
     """
-    begin, *rest = PLACE.split(key)  # rest: name of a placeholder, the words after it, the next name ...
-    if not text.startswith(begin):
+    # `fixed text, name, fixed text, name, ..., fixed text`
+    beginning, *names_and_texts = PLACEHOLDER.split(key)
+    if not text.startswith(beginning):
         return None
     values = {}
-    text = text[len(begin) :]
-    for name, words in zip(rest[::2], rest[1::2], strict=True):
-        is_last = name == rest[-2]
-        # the last words have to end the text, so they are not searched
-        end = len(text) - len(words) if is_last else text.find(words)
-        if end < 1 or not text.startswith(words, end):  # a placeholder stands for at least one character
+    remaining = text[len(beginning) :]
+    for name, following_text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True):
+        is_last = name == names_and_texts[-2]
+        # the last fixed text has to end the text, so it is not searched
+        end = len(remaining) - len(following_text) if is_last else remaining.find(following_text)
+        # a placeholder stands for at least one character
+        if end < 1 or not remaining.startswith(following_text, end):
             return None
-        values[name] = text[:end]
-        text = text[end + len(words) :]
-    return None if text else values
+        values[name] = remaining[:end]
+        remaining = remaining[end + len(following_text) :]
+    return None if remaining else values

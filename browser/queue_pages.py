@@ -37,7 +37,7 @@ from training.reports.present_files import current_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + quote_command(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
-NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
+JOB_NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
 MAX_ADDED = 40  # maximum number of jobs added at once
 CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
 
@@ -52,34 +52,33 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
     return False
 
 
-class Draft(NamedTuple):
+class EditedCommand(NamedTuple):
     """A command that the user edits, and the run whose command it is."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
-def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
+def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
     """Return the command line to show in the edit field of the page; an empty one if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.
     """
     if "line" in query:
-        return Draft(query["line"], runs.find(query.get("run", "")))
+        return EditedCommand(query["line"], runs.find(query.get("run", "")))
     index_text = query.get("command", "")
-    if not NUMBER.fullmatch(index_text):
-        return Draft()
+    if not JOB_NUMBER.fullmatch(index_text):
+        return EditedCommand()
     run = runs.find(query.get("run", ""))
     if run is None:
-        return Draft()
+        return EditedCommand()
     with contextlib.suppress(OSError):
-        run_history = runs.open(run).run_history
-        # a slice, because the index may lie past the end: then it is empty
-        commands = current_commands(run_history, run.history.parent, run.name)[int(index_text) :]
-        if commands:
-            return Draft(escape_control_codes(commands[0].bash), run)
-    return Draft()
+        commands = current_commands(runs.open(run).run_history, run.history.parent, run.name)
+        index = int(index_text)
+        if index < len(commands):
+            return EditedCommand(escape_control_codes(commands[index].bash), run)
+    return EditedCommand()
 
 
 def read_jobs(
@@ -110,26 +109,33 @@ def read_jobs(
                 queue=QUEUE,
             )
         )
-    jobs = []
-    for line in lines:
-        argv = split_arguments(command_part(line))
-        base = Path.cwd()
-        if run is not None:
-            # where the run's command was typed
-            base = compare.working_folder(run, compare.group_options(argv))
-        _, folder = split_folder(line, base)
-        jobs.append((argv, folder))
+    jobs = [_parse_job(line, run) for line in lines]
     for argv, folder in jobs:  # find all programs first: checking options takes a script a second
         find_program(argv, folder)
-    end = time.monotonic() + CHECK_SECONDS
-    before = [*earlier]
+    deadline = time.monotonic() + CHECK_SECONDS
+    earlier_jobs = [*earlier]
     for argv, folder in jobs:
-        seconds = end - time.monotonic()
-        if seconds <= 0:  # time is up: the other jobs are checked when they start
+        seconds_left = deadline - time.monotonic()
+        if seconds_left <= 0:  # the other jobs are checked when they start
             break
-        check_options(argv, folder, before, seconds=seconds)
-        before += filter(None, [find_earlier_job(argv, folder)])
+        check_options(argv, folder, earlier_jobs, seconds=seconds_left)
+        earlier_job = find_earlier_job(argv, folder)
+        if earlier_job:
+            earlier_jobs.append(earlier_job)
     return jobs
+
+
+def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
+    """Return the words of a command, and its folder: that of a `cd` in the line, or where it was typed.
+
+    `run` is the run that the command comes from; None if it was typed into the page.
+    """
+    argv = split_arguments(command_part(line))
+    typed_in = Path.cwd()
+    if run is not None:
+        typed_in = compare.working_folder(run, compare.group_options(argv))
+    _, folder = split_folder(line, typed_in)
+    return argv, folder
 
 
 def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list[Route]:
@@ -170,12 +176,13 @@ class QueuePages:
     def page(self, error: str, query: Mapping[str, str]) -> str:
         """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
         queue_state = self.queue.now()
-        jobs, worker = queue_state.jobs, queue_state.worker
+        jobs = queue_state.jobs
+        worker = queue_state.worker  # which server runs the jobs; "" if the queue is paused
         running = [job for job in jobs if job.state == RUNNING]
         ended = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:
             trainings = self.find_trainings(running)
-            draft = find_draft(self.runs, query)
+            edited_command = find_edited_command(self.runs, query)
         shown_runs = self.tracked_runs.find_job_states(jobs)
         values = {
             "running": running,
@@ -188,8 +195,8 @@ class QueuePages:
             "message": error or self.queue.problem,
             "file": self.queue.folder / QUEUE,
             "in_words": say_duration,
-            "draft": draft.line,
-            "draft_of": draft.run,
+            "draft": edited_command.line,
+            "draft_of": edited_command.run,
             "example": EXAMPLE,
             "here": Path.cwd(),
             "is_paused": worker == "",
@@ -220,6 +227,18 @@ class QueuePages:
             return self.answer(str(error), query)
         return RedirectResponse("/queue", 303)
 
+    def add_jobs(self, lines: str, run_id: str, within: str) -> None:
+        """Add command lines to the queue. The arguments are those of `carry_out`."""
+        with self.runs.lock:
+            run = self.runs.find(run_id)
+        writable_folder = find_folder(self.runs, within)  # the jobs may write only below this folder
+        if within and writable_folder is None:
+            raise OptionError(
+                say("%(within)s: there is no such folder below those that are shown.", within=within)
+            )
+        for argv, folder in read_jobs(lines, run, list_earlier(self.queue.jobs())):
+            self.queue.add(argv, folder, within=writable_folder)
+
     def carry_out(self, action: str, number: str, line: str, run_id: str, within: str) -> bool:
         """Carry out a button of the page Queue; return False for an unknown button or an invalid job number.
 
@@ -238,16 +257,8 @@ class QueuePages:
         elif action == "pause":
             self.queue.end_work(pauses=True)
         elif action == "add":
-            with self.runs.lock:
-                run = self.runs.find(run_id)
-            limits = find_folder(self.runs, within)  # the job may write only below this folder
-            if within and limits is None:
-                raise OptionError(
-                    say("%(within)s: there is no such folder below those that are shown.", within=within)
-                )
-            for argv, folder in read_jobs(line, run, list_earlier(self.queue.jobs())):
-                self.queue.add(argv, folder, within=limits)
-        elif not NUMBER.fullmatch(number):  # all buttons below belong to a job
+            self.add_jobs(line, run_id, within)
+        elif not JOB_NUMBER.fullmatch(number):  # all buttons below belong to a job
             return False
         elif action == "edit":
             self.queue.edit(int(number), line)

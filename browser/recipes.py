@@ -56,19 +56,22 @@ FIELDS: Mapping[str, Sequence[str]] = {
 }
 IMAGES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
 SIDES = ("width", "height")
-SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
+SIDE_POSITIONS = {
+    "video_size_width": 1,
+    "video_size_height": 0,
+}  # key of each side: its index in --video_size
 SIZE = "video_size"
 # options that the form sets on its own, in addition to those of its fields
 # fmt: off
-REPLACED = {
+OPTIONS_OF_FORM = {
     "prompt", "save_path", "lora_weight", "lora_multiplier", f"lora_weight_{HIGH_NOISE}",
     f"lora_multiplier_{HIGH_NOISE}", "num_videos", "from_file", "interactive", "preview_latent_every",
 }
 # fmt: on
-EXAMPLES = {"start.png", "end.png", "control.mp4"}  # placeholders in commands of the catalogue
+EXAMPLE_FILES = {"start.png", "end.png", "control.mp4"}  # placeholders in commands of the catalogue
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)  # width by height
-HALF_FLAGS = ("--fp16", "--bf16")  # switches for a graphics card in the catalogue's commands
-SIDE_STEP = 32  # pixels; all models accept multiples of it
+HALF_PRECISION_FLAGS = ("--fp16", "--bf16")  # switches for a graphics card in the catalogue's commands
+SHAPE_STEP = 32  # pixels; all models accept multiples of it
 
 
 class UsedLora(NamedTuple):
@@ -85,7 +88,7 @@ class ModelRecipe:
 
     title: str
     family: str  # as scripts name it
-    fixed: Mapping[str, Sequence[str]]  # options of the model, with their arguments
+    fixed_options: Mapping[str, Sequence[str]]  # options of the model, with their arguments
     initial_texts: Mapping[str, str]  # initial texts of the fields, by name
     folder: Path  # working folder of the command
     missing: Sequence[str] = ()  # missing files of the model
@@ -106,20 +109,19 @@ class ModelRecipe:
         return defaults
 
     @property
-    def extras(self) -> Mapping[str, str]:
+    def extra_options(self) -> Mapping[str, str]:
         """Options of the family that a request passes as extras, with their names in the request."""
         return list_extras(self.family)
 
     @cached_property
-    def keys(self) -> dict[str, str]:
+    def option_keys(self) -> dict[str, str]:
         """Option that each field of the form sets, by the field's name; only fields that the model uses."""
-        keys = find_field_keys(self.defaults, self.extras)
+        keys = find_field_keys(self.defaults, self.extra_options)
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
-            # if the run's command names an image, the model accepts that image
-            is_typed = name in self.required_images or bool(self.initial_texts.get(name))
-            if not is_typed and not self._may_accept(name):
+            is_in_command = name in self.required_images or bool(self.initial_texts.get(name))
+            if not is_in_command and not self._may_accept(name):
                 keys.pop(name, None)
         # only releases that split images into layers name this option
         if not self.initial_texts.get("layers"):
@@ -130,49 +132,50 @@ class ModelRecipe:
 
     def _may_accept(self, name: str) -> bool:
         """Return whether the model can use an image that its command does not require."""
-        task = self._task
+        task = self._task_record
         if task is None:
-            return name == "references" or not _is_needed_by_another(self.script, name)
-        from_image = task.takes_image or task.keeps_image
+            return name == "references" or not _is_required_by_other_model(self.script, name)
         is_vace = bool(getattr(task, "kind", "") == "vace")
-        takes = {
-            "start": from_image,
-            "end": task.takes_image,
-            "control": task.has_control or is_vace,
-            "references": is_vace,
-        }
-        return bool(takes[name])
+        match name:
+            case "start":
+                return bool(task.takes_image or task.keeps_image)
+            case "end":
+                return bool(task.takes_image)
+            case "control":
+                return bool(task.has_control or is_vace)
+            case _:  # references
+                return is_vace
 
     @property
-    def _task(self) -> Any:
+    def _task_record(self) -> Any:
         """Return the record of the command's task; None for a family without tasks."""
         tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
-        return tasks.get("".join(self.fixed.get("--task", ())))
+        return tasks.get("".join(self.fixed_options.get("--task", ())))
 
     @property
     def has_experts(self) -> bool:
         """Whether the model has a second transformer for high noise, with LoRAs of its own."""
-        return self.defaults.has_experts and f"--dit_{HIGH_NOISE}" in self.fixed
+        return self.defaults.has_experts and f"--dit_{HIGH_NOISE}" in self.fixed_options
 
     @property
     def counts_seconds(self) -> bool:
         """Whether the length of a result is given in seconds instead of frames."""
-        return self.keys.get("frames") == "video_seconds"
+        return self.option_keys.get("frames") == "video_seconds"
 
     @property
     def embeds_guidance(self) -> bool:
         """Whether `guidance` is an input of the network; then a value of 1 does not turn it off."""
-        return self.keys.get("guidance") == "embedded_cfg_scale"
+        return self.option_keys.get("guidance") == "embedded_cfg_scale"
 
     def find_line_option(self, name: str) -> LineOption | None:
         """Return the prompt-line option that a field sets; None if the model has no such field."""
-        key = self.keys.get(name)
+        key = self.option_keys.get(name)
         return None if key is None else find_option(key, self.defaults.line_options)
 
     @property
     def fields(self) -> list[str]:
         """Names of the fields that the model has."""
-        return list(self.keys)
+        return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
         """Return the value, as text, that is used if the field `name` is empty; "" if it is not known here.
@@ -188,7 +191,7 @@ class ModelRecipe:
             "frames": self.defaults.video_length,
             "share": self.defaults.source.denoise,
         }
-        task = self._task
+        task = self._task_record
         if task is not None:
             task_defaults = {
                 "steps": task.steps,
@@ -222,7 +225,7 @@ class ModelRecipe:
     @property
     def side_step(self) -> int:
         """Number of pixels that widths and heights are multiples of."""
-        step: int = getattr(self._task, "side_step", self.defaults.side_step)
+        step: int = getattr(self._task_record, "side_step", self.defaults.side_step)
         return step
 
     def nearest(self, name: str, value: float) -> float:
@@ -246,7 +249,7 @@ class ModelRecipe:
         sizes = [(width, height), (height, width)]
         for aspect in ASPECTS:
             side = (width * height * aspect) ** 0.5
-            rounded = [max(1, round(length / SIDE_STEP)) * SIDE_STEP for length in (side, side / aspect)]
+            rounded = [max(1, round(length / SHAPE_STEP)) * SHAPE_STEP for length in (side, side / aspect)]
             sizes.append((rounded[0], rounded[1]))
         return list(dict.fromkeys(sizes))
 
@@ -262,8 +265,8 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
 
     `extras` are the options that only this family's generation requests have.
     """
-    # options that the script lacks or rejects
-    absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
+    declared = defaults.declared()
+    unsupported = {*declared["without"], *declared["refused"]}
     keys = {}
     for name, candidates in FIELDS.items():
         if name == "cfg" and defaults.embedded_guidance is None:  # `guidance` sets the CFG scale already
@@ -271,15 +274,15 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
         if defaults.builds_in_guidance and name in ("negative", "guidance"):
             continue
         for key in candidates:
-            # SIZES: width and height are no options of their own, but the words of --video_size
-            is_there = key in extras or key in SIZES or key not in absent
-            if is_there and find_option(key, defaults.line_options) is not None:
+            # width and height are no options of their own, but the values of --video_size
+            is_supported = key in extras or key in SIDE_POSITIONS or key not in unsupported
+            if is_supported and find_option(key, defaults.line_options) is not None:
                 keys[name] = key
                 break
     return keys
 
 
-def _is_needed_by_another(script: str, name: str) -> bool:
+def _is_required_by_other_model(script: str, name: str) -> bool:
     """Return whether the command of another released model of this script requires a field's image."""
     flags = {f"--{key}" for key in FIELDS[name]}
     for model in model_sets():
@@ -293,23 +296,23 @@ def find_flag(key: str, defaults: ScriptDefaults) -> str:
     """Return the command-line flag for the key of a prompt-line option."""
     if key == "denoise":
         return f"--{defaults.source.share}"
-    name = SIZE if key in SIZES else key
+    name = SIZE if key in SIDE_POSITIONS else key
     spelled = defaults.spelled.get(name)
     return spelled[0] if spelled else f"--{name}"
 
 
-def type_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
+def to_command_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
     """Convert options of a prompt line, by key, to options of the command line, by flag."""
-    typed: dict[str, Any] = {}
-    sides = ["", ""]
+    options: dict[str, Any] = {}
+    size = ["", ""]  # height, width
     for key, value in values.items():
-        if key in SIZES:
-            sides[SIZES[key]] = str(value)
+        if key in SIDE_POSITIONS:
+            size[SIDE_POSITIONS[key]] = str(value)
         else:
-            typed[find_flag(key, defaults)] = value
-    if all(sides):
-        typed[find_flag(SIZE, defaults)] = sides
-    return typed
+            options[find_flag(key, defaults)] = value
+    if all(size):
+        options[find_flag(SIZE, defaults)] = size
+    return options
 
 
 def _find_key(flag: str, defaults: ScriptDefaults) -> str:
@@ -322,7 +325,7 @@ def _find_key(flag: str, defaults: ScriptDefaults) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def is_driven(model: ModelSet) -> bool:
+def can_generate(model: ModelSet) -> bool:
     """Return whether pages can generate with a model, which requires a script that takes requests."""
     scripts = {f"{entry.generation_script}.py" for entry in with_scripts().values()}
     is_of_script = bool(scripts.intersection(model.commands.get("generate", "").split()))
@@ -333,33 +336,27 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *argv = shlex.split(model.commands["generate"])  # python SCRIPT OPTIONS
-    paths = {}  # placeholder in the command, such as {dit} -> path
-    for part in model.components:
-        if part.option:
-            placeholder = part.option.lstrip("-")
-            paths[f"{{{placeholder}}}"] = part.path
+    model_files = {}  # placeholder in the command, such as {dit} -> path
+    for component in model.components:
+        if component.option:
+            placeholder = component.option.lstrip("-")
+            model_files[f"{{{placeholder}}}"] = str(models / component.path)
     options: dict[str, list[str]] = {}
     required_files = []
-    for name, values in group_options(argv).items():
-        options[name] = []
-        for value in values:
-            if value in paths:
-                path = str(models / paths[value])
-                options[name].append(path)
-                required_files.append(path)
-            else:
-                options[name].append(value)
+    for flag, words in group_options(argv).items():
+        options[flag] = [model_files.get(word, word) for word in words]
+        required_files += [model_files[word] for word in words if word in model_files]
     options.pop("--seed", None)  # each result gets a seed of its own
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
-        for flag in HALF_FLAGS:
+        for flag in HALF_PRECISION_FLAGS:
             options.pop(flag, None)
-    return _make_recipe(
+    return _split_command(
         title=say(model.title),
         family=families[script],
         options=options,
         folder=folder,
         missing=[path for path in required_files if not (folder / path).exists()],
-        is_example=lambda word: word in EXAMPLES,
+        is_placeholder=lambda word: word in EXAMPLE_FILES,
         file_defaults=model.usual,
     )
 
@@ -367,13 +364,13 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
-    return _make_recipe(
+    return _split_command(
         title=source.run.name,
         family=source.family,
         options=source.options,
         folder=source.working_folder,
         missing=[],
-        is_example=lambda word: word in source.unfilled_words or PLACEHOLDER.fullmatch(word) is not None,
+        is_placeholder=lambda word: word in source.unfilled_words or PLACEHOLDER.fullmatch(word) is not None,
         file_defaults=_find_defaults(source.family, names),
     )
 
@@ -389,33 +386,33 @@ def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class _TypedOption:
+class _CommandOption:
     """An option of a generating command, and the field of the page Generate that shows it."""
 
     flag: str
     key: str
     field: str | None  # field of the page that shows it
-    words: list[str]  # arguments, without placeholders
-    has_example: bool  # it had a placeholder
+    values: list[str]  # without placeholders
+    has_placeholder: bool  # it had a placeholder
 
     @property
     def is_size(self) -> bool:
-        return self.key == SIZE and len(self.words) == 2
+        return self.key == SIZE and len(self.values) == 2
 
     @property
     def is_fixed(self) -> bool:
         """Whether all commands of the page have the option unchanged, because no field shows it."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
-        return not is_shown and self.key not in REPLACED
+        return not is_shown and self.key not in OPTIONS_OF_FORM
 
 
-def _make_recipe(
+def _split_command(
     title: str,
     family: str,
     options: Mapping[str, Sequence[str]],
     folder: Path,
     missing: Sequence[str],
-    is_example: Callable[[str], bool],
+    is_placeholder: Callable[[str], bool],
     file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
     """Split the options of a command into fixed options and options that fields show.
@@ -426,63 +423,61 @@ def _make_recipe(
         options: Words that follow each option of the command.
         folder: Working folder of the command.
         missing: Files of the model that do not exist.
-        is_example: Returns whether a word is a placeholder for a file that the user has to name.
+        is_placeholder: Returns whether a word is a placeholder for a file that the user has to name.
         file_defaults: Option values to use with the model's files instead of the script's defaults.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    # the field that shows each option
-    names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
-    typed_options = []
+    field_of_key = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
+    command_options = []
     for flag, words in options.items():
         key = _find_key(flag, defaults)
         # the field for a start image also accepts a clip
-        name = names.get("i2i_path" if key == "video_path" else key)
-        typed_words = [word for word in words if not is_example(word)]
-        typed_options.append(
-            _TypedOption(flag, key, name, typed_words, has_example=len(typed_words) < len(words))
-        )
-    fixed = [option for option in typed_options if option.is_fixed]
+        field_name = field_of_key.get("i2i_path" if key == "video_path" else key)
+        values = [word for word in words if not is_placeholder(word)]
+        has_placeholder = len(values) < len(words)
+        command_options.append(_CommandOption(flag, key, field_name, values, has_placeholder))
+    fixed = [option for option in command_options if option.is_fixed]
     # fields for which the command has only a placeholder: the user has to fill them
-    examples = [option.field for option in typed_options if option.has_example and not option.is_size]
-    by_key = {option.key: option.words for option in typed_options}
-    default = _list_default_texts(typed_options, defaults)
+    unfilled = [option.field for option in command_options if option.has_placeholder and not option.is_size]
+    values_by_key = {option.key: option.values for option in command_options}
+    initial_texts = _list_initial_texts(command_options, defaults)
     return ModelRecipe(
         title=title,
         family=family,
-        fixed={option.flag: option.words for option in fixed},
-        initial_texts=default,
+        fixed_options={option.flag: option.values for option in fixed},
+        initial_texts=initial_texts,
         folder=folder,
-        missing=[*missing, *(option.flag for option in fixed if option.has_example)],
-        loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
-        required_images=[name for name in examples if name in IMAGES],
-        paths=[path for name in IMAGES for path in default.get(name, "").splitlines()],
+        missing=[*missing, *(option.flag for option in fixed if option.has_placeholder)],
+        loras=[*_read_loras(values_by_key, ""), *_read_loras(values_by_key, HIGH_NOISE)],
+        required_images=[name for name in unfilled if name in IMAGES],
+        paths=[path for name in IMAGES for path in initial_texts.get(name, "").splitlines()],
         file_defaults=file_defaults,
     )
 
 
-def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
+def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
     """Return the initial texts of the form's fields, by name.
 
     They come from the options of a command; width and height default to those of the script.
     """
     height, width = (str(side) for side in defaults.size)
-    default = {"height": height, "width": width}
-    for option in typed:
+    texts = {"height": height, "width": width}
+    for option in options:
         if option.is_size:
-            default |= {"height": option.words[0], "width": option.words[1]}
+            texts |= {"height": option.values[0], "width": option.values[1]}
         elif option.field is not None:
             separator = "\n" if option.field == "references" else " "  # one reference image per line
-            default[option.field] = separator.join(option.words)
+            texts[option.field] = separator.join(option.values)
         elif option.key == "prompt":
-            default["prompt"] = " ".join(option.words)
-    return default
+            texts["prompt"] = " ".join(option.values)
+    return texts
 
 
-def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
-    """Return the LoRAs of an expert. `by_key` are the arguments of each option of a command."""
+def _read_loras(values_by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
+    """Return the LoRAs of an expert, from the values of a command's options; strengths default to 1."""
     end = f"_{expert}" if expert else ""
-    paths = by_key.get(f"lora_weight{end}", ())
-    strengths = [*by_key.get(f"lora_multiplier{end}", ()), *["1"] * len(paths)]
+    paths = values_by_key.get(f"lora_weight{end}", ())
+    strengths = [*values_by_key.get(f"lora_multiplier{end}", ()), *["1"] * len(paths)]
     return [UsedLora(path, strength, expert) for path, strength in zip(paths, strengths, strict=False)]
 
 
@@ -503,31 +498,36 @@ class RenderRequest:
         if not self.prompt.strip():
             raise OptionError(say("Prompt: write what is to be made."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
-            character = bad_character(text)
-            if character is not None:
-                raise OptionError(
-                    say("%(label)s: leave out %(character)s.", label=self._label(name), character=character)
-                )
-            if len(text) > MAX_OF_TEXT:
-                raise OptionError(
-                    say(
-                        "%(label)s has %(n)s characters: %(most_of_text)s are the most, and models read "
-                        "far fewer.",
-                        label=self._label(name),
-                        n=f"{len(text):,}",
-                        most_of_text=f"{MAX_OF_TEXT:,}",
-                    )
-                )
+            self._check_characters(name, text)
         self._check_recipe()
         for lora in self.loras:
             self._check_lora(lora)
         for name, text in self.texts.items():
             if text.strip() and name in self.recipe.fields:
                 self._check_text(name, text.strip())
-        if "width" in self.recipe.fields and bool(self._text("width")) != bool(self._text("height")):
+        has_one_side = bool(self._field_text("width")) != bool(self._field_text("height"))
+        if "width" in self.recipe.fields and has_one_side:
             raise OptionError(say("Width and Height: give both, or neither for the model's usual size."))
         for name in IMAGES:
             self._check_images(name)
+
+    def _check_characters(self, name: str, text: str) -> None:
+        """Raise OptionError if a text is too long, or has a character that no command may have."""
+        character = bad_character(text)
+        if character is not None:
+            raise OptionError(
+                say("%(label)s: leave out %(character)s.", label=self._field_label(name), character=character)
+            )
+        if len(text) > MAX_OF_TEXT:
+            raise OptionError(
+                say(
+                    "%(label)s has %(n)s characters: %(most_of_text)s are the most, and models read "
+                    "far fewer.",
+                    label=self._field_label(name),
+                    n=f"{len(text):,}",
+                    most_of_text=f"{MAX_OF_TEXT:,}",
+                )
+            )
 
     def _check_recipe(self) -> None:
         """Raise OptionError if the model, or an image that it requires, is missing."""
@@ -549,24 +549,29 @@ class RenderRequest:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
             if not is_filled:
                 raise OptionError(
-                    say("%(label)s: this model needs one. Drop it on the field.", label=self._label(name))
+                    say(
+                        "%(label)s: this model needs one. Drop it on the field.",
+                        label=self._field_label(name),
+                    )
                 )
 
     def _check_images(self, name: str) -> None:
         """Raise OptionError if a file named in a field does not exist."""
         if name not in self.recipe.fields:
             return
-        paths = self.references if name == "references" else [self._text(name)]
+        paths = self.references if name == "references" else [self._field_text(name)]
         for path in filter(None, paths):
             if not (self.recipe.folder / path).is_file():
                 raise OptionError(
-                    say("%(label)s %(path)s: there is no such file.", label=self._label(name), path=path)
+                    say(
+                        "%(label)s %(path)s: there is no such file.", label=self._field_label(name), path=path
+                    )
                 )
 
-    def _label(self, name: str) -> str:
+    def _field_label(self, name: str) -> str:
         return self.labels.get(name, name.capitalize())
 
-    def _text(self, name: str) -> str:
+    def _field_text(self, name: str) -> str:
         return self.texts.get(name, "").strip()
 
     def _check_lora(self, lora: UsedLora) -> None:
@@ -594,7 +599,9 @@ class RenderRequest:
         try:
             value = option.read(text)
         except ValueError as error:
-            raise OptionError(say("%(label)s: %(error)s", label=self._label(name), error=error)) from None
+            raise OptionError(
+                say("%(label)s: %(error)s", label=self._field_label(name), error=error)
+            ) from None
         if not isinstance(value, (int, float)):  # only numbers have limits
             return
         minimum, maximum = self.recipe.find_limits(name)
@@ -603,7 +610,7 @@ class RenderRequest:
             raise OptionError(
                 say(
                     "%(label)s %(text)s: give a %(what)s from %(minimum)s to %(maximum)s",
-                    label=self._label(name),
+                    label=self._field_label(name),
                     text=text,
                     what=kind,
                     minimum=f"{minimum:,g}",
@@ -618,7 +625,7 @@ class RenderRequest:
             raise OptionError(
                 say(
                     "%(label)s %(text)s: give %(rule)s. Nearest: %(near)s",
-                    label=self._label(name),
+                    label=self._field_label(name),
                     text=text,
                     rule=rule,
                     near=nearest,
@@ -632,27 +639,25 @@ class RenderRequest:
             options.setdefault(_with_expert(LORA, lora.expert), []).append(lora.path)
         return options
 
-    def _strengths(self, expert: str) -> list[str]:
+    def _lora_strengths(self, expert: str) -> list[str]:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
-    def _values(self, seed: str) -> dict[str, str]:
-        """Return the texts of the form's filled fields, by the request's key for the option that each sets.
-
-        `seed` is used instead of the form's field of this name.
-        """
+    def _line_values(self, seed: str) -> dict[str, str]:
+        """Return the options of the prompt line, by key, from the form's filled fields and a seed."""
         recipe = self.recipe
         values = {}
-        for name, key in recipe.keys.items():
-            text = seed if name == "seed" else self._text(name)
-            # references are a list, which `command` adds; the share only counts together with `redraw`
-            if not text or name in ("references", "share"):
+        for name, key in recipe.option_keys.items():
+            text = seed if name == "seed" else self._field_text(name)
+            is_added_elsewhere = name in ("references", "share")  # by the callers; with `redraw`
+            if not text or is_added_elsewhere:
                 continue
-            if name == "redraw":
+            if name == "redraw":  # the image or clip that is generated anew
                 is_clip = Path(text).suffix.lower() in VIDEO_SUFFIXES
                 if is_clip and recipe.defaults.source.takes_video:
                     key = "video_path"
-                if self._text("share"):
-                    values["denoise"] = self._text("share")
+                denoising_strength = self._field_text("share")
+                if denoising_strength:
+                    values["denoise"] = denoising_strength
             values[key] = text
         return values
 
@@ -660,30 +665,30 @@ class RenderRequest:
     def session_argv(self) -> list[str]:
         """Return the command that loads the model and then reads requests, which set the LoRA strengths."""
         recipe = self.recipe
-        argv = ["python", recipe.script, *_as_argv({**recipe.fixed, **self._lora_options()})]
+        argv = ["python", recipe.script, *_as_argv({**recipe.fixed_options, **self._lora_options()})]
         return [*argv, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]
 
     def request(self, seed: str) -> dict[str, Any]:
         """Return the request for one result, as `generation/json_requests.py` reads it."""
-        options: dict[str, Any] = dict(self._values(seed))
+        options: dict[str, Any] = dict(self._line_values(seed))
         if self.references and "references" in self.recipe.fields:
             options["control_image_path"] = list(self.references)
         strengths = {}
         for expert in dict.fromkeys(lora.expert for lora in self.loras):
-            strengths[expert] = self._strengths(expert)
+            strengths[expert] = self._lora_strengths(expert)
         return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:
         """Return the generation command line of this request with `seed`, as a user could type it."""
         recipe = self.recipe
         defaults = recipe.defaults
-        options: dict[str, Any] = {**recipe.fixed, **self._lora_options()}
+        options: dict[str, Any] = {**recipe.fixed_options, **self._lora_options()}
         for expert in ("", HIGH_NOISE):
-            strengths = self._strengths(expert)
+            strengths = self._lora_strengths(expert)
             if any(float_or_one(strength) != 1 for strength in strengths):  # 1 is the scripts' default
                 options[_with_expert(STRENGTHS, expert)] = strengths
         options["--prompt"] = self.prompt.strip()
-        options |= type_options(self._values(seed), defaults)
+        options |= to_command_options(self._line_values(seed), defaults)
         if self.references and "references" in recipe.fields:
             options[find_flag("control_image_path", defaults)] = list(self.references)
         save_flag = find_flag("save_path", defaults)

@@ -23,7 +23,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
-CANCELS = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
+CANCEL_FILE = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
 MAX_OF_RENDER_JOB = 2 << 20  # bytes of a job's file, which contains the prompt three times
 MAX_WAITING = 200
 MAX_ENDED = 300  # older ended jobs are removed; their results stay
@@ -88,7 +88,7 @@ class RenderJob:
         return str(options.get("seed", "")) if isinstance(options, dict) else ""
 
 
-KINDS: dict[str, Any] = {
+FIELD_TYPES: dict[str, Any] = {
     "id": int,
     "title": str,
     "session": list,
@@ -108,7 +108,7 @@ KINDS: dict[str, Any] = {
     "last_lines": str,
     "warnings": str,
 }
-LATER: dict[str, Any] = {"warnings": ""}  # fields that files of earlier versions lack
+DEFAULTS_OF_NEW_FIELDS: dict[str, Any] = {"warnings": ""}  # fields that files of earlier versions lack
 STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
@@ -120,28 +120,28 @@ class RenderQueue:
         self.folder = folder
         self._lock = threading.RLock()
         # job number -> modification mark of the file, and its content
-        self._read: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
+        self._cached_jobs: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
 
     def list_all(self) -> list[RenderJob]:
         """Return all render jobs, the oldest first. Jobs of a server that has ended count as failed."""
         with self._lock:
-            seen = {}
+            jobs = {}
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
                 for entry in entries:
                     match = NAME.fullmatch(entry.name)
-                    if match is not None:
-                        job = self._read_entry(int(match[1]), Path(entry.path))
-                        if job is not None:
-                            seen[int(match[1])] = job
-            for number in self._read.keys() - seen.keys():
-                del self._read[number]
-            return [_with_living_server(seen[number]) for number in sorted(seen)]
+                    number = 0 if match is None else int(match[1])
+                    job = None if match is None else self._read_job(number, Path(entry.path))
+                    if job is not None:
+                        jobs[number] = job
+            for removed_number in self._cached_jobs.keys() - jobs.keys():
+                del self._cached_jobs[removed_number]
+            return [_fail_if_server_has_ended(jobs[number]) for number in sorted(jobs)]
 
     def find(self, number: int) -> RenderJob | None:
         """Return a render job by its number; None if it does not exist."""
         with self._lock:
-            job = self._read_entry(number, self._path(number))
-        return None if job is None else _with_living_server(job)
+            job = self._read_job(number, self._path(number))
+        return None if job is None else _fail_if_server_has_ended(job)
 
     def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
         """Store new render jobs, and return their numbers.
@@ -150,29 +150,29 @@ class RenderQueue:
         """
         with self._change():
             jobs = self.list_all()
-            waiting = sum(job.state == WAITING for job in jobs)
-            if waiting + len(new_jobs) > MAX_WAITING:
+            num_waiting = sum(job.state == WAITING for job in jobs)
+            if num_waiting + len(new_jobs) > MAX_WAITING:
                 raise OptionError(
                     say(
                         "%(waiting)s are waiting: %(most_waiting)s are the most",
-                        waiting=waiting,
+                        waiting=num_waiting,
                         most_waiting=MAX_WAITING,
                     )
                 )
+            first_number = max((job.id for job in jobs), default=0) + 1
             numbers: list[int] = []
             try:
-                for new_job in new_jobs:
-                    number = max([0, *(job.id for job in jobs), *numbers]) + 1
+                for number, new_job in enumerate(new_jobs, first_number):
                     self._write(replace(new_job, id=number))
                     numbers.append(number)
             except (OptionError, OutputError):  # store all jobs or none
                 for number in numbers:
                     self._path(number).unlink(missing_ok=True)
                 raise
-            self._forget(jobs)  # removes the oldest ended jobs
+            self._remove_oldest_ended(jobs)
         return numbers
 
-    def _forget(self, jobs: Sequence[RenderJob]) -> None:
+    def _remove_oldest_ended(self, jobs: Sequence[RenderJob]) -> None:
         ended = [job.id for job in jobs if job.state not in (WAITING, RUNNING)]
         for number in ended[:-MAX_ENDED]:
             self._path(number).unlink(missing_ok=True)
@@ -227,38 +227,39 @@ class RenderQueue:
         return self.folder / f"{number}.json"
 
     def _cancel_path(self, number: int) -> Path:
-        return self.folder / CANCELS.format(number)
+        return self.folder / CANCEL_FILE.format(number)
 
     def _write(self, job: RenderJob) -> None:
-        text = json.dumps({name: getattr(job, name) for name in KINDS})
+        text = json.dumps({name: getattr(job, name) for name in FIELD_TYPES})
         if len(text) > MAX_OF_RENDER_JOB:  # `_read_entry` would reject it
             raise OptionError(f"a request of {len(text):,} bytes: {MAX_OF_RENDER_JOB:,} are the most")
         write_text(self._path(job.id), text)
 
-    def _read_entry(self, number: int, path: Path) -> RenderJob | None:
-        """Return the render job in a file; None if the file is damaged or missing."""
+    def _read_job(self, number: int, path: Path) -> RenderJob | None:
+        """Return the render job in a file; None if the file is damaged or missing.
+
+        It is a new object each time, so that changes by the caller stay out of the cache.
+        """
         try:
             status = path.stat()
             version = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if number in self._read and self._read[number][0] == version:
-                stored = self._read[number][1]
-                # a new object, so that changes by the caller stay out of the cache
-                return RenderJob(**{name: getattr(stored, name) for name in KINDS})
-            # LATER: values of fields that files of earlier versions lack
-            row = {**LATER, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
-            for name, kind in KINDS.items():
-                if not isinstance(row[name], kind):
+            cached_version, cached_job = self._cached_jobs.get(number, (None, None))
+            if cached_job is not None and cached_version == version:
+                return replace(cached_job)
+            row = {**DEFAULTS_OF_NEW_FIELDS, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
+            for name, field_type in FIELD_TYPES.items():
+                if not isinstance(row[name], field_type):
                     raise TypeError(f"{name} is {row[name]!r}")
-            job = RenderJob(**{name: row[name] for name in KINDS})
+            job = RenderJob(**{name: row[name] for name in FIELD_TYPES})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
         if job.id != number or job.state not in STATES:
             return None
-        self._read[number] = (version, job)
-        return RenderJob(**{name: getattr(job, name) for name in KINDS})
+        self._cached_jobs[number] = (version, job)
+        return replace(job)
 
 
-def _with_living_server(job: RenderJob) -> RenderJob:
+def _fail_if_server_has_ended(job: RenderJob) -> RenderJob:
     """Return a render job, marked as failed if the server that worked on it has ended."""
     is_lost = not job.process or is_living(job.process) is False
     if job.state == RUNNING and is_lost:

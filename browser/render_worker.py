@@ -44,19 +44,19 @@ PREVIEWS = "preview"  # folder of the previews
 PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
 SESSION = "session.json"  # names the process with the model
 IDLE_SECONDS = 600.0  # a model idle for this long is freed
-LOOKED_EVERY = 0.2  # seconds between two looks for answers
-QUEUE_LOOKED_EVERY = 1.0
-WRITTEN_EVERY = 1.0  # interval of storing a job's progress for other servers
-RETRIED_EVERY = 2.0  # retry interval after an error or while another server works
-PATIENCE = 20.0  # seconds for a process to end by itself
-PATIENCE_AT_END = 5.0  # the same, when the server ends
+ANSWER_POLL_SECONDS = 0.2  # seconds between two looks for answers
+QUEUE_POLL_SECONDS = 1.0
+PROGRESS_WRITE_SECONDS = 1.0  # interval of storing a job's progress for other servers
+RETRY_SECONDS = 2.0  # retry interval after an error or while another server works
+SHUTDOWN_SECONDS = 20.0  # seconds for a process to end by itself
+SERVER_SHUTDOWN_SECONDS = 5.0  # the same, when the server ends
 MAX_OF_SESSION = 1000  # bytes
 TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MAX_OF_LINE = 500
 MAX_OF_WARNINGS = 4000  # characters that are kept of a render job
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
-ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
+FINAL_FIELDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = say("the page Generate")
 NO_WRITING = say("the browser was started with --read_only")
 KILLED = say(
@@ -66,7 +66,7 @@ KILLED = say(
 
 
 @dataclass
-class LoadedModel:
+class ModelSession:
     """A running process with a loaded model, and the answers that it has sent."""
 
     argv: list[str]
@@ -115,21 +115,21 @@ class RenderWorker:
         self.folder = queue.folder / FOLDER
         self.read_only = queue.read_only
         self.store = RenderQueue(self.folder)
-        self.session: LoadedModel | None = None
+        self.session: ModelSession | None = None
         self.problem = ""  # error because of which render jobs wait
         self.waits_for = ""  # ordinary reason for which they wait, such as a training run that uses the card
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._ending = threading.Lock()  # held while a process is ended; taken before `_lock`, never after it
+        self._process_end_lock = threading.Lock()  # taken before `_lock`, never after it
         self._thread: threading.Thread | None = None
         self._is_ended = False
-        self._cancels = 0  # stops that were requested for the current job: the second one kills
+        self._num_cancel_requests = 0  # stops that were requested for the current job: the second one kills
         # ended jobs whose end is not stored yet, because the disk was full
         self._unsaved: dict[int, RenderJob] = {}
         if not self.read_only:
             self._end_orphan()
-            queue.before_start = self.free_card
+            queue.before_start = self.free_gpu
             atexit.register(self.close)
             if self._has_waiting():
                 self._begin()
@@ -182,23 +182,28 @@ class RenderWorker:
         """
         with self._lock:
             current = self._current
-            if current is None or current.id != number or current.state != RUNNING:
-                render_job = self.store.find(number)
-                if render_job is not None and render_job.state == RUNNING:  # it runs on another server
-                    self.store.ask_to_cancel(number)
-                else:
-                    self.store.change(number, [WAITING], state=STOPPED)
+            is_running_here = current is not None and current.id == number and current.state == RUNNING
+            if current is not None and is_running_here:
+                self._cancel_current(current)
                 return
-            self._cancels += 1
-            session = self.session
-            if session is None:  # no process yet: `_open_session` sees the count and ends the job
-                return
-            current.doing = CANCELLING
-            # a process that is still loading, or runs on Windows, does not react to SIGINT
-            if self._cancels > 1 or not session.is_ready or os.name == "nt":
-                launch.kill_processes(session.process.pid)
+            render_job = self.store.find(number)
+            if render_job is not None and render_job.state == RUNNING:  # it runs on another server
+                self.store.ask_to_cancel(number)
             else:
-                session.process.send_signal(signal.SIGINT)
+                self.store.change(number, [WAITING], state=STOPPED)
+
+    def _cancel_current(self, current: RenderJob) -> None:
+        """Interrupt the process of the running job; on the second call, kill it."""
+        self._num_cancel_requests += 1
+        session = self.session
+        if session is None:  # no process yet: `_open_session` sees the count and ends the job
+            return
+        current.doing = CANCELLING
+        can_be_interrupted = session.is_ready and os.name != "nt"  # while it loads, it ignores SIGINT
+        if self._num_cancel_requests > 1 or not can_be_interrupted:
+            launch.kill_processes(session.process.pid)
+        else:
+            session.process.send_signal(signal.SIGINT)
 
     def again(self, number: int) -> None:
         """Queue a stopped or failed render job again. Raises OptionError for a job in another state."""
@@ -221,14 +226,19 @@ class RenderWorker:
         """End the process with the model. Raises OptionError if it is generating a result."""
         with self._changed:
             # after a result is finished, its cleanup takes another moment
-            self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
+            self._changed.wait_for(
+                lambda: self._current is None or self._current.state == RUNNING, SHUTDOWN_SECONDS
+            )
             if self._current is not None:
                 raise OptionError(say("result %(id)s is being made: cancel it first", id=self._current.id))
             session = self._detach_session()
         self._end_process(session)
 
-    def free_card(self) -> str:
-        """Unload the model for a training job, and return why the card is still not free; "" if it is."""
+    def free_gpu(self) -> str:
+        """Unload the model to free the graphics card for a job of the queue.
+
+        Returns why the card is still not free; "" if it is.
+        """
         with self._lock:
             if self._current is not None:
                 return say(
@@ -241,6 +251,10 @@ class RenderWorker:
         with self._lock:
             if self.session is None:  # no model was loaded meanwhile
                 self._end_orphan()
+        return self._explain_use_by_other_servers()
+
+    def _explain_use_by_other_servers(self) -> str:
+        """Return why another server uses the graphics card; "" if none does."""
         if any(render_job.state == RUNNING for render_job in self.list_all()):
             return say(
                 "%(generate)s of another server makes a result: the job begins after it", generate=GENERATE
@@ -269,10 +283,10 @@ class RenderWorker:
                 with contextlib.suppress(OSError):
                     self.session.process.send_signal(signal.SIGINT)
             session = self._detach_session()
-        self._end_process(session, PATIENCE_AT_END)
+        self._end_process(session, SERVER_SHUTDOWN_SECONDS)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(PATIENCE_AT_END)
+            thread.join(SERVER_SHUTDOWN_SECONDS)
 
     # --- the thread
 
@@ -286,41 +300,42 @@ class RenderWorker:
     def _work(self) -> None:
         """Generate waiting render jobs one after another, until none waits and no model is loaded.
 
-        Only one server of these folders generates at a time: it holds a lock file.
+        Only one server of these folders generates at a time: it holds a lock file. After an error, or while
+        another server has the lock, this thread tries again after some seconds.
         """
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as held_lock:
             has_lock = False
             while not self._is_ended:
-                wait = QUEUE_LOOKED_EVERY
+                wait_seconds = QUEUE_POLL_SECONDS
                 try:
                     if not has_lock:
-                        stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
+                        held_lock.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()  # a generating process of a killed server
-                    has_worked = self._make_next()
+                    has_generated = self._generate_next()
                     self.problem = ""
-                    if has_worked:
+                    if has_generated:
                         continue
-                    if self._has_ended():
+                    if self._end_thread_if_idle():
                         return
                 except BlockingIOError:
                     self.problem = say("another server of these folders makes the results")
-                    wait = RETRIED_EVERY
-                    if self._has_ended():
+                    wait_seconds = RETRY_SECONDS
+                    if self._end_thread_if_idle():
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
                         logger.warning("no result can be made: %s", error)
                     self.problem = str(error)
-                    wait = RETRIED_EVERY
+                    wait_seconds = RETRY_SECONDS
                 with self._changed:
                     if not self._is_ended:
-                        self._changed.wait(wait)
+                        self._changed.wait(wait_seconds)
 
-    def _has_ended(self) -> bool:
-        """Return whether nothing is left to do.
+    def _end_thread_if_idle(self) -> bool:
+        """Forget the thread if nothing is left to do, and return whether it has to end.
 
-        If so, the thread ends, and the next request starts a new one.
+        The next request then starts a new one.
         """
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
@@ -331,17 +346,17 @@ class RenderWorker:
     def _has_waiting(self) -> bool:
         return any(render_job.state == WAITING for render_job in self.store.list_all())
 
-    def _make_next(self) -> bool:
+    def _generate_next(self) -> bool:
         """Generate the next render job, and return whether there was one; free a model that is not needed."""
-        self._save_ends()
-        blocking = self._find_blocking_job()
-        self._free_if_unneeded(blocking is not None)
-        render_job = None if blocking is not None else self._claim_next()
+        self._save_finished()
+        is_blocked = self._find_blocking_job() is not None
+        self._free_if_unneeded(is_blocked)
+        render_job = None if is_blocked else self._claim_next()
         if render_job is None:
             return False
         self.problem = ""
         try:
-            self._make(render_job)
+            self._generate(render_job)
         except (UserError, OSError, ValueError) as error:
             logger.debug("%s", render_job.command, exc_info=error)
             self._end_render_job(render_job, DIED, str(error))
@@ -355,12 +370,17 @@ class RenderWorker:
         return True
 
     def _find_blocking_job(self) -> Job | None:
-        """Return the queue's job that uses the graphics card or is next to use it; None if there is none."""
+        """Return the queue's job that uses the graphics card or is next to use it; None if there is none.
+
+        `waits_for` then names this job.
+        """
         try:
             queue_state = self.queue.now()
         except OutputError:  # the queue's page reports it
             return None
-        for state in (RUNNING, WAITING) if queue_state.worker else (RUNNING,):
+        # waiting jobs of a paused queue do not block
+        blocking_states = (RUNNING, WAITING) if queue_state.worker else (RUNNING,)
+        for state in blocking_states:
             for job in queue_state.jobs:
                 if job.state == state:
                     verb = "runs" if state == RUNNING else say("is next")
@@ -389,7 +409,7 @@ class RenderWorker:
                     continue
                 with contextlib.suppress(OptionError):  # it was canceled meanwhile
                     self.store.pop_cancel_request(render_job.id)
-                    self._cancels = 0
+                    self._num_cancel_requests = 0
                     self._current = self.store.change(
                         render_job.id,
                         [WAITING],
@@ -401,70 +421,79 @@ class RenderWorker:
                     return self._current
         return None
 
-    def _make(self, render_job: RenderJob) -> None:
+    def _generate(self, render_job: RenderJob) -> None:
         """Generate one render job with a process that has its model loaded, and record how it ends."""
         session = self._open_session(render_job)
         if session is None:  # it could not be started, or the job was cancelled: already recorded
             return
         self._send(session, render_job)
-        last_write = time.monotonic()
-        while True:
-            answer = self._wait_for_answer(session, render_job)
-            if answer is None:
-                self._note_lost(session, render_job)
-                return
-            if answer.get("event") == "ready":  # the render job is done
-                break
-            self._follow(render_job, answer)
-            if time.monotonic() - last_write > WRITTEN_EVERY and render_job.state == RUNNING:
-                last_write = time.monotonic()
-                values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
-                with contextlib.suppress(UserError):  # only its final state matters
-                    self.store.change(render_job.id, [RUNNING], **values)
+        is_complete = self._record_events(session, render_job)
+        if not is_complete:
+            self._record_process_end(session, render_job)
+            return
         session.used = time.monotonic()
         if render_job.state == RUNNING and render_job.file:
             self._end_render_job(render_job, FINISHED)
         elif render_job.state == RUNNING:  # the process is ready again, but named no file: it failed
             self._end_render_job(render_job, DIED, self.read_last_error())
 
-    def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
-        """Record a message of the generation process, such as a step or a written file, in its render job."""
-        event = answer.get("event")
-        is_canceled = self._cancels > 0
-        if event == "begun":
-            render_job.steps = int(answer["steps"])
-        elif event == "phase" and not is_canceled:
-            render_job.doing = str(answer["what"])
-        elif event == "warned" and len(render_job.warnings) < MAX_OF_WARNINGS:
-            render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
-        elif event == "step":
-            render_job.done = int(answer["done"])
-            render_job.steps = int(answer.get("steps", render_job.steps))
-            if not is_canceled:
-                render_job.doing = MAKING
-        elif event == "made":
-            render_job.file = str(answer["file"])
-        elif event == "failed":
-            self._end_render_job(render_job, DIED, str(answer["reason"]))
-        elif event == "cancelled":
-            # it may have been written before the stop arrived
-            self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
+    def _record_events(self, session: ModelSession, render_job: RenderJob) -> bool:
+        """Record the messages of the process in a render job until it is ready for the next job.
 
-    def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
+        The progress is stored about once a second. Returns False if the process ends before it is ready.
+        """
+        last_write = time.monotonic()
+        while True:
+            answer = self._wait_for_answer(session, render_job)
+            if answer is None:
+                return False
+            if answer.get("event") == "ready":
+                return True
+            self._record_event(render_job, answer)
+            if time.monotonic() - last_write > PROGRESS_WRITE_SECONDS and render_job.state == RUNNING:
+                last_write = time.monotonic()
+                progress = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
+                with contextlib.suppress(UserError):  # only its final state matters
+                    self.store.change(render_job.id, [RUNNING], **progress)
+
+    def _record_event(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
+        """Record a message of the generation process (generation/json_requests.py) in its render job."""
+        is_canceled = self._num_cancel_requests > 0
+        match answer.get("event"):
+            case "begun":
+                render_job.steps = int(answer["steps"])
+            case "phase" if not is_canceled:
+                render_job.doing = str(answer["what"])
+            case "warned" if len(render_job.warnings) < MAX_OF_WARNINGS:
+                render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
+            case "step":
+                render_job.done = int(answer["done"])
+                render_job.steps = int(answer.get("steps", render_job.steps))
+                if not is_canceled:
+                    render_job.doing = MAKING
+            case "made":
+                render_job.file = str(answer["file"])
+            case "failed":
+                self._end_render_job(render_job, DIED, str(answer["reason"]))
+            case "cancelled":
+                # it may have been written before the stop arrived
+                self._end_render_job(render_job, FINISHED if render_job.file else STOPPED)
+
+    def _wait_for_answer(self, session: ModelSession, render_job: RenderJob) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
             if self.store.pop_cancel_request(render_job.id):  # first, as fast steps leave no idle time
                 self.cancel(render_job.id)
-            answer = session.next_answer(LOOKED_EVERY)
+            answer = session.next_answer(ANSWER_POLL_SECONDS)
             if answer is not None:
                 return answer
             if not session.is_alive:
-                return session.next_answer(LOOKED_EVERY)  # it may have answered before it ended
+                return session.next_answer(ANSWER_POLL_SECONDS)  # it may have answered before it ended
 
-    def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
+    def _record_process_end(self, session: ModelSession, render_job: RenderJob) -> None:
         """Record that the model's process has ended unexpectedly during a render job."""
         session.process.wait()
-        if self._cancels:
+        if self._num_cancel_requests:
             self._end_render_job(render_job, STOPPED)
         elif self._is_ended:
             self._end_render_job(render_job, STOPPED, say("the page's server was ended"))
@@ -485,45 +514,45 @@ class RenderWorker:
             render_job.last_lines = self._read_last_lines() if state == DIED else ""
             self._unsaved[render_job.id] = render_job
         with contextlib.suppress(OutputError):  # the next turn tries again and reports the reason
-            self._save_ends()
+            self._save_finished()
 
-    def _save_ends(self) -> None:
+    def _save_finished(self) -> None:
         """Write how render jobs have ended. Raises OutputError if that fails; the caller tries again."""
         with self._lock:
             for number, render_job in list(self._unsaved.items()):
-                values = {name: getattr(render_job, name) for name in ENDS}
+                values = {name: getattr(render_job, name) for name in FINAL_FIELDS}
                 with contextlib.suppress(OptionError):  # the file may have been removed
                     self.store.change(number, [RUNNING], **values)
                 del self._unsaved[number]
 
-    def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
+    def _open_session(self, render_job: RenderJob) -> ModelSession | None:
         """Return a ready process with the model of a render job, loading it if necessary.
 
         Returns None if loading fails or the job was cancelled; the render job then records that end.
         """
         with self._lock:
             session = self.session
-            is_same = session is not None and session.argv == render_job.session
-            if session is not None and session.is_alive and session.is_ready and is_same:
+            has_same_model = session is not None and session.argv == render_job.session
+            if session is not None and has_same_model and session.is_alive and session.is_ready:
                 return session
             session = self._detach_session()
         self._end_process(session)  # another model: it frees the card before the next one is loaded
         with self._lock:
-            if self._cancels or self._is_ended:
+            if self._num_cancel_requests or self._is_ended:
                 self._end_render_job(render_job, STOPPED)
                 return None
             session = self.session = self._start_session(render_job)
         answer = self._wait_for_answer(session, render_job)
         if answer is None or answer.get("event") != "ready":
-            self._note_lost(session, render_job)
+            self._record_process_end(session, render_job)
             return None
         session.is_ready = True
-        if self._cancels:  # the job ends, but the loaded model stays for the next one
+        if self._num_cancel_requests:  # the job ends, but the loaded model stays for the next one
             self._end_render_job(render_job, STOPPED)
             return None
         return session
 
-    def _start_session(self, render_job: RenderJob) -> LoadedModel:
+    def _start_session(self, render_job: RenderJob) -> ModelSession:
         """Start a generation process that loads the model of a render job and then takes jobs on its stdin.
 
         Raises OptionError if the command's folder no longer exists.
@@ -536,13 +565,14 @@ class RenderWorker:
         limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
         reject_link(self.folder)
         (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
-        # a queue has started it; it exchanges JSON with this server, and writes previews to that folder
-        variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
+        previews = str(self.folder.absolute() / PREVIEWS)
+        # FROM_QUEUE: a queue has started it; DRIVEN: it exchanges JSON, and writes previews to this folder
+        environment = program_environment(**{FROM_QUEUE: "1", DRIVEN: previews, "PYTHONUTF8": "1"}, **limits)
         with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 program,
                 cwd=folder,
-                env=program_environment(**variables, **limits),
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -551,33 +581,33 @@ class RenderWorker:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        session = LoadedModel(render_job.session, render_job.title, process)
+        session = ModelSession(render_job.session, render_job.title, process)
         session.start_reading()
-        row = {"server": describe_process(), "process": describe_process(process.pid)}
+        owner = {"server": describe_process(), "process": describe_process(process.pid)}
         with contextlib.suppress(OutputError):  # without the file, an orphaned process ends only by itself
-            write_text(self.folder / SESSION, json.dumps(row))
+            write_text(self.folder / SESSION, json.dumps(owner))
         return session
 
-    def _send(self, session: LoadedModel, render_job: RenderJob) -> None:
+    def _send(self, session: ModelSession, render_job: RenderJob) -> None:
         assert session.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended, which the reader notices
             session.process.stdin.write(json.dumps(render_job.request) + "\n")
             session.process.stdin.flush()
 
-    def _detach_session(self) -> LoadedModel | None:
+    def _detach_session(self) -> ModelSession | None:
         """Detach and return the loaded process so that the caller can end it; None if no model is loaded."""
         with self._lock:
             session = self.session
             self.session = None
             return session
 
-    def _end_process(self, session: LoadedModel | None, patience: float = PATIENCE) -> None:
+    def _end_process(self, session: ModelSession | None, patience: float = SHUTDOWN_SECONDS) -> None:
         """End a process by closing its input; kill it if it is still alive after `patience` seconds.
 
         Call this without the lock, which other threads need meanwhile. It returns only after every process
         that is being ended has ended, because two models may not fit on the card.
         """
-        with self._ending:
+        with self._process_end_lock:
             if session is None:  # only another thread's process had to be waited for
                 return
             with contextlib.suppress(OSError):
@@ -595,9 +625,11 @@ class RenderWorker:
     def _end_orphan(self) -> None:
         """End a process that a killed server has left behind and that still occupies the graphics card."""
         owner = self._read_session()
-        if owner and is_living(owner["process"]) is True and is_living(owner["server"]) is False:
+        if not owner:
+            return
+        if is_living(owner["process"]) is True and is_living(owner["server"]) is False:
             launch.kill_processes(owner["process"]["number"])
-        if owner and is_living(owner["server"]) is not True:
+        if is_living(owner["server"]) is not True:
             with contextlib.suppress(OSError):
                 (self.folder / SESSION).unlink()
             self._remove_previews()

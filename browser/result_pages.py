@@ -26,7 +26,7 @@ from browser.command_lines import format_command
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
-from browser.recipes import RESULTS, ModelRecipe, is_driven, make_model_recipe, make_run_recipe
+from browser.recipes import RESULTS, ModelRecipe, can_generate, make_model_recipe, make_run_recipe
 from browser.render_queue import RenderJob
 from browser.responses import (
     Form,
@@ -45,9 +45,9 @@ from browser.result_settings import (
     ResultSettings,
     format_sample_line,
     read_settings,
-    remake,
+    regenerate,
 )
-from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
+from browser.results import LAST_FRAME_SUFFIX, UPSCALED_SUFFIX, Result, ResultFolders
 from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
 from browser.server_state import Site
@@ -58,6 +58,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
+from modules.media.colors import Frame
 from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
 from modules.pages.language import say
@@ -65,17 +66,17 @@ from modules.text_files import read_content
 from project.options import MODELS
 from protocols.families import with_scripts
 
-PART = 24  # results that are shown at once: full rows of one, two, three and four
+PAGE_SIZE = 24  # results that are shown at once: full rows of one, two, three and four
 READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
 MAX_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
-TOOL = "blissful_tuner/upscaler.py"
-LOAD = "upscaler"  # kind of a background job
-FACTOR = 2  # by which width and height grow
+UPSCALER_SCRIPT = "blissful_tuner/upscaler.py"
+DOWNLOAD_UPSCALER = "upscaler"  # kind of a background job
+UPSCALE_FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
-NETWORKS = (".pth", ".safetensors")
+UPSCALER_SUFFIXES = (".pth", ".safetensors")
 MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
-SHORT = 160  # characters of a prompt in the list
+MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
 
 
 class ReadSettings(NamedTuple):
@@ -126,7 +127,7 @@ class SettingsCache:
 
 
 @dataclass(frozen=True)
-class ResultChoice:
+class ResultFilter:
     """Values of the fields that filter the list of results."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
@@ -155,6 +156,14 @@ class ResultChoice:
         return all(word in text for word in self.words)
 
 
+class FilteredResults(NamedTuple):
+    """Results of the page, and those that pass its filter."""
+
+    all: Sequence[Result]
+    accepted: Sequence[Result]
+    num_unread: int  # number of files whose settings are still to be read
+
+
 def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
     """Return whether a result lies in the folder of a run, or was generated with one of its files."""
     if result.path.is_relative_to(run.history.parent):
@@ -178,7 +187,7 @@ class ResultTile:
         """Beginning of the prompt, or the name of the file."""
         text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
         text = text or self.result.path.name
-        return text if len(text) <= SHORT else f"{text[:SHORT].rstrip()} …"
+        return text if len(text) <= MAX_TITLE_CHARACTERS else f"{text[:MAX_TITLE_CHARACTERS].rstrip()} …"
 
     @property
     def name(self) -> str:
@@ -259,14 +268,14 @@ class Candidate(NamedTuple):
     run: RunSummary | None
 
 
-class Remaker:
+class ResultRegenerator:
     """Finds the models and files that a result was generated with, and generates it again."""
 
     def __init__(self, site: Site, folders: ResultFolders) -> None:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
+    def regenerate(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
         """Return the render job that generates a result again with a seed, from the first recipe that can.
 
         Raises OptionError if no recipe can.
@@ -275,7 +284,7 @@ class Remaker:
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
             try:
-                return remake(
+                return regenerate(
                     settings,
                     candidate.recipe,
                     seed=seed,
@@ -295,22 +304,21 @@ class Remaker:
 
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
-            has_file = any((folder / name).is_file() for name in names)
-            # False sorts first: the result's own run, then runs that have its files, then newer runs
-            return not result.path.is_relative_to(folder), not has_file, -run.changed
+            is_other_run = not result.path.is_relative_to(folder)
+            lacks_files = not any((folder / name).is_file() for name in names)
+            return is_other_run, lacks_files, -run.changed  # False sorts first, and newer runs
 
         with self.site.runs.lock:
-            runs = sorted(self.site.runs.list_all(), key=rank)
-            sources = []
-            for run in runs:
+            comparable_runs = []
+            for run in sorted(self.site.runs.list_all(), key=rank):
                 with contextlib.suppress(OSError):
-                    source = compare.read_source(self.site.runs, run)
-                    if source is not None and source.family == settings.family:
-                        sources.append(source)
-        for source in sources:
-            yield Candidate(make_run_recipe(source), source.run)
+                    comparable_run = compare.read_source(self.site.runs, run)
+                    if comparable_run is not None and comparable_run.family == settings.family:
+                        comparable_runs.append(comparable_run)
+        for comparable_run in comparable_runs:
+            yield Candidate(make_run_recipe(comparable_run), comparable_run.run)
         for model in model_sets():
-            if is_driven(model):
+            if can_generate(model):
                 recipe = make_model_recipe(model, self.site.models, Path.cwd())
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
@@ -321,13 +329,13 @@ class Remaker:
         It is looked for in the recipe, in the render job of the result, and in the folders of runs, the
         result's own run first. Raises OptionError if none has it.
         """
-        embeddings = recipe.fixed.get(f"--{EMBEDDINGS}", ())
+        embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
         for path in (*(lora.path for lora in recipe.loras), *embeddings):
             if Path(path).name == name and (recipe.folder / path).is_file():
                 return path
         render_job = self.find_render_job(result)
         if render_job is not None:
-            for word in render_job.session:
+            for word in render_job.session:  # command that loaded the model
                 if Path(word).name == name and Path(render_job.folder, word).is_file():
                     return word
         with self.site.runs.lock:
@@ -348,9 +356,10 @@ class Remaker:
         # the render job names the file's path; without one, any result of this name is taken
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
-                for text in value if isinstance(value, list) else [value]:
-                    if Path(str(text)).name == name and Path(render_job.folder, str(text)).is_file():
-                        return str(text)
+                words = value if isinstance(value, list) else [value]
+                for word in map(str, words):
+                    if Path(word).name == name and Path(render_job.folder, word).is_file():
+                        return word
         for candidate in self.folders.list_all():
             if candidate.path.name == name:
                 return str(candidate.path)
@@ -374,83 +383,86 @@ class ResultPages:
         self.site = site
         self.folders = ResultFolders(site.runs)
         self.cache = SettingsCache()
-        self.remaker = Remaker(site, self.folders)
+        self.regenerator = ResultRegenerator(site, self.folders)
         self._prompts_lock = threading.Lock()
         self.changes: dict[str, Callable[[Result, Form], Response]] = {
-            "again": self.make_again,
-            "other": self.make_other,
-            "larger": self.make_larger,
-            "load": self.load_upscaler,
+            "again": self.generate_again,
+            "other": self.generate_with_random_seed,
+            "larger": self.upscale,
+            "load": self.download_upscaler,
             "start": self.start_from,
             "sample": self.add_sample,
             "remove": self.remove,
         }
-        self.sheets: dict[str, Callable[[Result, str], Response]] = {
+        self.dialogs: dict[str, Callable[[Result, str], Response]] = {
             "settings": self.show_settings,
             "layers": self.show_layers,
-            "larger": self.show_larger,
+            "larger": self.show_upscale_dialog,
             "sample": self.show_sample,
             "remove": self.show_remove,
         }
 
     # --- the list
 
-    def read_choice(self, query: Mapping[str, str]) -> ResultChoice:
+    def read_filter(self, query: Mapping[str, str]) -> ResultFilter:
         """Read the filter from a query: `find`, `kind`, `model`, and `of`, the id of a run."""
         run = self.site.runs.find(query["of"]) if query.get("of") else None
-        return ResultChoice(
+        return ResultFilter(
             words=query.get("find", "").lower().split(),
             kind=query.get("kind", ""),
             model=query.get("model", ""),
             run=run,
         )
 
-    def choose(self, query: Mapping[str, str]) -> tuple[Sequence[Result], Sequence[Result], int]:
-        """Return all results, the results that pass the filter, and how many are still to be read."""
+    def filter_results(self, query: Mapping[str, str]) -> FilteredResults:
+        """Return the results that pass the filter in a query.
+
+        If the filter needs settings, files whose settings are not read yet are left out.
+        """
         results = self.folders.list_all()
-        choice = self.read_choice(query)
-        unread = self.cache.read_some(results, READ_SECONDS)
-        chosen = []
+        result_filter = self.read_filter(query)
+        num_unread = self.cache.read_some(results, READ_SECONDS)
+        accepted = []
         for result in results:
-            read = self.cache.find_read(result)
-            if read is None and choice.needs_settings():
+            cached = self.cache.find_read(result)
+            if cached is None and result_filter.needs_settings():
                 continue
-            if choice.accepts(result, None if read is None else read.settings):
-                chosen.append(result)
-        return results, chosen, unread
+            if result_filter.accepts(result, None if cached is None else cached.settings):
+                accepted.append(result)
+        return FilteredResults(results, accepted, num_unread)
 
     def show_layout(self, request: Request) -> Response:
         """Respond with the days and the number of their results as JSON; 204 if nothing has changed.
 
-        The query has the fields of `read_choice`, `have` (the mark of an earlier answer) and `compared` (ids
+        The query has the fields of `read_filter`, `have` (the mark of an earlier answer) and `compared` (ids
         of results that the page keeps; the answer lists those that no longer exist).
         """
         query = request.query_params
-        results, chosen, unread = self.choose(query)
-        days = count_days(chosen)
-        models = self.list_models(results)
-        jobs = [(path, job.state) for path, job in self.find_larger().items()]
-        files = [(result.id, result.changed) for result in chosen]
-        text = repr((files, days, unread, models, sorted(jobs), len(results)))
-        mark = short_digest(text)
-        if query.get("have") == mark:
+        filtered = self.filter_results(query)
+        days = count_days(filtered.accepted)
+        models = self.list_models(filtered.all)
+        upscale_jobs = [(path, job.state) for path, job in self.find_upscale_jobs().items()]
+        files = [(result.id, result.changed) for result in filtered.accepted]
+        displayed = (files, days, filtered.num_unread, models, sorted(upscale_jobs), len(filtered.all))
+        digest = short_digest(repr(displayed))
+        if query.get("have") == digest:
             return Response(status_code=204)
         with self.site.runs.lock:
             runs = label_runs(self.site.runs.list_all())
-        ids = {result.id for result in results}
-        # `unread`: number of files whose settings the filter has not read yet
-        answer = {
-            "mark": mark,
-            "part": PART,
-            "all": len(results),
-            "chosen": len(chosen),
-            "unread": unread,
-            "days": days,
-            "models": models,
-            "runs": [[run.id, label] for run, label in runs],
-            "gone": [id for id in query.get("compared", "").split() if id not in ids],
-        }
-        return answer_json(answer)
+        ids = {result.id for result in filtered.all}
+        return answer_json(
+            {
+                "mark": digest,
+                "part": PAGE_SIZE,
+                "all": len(filtered.all),
+                "chosen": len(filtered.accepted),
+                "unread": filtered.num_unread,
+                "days": days,
+                "models": models,
+                "runs": [[run.id, label] for run, label in runs],
+                "gone": [id for id in query.get("compared", "").split() if id not in ids],
+            }
+        )
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
         """Return the models of all results read so far, as values and titles of a drop-down list."""
@@ -464,30 +476,34 @@ class ResultPages:
     def show_part(self, request: Request) -> Response:
         """Respond with the tiles of `count` filtered results, beginning at the index `from` of the query."""
         query = request.query_params
-        texts = (query.get("from", ""), query.get("count", ""))
-        if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
-            return answer_text("from and count are numbers of results.", 400)
-        first = int(texts[0])
-        count = min(int(texts[1]), 2 * PART)
-        _, chosen, _ = self.choose(query)
-        jobs = self.find_larger()
+        first_text, count_text = query.get("from", ""), query.get("count", "")
+        for text in (first_text, count_text):
+            if not text.isdecimal() or len(text) >= 9:  # long numbers are slow to convert
+                return answer_text("from and count are numbers of results.", 400)
+        first = int(first_text)
+        count = min(int(count_text), 2 * PAGE_SIZE)
+        results = self.filter_results(query).accepted
+        jobs = self.find_upscale_jobs()
         tiles = []
-        for result in chosen[first : first + count]:
-            read = self.cache.get(result)
+        for result in results[first : first + count]:
+            cached = self.cache.get(result)
             job = jobs.get(str(result.path))
-            tiles.append(ResultTile(result, read.settings, problem=read.problem, job=job))
+            tiles.append(ResultTile(result, cached.settings, problem=cached.problem, job=job))
         values = {"tiles": tiles, "can_write": not self.site.read_only}
         return answer_template("result_tiles.html", say("Results"), values)
 
-    def find_larger(self) -> dict[str, Job]:
+    def find_upscale_jobs(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by the file's path."""
         jobs = {}
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():
+                if UPSCALER_SCRIPT not in job.line or "--input" not in job.line:
+                    continue  # splitting all lines would be slow
                 with contextlib.suppress(UserError):
-                    argv = job.argv if TOOL in job.line and "--input" in job.line else []
-                    if TOOL in argv and "--input" in argv[:-1]:
-                        jobs[argv[argv.index("--input") + 1]] = job
+                    argv = job.argv
+                    if UPSCALER_SCRIPT in argv and "--input" in argv[:-1]:
+                        input_path = argv[argv.index("--input") + 1]
+                        jobs[input_path] = job
         return jobs
 
     # --- a result
@@ -511,15 +527,15 @@ class ResultPages:
             raise OptionError(say("This file does not say how it was made."))
         return settings
 
-    def show_sheet(self, request: Request) -> Response:
+    def show_dialog(self, request: Request) -> Response:
         """Respond with the dialog that a button opens before its action is carried out."""
         result = self.find(request)
-        show = self.sheets.get(request.path_params["what"])
+        show = self.dialogs.get(request.path_params["what"])
         if result is None or show is None:
             return answer_not_found()
         return show(result, "")
 
-    def answer_sheet(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
+    def answer_dialog(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
         """Return the content of a dialog. `what` names its part of the template; `error` is a message."""
         shown = {
             "what": what,
@@ -538,15 +554,16 @@ class ResultPages:
         commands = {"other": "", "again": ""}
         try:
             settings = self.require_settings(result)
-            remade = self.remaker.remake(result, settings, settings.get("seeds"))
-            commands["again"] = format_command(remade.command, Path(remade.folder))
-            remade = self.remaker.remake(result, settings, "SEED")  # a placeholder for the user's seed
-            commands["other"] = format_command(remade.command, Path(remade.folder))
+            render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
+            commands["again"] = format_command(render_job.command, Path(render_job.folder))
+            placeholder = "SEED"  # for the user's seed
+            render_job = self.regenerator.regenerate(result, settings, placeholder)
+            commands["other"] = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
-        networks = self.list_networks()
-        if networks:
-            commands["larger"] = format_command(self.larger_argv(result, networks[0]))
+        upscalers = self.list_upscalers()
+        if upscalers:
+            commands["larger"] = format_command(self.make_upscale_argv(result, upscalers[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -562,11 +579,11 @@ class ResultPages:
                 is_ours = True
                 rows = settings.rows()
                 done = settings.done
-                remade = self.remaker.remake(result, settings, settings.get("seeds"))
-                command = format_command(remade.command, Path(remade.folder))
+                render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
+                command = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
-        return self.answer_sheet(
+        return self.answer_dialog(
             "settings", result, rows=rows, command=command, problem=problem, is_ours=is_ours, done=done
         )
 
@@ -579,17 +596,14 @@ class ResultPages:
             number = path.stem.rpartition("layer")[2]
             name = say("the whole picture") if number == "0" else say("layer %(number)s", number=number)
             layers.append((index, name, number != "0"))
-        return self.answer_sheet("layers", result, error, layers=layers)
+        return self.answer_dialog("layers", result, error, layers=layers)
 
     def show_layer(self, request: Request) -> Response:
         """Respond with the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
-        paths = (
-            {}
-            if result is None
-            else {str(layer_index): path for layer_index, path in enumerate(result.layers)}
-        )
+        layers = () if result is None else result.layers
+        paths = {str(layer_index): path for layer_index, path in enumerate(layers)}
         path = paths.get(index)
         if path is None or path.is_symlink() or not path.is_file():
             return answer_not_found()
@@ -597,12 +611,12 @@ class ResultPages:
 
     # --- again, other seed
 
-    def make_again(self, result: Result, _: Form) -> Response:
+    def generate_again(self, result: Result, _: Form) -> Response:
         """Queue the render job that repeats a result with its own seed."""
         settings = self.require_settings(result)
         return self.add_render_job(result, settings, settings.get("seeds"))
 
-    def make_other(self, result: Result, _: Form) -> Response:
+    def generate_with_random_seed(self, result: Result, _: Form) -> Response:
         """Queue the render job that repeats a result with a random seed."""
         return self.add_render_job(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
@@ -611,101 +625,103 @@ class ResultPages:
 
         Raises OptionError or OutputError if that fails.
         """
-        remade = self.remaker.remake(result, settings, seed)
+        render_job = self.regenerator.regenerate(result, settings, seed)
         suffixes = (".safetensors", ".pth", ".gguf", ".sft")  # files with weights
         # session: the command line that loads the model
-        files = [word for word in remade.session if Path(word).suffix in suffixes]
-        missing = [word for word in files if not Path(remade.folder, word).exists()]
+        files = [word for word in render_job.session if Path(word).suffix in suffixes]
+        missing = [word for word in files if not Path(render_job.folder, word).exists()]
         if missing:
             raise OptionError(
                 say("%(missing)s is missing: load the model first (Models).", missing=missing[0])
             )
 
-        [number] = self.site.render_worker.add([remade])
+        [number] = self.site.render_worker.add([render_job])
         return answer_message(
             say("It waits above as %(number)s, with seed %(seed)s.", number=number, seed=seed)
         )
 
     # --- larger
 
-    def list_networks(self) -> list[Path]:
+    def list_upscalers(self) -> list[Path]:
         """Return the upscaler files in the models folder."""
-        networks = []
+        upscalers = []
         with contextlib.suppress(OSError):
             for path in sorted((self.site.models / UPSCALERS).iterdir()):
-                if path.suffix.lower() in NETWORKS and path.is_file():
-                    networks.append(path)
-        return networks
+                if path.suffix.lower() in UPSCALER_SUFFIXES and path.is_file():
+                    upscalers.append(path)
+        return upscalers
 
-    def larger_argv(self, result: Result, network: Path) -> list[str]:
+    def make_upscale_argv(self, result: Result, network: Path) -> list[str]:
         """Return the command that enlarges a result with an upscaler file."""
-        argv = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
+        argv = ["python", UPSCALER_SCRIPT, "--input", str(result.path), "--model", str(network.absolute())]
         argv += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        argv += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
+        argv += ["--scale", str(UPSCALE_FACTOR), "--output", str(_free_path(result.path, UPSCALED_SUFFIX))]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
             argv += ["--codec", "h264", "--container", "mp4"]
         return argv
 
-    def show_larger(self, result: Result, error: str) -> Response:
+    def show_upscale_dialog(self, result: Result, error: str) -> Response:
         """Return the dialog that enlarges a result, with the installed and downloadable upscalers."""
-        installed = self.list_networks()
-        to_load = [
-            (model, gigabytes(total_bytes(model.components)), format_command(self.load_argv(model)))
+        downloadable = [
+            (model, gigabytes(total_bytes(model.components)), format_command(self.make_download_argv(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
-        loading = self.site.background_jobs.find(name_background_job(LOAD, self.site.models))
-        options = [(network, format_command(self.larger_argv(result, network))) for network in installed]
-        return self.answer_sheet(
+        loading = self.site.background_jobs.find(name_background_job(DOWNLOAD_UPSCALER, self.site.models))
+        options = []
+        for path in self.list_upscalers():
+            options.append((path, format_command(self.make_upscale_argv(result, path))))
+        return self.answer_dialog(
             "larger",
             result,
             error,
             options=options,
-            to_load=to_load,
+            to_load=downloadable,
             loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
-            sizes=describe_larger(result),
+            sizes=describe_upscaled_size(result),
         )
 
-    def load_argv(self, model: ModelSet) -> list[str]:
+    def make_download_argv(self, model: ModelSet) -> list[str]:
         """Return the command that downloads an upscaler's file."""
         argv = ["reelsmith", "download", "--family", model.family, "--task", model.task]
         return argv if self.site.models == MODELS else [*argv, "--to", str(self.site.models)]
 
-    def load_upscaler(self, result: Result, form: Form) -> Response:
+    def download_upscaler(self, result: Result, form: Form) -> Response:
         """Start the download of an upscaler's file."""
         task = "".join(form.get("task", ()))
         for model in model_sets():
             if model.task == task and "upscale" in model.commands:
-                name = name_background_job(LOAD, self.site.models)
-                self.site.background_jobs.start(name, self.load_argv(model), Path.cwd())
-                return self.show_larger(result, "")
-        return self.show_larger(result, say("Choose a file to load."))
+                name = name_background_job(DOWNLOAD_UPSCALER, self.site.models)
+                self.site.background_jobs.start(name, self.make_download_argv(model), Path.cwd())
+                return self.show_upscale_dialog(result, "")
+        return self.show_upscale_dialog(result, say("Choose a file to load."))
 
-    def make_larger(self, result: Result, form: Form) -> Response:
+    def upscale(self, result: Result, form: Form) -> Response:
         """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""
         queue = self.site.queue
-        chosen = "".join(form.get("network", ()))
-        network = next((path for path in self.list_networks() if path.name == chosen), None)
-        earlier = self.find_larger().get(str(result.path))
+        selected_name = "".join(form.get("network", ()))
+        upscaler = next((path for path in self.list_upscalers() if path.name == selected_name), None)
+        earlier_job = self.find_upscale_jobs().get(str(result.path))
         if result.kind == "sound":
             raise OptionError(say("A sound has no size."))
-        if network is None:
-            return self.show_larger(result, say("Choose an upscaler's file."))
-        if earlier is not None and earlier.state in (WAITING, RUNNING):
-            return self.show_larger(result, say("It is being enlarged already."))
-        number = queue.add_and_begin(self.larger_argv(result, network), Path.cwd())
-        where = say(
+        if upscaler is None:
+            return self.show_upscale_dialog(result, say("Choose an upscaler's file."))
+        if earlier_job is not None and earlier_job.state in (WAITING, RUNNING):
+            return self.show_upscale_dialog(result, say("It is being enlarged already."))
+        number = queue.add_and_begin(self.make_upscale_argv(result, upscaler), Path.cwd())
+        message = say(
             "It is job %(number)s of the queue. The larger one will stand here when it is made.",
             number=number,
         )
-        if queue.worker == "":
-            where = say(
+        is_paused = queue.worker == ""
+        if is_paused:
+            message = say(
                 "It is job %(number)s of the queue, which is paused: start it on the page Queue.",
                 number=number,
             )
-        return self.answer_sheet("done", result, text=where)
+        return self.answer_dialog("done", result, text=message)
 
     # --- start from this
 
@@ -718,22 +734,19 @@ class ResultPages:
         return answer_json({"path": str(result.path), "name": result.path.name})
 
     def write_last_frame(self, result: Result) -> Result:
-        """Write the last frame of a clip next to it unless it exists, and return that image.
+        """Return the last frame of a clip as an image next to it, written unless it exists and is newer.
 
         Raises:
             MediaError: If the clip has no frame.
             OptionError: If a link or a folder has the name of the image.
             OutputError: If the image cannot be written.
         """
-        path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
-        if not path.is_file() or path.is_symlink() or path.stat().st_mtime < result.changed:
+        path = result.path.with_name(f"{result.path.stem}{LAST_FRAME_SUFFIX}.png")
+        is_current = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= result.changed
+        if not is_current:
             if path.is_symlink() or path.is_dir():
                 raise OptionError(say("%(path)s is no picture. Remove it first.", path=path))
-            frame = None
-            for frame in video_frames(result.path):  # noqa: B007 (the last one is meant)
-                pass
-            if frame is None:
-                raise MediaError(say("%(path)s has no frame", path=result.path))
+            frame = _read_last_frame(result.path)
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
         self.folders.list_all()  # so that requests for the new image find it
         status = path.stat()
@@ -743,7 +756,7 @@ class ResultPages:
 
     def list_prompt_files(self, family: str) -> list[Path]:
         """Return the prompt files of described folders that train a family."""
-        files = []
+        prompt_files = []
         families = {family, *_list_catalog_families(family)}
         for folder in list_media_folders(self.site.runs):
             if not folder.is_described or (folder.path / PROMPTS_FILE).is_symlink():
@@ -751,8 +764,8 @@ class ResultPages:
             with contextlib.suppress(OSError, ValueError):
                 described = read_described(folder.path)
                 if described.family in families:
-                    files.append(folder.path / PROMPTS_FILE)
-        return files
+                    prompt_files.append(folder.path / PROMPTS_FILE)
+        return prompt_files
 
     def show_sample(self, result: Result, error: str) -> Response:
         """Return the dialog that offers to add a result's line to one of the prompt files."""
@@ -767,15 +780,16 @@ class ResultPages:
                 files.append((path, compute_checksum(content), (content or b"").decode("utf-8", "replace")))
         except (UserError, OSError, ValueError) as reason:
             problem = str(reason)
-        return self.answer_sheet("sample", result, error, problem=problem, line=line, files=files)
+        return self.answer_dialog("sample", result, error, problem=problem, line=line, files=files)
 
     def add_sample(self, result: Result, form: Form) -> Response:
         """Add the prompt line of a result to a prompt file, unless the file has changed or has the line."""
-        line = format_sample_line(self.require_settings(result))
-        chosen = "".join(form.get("file", ()))
-        name, _, checksum = chosen.rpartition(" ")  # the path may have blanks
-        family = self.require_settings(result).family
-        path = next((file for file in self.list_prompt_files(family) if str(file) == name), None)
+        settings = self.require_settings(result)
+        line = format_sample_line(settings)
+        # path and checksum of the file when the dialog was shown; the path may have blanks
+        selected_path, _, checksum = "".join(form.get("file", ())).rpartition(" ")
+        prompt_files = {str(path): path for path in self.list_prompt_files(settings.family)}
+        path = prompt_files.get(selected_path)
         if path is None:
             return self.show_sample(result, say("Choose a folder."))
         try:
@@ -785,17 +799,20 @@ class ResultPages:
             return self.show_sample(
                 result, say("%(path)s has changed meanwhile. It is shown as it is now.", path=path)
             )
-        text = say("%(path)s has it as its last line now. The next samples are made of it too.", path=path)
-        if not is_added:
-            text = say("%(path)s has this line already.", path=path)
-        return self.answer_sheet("done", result, text=text)
+        if is_added:
+            message = say(
+                "%(path)s has it as its last line now. The next samples are made of it too.", path=path
+            )
+        else:
+            message = say("%(path)s has this line already.", path=path)
+        return self.answer_dialog("done", result, text=message)
 
     # --- remove
 
     def show_remove(self, result: Result, error: str) -> Response:
         """Return the dialog that asks before a result is moved into the bin."""
         root = self.site.runs.find_top(result.path)
-        return self.answer_sheet("remove", result, error, root=root)
+        return self.answer_dialog("remove", result, error, root=root)
 
     def remove(self, result: Result, _: Form) -> Response:
         """Move a result, with its layers, into the bin of its root."""
@@ -804,7 +821,7 @@ class ResultPages:
             title=result.path.name, base=root, paths=[result.path, *result.layers]
         )
         self.folders.list_all()
-        return self.answer_sheet("done", result, text=say("It is in %(folder)s now.", folder=folder))
+        return self.answer_dialog("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
     def change(self, request: Request, form: Form) -> Response:
         """Handle the button of a result that the address names."""
@@ -818,6 +835,16 @@ class ResultPages:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
             return answer_message(str(error), is_rejected=True)
+
+
+def _read_last_frame(path: Path) -> Frame:
+    """Decode a clip up to its end, and return the last frame. Raises MediaError if it has none."""
+    frame = None
+    for frame in video_frames(path):  # noqa: B007 (only the last one is needed)
+        pass
+    if frame is None:
+        raise MediaError(say("%(path)s has no frame", path=path))
+    return frame
 
 
 def _free_path(path: Path, added: str) -> Path:
@@ -859,23 +886,23 @@ def add_line(path: Path, line: str, checksum: str) -> bool:
     content = _read_or_nothing(path)
     if compute_checksum(content) != checksum:
         raise ChangedMeanwhileError
-    before = content or b""
-    text = before.decode("utf-8-sig")
-    if line in [existing_line.strip() for existing_line in text.splitlines()]:
+    old_content = content or b""
+    old_lines = old_content.decode("utf-8-sig").splitlines()
+    if line in [old_line.strip() for old_line in old_lines]:
         return False
-    newline = b"\r\n" if b"\r\n" in before else b"\n"
-    start = newline if before and not before.endswith((b"\n", b"\r")) else b""
-    # `write_bytes` replaces the file: the new one gets the old one's permissions
-    mode = None
+    newline = b"\r\n" if b"\r\n" in old_content else b"\n"
+    has_open_line = bool(old_content) and not old_content.endswith((b"\n", b"\r"))
+    separator = newline if has_open_line else b""
+    permissions = None  # `write_bytes` replaces the file: the new one gets the old one's permissions
     with contextlib.suppress(OSError):
-        mode = path.stat().st_mode & 0o777
-    write_bytes(path, before + start + line.encode() + newline)
-    if mode is not None:
-        path.chmod(mode)
+        permissions = path.stat().st_mode & 0o777
+    write_bytes(path, old_content + separator + line.encode() + newline)
+    if permissions is not None:
+        path.chmod(permissions)
     return True
 
 
-def describe_larger(result: Result) -> str:
+def describe_upscaled_size(result: Result) -> str:
     """Describe the size of an enlarged image or clip; "" if the file cannot be read."""
     if result.kind == "sound":
         return ""
@@ -885,8 +912,8 @@ def describe_larger(result: Result) -> str:
         return ""
     return say(
         "%(factor)s x %(factor2)s pixels, from %(width)s x %(height)s",
-        factor=FACTOR * width,
-        factor2=FACTOR * height,
+        factor=UPSCALE_FACTOR * width,
+        factor2=UPSCALE_FACTOR * height,
         width=width,
         height=height,
     )
@@ -900,7 +927,7 @@ def result_routes(site: Site) -> list[Route]:
         Route("/results/part", pages.show_part),
         Route("/results/{id}/commands", pages.show_commands),
         Route("/results/{id}/layer/{index}", pages.show_layer),
-        Route("/results/{id}/{what}", pages.show_sheet),
+        Route("/results/{id}/{what}", pages.show_dialog),
         Route("/results/{id}/{what}", answer_form(pages.change), methods=["POST"]),
         Route("/result/{name}", pages.show_file),
     ]

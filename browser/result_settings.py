@@ -16,12 +16,12 @@ from browser.recipes import (
     FIELDS,
     IMAGES,
     LORA,
-    SIZES,
+    SIDE_POSITIONS,
     STRENGTHS,
     ModelRecipe,
     RenderRequest,
     UsedLora,
-    type_options,
+    to_command_options,
 )
 from browser.render_queue import RenderJob
 from downloads.catalogue import model_title
@@ -45,15 +45,23 @@ EMBEDDINGS = "textual_inversion_embeddings"
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
 # metadata that does not affect the pixels, or that is read elsewhere
-APART = {"model_type", "tunerver", "prompt", "creation_timestamp", "device", "timestep_boundary", "task"}
+EXCLUDED_METADATA = {
+    "model_type",
+    "tunerver",
+    "prompt",
+    "creation_timestamp",
+    "device",
+    "timestep_boundary",
+    "task",
+}
 # keys of prompt lines that have another name in the metadata
-KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
+PROMPT_LINE_KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
 # options for input files; the metadata contains their file names
-MEDIA = {key for name in IMAGES for key in FIELDS[name]}
+MEDIA_OPTIONS = {key for name in IMAGES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
-OPTION = re.compile(r"-(?!\.?\d)")  # looks like an option, not like a negative number
+OPTION_PATTERN = re.compile(r"-(?!\.?\d)")  # looks like an option, not like a negative number
 OLD_NAMES = {"hunyuan": "hunyuan_video"}  # old names of families in metadata
 
 
@@ -141,7 +149,7 @@ class ResultSettings:
                 )
             )
         rows += [("afterwards", text) for text in self.done]  # later processing, such as enlarging
-        shown_first = {
+        main_names = {
             "prompt",
             "negative_prompt",
             "width",
@@ -154,7 +162,7 @@ class ResultSettings:
             "model_type",
             "task",
         }
-        rows += [(name, text) for name, text in self.values.items() if name not in shown_first]
+        rows += [(name, text) for name, text in self.values.items() if name not in main_names]
         return rows
 
     def shortened(self) -> "ResultSettings":
@@ -193,11 +201,11 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
         if not name.startswith(PREFIX) or text == NOT_SET:
             continue
         name = name.removeprefix(PREFIX)
-        lora = LORA_TAG.fullmatch(name)
-        strength = LORA_TEXT.fullmatch(text)
-        if lora is not None and strength is not None:
-            expert = lora[1] or ""
-            loras[expert, int(lora[2])] = NamedLora(strength[1], strength[2], expert)
+        lora_tag = LORA_TAG.fullmatch(name)  # expert and number
+        lora_text = LORA_TEXT.fullmatch(text)  # name and strength
+        if lora_tag is not None and lora_text is not None:
+            expert = lora_tag[1] or ""
+            loras[expert, int(lora_tag[2])] = NamedLora(lora_text[1], lora_text[2], expert)
         else:
             values[name] = text.replace("\\n", "\n")  # line breaks are escaped in one-line metadata
     return ResultSettings(
@@ -229,7 +237,7 @@ class KnownOption(NamedTuple):
     """An option of a generation script: its flags, number of words and default, to write a command line."""
 
     flags: Sequence[str]
-    num_words: Any  # `nargs`
+    nargs: Any  # as argparse defines it: 0 for a switch, None for one word
     default: Any
     is_recorded: bool  # recorded in the metadata unless it is the default
 
@@ -248,22 +256,25 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
     for action in parser._actions:  # argparse has no public list of a parser's options
         flags = [flag for flag in action.option_strings if flag.startswith("--")]
         if flags and action.dest not in refused:
-            option_info = info.get(action.dest, {})
-            kind = option_info.get("record")
-            reaches_out = "reach" in option_info  # it writes files or imports code
             options[action.dest] = KnownOption(
                 flags=flags,
-                num_words=action.nargs,
+                nargs=action.nargs,
                 default=action.default,
-                is_recorded=action.dest in info and kind not in ("request", "nothing") and not reaches_out,
+                is_recorded=action.dest in info and _is_recorded(info[action.dest]),
             )
     return options
+
+
+def _is_recorded(option_info: Mapping[str, Any]) -> bool:
+    """Return whether metadata has an option, by the information in its declaration."""
+    reaches_out = "reach" in option_info  # it writes files or imports code
+    return option_info.get("record") not in ("request", "nothing") and not reaches_out
 
 
 FindFile = Callable[[str], str]  # returns the path of a file by its name; raises OptionError
 
 
-def remake(
+def regenerate(
     settings: ResultSettings,
     recipe: ModelRecipe,
     seed: str,
@@ -286,8 +297,8 @@ def remake(
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long to be typed again."))
-    fixed = _fix_options(settings, recipe)
-    line = _read_line(settings, recipe, seed, find_media)
+    fixed = _make_fixed_options(settings, recipe)
+    line_options = _make_prompt_line_options(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
         # it comes from metadata, and must not be read as another option
@@ -295,86 +306,101 @@ def remake(
         path = find_weights(lora.name, recipe)
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
-            continue
-        # the LoRA of an expert has options of its own, named after it
-        for flag, word in ((LORA, path), (STRENGTHS, lora.strength)):
-            fixed.setdefault(f"{flag}_{lora.expert}", []).append(word)
+        else:  # the LoRA of an expert has options of its own, named after it
+            fixed.setdefault(f"{LORA}_{lora.expert}", []).append(path)
+            fixed.setdefault(f"{STRENGTHS}_{lora.expert}", []).append(lora.strength)
     if settings.embeddings:
         fixed[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
-    prompt = settings.get("prompt")
     render_request = RenderRequest(
-        replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
+        replace(recipe, fixed_options=fixed),
+        prompt=settings.get("prompt"),
+        texts={},
+        loras=loras,
+        save_path=save_path,
     )
-    request = render_request.request("")  # no seed here: the line's options include it
-    request["options"] = {**request["options"], **line}
-    typed_options = {**fixed, **type_options(line, recipe.defaults)}
-    # only this result is generated again, even if its command generated several
-    for flag in (f"--{name}" for name in ("num_videos", "num_images")):
-        typed_options.pop(flag, None)
-    # the shown command has the line's options as its own; the request passes them as a prompt line
-    as_typed = replace(render_request, recipe=replace(recipe, fixed=typed_options))
-    return replace(render_request.as_render_job(""), request=request, command=as_typed.command(""))
+    request = render_request.request("")  # the seed is one of the line's options
+    request["options"] = {**request["options"], **line_options}
+    command = _make_command(render_request, line_options)
+    return replace(render_request.as_render_job(""), request=request, command=command)
 
 
-def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
+def _make_command(render_request: RenderRequest, line_options: Mapping[str, str | list[str]]) -> list[str]:
+    """Return the command line of a request with the options of its prompt line as options of the command.
+
+    It generates one result, even if the recipe's command generates several.
+    """
+    recipe = render_request.recipe
+    options = {**recipe.fixed_options, **to_command_options(line_options, recipe.defaults)}
+    for flag in ("--num_videos", "--num_images"):
+        options.pop(flag, None)
+    return replace(render_request, recipe=replace(recipe, fixed_options=options)).command("")
+
+
+def _make_fixed_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
     """Return a recipe's fixed options with the values that a result was generated with.
 
     Raises OptionError if a setting does not fit the model.
     """
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
-    fixed = _keep_fixed(settings, recipe, options)
-    names = {flag: name for name, option in options.items() for flag in option.flags}
-    flags = {names[flag]: flag for flag in fixed if flag in names}
-    for name, text in settings.values.items():
+    fixed = _select_recipe_options(settings, recipe, options)
+    option_names = {flag: name for name, option in options.items() for flag in option.flags}
+    recipe_flags = {option_names[flag]: flag for flag in fixed if flag in option_names}
+    for name, recorded_text in settings.values.items():
         option = options.get(name)
-        # these are read elsewhere, or do not affect the pixels
-        is_apart = name in APART or name in KEYS or name.startswith("original_") or name == EMBEDDINGS
-        if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
+        if option is None or not option.is_recorded or _is_line_option(name, recipe):
             continue
-        flag = flags.get(name, option.flags[0])
-        words = fixed.get(flag)
-        present_words = [str(option.default)] if words is None else words
-        if not _is_equal(present_words, text):  # equal values keep the recipe's spelling
-            _set_option(fixed, flag, option, text)
+        if _is_separate_metadata(name) or name in PROMPT_LINE_KEYS or name == EMBEDDINGS:
+            continue
+        flag = recipe_flags.get(name, option.flags[0])
+        current_words = fixed.get(flag, [str(option.default)])
+        if not _is_equal(current_words, recorded_text):  # equal values keep the recipe's spelling
+            _set_recorded_option(fixed, flag, option, recorded_text)
     return fixed
 
 
-def _keep_fixed(
+def _is_separate_metadata(name: str) -> bool:
+    """Return whether metadata is read elsewhere, or does not affect the pixels."""
+    return name in EXCLUDED_METADATA or name.startswith("original_")
+
+
+def _select_recipe_options(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
     """Return the fixed options of a recipe that the file was also generated with."""
-    names = {flag: name for name, option in options.items() for flag in option.flags}
+    option_names = {flag: name for name, option in options.items() for flag in option.flags}
     fixed: dict[str, Any] = {}
-    for flag, words in recipe.fixed.items():
-        name = names.get(flag, "")
+    for flag, words in recipe.fixed_options.items():
+        name = option_names.get(flag, "")
         option = options.get(name)
-        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)  # read from the file instead
+        is_expert_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
+        if is_expert_lora:  # taken from the settings of the file instead
+            continue
         was_recorded = name in settings.values or name == "task"
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
-        if (was_recorded or is_never_recorded) and not is_lora:
+        if was_recorded or is_never_recorded:
             fixed[flag] = list(words) or True  # True: a switch, which has no words
     return fixed
 
 
-def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
-    """Set an option to its recorded value.
+def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
+    """Set an option in `fixed` to its recorded value, or remove a switch that was not used.
 
     Raises OptionError for files, because their folders are unknown.
     """
-    words = fixed.pop(flag, None)
-    is_file = isinstance(words, list) and _has_folder(words)
+    recipe_words = fixed.pop(flag, None)
+    is_file = isinstance(recipe_words, list) and _has_folder(recipe_words)
     if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
         raise OptionError(say("It was made with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag))
-    if text == "False":  # a switch that was not given
+    if text == "False":
         return
-    if option.num_words == 0:
+    if option.nargs == 0:  # a switch
         fixed[flag] = True
         return
-    # num_words: None for an option that takes one word
-    new_words = [text] if option.num_words is None else _split_words(flag, text)
-    _reject_options(flag, new_words)
-    fixed[flag] = new_words
+    takes_one_word = option.nargs is None
+    words = [text] if takes_one_word else _split_words(flag, text)
+    _reject_options(flag, words)
+    fixed[flag] = words
 
 
 def _split_words(flag: str, text: str) -> list[str]:
@@ -395,7 +421,7 @@ def _split_words(flag: str, text: str) -> list[str]:
 def _reject_options(flag: str, words: Sequence[str]) -> None:
     """Raise OptionError if a value from a file looks like an option, not like the value of a flag."""
     for word in words:
-        if OPTION.match(word):
+        if OPTION_PATTERN.match(word):
             raise OptionError(
                 say(
                     "It was made with %(flag)s %(word)s, which begins as an option does.",
@@ -411,7 +437,7 @@ def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[
         raise OptionError(say("It was made with %(title)s.", title=settings.title))
     task = settings.get("task")
     if task and "task" in options:
-        task_words = recipe.fixed.get("--task", [str(options["task"].default)])
+        task_words = recipe.fixed_options.get("--task", [str(options["task"].default)])
         if [*task_words] != [task]:
             raise OptionError(say("It was made with %(title)s.", title=settings.title))
 
@@ -440,7 +466,7 @@ def _has_folder(words: Sequence[str]) -> bool:
     return any("/" in word or "\\" in word for word in words)
 
 
-def _read_line(
+def _make_prompt_line_options(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
     """Return the options of the prompt line that generates a result again with `seed`.
@@ -450,21 +476,22 @@ def _read_line(
     options = read_script_options(recipe.family)
     line: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():
-        key = KEYS.get(name, name)
-        if name in APART or name.startswith("original_"):
+        if _is_separate_metadata(name):
             continue
-        # only options that a prompt line can have are returned
+        key = PROMPT_LINE_KEYS.get(name, name)
         line_option = find_option(key, recipe.defaults.line_options)
-        is_known = key in SIZES or key in options or key in recipe.extras
+        is_side = key in SIDE_POSITIONS
+        is_known = is_side or key in options or key in recipe.extra_options
         if not is_known or line_option is None:
             continue
         option = options.get(key)
-        flags = [] if option is None else option.flags
-        is_default = option is not None and _is_equal([str(option.default)], text)
-        is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then even a default is set
-        if is_default and not is_set_by_recipe and key not in SIZES:  # sizes are always written
-            continue
-        if key in MEDIA or line_option.read is read_path:
+        if option is not None and not is_side:
+            is_default = _is_equal([str(option.default)], text)
+            # a value of the recipe has to be replaced, even by the default
+            is_set_by_recipe = any(flag in recipe.fixed_options for flag in option.flags)
+            if is_default and not is_set_by_recipe:
+                continue
+        if key in MEDIA_OPTIONS or line_option.read is read_path:
             paths = [find_media(media_name) for media_name in text.split("\n")]
             line[key] = paths if line_option.repeats else paths[0]
         else:
@@ -473,47 +500,43 @@ def _read_line(
     return line
 
 
-# metadata name -> letters of the option in a prompt line, in the order in which `new` writes them
-SAMPLE_CHARACTERS = {
-    "width": "w",
-    "height": "h",
-    "video_length": "f",
-    "infer_steps": "s",
-    "flow_shift": "fs",
-    "negative_prompt": "n",
-    "seeds": "d",
+# letters of an option in a prompt line -> metadata name, in the order in which `new` writes them
+SAMPLE_OPTIONS = {
+    "w": "width",
+    "h": "height",
+    "f": "video_length",
+    "s": "infer_steps",
+    "g": "guidance_scale",
+    "l": "",  # only with embedded guidance
+    "fs": "flow_shift",
+    "n": "negative_prompt",
+    "d": "seeds",
 }
 
 
 def format_sample_line(settings: ResultSettings) -> str:
     """Return the prompt-file line that samples these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
-    characters = dict(SAMPLE_CHARACTERS)
-    values = {}
-    for name, character in characters.items():
-        values[character] = " ".join(settings.get(name).split())
+    values = {letters: " ".join(settings.get(name).split()) for letters, name in SAMPLE_OPTIONS.items()}
     guidance = settings.get("guidance_scale")
     embedded_guidance = settings.get("embedded_cfg_scale")
     # in prompt files, --g is the guidance that the model uses by default, and --l a CFG scale on top of it
-    if embedded_guidance:
-        values["g"] = embedded_guidance
-        values["l"] = guidance
-    else:
-        values["g"] = guidance
-        values["l"] = ""
+    values["g"] = embedded_guidance or guidance
+    values["l"] = guidance if embedded_guidance else ""
     if values["f"] == "1":  # an image: its prompt lines need no length
         values["f"] = ""
-    parts = [prompt]
-    # fs: flow shift, n: negative prompt, d: seed
-    for character in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):
-        if values[character]:
-            parts.append(f"--{character} {values[character]}")
-    if " --" in f" {prompt}" or " --" in f" {values['n']}":
+    _check_sample_line(settings, prompt, values["n"])
+    options = [f"--{letters} {value}" for letters, value in values.items() if value]
+    return " ".join([prompt, *options])
+
+
+def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: str) -> None:
+    """Raise OptionError if a prompt line with these texts would be read differently, or lacks an image."""
+    if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
         raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
     if prompt.startswith("#") or not prompt:
         raise OptionError(say("A line that begins with # is no prompt."))
-    if any(settings.get(name) for name in MEDIA):
+    if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise OptionError(
             say("It began from a picture, of which the file holds only the name: write it by hand.")
         )
-    return " ".join(parts)

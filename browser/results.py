@@ -20,15 +20,15 @@ from modules.media.layers import COMPOSITE, LAYER
 from modules.run_limits import QUEUE_FOLDER
 
 KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
-DEEPEST = 8  # folders below a root
+MAX_DEPTH = 8  # folders below a root
 MAX_FOLDERS = 50_000  # maximum number of folders searched
 MAX_RESULTS = 20_000  # only the newest ones are kept
 # folders that are not searched
-CLOSED = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
-LARGER = "_larger"  # suffix of the name of an enlarged file
-LAST_FRAME = "_last"  # suffix used by --save_last_frame
-OF_LAYER = re.compile(rf"(.+){LAYER.format('([0-9]{1,3})')}")
-MADE_FROM = re.compile(rf"(.+?)(?:{LARGER}|{LAST_FRAME})(?:-\d+)?")
+SKIPPED_FOLDERS = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
+UPSCALED_SUFFIX = "_larger"  # suffix of the name of an enlarged file
+LAST_FRAME_SUFFIX = "_last"  # suffix used by --save_last_frame
+LAYER_NAME = re.compile(rf"(.+){LAYER.format('([0-9]{1,3})')}")
+DERIVED_NAME = re.compile(rf"(.+?)(?:{UPSCALED_SUFFIX}|{LAST_FRAME_SUFFIX})(?:-\d+)?")
 FRESH_SECONDS = 2.0  # a folder that changed so recently may change again without a new time
 
 
@@ -58,13 +58,13 @@ class Result:
         return KINDS[self.path.suffix.lower()]
 
 
-class _Folder(NamedTuple):
+class _ListedFolder(NamedTuple):
     """Content of a folder when it was last listed."""
 
     changed: int  # in nanoseconds
-    inner: Sequence[Path]
+    subfolders: Sequence[Path]
     results: Sequence[Result]
-    entries: "Mapping[str, _Entry]"  # files of the folder, by name
+    entries: "Mapping[str, _ListedFile]"  # files of the folder, by name
 
 
 class ResultFolders:
@@ -72,16 +72,16 @@ class ResultFolders:
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        self._folders: dict[Path, _Folder] = {}
+        self._folders: dict[Path, _ListedFolder] = {}
         self._contents: list[Sequence[Result]] = []  # content of each folder when `_newest` was computed
         self._newest: list[Result] = []
         self._by_id: dict[str, Result] = {}
 
     def list_all(self) -> Sequence[Result]:
         """Return the newest results in folders named `generated`, the newest first."""
-        folders: dict[Path, _Folder] = {}
+        folders: dict[Path, _ListedFolder] = {}
         for top in dict.fromkeys(self.runs.tops):
-            self._walk(top, DEEPEST, folders)
+            self._walk(top, MAX_DEPTH, folders)
         contents = [folder.results for folder in folders.values() if folder.results]
         are_equal = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))
         self._folders = folders
@@ -105,7 +105,7 @@ class ResultFolders:
             return None
         return replace(result, changed=status.st_mtime, size_bytes=status.st_size)
 
-    def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
+    def _walk(self, folder: Path, depth: int, folders: dict[Path, _ListedFolder]) -> None:
         """Collect a folder and its subfolders into `folders`, without following links."""
         if folder in folders or len(folders) >= MAX_FOLDERS:
             return
@@ -117,15 +117,15 @@ class ResultFolders:
         except OSError:
             return
         folders[folder] = content
-        for inner in content.inner if depth else ():
-            self._walk(inner, depth - 1, folders)
+        for subfolders in content.subfolders if depth else ():
+            self._walk(subfolders, depth - 1, folders)
 
 
 def _order_result(result: Result) -> tuple[float, str, str]:
     return -result.shown_at, result.path.name, str(result.path)
 
 
-class _Entry(NamedTuple):
+class _ListedFile(NamedTuple):
     """A file of a folder of results."""
 
     changed: float
@@ -134,84 +134,89 @@ class _Entry(NamedTuple):
     number: int  # inode number, which differs after the file has been replaced
 
 
-def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:
+def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]) -> _ListedFolder:
     """Return the subfolders and results of a folder. Raises OSError if it cannot be listed.
 
-    `changed` is its modification time (ns) before the listing; `earlier` has the files of the last listing.
+    `changed` is its modification time (ns) before the listing; `previous` has the files of the last listing.
     """
-    inner = []
-    files: dict[str, _Entry] = {}
+    subfolders = []
+    files: dict[str, _ListedFile] = {}
     is_of_results = folder.name == RESULTS  # files in other folders are not results
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name in CLOSED:
+            if entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
                 continue
             if entry.is_dir(follow_symlinks=False):
-                inner.append(folder / entry.name)
+                subfolders.append(folder / entry.name)
             elif is_of_results:
-                file = _read_entry(entry, earlier.get(entry.name))
+                file = _read_entry(entry, previous.get(entry.name))
                 if file is not None:
                     files[entry.name] = file
     # two changes within one clock tick have the same time: -1 lets the next request list a fresh folder
     is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
     results = _make_results(folder, heapq.nlargest(MAX_RESULTS, files.values()))
-    return _Folder(-1 if is_fresh else changed, sorted(inner), results, entries=files)
+    return _ListedFolder(-1 if is_fresh else changed, sorted(subfolders), results, entries=files)
 
 
-def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | None:
-    """Return a file as a result; None for other files. `earlier` is the previous entry of the same name."""
+def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:
+    """Return a file of results; None for other files. `previous` is that of this name in the last listing."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
-    if os.name != "nt" and earlier is not None and earlier.number == entry.inode():
-        return earlier
+    if os.name != "nt" and previous is not None and previous.number == entry.inode():
+        return previous
     with contextlib.suppress(OSError):
         if entry.is_file(follow_symlinks=False):
             status = entry.stat(follow_symlinks=False)
-            return _Entry(status.st_mtime, entry.name, size_bytes=status.st_size, number=entry.inode())
+            return _ListedFile(status.st_mtime, entry.name, size_bytes=status.st_size, number=entry.inode())
     return None
 
 
-def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
+def _make_results(folder: Path, files: Sequence[_ListedFile]) -> list[Result]:
     """Return the results of a folder, each derived file directly after the file it was made from.
 
     The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
     layers.
     """
-    names = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
-    times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}
-    clips = {stem for stem, suffix in names if KINDS[suffix.lower()] == "clip"}
+    stems_and_suffixes = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
+    times = {stem: file.changed for (stem, _), file in zip(stems_and_suffixes, files, strict=True)}
+    clips = {stem for stem, suffix in stems_and_suffixes if KINDS[suffix.lower()] == "clip"}
     layers = _group_layers(folder, times)
-    layer_stems = {layer.stem for layers_of_image in layers.values() for layer in layers_of_image}
+    layer_stems = {layer.stem for image_layers in layers.values() for layer in image_layers}
     results = []
-    for (stem, suffix), file in zip(names, files, strict=True):
-        if stem in layer_stems:
+    for (stem, suffix), file in zip(stems_and_suffixes, files, strict=True):
+        is_last_frame = suffix.lower() == ".png" and stem.endswith(LAST_FRAME_SUFFIX)
+        is_frame_of_clip = is_last_frame and stem.removesuffix(LAST_FRAME_SUFFIX) in clips
+        if stem in layer_stems or is_frame_of_clip:
             continue
-        is_last_frame = suffix.lower() == ".png" and stem.endswith(LAST_FRAME)
-        if is_last_frame and stem.removesuffix(LAST_FRAME) in clips:
-            continue  # the last frame saved for continuing a clip
-        shown_at = file.changed
-        derived = None
-        if LARGER in stem or LAST_FRAME in stem:  # the pattern is slow, and folders may hold many files
-            derived = MADE_FROM.fullmatch(stem)
-        if derived is not None:  # sorted by the time of the file that it was made from
-            shown_at = times.get(derived[1], shown_at)
+        source_time = _find_source_time(stem, times)
         result = Result(
             folder / file.name,
             file.changed,
             file.size_bytes,
-            shown_at=shown_at,
+            shown_at=file.changed if source_time is None else source_time,
             layers=layers.get(stem, ()),
         )
         results.append(result)
     return results
 
 
+def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
+    """Return the time of the file that an enlarged image or a last frame was made from; None without one.
+
+    `times` are the modification times of the folder's files, by name without suffix.
+    """
+    if UPSCALED_SUFFIX not in stem and LAST_FRAME_SUFFIX not in stem:
+        return None  # the pattern is slow, and folders may hold many files
+    match = DERIVED_NAME.fullmatch(stem)
+    return None if match is None else times.get(match[1])
+
+
 def _group_layers(folder: Path, stems: Collection[str]) -> dict[str, tuple[Path, ...]]:
     """Return the layers of each image that has some, back to front, by the image's name without suffix."""
     numbered: dict[str, dict[int, Path]] = {}
     for stem in stems:
-        match = OF_LAYER.fullmatch(stem)
+        match = LAYER_NAME.fullmatch(stem)
         if match is not None and f"{match[1]}{COMPOSITE}" in stems:
             numbered.setdefault(f"{match[1]}{COMPOSITE}", {})[int(match[2])] = folder / f"{stem}.png"
     return {stem: tuple(layers[index] for index in sorted(layers)) for stem, layers in numbered.items()}

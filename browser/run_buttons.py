@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from starlette.requests import Request
@@ -42,14 +42,14 @@ from browser.responses import (
 )
 from browser.run_samples import RunSamples, read_fields
 from browser.run_start import (
-    BUSY,
+    ACTIVE_STATES,
     CHECK,
     CHECKING,
     DRAFT,
-    FAULTS,
+    FAILED_CHECK,
     TRAINING,
-    FolderPlan,
-    ShownRun,
+    RunConfig,
+    TrackedRun,
     find_start_argv,
     is_run_of_folder,
     make_check_argv,
@@ -86,43 +86,44 @@ CONTROL_FLAGS = ("--control_image", "--guide_image_path")
 
 
 @dataclass(frozen=True)
-class MakingCommand:
+class GenerationCommand:
     """The command in a run's history that generates with the trained file, split into form fields."""
 
-    place: int  # index among the commands of the history
+    index_in_history: int  # index among the commands of the history
     argv: Sequence[str]
-    is_of_here: bool  # the user wrote it here, so it is queued without review
+    is_trusted: bool  # the user wrote it here, so it is queued without review
     missing: Sequence[str] = ()  # placeholders that the user has to replace
     pictures: Sequence[str] = ()  # control images that it can use, as paths in its folder
 
-    def find_index(self, flags: Sequence[str]) -> int:
+    def find_value_index(self, flags: Sequence[str]) -> int:
         """Return the index of the word after the first of these options; 0 if the command has none."""
         return next((index for index, flag in enumerate(self.argv[:-1], 1) if flag in flags), 0)
 
-    def read(self, index: int) -> str:
-        """Return the text of a field; "" for a placeholder that the user has to replace."""
+    def initial_text(self, index: int) -> str:
+        """Return the word at an index as the text of its field; "" for a placeholder."""
         word = self.argv[index]
         return "" if word in self.missing else word
 
     @property
     def fields(self) -> list[tuple[int, str, str]]:
-        """Words that the user fills in: index in the command, label and text of each."""
-        prompt = self.find_index([PROMPT])
-        control = self.control_index
+        """Form fields: the prompt, the control image and each other placeholder, as (index, label, text)."""
+        prompt_index = self.find_value_index([PROMPT])
+        control_index = self.control_index
         fields: list[tuple[int, str, str]] = []
-        if prompt:
-            fields.append((prompt, say("Prompt"), self.read(prompt)))
-        if control:
-            fields.append((control, say("Control picture"), self.read(control)))
+        if prompt_index:
+            fields.append((prompt_index, say("Prompt"), self.initial_text(prompt_index)))
+        if control_index:
+            fields.append((control_index, say("Control picture"), self.initial_text(control_index)))
         for index, word in enumerate(self.argv):
-            if index > 1 and word in self.missing and index not in (prompt, control):
-                fields.append((index, self.argv[index - 1], ""))
+            if index > 1 and word in self.missing and index not in (prompt_index, control_index):
+                option = self.argv[index - 1]
+                fields.append((index, option, ""))
         return fields
 
     @property
     def control_index(self) -> int:
         """Index of the path of the control image or clip; 0 if the command has none."""
-        return self.find_index(CONTROL_FLAGS)
+        return self.find_value_index(CONTROL_FLAGS)
 
     def fill(self, form: Form) -> list[str]:
         """Return the command with the user's input filled in. Raises OptionError if a field is empty."""
@@ -135,13 +136,20 @@ class MakingCommand:
         return argv
 
 
+class ResumeCommand(NamedTuple):
+    """The command in a run's history that continues the run."""
+
+    index_in_history: int
+    command: PageCommand
+
+
 @dataclass(frozen=True)
 class RunActions:
     """The commands of a run's current buttons; "" for a button that is not shown."""
 
     start: str = ""
     start_label: str = say("Continue")
-    is_known: bool = True  # False: the user has to read its run.toml before it starts
+    is_trusted: bool = True  # False: the user has to read its run.toml before it starts
     check: str = ""
     stop: str = ""
     train_on: str = ""
@@ -152,7 +160,7 @@ class RunActions:
     samples: str = ""  # prompt file
     has_lora: bool = False  # images can be generated with it
     generate: bool = False  # whether the history has a command from which the page Generate can fill its form
-    make: "MakingCommand | None" = None  # generating command, if the page Generate cannot be used
+    make: "GenerationCommand | None" = None  # generating command, if the page Generate cannot be used
     score: str = ""
     remove: str = ""
     read_line: str = ""  # address of the queue's page for reviewing a foreign command
@@ -165,7 +173,7 @@ class RunButtons:
         self.site = site
         self.tracked_runs = site.tracked_runs
         self.samples = RunSamples(site)
-        self.actions: dict[str, Callable[[ShownRun, Form], str]] = {
+        self.actions: dict[str, Callable[[TrackedRun, Form], str]] = {
             "start": self.start,
             "check": self.check,
             "stop": self.stop,
@@ -178,122 +186,128 @@ class RunButtons:
 
     # ---- what is shown
 
-    def show_page(self, shown: ShownRun) -> str:
+    def show_page(self, tracked_run: TrackedRun) -> str:
         """Return the page of a run that has no history yet."""
         values = {
-            "actions": Markup(self.render(shown)),
-            "further": Markup(self.render(shown, "more_actions.html")),
-            "plan": shown.plan,
-            "is_known": shown.plan is None or self.tracked_runs.is_known(shown.plan),
+            "actions": Markup(self.render(tracked_run)),
+            "further": Markup(self.render(tracked_run, "more_actions.html")),
+            "run_config": tracked_run.run_config,
+            "is_trusted": tracked_run.run_config is None
+            or self.tracked_runs.is_trusted(tracked_run.run_config),
         }
-        return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
+        return render_page(HERE / "folder_plan.html", tracked_run.summary.name, values, POLICY)
 
-    def render(self, shown: ShownRun, template: str = "actions.html") -> str:
+    def render(self, tracked_run: TrackedRun, template: str = "actions.html") -> str:
         """Return the buttons of a run, and the texts next to them, as HTML.
 
         Args:
-            shown: The run.
+            tracked_run: The run.
             template: `actions.html` for the buttons above the samples, `more_actions.html` for those below.
         """
-        return render_page(HERE / template, shown.summary.name, self.values(shown))
+        return render_page(HERE / template, tracked_run.summary.name, self.values(tracked_run))
 
-    def values(self, shown: ShownRun) -> dict[str, Any]:
+    def values(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the values for the template of a run's buttons."""
-        run = shown.summary
-        state = shown.state
+        run = tracked_run.summary
+        state = tracked_run.state
         return {
             "id": run.id,
             "name": run.name,
             "state": state,
-            "mark": mark_state(shown),
+            "mark": mark_state(tracked_run),
             "is_begun": run.history.exists(),
-            "last_lines": self.last_lines(shown),
-            "actions": RunActions() if self.site.read_only else self.list_actions(shown),
+            "last_lines": self.last_lines(tracked_run),
+            "actions": RunActions() if self.site.read_only else self.list_actions(tracked_run),
             "can_write": not self.site.read_only,
             "work_command": self.work_command(),
-            "is_over": state.name in (DIED, FINISHED, STOPPED, FAULTS),
+            "is_over": state.name in (DIED, FINISHED, STOPPED, FAILED_CHECK),
         }
 
-    def last_lines(self, shown: ShownRun) -> str:
+    def last_lines(self, tracked_run: TrackedRun) -> str:
         """Return the last lines of the log or history of a run that has not begun or has failed."""
-        state = shown.state
+        state = tracked_run.state
         if state.name in (TRAINING, FINISHED, STOPPED, WAITING):
             return ""
         if state.last_lines:
             return state.last_lines
-        if state.name not in (DIED, FAULTS):
+        if state.name not in (DIED, FAILED_CHECK):
             return ""
         with contextlib.suppress(OSError), self.site.runs.lock:
-            messages = self.site.runs.open(shown.summary).run_history.messages[-12:]
+            messages = self.site.runs.open(tracked_run.summary).run_history.messages[-12:]
             return "\n".join(text for _, _, text in messages)
         return ""
 
-    def list_actions(self, shown: ShownRun) -> RunActions:
+    def list_actions(self, tracked_run: TrackedRun) -> RunActions:
         """Return the buttons that a run's page offers in its present state, with their commands."""
-        prompts = self.find_prompts(shown)
+        prompts = self.find_prompts(tracked_run)
         actions = RunActions(
             remove=say("moves its files into %(bin)s", bin=BIN),
             samples="" if prompts is None else str(prompts),
         )
-        if has_lora(shown.summary):
-            generates = self.generates(shown.summary)
+        if has_lora(tracked_run.summary):
+            can_generate = self.can_generate(tracked_run.summary)
             # without the page Generate, the command in the history can still generate with the file
-            making = None if generates else self.find_making(shown.summary)
-            actions = replace(actions, generate=generates, has_lora=True, make=making)
-        if shown.state.is_active:  # no other button makes sense while the run is active
-            return replace(actions, stop=self.stop_command(shown))
-        scoring = make_score_argv(shown.summary, self.site.models)
-        actions = replace(actions, score=format_command(scoring) if scoring else "")
-        if shown.plan is None:
-            return self.add_history_actions(actions, shown)
-        return self.add_plan_actions(actions, shown, shown.plan)
+            generation = None if can_generate else self.find_generation_command(tracked_run.summary)
+            actions = replace(actions, generate=can_generate, has_lora=True, make=generation)
+        if tracked_run.state.is_active:  # no other button makes sense while the run is active
+            return replace(actions, stop=self.stop_command(tracked_run))
+        score_argv = make_score_argv(tracked_run.summary, self.site.models)
+        actions = replace(actions, score=format_command(score_argv) if score_argv else "")
+        if tracked_run.run_config is None:
+            return self.add_history_actions(actions, tracked_run)
+        return self.add_config_actions(actions, tracked_run, tracked_run.run_config)
 
-    def add_plan_actions(self, actions: RunActions, shown: ShownRun, plan: FolderPlan) -> RunActions:
-        """Return `actions` with the buttons that start or continue a run from its described folder `plan`.
+    def add_config_actions(
+        self, actions: RunActions, tracked_run: TrackedRun, run_config: RunConfig
+    ) -> RunActions:
+        """Return `actions` with the buttons that start, check, extend or repeat a run by its run.toml.
 
         `train_on` extends a run by steps, `have` is the checksum by which a changed run.toml is noticed, and
         `again` is the name of a repeated run.
         """
-        run = shown.summary
+        run = tracked_run.summary
         has_run = run.history.exists()
-        is_draft = shown.state.name == DRAFT
-        start_command = format_command(find_start_argv(plan, self.site.models))
-        actions = replace(actions, folder=str(plan.folder), is_known=self.tracked_runs.is_known(plan))
-        if shown.state.name != FINISHED:
+        is_draft = tracked_run.state.name == DRAFT  # run.toml was written, but never run
+        start_command = format_command(find_start_argv(run_config, self.site.models))
+        actions = replace(
+            actions, folder=str(run_config.folder), is_trusted=self.tracked_runs.is_trusted(run_config)
+        )
+        if tracked_run.state.name != FINISHED:
             actions = replace(
                 actions, start=start_command, start_label=say("Start") if is_draft else say("Continue")
             )
-        if shown.state.name in (DRAFT, FAULTS):
-            actions = replace(actions, check=format_command(make_check_argv(plan.folder)))
-        if has_run and plan.steps:
+        if tracked_run.state.name in (DRAFT, FAILED_CHECK):
+            actions = replace(actions, check=format_command(make_check_argv(run_config.folder)))
+        if has_run and run_config.steps:
             actions = replace(
                 actions,
                 train_on=start_command,
-                steps=suggest_steps(run, plan.steps),
-                have=compute_checksum(read_content(plan.folder / RUN_FILE)),
+                steps=suggest_steps(run, run_config.steps),
+                have=compute_checksum(read_content(run_config.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
-            actions = replace(actions, again=free_name(plan.output, plan.name))
+            actions = replace(actions, again=free_name(run_config.output, run_config.name))
         return actions
 
-    def add_history_actions(self, actions: RunActions, shown: ShownRun) -> RunActions:
-        """Return `actions` with the buttons that continue a run from the training command in its history.
+    def add_history_actions(self, actions: RunActions, tracked_run: TrackedRun) -> RunActions:
+        """Return `actions` with the buttons Continue and Train on for a run without a run.toml.
 
-        Used for a run without a described folder.
+        Both use the resume command in the run's history. A history from another machine or user gets only a
+        link to the page of the queue, where the command is reviewed first.
         """
-        run = shown.summary
-        command = self.find_resuming(run)
-        if command is None:
+        run = tracked_run.summary
+        resume = self.find_resume_command(run)
+        if resume is None:
             return actions
-        index, page_command = command
-        resume_command = f"{format_cd(run.working_folder)}{page_command.bash}"
-        if not run.is_of_here:  # written by another machine or user: the command is shown before it may run
-            return replace(actions, read_line=f"/queue?run={run.id}&command={index}#words")
-        if shown.state.name != FINISHED:
-            actions = replace(actions, start=resume_command)
-        if STEPS_OPTION in page_command.bash:
+        if not run.is_trusted:
+            review_address = f"/queue?run={run.id}&command={resume.index_in_history}#words"
+            return replace(actions, read_line=review_address)
+        command_line = f"{format_cd(run.working_folder)}{resume.command.bash}"
+        if tracked_run.state.name != FINISHED:
+            actions = replace(actions, start=command_line)
+        if STEPS_OPTION in resume.command.bash:
             steps = suggest_steps(run, run.total_steps)
-            actions = replace(actions, steps=steps, train_on=resume_command)
+            actions = replace(actions, steps=steps, train_on=command_line)
         return actions
 
     def work_command(self) -> str:
@@ -301,142 +315,148 @@ class RunButtons:
         folders = [str(top) for top in self.site.runs.tops]
         return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
-    def stop_command(self, shown: ShownRun) -> str:
+    def stop_command(self, tracked_run: TrackedRun) -> str:
         """Return what the button Stop does, as a sentence or as the equivalent command."""
-        state, run = shown.state, shown.summary
+        state, run = tracked_run.state, tracked_run.summary
         if state.background_job is not None:
             return say("ends the check")
         if state.name == WAITING and state.job is not None:
             return say("takes job %(id)s out of %(queue)s", id=state.job.id, queue=QUEUE)
-        job = self.find_running_job(shown)
+        job = self.find_running_job(tracked_run)
         if job is not None:
             return say("Ctrl-C for job %(id)s of the queue", id=job.id)
         return quote_command(["touch", str(run.history.parent / f"{run.name}.stop")])
 
-    def find_running_job(self, shown: ShownRun) -> Job | None:
+    def find_running_job(self, tracked_run: TrackedRun) -> Job | None:
         """Return the running job of the queue that trains a run; None if it was started elsewhere."""
-        job = shown.state.job
+        job = tracked_run.state.job
         if job is not None and job.state == RUNNING:
             return job
         with contextlib.suppress(UserError):
             for candidate in self.site.queue.jobs():
-                if candidate.state == RUNNING and is_started_by(shown.summary, candidate):
+                if candidate.state == RUNNING and is_started_by(tracked_run.summary, candidate):
                     return candidate
         return None
 
-    def generates(self, run: RunSummary) -> bool:
+    def can_generate(self, run: RunSummary) -> bool:
         """Return whether the page Generate can generate with the files of a run."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             return read_source(self.site.runs, run) is not None
         return False
 
-    def find_making(self, run: RunSummary) -> MakingCommand | None:
+    def find_generation_command(self, run: RunSummary) -> GenerationCommand | None:
         """Return the history's command that generates with the trained file; None if the history has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
             commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
                 if command.title == GENERATE:
                     argv = split_arguments(command_part(command.bash))
-                    find_program(argv, Path.cwd())
-                    making = MakingCommand(index, argv, run.is_of_here, split_arguments(command.missing))
+                    find_program(argv, Path.cwd())  # raises OptionError for the command of another program
+                    placeholders = split_arguments(command.missing)
+                    generation = GenerationCommand(index, argv, run.is_trusted, placeholders)
                     folder = working_folder(run, group_options(argv))
-                    if making.control_index and self.site.runs.is_below(folder):
-                        return replace(making, pictures=list_images(folder))
-                    return making
+                    if generation.control_index and self.site.runs.is_below(folder):
+                        return replace(generation, pictures=list_images(folder))
+                    return generation
         return None
 
-    def make(self, shown: ShownRun, form: Form) -> str:
+    def make(self, tracked_run: TrackedRun, form: Form) -> str:
         """Queue the generation command of the run's history, with the typed prompt and control image."""
-        run = shown.summary
-        making = self.find_making(run)
-        if making is None or not making.is_of_here:
+        run = tracked_run.summary
+        generation = self.find_generation_command(run)
+        if generation is None or not generation.is_trusted:
             raise OptionError(say("Its history has no command that can be queued as it stands."))
-        argv = making.fill(form)
-        folder = working_folder(run, group_options(making.argv))
-        index = making.control_index
-        if index:  # 0: the command has no control image
-            control = argv[index]
-            is_typed = control != making.argv[index]  # the run's own image may lie anywhere
-            if is_typed and not self.site.runs.is_inside(folder / control):
-                raise OptionError(
-                    say("%(path)s is no file in the folders that this page shows.", path=control)
-                )
+        argv = generation.fill(form)
+        folder = working_folder(run, group_options(generation.argv))
+        control_index = generation.control_index
+        if control_index:
+            self._check_control_image(argv[control_index], generation.argv[control_index], folder)
         check_options(argv, folder)
         self.site.queue.add_and_begin(argv, folder)
         return say("It is in the queue.")
 
-    def score(self, shown: ShownRun, form: Form) -> str:
+    def _check_control_image(self, path: str, original_path: str, folder: Path) -> None:
+        """Raise OptionError if the user has typed a path that is not a file below the roots of the page."""
+        if path != original_path and not self.site.runs.is_inside(folder / path):
+            raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=path))
+
+    def score(self, tracked_run: TrackedRun, form: Form) -> str:
         """Queue the command that scores the samples of a run."""
-        argv = make_score_argv(shown.summary, self.site.models)
+        argv = make_score_argv(tracked_run.summary, self.site.models)
         if not argv:
             raise OptionError(say("There are no samples to score, or no model that scores them."))
         self.site.queue.add_and_begin(argv, Path.cwd())
         return say("It is in the queue.")
 
-    def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:
-        """Return the history's command that continues its run, with its index; None if there is none."""
+    def find_resume_command(self, run: RunSummary) -> ResumeCommand | None:
+        """Return the history's command that continues its run; None if there is none."""
+        is_preparation = run.name.endswith(BEFORE_TRAINING)  # `run` continues it, without --resume
         with contextlib.suppress(OSError), self.site.runs.lock:
-            for index, command in enumerate(
-                current_commands(self.site.runs.open(run).run_history, run.history.parent, run.name)
-            ):
-                is_again = run.name.endswith(BEFORE_TRAINING)
-                if (RESUME in command.bash or is_again) and not command.missing:
-                    return index, command
+            run_history = self.site.runs.open(run).run_history
+            commands = current_commands(run_history, run.history.parent, run.name)
+            for index, command in enumerate(commands):
+                if (RESUME in command.bash or is_preparation) and not command.missing:
+                    return ResumeCommand(index, command)
         return None
 
-    def find_prompts(self, shown: ShownRun) -> Path | None:
-        """Return the prompt file of a run if it lies below the roots and can be edited as text."""
-        run = shown.summary
+    def find_prompts(self, tracked_run: TrackedRun) -> Path | None:
+        """Return the prompt file of a run if it lies below the roots and can be edited as text.
+
+        Its path comes from run.toml, or, without one, from the options recorded in the run's history.
+        """
+        run = tracked_run.summary
         path = None
-        if shown.plan is not None:
-            path = shown.plan.prompts
+        if tracked_run.run_config is not None:
+            path = tracked_run.run_config.prompts
         elif run.start is not None and run.working_folder is not None:
-            text = dict(run.start.changed).get("sample_prompts")
+            recorded_path = dict(run.start.changed).get("sample_prompts")
             with contextlib.suppress(ValueError):
-                path = expand_path(text, run.working_folder) if text else None
+                path = expand_path(recorded_path, run.working_folder) if recorded_path else None
         if path is None or path.suffix.lower() not in PROMPT_FILES:
             return None
-        existing_path = path if path.exists() or path.is_symlink() else path.parent
-        return path if self.site.runs.is_below(existing_path) else None
+        is_new_file = not (path.exists() or path.is_symlink())
+        is_below_roots = self.site.runs.is_below(path.parent if is_new_file else path)
+        return path if is_below_roots else None
 
     # ---- parts of the page
 
-    def find(self, request: Request) -> ShownRun | None:
+    def find(self, request: Request) -> TrackedRun | None:
         """Return the run that an address names; None if it does not exist."""
         return self.tracked_runs.find(request.path_params["id"])
 
     def show_actions(self, request: Request) -> Response:
         """Respond with the buttons of a run as HTML."""
-        shown = self.find(request)
-        if shown is None:
+        tracked_run = self.find(request)
+        if tracked_run is None:
             return answer_not_found()
-        return answer_page(self.render(shown) + self.render(shown, "more_actions.html"))
+        return answer_page(self.render(tracked_run) + self.render(tracked_run, "more_actions.html"))
 
     def show_standing(self, request: Request) -> Response:
         """Respond with the state of a run, which its page requests every few seconds."""
-        shown = self.find(request)
-        if shown is None:
+        tracked_run = self.find(request)
+        if tracked_run is None:
             return answer_not_found()
         return answer_json(
             {
-                "mark": mark_state(shown),
-                "state": shown.state.text,
-                "is_active": shown.state.is_active,
-                "is_begun": shown.summary.history.exists(),
+                "mark": mark_state(tracked_run),
+                "state": tracked_run.state.text,
+                "is_active": tracked_run.state.is_active,
+                "is_begun": tracked_run.summary.history.exists(),
             }
         )
 
     def show_panel(self, request: Request) -> Response:
         """Respond with a button's panel: the prompts, the files to remove, or a run.toml's permissions."""
-        shown = self.find(request)
-        if shown is None:
+        tracked_run = self.find(request)
+        if tracked_run is None:
             return answer_not_found()
         query = {name: [text] for name, text in request.query_params.items() if name == "rows"}
-        return self.answer_panel(shown, request.path_params["what"], fields=query)
+        panel = request.path_params["what"]
+        return self.answer_panel(tracked_run, panel, fields=query)
 
     def answer_panel(
         self,
-        shown: ShownRun,
+        tracked_run: TrackedRun,
         panel: str,
         error: str = "",
         extra_values: Mapping[str, Any] | None = None,
@@ -445,16 +465,16 @@ class RunButtons:
         """Return the panel of a button.
 
         Args:
-            shown: The run.
+            tracked_run: The run.
             panel: Name of the panel: "read", "prompts" or "remove".
             error: Reason why a request was rejected.
             extra_values: Values for the template that replace the panel's own.
             fields: Sample fields that the user has typed and that are not saved.
         """
         values: dict[str, Any] = {
-            "id": shown.summary.id,
-            "name": shown.summary.name,
-            "state": shown.state,
+            "id": tracked_run.summary.id,
+            "name": tracked_run.summary.name,
+            "state": tracked_run.state,
             "message": error,
             "what": panel,
             "can_write": not self.site.read_only,
@@ -462,71 +482,71 @@ class RunButtons:
         }
         try:
             if panel == "read":
-                values |= self.describe_plan(shown)
+                values |= self.describe_run_config(tracked_run)
             elif panel == "prompts":
-                path = self.require_prompts(shown)
-                values |= self.samples.describe(shown, path, read_fields(fields or {}))
+                path = self.require_prompts(tracked_run)
+                values |= self.samples.describe(tracked_run, path, read_fields(fields or {}))
             elif panel == "remove":
-                values |= self.describe_removal(shown)
+                values |= self.describe_removal(tracked_run)
             else:
                 return answer_not_found()
         except (OptionError, OSError, ValueError) as problem:
             values["message"] = error or str(problem)
             values["what"] = ""
         values |= extra_values or {}
-        return answer_template("panel.html", shown.summary.name, values, is_rejected=error != "")
+        return answer_template("panel.html", tracked_run.summary.name, values, is_rejected=error != "")
 
-    def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_run_config(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the content of a run.toml that a page shows before it is started."""
-        if shown.plan is None:
+        if tracked_run.run_config is None:
             raise OptionError(say("There is no run.toml below the folders of this page."))
-        path = shown.plan.folder / RUN_FILE
+        path = tracked_run.run_config.folder / RUN_FILE
         return {
-            "permissions": read_permissions(shown.plan.folder),
+            "permissions": read_permissions(tracked_run.run_config.folder),
             "path": path,
             "text": read_shown_text(path),
             "have": compute_checksum(read_content(path)),
-            "command": format_command(find_start_argv(shown.plan, self.site.models)),
-            "is_known": self.tracked_runs.is_known(shown.plan),
+            "command": format_command(find_start_argv(tracked_run.run_config, self.site.models)),
+            "is_trusted": self.tracked_runs.is_trusted(tracked_run.run_config),
         }
 
-    def require_prompts(self, shown: ShownRun) -> Path:
+    def require_prompts(self, tracked_run: TrackedRun) -> Path:
         """Return the prompt file of a run. Raises OptionError if it has none that can be edited."""
-        path = self.find_prompts(shown)
+        path = self.find_prompts(tracked_run)
         if path is None:
             raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
         """Respond with the sample panel for the typed values, noting sizes that the model cannot generate."""
-        shown = self.find(request)
-        if shown is None:
+        tracked_run = self.find(request)
+        if tracked_run is None:
             return answer_not_found()
         fields = {**form, "rows": [request.query_params.get("rows", "")]}
-        return self.answer_panel(shown, "prompts", fields=fields)
+        return self.answer_panel(tracked_run, "prompts", fields=fields)
 
-    def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
+    def describe_removal(self, tracked_run: TrackedRun) -> dict[str, Any]:
         """Return the values for the panel that asks before the run's files are moved into the bin.
 
         Raises OptionError if the run is active or has no files.
         """
-        if shown.state.is_active:
-            raise OptionError(say("It is %(text)s: stop it first.", text=shown.state.text))
-        paths = self.list_removed(shown)
+        if tracked_run.state.is_active:
+            raise OptionError(say("It is %(text)s: stop it first.", text=tracked_run.state.text))
+        paths = self.list_removed(tracked_run)
         if not paths:
             raise OptionError(say("It has no files that can be removed."))
         sizes = {path: measure_size(path) for path in paths}
         bin_folder = self.bin_folder.find_folder(paths[0])
-        name = shown.summary.name.removesuffix(BEFORE_TRAINING)
+        name = tracked_run.summary.name.removesuffix(BEFORE_TRAINING)
         return {
             "files": [(path, format_size(sizes[path])) for path in paths[:MAX_LISTED]],
             "more": max(0, len(paths) - MAX_LISTED),
             "count": say_count(len(paths), "%(n)s file or folder", "%(n)s files and folders"),
             "size": format_size(sum(sizes.values())),
-            "have": mark_removed(paths),
+            "have": compute_list_checksum(paths),
             "bin": bin_folder,
             "command": format_move(paths, bin_folder / name) if len(paths) <= MAX_LISTED else "",
-            "is_draft": not shown.summary.history.exists(),
+            "is_draft": not tracked_run.summary.history.exists(),
         }
 
     # ---- what is removed
@@ -536,26 +556,28 @@ class RunButtons:
         """The bin, with a folder in each root."""
         return BinFolder(*(top / BIN for top in self.site.runs.tops))
 
-    def list_removed(self, shown: ShownRun) -> list[Path]:
+    def list_removed(self, tracked_run: TrackedRun) -> list[Path]:
         """Return the files and folders of a run, or, if it has not begun, the files that `new` wrote.
 
         Media, captions and caches are not listed: they belong to the dataset.
         """
-        results = self.list_trained(shown.summary)
-        if not shown.summary.history.exists() and shown.plan is not None:
-            results = []  # a draft has no results; files with its name belong to another run
-        name = shown.summary.name.removesuffix(BEFORE_TRAINING)
+        run, run_config = tracked_run.summary, tracked_run.run_config
+        output = run.history.parent
+        paths = self.list_trained(run)
+        if run_config is not None and not run.history.exists():
+            paths = []  # a run.toml that never ran has no results; files with its name belong to another run
+        name = run.name.removesuffix(BEFORE_TRAINING)
         # history of the downloads and caching that `run` did before the training
-        early_history = history_path(shown.summary.history.parent, f"{name}{BEFORE_TRAINING}")
-        if early_history.exists():
-            results.append(early_history)
-        if not results and shown.plan is not None:
-            has_runs = any(early_history.parent.glob(f"*{END}"))
-            # the other files in the output folder belong to other runs of this folder
-            names = [RUN_FILE] if has_runs else FILES
-            results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
-        below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
-        return sorted(below)
+        preparation_history = history_path(output, f"{name}{BEFORE_TRAINING}")
+        if preparation_history.exists():
+            paths.append(preparation_history)
+        if not paths and run_config is not None:
+            # other runs of this folder use the other files that `new` wrote
+            has_other_runs = any(output.glob(f"*{END}"))
+            names = [RUN_FILE] if has_other_runs else FILES
+            described_files = [run_config.folder / name for name in names]
+            paths = [path for path in described_files if path.is_file()]
+        return sorted(path for path in dict.fromkeys(paths) if self.site.runs.is_below(path))
 
     def list_trained(self, run: RunSummary) -> list[Path]:
         """Return the files written by a training run, found by their names and in the run's history."""
@@ -568,28 +590,29 @@ class RunButtons:
                         results.append(folder / name)
         return results
 
-    def remove(self, shown: ShownRun, form: Form) -> Response:
+    def remove(self, tracked_run: TrackedRun, form: Form) -> Response:
         """Move the files of a run into the bin, if they are still those that the page listed."""
         try:
-            self.describe_removal(shown)  # raises OptionError if the run cannot be removed now
-            paths = self.list_removed(shown)
-            if "".join(form.get("have", ())) != mark_removed(paths):  # checksum of the list on the page
+            self.describe_removal(tracked_run)  # raises OptionError if the run cannot be removed now
+            paths = self.list_removed(tracked_run)
+            displayed_checksum = "".join(form.get("have", ()))
+            if displayed_checksum != compute_list_checksum(paths):
                 return self.answer_panel(
-                    shown, "remove", say("Its files have changed meanwhile: look again.")
+                    tracked_run, "remove", say("Its files have changed meanwhile: look again.")
                 )
-            base = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
-            self.bin_folder.move_in(shown.summary.name, base, paths)
-            self.forget_jobs(shown)
+            root = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
+            self.bin_folder.move_in(tracked_run.summary.name, base=root, paths=paths)
+            self.forget_jobs(tracked_run)
         except (UserError, OSError, ValueError) as error:
-            return self.answer_panel(shown, "remove", str(error))
+            return self.answer_panel(tracked_run, "remove", str(error))
         return answer_move("/")
 
-    def forget_jobs(self, shown: ShownRun) -> None:
+    def forget_jobs(self, tracked_run: TrackedRun) -> None:
         """Remove the ended jobs of a described folder from the queue."""
-        if shown.plan is None:
+        if tracked_run.run_config is None:
             return
         for job in self.site.queue.jobs():
-            if job.state in ENDED and is_run_of_folder(job, shown.plan.folder):
+            if job.state in ENDED and is_run_of_folder(job, tracked_run.run_config.folder):
                 self.site.queue.remove(job.id)
 
     # ---- what the buttons do
@@ -597,19 +620,19 @@ class RunButtons:
     def act(self, request: Request, form: Form) -> Response:
         """Carry out a button of a run, and respond with its message."""
         action = request.path_params["what"]
-        shown = self.find(request)
-        if shown is None:
+        tracked_run = self.find(request)
+        if tracked_run is None:
             return answer_not_found()
         if action == "remove":
-            return self.remove(shown, form)
+            return self.remove(tracked_run, form)
         if action not in self.actions:
             return answer_not_found()
         try:
-            message = self.actions[action](shown, form)
+            message = self.actions[action](tracked_run, form)
         except CaptionConflictError:  # show the new prompts together with the user's text
-            mine = self.samples.read_text(shown, self.require_prompts(shown), form)
+            typed_prompts = self.samples.read_text(tracked_run, self.require_prompts(tracked_run), form)
             error = say("The file has changed since this page read it. Nothing was written.")
-            return self.answer_panel(shown, "prompts", error, {"mine": mine})
+            return self.answer_panel(tracked_run, "prompts", error, {"mine": typed_prompts})
         except ChangedMeanwhileError:
             text = say(
                 "%(run_file)s has changed meanwhile. Nothing was written: look at it again.",
@@ -618,106 +641,104 @@ class RunButtons:
             return answer_message(text, is_rejected=True)
         except (UserError, OSError, ValueError) as error:
             if action == "prompts" and "row 1" in form:  # keep the user's input
-                return self.answer_panel(shown, "prompts", str(error), fields=form)
+                return self.answer_panel(tracked_run, "prompts", str(error), fields=form)
             return answer_message(str(error), is_rejected=True)
         return answer_message(message)
 
-    def start(self, shown: ShownRun, form: Form) -> str:
+    def start(self, tracked_run: TrackedRun, form: Form) -> str:
         """Start or continue a run. The form has the checksum of the run.toml that the user has read."""
-        if shown.plan is None:
-            self.add_command(shown.summary, steps=0)
+        if tracked_run.run_config is None:
+            self.add_command(tracked_run.summary, steps=0)
         else:
-            checksum = "".join(form.get("read", ()))
-            if checksum and checksum != compute_checksum(read_content(shown.plan.folder / RUN_FILE)):
+            run_config = tracked_run.run_config
+            read_checksum = "".join(form.get("read", ()))
+            if read_checksum and read_checksum != compute_checksum(
+                read_content(run_config.folder / RUN_FILE)
+            ):
                 raise ChangedMeanwhileError
-            argv = find_start_argv(shown.plan, self.site.models)
-            self.tracked_runs.start(shown.plan.folder, argv, is_read=bool(checksum))
+            argv = find_start_argv(run_config, self.site.models)
+            self.tracked_runs.start(run_config.folder, argv, is_reviewed=bool(read_checksum))
         return say("It is in the queue.")
 
     def add_command(self, run: RunSummary, steps: int) -> None:
         """Queue the command that continues a run up to `steps`; with 0, the command's own number stays."""
-        command = self.find_resuming(run)
-        if command is None:
+        resume = self.find_resume_command(run)
+        if resume is None:
             raise OptionError(say("Its history has no command that continues it: no state was saved."))
-        if not run.is_of_here:
+        if not run.is_trusted:
             raise OptionError(
                 say("It comes from elsewhere: read its command on the page of the queue first.")
             )
-        _, page_command = command
         jobs: list[tuple[list[str], Path]] = []
-        for argv, folder in read_jobs(page_command.bash, run):
-            changed = [*argv]
+        for argv, folder in read_jobs(resume.command.bash, run):
+            changed_argv = [*argv]
             if steps:
-                index = changed.index(STEPS_OPTION) + 1
-                changed[index] = str(steps)
-            jobs.append((changed, folder))
+                value_index = changed_argv.index(STEPS_OPTION) + 1
+                changed_argv[value_index] = str(steps)
+            jobs.append((changed_argv, folder))
         self.tracked_runs.add_jobs(jobs)
 
-    def train_on(self, shown: ShownRun, form: Form) -> str:
+    def train_on(self, tracked_run: TrackedRun, form: Form) -> str:
         """Raise a run's number of steps in its run.toml, or else in its command, and queue it again."""
         steps = read_steps("".join(form.get("steps", ())).strip())
-        run = shown.summary
+        run = tracked_run.summary
         if steps <= run.step:
             raise OptionError(
                 say("It has trained %(step)s steps already: give more than that.", step=f"{run.step:,}")
             )
-        if shown.state.is_active:
-            raise OptionError(say("It is %(text)s: stop it first.", text=shown.state.text))
-        if shown.plan is None:  # no described folder: the command in the run's history is queued
-            self.add_command(run, steps)
-            return say(
-                "It is in the queue, to %(steps)s steps. All other options of its command stay.",
-                steps=f"{steps:,}",
-            )
-        plan = shown.plan
-        if not self.tracked_runs.is_known(plan):
-            raise OptionError(
-                say(
-                    "%(folder)s comes from elsewhere. Press Continue to read it.",
-                    folder=plan.folder / RUN_FILE,
-                )
-            )
-        if not plan.steps:  # 0: run.toml sets max_train_epochs instead
-            raise OptionError(
-                say(
-                    "%(folder)s counts in epochs. Change max_train_epochs there.",
-                    folder=plan.folder / RUN_FILE,
-                )
-            )
-        path = plan.folder / RUN_FILE
-        checksum = "".join(form.get("have", ()))
-        changes = change_steps(read_described(plan.folder).values, steps)
+        if tracked_run.state.is_active:
+            raise OptionError(say("It is %(text)s: stop it first.", text=tracked_run.state.text))
+        if tracked_run.run_config is not None:
+            return self._extend_by_run_config(tracked_run.run_config, steps, "".join(form.get("have", ())))
+        self.add_command(run, steps)
+        return say(
+            "It is in the queue, to %(steps)s steps. All other options of its command stay.",
+            steps=f"{steps:,}",
+        )
+
+    def _extend_by_run_config(self, run_config: RunConfig, steps: int, checksum: str) -> str:
+        """Write a number of steps into run.toml, queue its run, and return a message.
+
+        Raises OptionError if run.toml is not trusted or counts in epochs, and ChangedMeanwhileError if its
+        content has another checksum.
+        """
+        path = run_config.folder / RUN_FILE
+        if not self.tracked_runs.is_trusted(run_config):
+            raise OptionError(say("%(folder)s comes from elsewhere. Press Continue to read it.", folder=path))
+        if not run_config.steps:  # 0: run.toml sets max_train_epochs instead
+            raise OptionError(say("%(folder)s counts in epochs. Change max_train_epochs there.", folder=path))
+        changes = change_steps(read_described(run_config.folder).values, steps)
         change_keys(path, changes.changes, checksum)
-        self.tracked_runs.start(plan.folder, find_start_argv(plan, self.site.models))
+        self.tracked_runs.start(run_config.folder, find_start_argv(run_config, self.site.models))
         return say(
             "It is in the queue, to %(steps)s steps. Written into %(text)s.",
             steps=f"{steps:,}",
             text=changes.text,
         )
 
-    def check(self, shown: ShownRun, _: Form) -> str:
+    def check(self, tracked_run: TrackedRun, _: Form) -> str:
         """Start the check of a run's described folder. Raises OptionError if there is none."""
-        if shown.plan is None:
+        if tracked_run.run_config is None:
             raise OptionError(say("There is no prepared folder to check."))
-        folder = shown.plan.folder
+        folder = tracked_run.run_config.folder
         self.site.background_jobs.start(
             name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd()
         )
         return ""
 
-    def stop(self, shown: ShownRun, _: Form) -> str:
+    def stop(self, tracked_run: TrackedRun, _: Form) -> str:
         """End a run: remove it from the queue, end its check, or stop its process."""
-        state, run = shown.state, shown.summary
+        state, run = tracked_run.state, tracked_run.summary
         if not state.is_active:
             raise OptionError(say("It does not run: it is %(text)s.", text=state.text))
         # before a training: its folder is being checked, or its command still waits
-        if state.name == CHECKING and state.background_job is not None and shown.plan is not None:
-            self.site.background_jobs.stop(name_background_job(CHECK, shown.plan.folder))
+        if state.name == CHECKING and state.background_job is not None and tracked_run.run_config is not None:
+            self.site.background_jobs.stop(name_background_job(CHECK, tracked_run.run_config.folder))
             return say("Its check was ended.")
         if state.name == WAITING and state.job is not None:
             self.site.queue.remove(state.job.id)
             return say("It was taken out of the queue.")
-        job = self.find_running_job(shown)
+        job = self.find_running_job(tracked_run)
         if job is not None:
             self.site.queue.stop(job.id)
             if job.stops:  # it had been asked before: this second request kills the process
@@ -729,17 +750,17 @@ class RunButtons:
             return say("Asked: it saves and ends when its step is done.")
         raise OptionError(say("It was started from a terminal: end it there with Ctrl-C."))
 
-    def go_on(self, _: ShownRun, __: Form) -> str:
+    def go_on(self, _: TrackedRun, __: Form) -> str:
         """Start the paused queue."""
         self.site.queue.begin_work()
         return say("The queue goes on.")
 
-    def write_prompts(self, shown: ShownRun, form: Form) -> str:
+    def write_prompts(self, tracked_run: TrackedRun, form: Form) -> str:
         """Write the edited prompts of a run. Raises OptionError if it has no prompt file of its own."""
-        path = self.require_prompts(shown)
-        text = self.samples.read_text(shown, path, form)
+        path = self.require_prompts(tracked_run)
+        text = self.samples.read_text(tracked_run, path, form)
         self.samples.write(path, text, "".join(form.get("have", ())))
-        if shown.state.name in BUSY:
+        if tracked_run.state.name in ACTIVE_STATES:
             return say(
                 "Written into %(name)s. The training takes it in its next round of samples.", name=path.name
             )
@@ -780,10 +801,10 @@ def measure_size(path: Path) -> int:
     return total
 
 
-def mark_removed(paths: Sequence[Path]) -> str:
+def compute_list_checksum(paths: Sequence[Path]) -> str:
     """Return a checksum of the names and sizes of files."""
-    info = [(os.fsencode(path), measure_size(path)) for path in paths]
-    return short_digest(repr(info))
+    names_and_sizes = [(os.fsencode(path), measure_size(path)) for path in paths]
+    return short_digest(repr(names_and_sizes))
 
 
 def run_button_routes(buttons: RunButtons) -> list[Route]:

@@ -10,7 +10,7 @@ from browser.captions import Captions
 from browser.described_folder import PROMPTS_FILE, read_described
 from browser.new_form import find_model, select_single_task
 from browser.responses import Form
-from browser.run_start import BUSY, ShownRun
+from browser.run_start import ACTIVE_STATES, TrackedRun
 from browser.samples import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
 from browser.server_state import Site
 from downloads.catalogue import ModelSet
@@ -28,11 +28,11 @@ class RunSamples:
     site: Site
     prompts: Captions = field(default_factory=Captions)
 
-    def describe(self, shown: ShownRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
+    def describe(self, tracked_run: TrackedRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the template values for the panel of a run that edits the prompts of its samples.
 
         Args:
-            shown: The run.
+            tracked_run: The run.
             path: Its prompt file.
             fields: Typed values that are not saved; `rows` is the minimum number of rows.
 
@@ -46,23 +46,25 @@ class RunSamples:
         rows = read_typed_rows(text, fields) if is_typed else read_rows(text)
         requested_rows = fields.get("rows", "")
         num_rows = int(requested_rows) if requested_rows.isdecimal() and len(requested_rows) < 4 else 0
-        is_described = shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE
+        is_described = (
+            tracked_run.run_config is not None and path == tracked_run.run_config.folder / PROMPTS_FILE
+        )
         return {
             "path": path,
             "text": text,
             "have": fields.get("have", "") if is_typed else checksum,
-            "is_running": shown.state.name in BUSY,
+            "is_running": tracked_run.state.name in ACTIVE_STATES,
             # page on which the interval of the samples is edited
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
-            **describe_rows(rows, find_trained_model(shown), find_folder(shown, path), num_rows),
+            **describe_rows(rows, find_trained_model(tracked_run), find_folder(tracked_run, path), num_rows),
         }
 
-    def read_text(self, shown: ShownRun, path: Path, form: Form) -> str:
+    def read_text(self, tracked_run: TrackedRun, path: Path, form: Form) -> str:
         """Return the text of the prompt file with the form's edits. Raises OptionError for an invalid row."""
         fields = read_fields(form)
         if "text" in fields:
             return fields["text"]
-        folder = find_folder(shown, path)
+        folder = find_folder(tracked_run, path)
         return edit_prompts(fields.get("base", ""), fields, lambda text: check_image(self.site, folder, text))
 
     def write(self, path: Path, text: str, checksum: str) -> None:
@@ -70,18 +72,18 @@ class RunSamples:
         self.prompts.save(path, text, checksum)
 
 
-def find_trained_model(shown: ShownRun) -> ModelSet | None:
+def find_trained_model(tracked_run: TrackedRun) -> ModelSet | None:
     """Return the model that a run trains; None if the catalogue does not have it."""
-    if shown.plan is not None:
-        described = read_described(shown.plan.folder)
+    if tracked_run.run_config is not None:
+        described = read_described(tracked_run.run_config.folder)
         return find_model(described.family, described.task)
-    start = shown.summary.start
+    start = tracked_run.summary.start
     task = "" if start is None else str(dict(start.changed).get("task", ""))
-    return find_model(shown.summary.model, select_single_task(shown.summary.model, task))
+    return find_model(tracked_run.summary.model, select_single_task(tracked_run.summary.model, task))
 
 
-def find_folder(shown: ShownRun, path: Path) -> Path:
+def find_folder(tracked_run: TrackedRun, path: Path) -> Path:
     """Return the folder in which relative paths of a prompt file begin."""
-    if shown.plan is not None:
-        return shown.plan.folder
-    return shown.summary.working_folder or path.parent
+    if tracked_run.run_config is not None:
+        return tracked_run.run_config.folder
+    return tracked_run.summary.working_folder or path.parent

@@ -42,15 +42,15 @@ from training.saving.files import state_pattern
 
 DESCRIBE = "describe"  # kinds of background jobs
 CHECK = "check"
-DRAFT, CHECKING, FAULTS, STARTING = "draft", "checking", "faults", "starting"
+DRAFT, CHECKING, FAILED_CHECK, STARTING = "draft", "checking", "faults", "starting"
 DOWNLOADING, CACHING, LOADING = "downloading", "caching", "loading"
 TRAINING, SAMPLING, VALIDATING, SAVING = "training", "sampling", "validating", "saving"
-BEFORE = (DRAFT, CHECKING, FAULTS, WAITING, STARTING, DOWNLOADING, CACHING, LOADING)
-DURING = (TRAINING, SAMPLING, VALIDATING, SAVING)
-STATES = (*BEFORE, *DURING, STOPPED, FINISHED, DIED)
-BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process works
+STATES_BEFORE_TRAINING = (DRAFT, CHECKING, FAILED_CHECK, WAITING, STARTING, DOWNLOADING, CACHING, LOADING)
+TRAINING_STATES = (TRAINING, SAMPLING, VALIDATING, SAVING)
+STATES = (*STATES_BEFORE_TRAINING, *TRAINING_STATES, STOPPED, FINISHED, DIED)
+ACTIVE_STATES = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *TRAINING_STATES)  # a process works
 # activity in the history of `run` -> state of the run, and its description
-STEPS = {
+PREPARATION_STEPS = {
     "downloading the model": (DOWNLOADING, ""),
     "checking the files": (CHECKING, say("the files")),
     "checking the clips": (CHECKING, say("the files")),  # text in older versions
@@ -59,14 +59,14 @@ STEPS = {
     "caching captions": (CACHING, say("captions")),
     "training": (LOADING, say("the model")),
 }
-SAMPLE = re.compile(r"sample (\d+) of (\d+)(.*)", re.DOTALL)
-BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
-KILLED = (9, -9, 137)  # exit codes after SIGKILL
-UNWRITTEN = (1, 120)  # exit codes of Python after an error, 120 if flushing its output failed
+SAMPLE_PATTERN = re.compile(r"sample (\d+) of (\d+)(.*)", re.DOTALL)
+BYTES_PATTERN = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
+KILLED_EXIT_CODES = (9, -9, 137)  # exit codes after SIGKILL
+DISK_FULL_EXIT_CODES = (1, 120)  # exit codes of Python after an error, 120 if flushing its output failed
 SHOWN_LINES = 12  # number of lines of a log that a page shows
 READ_LINES = 60  # lines of a log that are searched for the reason of a failure
 MAX_OF_REASON = 600  # characters
-SECOND = 1.0  # start times of processes are rounded
+START_TIME_TOLERANCE = 1.0  # start times of processes are rounded
 
 
 @dataclass(frozen=True)
@@ -74,30 +74,30 @@ class RunState:
     """State of a run, with the reason, the texts and the job that pages show for it."""
 
     name: str  # one of STATES
-    words: str = ""  # details of the state: `40 of 120`
+    details: str = ""  # text after the name of the state: `40 of 120`
     reason: str = ""  # why it ended, or cannot begin
     job: Job | None = None  # job of the queue that is or was this run
     background_job: Job | None = None  # a check of its folder
-    is_asked: bool = False  # a stop was requested
+    is_stop_requested: bool = False  # a stop was requested
     is_paused: bool = False  # it waits in a paused queue
 
     @property
     def text(self) -> str:
         """The state as a text such as `caching 40 of 120, latents`."""
         separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
-        return join(separator, filter(None, (name_state(self.name), self.words)))
+        return join(separator, filter(None, (name_state(self.name), self.details)))
 
     @property
     def kind(self) -> str:
         """The state that lists show: several states share a color and a symbol."""
-        if self.name in BUSY:
+        if self.name in ACTIVE_STATES:
             return RUNNING
-        return {DRAFT: WAITING, FAULTS: DIED}.get(self.name, self.name)
+        return {DRAFT: WAITING, FAILED_CHECK: DIED}.get(self.name, self.name)
 
     @property
     def is_active(self) -> bool:
         """Whether a process works on the run, or it waits for one."""
-        return self.name in BUSY or self.name == WAITING
+        return self.name in ACTIVE_STATES or self.name == WAITING
 
     @property
     def last_lines(self) -> str:
@@ -107,7 +107,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class FolderPlan:
+class RunConfig:
     """The run that the run.toml of a described folder defines: its model, history and number of steps."""
 
     folder: Path
@@ -134,7 +134,7 @@ class FolderPlan:
         return self.history.parent
 
     @property
-    def preparation(self) -> Path:
+    def preparation_history(self) -> Path:
         """History file of the steps that `run` takes before the training."""
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
@@ -156,15 +156,15 @@ class FolderPlan:
         )
 
 
-def read_plan(path: Path, changed: float) -> FolderPlan | None:
+def read_run_config(path: Path, changed: float) -> RunConfig | None:
     """Read a run.toml. Returns None if it belongs to another program.
 
     `changed` is its modification time. Raises OSError if it cannot be read.
     """
-    return make_plan(path, read_content(path), changed)
+    return parse_run_config(path, read_content(path), changed)
 
 
-def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
+def parse_run_config(path: Path, content: bytes, changed: float) -> RunConfig | None:
     """Parse the bytes of a run.toml. Returns None if it belongs to another program.
 
     `changed` is its modification time.
@@ -175,67 +175,75 @@ def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
     except ValueError as error:
         if not (folder / DATASET_FILE).is_file():  # a described folder has a dataset.toml too
             return None
-        return FolderPlan(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
+        return RunConfig(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
     if PROJECT_TABLE not in tables:
         return None
     try:
-        return _parse_plan(folder, tables, changed)
+        return _parse_training_table(folder, tables, changed)
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"{path} is not as `new` writes it ({reason})"
-        return FolderPlan(folder, _find_default_history(folder), changed, problem=problem)
+        return RunConfig(folder, _find_default_history(folder), changed, problem=problem)
 
 
 def _find_default_history(folder: Path) -> Path:
     return history_path(folder / "output", folder.name)
 
 
-def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> FolderPlan:
+def _parse_training_table(folder: Path, tables: Mapping[str, Any], changed: float) -> RunConfig:
     """Parse the training that a described folder's run.toml defines; any invalid value raises an error."""
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
     commands = tables[PROJECT_TABLE]["commands"]
-    download = [str(word) for word in commands[0]]  # `new` writes the download of the model first
-    next_words = dict(zip(download, download[1:], strict=False))  # word -> the word after it
+    download_argv = [str(word) for word in commands[0]]  # `new` writes the download of the model first
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
         reject_share(text, folder)
-    return FolderPlan(
+    return RunConfig(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
-        model=_read_family([[str(word) for word in words] for words in commands])
-        or next_words.get("--family", ""),
+        model=_find_command_family([[str(word) for word in argv] for argv in commands])
+        or _find_value(download_argv, "--family"),
         # epochs take precedence over steps
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
     )
 
 
-def _read_family(commands: Sequence[Sequence[Any]]) -> str:
+def _find_value(argv: Sequence[str], option: str) -> str:
+    """Return the word after the last use of an option in a command; "" if it is not used."""
+    following_words = dict(zip(argv, argv[1:], strict=False))
+    return following_words.get(option, "")
+
+
+def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
     """Return the family of a run's commands, as lists of runs name it; "" if they belong to none.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
     embedding or a full model, the family is that of the caching commands, which are the same for all kinds of
     runs.
     """
-    families = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
-    families |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
-    words = [str(word) for command in reversed(commands) for word in command]
-    return next((families[word] for word in words if word in families), "")
+    family_of_script = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
+    family_of_script |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    for argv in reversed(commands):
+        for word in argv:
+            if word in family_of_script:
+                return family_of_script[word]
+    return ""
 
 
 @dataclass(frozen=True)
-class ShownRun:
+class TrackedRun:
     """A run, its state, and the described folder that defines it, if there is one."""
 
     summary: RunSummary
     state: RunState
-    plan: FolderPlan | None = None  # plan of the described folder from which it can be started
+    run_config: RunConfig | None = None  # run.toml from which it can be started, if its folder has one
 
     @property
-    def ended_at_once(self) -> str:
+    def kill_message(self) -> str:
         """Reason to show for a run that the page has killed; "" for all other runs."""
         return self.state.reason if self.state.name == STOPPED and self.summary.state == DIED else ""
 
@@ -255,86 +263,96 @@ class TrackedRuns:
         self.runs = runs
         self.queue = queue
         self.background_jobs = background_jobs
-        self._plans: dict[Path, tuple[tuple[int, int, int], FolderPlan | None]] = {}
+        self._cached_configs: dict[Path, tuple[tuple[int, int, int], RunConfig | None]] = {}
 
     # ---- what there is
 
-    def list_plans(self) -> list[FolderPlan]:
+    def list_run_configs(self) -> list[RunConfig]:
         """Return the described folders below the roots. Call it after the runs were listed."""
         with self.runs.lock:
-            plans = {}
-            known: dict[Path, tuple[tuple[int, int, int], FolderPlan | None]] = {}
+            configs_by_history = {}
+            known: dict[Path, tuple[tuple[int, int, int], RunConfig | None]] = {}
             for path in self.runs.configs():
                 if path.name == RUN_FILE and path not in known:
                     with contextlib.suppress(OSError):
-                        known[path] = self._read_plan(path)
-            self._plans = known
-            for _, plan in known.values():
-                if plan is not None:
-                    plans[plan.history] = plan
-            return list(plans.values())
+                        known[path] = self._read_cached_run_config(path)
+            self._cached_configs = known
+            for _, run_config in known.values():
+                if run_config is not None:
+                    configs_by_history[run_config.history] = run_config
+            return list(configs_by_history.values())
 
-    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], FolderPlan | None]:
-        """Return a run.toml's (time, size, inode) and plan; the file is read only if these have changed."""
+    def _read_cached_run_config(self, path: Path) -> tuple[tuple[int, int, int], RunConfig | None]:
+        """Return the version (time, size, inode) of a run.toml, and its content, cached by version."""
         status = path.lstat()
-        mark = status.st_mtime_ns, status.st_size, status.st_ino
-        before = self._plans.get(path)
-        if before is not None and before[0] == mark:
-            return before
-        return mark, read_plan(path, status.st_mtime)
+        version = status.st_mtime_ns, status.st_size, status.st_ino
+        cached = self._cached_configs.get(path)
+        if cached is not None:
+            cached_version, _ = cached
+            if cached_version == version:
+                return cached
+        return version, read_run_config(path, status.st_mtime)
 
-    def find_plan(self, run: RunSummary) -> FolderPlan | None:
+    def find_run_config(self, run: RunSummary) -> RunConfig | None:
         """Return the described folder from which a run can be started again; None if there is none."""
-        plans = self.list_plans()
-        return next((plan for plan in plans if run.history in (plan.history, plan.preparation)), None)
+        for run_config in self.list_run_configs():
+            if run.history in (run_config.history, run_config.preparation_history):
+                return run_config
+        return None
 
-    def list_all(self) -> list[ShownRun]:
+    def list_all(self) -> list[TrackedRun]:
         """Return all runs, and described folders that have not run yet, with states, the newest first."""
         with self.runs.lock:
             runs_by_history = {run.history: run for run in self.runs.list_all()}
-            plans = self.list_plans()
+            run_configs = self.list_run_configs()
         jobs = self._list_jobs()
         by_folder = group_jobs(jobs)
         waiting = self._list_waiting(jobs)
-        shown_runs = []
-        for plan in plans:
-            run = runs_by_history.pop(plan.history, None)
-            preparation = runs_by_history.pop(plan.preparation, None)
-            shown_runs.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
+        tracked_runs = []
+        for run_config in run_configs:
+            run = runs_by_history.pop(run_config.history, None)
+            preparation = runs_by_history.pop(run_config.preparation_history, None)
+            tracked_runs.append(
+                self._make_tracked_run(
+                    run_config, run, preparation, by_folder.get(run_config.folder, ()), waiting
+                )
+            )
         # what is left are runs without a described folder
-        shown_runs += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
-        return sorted(shown_runs, key=lambda shown_run: -shown_run.summary.changed)
+        tracked_runs += [TrackedRun(run, read_run_state(run)) for run in runs_by_history.values()]
+        return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
-    def find(self, id: str) -> ShownRun | None:
+    def find(self, id: str) -> TrackedRun | None:
         """Return the run of this id, or the described folder that has not run yet; None if there is none."""
         with self.runs.lock:
             runs = self.runs.list_all()
-            # a described folder (plan) has the id of the training that it defines, begun or not
-            plan = next((plan for plan in self.list_plans() if plan.id == id), None)
+            # a run.toml has the id of the training that it defines, begun or not
+            run_config = next(
+                (run_config for run_config in self.list_run_configs() if run_config.id == id), None
+            )
             run = None
             preparation = None  # the run that downloads and caches before the training, if it is listed
             for listed in runs:
                 if listed.id == id:
                     run = listed
-                if plan is not None and listed.history == plan.preparation:
+                if run_config is not None and listed.history == run_config.preparation_history:
                     preparation = listed
             if run is None:  # its history may be new, or no longer listed
                 run = self.runs.find(id)
-        if plan is None:
-            return None if run is None else ShownRun(run, read_run_state(run))
+        if run_config is None:
+            return None if run is None else TrackedRun(run, read_run_state(run))
         jobs = self._list_jobs()
-        of_folder = [job for job in jobs if is_run_of_folder(job, plan.folder)]
-        return self._show(plan, run, preparation, of_folder, self._list_waiting(jobs))
+        folder_jobs = [job for job in jobs if is_run_of_folder(job, run_config.folder)]
+        return self._make_tracked_run(run_config, run, preparation, folder_jobs, self._list_waiting(jobs))
 
-    def find_job_states(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
+    def find_job_states(self, jobs: Sequence[Job]) -> dict[int, TrackedRun]:
         """Return the run of each waiting or running job that runs a described folder, by job number."""
-        shown = {}
-        for one in self.list_all():
-            job = one.state.job
+        runs_by_job = {}
+        for tracked_run in self.list_all():
+            job = tracked_run.state.job
             if job is not None and job.state in (WAITING, RUNNING):
-                shown[job.id] = one
-        numbers = {job.id for job in jobs}
-        return {number: one for number, one in shown.items() if number in numbers}
+                runs_by_job[job.id] = tracked_run
+        job_ids = {job.id for job in jobs}
+        return {job_id: tracked_run for job_id, tracked_run in runs_by_job.items() if job_id in job_ids}
 
     def _list_jobs(self) -> list[Job]:
         try:
@@ -348,47 +366,46 @@ class TrackedRuns:
         numbers = [job.id for job in jobs if job.state == WAITING]
         return WaitingJobs(numbers, is_paused=bool(numbers) and self._is_paused())
 
-    def _show(
+    def _make_tracked_run(
         self,
-        plan: FolderPlan,
+        run_config: RunConfig,
         run: RunSummary | None,
         preparation: RunSummary | None,
-        of_folder: Sequence[Job],
+        folder_jobs: Sequence[Job],
         waiting: WaitingJobs,
-    ) -> ShownRun:
+    ) -> TrackedRun:
         """Return a described folder's run with its state.
 
         Args:
-            plan: The described folder.
+            run_config: Content of the folder's run.toml.
             run: Summary of the training's history; None if it does not exist.
             preparation: Summary of the history in which `run` notes downloads and caching; None if it does
                 not exist.
-            of_folder: Jobs that run the folder.
+            folder_jobs: Jobs that run the folder.
             waiting: Waiting jobs of all folders.
         """
-        job = newest_job(of_folder)
-        if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
-            later = [entry for entry in of_folder if entry.state == WAITING]
-            # the training ended after the job began, so the job is about to end: show the one that waits
-            if later and run.changed > job.born + SECOND:
-                job = later[0]
-        state = self._find_state(plan, run, preparation, job)
+        job = _select_job(folder_jobs, run)
+        state = self._find_state(run_config, run, preparation, job)
         if state.name == WAITING and job is not None:
-            position = waiting.numbers.index(job.id) + 1
-            text = say("place %(place)s in the queue", place=position)
-            if waiting.is_paused:
-                text = say("%(place)s, which is paused", place=text)
-            reason = "" if waiting.is_paused else self.queue.problem
-            state = replace(state, words=text, reason=reason, is_paused=waiting.is_paused)
-        # time by which the list sorts the run
-        changed = max(entry.changed for entry in (plan, run, preparation) if entry is not None)
+            state = self._add_queue_position(state, job, waiting)
+        # the list sorts runs by the time of their last change
+        times = [entry.changed for entry in (run_config, run, preparation) if entry is not None]
         if job is not None and (job.state == RUNNING or state.job is job):
-            changed = max(changed, job.born)
+            times.append(job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
-                changed = max(changed, (self.queue.folder / QUEUE).stat().st_mtime)
-        summary = plan.summary if run is None else run
-        return ShownRun(replace(summary, changed=changed), state, plan)
+                times.append((self.queue.folder / QUEUE).stat().st_mtime)
+        summary = run_config.summary if run is None else run
+        return TrackedRun(replace(summary, changed=max(times)), state, run_config)
+
+    def _add_queue_position(self, state: RunState, job: Job, waiting: WaitingJobs) -> RunState:
+        """Return the state of a waiting job with its position in the queue, and the reason why it waits."""
+        position = waiting.numbers.index(job.id) + 1
+        text = say("place %(place)s in the queue", place=position)
+        if waiting.is_paused:
+            text = say("%(place)s, which is paused", place=text)
+        reason = "" if waiting.is_paused else self.queue.problem
+        return replace(state, details=text, reason=reason, is_paused=waiting.is_paused)
 
     def _is_paused(self) -> bool:
         try:
@@ -397,65 +414,67 @@ class TrackedRuns:
             return False
 
     def _find_state(
-        self, plan: FolderPlan, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
+        self, run_config: RunConfig, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
         """Return the state of a described folder's run: its active process, or else its latest ending.
 
         `preparation` is the history of the downloads and caching before the training.
         """
         # a stop was requested
-        is_asked = job is not None and job.state == RUNNING and job.stops > 0
+        is_stop_requested = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)
-            return replace(state, job=job, is_asked=state.is_asked or is_asked)
+            return replace(state, job=job, is_stop_requested=state.is_stop_requested or is_stop_requested)
         if preparation is not None and preparation.state == RUNNING:
-            return replace(read_preparation_state(preparation), job=job, is_asked=is_asked)
+            return replace(read_preparation_state(preparation), job=job, is_stop_requested=is_stop_requested)
         if job is not None and job.state == RUNNING:
             return _find_running_job_state(job, run, preparation)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
         # no active job: the folder may be checked just now (`run --check` in the background)
-        check = self.background_jobs.find(name_background_job(CHECK, plan.folder))
+        check = self.background_jobs.find(name_background_job(CHECK, run_config.folder))
         if check is not None and check.state == RUNNING:
             return RunState(CHECKING, background_job=check)
-        return _find_last_ending(plan, run, preparation, job=job, check=check)
+        return _find_latest_ended_state(run_config, run, preparation, job=job, check=check)
 
     # ---- starting
 
-    def is_known(self, plan: FolderPlan) -> bool:
+    def is_trusted(self, run_config: RunConfig) -> bool:
         """Return whether the user has described or read a folder on this machine.
 
         Otherwise it may come from somebody else. Files below the roots, such as histories and the queue,
         prove nothing, because they may have been copied.
         """
-        return recall_folder(plan.folder) is not None
+        return recall_folder(run_config.folder) is not None
 
-    def start(self, folder: Path, argv: Sequence[str], is_read: bool = False) -> None:
+    def start(self, folder: Path, argv: Sequence[str], is_reviewed: bool = False) -> None:
         """Add the run of a described folder to the queue, and start the queue unless other jobs wait.
 
         Args:
             folder: The described folder.
             argv: Command of the run.
-            is_read: The user has read its run.toml; this is remembered.
+            is_reviewed: The user has read its run.toml; this is remembered.
 
         Raises:
             OptionError: If the run is active, or its run.toml comes from elsewhere and was not read.
             OutputError: If the queue cannot be written.
         """
-        with self._only_one_starts():
-            self._start(real_path(folder), argv, is_read)
+        with self._start_lock():
+            self._check_and_queue(real_path(folder), argv, is_reviewed)
 
     def reject_while_it_runs(self, folder: Path) -> None:
         """Raise OptionError if a training run of the folder is running, because its files must not change."""
-        for shown in self.list_all():
-            is_of_folder = shown.plan is not None and shown.plan.folder == folder
-            if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
+        for tracked_run in self.list_all():
+            run_config, state = tracked_run.run_config, tracked_run.state
+            is_of_folder = run_config is not None and run_config.folder == folder
+            is_running = state.name in ACTIVE_STATES and state.name != CHECKING
+            if is_of_folder and is_running:
                 raise OptionError(
                     say(
                         "%(name)s is %(text)s. It has read its files already, and would continue with "
                         "others: stop it first, or wait until it has ended.",
-                        name=shown.summary.name,
-                        text=shown.state.text,
+                        name=tracked_run.summary.name,
+                        text=state.text,
                     )
                 )
 
@@ -464,7 +483,7 @@ class TrackedRuns:
 
         Raises OptionError if one of them already waits or runs, OutputError if the queue cannot be written.
         """
-        with self._only_one_starts():
+        with self._start_lock():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
             if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
                 raise OptionError(say("It is in the queue already."))
@@ -472,15 +491,15 @@ class TrackedRuns:
                 self.queue.add(words, folder)
 
     @contextlib.contextmanager
-    def _only_one_starts(self) -> Iterator[None]:
+    def _start_lock(self) -> Iterator[None]:
         """Let one request at a time, on any server, check the queue and add to it."""
         with explain_errors(self.queue.folder):
             self.queue.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.queue.folder / ".start.lock"):
                 yield
 
-    def _start(self, folder: Path, argv: Sequence[str], is_read: bool) -> None:
-        """Add the run of a described folder to the queue, unless it is unread, waits or runs.
+    def _check_and_queue(self, folder: Path, argv: Sequence[str], is_reviewed: bool) -> None:
+        """Add the run of a described folder to the queue, unless it is not reviewed, waits or runs.
 
         The caller holds the lock that keeps two requests from starting runs at the same time.
         """
@@ -488,23 +507,26 @@ class TrackedRuns:
         if any(job.state == WAITING for job in jobs):
             raise OptionError(say("It is in the queue already."))
         with self.runs.lock:
-            self.runs.list_all()  # finds new folders, which `list_plans` then reads
-            plans = [plan for plan in self.list_plans() if plan.folder == folder]
-        for plan in plans:
-            if not is_read and not self.is_known(plan):
+            self.runs.list_all()  # finds new folders, which `list_run_configs` then reads
+            run_configs = [
+                run_config for run_config in self.list_run_configs() if run_config.folder == folder
+            ]
+        for run_config in run_configs:
+            if not is_reviewed and not self.is_trusted(run_config):
                 raise OptionError(
                     say(
                         "%(folder)s comes from elsewhere. Read what it may do first, on the page of "
                         "%(name)s, and start it there.",
-                        folder=plan.folder / RUN_FILE,
-                        name=plan.name,
+                        folder=run_config.folder / RUN_FILE,
+                        name=run_config.name,
                     )
                 )
-            shown = self.find(plan.id)  # a job whose training has ended is about to end
+            tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
+            state = None if tracked_run is None else tracked_run.state
             # a background job is a check, during which the run may start
-            if shown is not None and shown.state.is_active and shown.state.background_job is None:
-                raise OptionError(say("It runs already: it is %(text)s.", text=shown.state.text))
-        if is_read and recall_folder(folder) is None:  # the user has read what it may do: ask no more
+            if state is not None and state.is_active and state.background_job is None:
+                raise OptionError(say("It runs already: it is %(text)s.", text=state.text))
+        if is_reviewed and recall_folder(folder) is None:  # the user has read what it may do: ask no more
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
 
@@ -529,12 +551,12 @@ def make_check_argv(folder: Path) -> list[str]:
     return ["reelsmith", "run", str(folder), "--check"]
 
 
-def find_start_argv(plan: FolderPlan, models: Path) -> list[str]:
+def find_start_argv(run_config: RunConfig, models: Path) -> list[str]:
     """Return the command that trains on a described folder, even if `new` did not write its run.toml."""
     try:
-        return make_run_argv(read_described(plan.folder), models)
+        return make_run_argv(read_described(run_config.folder), models)
     except (OSError, ValueError):
-        return ["reelsmith", "run", str(plan.folder)]
+        return ["reelsmith", "run", str(run_config.folder)]
 
 
 def find_run_folder(job: Job) -> Path | None:
@@ -583,57 +605,73 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
     return max(jobs, key=lambda job: (job.born, job.id), default=None)
 
 
+def _select_job(folder_jobs: Sequence[Job], run: RunSummary | None) -> Job | None:
+    """Return the job that shows how a folder's training proceeds: the newest, or the waiting one after it.
+
+    `run` is the folder's training; None if it has no history.
+    """
+    job = newest_job(folder_jobs)
+    if job is None or job.state != RUNNING or run is None or run.state == RUNNING:
+        return job
+    waiting_jobs = [folder_job for folder_job in folder_jobs if folder_job.state == WAITING]
+    # the training ended after the job began, so the job is about to end
+    is_about_to_end = run.changed > job.born + START_TIME_TOLERANCE
+    return waiting_jobs[0] if waiting_jobs and is_about_to_end else job
+
+
 def read_run_state(run: RunSummary) -> RunState:
-    """Return the state of a run with a history."""
+    """Return the state of a run, as its history describes it.
+
+    A name that ends with BEFORE_TRAINING belongs to the history of the downloads and caching before training.
+    """
+    is_preparation = run.name.endswith(BEFORE_TRAINING)
     if run.state == RUNNING:
-        state = (
-            read_preparation_state(run)
-            if run.name.endswith(BEFORE_TRAINING)
-            else _read_training_state(run.doing)
-        )
-        return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
-    if run.state == DIED:
+        state = read_preparation_state(run) if is_preparation else _read_training_state(run.doing)
+        return replace(state, is_stop_requested=(run.history.parent / f"{run.name}.stop").exists())
+    if run.state != DIED:
+        return RunState(run.state)
+    if run.ending is None:
         reason: str = say(
             "It ended after step %(step)s without a word: it was killed, or the machine went off.",
             step=f"{run.step:,}",
         )
-        if run.ending is not None:
-            reason = translate_line(run.ending[0])
-        # the check before the training has found errors: that is not a crash
-        is_at_check = run.name.endswith(BEFORE_TRAINING) and "while checking" in reason
-        return RunState(FAULTS if is_at_check else DIED, reason=reason)
-    return RunState(run.state)
+    else:
+        text, _ = run.ending
+        reason = translate_line(text)
+    # errors that the check before the training has found are no crash
+    has_failed_check = is_preparation and "while checking" in reason
+    return RunState(FAILED_CHECK if has_failed_check else DIED, reason=reason)
 
 
 def _read_training_state(doing: str) -> RunState:
     """Return the state of a running training; `doing` names its work between two steps, such as sampling."""
-    sample = SAMPLE.fullmatch(doing)
+    sample = SAMPLE_PATTERN.fullmatch(doing)
     if sample is not None:
         progress = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
-        return RunState(SAMPLING, words=join("", (progress, sample[3])))
-    if doing in DURING:
+        return RunState(SAMPLING, details=join("", (progress, sample[3])))
+    if doing in TRAINING_STATES:
         return RunState(doing)
-    return RunState(TRAINING, words=doing)
+    return RunState(TRAINING, details=doing)
 
 
 def read_preparation_state(preparation: RunSummary) -> RunState:
     """Return the state of a run that still downloads or caches, as `reelsmith run` does before training."""
     step, _, progress = preparation.doing.partition(": ")
-    if step not in STEPS:
-        return RunState(STARTING, words=preparation.doing)
-    name, about = STEPS[step]
-    size = BYTES.fullmatch(progress)
+    if step not in PREPARATION_STEPS:
+        return RunState(STARTING, details=preparation.doing)
+    name, about = PREPARATION_STEPS[step]
+    size = BYTES_PATTERN.fullmatch(progress)
     if size is not None:
         progress = say("%(done)s of %(total)s %(unit)s", done=size[1], total=size[3], unit=size[2])
         if name == CACHING:  # count only files, not the bytes of a model that is loaded
             return RunState(
-                name, words=say("%(about)s, loading %(progress)s", about=about, progress=progress)
+                name, details=say("%(about)s, loading %(progress)s", about=about, progress=progress)
             )
-    return RunState(name, words=join(", ", filter(None, (progress, about))))
+    return RunState(name, details=join(", ", filter(None, (progress, about))))
 
 
-def _find_last_ending(
-    plan: FolderPlan,
+def _find_latest_ended_state(
+    run_config: RunConfig,
     run: RunSummary | None,
     preparation: RunSummary | None,
     job: Job | None,
@@ -644,14 +682,14 @@ def _find_last_ending(
     `preparation` is the history of the downloads and caching before the training.
     """
     # time 0: it counts only if nothing has ended
-    candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
+    candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=run_config.problem))]
     histories = [history for history in (run, preparation) if history is not None]
     for history in histories:
         candidates.append((history.changed, _read_ended_run_state(history, job)))
-    if job is not None and _has_no_history(job, plan, histories):
+    if job is not None and _ended_without_history(job, run_config, histories):
         candidates.append((job.born + job.seconds, _read_job_state(job)))
     # a check of an earlier run.toml says nothing about this one
-    if check is not None and check.born + SECOND >= plan.changed:
+    if check is not None and check.born + START_TIME_TOLERANCE >= run_config.changed:
         candidates.append((check.born + check.seconds, _read_check_state(check)))
     _, latest = max(candidates, key=lambda candidate: candidate[0])
     # a passed check does not change the state of a run that has begun
@@ -663,79 +701,82 @@ def _find_last_ending(
 def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
     """Return the state of a run whose job is running but does not write a history yet."""
     for history in histories:
-        if history is not None and history.changed > job.born + SECOND:
+        if history is not None and history.changed > job.born + START_TIME_TOLERANCE:
             return _read_ended_run_state(history, job)  # the process is about to end
-    return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
+    return RunState(STARTING, details=job.last_lines(1), job=job, is_stop_requested=job.stops > 0)
 
 
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
     """Return the state of an ended run with a history; `job` is its folder's latest, None without one."""
     state = read_run_state(run)
-    if job is None or job.born > run.changed + SECOND:  # a job that started after the run's last change
+    is_later_job = job is not None and job.born > run.changed + START_TIME_TOLERANCE
+    if job is None or is_later_job:
         return state
-    is_silent = run.ending is None or run.name.endswith(BEFORE_TRAINING)
-    if state.name == DIED and run.ending is None and job.stops > 1:
-        return RunState(STOPPED, reason=explain_end_at_once(run), job=job)
-    if state.name == DIED and is_silent:
-        state = replace(state, reason=_explain(job, state.reason))
+    if state.name == DIED and run.ending is None and job.stops > 1:  # the second Stop kills the process
+        return RunState(STOPPED, reason=explain_kill(run), job=job)
+    if state.name == DIED and (run.ending is None or run.name.endswith(BEFORE_TRAINING)):
+        state = replace(state, reason=_explain_failure(job, state.reason))
     return replace(state, job=job)
 
 
-def explain_end_at_once(run: RunSummary) -> str:
+def explain_kill(run: RunSummary) -> str:
     """Describe where a run that was killed by a second Stop will continue."""
     if run.name.endswith(BEFORE_TRAINING):
         return say("Ended at once from the page, before its training began. Continue begins where it was.")
     states = state_pattern(run.name)
-    saved = []
+    state_folders = []
     with contextlib.suppress(OSError):
         folders = [entry for entry in run.history.parent.iterdir() if states.fullmatch(entry.name)]
-        saved = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+        state_folders = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
     text = say("Ended at once from the page after step %(step)s", step=f"{run.step:,}")
-    if not saved:
+    if not state_folders:
         return say("%(text)s. No state was saved: it begins anew.", text=text)
-    step = re.search(r"-step(\d+)-state$", saved[-1].name)
-    continuation = (
-        say("step %(step)s", step=f"{int(step[1]):,}")
-        if step is not None
-        else say("its last state, %(name)s", name=saved[-1].name)
-    )
+    newest = state_folders[-1].name
+    step = re.search(r"-step(\d+)-state$", newest)
+    if step is not None:
+        continuation = say("step %(step)s", step=f"{int(step[1]):,}")
+    else:
+        continuation = say("its last state, %(name)s", name=newest)
     return say("%(text)s; continues from %(place)s.", text=text, place=continuation)
 
 
-def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
+def _ended_without_history(job: Job, run_config: RunConfig, histories: Sequence[RunSummary]) -> bool:
     """Return whether a job has written no history, so that only its exit code shows how the run ended."""
     # run.toml may have had another name when an older job ran
-    if not histories and job.born + SECOND < plan.changed:
+    if not histories and job.born + START_TIME_TOLERANCE < run_config.changed:
         return False
-    return all(history.changed + SECOND < job.born for history in histories)
+    return all(history.changed + START_TIME_TOLERANCE < job.born for history in histories)
 
 
 def _read_check_state(check: Job) -> RunState:
     if check.code == 0:
-        return RunState(DRAFT, words=say("checked, no fault"), background_job=check)
+        return RunState(DRAFT, details=say("checked, no fault"), background_job=check)
     if check.state == STOPPED:
-        return RunState(DRAFT, words=say("its check was stopped"), background_job=check)
-    return RunState(FAULTS, reason=_explain(check, say("The check found faults.")), background_job=check)
+        return RunState(DRAFT, details=say("its check was stopped"), background_job=check)
+    return RunState(
+        FAILED_CHECK, reason=_explain_failure(check, say("The check found faults.")), background_job=check
+    )
 
 
 def _read_job_state(job: Job) -> RunState:
     """Return the state of a run whose job has ended before its training began."""
     if job.state != DIED:
         return RunState(job.state, job=job)
-    return RunState(DIED, reason=_explain(job, say("It ended without a word.")), job=job)
+    return RunState(DIED, reason=_explain_failure(job, say("It ended without a word.")), job=job)
 
 
-def _explain(job: Job, otherwise: str) -> str:
+def _explain_failure(job: Job, otherwise: str) -> str:
     """Return why a command has ended: its last error, or how it was killed; else `otherwise`."""
     lines = job.last_lines(READ_LINES)
-    if job.code in KILLED:
+    if job.code in KILLED_EXIT_CODES:
         return say("It was killed: memory ran out, or somebody ended it.")
     if ERROR_LINE.search(lines):
         return translate_reason(shorten_lines(extract_error_message(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise
-    # UNWRITTEN: exit codes that a full disk causes, among other errors
-    if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):  # None: not even the code was written
+    # None: not even the exit code was written
+    may_be_full_disk = job.code in (None, *DISK_FULL_EXIT_CODES)
+    if may_be_full_disk and _is_disk_full(job.log.parent):
         return say(
             "The disk of %(parent)s is full: it could not write why it ended. Free some "
             "space, and start it again; what it has saved is used.",
@@ -746,17 +787,17 @@ def _explain(job: Job, otherwise: str) -> str:
     return otherwise
 
 
-def _is_full(folder: Path) -> bool:
+def _is_disk_full(folder: Path) -> bool:
     """Return whether the disk of a folder is full."""
     with contextlib.suppress(OSError):
         return free_bytes(folder) < SPARE_BYTES
     return False
 
 
-def mark_state(shown: ShownRun) -> str:
+def mark_state(tracked_run: TrackedRun) -> str:
     """Return a key that changes when anything that a page shows of a run's state has changed."""
-    state = shown.state
-    lines = state.last_lines if state.name in BEFORE else ""
-    changed = 0.0 if shown.plan is None else shown.plan.changed
-    info = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
+    state = tracked_run.state
+    lines = state.last_lines if state.name in STATES_BEFORE_TRAINING else ""
+    changed = 0.0 if tracked_run.run_config is None else tracked_run.run_config.changed
+    info = (state.text, state.reason, state.is_stop_requested, state.is_paused, lines, changed)
     return short_digest(repr(info))

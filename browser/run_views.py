@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from browser.command_lines import format_cd
 from browser.printed_lines import translate_command, translate_line, translate_memory
-from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
+from browser.run_start import ACTIVE_STATES, STATES, RunState, TrackedRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
 from browser.short_names import short_digest
 from browser.state_names import name_state
@@ -90,38 +90,43 @@ def select_runs(
         query: Fields `text`, `family`, `state` and `sort`.
         states: State of each run by its id; None to use the histories alone.
     """
-    words = query.get("text", "").lower().split()
-    chosen = []
+    search_terms = query.get("text", "").lower().split()
+    wanted_state = query.get("state") or ""
+    selected = []
     for run in runs:
-        text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
-        if not all(word in text for word in words):
+        searched_text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
+        if not all(term in searched_text for term in search_terms):
             continue
         # compare titles: older and newer runs may have different internal names for one model
         if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
-        is_running = query.get("state") == RUNNING and state.name in BUSY
-        if is_running or query.get("state") in (None, "", state.name):
-            chosen.append(run)
-    return sorted(chosen, key=SORTS.get(query.get("sort", ""), SORTS["newest"]))
+        is_running = wanted_state == RUNNING and state.name in ACTIVE_STATES
+        if is_running or wanted_state in ("", state.name):
+            selected.append(run)
+    sort_key = SORTS.get(query.get("sort", ""), SORTS["newest"])
+    return sorted(selected, key=sort_key)
 
 
-def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
+def mark_list(runs: Sequence[TrackedRun], query: Mapping[str, str]) -> str:
     """Return a key that changes when anything that a list of runs shows has changed."""
-    states = [
-        (shown.summary.id, shown.summary.changed, shown.state.text, shown.state.reason, shown.state.is_asked)
-        for shown in runs
-    ]
-    return short_digest(repr((states, sorted(query.items()), language().code)), 12)
+    displayed_values = []
+    for tracked_run in runs:
+        run, state = tracked_run.summary, tracked_run.state
+        displayed_values.append((run.id, run.changed, state.text, state.reason, state.is_stop_requested))
+    return short_digest(repr((displayed_values, sorted(query.items()), language().code)), 12)
 
 
 def list_page(
-    shown_runs: Sequence[ShownRun], roots: Sequence[Path], query: Mapping[str, str], can_write: bool = True
+    tracked_runs: Sequence[TrackedRun],
+    roots: Sequence[Path],
+    query: Mapping[str, str],
+    can_write: bool = True,
 ) -> str:
     """Return the page of all runs. `roots` are the folders in which they were found."""
-    runs = [shown_run.summary for shown_run in shown_runs]
-    states_of_runs = {shown_run.summary.id: shown_run.state for shown_run in shown_runs}
-    chosen = select_runs(runs, query, states_of_runs)
+    runs = [tracked_run.summary for tracked_run in tracked_runs]
+    states = {tracked_run.summary.id: tracked_run.state for tracked_run in tracked_runs}
+    chosen = select_runs(runs, query, states)
     listed_runs = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
     view = query.get("view")
@@ -133,8 +138,8 @@ def list_page(
         "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         "chosen": len(chosen),
         "count": len(runs),
-        "running": sum(state.name in BUSY for state in states_of_runs.values()),
-        "states_of_runs": states_of_runs,
+        "running": sum(state.name in ACTIVE_STATES for state in states.values()),
+        "states_of_runs": states,
         "can_write": can_write,
         "families": sorted(families, key=str.lower),
         "asked": {name: query.get(name, "") for name in LIST_CHOICES},
@@ -148,7 +153,7 @@ def list_page(
 def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
     """Return each run with its label: the name, and the folder too if several runs have that name."""
     counts = Counter(run.shown_name for run in runs)
-    labeled = []
+    labeled_runs = []
     for run in runs:
         label = run.shown_name
         if counts[run.shown_name] > 1:
@@ -156,23 +161,23 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
             if folder.name == "output":  # the same folder name in each described folder
                 folder = folder.parent
             label = say("%(name)s in %(name2)s", name=run.shown_name, name2=folder.name)
-        labeled.append((run, label))
-    return labeled
+        labeled_runs.append((run, label))
+    return labeled_runs
 
 
 @dataclass(frozen=True)
-class LiveStanding:
-    """Current progress of a run as its page shows it, with the remaining time."""
+class LiveRunState:
+    """State of a run as its page shows it, with the remaining time."""
 
-    shown: Standing
-    state: str
-    left: str  # remaining time in words
+    displayed: Standing  # start, step and ending of the run, as texts
+    state: str  # RUNNING, FINISHED, STOPPED or DIED
+    time_left: str
 
     @classmethod
-    def of(cls, run: RunSummary, run_history: RunHistory, ended_at_once: str = "") -> "LiveStanding":
-        """Return the current progress of the run of a history.
+    def of(cls, run: RunSummary, run_history: RunHistory, kill_message: str = "") -> "LiveRunState":
+        """Return the state of the run of a history.
 
-        `ended_at_once` is the reason to show for a run that the page has killed; "" for all other runs.
+        `kill_message` is the reason to show for a run that the page has killed; "" for all other runs.
         """
         # histories of older versions have no start; the run's page has some of its values
         start = run_history.start or Start(run.model, run.total_steps)
@@ -180,24 +185,20 @@ class LiveStanding:
         if ending is None and run_history.start is None:  # the summary also reads the page of an old history
             ending = run.ending
         state = find_state(run_history.start, ending, run.changed)
-        step = 0
-        steps = run_history.loss or run_history.starts
-        if steps:
-            step = next(reversed(steps))  # keys are steps, the last one is the latest
+        trained_steps = run_history.loss or run_history.starts
+        step = next(reversed(trained_steps)) if trained_steps else 0  # keys are steps in their order
+        if state == DIED and kill_message:
+            return cls(Standing(start, step, kill_message), STOPPED, time_left="")
+        if state == RUNNING:
+            time_left = _describe_time(run, run_history, start.total_steps - step)
+            return cls(Standing(start, step, name_state(state)), state, time_left)
         if ending is None:
             ending = (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
         text, kind = ending
         text = translate_line(text)
         if text == state:  # `finished`; the history describes other ends in its own words
             text = name_state(state)
-        words = ""  # the time that is left
-        if state == DIED and ended_at_once:
-            state, text, kind = STOPPED, ended_at_once, ""
-        if state == RUNNING:
-            text = name_state(state)
-            kind = ""
-            words = _describe_time(run, run_history, start.total_steps - step)
-        return cls(Standing(start, step, text, kind), state, words)
+        return cls(Standing(start, step, text, kind), state, time_left="")
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
@@ -226,7 +227,7 @@ def run_page(
     is_paused: bool = False,
     actions: str = "",
     lower_buttons: str = "",
-    ended_at_once: str = "",
+    kill_message: str = "",
 ) -> str:
     """Return the page of a run.
 
@@ -237,18 +238,18 @@ def run_page(
         is_paused: No job of the queue begins.
         actions: HTML of the buttons above the samples.
         lower_buttons: HTML of the buttons below the samples.
-        ended_at_once: State to show for a run that the page has killed; "" for all other runs.
+        kill_message: State to show for a run that the page has killed; "" for all other runs.
 
     Raises:
         OSError: If the history cannot be read.
     """
     run_history = runs.open(run).run_history
-    standing = LiveStanding.of(run, run_history, ended_at_once)
-    start = standing.shown.start
+    live_state = LiveRunState.of(run, run_history, kill_message)
+    start = live_state.displayed.start
     values = page_values(
         run.history.parent,
         run_history,
-        standing.shown,
+        live_state.displayed,
         load=linked_clip,
         maximum=MAX_SAMPLES,
         name=run.name,
@@ -259,11 +260,11 @@ def run_page(
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,
-        "mark": mark_page(run_history, standing),
-        "left": standing.left,
+        "mark": mark_page(run_history, live_state),
+        "left": live_state.time_left,
         "name": run.name,
         # whether the training watches for request files, such as NAME.stop
-        "can_ask": can_write and start.listens and standing.state == RUNNING,
+        "can_ask": can_write and start.listens and live_state.state == RUNNING,
         "can_sample": bool(dict(start.changed).get("sample_prompts")),
         "can_queue": can_write,
         "shape": read_shape(runs, run.history.parent, sample_names),
@@ -272,7 +273,7 @@ def run_page(
         "actions": Markup(actions),
         "further": Markup(lower_buttons),
         "folder": run.history.parent,
-        "is_of_here": run.is_of_here,
+        "is_of_here": run.is_trusted,
         "cd": format_cd(run.working_folder),
         "cd_powershell": format_cd(run.working_folder, in_powershell=True),
         "others": _list_other_runs(runs, run),
@@ -311,7 +312,7 @@ def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
     return [(candidate.id, label) for candidate, label in labeled if candidate.id != run.id]
 
 
-def mark_page(run_history: RunHistory, now: LiveStanding) -> str:
+def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
     """Return a text that changes whenever the page of a run has to be loaded again."""
     events = (
         run_history.samples,
@@ -321,11 +322,11 @@ def mark_page(run_history: RunHistory, now: LiveStanding) -> str:
         run_history.starts,
     )
     counts = [len(event) for event in events]
-    return short_digest(repr((counts, run_history.memory, now.shown.text)))
+    return short_digest(repr((counts, run_history.memory, live_state.displayed.text)))
 
 
 def collect_news(
-    runs: Runs, run: RunSummary, query: Mapping[str, str], ended_at_once: str = ""
+    runs: Runs, run: RunSummary, query: Mapping[str, str], kill_message: str = ""
 ) -> dict[str, Any]:
     """Return the values that a run's page polls, with its curves if they have changed.
 
@@ -333,7 +334,7 @@ def collect_news(
         runs: Runs below the roots.
         run: The run.
         query: `have`, the key of an earlier answer; `from` and `to`, the range of shown steps.
-        ended_at_once: State to show for a run that the page has killed; "" for all other runs.
+        kill_message: State to show for a run that the page has killed; "" for all other runs.
 
     Raises:
         OSError: If the history cannot be read.
@@ -341,7 +342,7 @@ def collect_news(
     """
     history = runs.open(run)
     run_history = history.run_history
-    standing = LiveStanding.of(run, run_history, ended_at_once)
+    live_state = LiveRunState.of(run, run_history, kill_message)
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     file_number = history.status and history.status.st_ino  # a new run in this folder writes a new file
@@ -349,27 +350,27 @@ def collect_news(
     scores = scores_path(folder, run.name)
     scored = scores.stat().st_mtime_ns if scores.is_file() else 0
     # equal keys mean equal curves: then they are not sent again
-    key = f"{file_number}-{scored}-{len(run_history.starts)}-{standing.shown.step}-{low}-{high}"
+    key = f"{file_number}-{scored}-{len(run_history.starts)}-{live_state.displayed.step}-{low}-{high}"
     news = {
         "key": key,
-        "page": mark_page(run_history, standing),
-        "state": standing.state,
-        "step": standing.shown.step,
-        "left": standing.left,
+        "page": mark_page(run_history, live_state),
+        "state": live_state.state,
+        "step": live_state.displayed.step,
+        "left": live_state.time_left,
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(run_history, low, high), maximum=MAX_POINTS)
+        charts = list_charts(_limit_steps(run_history, low, high), maximum=MAX_POINTS)
         if scored:
             charts[1:1] = list_score_charts(
                 folder, run.name, run_history=run_history, low=low, high=high
             )  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(standing.shown, run_history)
+        news["tiles"] = list_tiles(live_state.displayed, run_history)
     return news
 
 
-def _narrow(run_history: RunHistory, low: float, high: float) -> RunHistory:
+def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory:
     """Return a history whose curves are limited to a range of steps."""
 
     def cut(points: Points) -> Points:
@@ -477,6 +478,6 @@ def export_run(runs: Runs, path: Path) -> None:
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
-    standing = LiveStanding.of(run, run_history).shown
-    write_training_page(path, run.history, run_history, standing, load=clips.for_page())
+    live_state = LiveRunState.of(run, run_history)
+    write_training_page(path, run.history, run_history, live_state.displayed, load=clips.for_page())
     share_page(path, path)  # the page is meant to be shared: remove all paths of this machine

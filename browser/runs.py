@@ -42,16 +42,16 @@ from training.reports.history import (
 from training.reports.sections import SAMPLES, page_path
 
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
-ELSEWHERE_SECONDS = 300  # a run on another machine counts as dead after this long without output
-SAME_SECONDS = 2.0  # tolerance, because the clock may have been adjusted
+REMOTE_RUN_TIMEOUT_SECONDS = 300  # a run on another machine counts as dead after this long without output
+CLOCK_TOLERANCE_SECONDS = 2.0  # tolerance, because the clock may have been adjusted
 CONFIG = ".toml"  # suffix of dataset files
-DEEPEST = 12  # maximum depth below a root
+MAX_DEPTH = 12  # maximum depth below a root
 FULL_READ_BYTES = 32 << 10  # histories up to this size are read in full
-TAIL = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
-NEAR_END = 512 << 10  # bytes at its end that are searched for the last samples
-LAST = 8 << 10  # bytes at its end that contain the step and its duration
-SPOTS = 48  # positions in a history at which a sparkline samples losses
-SPOT = 400  # bytes read at each position
+TAIL_BYTES = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
+LAST_SAMPLES_BYTES = 512 << 10  # bytes at its end that are searched for the last samples
+LAST_STEP_BYTES = 8 << 10  # bytes at its end that contain the step and its duration
+NUM_LOSS_SAMPLES = 48  # positions in a history at which a sparkline samples losses
+LOSS_SAMPLE_BYTES = 400  # bytes read at each position
 LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 AVERAGE = re.compile(rb'"average": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 LEFT = re.compile(rb'"left": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
@@ -69,7 +69,7 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
         return None
     try:
         candidate = psutil.Process(process["number"])  # another process may have this number by now
-        was_born_then = abs(candidate.create_time() - process["born"]) < SAME_SECONDS
+        was_born_then = abs(candidate.create_time() - process["born"]) < CLOCK_TOLERANCE_SECONDS
         return was_born_then and candidate.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, TypeError, LookupError, OverflowError):
         return False
@@ -138,7 +138,7 @@ class RunSummary:
         return describe_left(self.total_steps - self.step, self.step_seconds)
 
     @property
-    def is_of_here(self) -> bool:
+    def is_trusted(self) -> bool:
         """Whether this user wrote the history at its present path, on this machine, since its last boot.
 
         Commands of other machines may be somebody else's, or name files that do not exist here.
@@ -149,19 +149,10 @@ class RunSummary:
             return False
         if not is_own_file(self.history):
             return False
-        recorded = self.start.written_in or dict(self.start.changed).get("output_dir")
-        if not recorded:
+        recorded_folder = self.start.written_in or dict(self.start.changed).get("output_dir")
+        if not recorded_folder:
             return False
-        actual = os.path.normcase(real_path(self.history.parent))
-        if Path(recorded).is_absolute():
-            return actual == os.path.normcase(real_path(Path(recorded)))
-        # histories of older versions do not record the working folder
-        recorded_parts = Path(os.path.normcase(os.path.normpath(recorded))).parts
-        # of `../output`, only `output` can be compared: the working folder is not known
-        inner_parts = tuple(part for part in recorded_parts if part != os.pardir)
-        actual_parts = Path(actual).parts
-        # whether the present path ends with the recorded one
-        return actual_parts[len(actual_parts) - len(inner_parts) :] == inner_parts
+        return _is_same_folder(self.history.parent, recorded_folder)
 
     @property
     def working_folder(self) -> Path | None:
@@ -171,18 +162,19 @@ class RunSummary:
         """
         if self.start is None or not self.start.working_folder or not self.start.written_in:
             return None
-        typed_in = Path(self.start.working_folder)
-        written_in = Path(self.start.written_in)
-        actual = real_path(self.history.parent)
-        if written_in == actual:  # the run's folder was not moved
-            return typed_in
-        if not written_in.is_relative_to(typed_in):
+        recorded_working_folder = Path(self.start.working_folder)
+        recorded_output = Path(self.start.written_in)
+        output = real_path(self.history.parent)
+        if recorded_output == output:  # the run's folder was not moved
+            return recorded_working_folder
+        if not recorded_output.is_relative_to(recorded_working_folder):
             return None
-        # the run's folder has moved: if it still ends in the same subfolders, the working folder moved along
-        subfolder_parts = written_in.relative_to(typed_in).parts
-        outer_parts = actual.parts[: len(actual.parts) - len(subfolder_parts)]
-        has_moved_along = (*outer_parts, *subfolder_parts) == actual.parts
-        return Path(*outer_parts) if outer_parts and has_moved_along else None
+        # The run's folder has moved. If it is still at the same path below another folder, the working folder
+        # has moved with it.
+        inner_parts = recorded_output.relative_to(recorded_working_folder).parts
+        outer_parts = output.parts[: len(output.parts) - len(inner_parts)]
+        has_same_inner_path = (*outer_parts, *inner_parts) == output.parts
+        return Path(*outer_parts) if outer_parts and has_same_inner_path else None
 
     @property
     def network(self) -> str:
@@ -218,6 +210,21 @@ class RunSummary:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
+def _is_same_folder(folder: Path, recorded: str) -> bool:
+    """Return whether a folder is the one that a history records, or may be it if the record is relative.
+
+    Histories of older versions have a relative path and no working folder: then the ends are compared.
+    """
+    actual = os.path.normcase(real_path(folder))
+    if Path(recorded).is_absolute():
+        return actual == os.path.normcase(real_path(Path(recorded)))
+    recorded_parts = Path(os.path.normcase(os.path.normpath(recorded))).parts
+    # of `../output`, only `output` can be compared
+    comparable_parts = tuple(part for part in recorded_parts if part != os.pardir)
+    actual_parts = Path(actual).parts
+    return actual_parts[len(actual_parts) - len(comparable_parts) :] == comparable_parts
+
+
 def compute_mean(numbers: Sequence[float]) -> float:
     """Return the mean; infinity or NaN for a damaged history, where `statistics` would raise an error."""
     return sum(numbers) / len(numbers)
@@ -229,7 +236,7 @@ def find_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
     is_there = is_living(start.process) if start is not None else None
     if is_there is None:  # the process is on another machine
-        is_there = time.time() - changed < ELSEWHERE_SECONDS
+        is_there = time.time() - changed < REMOTE_RUN_TIMEOUT_SECONDS
     return RUNNING if is_there else DIED
 
 
@@ -249,7 +256,7 @@ class PageStatus(NamedTuple):
 def read_page_status(history: Path) -> PageStatus | None:
     """Return model, ending and total steps from the page next to an older version's history."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
-        match = STATUS.search(file.read(TAIL).decode("utf-8", "replace"))
+        match = STATUS.search(file.read(TAIL_BYTES).decode("utf-8", "replace"))
         if match:
             kind, standing, model, _, total_steps = match.groups()
             ending = None if standing == "running" else (html.unescape(standing), kind)
@@ -269,8 +276,8 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the summary of a run from the content of its history."""
     # a history may be long, so the newest values are looked for only in its last bytes
-    tail = content[-TAIL:]
-    end = tail[-LAST:]
+    tail = content[-TAIL_BYTES:]
+    end = tail[-LAST_STEP_BYTES:]
     run_history = _read_run_history(content, tail)
     steps = LOSS.findall(end) or LOSS.findall(tail)  # long lines may follow the last step
     step = int(steps[-1][0]) if steps else max(run_history.starts, default=0)
@@ -299,12 +306,12 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 
 def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
     """Return a history of the last start, samples, memory and end only. `tail` is the end of `content`."""
-    near_end = len(content) - NEAR_END
+    near_end = len(content) - LAST_SAMPLES_BYTES
     ending = _read_last_row(tail, "ended", 0)
     # a resumed run has several processes; the newest one counts, wherever its line is in the file
     started = _read_last_row(content, "started", 0 if ending is None else near_end)
     if not started:
-        started = _read_last_row(content[:TAIL], "started", 0)
+        started = _read_last_row(content[:TAIL_BYTES], "started", 0)
     if started is not None and tail.rfind(b', "started": ') > tail.rfind(b', "ended": '):
         ending = None  # the run was resumed after that ending
     samples = _read_last_row(content, "samples", near_end)
@@ -313,21 +320,24 @@ def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
 
 
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
-    """Return losses that are evenly spread over a history, fewer than 2 * SPOTS.
+    """Return losses for a sparkline, evenly spread over a history; fewer than 2 * NUM_LOSS_SAMPLES.
 
-    A short history is read in full; of a long one, a line at each of SPOTS positions is read.
+    A short history is read in full, and neighboring losses are averaged. Of a long history, only one loss is
+    read at each of about NUM_LOSS_SAMPLES positions.
     """
     size = len(content)
     if size <= FULL_READ_BYTES:
         losses = [float(loss) for _, loss in LOSS.findall(content)]
     else:
         losses = []
-        for position in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS)):
-            match = LOSS.search(content[position : position + SPOT])
+        last_position = size - LOSS_SAMPLE_BYTES
+        for position in range(0, last_position, max(1, last_position // NUM_LOSS_SAMPLES)):
+            match = LOSS.search(content[position : position + LOSS_SAMPLE_BYTES])
             if match is not None:
                 losses.append(float(match[2]))
-    width = max(1, len(losses) // SPOTS)  # number of neighboring losses that are averaged
-    return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
+    num_averaged = max(1, len(losses) // NUM_LOSS_SAMPLES)
+    starts = range(0, len(losses), num_averaged)
+    return [compute_mean(losses[start : start + num_averaged]) for start in starts]
 
 
 def _find_newest_sample(run_history: RunHistory) -> str:
@@ -379,8 +389,9 @@ class OpenHistory:
         """
         with self.path.open("rb") as file:
             status = os.fstat(file.fileno())
-            is_same_file = self.status is not None and self.status.st_ino == status.st_ino
-            if not is_same_file or status.st_size < self._offset:  # replaced or cut: begin anew
+            was_replaced = self.status is None or self.status.st_ino != status.st_ino
+            was_truncated = status.st_size < self._offset
+            if was_replaced or was_truncated:
                 self.run_history = RunHistory()
                 self._offset = 0
             self.status = status
@@ -390,9 +401,11 @@ class OpenHistory:
                     break  # the line is still being written
                 self._offset += len(line)
                 row = parse_row(line)
-                if row is not None and "session" in row:  # a new training session wrote over the history
+                if row is None:
+                    continue
+                if "session" in row:  # a new training session wrote over the history
                     self.run_history = RunHistory()
-                elif row is not None:
+                else:
                     self.run_history.add(row)
 
 
@@ -408,7 +421,7 @@ class ListedFolder(NamedTuple):
 class ReadHistory(NamedTuple):
     """Summary of a history, and the state of its file when it was read."""
 
-    mark: tuple[int, int, int]
+    version: tuple[int, int, int]  # modification time, size and inode
     run: RunSummary
 
 
@@ -428,15 +441,15 @@ class Runs:
         with self.lock:
             histories: dict[str, ReadHistory] = {}
             for root in self.roots:
-                for path in self._walk(root, DEEPEST):
+                for path in self._walk(root, MAX_DEPTH):
                     if str(path) not in histories:
                         with contextlib.suppress(OSError):
                             histories[str(path)] = self._read_history(path)
             self._histories = histories
-            shown = [history.run for history in histories.values() if not self._has_begun(history.run)]
-            return sorted(shown, key=lambda run: -run.changed)
+            runs = [history.run for history in histories.values() if not self._is_superseded(history.run)]
+            return sorted(runs, key=lambda run: -run.changed)
 
-    def _has_begun(self, run: RunSummary) -> bool:
+    def _is_superseded(self, run: RunSummary) -> bool:
         """Return whether a run only prepared a training run that now writes its own history."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
@@ -447,11 +460,11 @@ class Runs:
     def _read_history(self, path: Path) -> ReadHistory:
         """Return the summary of a history, which is read only if it has changed."""
         status = path.lstat()
-        mark = status.st_mtime_ns, status.st_size, status.st_ino
-        before = self._histories.get(str(path))
-        if before is not None and before.mark == mark:
-            return before
-        return ReadHistory(mark, read_run_summary(path, status))
+        version = status.st_mtime_ns, status.st_size, status.st_ino
+        cached = self._histories.get(str(path))
+        if cached is not None and cached.version == version:
+            return cached
+        return ReadHistory(version, read_run_summary(path, status))
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         """Yield the history files in a folder and in its subfolders down to a depth."""
@@ -492,12 +505,12 @@ class Runs:
     def open(self, run: RunSummary) -> OpenHistory:
         """Return the current content of a run's history. Raises OSError if it cannot be read."""
         with self.lock:
-            shown = self._open.pop(run.history, None) or OpenHistory(run.history)
-            shown.refresh()
-            self._open[run.history] = shown  # the most recently used last
+            open_history = self._open.pop(run.history, None) or OpenHistory(run.history)
+            open_history.refresh()
+            self._open[run.history] = open_history  # the most recently used last
             for path in [*self._open][:-MAX_OPEN]:
                 del self._open[path]
-            return shown
+            return open_history
 
     def configs(self) -> list[Path]:
         """Return the .toml files that the last `list_all` found below the roots."""

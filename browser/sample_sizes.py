@@ -6,7 +6,7 @@ from typing import Any
 
 from browser.described_folder import PROMPTS_FILE, read_described
 from browser.new_form import find_model
-from browser.recipes import SIDES, ModelRecipe, is_driven, make_model_recipe
+from browser.recipes import SIDES, ModelRecipe, can_generate, make_model_recipe
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import fit_side, parse_sample_line
 from modules.pages.language import join, say
@@ -21,7 +21,7 @@ def describe_changed_sizes(text: str, folder: Path) -> str:
     """
     described = read_described(folder)
     model = find_model(described.family, described.task)
-    if model is None or not is_driven(model):
+    if model is None or not can_generate(model):
         return ""
     recipe = make_model_recipe(model, Path(), Path())
     sentences: list[str] = []

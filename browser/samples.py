@@ -25,7 +25,7 @@ from browser.draft_changes import (
 )
 from browser.folders import is_written
 from browser.new_form import MAX_STEPS, find_model, parse_integer
-from browser.recipes import ModelRecipe, is_driven, make_model_recipe
+from browser.recipes import ModelRecipe, can_generate, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.sample_sizes import describe_changed_sizes, note_sizes
 from browser.server_state import Site
@@ -43,11 +43,11 @@ from project.options import RUN_FILE
 MIN_ROWS = 3
 MAX_ROWS = 100
 MAX_IMAGES = 2000
-DEEPEST = 3  # maximum depth of subfolders that are searched for images
-EVERY = "sample_every_n_steps"  # keys of run.toml
-EVERY_EPOCHS = "sample_every_n_epochs"
-AT_FIRST = "sample_at_first"
-PROMPTS = "sample_prompts"
+MAX_DEPTH = 3  # maximum depth of subfolders that are searched for images
+SAMPLE_EVERY_N_STEPS = "sample_every_n_steps"  # keys of run.toml
+SAMPLE_EVERY_N_EPOCHS = "sample_every_n_epochs"
+SAMPLE_AT_FIRST = "sample_at_first"
+SAMPLE_PROMPTS = "sample_prompts"
 # form field of a row -> key of the option, and its letters in a new prompt-line option
 FIELDS = {
     "width": ("width", "w"),
@@ -63,15 +63,15 @@ FIELDS = {
     "source": ("control_image_path", "ci"),
     "control": ("control_video_path", "cn"),
 }
-DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
-INTEGER_FIELDS = tuple(DEFAULT)  # fields for positive integers
+EXAMPLE_VALUES = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
+INTEGER_FIELDS = tuple(EXAMPLE_VALUES)  # fields for positive integers
 MAX_NUMBER = 1_000_000
-SCALES = ("guidance", "embedded guidance")  # fields of any number
+GUIDANCE_FIELDS = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
-IMAGES = ("start", "end", "source", "control")
-TEXTS = ("negative",)
-OF_NUMBERS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
-OF_ALL_MODELS = {"width", "height", "seed", "steps"}
+IMAGE_FIELDS = ("start", "end", "source", "control")
+TEXT_FIELDS = ("negative",)
+NUMBER_FIELDS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
+COMMON_NUMBER_FIELDS = {"width", "height", "seed", "steps"}
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,20 @@ def _repeats(part: str) -> bool:
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a line. If the line has an option twice, the field shows the last one."""
+    """Return the row of a prompt line; options without a field, and repeated ones, are in its `more`."""
     split = _split(line)
-    fields = {key: name for name, (key, _) in FIELDS.items()}
+    field_of_key = {key: name for name, (key, _) in FIELDS.items()}
+    field_names = [field_of_key.get(_find_key(option)) for option in split.options]
+    last_index = {name: index for index, name in enumerate(field_names)}
     texts: dict[str, str] = {}
     more = []
-    last_parts = {fields.get(_find_key(part)): index for index, part in enumerate(split.options)}
-    for index, part in enumerate(split.options):
-        name = fields.get(_find_key(part))
-        if name is None or (_repeats(part) and last_parts[name] != index):
-            more.append(f"--{part.strip()}")
-        else:
-            texts[name] = unquote(part.partition(" ")[2].strip())
+    for index, (name, option) in enumerate(zip(field_names, split.options, strict=True)):
+        is_earlier_list_item = _repeats(option) and last_index[name] != index
+        if name is None or is_earlier_list_item:
+            more.append(f"--{option.strip()}")
+        else:  # of an option that is no list, the last use counts
+            _, _, value = option.partition(" ")
+            texts[name] = unquote(value.strip())
     return PromptRow(number, split.prompt.strip(), texts, " ".join(more))
 
 
@@ -135,21 +137,23 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         changes: New texts by the names of the fields; an empty text removes the option.
     """
     split = _split(line)
-    parts = split.options  # options with values, such as `w 768`
+    options = split.options  # with values, such as `w 768`
     for name, text in changes.items():
-        key, characters = FIELDS[name]
-        indices = [index for index, part in enumerate(parts) if _find_key(part) == key]
+        key, new_letters = FIELDS[name]
+        indices = [index for index, option in enumerate(options) if _find_key(option) == key]
         if text and indices:  # the field shows the last use of an option
-            word = parts[indices[-1]].partition(" ")[0]
-            parts[indices[-1]] = f"{word} {text}"
+            last_index = indices[-1]
+            letters, _, _ = options[last_index].partition(" ")
+            options[last_index] = f"{letters} {text}"
         elif text:
-            parts.append(f"{characters} {text}")
+            options.append(f"{new_letters} {text}")
         else:
-            # an option may occur several times, such as --ci: remove only the occurrence that the field shows
-            is_list = any(_repeats(parts[index]) for index in indices)
-            removed = indices[-1:] if is_list else indices
-            parts = [part for index, part in enumerate(parts) if index not in removed]
-    return " --".join([split.prompt if prompt is None else prompt, *parts])
+            # of a list, such as several --ci, remove only the item that the field shows
+            is_list = any(_repeats(options[index]) for index in indices)
+            removed_indices = indices[-1:] if is_list else indices
+            options = [option for index, option in enumerate(options) if index not in removed_indices]
+    new_prompt = split.prompt if prompt is None else prompt
+    return " --".join([new_prompt, *options])
 
 
 def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
@@ -166,21 +170,23 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
         OptionError: If a row is not a valid line.
     """
     lines: list[str | None] = [*text.split("\n")]  # None: the line is removed
-    added = []
+    new_lines = []
     for edit in _read_edits(text, fields):
         _check_edit(edit, check_image)
-        if edit.row.line is None:  # a row that is not in the file yet
+        line_index = edit.row.line
+        if line_index is None:  # a row that is not in the file yet
             if edit.prompt:
-                added.append(edit_line(edit.prompt, None, edit.changes))
+                new_lines.append(edit_line(edit.prompt, None, edit.changes))
         elif edit.is_emptied:
-            lines[edit.row.line] = None
+            lines[line_index] = None
         else:
-            lines[edit.row.line] = edit.apply(lines[edit.row.line] or "")
-    remaining = "\n".join(line for line in lines if line is not None)
-    if not added:
-        return remaining
-    gap = "" if not remaining or remaining.endswith("\n") else "\n"  # a last line without a line break
-    return remaining + gap + "\n".join(added) + "\n"
+            lines[line_index] = edit.apply(lines[line_index] or "")
+    remaining_text = "\n".join(line for line in lines if line is not None)
+    if not new_lines:
+        return remaining_text
+    has_open_line = remaining_text != "" and not remaining_text.endswith("\n")
+    separator = "\n" if has_open_line else ""
+    return remaining_text + separator + "\n".join(new_lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -233,40 +239,46 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
     if edit.changes and not edit.prompt and edit.row.line is None:
         raise OptionError(say("%(title)s: write its prompt.", title=title))
     for name, text in edit.changes.items():
-        if name in INTEGER_FIELDS and text and parse_integer(text, MAX_NUMBER) is None:
-            raise OptionError(
-                say(
-                    "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
-                    title=title,
-                    name=name,
-                    text=shorten(text, 40),
-                    usual=DEFAULT[name],
-                )
-            )
-        if name in SCALES and text and not NUMBER.fullmatch(text):
-            raise OptionError(
-                say(
-                    "%(title)s %(name)s: %(text)s is no number, such as 4 or 3.5.",
-                    title=title,
-                    name=name,
-                    text=shorten(text, 40),
-                )
-            )
+        if text:
+            _check_number(title, name, text)
         # dashes would begin another option of the prompt line
         if " --" in f" {text}":
             raise OptionError(
                 say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
             )
-        if name in IMAGES and text:
+        if name in IMAGE_FIELDS and text:
             check_image(text)
 
 
-def edit_times(text: str, fields: Mapping[str, str]) -> str:
+def _check_number(title: str, name: str, text: str) -> None:
+    """Raise OptionError if the text of a numeric field is no such number. `title` names the row."""
+    if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
+        raise OptionError(
+            say(
+                "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
+                title=title,
+                name=name,
+                text=shorten(text, 40),
+                usual=EXAMPLE_VALUES[name],
+            )
+        )
+    if name in GUIDANCE_FIELDS and not NUMBER.fullmatch(text):
+        raise OptionError(
+            say(
+                "%(title)s %(name)s: %(text)s is no number, such as 4 or 3.5.",
+                title=title,
+                name=name,
+                text=shorten(text, 40),
+            )
+        )
+
+
+def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
     """Return run.toml with the sampling intervals of a form. Raises OptionError, ValueError."""
     keys = read_keys(text)
     changes: dict[str, Any] = {}
     typed_interval = fields.get("every", "").strip()
-    if typed_interval != str(keys.get(EVERY, "")):
+    if typed_interval != str(keys.get(SAMPLE_EVERY_N_STEPS, "")):
         number = parse_integer(typed_interval, MAX_STEPS)
         if typed_interval and number is None:
             raise OptionError(
@@ -275,12 +287,12 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
                     every=shorten(typed_interval, 40),
                 )
             )
-        changes[EVERY] = number  # None removes the key
-    is_first = "first" in fields
-    if is_first != bool(keys.get(AT_FIRST)):
-        changes[AT_FIRST] = is_first or None
-    if any(changes.values()) and PROMPTS not in keys:  # a training samples only with a prompt file
-        changes[PROMPTS] = PROMPTS_FILE
+        changes[SAMPLE_EVERY_N_STEPS] = number  # None removes the key
+    samples_at_first = "first" in fields
+    if samples_at_first != bool(keys.get(SAMPLE_AT_FIRST)):
+        changes[SAMPLE_AT_FIRST] = samples_at_first or None
+    if any(changes.values()) and SAMPLE_PROMPTS not in keys:  # a training samples only with a prompt file
+        changes[SAMPLE_PROMPTS] = PROMPTS_FILE
     return edit_toml(text, changes)
 
 
@@ -298,14 +310,14 @@ class SamplePages:
     def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
         """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
         run = read_draft_file(self.site, folder, RUN_FILE)
-        name = str(read_keys(run.text).get(PROMPTS, PROMPTS_FILE))
+        name = str(read_keys(run.text).get(SAMPLE_PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
             raise OptionError(
                 say(
                     "The prompts are in %(name)s (%(prompts)s of %(run_file)s), which is edited "
                     'elsewhere. With %(prompts)s = "%(prompts_file)s" they are edited here.',
                     name=name,
-                    prompts=PROMPTS,
+                    prompts=SAMPLE_PROMPTS,
                     run_file=RUN_FILE,
                     prompts_file=PROMPTS_FILE,
                 )
@@ -354,9 +366,9 @@ class SamplePages:
             "prompts": prompts,
             "run": run,
             **describe_rows(read_rows(prompts.text), model, folder, num_rows),
-            "every": str(keys.get(EVERY, "")),
-            "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
-            "at_first": bool(keys.get(AT_FIRST)),
+            "every": str(keys.get(SAMPLE_EVERY_N_STEPS, "")),
+            "every_epochs": str(keys.get(SAMPLE_EVERY_N_EPOCHS, "")),
+            "at_first": bool(keys.get(SAMPLE_AT_FIRST)),
             "can_write": not self.site.read_only,
         }
 
@@ -365,30 +377,36 @@ class SamplePages:
         if action not in ("look", "save"):
             return answer_unknown()
         try:
-            require_full(fields)
-            prompts, run = self.read_drafts(folder)
-            # the form sends the checksums that both files had when the form was built
-            if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
-                raise ChangedMeanwhileError
-            prompts_after = edit_prompts(
-                prompts.text, fields, lambda text: check_image(self.site, folder, text)
-            )
-            texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
-            change = plan_change(self.site, "samples", texts, run)
-            if action == "save":
-                change = save_change(change, texts)
-            # changed sizes are reported at their fields, not in the note
-            sizes = describe_changed_sizes(prompts_after, folder)
-            change = replace(change, note=change.note.removeprefix(sizes).strip())
+            change = self._plan_or_save(folder, fields, saves=action == "save")
         except ChangedMeanwhileError:
             change = DraftChange(section="samples", error=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(section="samples", error=str(error))
         is_rejected = action == "save" and change.error != ""
-        is_open = is_rejected or action == "look"
-        # a field `row N` for each prompt of the form
-        num_rows = sum(name.startswith("row ") for name in fields) if is_open else 0
-        return self.answer(folder, change, num_rows, is_rejected, fields if is_open else None)
+        shows_typed_fields = is_rejected or action == "look"
+        if not shows_typed_fields:
+            return self.answer(folder, change)
+        num_rows = sum(name.startswith("row ") for name in fields)  # a field `row N` for each row of the form
+        return self.answer(folder, change, num_rows, is_rejected, fields)
+
+    def _plan_or_save(self, folder: Path, fields: Mapping[str, str], saves: bool) -> DraftChange:
+        """Return the change of prompts.txt and run.toml that a form makes; with `saves`, write it.
+
+        Raises ChangedMeanwhileError if the files have changed since the form was built.
+        """
+        require_full(fields)
+        prompts, run = self.read_drafts(folder)
+        # the form sends the checksums that both files had when the form was built
+        if prompts.checksum != fields.get("have", "") or run.checksum != fields.get("have run", ""):
+            raise ChangedMeanwhileError
+        edited_prompts = edit_prompts(prompts.text, fields, lambda path: check_image(self.site, folder, path))
+        edited_texts = {prompts: edited_prompts, run: edit_sampling_intervals(run.text, fields)}
+        change = plan_change(self.site, "samples", edited_texts, run)
+        if saves:
+            change = save_change(change, edited_texts)
+        # changed sizes are reported at their fields, not in the note
+        sizes = describe_changed_sizes(edited_prompts, folder)
+        return replace(change, note=change.note.removeprefix(sizes).strip())
 
 
 def check_image(site: Site, folder: Path, text: str) -> None:
@@ -405,7 +423,7 @@ def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
             texts = {name: fields.get(f"{name} {number}", "").strip() for name in FIELDS}
-            rows[number] = texts | {name: complete_home(texts[name]) for name in IMAGES}
+            rows[number] = texts | {name: complete_home(texts[name]) for name in IMAGE_FIELDS}
     return rows
 
 
@@ -420,7 +438,7 @@ def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
 
 def find_recipe(model: ModelSet | None) -> ModelRecipe | None:
     """Return the recipe of a model; None if the page cannot generate with it."""
-    return make_model_recipe(model, Path(), Path()) if model is not None and is_driven(model) else None
+    return make_model_recipe(model, Path(), Path()) if model is not None and can_generate(model) else None
 
 
 def has_layers(recipe: ModelRecipe | None) -> bool:
@@ -431,7 +449,7 @@ def has_layers(recipe: ModelRecipe | None) -> bool:
 def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) -> list[str]:
     """Return the text fields that the model uses, or that a line of the prompt file fills."""
     used = set() if recipe is None else {*recipe.fields}
-    return [name for name in TEXTS if name in used or any(name in row.texts for row in rows)]
+    return [name for name in TEXT_FIELDS if name in used or any(name in row.texts for row in rows)]
 
 
 def describe_rows(
@@ -445,14 +463,14 @@ def describe_rows(
         folder: Folder in which relative paths begin.
         num_rows: Minimum number of rows to show.
     """
-    count = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
+    num_shown = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
     filled = list(rows[:MAX_ROWS])
-    blank = PromptRow(None, "", {})
+    blank = [PromptRow(None, "", {})] * (num_shown - len(filled))
     recipe = find_recipe(model)
     image_fields = select_image_fields(model, recipe, filled)
     return {
-        "rows": [*filled, *[blank] * (count - len(filled))],
-        "next_count": count + 1,
+        "rows": [*filled, *blank],
+        "next_count": num_shown + 1,
         "number_fields": select_number_fields(model, recipe, filled),
         "text_fields": select_text_fields(recipe, filled),
         "picture_fields": image_fields,
@@ -466,32 +484,40 @@ def select_number_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
     """Return the number fields to show: those that the model uses, and those that a row fills."""
-    fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
-    if model is None:
-        return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
+    fields = {name for row in rows for name in NUMBER_FIELDS if name in row.texts}
+    if model is not None:
+        fields = _select_frames_field(fields, model, recipe, rows)
+        has_embedded = recipe is not None and recipe.option_keys.get("guidance") == "embedded_cfg_scale"
+        fields.add("embedded guidance" if has_embedded else "guidance")
+    return [name for name in NUMBER_FIELDS if name in COMMON_NUMBER_FIELDS | fields]
+
+
+def _select_frames_field(
+    fields: set[str], model: ModelSet, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
+) -> set[str]:
+    """Return the names `fields` with the field `frames` if the model uses it, and without it for images."""
     if has_layers(recipe):
-        fields.add("frames")  # for this model, the number of layers
-    elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
-        fields.discard("frames")  # an image model, whose rows have no other length
-    elif model.data["frames"] > 1:
-        fields.add("frames")
-    has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"
-    fields.add("embedded guidance" if has_embedded else "guidance")
-    return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
+        return fields | {"frames"}  # for this model, the number of layers
+    if model.data["frames"] > 1:
+        return fields | {"frames"}
+    has_only_images = all(row.texts.get("frames", "1") == "1" for row in rows)
+    if model.data["frames"] == 1 and has_only_images:
+        return fields - {"frames"}
+    return fields
 
 
 def select_image_fields(
     model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> list[str]:
     """Return the image fields that the model uses, or that a line of the prompt file fills."""
-    fields = {name for row in rows for name in IMAGES if name in row.texts}
+    fields = {name for row in rows for name in IMAGE_FIELDS if name in row.texts}
     if recipe is not None:
         fields |= {"end", "control"} & {*recipe.fields}
     if model is not None and model.data.get("from_image"):
         fields.add("start")
     if model is not None and needs_image(model):
         fields.add("source")
-    return [name for name in IMAGES if name in fields]
+    return [name for name in IMAGE_FIELDS if name in fields]
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
@@ -515,17 +541,17 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 def list_images(folder: Path) -> list[str]:
     """Return the images of a folder and its subfolders as relative paths; at most MAX_IMAGES."""
     images: list[str] = []
-    waiting = [(folder, 0)]
-    while waiting and len(images) < MAX_IMAGES:
-        subfolder, depth = waiting.pop(0)
+    unlisted = [(folder, 0)]  # folders with their depth; breadth first
+    while unlisted and len(images) < MAX_IMAGES:
+        subfolder, depth = unlisted.pop(0)
         try:
             entries = sorted(os.scandir(subfolder), key=lambda entry: entry.name)
         except OSError:
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if depth < DEEPEST and not is_written(entry.name):
-                    waiting.append((subfolder / entry.name, depth + 1))
+                if depth < MAX_DEPTH and not is_written(entry.name):
+                    unlisted.append((subfolder / entry.name, depth + 1))
                 continue
             # in a prompt line, two dashes after a blank begin an option
             fits_in_line = re.search(r"\s--", entry.name) is None

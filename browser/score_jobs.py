@@ -17,7 +17,7 @@ def make_score_argv(run: RunSummary, models: Path = MODELS) -> list[str]:
         models: Folder of the models.
     """
     model = models / SCORE_MODEL
-    if not (run.sample and run.is_of_here and model.is_dir()):
+    if not (run.sample and run.is_trusted and model.is_dir()):
         return []
     argv = ["python", "tools/score.py", str(run.history), "--model", str(model)]
     tagger = models / MODEL_FOLDER.name

@@ -37,14 +37,14 @@ from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.page_access import (
     COOKIE,
+    COOKIE_SECONDS,
     OLD_COOKIE,
     PageAccess,
-    access_of,
+    find_account,
     find_connection,
+    find_page_access,
     list_values,
-    owner_of,
 )
-from browser.page_access import SECONDS as COOKIE_SECONDS
 from browser.page_language import choose_language, language_headers, language_routes
 from browser.page_root import add_root_to_header, serving_below
 from browser.queue_pages import queue_routes
@@ -89,16 +89,16 @@ from project.options import MODELS
 logger = logging.getLogger(__name__)
 
 PLAIN_PAGE = '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
-TO_THE_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
+REDIRECT_TO_RUN_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
 # an admitted browser knows the root path of the pages; this script redirects it there
-TO_THE_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
-ENTER = "/static/enter.js"  # contains no secret
+REDIRECT_TO_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
+ENTER_SCRIPT = "/static/enter.js"  # contains no secret
 NO_TOKEN = say(
     "Open the address that the command has printed in its terminal. It ends in "
     "?token= and a word that lets you in. This browser then remembers that it may come in."
 )
 # requests to a run, see training/training_run.py, and the answer to each
-KINDS = {
+TRAINING_REQUESTS = {
     "sample": say("Asked: samples are made when this step is done."),
     "save": say("Asked: it saves when this step is done."),
     "stop": say("Asked: it saves and ends when this step is done."),
@@ -186,17 +186,18 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        access = None if self.token is None else access_of(self.token, scope)
+        access = None if self.token is None else find_page_access(self.token, scope)
         # with a token, all addresses begin with a secret root; routes are matched without it
-        is_below, scope = _leave_root(scope, access)
+        is_below_root, scope = _strip_root(scope, access)
+        root = access.root if access is not None and is_below_root else ""
         request = Request(scope)
-        root = access.root if access is not None and is_below else ""
         body = _BoundedBody(receive, max_bytes=LARGEST_BODIES.get(request.url.path, MAX_BYTES))
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
+            # texts in the language of the request, and the secret root in all addresses of the response
             with speaking(choose_language(request)), serving_below(root):
-                rejection = self._find_rejection(request, access, is_below)
+                rejection = self._find_rejection(request, access, is_below_root)
                 await (rejection or self.app)(scope, body.receive_part, response.send_part)
         except Exception as error:  # a damaged file may raise anything; only this request fails
             logger.debug("%s", request.url.path, exc_info=error)
@@ -205,35 +206,38 @@ class Gate:
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return the headers of a response, with the default headers that it does not set itself."""
-        default = [(b"cache-control", b"no-cache")]
-        default += [(name.encode(), value.encode()) for name, value in self.headers.items()]
-        names = {name for name, _ in headers}
+        default_headers = [(b"cache-control", b"no-cache")]
+        default_headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
-            default += language_headers()
-        complete = [*headers, *((name, value) for name, value in default if name not in names)]
-        return [(name, add_root_to_header(name, value)) for name, value in complete]
+            default_headers += language_headers()
+        names = {name for name, _ in headers}
+        missing_headers = [(name, value) for name, value in default_headers if name not in names]
+        return [(name, add_root_to_header(name, value)) for name, value in [*headers, *missing_headers]]
 
-    def _find_rejection(self, request: Request, access: PageAccess | None, is_below: bool) -> Response | None:
+    def _find_rejection(
+        self, request: Request, access: PageAccess | None, is_below_root: bool
+    ) -> Response | None:
         """Return the response that rejects a request; None if the request may pass.
 
         Args:
             request: The request.
             access: Cookie and root path of admitted browsers; None without a token.
-            is_below: Whether the address is below the root of the pages.
+            is_below_root: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
         # pages of other sites may reach this server under a name of theirs (DNS rebinding)
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
         if not self._is_from_here(request, is_read):
             return answer_text("Wrong origin.", 403)
         if self.read_only and not is_read:
             return answer_text(NO_WRITING, 403)
-        # shared pages, and the page that sets the cookie, are read without a cookie
-        if access is None or (is_read and (request.url.path.startswith(SHARED) or request.url.path == ENTER)):
+        path = request.url.path
+        is_public = is_read and (path.startswith(SHARED) or path == ENTER_SCRIPT)
+        if access is None or is_public:
             return None
-        return self._check_browser(request, access, is_below)
+        return self._check_browser(request, access, is_below_root)
 
     def _is_from_here(self, request: Request, is_read: bool) -> bool:
         """Return whether a request comes from a page of this server, or opens a page."""
@@ -247,38 +251,49 @@ class Gate:
         is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
-    def _check_browser(self, request: Request, access: PageAccess, is_below: bool) -> Response | None:
+    def _check_browser(self, request: Request, access: PageAccess, is_below_root: bool) -> Response | None:
         """Return None if a request has the cookie or the token; otherwise the response that stops it.
 
         Opening the address with `?token=` sets the cookie, which admits the browser from then on.
         """
         typed_token = request.query_params.get("token")
-        if request.url.path == "/" and typed_token is not None and self._opens(request, typed_token):
-            # not a redirect: after a link from another site, browsers would not send the cookie to its target
-            page = HTMLResponse(TO_THE_LIST.format(root=access.root))
-            page.set_cookie(
-                COOKIE,
-                access.make_word(owner_of(request.scope)),
-                max_age=COOKIE_SECONDS,
-                httponly=True,
-                samesite="strict",
-                path=access.root,
-                secure=self._is_encrypted(request),
-            )
-            return page
-        scheme, _, word = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._fits(word.strip()):  # sent by programs, not by browsers
+        if (
+            request.url.path == "/"
+            and typed_token is not None
+            and self._is_token_or_ticket(request, typed_token)
+        ):
+            return self._admit_browser(request, access)
+        scheme, _, bearer_token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._is_token(bearer_token.strip()):  # sent by programs
             return None
         cookies = request.headers.get("cookie", "")
-        if is_below and access.is_right(cookies, owner_of(request.scope)):
+        if is_below_root and access.has_valid_cookie(cookies, find_account(request.scope)):
             return None
         if "text/html" not in request.headers.get("accept", ""):
             return answer_text(NO_TOKEN, 401)
-        return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
+        page = REDIRECT_TO_ROOT.format(script=ENTER_SCRIPT, text=escape(show(NO_TOKEN)))
+        return HTMLResponse(page, 401)
 
-    def _opens(self, request: Request, word: str) -> bool:
+    def _admit_browser(self, request: Request, access: PageAccess) -> Response:
+        """Return the page that sets the cookie and then opens the list of runs.
+
+        It is no redirect: after a link from another site, browsers would not send the cookie to its target.
+        """
+        page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
+        page.set_cookie(
+            COOKIE,
+            access.make_cookie_value(find_account(request.scope)),
+            max_age=COOKIE_SECONDS,
+            httponly=True,
+            samesite="strict",
+            path=access.root,
+            secure=self._is_encrypted(request),
+        )
+        return page
+
+    def _is_token_or_ticket(self, request: Request, word: str) -> bool:
         """Return whether a word in the address is the token or a valid ticket, which admits the browser."""
-        if self._fits(word):
+        if self._is_token(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
@@ -287,37 +302,38 @@ class Gate:
         origin = self.public_origin or ""
         return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
-    def _fits(self, word: str) -> bool:
+    def _is_token(self, word: str) -> bool:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_own_host(self, host: str) -> bool:
         """Return whether a Host header names this server or an address; other names may be DNS rebinding."""
         match = HOST.fullmatch(host)
         if match is None:
             return False
         if (match["name"] or "").lower() in self.names:
             return True
+        is_in_brackets = match["inside"] is not None  # as only IPv6 addresses are written
         try:
-            # only IPv6 addresses are written inside brackets
-            if match["inside"] is None:
-                ipaddress.IPv4Address(match["name"])
-            else:
+            if is_in_brackets:
                 ipaddress.IPv6Address(match["inside"])
+            else:
+                ipaddress.IPv4Address(match["name"])
         except ValueError:
             return False
         return True
 
 
-def _leave_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
+def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
     """Return whether a request's address is below the root of the pages, and the request without it."""
     if access is None:
         return True, scope
     root, path = access.root, scope["path"]
-    start = path[: len(root)].encode("utf-8", "surrogatepass")
-    if not hmac.compare_digest(start, root.encode()) or path[len(root) : len(root) + 1] not in ("", "/"):
+    beginning, rest = path[: len(root)], path[len(root) :]
+    has_root = hmac.compare_digest(beginning.encode("utf-8", "surrogatepass"), root.encode())
+    if not has_root or rest[:1] not in ("", "/"):
         return False, scope
-    rest = path[len(root) :] or "/"
-    return True, {**scope, "path": rest, "raw_path": scope.get("raw_path", b"")[len(root) :] or b"/"}
+    raw_rest = scope.get("raw_path", b"")[len(root) :]
+    return True, {**scope, "path": rest or "/", "raw_path": raw_rest or b"/"}
 
 
 class RunPages:
@@ -342,30 +358,30 @@ class RunPages:
 
     def show_list(self, request: Request) -> Response:
         """Respond with the list of runs; 304 if the browser has it and nothing has changed."""
-        found_runs = self.tracked_runs.list_all()
+        tracked_runs = self.tracked_runs.list_all()
         query = request.query_params
-        mark = f'"{mark_list(found_runs, query)}"'
-        if request.headers.get("if-none-match") == mark:
-            return Response(status_code=304, headers={"etag": mark})
-        page = list_page(found_runs, self.runs.roots, query, can_write=not self.queue.read_only)
-        return answer_page(page, headers={"etag": mark})
+        etag = f'"{mark_list(tracked_runs, query)}"'
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers={"etag": etag})
+        page = list_page(tracked_runs, self.runs.roots, query, can_write=not self.queue.read_only)
+        return answer_page(page, headers={"etag": etag})
 
     def show_run(self, request: Request) -> Response:
         """Respond with the page of a run, or, for a folder that has not trained yet, with its buttons."""
-        shown = self.tracked_runs.find(request.path_params["id"])
-        if shown is None:
+        tracked_run = self.tracked_runs.find(request.path_params["id"])
+        if tracked_run is None:
             return answer_not_found_page(request)
-        run = shown.summary
+        run = tracked_run.summary
         if not run.history.exists():
-            return answer_page(self.buttons.show_page(shown))
-        plan = self.tracked_runs.find_plan(run)
+            return answer_page(self.buttons.show_page(tracked_run))
+        run_config = self.tracked_runs.find_run_config(run)
         # the history is of the downloads and caching before a training: show the training's page
-        if plan is not None and plan.id != run.id:
-            return RedirectResponse(f"/run/{plan.id}/", 303)
+        if run_config is not None and run_config.id != run.id:
+            return RedirectResponse(f"/run/{run_config.id}/", 303)
         is_paused = False
         with contextlib.suppress(UserError):  # the queue's page reports it
             is_paused = self.queue.worker == ""
-        lower_buttons = self.buttons.render(shown, "more_actions.html")
+        lower_buttons = self.buttons.render(tracked_run, "more_actions.html")
         if not self.queue.read_only:
             lower_buttons += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
@@ -373,9 +389,9 @@ class RunPages:
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
-            actions=self.buttons.render(shown),
+            actions=self.buttons.render(tracked_run),
             lower_buttons=lower_buttons,
-            ended_at_once=shown.ended_at_once,
+            kill_message=tracked_run.kill_message,
         )
         return answer_page(page)
 
@@ -385,9 +401,9 @@ class RunPages:
         if run is None:
             return answer_not_found()
         try:
-            shown = self.tracked_runs.find(run.id) if run.state == DIED else None
-            message = "" if shown is None else shown.ended_at_once
-            return answer_json(collect_news(self.runs, run, request.query_params, message))
+            tracked_run = self.tracked_runs.find(run.id) if run.state == DIED else None
+            kill_message = "" if tracked_run is None else tracked_run.kill_message
+            return answer_json(collect_news(self.runs, run, request.query_params, kill_message))
         except ValueError:
             return answer_text("from and to are numbers of steps.", 400)
 
@@ -407,12 +423,12 @@ class RunPages:
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
-        if run is None or kind not in KINDS:
+        if run is None or kind not in TRAINING_REQUESTS:
             return answer_not_found()
         if run.state != RUNNING or run.start is None or not run.start.listens:
             return answer_text(say("Only a running training can be asked."), 409)
         (run.history.parent / f"{run.name}.{kind}").touch()
-        return answer_text(KINDS[kind])
+        return answer_text(TRAINING_REQUESTS[kind])
 
     def show_static(self, request: Request) -> Response:
         """Respond with a script or style sheet of the page."""
@@ -465,7 +481,6 @@ def make_app(
         render_worker: Worker of the page Generate; None to make one for the queue.
         ticket: Word that opens the page once.
     """
-    notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
     site = Site(
         runs,
@@ -473,9 +488,19 @@ def make_app(
         BackgroundJobs(queue),
         render_worker or RenderWorker(queue),
         models=models,
-        notes=notes,
+        notes=FileNotes(),
         settings=settings or ServerSettings(),
     )
+    public_origin = None if settings is None else settings.public_origin
+    host_names = _list_host_names(host, public_origin)
+    handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
+    app = Starlette(routes=_list_routes(site, read_only), exception_handlers=handlers)
+    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
+    return Gate(app, host_names, token, read_only, ticket, public_origin)
+
+
+def _list_routes(site: Site, read_only: bool) -> list[Route]:
+    """Return the routes of all pages, and of the extensions if they are enabled."""
     buttons = RunButtons(site)
     shares = SharePages(site)
     pages = RunPages(site, buttons, shares)
@@ -503,20 +528,22 @@ def make_app(
         *share_routes(shares),
         # last of a run's routes: it matches every path
         Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
-        *queue_routes(runs, queue, site.tracked_runs),
-        *compare_routes(runs, notes, queue),
-        *dataset_routes(runs, read_only),
+        *queue_routes(site.runs, site.queue, site.tracked_runs),
+        *compare_routes(site.runs, site.notes, site.queue),
+        *dataset_routes(site.runs, read_only),
     ]
     if os.environ.get(EXTENSIONS):
         from modules.extensions import PAGES, load_extensions  # imported only if extensions are enabled
 
-        routes += [route for make_routes in load_extensions(PAGES).values() for route in make_routes(site)]
+        for make_routes in load_extensions(PAGES).values():
+            routes += make_routes(site)
+    return routes
+
+
+def _list_host_names(host: str, public_origin: str | None) -> frozenset[str]:
+    """Return the names by which requests may call this server, in addition to IP addresses."""
     machine = socket.gethostname().lower()
     names = {"localhost", host.lower(), machine, f"{machine}.local"}
-    public_origin = None if settings is None else settings.public_origin
     if public_origin is not None:
         names.add(urllib.parse.urlsplit(public_origin).hostname or "")
-    handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
-    return Gate(app, frozenset(names), token, read_only, ticket, public_origin)
+    return frozenset(names)

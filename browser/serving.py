@@ -53,14 +53,14 @@ def run_browser(options: BrowserOptions) -> None:
 
     from browser.server import make_app
 
-    listener = open_socket(options.host, options.port)
-    port = listener.getsockname()[1]
+    server_socket = open_socket(options.host, options.port)
+    port = server_socket.getsockname()[1]
     queue = open_queue(runs, options.read_only)
     if options.work:
         queue.begin_work(stays_open=False)
     elif not options.read_only and reopen_queue(queue):
         logger.info("The queue goes on, as it was started and not paused. Its page pauses it.")
-    address = find_address(options, port, token.word)
+    address = make_address(options, port, token.secret)
     show_address(options, port, token)
     log_runs(runs)
     settings = ServerSettings(
@@ -76,24 +76,24 @@ def run_browser(options: BrowserOptions) -> None:
     app: Any = make_app(
         runs,
         host=options.host,
-        token=token.word,
+        token=token.secret,
         read_only=options.read_only,
         queue=queue,
         models=served.models,
         settings=settings,
         ticket=ticket,
     )
+    if may_open_page(options):
+        # all users can read that browser's command line: it gets a word that works once, not the token
+        ticket_address = make_address(options, port, token.secret and ticket.secret)
+        # in a thread, because some browsers block the calling process; the socket is already listening
+        threading.Thread(target=webbrowser.open, args=(ticket_address,), daemon=True).start()
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
-    if may_open_page(options):
-        # in a thread, because some browsers block the calling process; the socket is already listening
-        # all users can read that browser's command line: it gets a word that works once, not the token
-        opened = find_address(options, port, token.word and ticket.word)
-        threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+            asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
     finally:  # the next start goes on with an open queue
         queue.end_work()
 
@@ -129,8 +129,8 @@ def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path
     home = Path.home()
     is_home = real_path(working_folder) == real_path(home)
     is_checkout = real_path(working_folder) == real_path(checkout)
-    is_unnamed = options.folders == (Path(),) and options.export is None  # the default: no folder was typed
-    if not is_unnamed or not (is_home or is_checkout):
+    names_folder = options.folders != (Path(),) or options.export is not None
+    if names_folder or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
     default = home / DEFAULT_FOLDER
     note = "" if default.is_dir() else ", which is made when something is written"
@@ -158,34 +158,38 @@ def open_socket(host: str, port: int | None) -> socket.socket:
 
     Raises OutputError if the address cannot be used.
     """
-    if port is None:
-        try:
-            return open_socket(host, DEFAULT_PORT)
-        except OutputError as error:
-            if not _is_taken(error.__context__):
-                raise
-            logger.info(
-                "Port %d is taken, so this is another one: an old bookmark leads elsewhere.", DEFAULT_PORT
-            )
-            port = 0
+    if port is not None:
+        return _open_port(host, port)
+    try:
+        return _open_port(host, DEFAULT_PORT)
+    except OutputError as error:
+        if not _is_port_taken(error.__context__):
+            raise
+    logger.info("Port %d is taken, so this is another one: an old bookmark leads elsewhere.", DEFAULT_PORT)
+    return _open_port(host, 0)
+
+
+def _open_port(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at a port; 0 stands for any free port. Raises OutputError if it cannot."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = addresses[0]
         return socket.create_server(address[:2], family=family)  # host and port; IPv6 has two more values
     except OSError as error:
+        is_taken = _is_port_taken(error)
         hint = ""
-        if _is_taken(error):
-            with open_socket(host, 0) as free:
-                hint = f". Port {free.getsockname()[1]} is free; --port 0 takes any that is"
-        reason = os.strerror(errno.EADDRINUSE) if _is_taken(error) else error.strerror or error
+        if is_taken:
+            with _open_port(host, 0) as free_socket:
+                hint = f". Port {free_socket.getsockname()[1]} is free; --port 0 takes any that is"
+        reason = os.strerror(errno.EADDRINUSE) if is_taken else error.strerror or error
         raise OutputError(f"--host {host} --port {port} cannot be used: {reason}{hint}") from None
 
 
-def _is_taken(error: BaseException | None) -> bool:
+def _is_port_taken(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
-def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
+def make_address(options: BrowserOptions, port: int, token: str | None) -> str:
     """Return the page's URL, with the token, as other machines that can reach this server open it."""
     if options.public_origin is not None:
         url = f"{options.public_origin}/"
@@ -210,11 +214,11 @@ def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
     In a job of the queue, the output is a log that pages show, so it is printed without the token.
     """
     if FROM_QUEUE in os.environ:
-        where = "" if token.place is None else f" followed by ?token= and the word in {token.place}"
-        sys.stdout.write(f"{find_address(options, port, None)}{where}\n")
+        hint = "" if token.path is None else f" followed by ?token= and the word in {token.path}"
+        sys.stdout.write(f"{make_address(options, port, None)}{hint}\n")
         sys.stdout.flush()
         return
-    address = find_address(options, port, token.word)
+    address = make_address(options, port, token.secret)
     sys.stdout.write(f"{address}\n")
     if not options.is_local or options.public_origin is not None:
         sys.stdout.write(draw_code(address))

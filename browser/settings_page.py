@@ -45,39 +45,46 @@ class SettingsPages:
 
     def show(self, request: Request) -> Response:
         """Return the page; with `ask=empty` in the query, it asks whether to empty the bin."""
-        return self.answer(is_asked=request.query_params.get("ask") == "empty")
+        return self.answer(asks_to_empty=request.query_params.get("ask") == "empty")
 
-    def answer(self, error: str = "", is_asked: bool = False) -> Response:
-        """Return the page with an error message. With `is_asked`, the page asks whether to empty the bin."""
+    def answer(self, error: str = "", asks_to_empty: bool = False) -> Response:
+        """Return the page with an error message. With `asks_to_empty`, it asks whether to empty the bin."""
         site = self.site
-        bin_folder = open_bin(site)
-        entries = bin_folder.list_entries()
-        size = gigabytes(sum(entry.size_bytes for entry in entries))
         worker = self.find_worker()
         settings = site.settings
-        # a phone can open only an address that other machines reach
-        has_code = bool(settings.address) and (not settings.is_local or settings.public_origin is not None)
+        can_be_reached = not settings.is_local or settings.public_origin is not None  # by other machines
+        code = ""
+        if settings.address and can_be_reached:
+            code = draw_svg(settings.address, say("QR code of this page's address"))
         values: dict[str, Any] = {
             "rows": self.list_settings(),
             "worker": worker,
             "worker_words": WORKERS.get(worker, worker),
             "command": format_command(self.command_argv(worker), Path.cwd()),
             "phone_command": format_command(self.phone_argv(worker), Path.cwd()),
-            "entries": entries[:MAX_ENTRIES],
-            "num_more": max(0, len(entries) - MAX_ENTRIES),
-            "bin_words": join(", ", (say_count(len(entries), "%(n)s removal", "%(n)s removals"), size))
-            if entries
-            else say("empty"),
-            "bin": bin_folder.folders[0],
-            "mark": bin_folder.compute_checksum(),
-            "is_asked": is_asked and bool(entries),
+            **self._collect_bin_values(asks_to_empty),
             "gigabytes": gigabytes,
-            "code": draw_svg(settings.address, say("QR code of this page's address")) if has_code else "",
-            "is_local": settings.is_local and settings.public_origin is None,
+            "code": code,
+            "is_local": not can_be_reached,
             "can_write": not site.read_only,
             "message": error,
         }
         return answer_template("settings_page.html", say("Settings"), values, is_rejected=error != "")
+
+    def _collect_bin_values(self, asks_to_empty: bool) -> dict[str, Any]:
+        """Return the template values of the section about the bin."""
+        bin_folder = open_bin(self.site)
+        entries = bin_folder.list_entries()
+        size = gigabytes(sum(entry.size_bytes for entry in entries))
+        count = say_count(len(entries), "%(n)s removal", "%(n)s removals")
+        return {
+            "entries": entries[:MAX_ENTRIES],
+            "num_more": max(0, len(entries) - MAX_ENTRIES),
+            "bin_words": join(", ", (count, size)) if entries else say("empty"),
+            "bin": bin_folder.folders[0],
+            "mark": bin_folder.compute_checksum(),
+            "is_asked": asks_to_empty and bool(entries),
+        }
 
     def find_worker(self) -> str:
         """Return who runs the queue: "here", "elsewhere" or "" (nobody), or why that is not known."""
@@ -92,11 +99,6 @@ class SettingsPages:
         settings = site.settings
         roots = [ShownSetting(say("folder with runs"), str(root), "FOLDER") for root in site.runs.roots]
         port = say("not known") if settings.port is None else str(settings.port)
-        token = say("none: every account of this machine can open the page")
-        if settings.token.place is not None:
-            token = say("the word in %(absolute)s", absolute=settings.token.place.absolute())
-        elif settings.token.word is not None:
-            token = say("a word of its own making, until the page ends")
         return [
             *roots,
             ShownSetting(say("folder of models"), str(site.models.absolute()), "--models DIR"),
@@ -109,9 +111,18 @@ class SettingsPages:
             ShownSetting(
                 say("address from outside"), settings.public_origin or say("none"), "--public_url URL"
             ),
-            ShownSetting(say("token"), token, "--token FILE, or --no_token"),
+            ShownSetting(say("token"), self._describe_token(), "--token FILE, or --no_token"),
             ShownSetting(say("may write"), say("no") if site.read_only else say("yes"), "--read_only"),
         ]
+
+    def _describe_token(self) -> str:
+        """Return the row of the settings table about the token: where it is stored, or that there is none."""
+        token = self.site.settings.token
+        if token.path is not None:
+            return say("the word in %(absolute)s", absolute=token.path.absolute())
+        if token.secret is not None:
+            return say("a word of its own making, until the page ends")
+        return say("none: every account of this machine can open the page")
 
     def command_argv(self, worker: str, extra_folders: Sequence[Path] = ()) -> list[str]:
         """Return the command that starts this page with these settings, and with additional folders."""
@@ -122,8 +133,8 @@ class SettingsPages:
     def _find_token_file(self) -> str | None:
         """Return the file of --token; None without this option."""
         token = self.site.settings.token
-        is_given = self.site.settings.is_token_given and token.place is not None
-        return str(token.place.absolute()) if is_given and token.place is not None else None
+        is_given = self.site.settings.is_token_given and token.path is not None
+        return str(token.path.absolute()) if is_given and token.path is not None else None
 
     def phone_argv(self, worker: str) -> list[str]:
         """Return the command that starts this page so that other devices, such as a phone, can open it."""
@@ -144,7 +155,7 @@ class SettingsPages:
             "--public_url": self.site.settings.public_origin,
             "--token": token,
             # a server that asks for no token starts another such one
-            "--no_token": (token is None and self.site.settings.token.word is None) or None,
+            "--no_token": (token is None and self.site.settings.token.secret is None) or None,
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,
         }
@@ -164,7 +175,7 @@ class SettingsPages:
             else:
                 return answer_unknown()
         except UserError as error:
-            return self.answer(str(error), is_asked=action == "empty")
+            return self.answer(str(error), asks_to_empty=action == "empty")
         return answer_move("/settings")
 
 

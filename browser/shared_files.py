@@ -23,7 +23,7 @@ PIECE_BYTES = 1 << 20
 MAX_CHUNKS = 100_000  # maximum number of chunks of a media file
 RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 # metadata of a safetensors file that programs need to load it, or that the page shows
-KEPT = re.compile(
+SENT_METADATA = re.compile(
     r"format|ss_network_(module|dim|alpha|args)|ss_base_model_version|ss_v2|reference_.*|lllite\..*|"
     r"ss_cond_emb_dim|ss_token_string|ss_num_vectors_per_token|sshs_.*|"
     r"modelspec\.(sai_model_spec|architecture|implementation|prediction_type|encoder_layer|title|license|"
@@ -37,8 +37,8 @@ MP4_TEXTS = {b"udta", b"meta", b"uuid"}
 WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
 
 
-class Blank(NamedTuple):
-    """Bytes that are sent instead of the file's own; `data` is b"" for `size` zeros."""
+class Replacement(NamedTuple):
+    """Bytes that are sent instead of `size` bytes of the file; `data` is b"" for zeros."""
 
     start: int
     size: int
@@ -52,22 +52,25 @@ class Blank(NamedTuple):
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a response with a file without its metadata, or with the byte range that the request asks for.
+    """Return a response with a file, or the byte range of it that the request asks for, without its metadata.
 
-    Raises OSError if it cannot be read.
+    The metadata is overwritten while it is sent, so the size stays the same. Raises OSError if the file
+    cannot be read.
     """
     size = path.stat().st_size
-    blanks = find_blanks(path)  # positions of metadata, which is overwritten: the size stays the same
+    replacements = find_replacements(path)
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}
-    status = 200
-    sent = _read_range(request.headers.get("range", ""), size)
-    if sent is None:
-        sent = range(size)
+    requested_range = _read_range(request.headers.get("range", ""), size)
+    if requested_range is None:
+        sent_range = range(size)
+        status = 200
     else:
+        sent_range = requested_range
         status = 206  # partial content
-        headers["content-range"] = f"bytes {sent.start}-{sent.stop - 1}/{size}"
-    headers |= {"content-length": str(len(sent)), "accept-ranges": "bytes"}
-    return StreamingResponse(_read_pieces(path, blanks, sent.start, sent.stop), status, headers)
+        headers["content-range"] = f"bytes {sent_range.start}-{sent_range.stop - 1}/{size}"
+    headers |= {"content-length": str(len(sent_range)), "accept-ranges": "bytes"}
+    pieces = _read_pieces(path, replacements, sent_range.start, sent_range.stop)
+    return StreamingResponse(pieces, status, headers)
 
 
 def _read_range(header: str, size: int) -> range | None:
@@ -80,22 +83,22 @@ def _read_range(header: str, size: int) -> range | None:
     return range(begin, end) if begin < end else None
 
 
-def _read_pieces(path: Path, blanks: list[Blank], begin: int, end: int) -> Iterator[bytes]:
+def _read_pieces(path: Path, replacements: list[Replacement], begin: int, end: int) -> Iterator[bytes]:
     """Yield bytes `begin` to `end` of a file with the blanks overwritten."""
     with path.open("rb") as file:
         file.seek(begin)
         while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):
             content = bytearray(piece)
-            for blank in blanks:
-                first = max(begin, blank.start)
-                last = min(begin + len(piece), blank.start + blank.size)
+            for replacement in replacements:
+                first = max(begin, replacement.start)
+                last = min(begin + len(piece), replacement.start + replacement.size)
                 if first < last:
-                    content[first - begin : last - begin] = blank.cut(first, last)
+                    content[first - begin : last - begin] = replacement.cut(first, last)
             yield bytes(content)
             begin += len(piece)
 
 
-def find_blanks(path: Path) -> list[Blank]:
+def find_replacements(path: Path) -> list[Replacement]:
     """Return the bytes to send in place of a file's metadata; [] for a file without metadata.
 
     Raises OSError if it cannot be read.
@@ -107,33 +110,33 @@ def find_blanks(path: Path) -> list[Blank]:
         return list(find(file, path.stat().st_size))
 
 
-def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
+def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the change that rewrites a safetensors header without the metadata that must not be sent."""
     try:
         header = read_tensor_header(file.read, size)
     except ValueError:  # another kind of file has this name
         return
-    texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
-    if texts == header.metadata:
+    public_texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
+    if public_texts == header.metadata:
         return
-    length = header.start - 8  # the first 8 bytes hold the length of the header
+    header_length = header.start - 8  # the first 8 bytes of the file hold this length
     # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
     # the texts that may be sent, all texts are removed.
-    for texts_to_keep in (texts, {}):
-        metadata: Mapping[str, object] = {"__metadata__": texts_to_keep} if texts_to_keep else {}
+    for sent_texts in (public_texts, {}):
+        metadata: Mapping[str, object] = {"__metadata__": sent_texts} if sent_texts else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)
-        data = content.encode("utf-8", "replace")
-        if len(data) <= length:
-            yield Blank(8, length, data.ljust(length))
+        new_header = content.encode("utf-8", "replace")
+        if len(new_header) <= header_length:
+            yield Replacement(8, header_length, new_header.ljust(header_length))
             return
     raise OSError("its header cannot be written again")
 
 
 def _may_be_sent(name: str, text: str) -> bool:
-    return KEPT.fullmatch(name) is not None and mark_folders(text) == text
+    return SENT_METADATA.fullmatch(name) is not None and mark_folders(text) == text
 
 
-def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
+def _find_in_png(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text chunks of a PNG file into chunks of zeros that no program reads.
 
     A chunk is length (4 bytes), kind (4 bytes), content and checksum (4 bytes).
@@ -143,54 +146,54 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
     start = len(PNG_START)
     for _ in range(MAX_CHUNKS):
         file.seek(start)
-        head = file.read(8)
-        if len(head) < 8:
+        header_bytes = file.read(8)
+        if len(header_bytes) < 8:
             return
-        length = int.from_bytes(head[:4], "big")
-        kind = head[4:]
+        length = int.from_bytes(header_bytes[:4], "big")
+        kind = header_bytes[4:]
         next_chunk = start + 8 + length + 4  # 4: the checksum
         if next_chunk > size:
             return
         if kind in PNG_TEXTS:
             content = PNG_BLANK + bytes(length)
             checksum = struct.pack(">I", zlib.crc32(content))
-            yield Blank(start + 4, 8 + length, content + checksum)
+            yield Replacement(start + 4, 8 + length, content + checksum)
         start = next_chunk
 
 
-def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
+def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text boxes of an MP4 file into `free` boxes of zeros.
 
     A box is length (4 bytes), kind (4 bytes) and content (ISO 14496-12); outer boxes contain boxes.
     """
-    unread = [(0, size)]  # begin and end of sequences of boxes
+    unread = [(0, size)]  # start and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
         if not unread:
             return
         start, end = unread.pop()
         file.seek(start)
-        head = file.read(16)
-        if len(head) < 8 or start + 8 > end:
+        header_bytes = file.read(16)
+        if len(header_bytes) < 8 or start + 8 > end:
             continue
-        length = int.from_bytes(head[:4], "big")
-        kind = head[4:8]
-        head_bytes = 8
-        if length == 1 and len(head) == 16:  # a large box: its length follows in 64 bits
-            length = int.from_bytes(head[8:], "big")
-            head_bytes = 16
+        length = int.from_bytes(header_bytes[:4], "big")
+        kind = header_bytes[4:8]
+        header_length = 8
+        if length == 1 and len(header_bytes) == 16:  # a large box: its length follows in 64 bits
+            length = int.from_bytes(header_bytes[8:], "big")
+            header_length = 16
         elif length == 0:  # up to the end of the file
             length = end - start
-        if length < head_bytes or start + length > end:
+        if length < header_length or start + length > end:
             continue
         unread.append((start + length, end))
         if kind in MP4_TEXTS:
-            yield Blank(start + 4, 4, b"free")  # the kind follows four bytes of length
-            yield Blank(start + head_bytes, length - head_bytes)
+            yield Replacement(start + 4, 4, b"free")  # the kind follows four bytes of length
+            yield Replacement(start + header_length, length - header_length)
         elif kind in MP4_OUTER:
-            unread.append((start + head_bytes, start + length))
+            unread.append((start + header_length, start + length))
 
 
-def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
+def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Replacement]:
     """Yield the changes that turn text chunks of a WAV file into `JUNK` chunks of zeros.
 
     A chunk is kind (4 bytes), length (4 bytes) and content.
@@ -200,14 +203,14 @@ def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
     start = 12  # after RIFF, the length and WAVE
     for _ in range(MAX_CHUNKS):
         file.seek(start)
-        head = file.read(8)
-        if len(head) < 8:
+        header_bytes = file.read(8)
+        if len(header_bytes) < 8:
             return
         # a wrong length must not lead beyond the end of the file
-        length = min(int.from_bytes(head[4:], "little"), size - start - 8)
-        if head[:4] in WAV_TEXTS:
-            yield Blank(start, 4, b"JUNK")
-            yield Blank(start + 8, length)
+        length = min(int.from_bytes(header_bytes[4:], "little"), size - start - 8)
+        if header_bytes[:4] in WAV_TEXTS:
+            yield Replacement(start, 4, b"JUNK")
+            yield Replacement(start + 8, length)
         start += 8 + length + length % 2  # chunks begin at even positions
 
 

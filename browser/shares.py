@@ -31,7 +31,7 @@ from browser.responses import (
     answer_page,
     answer_text,
 )
-from browser.run_views import COMPARED, HERE, POLICY, LiveStanding, drop_private, find_run_file
+from browser.run_views import COMPARED, HERE, POLICY, LiveRunState, drop_private, find_run_file
 from browser.runs import RUNNING, RunSummary
 from browser.server_state import Site
 from browser.shared_files import answer_shared_file
@@ -42,7 +42,7 @@ from modules.pages.language import say
 from modules.pages.page import FILE_POLICY, link, mark_folders, render_page
 from modules.text_files import parse_json, real_path
 from modules.user_files import read_user_file, user_folder, write_user_file
-from training.reports.history import read_session
+from training.reports.history import RunHistory, read_session
 from training.reports.page import TEMPLATE, Standing, page_values
 from training.reports.sections import SAMPLES
 
@@ -177,14 +177,16 @@ def _is_of_run(path: Path, run: RunSummary) -> bool:
     return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
 
 
-def make_shared_standing(now: LiveStanding) -> Standing:
-    """Return the progress of a run without texts that may name a folder, a file or another run.
+def remove_private_texts(live_state: LiveRunState) -> Standing:
+    """Return the displayed state of a run without texts that may name a folder, a file or another run.
 
     These are the reason of an error, and all option values except numbers and switches.
     """
-    start = now.shown.start
-    shown = replace(start, changed=_select_numbers(start.changed), unchanged=_select_numbers(start.unchanged))
-    return replace(now.shown, start=shown, text=name_state(now.state))
+    start = live_state.displayed.start
+    shared_start = replace(
+        start, changed=_select_numbers(start.changed), unchanged=_select_numbers(start.unchanged)
+    )
+    return replace(live_state.displayed, start=shared_start, text=name_state(live_state.state))
 
 
 def _select_numbers(options: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -198,6 +200,22 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return word in ("True", "False")
     return True
+
+
+def _render_shared_page(run: RunSummary, run_history: RunHistory, live_state: LiveRunState) -> str:
+    """Return the HTML of a run's page without private data: folders, error messages, training images."""
+    values: dict[str, Any] = page_values(
+        run.history.parent,
+        run_history,
+        remove_private_texts(live_state),
+        load=shared_clip,
+        maximum=MAX_SHOWN,
+        name=run.name,
+        has_sections=False,  # do not name training images
+    )
+    values |= {"is_shared": True, "commands": (), "makes_samples": True}
+    values["memory"] = translate_memory(run_history.memory)
+    return drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
 
 
 class SharePages:
@@ -226,24 +244,15 @@ class SharePages:
             run_history = self.site.runs.open(run).run_history
             if self.find(request) is None:  # another run began meanwhile, whose history may have been read
                 return answer_text(ENDED, 401)
-        standing = LiveStanding.of(run, run_history)
-        values: dict[str, Any] = page_values(
-            run.history.parent,
-            run_history,
-            make_shared_standing(standing),
-            load=shared_clip,
-            maximum=MAX_SHOWN,
-            name=run.name,
-            has_sections=False,  # do not name training images
-        )
-        values |= {"is_shared": True, "commands": (), "makes_samples": True}
-        values["memory"] = translate_memory(run_history.memory)
-        text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
-        policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # ignored in a meta element, so sent as a header
-        headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}
-        if standing.state == RUNNING:
+        live_state = LiveRunState.of(run, run_history)
+        headers = {
+            # also as a header: in a meta element, frame-ancestors is ignored
+            "content-security-policy": f"{SHARED_POLICY}; frame-ancestors 'none'",
+            "x-robots-tag": "noindex",
+        }
+        if live_state.state == RUNNING:
             headers["refresh"] = RELOAD_SECONDS
-        return answer_page(text, headers=headers)
+        return answer_page(_render_shared_page(run, run_history, live_state), headers=headers)
 
     def show_file(self, request: Request) -> Response:
         """Respond with a file of a shared run, without its metadata; 401 if the link has ended."""
@@ -297,8 +306,9 @@ class SharePages:
             run = self.site.runs.find(run_id)
         if run is None:
             return answer_not_found()
+        withdraws_links = "back" in form  # name of the pressed button
         try:
-            if "back" in form:
+            if withdraws_links:
                 self.shares.withdraw(run_id)
             else:
                 self.shares.add(run_id, read_days(form), read_session(run.history))

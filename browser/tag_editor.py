@@ -61,19 +61,20 @@ def rename_tag(text: str, old: str, new: str) -> str:
 
     Lines without the tag are unchanged.
     """
-    lines: list[str] = []
-    for line in text.split("\n"):
-        if old in split_line(line):
-            used_tags = {""}  # "" (the removed tag), and tags of earlier sections, which are not repeated
-            sections = []
-            for section in line.split(KEPT):  # the sign before which a training does not shuffle tags
-                # the keys of a dictionary keep their order and have no duplicates
-                renamed = dict.fromkeys(new if tag == old else tag for tag in split_section(section))
-                sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in used_tags))
-                used_tags |= renamed.keys()
-            line = f" {KEPT} ".join(sections).strip()
-        lines.append(line)
-    return "\n".join(lines)
+    lines = text.split("\n")
+    return "\n".join(_rename_in_line(line, old, new) if old in split_line(line) else line for line in lines)
+
+
+def _rename_in_line(line: str, old: str, new: str) -> str:
+    """Replace the tag `old` of a caption line by `new`; tags of earlier sections are not repeated."""
+    used_tags = {""}  # "" stands for the removed tag
+    sections = []
+    for section in line.split(KEPT):  # the sign before which a training does not shuffle tags
+        renamed = [new if tag == old else tag for tag in split_section(section)]
+        distinct = list(dict.fromkeys(renamed))  # in their order
+        sections.append(f"{SEPARATOR} ".join(tag for tag in distinct if tag not in used_tags))
+        used_tags.update(distinct)
+    return f" {KEPT} ".join(sections).strip()
 
 
 @dataclass
@@ -117,17 +118,16 @@ class TagEditor:
             )
         if KEPT in new:
             raise OptionError(say("a tag cannot hold %(sign)s, behind which tags are shuffled", sign=KEPT))
-        change = TagChange(old, new)
-        num_emptied = 0
         edits = []
+        num_emptied = 0  # captions that would become empty
         for caption in list(self._read_captions(folder)):
-            renamed = rename_tag(caption.text, old, new)
-            if renamed == caption.text:
-                continue
-            if not any(map(split_line, renamed.split("\n"))):
+            renamed_text = rename_tag(caption.text, old, new)
+            has_tags = any(map(split_line, renamed_text.split("\n")))
+            if renamed_text != caption.text and has_tags:
+                edits.append(CaptionEdit(caption.path, renamed_text, caption.checksum))
+            elif renamed_text != caption.text:
                 num_emptied += 1
-                continue
-            edits.append(CaptionEdit(caption.path, renamed, caption.checksum))
+        change = TagChange(old, new)
         try:
             self.captions.save_all(edits, change.checksums)
         except ValueError as error:
@@ -136,9 +136,9 @@ class TagEditor:
             if change.checksums:
                 self._changes.setdefault(folder, []).append(change)
         num_conflicts = len(edits) - len(change.checksums)  # skipped because another program changed them
-        if not change.checksums and not num_emptied and not num_conflicts:
+        if not edits and not num_emptied:
             raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
-        return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])
+        return join(" ", [change.about, *_explain_unchanged(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
         """Return the last change of a folder's tags; None if there is none to undo."""
@@ -159,7 +159,7 @@ class TagEditor:
             changes.remove(change)  # only now: after an error, it can be undone again
         num_undone = len(change.checksums) - num_conflicts
         about = say_count(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
-        return join(" ", [about, *_list_left(0, num_conflicts)])
+        return join(" ", [about, *_explain_unchanged(num_emptied=0, num_conflicts=num_conflicts)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
         """Yield each caption file of a folder that is below the roots, with its text and checksum.
@@ -181,7 +181,7 @@ class TagEditor:
                     continue
 
 
-def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
+def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
     """Return sentences about captions that a change of tags left alone: how many, and for which reason."""
     lines: list[str] = []
     if num_emptied:

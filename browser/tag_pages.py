@@ -24,14 +24,15 @@ from browser.tool_form import (
     TEXT,
     ToolField,
     ToolForm,
-    give_value,
+    format_option,
 )
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
-TRIED = 5  # number of files in a trial run
+NUM_TRIAL_FILES = 5  # number of files in a trial run
 MAX_TAGS = 60  # maximum number of tags shown at once
+EDITOR_ACTIONS = ("rename", "remove", "undo")  # buttons that change tags without a model
 FAMILY, TASK = "tools", "wd_tagger"  # model in the catalogue
 FORM = ToolForm(
     name="tag",
@@ -99,7 +100,7 @@ class TagPages:
             "can_write": not self.site.read_only,
             "form": FORM,
             "texts": texts,
-            "tried": TRIED,
+            "tried": NUM_TRIAL_FILES,
         }
         if part in ("", "form"):
             values |= self.collect_form(folder, texts)
@@ -117,43 +118,48 @@ class TagPages:
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
-            lines = [
-                format_command(self.make_argv(folder, texts, try_on), folder) for try_on in (TRIED, None)
-            ]
+            trial_line = format_command(self.make_argv(folder, texts, NUM_TRIAL_FILES), folder)
+            line = format_command(self.make_argv(folder, texts), folder)
         except OptionError as error:
-            lines = [str(error)] * 2
-        return {"model": self.find_model(), "model_place": self.name_model(), "lines": lines}
+            trial_line = line = str(error)
+        return {
+            "model": self.find_model(),
+            "model_place": self.find_model_folder(),
+            "lines": [trial_line, line],
+        }
 
     def find_model(self) -> TaskFiles | None:
         """Return the catalogue's tagger, with its state on disk."""
         return find_task(self.site.models, FAMILY, TASK)
 
-    def name_model(self) -> str:
+    def find_model_folder(self) -> str:
         """Return the folder into which the catalogue's tagger is downloaded."""
         model = self.find_model()
         assert model is not None  # a test guarantees the catalogue entry
         return str((self.site.models / model.parts[0].path).absolute())
 
-    def make_argv(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:
+    def make_argv(
+        self, folder: Path, texts: Mapping[str, str], num_trial_files: int | None = None
+    ) -> list[str]:
         """Return the command line of the tagger.
 
         Args:
             folder: The folder with media.
             texts: Values of the form's fields.
-            try_on: Number of files to print tags for, without saving them; None to write all tags.
+            num_trial_files: Number of files to print tags for, without saving them; None to write all tags.
 
         Raises:
             OptionError: If a field has a value that its option does not accept.
         """
         argv = FORM.make_argv(DATASET_FILE if is_described(folder) else ".", texts)
-        argv += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
+        argv += format_option("model_dir", texts.get("model", "").strip() or self.find_model_folder())
         if not is_described(folder) and _has_only(folder, ".caption"):
             argv += ["--caption_extension", ".caption"]
-        return argv if try_on is None else [*argv, "--try_on", str(try_on)]
+        return argv if num_trial_files is None else [*argv, "--try_on", str(num_trial_files)]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Carry out a button about tags, and return the HTML of the part that it belongs to."""
-        part = "editor" if action in ("rename", "remove", "undo") else "progress"
+        part = "editor" if action in EDITOR_ACTIONS else "progress"
         try:
             message = self.carry_out(folder, action, fields)
         except (UserError, OSError, ValueError) as error:
@@ -165,24 +171,27 @@ class TagPages:
 
         Raises UserError, OSError or ValueError.
         """
-        tag, name = fields.get("tag", ""), fields.get("name", "")
-        match action:
-            case "rename" | "remove" if not tag.strip():
-                raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
-            case "rename" if not name.strip():
-                raise OptionError(say("Type the new name of the tag, or press Remove."))
-            case "rename":
-                return self.editor.rename(folder, tag, name)
-            case "remove":
-                return self.editor.rename(folder, tag, "")
-            case "undo":
-                return self.editor.undo(folder)
+        if action in EDITOR_ACTIONS:
+            return self._edit_tags(folder, action, tag=fields.get("tag", ""), new_tag=fields.get("name", ""))
 
-        def make_argv(tries: bool) -> list[str]:
+        def make_argv(is_trial: bool) -> list[str]:
             self.require_ready(folder, fields)
-            return self.make_argv(folder, fields, TRIED if tries else None)
+            return self.make_argv(folder, fields, NUM_TRIAL_FILES if is_trial else None)
 
-        return "" if self.tool.handle_button(folder, action, make_argv) else None
+        is_known = self.tool.handle_button(folder, action, make_argv)
+        return "" if is_known else None
+
+    def _edit_tags(self, folder: Path, action: str, tag: str, new_tag: str) -> str:
+        """Rename or remove a tag of a folder, or undo the last change, and return a message about it."""
+        if action == "undo":
+            return self.editor.undo(folder)
+        if not tag.strip():
+            raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
+        if action == "remove":
+            return self.editor.rename(folder, tag, "")
+        if not new_tag.strip():
+            raise OptionError(say("Type the new name of the tag, or press Remove."))
+        return self.editor.rename(folder, tag, new_tag)
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Raise OptionError if the model is not downloaded, or files of the dataset are outside the roots."""
@@ -191,7 +200,9 @@ class TagPages:
         model = self.find_model()
         if not fields.get("model", "").strip() and (model is None or not model.is_there):
             raise OptionError(
-                say("%(missing)s is missing: load the model first (Models).", missing=self.name_model())
+                say(
+                    "%(missing)s is missing: load the model first (Models).", missing=self.find_model_folder()
+                )
             )
 
 

@@ -14,20 +14,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from browser.options import WORD, BrowserOptions
+from browser.options import TOKEN_PATTERN, BrowserOptions
 from modules.user_files import read_user_file, user_folder, write_user_file
 
 logger = logging.getLogger(__name__)
 
 FILE = "page_token"  # name of a file in the user's settings
 TICKET_SECONDS = 120.0  # time that a browser may take to start
-_SOCKETS = Path("/proc/net")  # in Linux: which account owns which connection
+CONNECTION_TABLES = Path("/proc/net")  # in Linux: which account owns which connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
-ENDED = -1  # stands for the owner of a closed connection; not a valid user id
+CLOSED_CONNECTION = -1  # stands for the owner of a closed connection; not a valid user id
 # marks the end of a token of this version. Older tokens never end with it, and are no longer accepted: they
 # were stored in cookies, which browsers sent to the servers at all ports of this machine
-_NEW = "_"
+TOKEN_SUFFIX = "_"
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -45,8 +45,8 @@ class Connection:
 class PageToken:
     """The secret token of a server, and the file in which it is stored."""
 
-    word: str | None  # None: no token is required
-    place: Path | None = None  # file of the token; None: not stored
+    secret: str | None  # None: no token is required
+    path: Path | None = None  # file of the token; None: not stored
 
 
 def select_token(options: BrowserOptions) -> PageToken:
@@ -55,37 +55,37 @@ def select_token(options: BrowserOptions) -> PageToken:
     Raises OptionError if the file of --token cannot be used.
     """
     if options.token is not None:
-        word = options.read_token()
+        secret = options.read_token()
         if os.name != "nt" and stat.S_IMODE(options.token.stat().st_mode) & 0o077:
             warning = "--token %s: other users of this machine can read it. Run: chmod 600 %s"
             logger.warning(warning, options.token, options.token)
-        return PageToken(word, options.token)
+        return PageToken(secret, options.token)
     if options.no_token:
         return PageToken(None)
-    return _own_token()
+    return _read_or_make_token()
 
 
-def _own_token() -> PageToken:
+def _read_or_make_token() -> PageToken:
     """Return the user's stored token, which is created at the first start."""
-    word = _read_own()
-    if word is None:
+    secret = _read_stored_token()
+    if secret is None:
         try:
-            write_user_file(FILE, f"{_make_word()}\n")
+            write_user_file(FILE, f"{_make_token()}\n")
         except OSError as error:
             logger.info("The token is new at each start, as it cannot be kept: %s", error)
-            return PageToken(_make_word())
-        word = _read_own()  # another server may have written it first
-    return PageToken(_make_word()) if word is None else PageToken(word, user_folder() / FILE)
+            return PageToken(_make_token())
+        secret = _read_stored_token()  # another server may have written it first
+    return PageToken(_make_token()) if secret is None else PageToken(secret, user_folder() / FILE)
 
 
-def _make_word() -> str:
-    return f"{secrets.token_urlsafe(32)[:-1]}{_NEW}"
+def _make_token() -> str:
+    return f"{secrets.token_urlsafe(32)[:-1]}{TOKEN_SUFFIX}"
 
 
-def _read_own() -> str | None:
+def _read_stored_token() -> str | None:
     """Return the user's stored token; None if there is none, or only one from an older version."""
-    word = (read_user_file(FILE) or "").strip()
-    return word if WORD.fullmatch(word) and word.endswith(_NEW) else None
+    secret = (read_user_file(FILE) or "").strip()
+    return secret if TOKEN_PATTERN.fullmatch(secret) and secret.endswith(TOKEN_SUFFIX) else None
 
 
 @dataclass
@@ -95,18 +95,18 @@ class Ticket:
     All users of the machine can see the command line of that browser, so it must not contain the token.
     """
 
-    word: str = field(default_factory=secrets.token_urlsafe)
+    secret: str = field(default_factory=secrets.token_urlsafe)
     end: float = field(default_factory=lambda: time.monotonic() + TICKET_SECONDS)
     is_used: bool = False
 
-    def take(self, word: str, connection: Connection | None) -> bool:
-        """Return whether `word` is the ticket and still valid, and invalidate it.
+    def take(self, text: str, connection: Connection | None) -> bool:
+        """Return whether a text is the secret of this ticket and still valid, and invalidate the ticket.
 
         `connection` is the one that sent it. If the system shows its owner, this must be the user.
         """
         if self.is_used or time.monotonic() > self.end:
             return False
-        if not secrets.compare_digest(word.encode(), self.word.encode()):
+        if not secrets.compare_digest(text.encode(), self.secret.encode()):
             return False
         self.is_used = True
         return connection is not None and is_own_connection(connection)
@@ -136,21 +136,21 @@ def find_owner(connection: Connection) -> int | None:
 
 
 def _look_up_owner(connection: Connection) -> int | None:
-    wanted = _list_ends(connection)
+    wanted_endpoints = _list_endpoints(connection)
     for name in ("tcp", "tcp6"):
         try:
-            lines = (_SOCKETS / name).read_text(encoding="ascii").splitlines()[1:]
+            lines = (CONNECTION_TABLES / name).read_text(encoding="ascii").splitlines()[1:]
         except OSError:
             continue
         for line in lines:
             _, local, remote, state, _, _, _, user, *_ = line.split()
             # both ends: another account may use the same local port for a connection elsewhere
-            if (local, remote) in wanted:
-                return int(user) if state == _ESTABLISHED else ENDED
+            if (local, remote) in wanted_endpoints:
+                return int(user) if state == _ESTABLISHED else CLOSED_CONNECTION
     return None
 
 
-def _list_ends(connection: Connection) -> list[tuple[str, str]]:
+def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
     """Return the (client, server) texts `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
 
     An IPv4 connection may be listed as IPv4, or as IPv4 inside IPv6.
@@ -163,13 +163,12 @@ def _list_ends(connection: Connection) -> list[tuple[str, str]]:
     spellings = [addresses]
     if all(host.version == 4 for host in addresses):
         spellings.append([ipaddress.ip_address(f"::ffff:{host}") for host in addresses])
-    return [
-        (
-            f"{_hexadecimal(client)}:{connection.client_port:04X}",
-            f"{_hexadecimal(server)}:{connection.server_port:04X}",
-        )
-        for client, server in spellings
-    ]
+    endpoints = []
+    for client, server in spellings:
+        client_text = f"{_hexadecimal(client)}:{connection.client_port:04X}"
+        server_text = f"{_hexadecimal(server)}:{connection.server_port:04X}"
+        endpoints.append((client_text, server_text))
+    return endpoints
 
 
 def _hexadecimal(host: Address) -> str:

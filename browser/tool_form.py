@@ -67,24 +67,24 @@ class ToolForm:
             text = " ".join(texts.get(field.name, "").split())  # one line, single blanks
             if not text or text == self.name_default(field):
                 continue
-            if field.kind == NUMBER:
-                is_integer = isinstance(find_default(self.record, field.name), int)
-                _check_number(field, text, info_of(self.record)[field.name], is_integer)
-            if field.choices is not None and text not in field.choices:
-                raise OptionError(
-                    say(
-                        "%(label)s %(text)s: choose from the list.",
-                        label=field.label,
-                        text=shorten(text, 40),
-                    )
-                )
+            self._check(field, text)
             if field.kind == CHOICE_OF_SWITCHES:  # each choice is the name of a switch
                 argv.append(f"--{text}")
             elif field.kind == SWITCH:
                 argv.append(f"--{field.name}")
             else:
-                argv += give_value(field.name, text)
+                argv += format_option(field.name, text)
         return argv
+
+    def _check(self, field: ToolField, text: str) -> None:
+        """Raise OptionError if a text is not valid for its field."""
+        if field.kind == NUMBER:
+            is_integer = isinstance(find_default(self.record, field.name), int)
+            _check_number(field, text, info_of(self.record)[field.name], is_integer)
+        if field.choices is not None and text not in field.choices:
+            raise OptionError(
+                say("%(label)s %(text)s: choose from the list.", label=field.label, text=shorten(text, 40))
+            )
 
 
 def find_default(record: type, name: str) -> Any:
@@ -101,7 +101,7 @@ def find_default(record: type, name: str) -> Any:
     raise KeyError(name)
 
 
-def give_value(option: str, text: str) -> list[str]:
+def format_option(option: str, text: str) -> list[str]:
     """Return an option with its value; as one word `--option=value` if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
@@ -115,11 +115,11 @@ def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_int
     minimum = limits.get("minimum", limits.get("above", -math.inf))
     maximum = limits.get("maximum", limits.get("below", math.inf))
     try:
-        # NaN is rejected as well: its comparisons are false
-        is_right = minimum <= (int(text) if is_integer else float(text)) <= maximum
+        number = int(text) if is_integer else float(text)
+        is_valid = minimum <= number <= maximum  # false for NaN
     except ValueError:
-        is_right = False
-    if is_right:
+        is_valid = False
+    if is_valid:
         return
     values = {
         "label": field.label,

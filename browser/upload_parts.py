@@ -37,7 +37,7 @@ OLD_SECONDS = 60 * 60 * 24
 
 
 @dataclass(frozen=True)
-class Arriving:
+class PartialUpload:
     """A file that is uploaded in pieces. `size` is the size of the complete file in bytes."""
 
     folder: Path
@@ -46,7 +46,7 @@ class Arriving:
     changed: str  # modification time reported by the browser
 
     @property
-    def part(self) -> Path:
+    def partial_path(self) -> Path:
         """Path of the file in which the pieces are joined."""
         digest = short_digest(repr((self.name, self.size, self.changed)))
         return self.folder / f".{self.name[:100]}.{digest}{SUFFIX}"
@@ -56,15 +56,15 @@ class Arriving:
 
         Raises OptionError if its name belongs to another kind of file.
         """
-        if not self.part.exists() and not self.part.is_symlink():
+        if not self.partial_path.exists() and not self.partial_path.is_symlink():
             return 0
-        if self.part.is_symlink() or not self.part.is_file():
-            raise OptionError(say("%(path)s is in the way: remove it", path=self.part))
-        return self.part.stat().st_size
+        if self.partial_path.is_symlink() or not self.partial_path.is_file():
+            raise OptionError(say("%(path)s is in the way: remove it", path=self.partial_path))
+        return self.partial_path.stat().st_size
 
 
 @dataclass(frozen=True)
-class Touched:
+class LastWrite:
     """Time of the last write to an upload, by a monotonic clock and by the disk's clock."""
 
     monotonic: float
@@ -76,7 +76,7 @@ class PieceUploads:
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
-        self._seen: dict[Path, Touched] = {}  # by the file that collects the pieces
+        self._last_writes: dict[Path, LastWrite] = {}  # by the file that collects the pieces
 
     async def take(self, request: Request) -> Response:
         """Add the piece in the body, and answer with the bytes received so far.
@@ -84,78 +84,80 @@ class PieceUploads:
         After the last piece, the answer has the folder's files instead. The query has the file's name,
         folder, size and modification time, and the offset of the piece.
         """
-        arriving = None
+        upload = None
         try:
-            arriving = await run_in_threadpool(self.find, request)
-            begin = _read_number(request, "at")
-            with claim_file(arriving.folder, arriving.part.name):
-                num_received = await run_in_threadpool(arriving.count_bytes)
-                if begin != num_received:  # a piece arrived twice or was lost
-                    return answer_json({"at": num_received, "folder": str(arriving.folder)})
-                await run_in_threadpool(self.remove_old, arriving)
-                num_received = await self.add(request, arriving)
-                if num_received < arriving.size:
-                    return answer_json({"at": num_received, "folder": str(arriving.folder)})
-                await run_in_threadpool(self.finish, arriving)
+            upload = await run_in_threadpool(self.find, request)
+            offset = _read_integer_field(request, "at")
+            with claim_file(upload.folder, upload.partial_path.name):
+                num_received = await run_in_threadpool(upload.count_bytes)
+                was_lost_or_repeated = offset != num_received
+                if not was_lost_or_repeated:
+                    await run_in_threadpool(self.remove_old, upload)
+                    num_received = await self.add(request, upload)
+                if was_lost_or_repeated or num_received < upload.size:
+                    return answer_json({"at": num_received, "folder": str(upload.folder)})
+                await run_in_threadpool(self.finish, upload)
         except FileBusyError as error:
             return answer_json({"error": str(error)}, 503)  # the page tries again
         except (UserError, OSError) as error:
-            if arriving is not None:
-                remove_empty(arriving.folder)
+            if upload is not None:
+                remove_empty(upload.folder)
             return answer_json({"error": str(error)}, 422)
-        return await run_in_threadpool(answer_received, arriving.folder)
+        return await run_in_threadpool(answer_received, upload.folder)
 
     def show(self, request: Request) -> Response:
         """Respond with the number of bytes of a file that have arrived."""
         try:
-            arriving = self.find(request)
-            return answer_json({"at": arriving.count_bytes(), "folder": str(arriving.folder)})
+            upload = self.find(request)
+            return answer_json({"at": upload.count_bytes(), "folder": str(upload.folder)})
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
 
-    def find(self, request: Request) -> Arriving:
+    def find(self, request: Request) -> PartialUpload:
         """Return the file that a request names. Raises UserError if it is not accepted."""
         query = request.query_params
-        arriving = Arriving(
+        upload = PartialUpload(
             folder=self.uploads.find_target(query.get("into", "")),
             name=query.get("name", ""),
-            size=_read_number(request, "size"),
+            size=_read_integer_field(request, "size"),
             changed=query.get("changed", "")[:MAX_DIGITS],
         )
-        check_file_name(arriving.name)
-        arrived = arriving.count_bytes()
-        self.uploads.check_upload(arriving.folder, arriving.name, arriving.size, arrived)
-        return arriving
+        check_file_name(upload.name)
+        arrived = upload.count_bytes()
+        self.uploads.check_upload(upload.folder, upload.name, upload.size, arrived)
+        return upload
 
-    async def add(self, request: Request, arriving: Arriving) -> int:
+    async def add(self, request: Request, upload: PartialUpload) -> int:
         """Append the body of a request, and return the bytes received so far.
 
         If the body breaks off, the bytes received until then stay in the file.
         """
-        with arriving.part.open("ab") as file:
+        with upload.partial_path.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
                 async for chunk in request.stream():
-                    room = arriving.size - file.tell()
-                    await run_in_threadpool(file.write, chunk[:room])
+                    num_missing = upload.size - file.tell()
+                    await run_in_threadpool(file.write, chunk[:num_missing])
                     await run_in_threadpool(file.flush)
             modified_ns = os.fstat(file.fileno()).st_mtime_ns
-            self._seen[arriving.part] = Touched(time.monotonic(), modified_ns)
+            self._last_writes[upload.partial_path] = LastWrite(time.monotonic(), modified_ns)
             return file.tell()
 
-    def finish(self, arriving: Arriving) -> None:
+    def finish(self, upload: PartialUpload) -> None:
         """Check a complete file and move it to its final name. A rejected file is deleted (UserError)."""
-        target = arriving.folder / arriving.name
-        with claim_file(arriving.folder, arriving.name), atomic_files(target) as temporary:
-            path = temporary / arriving.name
-            replace_file(arriving.part, path)
-            self._seen.pop(arriving.part, None)
-            self.uploads.judge(path, arriving.folder)
+        target = upload.folder / upload.name
+        with claim_file(upload.folder, upload.name), atomic_files(target) as temporary:
+            path = temporary / upload.name
+            replace_file(upload.partial_path, path)
+            self._last_writes.pop(upload.partial_path, None)
+            self.uploads.validate_content(path, upload.folder)
 
-    def remove_old(self, arriving: Arriving) -> None:
+    def remove_old(self, upload: PartialUpload) -> None:
         """Remove uploads abandoned for more than a day from the folder of a file."""
-        folder = arriving.folder
-        for path in folder.glob(f".*.{'[0-9a-f]' * 16}{SUFFIX}"):  # as `Arriving.part` names them
-            if path == arriving.part:
+        folder = upload.folder
+        for path in folder.glob(
+            f".*.{'[0-9a-f]' * 16}{SUFFIX}"
+        ):  # as `PartialUpload.partial_path` names them
+            if path == upload.partial_path:
                 continue
             with contextlib.suppress(FileBusyError, FileNotFoundError), claim_file(folder, path.name):
                 if path.is_file() and self.is_old(path):
@@ -164,13 +166,13 @@ class PieceUploads:
     def is_old(self, path: Path) -> bool:
         """Return whether nothing was added to a file for a day, ignoring changes to the system clock."""
         status = path.lstat()
-        touched = self._seen.get(path)
-        if touched is not None and touched.modified_ns == status.st_mtime_ns:
-            return time.monotonic() - touched.monotonic > OLD_SECONDS
+        last_write = self._last_writes.get(path)
+        if last_write is not None and last_write.modified_ns == status.st_mtime_ns:
+            return time.monotonic() - last_write.monotonic > OLD_SECONDS
         return status.st_mtime < time.time() - OLD_SECONDS
 
 
-def _read_number(request: Request, name: str) -> int:
+def _read_integer_field(request: Request, name: str) -> int:
     text = request.query_params.get(name, "")
     if not (text.isascii() and text.isdecimal()) or len(text) > MAX_DIGITS:
         raise OptionError(say("A piece of a file comes without %(name)s", name=name))

@@ -66,9 +66,10 @@ class FileBusyError(OptionError):
 
 @contextlib.contextmanager
 def claim_file(folder: Path, name: str) -> Iterator[None]:
-    """Claim a name in a folder, in all its spellings, for the block, against every page and server.
+    """Reserve a file name in a folder while the block runs, so that no other page or server writes this file.
 
-    Raises FileBusyError if another request claims it, OutputError if the folder cannot be written.
+    A file with a digest of the case-folded name serves as the lock. Raises FileBusyError if another request
+    has reserved the name, OutputError if the folder cannot be written.
     """
     path = folder / short_digest(fold_name(name))
     with contextlib.ExitStack() as claims:
@@ -85,12 +86,12 @@ def claim_file(folder: Path, name: str) -> Iterator[None]:
 
 def check_file_name(name: str) -> None:
     """Raise OptionError if a file or folder may not have this name."""
+    forbidden = FORBIDDEN.search(name)
     reason = bad_character(name)
     if reason is None and escape_control_codes(name) != name:
         reason = say("a control code")
-    match = FORBIDDEN.search(name)
-    if reason is None and match is not None:
-        reason = say("the character %(match)s", match=f"{match[0]!r}")
+    if reason is None and forbidden is not None:
+        reason = say("the character %(match)s", match=f"{forbidden[0]!r}")
     if reason is not None:
         raise OptionError(
             say("%(name)s holds %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
@@ -241,11 +242,11 @@ class FileUploads:
             return folder
         name = into.strip()
         typed_path = Path(complete_home(name))
-        top = next((top for top in self.runs.tops if typed_path.parent == top), self.runs.tops[0])
-        if typed_path.parent == top:  # a whole path directly in a root: its last part is the name
-            name = typed_path.name
+        root = self.runs.tops[0]
+        if typed_path.parent in self.runs.tops:  # a whole path of a folder directly in a root
+            root, name = typed_path.parent, typed_path.name
         check_file_name(name)
-        path = real_path(top) / name
+        path = real_path(root) / name
         if path.exists() or path.is_symlink():
             raise OptionError(
                 say("%(path)s is no folder below those that are shown. Choose another name", path=path)
@@ -274,6 +275,12 @@ class FileUploads:
                     file_bytes=limits.file_bytes >> 30,
                 )
             )
+        self._check_folder_limits(folder, name, size - arrived)
+        self._check_free_space(folder, name, size - arrived)
+
+    def _check_folder_limits(self, folder: Path, name: str, missing_bytes: int) -> None:
+        """Raise OptionError if a folder has a file of this name, or would have too many files or bytes."""
+        limits = self.limits
         names, size_bytes = _measure(folder)
         reject_existing(name, names)
         if len(names) >= limits.files:
@@ -284,7 +291,7 @@ class FileUploads:
                     files=f"{limits.files:,}",
                 )
             )
-        if size_bytes + size - arrived > limits.folder_bytes:
+        if size_bytes + missing_bytes > limits.folder_bytes:
             raise OptionError(
                 say(
                     "%(folder)s would have more than %(folder_bytes)s GiB",
@@ -292,9 +299,13 @@ class FileUploads:
                     folder_bytes=limits.folder_bytes >> 30,
                 )
             )
+
+    def _check_free_space(self, folder: Path, name: str, missing_bytes: int) -> None:
+        """Raise OutputError if the disk has no room for the bytes of a file that are still to arrive."""
+        spare_bytes = self.limits.spare_bytes
         with explain_errors(folder / name):
             free = free_bytes(folder)
-        if free < size - arrived + limits.spare_bytes:
+        if free < missing_bytes + spare_bytes:
             raise OutputError(
                 say(
                     "%(name)s: the disk of %(folder)s has %(free)s free, the file takes %(size)s and "
@@ -302,8 +313,8 @@ class FileUploads:
                     name=name,
                     folder=folder,
                     free=format_size(free),
-                    size=format_size(size - arrived),
-                    spare_bytes=format_size(limits.spare_bytes),
+                    size=format_size(missing_bytes),
+                    spare_bytes=format_size(spare_bytes),
                 )
             )
 
@@ -318,13 +329,13 @@ class FileUploads:
             with claim_file(folder, target.name), atomic_files(target, size) as temporary:
                 path = temporary / target.name
                 await write_arriving(request.stream(), path, target.name, size)
-                await run_in_threadpool(self.judge, path, folder)
+                await run_in_threadpool(self.validate_content, path, folder)
         except BaseException:
             if is_new:
                 remove_empty(folder)
             raise
 
-    def judge(self, path: Path, folder: Path) -> None:
+    def validate_content(self, path: Path, folder: Path) -> None:
         """Raise UserError if a file's content does not fit its suffix, or if its name is already taken."""
         try:
             check_content(path, find_kind(path.name))

@@ -169,7 +169,7 @@ def _check_dataset(
         validation=validation,
         counters=counters,
     )
-    lines = [*_describe_plans(plans), *counters.missing]
+    lines = [*_describe_plans(plans), *counters.missing_lines]
     return replace(result, head=("Where the training has them:", *findings.indent(lines)))
 
 
@@ -190,7 +190,7 @@ def _note_captions_without_word(read: ReadCaptions, tables: "Sequence[TableFindi
     try:
         remark = check_source_captions(read, [(findings.table, findings.sources) for findings in tables])
     except DatasetError as error:
-        tables[0].unusable(error)
+        tables[0].add_table_error(error)
         return
     if remark:
         tables[0].warnings.append(Fault(WITHOUT_WORD, remark))

@@ -352,8 +352,8 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
     needed = num_models * model_bytes + num_states * state_bytes
     free = free_bytes(folder)
     states = f" and {format_count(num_states, 'state')}" if num_states else ""
-    saves = format_count(num_models, "save")
-    text = f"about {format_size(needed)} for {saves}{states}; {format_size(free)} free"
+    model_saves = format_count(num_models, "save")
+    text = f"about {format_size(needed)} for {model_saves}{states}; {format_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 

@@ -26,7 +26,7 @@ MIN_MIXED_WEIGHT = 0.08  # weight of the other scene from which a frame belongs 
 class _Jump(NamedTuple):
     """A frame that differs strongly from the frame before it: a cut, or the start of a flash."""
 
-    index: int
+    frame_index: int
     frame_before: Thumbnail
 
 
@@ -69,7 +69,7 @@ class SceneDetector:
         """
         previous = self._previous_frame
         jump = self._jump
-        is_recent = jump is not None and index - jump.index <= self._flash_frames
+        is_recent = jump is not None and index - jump.frame_index <= self._flash_frames
         if previous is None or not self._belong_to_different_scenes(previous, current):
             if jump is not None and not is_recent:
                 self._confirm_cut()
@@ -105,7 +105,7 @@ class SceneDetector:
     def _confirm_cut(self) -> None:
         """Record the pending jump as a cut, since it was not a flash."""
         if self._jump is not None:
-            self._changes.append((self._jump.index, self._jump.index))
+            self._changes.append((self._jump.frame_index, self._jump.frame_index))
         self._jump = None
 
     def _track_plain_frames(self, current: Thumbnail, index: int) -> bool:

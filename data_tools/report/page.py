@@ -69,7 +69,7 @@ class SpanGroup(NamedTuple):
 
     length: int  # frames
     positions: Sequence[tuple[float, float]]  # (start, width), at most MAX_SPANS
-    count: int  # of all spans
+    num_spans: int  # of all spans
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
-from browser.run_start import ShownRun, TrackedRuns
+from browser.run_start import TrackedRun, TrackedRuns
 from browser.runs import Runs
 from project.known_folders import remember_folder
 from project.tracing import RunTrace
@@ -14,10 +14,12 @@ from project.tracing import RunTrace
 DATASET = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n'
 
 
-def describe(folder: Path, name: str = "own", steps: int = 10, is_known: bool = True, **changed: Any) -> Path:
+def describe(
+    folder: Path, name: str = "own", steps: int = 10, is_trusted: bool = True, **changed: Any
+) -> Path:
     """Describe a folder with one picture; the file of its model is empty.
 
-    is_known: as if `new` had done it on this machine.
+    is_trusted: as if `new` had done it on this machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir(exist_ok=True)
@@ -50,7 +52,7 @@ def describe(folder: Path, name: str = "own", steps: int = 10, is_known: bool = 
         "",
     ]
     (folder / "run.toml").write_text("\n".join(lines), encoding="utf-8")
-    if is_known:
+    if is_trusted:
         remember_folder(folder, folder.parent / "models")
     return folder
 
@@ -61,7 +63,7 @@ def look(*roots: Path) -> TrackedRuns:
     return TrackedRuns(runs, queue, BackgroundJobs(queue))
 
 
-def find(tracked_runs: TrackedRuns, name: str = "own") -> ShownRun:
+def find(tracked_runs: TrackedRuns, name: str = "own") -> TrackedRun:
     """Return the only run of this name."""
     (shown,) = [shown for shown in tracked_runs.list_all() if shown.summary.name == name]
     return shown

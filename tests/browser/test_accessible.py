@@ -189,7 +189,7 @@ def test_no_page_has_a_serious_fault(axe: str, served: Served, name: str) -> Non
 
 
 def test_a_draft_and_what_its_buttons_open_have_no_serious_fault(axe: str, tmp_path: Path) -> None:
-    folder = describe(tmp_path / "clips", is_known=False, log_with="wandb")
+    folder = describe(tmp_path / "clips", is_trusted=False, log_with="wandb")
     text = (folder / "run.toml").read_text(encoding="utf-8")
     (folder / "run.toml").write_text(text.replace(str(tmp_path), "/no/such/place"), encoding="utf-8")
     with serve_runs(tmp_path) as served:

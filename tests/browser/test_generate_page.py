@@ -669,7 +669,7 @@ def test_without_a_card_models_compute_in_32_bits(served: Served, monkeypatch: p
     (model,) = [one for one in model_sets() if (one.family, one.task) == ("stable_diffusion", "xl")]
     for memory, has_flag in ((0.0, False), (24.0, True)):
         monkeypatch.setattr(recipes, "find_memory", lambda memory=memory: memory)
-        assert ("--fp16" in make_model_recipe(model, Path("models"), Path()).fixed) is has_flag
+        assert ("--fp16" in make_model_recipe(model, Path("models"), Path()).fixed_options) is has_flag
 
 
 def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:

@@ -35,31 +35,31 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
     words = make_new_argv(FORM, Path("models"))
     assert words[:3] == ["reelsmith", "new", "/x/my clips"]
     assert words[-2:] == ["--model_file", "dit=/m/a=b.safetensors"]
-    assert NewForm.of_argv(words) == FORM
-    assert NewForm.of_argv(make_new_argv(FORM, Path("other"), dry_run=True)) == FORM
-    assert NewForm.of_argv(make_new_argv(FORM, Path("models"), overwrite=True)) == FORM
+    assert NewForm.from_argv(words) == FORM
+    assert NewForm.from_argv(make_new_argv(FORM, Path("other"), dry_run=True)) == FORM
+    assert NewForm.from_argv(make_new_argv(FORM, Path("models"), overwrite=True)) == FORM
     full = replace(FORM, train="whole")
     assert "--train" in make_new_argv(full, Path("models"))
-    assert NewForm.of_argv(make_new_argv(full, Path("models"), dry_run=True)) == full
-    assert NewForm.of_address(full.address) == full
+    assert NewForm.from_argv(make_new_argv(full, Path("models"), dry_run=True)) == full
+    assert NewForm.from_address(full.address) == full
 
 
 def test_where_pairs_could_be_learned_a_lora_is_named() -> None:
     form = replace(FORM, family="stable_diffusion", task="xl", model_files={})
     words = make_new_argv(form, Path("models"))
     assert words[words.index("--train") + 1] == "lora"
-    assert NewForm.of_argv(words) == form
+    assert NewForm.from_argv(words) == form
     assert "--train" not in make_new_argv(FORM, Path("models"))
     paired = replace(form, train="lllite")
-    assert NewForm.of_argv(make_new_argv(paired, Path("models"))) == paired
-    assert NewForm.of_address(paired.address) == paired
+    assert NewForm.from_argv(make_new_argv(paired, Path("models"))) == paired
+    assert NewForm.from_address(paired.address) == paired
 
 
 def test_what_another_model_cannot_have_is_not_kept() -> None:
     fields = {"family": ["wan"], "task": ["t2v-1.3B"]}
     for train in ("controlnet", "lllite", "nonsense", "lora"):
-        assert not NewForm.of_fields({**fields, "train": [train]}).train
-    assert NewForm.of_fields({**fields, "train": ["whole"]}).train == "whole"
+        assert not NewForm.from_fields({**fields, "train": [train]}).train
+    assert NewForm.from_fields({**fields, "train": ["whole"]}).train == "whole"
 
 
 @pytest.mark.parametrize(
@@ -208,23 +208,23 @@ def test_what_is_no_number_of_steps_is_refused(text: str) -> None:
 
 
 def test_the_only_task_of_a_model_is_chosen() -> None:
-    assert NewForm.of_fields({"family": ["anima"]}).task == "base"
-    assert NewForm.of_fields({"family": ["anima"], "task": [""]}).task == "base"
-    assert NewForm.of_fields({"family": ["wan"]}).task == ""
+    assert NewForm.from_fields({"family": ["anima"]}).task == "base"
+    assert NewForm.from_fields({"family": ["anima"], "task": [""]}).task == "base"
+    assert NewForm.from_fields({"family": ["wan"]}).task == ""
 
 
 def test_recipes_are_offered_for_their_model_and_kind_alone() -> None:
     names = [recipe.name for recipe in list_fitting_recipes("wan", "t2v-1.3B", "")]
     fields = {"family": ["wan"], "task": ["t2v-1.3B"], "recipe": ["pocket-shape"], "folder": ["clips"]}
-    form = NewForm.of_fields(fields)
+    form = NewForm.from_fields(fields)
 
     assert "pocket-shape" in names
     assert list_fitting_recipes("wan", "t2v-1.3B", "whole") == []
     assert form.recipe == "pocket-shape"
-    assert NewForm.of_address(form.address) == form
+    assert NewForm.from_address(form.address) == form
     words = make_new_argv(form, MODELS)
     assert words[words.index("--recipe") + 1] == "pocket-shape"
-    assert NewForm.of_argv(words).recipe == "pocket-shape"
+    assert NewForm.from_argv(words).recipe == "pocket-shape"
     for wrong in ("../x", "/etc/passwd", "x.toml", "pocket-shap"):
-        assert NewForm.of_fields({**fields, "recipe": [wrong]}).recipe == ""
-    assert NewForm.of_fields({**fields, "task": ["t2v-14B"]}).recipe == ""
+        assert NewForm.from_fields({**fields, "recipe": [wrong]}).recipe == ""
+    assert NewForm.from_fields({**fields, "task": ["t2v-14B"]}).recipe == ""

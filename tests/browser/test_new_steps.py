@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from browser.described_folder import FILES
 from browser.jobs import QUEUE, STATE, open_queue
 from browser.new_form import NewForm
-from browser.new_steps import FolderStanding, select_step
+from browser.new_steps import FolderProgress, select_step
 from browser.runs import DIED, FINISHED, RUNNING, Runs
 from project.options import find_models
 from tests.browser.described_folders import describe as describe_folder
@@ -33,7 +33,7 @@ SCREENS = ((1440, 900), (390, 844))
 MAX_SCREENS = 3
 FILLED = NewForm(folder="set", family="wan", task="t2v-1.3B")
 DESCRIBED = {"is_described": True}
-CHECKED = {**DESCRIBED, "checking": (FINISHED, 0)}
+CHECKED = {**DESCRIBED, "check_job": (FINISHED, 0)}
 SECONDS = 1000  # milliseconds
 MAX_CLICKS = 6
 
@@ -42,9 +42,9 @@ def job(state: str, code: int | None = None) -> Any:
     return SimpleNamespace(state=state, code=code, progress_words=", 11.2 of 34.8 GB")
 
 
-def standing(**facts: Any) -> FolderStanding:
+def standing(**facts: Any) -> FolderProgress:
     """How far a folder is. A pair stands for a job: its state and exit code."""
-    return FolderStanding(
+    return FolderProgress(
         **{name: job(*fact) if isinstance(fact, tuple) else fact for name, fact in facts.items()}
     )
 
@@ -53,8 +53,8 @@ def standing(**facts: Any) -> FolderStanding:
     ("facts", "is_written", "word"),
     [
         ({}, False, "Prepare"),
-        ({"describing": (RUNNING,)}, False, "Preparing …"),
-        ({**DESCRIBED, "describing": (FINISHED, 0), "has_changes": True}, False, "Look at the changes"),
+        ({"description_job": (RUNNING,)}, False, "Preparing …"),
+        ({**DESCRIBED, "description_job": (FINISHED, 0), "has_changes": True}, False, "Look at the changes"),
         ({**CHECKED}, False, "Prepare"),  # something was typed since
         ({**DESCRIBED, "to_load": "99 GB"}, True, "Download the model (99 GB)"),
         ({**CHECKED, "to_load": "99 GB"}, True, "Download the model (99 GB)"),
@@ -67,31 +67,31 @@ def standing(**facts: Any) -> FolderStanding:
         ({**DESCRIBED, "uncaptioned": 2, "to_load": "40 GB"}, True, "Write captions"),
         ({**DESCRIBED, "has_listed_errors": True, "to_load": "40 GB"}, True, "Look at the files"),
         (DESCRIBED, True, "Check"),
-        ({**DESCRIBED, "checking": (RUNNING,)}, True, "Checking …"),
-        ({**DESCRIBED, "checking": (DIED, 1)}, True, "Check"),
+        ({**DESCRIBED, "check_job": (RUNNING,)}, True, "Checking …"),
+        ({**DESCRIBED, "check_job": (DIED, 1)}, True, "Check"),
         ({**CHECKED, "is_check_old": True}, True, "Check"),
         (CHECKED, True, "Start"),
-        ({**CHECKED, "job": ("waiting",)}, True, "Show the training"),
-        ({**CHECKED, "job": (RUNNING,), "run_address": "/run/0/"}, True, "Show the training"),
-        ({**CHECKED, "job": (DIED, 1), "run_address": "/run/0/"}, True, "Start"),
+        ({**CHECKED, "training_job": ("waiting",)}, True, "Show the training"),
+        ({**CHECKED, "training_job": (RUNNING,), "run_address": "/run/0/"}, True, "Show the training"),
+        ({**CHECKED, "training_job": (DIED, 1), "run_address": "/run/0/"}, True, "Start"),
     ],
 )
 def test_the_word_of_the_button_follows_the_state(facts: dict[str, Any], is_written: bool, word: str) -> None:
     step = select_step(FILLED, standing(**facts), is_written)
-    assert step.word == word
+    assert step.label == word
     other = select_step(NewForm(folder="set"), standing(**facts), is_written)
-    assert (other.word, other.missing) == ("Prepare", ["a model"])
+    assert (other.label, other.missing) == ("Prepare", ["a model"])
 
 
 def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
     assert select_step(FILLED, standing(**CHECKED), True).done == "Prepared, checked: no fault."
     loaded = standing(**DESCRIBED, download=(FINISHED, 0))
     assert select_step(FILLED, loaded, True).done == "Prepared, the model is here."
-    faulty = select_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
+    faulty = select_step(FILLED, standing(**DESCRIBED, check_job=(DIED, 1)), True)
     assert faulty.missing == ["what the check has found"]
     bare = select_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
     assert bare.missing == ["captions of 12 pictures, or a trigger word"]
-    assert (bare.address, bare.other_word, bare.other_address) == (
+    assert (bare.address, bare.second_label, bare.second_address) == (
         "#writer",
         "Type a trigger word",
         "#trigger",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.page_access import COOKIE, SECONDS, PageAccess, derive_access
+from browser.page_access import COOKIE, COOKIE_SECONDS, PageAccess, derive_access
 from browser.page_root import add_root, add_root_to_page, serving_below
 from tests.browser.entering import enter
 from tests.browser.serving import Served, serve_runs, write_run
@@ -103,21 +103,21 @@ def test_two_pages_stay_open_beside_each_other_and_after_a_restart(tmp_path: Pat
 def test_words_hold_for_one_server_one_account_and_thirty_days() -> None:
     now = 1_800_000_000.0
     access = PageAccess(derive_access(TOKEN, 8765).key, lambda: now)
-    word = access.make_word(1000)
-    assert access.is_right(f"{COOKIE}=x; a=b; {COOKIE}={word}; {COOKIE}=", 1000)
-    assert not access.is_right(f"{COOKIE}={word}", 1001)
-    assert not access.is_right(f"{COOKIE}={word}", None)
-    assert not access.is_right(f"other={word}", 1000)
+    word = access.make_cookie_value(1000)
+    assert access.has_valid_cookie(f"{COOKIE}=x; a=b; {COOKIE}={word}; {COOKIE}=", 1000)
+    assert not access.has_valid_cookie(f"{COOKIE}={word}", 1001)
+    assert not access.has_valid_cookie(f"{COOKIE}={word}", None)
+    assert not access.has_valid_cookie(f"other={word}", 1000)
     end, _, signed = word.partition(".")
-    assert not access.is_right(f"{COOKIE}={int(end) + 1}.{signed}", 1000)
+    assert not access.has_valid_cookie(f"{COOKIE}={int(end) + 1}.{signed}", 1000)
     for token, port in ((TOKEN, 8766), (OTHER_TOKEN, 8765)):
         other = PageAccess(derive_access(token, port).key, lambda: now)
-        assert not other.is_right(f"{COOKIE}={word}", 1000)
+        assert not other.has_valid_cookie(f"{COOKIE}={word}", 1000)
         assert other.root != access.root
-    late = PageAccess(access.key, lambda: now + SECONDS)
-    assert not late.is_right(f"{COOKIE}={word}", 1000)
-    again = PageAccess(derive_access(TOKEN, 8765).key, lambda: now + SECONDS - 1)  # after a restart
-    assert again.is_right(f"{COOKIE}={word}", 1000)
+    late = PageAccess(access.key, lambda: now + COOKIE_SECONDS)
+    assert not late.has_valid_cookie(f"{COOKIE}={word}", 1000)
+    again = PageAccess(derive_access(TOKEN, 8765).key, lambda: now + COOKIE_SECONDS - 1)  # after a restart
+    assert again.has_valid_cookie(f"{COOKIE}={word}", 1000)
     assert TOKEN not in word + access.root
 
 

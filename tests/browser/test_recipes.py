@@ -16,8 +16,8 @@ from browser.recipes import (
     ModelRecipe,
     RenderRequest,
     UsedLora,
+    can_generate,
     find_model_set,
-    is_driven,
     make_model_recipe,
 )
 from downloads.catalogue import ModelSet, model_sets
@@ -29,7 +29,7 @@ from modules.option_values import parse_bounded_int
 from modules.parser import add_options
 from protocols.families import HIGH_NOISE, with_scripts
 
-SETS = [model for model in model_sets() if is_driven(model)]
+SETS = [model for model in model_sets() if can_generate(model)]
 of_each_model = pytest.mark.parametrize("model", SETS, ids=lambda model: f"{model.family} {model.task}")
 TEXTS = {
     "negative": "blurry\ntext",
@@ -182,7 +182,7 @@ def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["hunyuan_video", "framepack"])
 def test_a_picture_that_a_runs_command_names_has_its_field(family: str, tmp_path: Path) -> None:
     """Other models of these scripts need the picture or have none: the command says which one it is."""
-    bare = ModelRecipe(title="x", family=family, fixed={}, initial_texts={}, folder=tmp_path)
+    bare = ModelRecipe(title="x", family=family, fixed_options={}, initial_texts={}, folder=tmp_path)
     named = replace(bare, initial_texts={"start": "start.png"})
 
     assert "start" not in bare.fields

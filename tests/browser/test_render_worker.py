@@ -343,7 +343,7 @@ def test_of_two_servers_one_makes_the_render_jobs_of_both(
         assert other.add([request(tmp_path, "of the other")]) == [2]
         wait_for(lambda: "another server" in other.problem, lambda: other.problem)
         assert states(other) == [RUNNING, WAITING]
-        assert other.free_card()
+        assert other.free_gpu()
         other.cancel(1)  # the server that makes it stops it
         wait_for_states(other, STOPPED, FINISHED)
         assert other.session is None
@@ -430,7 +430,7 @@ def recipe_of(words: Sequence[str], family: str, folder: Path) -> ModelRecipe:
             fixed[word] = []
         else:
             fixed[[*fixed][-1]].append(word)
-    return ModelRecipe(title="tiny", family=family, fixed=fixed, initial_texts={}, folder=folder)
+    return ModelRecipe(title="tiny", family=family, fixed_options=fixed, initial_texts={}, folder=folder)
 
 
 def pocket_requests(folder: Path) -> list[RenderRequest]:

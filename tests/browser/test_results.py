@@ -29,9 +29,9 @@ from browser.result_settings import (
     format_sample_line,
     parse_settings,
     read_settings,
-    remake,
+    regenerate,
 )
-from browser.results import MADE_FROM, ResultFolders
+from browser.results import DERIVED_NAME, ResultFolders
 from browser.runs import Runs
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
@@ -177,7 +177,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
     return ModelRecipe(
         title="own",
         family=recipe.family,
-        fixed={**fixed, **changes},
+        fixed_options={**fixed, **changes},
         initial_texts={},
         folder=Path.cwd(),
     )
@@ -186,7 +186,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
 def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> RenderJob:
     settings = parse_settings(tags)
     assert settings is not None
-    return remake(
+    return regenerate(
         settings,
         recipe,
         seed=seed,
@@ -360,7 +360,7 @@ def test_results_are_listed_newest_first_and_the_larger_one_beside_its_original(
     write_result(tmp_path / "sample" / "s.png")
     names = [result.path.stem for result in ResultFolders(Runs((tmp_path,))).list_all()]
     assert names == ["new", "x_larger", "old", "old_larger", "old_last"]
-    assert MADE_FROM.fullmatch("a_larger-2") is not None
+    assert DERIVED_NAME.fullmatch("a_larger-2") is not None
 
 
 def test_days_have_names() -> None:

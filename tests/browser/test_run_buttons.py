@@ -404,7 +404,7 @@ def test_samples_of_a_described_folder_lead_to_their_interval(served: Served, tm
 
 
 def test_a_foreign_run_toml_is_a_warning_and_no_error(served: Served, tmp_path: Path) -> None:
-    describe(tmp_path / "their clips", "theirs", is_known=False)
+    describe(tmp_path / "their clips", "theirs", is_trusted=False)
     assert '<p class="warn">This run.toml comes from elsewhere.' in panel(served, "read", "theirs").text
 
 
@@ -429,7 +429,7 @@ FOREIGN = {
 
 def test_a_foreign_run_toml_is_shown_with_what_it_may_do(queue: JobQueue, tmp_path: Path) -> None:
     queue.begin_work = lambda: None  # type: ignore[method-assign]
-    folder = describe(tmp_path / "clips", is_known=False, **FOREIGN)
+    folder = describe(tmp_path / "clips", is_trusted=False, **FOREIGN)
     path = folder / "run.toml"
     with serve_runs(tmp_path, queue=queue) as served:
         read = panel(served, "read")

@@ -364,7 +364,7 @@ def test_a_further_run_gets_a_name_that_no_run_has(
 
 
 def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) -> None:
-    folder = describe(tmp_path / "clips", is_known=False)
+    folder = describe(tmp_path / "clips", is_trusted=False)
     tracked_runs = look(tmp_path)
     words = ["reelsmith", "run", str(folder)]
     with pytest.raises(OptionError, match="comes from elsewhere"):
@@ -372,7 +372,7 @@ def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) ->
     assert tracked_runs.queue.jobs() == []
     tracked_runs.queue.begin_work = lambda: None  # type: ignore[method-assign]
 
-    tracked_runs.start(folder, words, is_read=True)
+    tracked_runs.start(folder, words, is_reviewed=True)
 
     assert [job.line for job in tracked_runs.queue.jobs()] == [f"reelsmith run {folder}"]
     with pytest.raises(OptionError, match="in the queue already"):
@@ -423,29 +423,29 @@ def test_what_was_removed_is_not_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["absolute", "own", "/", "/usr/models", "~/models", "models"])
 def test_a_foreign_run_toml_types_no_path_of_its_own(place: str, tmp_path: Path) -> None:
     """Wherever its --to leads: also into a folder that is here."""
-    folder = describe(tmp_path / "clips", is_known=False)
+    folder = describe(tmp_path / "clips", is_trusted=False)
     (folder / "cache" / "dit.safetensors").unlink()
     to = {"absolute": str(tmp_path / "elsewhere"), "own": str(folder / "m")}.get(place, place)
     text = (folder / "run.toml").read_text(encoding="utf-8")
     (folder / "run.toml").write_text(text.replace(str(tmp_path / "models"), to), encoding="utf-8")
     tracked_runs = look(tmp_path)
     tracked_runs.queue.begin_work = lambda: None  # type: ignore[method-assign]
-    plan = find(tracked_runs).plan
+    plan = find(tracked_runs).run_config
     assert plan is not None
     words = find_start_argv(plan, MODELS)
     assert words == ["reelsmith", "run", str(folder), "--download"]
     with pytest.raises(OptionError, match="comes from elsewhere"):
         tracked_runs.start(folder, words)
 
-    tracked_runs.start(folder, words, is_read=True)
+    tracked_runs.start(folder, words, is_reviewed=True)
 
     assert find_start_argv(plan, MODELS) == words
-    assert tracked_runs.is_known(plan)
+    assert tracked_runs.is_trusted(plan)
 
 
 def test_what_a_folder_brings_along_makes_it_no_known_one(tmp_path: Path) -> None:
     """A queue with its run, the job that described it, and a history: they may all be from elsewhere."""
-    folder = describe(tmp_path / "clips", is_known=False)
+    folder = describe(tmp_path / "clips", is_trusted=False)
     tracked_runs = look(tmp_path)
     tracked_runs.queue.add(["reelsmith", "run", str(folder)], tmp_path)
     queue = tracked_runs.queue.folder
@@ -461,15 +461,18 @@ def test_what_a_folder_brings_along_makes_it_no_known_one(tmp_path: Path) -> Non
     history.add(0, started={**started, "process": describe_process()})
     history.add(3, ended="finished", kind="good")
     history.flush()
-    plan = find(tracked_runs).plan
+    plan = find(tracked_runs).run_config
     assert plan is not None
 
-    assert not tracked_runs.is_known(plan)
+    assert not tracked_runs.is_trusted(plan)
 
 
 def test_what_a_foreign_file_does_first_cannot_be_hidden_behind_what_is_usual(tmp_path: Path) -> None:
     folder = describe(
-        tmp_path / "clips", is_known=False, network_module="evil.code", huggingface_repo_id="evil/repository"
+        tmp_path / "clips",
+        is_trusted=False,
+        network_module="evil.code",
+        huggingface_repo_id="evil/repository",
     )
     tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n' * 150
     (folder / "dataset.toml").write_text(tables, encoding="utf-8")
@@ -486,7 +489,7 @@ def test_what_a_foreign_file_does_first_cannot_be_hidden_behind_what_is_usual(tm
 
 
 def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
-    folder = describe(tmp_path / "clips", is_known=False)
+    folder = describe(tmp_path / "clips", is_trusted=False)
     tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "/evil"\n' * 150
     (folder / "dataset.toml").write_text(tables, encoding="utf-8")
 

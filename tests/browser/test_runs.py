@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from browser.options import BrowserOptions
-from browser.run_views import LiveStanding, label_runs, select_runs, share_page
-from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_run_summary
+from browser.run_views import LiveRunState, label_runs, select_runs, share_page
+from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, read_run_summary
 from browser.serving import run_browser
 from modules.errors import OptionError
 from modules.script_options import parse_options
@@ -53,12 +53,12 @@ def test_the_time_left_has_pauses_and_a_pause_says_what_is_made(tmp_path: Path) 
     runs = Runs((tmp_path,))
     (run,) = runs.list_all()
     assert run.left == "1 h"
-    assert LiveStanding.of(run, runs.open(run).run_history).left == "· 1 h left"
+    assert LiveRunState.of(run, runs.open(run).run_history).time_left == "· 1 h left"
 
     history.add(5, doing="sample 1 of 2, step 140 of 300")
     history.flush()
     (run,) = runs.list_all()
-    assert LiveStanding.of(run, runs.open(run).run_history).left == "· sampling 1 of 2, step 140 of 300"
+    assert LiveRunState.of(run, runs.open(run).run_history).time_left == "· sampling 1 of 2, step 140 of 300"
 
 
 def ended_process() -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_a_run_has_a_state(
 def test_a_run_of_another_machine_has_died_when_it_writes_no_more(tmp_path: Path) -> None:
     path = write_run(tmp_path, kind=None, process={**describe_process(), "machine": 0})
     assert look(tmp_path)["x"].state == RUNNING
-    then = path.stat().st_mtime - ELSEWHERE_SECONDS - 1
+    then = path.stat().st_mtime - REMOTE_RUN_TIMEOUT_SECONDS - 1
     os.utime(path, (then, then))
 
     assert look(tmp_path)["x"].state == DIED
@@ -109,7 +109,7 @@ def test_a_time_left_that_no_training_writes_breaks_no_page(left: str, tmp_path:
 def test_a_run_is_of_here_however_its_folder_was_typed(typed: str, tmp_path: Path) -> None:
     told = {"written_in": str(tmp_path / "output")} if typed == "link" else {}
     write_run(tmp_path / "output", changed=[["output_dir", typed]], **told)
-    assert look(tmp_path)["x"].is_of_here
+    assert look(tmp_path)["x"].is_trusted
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no owner's number there")
@@ -117,9 +117,9 @@ def test_a_history_of_another_account_is_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path / "output", changed=[["output_dir", "output"]])
-    assert look(tmp_path)["x"].is_of_here
+    assert look(tmp_path)["x"].is_trusted
     monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
-    assert not look(tmp_path)["x"].is_of_here
+    assert not look(tmp_path)["x"].is_trusted
 
 
 def test_a_resumed_run_is_running_again(tmp_path: Path) -> None:

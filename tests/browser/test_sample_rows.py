@@ -11,7 +11,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import compute_checksum
 from browser.draft_changes import check_text
-from browser.samples import FIELDS, edit_prompts, edit_times, list_images, read_rows
+from browser.samples import FIELDS, edit_prompts, edit_sampling_intervals, list_images, read_rows
 from modules.errors import OptionError
 from tests.browser.drafts import PROMPTS, RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
@@ -121,13 +121,15 @@ def test_what_makes_no_line_is_refused(typed: dict[str, str], message: str) -> N
 
 
 def test_how_often_is_written_into_run_toml() -> None:
-    assert edit_times(RUN, {"every": "200", "first": "yes"}) == RUN
-    changed = edit_times(RUN, {"every": "50"})
+    assert edit_sampling_intervals(RUN, {"every": "200", "first": "yes"}) == RUN
+    changed = edit_sampling_intervals(RUN, {"every": "50"})
     assert changed == RUN.replace("n_steps = 200\n", "n_steps = 50\n").replace("sample_at_first = true\n", "")
     without = RUN.replace('sample_prompts = "prompts.txt"\nsample_every_n_steps = 200\n', "")
-    assert 'sample_prompts = "prompts.txt"\n' in edit_times(without, {"every": "9", "first": "yes"})
+    assert 'sample_prompts = "prompts.txt"\n' in edit_sampling_intervals(
+        without, {"every": "9", "first": "yes"}
+    )
     with pytest.raises(OptionError, match="often is no whole number"):
-        edit_times(RUN, {"every": "often"})
+        edit_sampling_intervals(RUN, {"every": "often"})
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(root: Path) -> Path:
     """A folder whose run.toml comes from elsewhere, with a caption that is not UTF-8."""
-    folder = describe(root / "theirs", is_known=False)
+    folder = describe(root / "theirs", is_trusted=False)
     Image.new("RGB", (64, 64), "red").save(folder / "cat.png")
     (folder / "cat.txt").write_bytes("ein Käse, eine Tür und schöne Grüße".encode("cp1252"))
     return folder

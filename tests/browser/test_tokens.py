@@ -14,8 +14,16 @@ import pytest
 
 from browser.options import BrowserOptions
 from browser.page_access import COOKIE
-from browser.serving import find_address, show_address
-from browser.tokens import ENDED, Connection, PageToken, Ticket, find_owner, is_own_connection, select_token
+from browser.serving import make_address, show_address
+from browser.tokens import (
+    CLOSED_CONNECTION,
+    Connection,
+    PageToken,
+    Ticket,
+    find_owner,
+    is_own_connection,
+    select_token,
+)
 from modules.user_files import user_folder
 from tests.browser.entering import enter
 from tests.browser.serving import serve_runs, write_run
@@ -42,9 +50,9 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_word_is_made_once_and_stays() -> None:
     first = select_token(BrowserOptions())
-    assert re.fullmatch(r"[\w-]{43}", first.word or "")
+    assert re.fullmatch(r"[\w-]{43}", first.secret or "")
     assert select_token(BrowserOptions()) == first
-    assert first.place == user_folder() / "page_token"
+    assert first.path == user_folder() / "page_token"
     assert select_token(BrowserOptions(no_token=True)) == PageToken(None)
 
 
@@ -52,7 +60,7 @@ def test_the_word_is_made_once_and_stays() -> None:
 @pytest.mark.parametrize("fault", ["open", "short", "old", "link", "of bytes", "a folder"])
 def test_a_word_that_others_may_know_is_replaced(fault: str, tmp_path: Path) -> None:
     first = select_token(BrowserOptions())
-    path = first.place
+    path = first.path
     assert path is not None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -73,8 +81,8 @@ def test_a_word_that_others_may_know_is_replaced(fault: str, tmp_path: Path) -> 
 
     again = select_token(BrowserOptions())
 
-    assert re.fullmatch(r"[\w-]{43}", again.word or "")
-    assert again.word != first.word
+    assert re.fullmatch(r"[\w-]{43}", again.secret or "")
+    assert again.secret != first.secret
 
 
 @ON_POSIX
@@ -82,7 +90,7 @@ def test_a_token_file_that_others_can_read_is_named(tmp_path: Path, caplog: pyte
     path = tmp_path / "token.txt"
     path.write_text(TOKEN, encoding="utf-8")
     path.chmod(0o644)
-    assert select_token(BrowserOptions(token=path)).word == TOKEN
+    assert select_token(BrowserOptions(token=path)).secret == TOKEN
     assert f"chmod 600 {path}" in caplog.text
     caplog.clear()
     path.chmod(0o600)
@@ -93,25 +101,25 @@ def test_a_token_file_that_others_can_read_is_named(tmp_path: Path, caplog: pyte
 def test_a_job_prints_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     token = select_token(BrowserOptions())
     show_address(BrowserOptions(), 8765, token)
-    assert capsys.readouterr().out == find_address(BrowserOptions(), 8765, token.word) + "\n"
+    assert capsys.readouterr().out == make_address(BrowserOptions(), 8765, token.secret) + "\n"
     monkeypatch.setenv("REELSMITH_FROM_QUEUE", "1")
     show_address(BrowserOptions(), 8765, token)
     printed = capsys.readouterr().out
-    assert str(token.word) not in printed
-    assert str(token.place) in printed
+    assert str(token.secret) not in printed
+    assert str(token.path) in printed
 
 
 def test_a_ticket_lets_one_browser_in(tmp_path: Path) -> None:
     ticket = Ticket()
     with serve_runs(tmp_path, token=TOKEN, ticket=ticket) as served:
-        assert served.ask(f"/new?token={ticket.word}").status == 401
-        assert served.ask(f"/?token={ticket.word[:-1]}").status == 401
-        opened = served.ask(f"/?token={ticket.word}")
+        assert served.ask(f"/new?token={ticket.secret}").status == 401
+        assert served.ask(f"/?token={ticket.secret[:-1]}").status == 401
+        opened = served.ask(f"/?token={ticket.secret}")
         assert opened.headers["set-cookie"].startswith(f"{COOKIE}=")
-        assert served.ask(f"/?token={ticket.word}").status == 401
+        assert served.ask(f"/?token={ticket.secret}").status == 401
     late = Ticket(end=0.0)
     with serve_runs(tmp_path, token=TOKEN, ticket=late) as served:
-        assert served.ask(f"/?token={late.word}").status == 401
+        assert served.ask(f"/?token={late.secret}").status == 401
 
 
 @ON_LINUX
@@ -129,7 +137,7 @@ def test_connections_of_this_user_are_told_apart(host: str) -> None:
         # the same port of ours leads elsewhere: another account may have the connection that is asked for
         assert find_owner(replace(connection, server_port=there[1] ^ 1)) is None
         client.shutdown(socket.SHUT_WR)
-        assert find_owner(connection) == ENDED
+        assert find_owner(connection) == CLOSED_CONNECTION
     assert not is_own_connection(Connection(host, 1, host, 2))
 
 
@@ -152,7 +160,7 @@ def ask_as_nobody(port: int, address: str, cookie: str = "") -> str:
 def test_another_user_gets_in_neither_with_nor_without_a_ticket(tmp_path: Path) -> None:
     ticket = Ticket()
     with serve_runs(tmp_path, token=TOKEN, ticket=ticket) as served:
-        for address in ("/", f"/?token={ticket.word}"):
+        for address in ("/", f"/?token={ticket.secret}"):
             assert ask_as_nobody(served.port, address) == "401\n"
         # nor with all that a browser of this user sends
         browser = enter(served, TOKEN)
@@ -165,7 +173,7 @@ def test_a_browser_that_was_let_in_sees_all_pages(tmp_path: Path) -> None:
     ticket = Ticket()
     with (
         serve_runs(tmp_path, token=TOKEN, ticket=ticket) as served,
-        open_page(f"{served.url}/?token={ticket.word}") as page,
+        open_page(f"{served.url}/?token={ticket.secret}") as page,
     ):
         page.get_by_role("heading", name="x").wait_for()
         assert re.fullmatch(rf"{served.url}/~[\w-]+/", page.url)

@@ -155,7 +155,7 @@ def test_what_has_arrived_takes_no_further_room(tmp_path: Path) -> None:
     request = Request({"type": "http", "query_string": query})
     arriving = PieceUploads(uploads).find(request)
 
-    arriving.part.write_bytes(content[:10])
+    arriving.partial_path.write_bytes(content[:10])
     assert PieceUploads(uploads).find(request) == arriving
     (tmp_path / "set" / "b.txt").write_bytes(b"1")
     with pytest.raises(OptionError, match="would have more than"):

@@ -335,13 +335,13 @@ def test_of_two_files_of_one_name_at_once_one_is_taken_and_one_is_refused(
 def test_a_file_that_another_program_writes_meanwhile_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = FileUploads.judge
+    validate_content = FileUploads.validate_content
 
     def write_then(self: FileUploads, path: Path, folder: Path) -> None:
-        judge(self, path, folder)
+        validate_content(self, path, folder)
         (folder / path.name).write_text("theirs", encoding="utf-8")
 
-    monkeypatch.setattr(FileUploads, "judge", write_then)
+    monkeypatch.setattr(FileUploads, "validate_content", write_then)
     (tmp_path / "roots").mkdir()
     with serve_runs(tmp_path / "roots") as served:
         answer = send(served, "a.txt", b"mine")
