@@ -59,7 +59,7 @@ class FolderProgress:
     @property
     def mark(self) -> str:
         """Text that changes with the next step, as long as no field has been edited."""
-        return select_step(NewForm(folder="as", family="in", task="files"), self, is_written=True).mark
+        return select_step(NewForm(folder="as", family="in", task="files"), self, is_saved=True).mark
 
     @property
     def is_checked(self) -> bool:
@@ -77,10 +77,10 @@ class FolderProgress:
         return say("%(done)s.", done=join(", ", steps))
 
 
-def select_step(form: NewForm, progress: FolderProgress, is_written: bool) -> NextStep:
+def select_step(form: NewForm, progress: FolderProgress, is_saved: bool) -> NextStep:
     """Return the next step towards a training: what to press, and what is missing for it.
 
-    `is_written` is true if the folder's files have the values of the form.
+    `is_saved` is true if the folder's files have the values of the form.
     """
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
@@ -92,7 +92,7 @@ def select_step(form: NewForm, progress: FolderProgress, is_written: bool) -> Ne
         return NextStep(BUSY, say("Preparing …"))
     if progress.has_changes:
         return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_ANCHOR)
-    if not (progress.is_described and is_written):
+    if not (progress.is_described and is_saved):
         return NextStep(DESCRIBE, say("Prepare"))
     return _select_after_describing(progress)
 

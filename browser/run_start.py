@@ -498,6 +498,18 @@ class TrackedRuns:
             with only_one(self.queue.folder / ".start.lock"):
                 yield
 
+    def _reject_untrusted(self, run_config: RunConfig) -> None:
+        """Raise OptionError if a run.toml may come from somebody else."""
+        if not self.is_trusted(run_config):
+            raise OptionError(
+                say(
+                    "%(folder)s comes from elsewhere. Read what it may do first, on the page of "
+                    "%(name)s, and start it there.",
+                    folder=run_config.folder / RUN_FILE,
+                    name=run_config.name,
+                )
+            )
+
     def _check_and_queue(self, folder: Path, argv: Sequence[str], is_reviewed: bool) -> None:
         """Add the run of a described folder to the queue, unless it is not reviewed, waits or runs.
 
@@ -512,15 +524,8 @@ class TrackedRuns:
                 run_config for run_config in self.list_run_configs() if run_config.folder == folder
             ]
         for run_config in run_configs:
-            if not is_reviewed and not self.is_trusted(run_config):
-                raise OptionError(
-                    say(
-                        "%(folder)s comes from elsewhere. Read what it may do first, on the page of "
-                        "%(name)s, and start it there.",
-                        folder=run_config.folder / RUN_FILE,
-                        name=run_config.name,
-                    )
-                )
+            if not is_reviewed:
+                self._reject_untrusted(run_config)
             tracked_run = self.find(run_config.id)  # a job whose training has ended is about to end
             state = None if tracked_run is None else tracked_run.state
             # a background job is a check, during which the run may start

@@ -105,7 +105,7 @@ def _repeats(part: str) -> bool:
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a prompt line; options without a field, and repeated ones, are in its `more`."""
+    """Return the row of a prompt line; its `more` has the options without a field, and earlier list items."""
     split = _split(line)
     field_of_key = {key: name for name, (key, _) in FIELDS.items()}
     field_names = [field_of_key.get(_find_key(option)) for option in split.options]

@@ -257,11 +257,8 @@ class Gate:
         Opening the address with `?token=` sets the cookie, which admits the browser from then on.
         """
         typed_token = request.query_params.get("token")
-        if (
-            request.url.path == "/"
-            and typed_token is not None
-            and self._is_token_or_ticket(request, typed_token)
-        ):
+        opens_first_page = request.url.path == "/" and typed_token is not None
+        if opens_first_page and self._is_token_or_ticket(request, typed_token or ""):
             return self._admit_browser(request, access)
         scheme, _, bearer_token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._is_token(bearer_token.strip()):  # sent by programs
