@@ -467,9 +467,9 @@ def select_number_fields(
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
     if has_layers(recipe):
         fields.add("frames")  # for this model, the number of layers
-    elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
+    elif model.properties["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
         fields.discard("frames")  # an image model, whose rows have no other length
-    elif model.data["frames"] > 1:
+    elif model.properties["frames"] > 1:
         fields.add("frames")
     has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"
     fields.add("embedded guidance" if has_embedded else "guidance")
@@ -483,7 +483,7 @@ def select_image_fields(
     fields = {name for row in rows for name in IMAGES if name in row.texts}
     if recipe is not None:
         fields |= {"end", "control"} & {*recipe.fields}
-    if model is not None and model.data.get("from_image"):
+    if model is not None and model.properties.get("from_image"):
         fields.add("start")
     if model is not None and needs_image(model):
         fields.add("source")

@@ -32,7 +32,7 @@ from project.foreign.naming import explain_model
 from project.foreign.places import find_table_keys, leave_sizes
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
-from project.foreign.settling import Forms, fill_in, resolve_project
+from project.foreign.settling import DatasetLayout, complete_options, resolve_project
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
@@ -41,11 +41,11 @@ from project.media import FolderContent, Media, collect_content, has_control_pai
 from project.model_choice import (
     ModelChoice,
     ModelInfo,
-    ask_family,
     check_model_files,
     check_word,
     describe_makes,
     learns_audio_alone,
+    read_model_info,
     select_model,
 )
 from project.model_files import find_inside, name_files, typed_files, without_files
@@ -66,7 +66,7 @@ from project.options import (
 from project.own_commands import captions_of, describe_length, describe_own, lacks_media, write_prompts
 from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, use_prompts_as_captions
 from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
-from project.script_facts import ask_script
+from project.script_facts import read_script_options
 from project.tags import as_words, find_tags, write_blanks
 from project.varied_captions import make_captions
 
@@ -97,48 +97,48 @@ def write_project(options: NewOptions) -> None:
     kind_setting = ""  # the setting in the project that asks for this kind of run, for messages
     if foreign is not None:
         kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
-        options = fill_in(foreign, options)
+        options = complete_options(foreign, options)
     try:
         model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     # first, because building the family takes seconds
     kind = _select_kind(options, model_choice, memory, kind_setting)
-    if kind.makes_adapter and lacks_media(options.folder):
+    if kind.makes_training_adapter and lacks_media(options.folder):
         _begin_with_prompts(options, model_choice.model)
         return
-    choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    setup = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if recipe is not None:
         values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
-        choice = dataclasses.replace(choice, training=values)
+        setup = dataclasses.replace(setup, training_options=values)
     # after all other checks: --overwrite would not help against a mistyped option
     _reject_existing(options, paths)
     if foreign is not None:
-        choice = _check_foreign(choice, foreign)
+        setup = _check_foreign(setup, foreign)
     if options.print_run:
-        print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
+        print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
 
     # the texts of the three files; captions and first frames are written before them
-    described = _describe(choice, describing.list_commands(choice))
+    described = _describe(setup, describing.list_commands(setup))
     if not options.dry_run:
-        _write_content(choice.content)
-    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
-        described[OWN_PROMPTS] = write_prompts(captions_of(choice))
+        _write_content(setup.content)
+    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL:
+        described[OWN_PROMPTS] = write_prompts(captions_of(setup))
     texts = {options.folder / name: text for name, text in described.items()}
     if not options.dry_run:
         for path, text in texts.items():
             write_text(path, text)
         remember_folder(options.folder, options.models)
 
-    adopted_lines = [] if foreign is None else foreign.lines(options.folder)
+    adopted_lines = [] if foreign is None else foreign.format_report(options.folder)
     if recipe is not None:
         adopted_lines = describe_recipe(recipe)
-    _print_report(choice, model_choice.remarks, texts, adopted_lines)
+    _print_report(setup, model_choice.remarks, texts, adopted_lines)
 
 
 def _print_report(
-    choice: describing.Choice, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
+    setup: describing.RunSetup, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
 ) -> None:
     """Print what was found and chosen, and the next commands.
 
@@ -148,22 +148,22 @@ def _print_report(
         texts: Texts of the written files.
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
-    options = choice.options
+    options = setup.options
     oddities: list[str] = []  # `find_errors` adds warnings
-    errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
-    lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
+    errors = find_errors(setup, texts[options.folder / WRITTEN[0]], oddities)
+    lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
-    lines += _describe_choice(choice, remarks)
-    lines += _describe_captions(choice)
-    lines += _describe_tags(choice)
+    lines += _describe_choice(setup, remarks)
+    lines += _describe_captions(setup)
+    lines += _describe_tags(setup)
     lines += [*oddities, *errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(choice, bool(errors)))
+        lines.append(_describe_next(setup, bool(errors)))
     print_lines(show_kinds(lines))
 
 
@@ -198,11 +198,11 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
     print_lines(lines)
 
 
-def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
+def _describe(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
     """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
-    dataset = describing.describe_dataset(choice)
-    samples = describing.describe_samples(choice)
-    return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(choice, commands)), strict=True))
+    dataset = describing.describe_dataset(setup)
+    samples = describing.describe_samples(setup)
+    return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(setup, commands)), strict=True))
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
@@ -229,7 +229,7 @@ def _gather_choice(
     kind: RunKind,
     memory: float,
     foreign: ForeignProject | None,
-) -> describing.Choice:
+) -> describing.RunSetup:
     """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
 
     `kind` is what the run trains.
@@ -247,53 +247,53 @@ def _gather_choice(
     if inside:
         model = without_files(model, inside)
     files = name_files(options, model)
-    info = ask_family(model, files)
+    info = read_model_info(model, files)
     check_model_files(model, {name: files[name] for name in typed_paths})
     # the media and captions of the folder
     content = _collect_content(options, model, info, kind)
-    if kind.makes_adapter:  # it learns from images that the model itself has generated
+    if kind.makes_training_adapter:  # it learns from images that the model itself has generated
         use_prompts_as_captions(content)
         balance_origins(content)
-    tags = find_tags(_texts_of(content)) if "tags" in model.data else None
+    tags = find_tags(_texts_of(content)) if "tags" in model.properties else None
     # the project of another trainer that --from names
     if foreign is not None:
-        script = ask_script(kind.find_words(model)[0])
-        forms = Forms(
-            step=find_pixel_step(info.family),
-            takes_subsets="shuffle_caption" in script.known,
-            has_subsets=bool(content.regularization) or tags is not None,
-            regularizes=bool(content.regularization),
+        script = read_script_options(kind.find_training_command(model)[0])
+        dataset_layout = DatasetLayout(
+            side_multiple=find_pixel_step(info.family),
+            supports_subsets="shuffle_caption" in script.accepted,
+            uses_subsets=bool(content.regularization_folders) or tags is not None,
+            has_regularization=bool(content.regularization_folders),
         )
-        resolve_project(foreign, model, kind, script, memory, forms)  # converts the project's keys
-    data: Mapping[str, Any] = {} if foreign is None else foreign.data
-    choice = describing.Choice(
+        resolve_project(foreign, model, kind, script, memory, dataset_layout)  # converts the project's keys
+    data: Mapping[str, Any] = {} if foreign is None else foreign.general_keys
+    setup = describing.RunSetup(
         options=options,
         model=model,
         kind=kind,
         model_info=info,
         content=content,
         memory=memory,
-        size=data.get("resolution") or describing.select_size(model, content.media),
+        target_size=data.get("resolution") or describing.select_size(model, content.media),
         frames=describing.select_frames(model, content.media, memory),
-        files=files,
-        embedded_files=inside,
-        provided=[*typed_paths, *inside],
-        trigger=model_choice.trigger,
+        model_files=files,
+        embedded_model_files=inside,
+        options_without_download=[*typed_paths, *inside],
+        trigger_word=model_choice.trigger,
         tags=tags,
-        data=data,
-        folder_keys=_find_keys_of_folders(foreign, options.folder, content.media),
-        training={} if foreign is None else foreign.training,
+        general_keys=data,
+        table_keys_by_folder=_find_keys_of_folders(foreign, options.folder, content.media),
+        training_options={} if foreign is None else foreign.training_options,
         # a foreign project decides itself about validation
-        holds_back=foreign is None,
+        may_hold_out_validation=foreign is None,
     )
     if foreign is None:
-        return choice
-    if choice.has_subsets:  # subsets accept fewer keys of their own
+        return setup
+    if setup.has_subsets:  # subsets accept fewer keys of their own
         leave_sizes(foreign)
     # the project may give its length in epochs, whose steps depend on the media
-    steps_of_epoch = count_steps_of_epoch(choice)
-    options = select_length(foreign, choice.options, steps_of_epoch, len(content.media))
-    return dataclasses.replace(choice, options=options)
+    steps_of_epoch = count_steps_of_epoch(setup)
+    options = select_length(foreign, setup.options, steps_of_epoch, len(content.media))
+    return dataclasses.replace(setup, options=options)
 
 
 def _find_keys_of_folders(
@@ -306,15 +306,20 @@ def _find_keys_of_folders(
     return find_table_keys(foreign, folder, folders)
 
 
-def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
+def _check_foreign(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
     """Remove the values of a foreign project that the training script rejects from a choice."""
 
     def write(training: Mapping[str, Any]) -> dict[str, str]:
-        changed = dataclasses.replace(choice, training=training)
+        changed = dataclasses.replace(setup, training_options=training)
         return _describe(changed, describing.list_commands(changed))
 
-    check_run(foreign, ask_script(choice.kind.find_words(choice.model)[0]).name, choice.folder, write)
-    return dataclasses.replace(choice, training=foreign.training)
+    check_run(
+        foreign,
+        read_script_options(setup.kind.find_training_command(setup.model)[0]).name,
+        setup.folder,
+        write,
+    )
+    return dataclasses.replace(setup, training_options=foreign.training_options)
 
 
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_setting: str) -> RunKind:
@@ -335,16 +340,16 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
             return control_kind
         return LORA
     kind = BY_NAME[options.trains]
-    rejection = kind.why_not(model, memory)
+    rejection = kind.why_unsupported(model, memory)
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if rejection is not None:
-        possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
+        possible = [other.name for other in list_kinds(model) if other.why_unsupported(model, memory) is None]
         remedy = "Give --train lora" if kind_setting else "Leave it out"
         raise OptionError(
             f"{kind_setting or typed}: {rejection}. {remedy} to train a LoRA, or choose another --task. "
             f"This one has --train {', '.join(possible)}"
         )
-    if kind.learns_word:
+    if kind.trains_embedding:
         check_word(kind, chosen.trigger)
     return kind
 
@@ -367,8 +372,8 @@ def _collect_content(
         families = dict.fromkeys(entry.family for entry in models if learns_audio_alone(entry))
         audio_options = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
-    if model_info.hears:
-        silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
+    if model_info.trains_on_audio:
+        silent_tasks = [entry.task for entry in of_family if not read_model_info(entry).trains_on_audio]
     return collect_content(
         folder=options.folder,
         model_info=model_info,
@@ -394,7 +399,7 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
+def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) -> list[str]:
     """Return the errors in the media and caption files of a dataset that would end a training run.
 
     Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
@@ -405,17 +410,17 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
         dataset: Text of dataset.toml.
         remarks: Lines about oddities that do not end a run are appended to it.
     """
-    family = choice.model_info.family
-    damaged = {path.name for path in choice.content.unreadable}
+    family = setup.model_info.family
+    damaged = {path.name for path in setup.content.unreadable_media}
     problems: list[Fault] = []
-    if choice.options.dry_run and choice.content.first_frames:
+    if setup.options.dry_run and setup.content.first_frames:
         return []
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
-    with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
+    with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / WRITTEN[0]
         write_text(copy, dataset)
         config = load_dataset_config(copy)
-        config = with_lengths(config, describing.lengths_of(choice.model))
+        config = with_lengths(config, describing.lengths_of(setup.model))
         config = with_references(config, family.references, family.abilities.references)
         for table in config.datasets:
             errors: list[Fault] = []
@@ -428,108 +433,108 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
             for source in sources:
                 if source.caption is None and source.path.name in damaged:
                     problems.append(Fault(DAMAGED, str(source.path)))
-        if choice.kind.sees_controls and not problems:
+        if setup.kind.uses_control_images and not problems:
             try:
-                check_pairs(config, choice.kind.title, remarks.append)
+                check_pairs(config, setup.kind.title, remarks.append)
             except DatasetError as error:
                 problems.append(Fault("tables cannot be used", str(error)))
-    written = str(choice.options.folder / WRITTEN[0])
+    written = str(setup.options.folder / WRITTEN[0])
     lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
     # indented lines belong to the error above them
     return [line if line.startswith(" ") else fault(line) for line in lines]
 
 
-def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
+def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
     """Return the closing line of `new`: the training command, after any steps that must come first."""
-    command = ["run", as_operand(choice.options.folder)]
+    command = ["run", as_operand(setup.options.folder)]
     downloads = ""
-    if not all(Path(path).exists() for path in choice.files.values()):
-        command += download_options(choice.options.models)
+    if not all(Path(path).exists() for path in setup.model_files.values()):
+        command += download_options(setup.options.models)
         downloads = "downloads the model, "
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
     first = []
     if has_errors:
         first.append("correct what is listed above")
-    if _find_bare(choice):
+    if _find_uncaptioned_media(setup):
         first.append("give captions or a trigger word as above")
     kind = MEND if has_errors else NEXT
     return KindLine(kind, f"First {', and '.join(first)}. Then {run_text}" if first else run_text)
 
 
-def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
+def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str]:
     """Return lines about the folder, the model, and how well they fit.
 
     `remarks` are lines about how the model was chosen.
     """
     # the folder, the size, and the model
-    lines = [_summarize(choice), *choice.content.lines, *remarks]
-    reason = describing.explain_size(choice.model, choice.media)
-    if reason and "resolution" not in choice.data:
-        lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
-    lines.append(_describe_model(choice))
-    lines += choice.kind.describe(choice.model, choice.memory)
+    lines = [_summarize(setup), *setup.content.report_lines, *remarks]
+    reason = describing.explain_size(setup.model, setup.media)
+    if reason and "resolution" not in setup.general_keys:
+        lines.append(f"{setup.target_size[0]}x{setup.target_size[1]}: {reason}")
+    lines.append(_describe_model(setup))
+    lines += setup.kind.describe(setup.model, setup.memory)
     # what a control network learns from
-    for folder, control_folder in choice.content.controls.items():
-        instead = "" if choice.options.trains else ". --train lora trains a LoRA without them"
+    for folder, control_folder in setup.content.control_folders.items():
+        instead = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
-        if choice.kind.controls_are_images:
+        if setup.kind.inpaints_images:
             data = "its pictures, of which each step marks a random part to repaint"
-        lines.append(f"{folder}: {choice.kind.title} learns from {data}{instead}")
-    for name, checkpoint in choice.embedded_files.items():
+        lines.append(f"{folder}: {setup.kind.title} learns from {data}{instead}")
+    for name, checkpoint in setup.embedded_model_files.items():
         lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
     # precision that this machine needs
-    if choice.needs_float32:
+    if setup.needs_float32:
         lines.append(
             "This processor computes bfloat16 many times slower than float32, so all is in float32, "
             "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
         )
-    if choice.needs_float16:
+    if setup.needs_float16:
         lines.append(
             "This machine's GPU has no bfloat16, so the training is in float16 (mixed_precision in run.toml)."
             ' If its loss becomes NaN, the model leaves the range of float16: write "no" there, for float32'
         )
-    if choice.model_info.contradiction:
-        lines.append(warning(choice.model_info.contradiction))
+    if setup.model_info.task_contradiction:
+        lines.append(warning(setup.model_info.task_contradiction))
     # a distilled model unlearns its few steps when it is trained
-    few_steps = choice.model_info.few_steps
-    if few_steps is not None and not choice.kind.makes_adapter:
-        subject = "It" if choice.model_info.contradiction else choice.model_name
+    few_steps = setup.model_info.few_step_advice
+    if few_steps is not None and not setup.kind.makes_training_adapter:
+        subject = "It" if setup.model_info.task_contradiction else setup.model_name
         warning_text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
         comments = (
             "the comment signs from the lines of a target that keeps "
             f"{few_steps.lost}, in [training] of {RUN_FILE}"
         )
-        if not choice.kind.has_targets:
+        if not setup.kind.supports_few_step_targets:
             warning_text += f". {few_steps.instead_of_full}"
         elif few_steps.is_certain:  # families with only distilled models have no alternative
             warning_text += f". Take {comments}"
         else:
             warning_text += f". {few_steps.instead}. Or take {comments}"
-        adapted = find_adapted(choice.model)
-        if choice.kind.has_targets and adapted is not None:
+        adapted = find_adapted(setup.model)
+        if setup.kind.supports_few_step_targets and adapted is not None:
             warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
         lines.append(warning(warning_text))
-    if choice.kind.makes_adapter:
-        lines += describe_length(choice)
-        if find_origin(choice.content) == REAL:
-            lines += describe_own(choice.options, choice.model, choice.files)
-    for folder, reference_folder in choice.content.references.items():
+    if setup.kind.makes_training_adapter:
+        lines += describe_length(setup)
+        if find_origin(setup.content) == REAL:
+            lines += describe_own(setup.options, setup.model, setup.model_files)
+    for folder, reference_folder in setup.content.reference_folders.items():
         lines.append(f"{folder}: made from {reference_folder}")
-    return lines + _describe_lengths(choice)
+    return lines + _describe_lengths(setup)
 
 
-def _summarize(choice: describing.Choice) -> str:
+def _summarize(setup: describing.RunSetup) -> str:
     """Return the summary line: number of files, model, size and graphics card."""
     size = ""
-    if not choice.is_of_audio:
-        size = f" at {choice.size[0]}x{choice.size[1]}"
-    if choice.frames > 1:
-        size += f", {choice.frames} frames"
+    if not setup.has_only_audio:
+        size = f" at {setup.target_size[0]}x{setup.target_size[1]}"
+    if setup.frames > 1:
+        size += f", {setup.frames} frames"
     card = "a CPU (--memory 12: a card of 12 GiB)"
-    if choice.memory:
-        card = f"a card of {choice.memory:.0f} GiB"
-    media = _count_media(choice.media)
-    return f"{choice.options.folder}: {media}. {choice.model_name}{size}, on {card}"
+    if setup.memory:
+        card = f"a card of {setup.memory:.0f} GiB"
+    media = _count_media(setup.media)
+    return f"{setup.options.folder}: {media}. {setup.model_name}{size}, on {card}"
 
 
 def _count_media(media: Sequence[Media]) -> str:
@@ -539,100 +544,102 @@ def _count_media(media: Sequence[Media]) -> str:
     return " and ".join(texts)
 
 
-def _describe_model(choice: describing.Choice) -> str:
+def _describe_model(setup: describing.RunSetup) -> str:
     """Return a line about what the model generates, its download size, and whether it fits the card."""
-    model = choice.model
-    existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
+    model = setup.model
+    existing = {f"--{name}" for name, path in setup.model_files.items() if Path(path).exists()}
     missing = [part for part in model.components if part.option and part.option not in existing]
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
-    outputs = describe_makes(model, choice.model_info)
-    summary = f"{choice.model_name} makes {outputs}; {download}"
-    if choice.kind is FULL:  # other lines report the memory
-        free = gigabytes(free_bytes(choice.folder))
-        slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
-        return f"{summary}{slow}. {free} are free on the disk of {choice.folder}"
-    subject = "Its transformer: " if choice.memory else ""
-    return f"{summary}. {subject}{describe_fit(model, choice.memory)}"
+    outputs = describe_makes(model, setup.model_info)
+    summary = f"{setup.model_name} makes {outputs}; {download}"
+    if setup.kind is FULL:  # other lines report the memory
+        free = gigabytes(free_bytes(setup.folder))
+        slow = "" if setup.memory else f". {describe_fit(model, setup.memory)}"
+        return f"{summary}{slow}. {free} are free on the disk of {setup.folder}"
+    subject = "Its transformer: " if setup.memory else ""
+    return f"{summary}. {subject}{describe_fit(model, setup.memory)}"
 
 
-def _describe_lengths(choice: describing.Choice) -> list[str]:
+def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     """Return lines about clips that are too short, and about images that the model does not use."""
-    model = choice.model
-    frames = choice.frames
-    clips = [item for item in choice.media if item.is_clip]
+    model = setup.model
+    frames = setup.frames
+    clips = [item for item in setup.media if item.is_clip]
     lines = []
     timed = [clip for clip in clips if frames > 1 and clip.seconds is not None]
     short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
     if short:
-        fps = model.data.get("fps")
+        fps = model.properties.get("fps")
         lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
         learned = "which learns their first frame"
         if not describing.learns_stills_of_clips(model):
             minimum = describing.shortest_clip(model)
-            learned = f"which learns nothing of less than {minimum} frames (at {model.data['fps']} a second)"
+            learned = (
+                f"which learns nothing of less than {minimum} frames (at {model.properties['fps']} a second)"
+            )
         lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
-    images = [item.path for item in choice.media if item.kind == "image"]
-    if images and model.data.get("from_image"):
+    images = [item.path for item in setup.media if item.kind == "image"]
+    if images and model.properties.get("from_image"):
         lines.append(warning(f"{name_some(images)}: pictures, of which this model learns nothing"))
     return lines
 
 
-def _find_bare(choice: describing.Choice) -> list[Path]:
+def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
     """Return the media that `run` would refuse: no caption, trigger word or class in the folder name."""
-    if choice.trigger:
+    if setup.trigger_word:
         return []
-    content = choice.content
-    lacking = [item.path for item in choice.media if item.caption is None]
-    unnamed = [path for path in lacking if path.parent not in content.names]
-    return [path for path in unnamed if path not in content.bad_captions]
+    content = setup.content
+    lacking = [item.path for item in setup.media if item.caption is None]
+    unnamed = [path for path in lacking if path.parent not in content.parsed_folder_names]
+    return [path for path in unnamed if path not in content.undecodable_captions]
 
 
-def _describe_captions(choice: describing.Choice) -> list[str]:
+def _describe_captions(setup: describing.RunSetup) -> list[str]:
     """Return lines about media without captions: their substitute, or two ways to get captions."""
-    trigger = choice.trigger
-    suffix = choice.content.captions
-    uncaptioned = _find_bare(choice)
+    trigger = setup.trigger_word
+    suffix = setup.content.caption_suffix
+    uncaptioned = _find_uncaptioned_media(setup)
     lines = []
-    empty = [item.path for item in choice.media if item.caption == ""]
+    empty = [item.path for item in setup.media if item.caption == ""]
     if empty:
         noun = "an empty caption" if len(empty) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
         lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
-    by_trigger = _find_replaced_by_trigger(choice, uncaptioned)
+    by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
     if by_trigger:
         names = name_some(by_trigger)
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:
-        captioning_argv = make_caption_argv([shlex.split(choice.model.commands["latents"])])
+        captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
         problem = (
             f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
             f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the "
-            f"folder {choice.folder}:"
+            f"folder {setup.folder}:"
         )
         lines += [
             KindLine(CAPTIONS, problem),
-            f"  {typed_in(captioning_argv, choice.folder)}",
+            f"  {typed_in(captioning_argv, setup.folder)}",
             KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
-            f"  {_describe_again(choice, trigger_word='WORD')}",
+            f"  {_describe_again(setup, trigger_word='WORD')}",
         ]
     return lines
 
 
-def _describe_tags(choice: describing.Choice) -> list[str]:
+def _describe_tags(setup: describing.RunSetup) -> list[str]:
     """Return lines about captions that are lists of tags, and how they are treated."""
-    tags = choice.tags or find_tags(_texts_of(choice.content))
+    tags = setup.tags or find_tags(_texts_of(setup.content))
     if tags is None:
         return []
     count = format_count(len(tags.lists), "caption")
     example = ", ".join(tags.lists[0][:3])
     found_text = f"{count}: lists of tags ({example}, ...)"
-    if choice.tags is None:
-        return [f"{found_text}, learned as they stand: {choice.model_name} was trained on sentences"]
-    keys = tags.make_keys(choice.trigger)
+    if setup.tags is None:
+        return [f"{found_text}, learned as they stand: {setup.model_name} was trained on sentences"]
+    keys = tags.make_keys(setup.trigger_word)
     kept_text = ""
     if "keep_tokens_separator" in keys:
         kept_text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
@@ -640,9 +647,9 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         kept_text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
     wildcard_text = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
     # "" if the model was trained on sentences, but many models derived from it were trained on tags
-    knows_tags = bool(choice.model.data["tags"])
+    knows_tags = bool(setup.model.properties["tags"])
     reader = (
-        f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
+        f"{setup.model_name} reads" if knows_tags else f"Models made from {setup.model_name} on tags read"
     )
     lines = [
         f"{found_text}. {reader} such lists, so they are in another order each time "
@@ -653,36 +660,36 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
     lines += [
         f"{tags.joined}: {'the model' if knows_tags else 'such a model'}'s own tags have blanks "
         f"({as_words(tags.joined)}). To write yours so (the "
-        f"old captions are kept as .bak), in the folder {choice.folder}:",
-        f"  {typed_in(write_blanks(tags), choice.folder)}",
+        f"old captions are kept as .bak), in the folder {setup.folder}:",
+        f"  {typed_in(write_blanks(tags), setup.folder)}",
     ]
     if tags.separator != ",":
-        lines += ["and describe it again, as its lists have commas then:", f"  {_describe_again(choice)}"]
+        lines += ["and describe it again, as its lists have commas then:", f"  {_describe_again(setup)}"]
     return lines
 
 
-def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
+def _find_replaced_by_trigger(setup: describing.RunSetup, bare: Sequence[Path]) -> list[Path]:
     """Return the media for which the trigger word replaces a missing caption.
 
     `bare` are the media that have neither a caption nor a replacement.
     """
-    content = choice.content
-    lacking = [item.path for item in choice.media if item.caption is None]
-    replaced = [path for path in lacking if path not in {*bare, *content.bad_captions}]
-    return [path for path in replaced if path.parent not in content.names]
+    content = setup.content
+    lacking = [item.path for item in setup.media if item.caption is None]
+    replaced = [path for path in lacking if path not in {*bare, *content.undecodable_captions}]
+    return [path for path in replaced if path.parent not in content.parsed_folder_names]
 
 
-def _describe_again(choice: describing.Choice, **more: str) -> str:
+def _describe_again(setup: describing.RunSetup, **more: str) -> str:
     """Return the `new` command that describes this folder again, with changed or added options.
 
     `more` are the options to change or add.
     """
-    model = choice.model
-    words = ["new", as_operand(choice.options.folder)]
+    model = setup.model
+    words = ["new", as_operand(setup.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
     # only options that differ from their defaults are written
-    default = option_values(NewOptions(folder=choice.options.folder))
-    values = option_values(choice.options) | changed
+    default = option_values(NewOptions(folder=setup.options.folder))
+    values = option_values(setup.options) | changed
     for name, value in values.items():
         if value == default[name]:
             continue

@@ -82,26 +82,32 @@ class FolderContent:
     """What `new` finds in a folder; `lines` report which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
-    names: dict[Path, FolderName] = field(default_factory=dict)  # folder names with a meaning to trainers
-    listed: ListedCaptions = field(default_factory=ListedCaptions)
+    parsed_folder_names: dict[Path, FolderName] = field(
+        default_factory=dict
+    )  # folder names with a meaning to trainers
+    listed_captions: ListedCaptions = field(default_factory=ListedCaptions)
     # files that `new` writes: captions from lists, and the first frames of clips
     new_captions: dict[Path, str] = field(default_factory=dict)
-    other_captions: list[Path] = field(default_factory=list)  # files whose caption file and list differ
-    bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
-    unreadable: list[Path] = field(default_factory=list)  # clips and images
+    conflicting_captions: list[Path] = field(default_factory=list)  # files whose caption file and list differ
+    undecodable_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
+    unreadable_media: list[Path] = field(default_factory=list)  # clips and images
     first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
-    repeats: dict[Path, int] = field(default_factory=dict)  # folder -> how often its files are repeated
-    regularization: list[Path] = field(default_factory=list)  # folders of regularization images to train on
-    masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> folder of its masks
+    repeats_by_folder: dict[Path, int] = field(
+        default_factory=dict
+    )  # folder -> how often its files are repeated
+    regularization_folders: list[Path] = field(
+        default_factory=list
+    )  # folders of regularization images to train on
+    mask_folders: dict[Path, Path] = field(default_factory=dict)  # folder of media -> folder of its masks
     # folder of images -> folder of their references
-    references: dict[Path, Path] = field(default_factory=dict)
-    controls: dict[Path, Path] = field(
+    reference_folders: dict[Path, Path] = field(default_factory=dict)
+    control_folders: dict[Path, Path] = field(
         default_factory=dict
     )  # folder of images -> folder of its control images
     # layers of an image, from back to front
-    layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    captions: str = CAPTIONS  # suffix of caption files
+    layers_by_image: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
+    report_lines: list[str] = field(default_factory=list)
+    caption_suffix: str = CAPTIONS  # suffix of caption files
 
 
 @dataclass
@@ -109,8 +115,8 @@ class SortedFolders:
     """Subfolders of the dataset folder, grouped by use."""
 
     training_folders: list[Path]  # the folder itself comes first
-    sources: list[Path]  # folders of references, the sources of edited images
-    regularization: dict[Path, str]  # folder -> why it seems to have regularization images
+    reference_folders: list[Path]  # folders of references, the sources of edited images
+    regularization_reasons: dict[Path, str]  # folder -> why it seems to have regularization images
 
 
 def collect_content(
@@ -141,29 +147,29 @@ def collect_content(
             training needs.
     """
     content = FolderContent()
-    content.masks = read_kept_masks(folder)
+    content.mask_folders = read_mask_folders(folder)
     folders_by_use = _sort_folders(folder, content)
-    content.captions = _find_captions(folders_by_use.training_folders)
-    for subfolder, reason in folders_by_use.regularization.items():
-        content.lines += _describe_regularising(
+    content.caption_suffix = _find_captions(folders_by_use.training_folders)
+    for subfolder, reason in folders_by_use.regularization_reasons.items():
+        content.report_lines += _describe_regularising(
             subfolder, reason, content=content, model_info=model_info, kind=kind
         )
-    content.lines += _describe_names(folders_by_use.training_folders, content.names)
+    content.report_lines += _describe_names(folders_by_use.training_folders, content.parsed_folder_names)
     audios = _collect_media(folder, folders_by_use, content, model_info)
-    if kind.sees_controls:
+    if kind.uses_control_images:
         _leave_out_clips(content, kind)
     # an image model trains on the first frames of clips
-    elif not model_info.learns_clips:
+    elif not model_info.trains_on_clips:
         _take_first_frames(folder, content, name)
-    if model_info.references:
+    if model_info.max_references:
         _find_references(folder, folders_by_use, content)
-    elif kind.sees_controls:
+    elif kind.uses_control_images:
         _find_controls(folder, folders_by_use, content, kind)
     else:
         pairs = _describe_control_pairs(
             folder, folders_by_use, media=content.media, kind=kind, control_kind=control_kind
         )
-        content.lines += [
+        content.report_lines += [
             *pairs.values(),
             *_describe_unused_sources(folders_by_use, name, edits, described=pairs),
         ]
@@ -177,9 +183,9 @@ def collect_content(
         has_audios=bool(audios),
         kind=kind,
     )
-    if model_info.references:
-        content.lines += _describe_numbered(content.media)
-    content.lines += _describe_odd(content, model_info)
+    if model_info.max_references:
+        content.report_lines += _describe_numbered(content.media)
+    content.report_lines += _describe_unsuitable_media(content, model_info)
     return content
 
 
@@ -196,22 +202,24 @@ def _collect_media(
         for training_folder in folders_by_use.training_folders
     }
     # before the media, whose captions may stand in these lists
-    content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
-    start = len(content.lines)
+    content.listed_captions = read_lists(files, {*WRITTEN, CHECK_PAGE})
+    start = len(content.report_lines)
     audios: list[Path] = []
     for training_folder in folders_by_use.training_folders:
         audios += _list_media(folder, training_folder, content, model_info)
         if training_folder != folder:
-            content.lines += _describe_deep(_list_unsorted_folders(training_folder, folders_by_use))
+            content.report_lines += _describe_too_deep_media(
+                _list_unsorted_folders(training_folder, folders_by_use)
+            )
     _add_audios(content, audios, model_info)
     # only now is it known which captions were used; inserted before the lines about files
-    content.lines[start:start] = _describe_lists(content)
+    content.report_lines[start:start] = _describe_lists(content)
     return audios
 
 
 def _list_unsorted_folders(place: Path, folders_by_use: SortedFolders) -> list[Path]:
     """Return subfolders that are not used for training, regularization or references."""
-    sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization}
+    sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization_reasons}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
 
@@ -242,7 +250,7 @@ def _describe_control_pairs(
     absolute = folder.absolute()
     neighbors = [source for source in _sources_in(absolute.parent) if source != absolute]
     # folder of control images -> images of this folder that it may belong to
-    images_of_source = dict.fromkeys([*folders_by_use.sources, *neighbors], images)
+    images_of_source = dict.fromkeys([*folders_by_use.reference_folders, *neighbors], images)
     for training_folder in folders_by_use.training_folders[1:]:  # without the media folder itself
         inner_images = [path for path in images if path.parent == training_folder]
         images_of_source |= dict.fromkeys(_sources_in(training_folder), inner_images)
@@ -273,7 +281,7 @@ def _describe_unused_sources(
             f"{subfolder}: left out. A folder of this name holds what pictures are made from, and {name} "
             f"does not edit{edits}. If it is to be learned, rename it"
         )
-        for subfolder in (*folders_by_use.sources, *inner_sources)
+        for subfolder in (*folders_by_use.reference_folders, *inner_sources)
         if subfolder not in described and _media_in(subfolder)
     ]
 
@@ -293,18 +301,18 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]
-    folders_by_use = SortedFolders(training_folders=[], sources=[], regularization={})
+    folders_by_use = SortedFolders(training_folders=[], reference_folders=[], regularization_reasons={})
     for subfolder in _folders(folder):
         # a link to a parent folder would be searched without end
         if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
         kind = subfolder.name.lower()
         if REFERENCES.fullmatch(kind):
-            folders_by_use.sources.append(subfolder)
-        elif kind in MASK_FOLDERS and real_path(subfolder) in content.masks.values():
-            content.lines.append(f"{subfolder}: learned by its masks")
+            folders_by_use.reference_folders.append(subfolder)
+        elif kind in MASK_FOLDERS and real_path(subfolder) in content.mask_folders.values():
+            content.report_lines.append(f"{subfolder}: learned by its masks")
         elif kind in MASK_FOLDERS:
-            content.lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
+            content.report_lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
         elif kind not in OWN_FOLDERS:
             candidates.append(subfolder)
             # sd-scripts' layout: folders such as img/10_cat class
@@ -312,25 +320,25 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         # a folder named like one that runs write; `new` itself fills FIRST_FRAMES
         elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
             text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
-            content.lines.append(warning(text))
+            content.report_lines.append(warning(text))
     for subfolder in candidates:
         name = _name_of(subfolder)
         if name is not None:
-            content.names[subfolder] = name
+            content.parsed_folder_names[subfolder] = name
     for subfolder in candidates:
-        reason = _why_regularization(subfolder, folder, content.names)
+        reason = _why_regularization(subfolder, folder, content.parsed_folder_names)
         if reason is None:
             folders_by_use.training_folders.append(subfolder)
         else:
-            folders_by_use.regularization[subfolder] = reason
-    folders_by_use.regularization |= _find_outer_regularising(folder, content)
+            folders_by_use.regularization_reasons[subfolder] = reason
+    folders_by_use.regularization_reasons |= _find_outer_regularising(folder, content)
     return folders_by_use
 
 
 def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
     """Return folders of regularization images next to `folder`, if its subfolders follow kohya's naming."""
     # only kohya's layout has such a neighbor: img/10_cat next to reg/1_cat
-    if not content.names or _name_of(folder) is not None:
+    if not content.parsed_folder_names or _name_of(folder) is not None:
         return {}
     outer: dict[Path, str] = {}
     real_folder = real_path(folder)
@@ -341,7 +349,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
         for inner in _folders(neighbor):
             name = _name_of(inner)
             if name is not None:
-                content.names[inner] = name  # its class, such as cat of 1_cat
+                content.parsed_folder_names[inner] = name  # its class, such as cat of 1_cat
                 outer[inner] = reason
     return outer
 
@@ -358,24 +366,24 @@ def _describe_regularising(
     if not images:
         return []
     rename = "If they are to be learned as others, rename the folder"
-    if kind.sees_controls or kind.learns_word:
+    if kind.uses_control_images or kind.trains_embedding:
         text = f"{subfolder}: left out, as {reason}, and {kind.title} learns nothing from such. {rename}"
         return [warning(text)]
-    if not model_info.regularises:
+    if not model_info.supports_regularization:
         text = (
             f"{subfolder}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
             f"takes them (docs/image_datasets.md). {rename}"
         )
         return [warning(text)]
-    class_name = content.names.get(subfolder)
-    uncaptioned = [path for path in images if not caption_path(path, content.captions).exists()]
+    class_name = content.parsed_folder_names.get(subfolder)
+    uncaptioned = [path for path in images if not caption_path(path, content.caption_suffix).exists()]
     if uncaptioned and class_name is None:
         text = (
             f"{subfolder}: left out: {name_some(uncaptioned)}: regularization pictures without a caption, in "
             "a folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
         )
         return [warning(text)]
-    content.regularization.append(subfolder)
+    content.regularization_folders.append(subfolder)
     # the line that says how the folder is used
     count = format_count(len(images), "regularization picture")
     caption = ""
@@ -482,7 +490,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
     """
     lines = []
     single_files = []  # JSON files about one file each share a line
-    for path, count in content.listed.lists.items():
+    for path, count in content.listed_captions.lists.items():
         if path.suffix.lower() == ".json" and count == 1:
             single_files.append(path)
         else:
@@ -493,15 +501,15 @@ def _describe_lists(content: FolderContent) -> list[str]:
     # captions from lists are copied into caption files
     if lines and content.new_captions:
         count = len(content.new_captions)
-        lines[-1] += f". {count} are written into {content.captions} files, which count from now on"
-    if content.other_captions:
-        names = name_some(content.other_captions)
-        text = f"{names}: the {content.captions} file says something else than the list, and counts"
+        lines[-1] += f". {count} are written into {content.caption_suffix} files, which count from now on"
+    if content.conflicting_captions:
+        names = name_some(content.conflicting_captions)
+        text = f"{names}: the {content.caption_suffix} file says something else than the list, and counts"
         lines.append(warning(text))
-    return [*lines, *content.listed.lines]
+    return [*lines, *content.listed_captions.lines]
 
 
-def _describe_deep(folders: Sequence[Path]) -> list[str]:
+def _describe_too_deep_media(folders: Sequence[Path]) -> list[str]:
     """Warn about media in subfolders of subfolders, which `new` does not search."""
     lines = []
     waiting = list(folders)
@@ -526,7 +534,7 @@ def _list_media(folder: Path, subfolder: Path, content: FolderContent, model_inf
     try:
         paths = sorted(subfolder.iterdir())
     except OSError as error:
-        content.lines.append(warning(f"{subfolder}: left out, it cannot be listed ({error.strerror})"))
+        content.report_lines.append(warning(f"{subfolder}: left out, it cannot be listed ({error.strerror})"))
         return []
     suffixes = _media_suffixes()
     media: list[Path] = []
@@ -542,18 +550,18 @@ def _list_media(folder: Path, subfolder: Path, content: FolderContent, model_inf
             media.append(path)
         else:
             other_files.setdefault(suffix, []).append(path)
-    if model_info.learns_layers:
+    if model_info.trains_on_layers:
         media = _take_layers(media, content)
     _add_media(media, content, model_info)
-    content.lines += _describe_labels(folder, subfolder, labels, content)
+    content.report_lines += _describe_labels(folder, subfolder, labels, content)
     audios = [path for suffix in AUDIO_SUFFIXES for path in other_files.get(suffix, [])]
     # also folders and hidden files with a media suffix, so that their captions are not reported as unused
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
-    content.lines += _describe_other_files(other_files, [*with_captions, *audios], content)
+    content.report_lines += _describe_other_files(other_files, [*with_captions, *audios], content)
     return sorted(audios)
 
 
-def read_kept_masks(folder: Path) -> dict[Path, Path]:
+def read_mask_folders(folder: Path) -> dict[Path, Path]:
     """Map each media folder that has masks to its folder of masks.
 
     A dataset.toml names the folders of masks. Without it, they are the folders in which this program has
@@ -603,7 +611,7 @@ def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: 
     """Return lines about masks and conditioning images that OneTrainer stores next to images."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
-    if masks and content.masks.get(real_path(place)) != real_path(place):
+    if masks and content.mask_folders.get(real_path(place)) != real_path(place):
         lines.append(warning(f"{name_some(masks)}: {_explain_masks(folder, place)}"))
     conditions = [path for path in paths if path not in masks]
     if conditions:
@@ -634,26 +642,28 @@ def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None
     """Add a line about caption files that are not UTF-8, if there are any."""
     if encodings:
         more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
-        content.lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
+        content.report_lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
 
 
 def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
     """Return the images that have layers; add a line about images without layers."""
-    layers = group_layers(paths, content.captions)
+    layers = group_layers(paths, content.caption_suffix)
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
         example = f"{alone[0].stem}_1.png"
-        content.lines.append(warning(f"{name_some(alone)}: left out, without layers, such as {example}"))
+        content.report_lines.append(
+            warning(f"{name_some(alone)}: left out, without layers, such as {example}")
+        )
     of_images = {path: of_path for path, of_path in layers.items() if of_path}
-    content.layers |= of_images
+    content.layers_by_image |= of_images
     return list(of_images)
 
 
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
     """Record a media file that cannot be read."""
-    content.lines.append(fault(f"left out: {error}"))
+    content.report_lines.append(fault(f"left out: {error}"))
     if path.is_file():  # runs ignore broken links
-        content.unreadable.append(path)
+        content.unreadable_media.append(path)
 
 
 def _describe_other_files(
@@ -663,20 +673,20 @@ def _describe_other_files(
 
     `other_files` holds all files except media, by suffix. `media` are the files that captions may belong to.
     """
-    owned_captions = {caption_path(path, content.captions) for path in media}
+    owned_captions = {caption_path(path, content.caption_suffix) for path in media}
     stems = {path.stem for path in media}
-    used_files = {*content.listed.paths, *media}  # lists of captions are read, too
+    used_files = {*content.listed_captions.paths, *media}  # lists of captions are read, too
     lines = []
     for suffix, paths in other_files.items():
-        if suffix == content.captions.lower():
+        if suffix == content.caption_suffix.lower():
             ownerless = [path for path in paths if path not in owned_captions]
             if ownerless:
                 owners = CaptionOwners(path.name for path in media)
-                lines.append(warning(_describe_ownerless(ownerless, content.captions, owners)))
+                lines.append(warning(_describe_ownerless(ownerless, content.caption_suffix, owners)))
             continue
         unread = [path for path in paths if path not in used_files]
         if unread:
-            reason = _why_left_out(unread, stems, content.captions)
+            reason = _why_left_out(unread, stems, content.caption_suffix)
             lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
     return lines
 
@@ -706,13 +716,13 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
 
 def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "ModelInfo") -> None:
     """Use audio files as media if there are no others and the model allows it; else report them."""
-    if model_info.pairs_audios:  # such an audio file is used with its clip
+    if model_info.reads_separate_audio:  # such an audio file is used with its clip
         audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
     if not audios:
         return
-    if content.media or not model_info.learns_audios:
+    if content.media or not model_info.trains_on_audio_alone:
         text = f"{name_some(audios)}: left out, this kind is not read; {AUDIO_HELP}"
-        content.lines.append(warning(text))
+        content.report_lines.append(warning(text))
         return
     encodings: list[str] = []
     for path in audios:
@@ -733,7 +743,7 @@ def _measure(path: Path, content: FolderContent, model_info: "ModelInfo", encodi
         MediaError: If the file cannot be read.
     """
     caption = _find_caption(path, content, encodings)
-    is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (model_info.learns_clips and is_animation(path))
+    is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (model_info.trains_on_clips and is_animation(path))
     if not is_moving:
         return Media(path, "image", image_size(path), seconds=None, caption=caption)
     info = source_info(path)
@@ -746,13 +756,13 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
 
     If the caption file is not UTF-8, a line about it is appended to `encodings`.
     """
-    caption_file = caption_path(path, content.captions)
+    caption_file = caption_path(path, content.caption_suffix)
     try:
         file = read_caption_file(caption_file)
     except DatasetError:  # not a text; the check of the written files reports it
-        content.bad_captions.add(path)
+        content.undecodable_captions.add(path)
         return None
-    listed_text = content.listed.by_path.get(path)
+    listed_text = content.listed_captions.by_path.get(path)
     if file is None:
         if listed_text is None:
             return None
@@ -763,7 +773,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
         encodings.append(describe_encoding(caption_file, file.text, file.encoding))
     if listed_text is not None and listed_text != file.text:
         # the caption file has precedence over the list
-        content.other_captions.append(path)
+        content.conflicting_captions.append(path)
     return " ".join(file.text.split())
 
 
@@ -781,7 +791,7 @@ def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
     content.media = [item for item in content.media if not item.is_clip] + images
     if images:
         names = name_some(list(content.first_frames.values()))
-        content.lines.append(
+        content.report_lines.append(
             f"{names}: {name} learns pictures alone. The first frame of each clip is written as a picture "
             f"with its caption into {folder / FIRST_FRAMES}"
         )
@@ -792,18 +802,18 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
     try:
         height, width, _ = first_frame(clip.path).shape
     except MediaError as error:
-        content.lines.append(fault(f"left out: {error}"))
+        content.report_lines.append(fault(f"left out: {error}"))
         return None
-    if clip.path in content.bad_captions:
+    if clip.path in content.undecodable_captions:
         text = f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8"
-        content.lines.append(fault(text))
+        content.report_lines.append(fault(text))
         return None
     target = _first_frame_path(folder, content, clip.path)
     content.first_frames[target] = clip.path
     if clip.caption is not None:
         _move_caption(content, clip.path, target, clip.caption)
-    if clip.path.parent in content.names:
-        content.names[target.parent] = content.names[clip.path.parent]
+    if clip.path.parent in content.parsed_folder_names:
+        content.parsed_folder_names[target.parent] = content.parsed_folder_names[clip.path.parent]
     return Media(target, "image", (width, height), seconds=None, caption=clip.caption)
 
 
@@ -818,28 +828,28 @@ def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
     """Assign a clip's caption to its first frame, which replaces the clip."""
-    content.new_captions.pop(caption_path(clip, content.captions), None)
-    content.new_captions[caption_path(picture, content.captions)] = caption
+    content.new_captions.pop(caption_path(clip, content.caption_suffix), None)
+    content.new_captions[caption_path(picture, content.caption_suffix)] = caption
 
 
 def _find_references(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
     """Find the folder of references for each training folder: inside it, or next to it."""
     for training_folder in folders_by_use.training_folders:
         _find_references_of(training_folder, _list_sources(training_folder, folder, folders_by_use), content)
-    for source in folders_by_use.sources:
-        if source not in content.references.values() and _media_in(source):
+    for source in folders_by_use.reference_folders:
+        if source not in content.reference_folders.values() and _media_in(source):
             text = f"{source}: left out. No file there has the name of a picture next to it"
-            content.lines.append(warning(text))
+            content.report_lines.append(warning(text))
 
 
 def _list_sources(place: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
     """Return folders that may hold a training folder's references: inside it, next to it or its parent."""
     absolute = folder.absolute()
     outer_sources = []
-    if not folders_by_use.sources:
+    if not folders_by_use.reference_folders:
         outer_sources = [source for source in _sources_in(absolute.parent) if source != absolute]
     inner_sources = [] if place == folder else _sources_in(place)
-    return [*inner_sources, *folders_by_use.sources, *outer_sources]
+    return [*inner_sources, *folders_by_use.reference_folders, *outer_sources]
 
 
 def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
@@ -886,20 +896,20 @@ def _find_controls(
     For kinds of runs whose images are their own control images, the image folder itself is used.
     """
     for training_folder in folders_by_use.training_folders:
-        if kind.controls_are_images:
-            content.controls[training_folder] = training_folder
+        if kind.inpaints_images:
+            content.control_folders[training_folder] = training_folder
             continue
         images = [item.path.stem for item in content.media if item.path.parent == training_folder]
         for source in _list_sources(training_folder, folder, folders_by_use):
             if len(_without_reference(source, images)) < len(images):
-                content.controls[training_folder] = source
+                content.control_folders[training_folder] = source
                 break
-    for source in folders_by_use.sources:
-        if source not in content.controls.values() and _media_in(source):
+    for source in folders_by_use.reference_folders:
+        if source not in content.control_folders.values() and _media_in(source):
             why = "No file there has the name of a picture next to it"
-            if kind.controls_are_images:
+            if kind.inpaints_images:
                 why = f"{kind.title} learns from the pictures themselves"
-            content.lines.append(warning(f"{source}: left out. {why}"))
+            content.report_lines.append(warning(f"{source}: left out. {why}"))
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
@@ -910,7 +920,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
         text = f"{name_some(clips)}: left out, as {kind.title} learns pictures alone"
-        content.lines.append(warning(text))
+        content.report_lines.append(warning(text))
     content.media = [item for item in content.media if not item.is_clip]
 
 
@@ -925,11 +935,11 @@ def _find_references_of(image_folder: Path, sources: Sequence[Path], content: Fo
         without = _without_reference(source, images)
         if len(without) == len(images):
             continue
-        content.references[image_folder] = source
-        content.lines += _describe_unused(image_folder, source, content.media)
+        content.reference_folders[image_folder] = source
+        content.report_lines += _describe_unused(image_folder, source, content.media)
         if without:
             text = f"{len(without)} of {len(images)} pictures have no reference in {source}"
-            content.lines.append(f"{image_folder}: {text}, such as {without[0]}: learned without one")
+            content.report_lines.append(f"{image_folder}: {text}, such as {without[0]}: learned without one")
         return
 
 
@@ -1019,7 +1029,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     )
 
 
-def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
+def _describe_unsuitable_media(content: FolderContent, model_info: "ModelInfo") -> list[str]:
     """Return lines about used media that may be unsuitable: few, small, transparent or silent."""
     minimum = model_info.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
@@ -1033,14 +1043,14 @@ def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
     originals = [path for path in images if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
     if transparent:
-        training_folders = "which is learned" if model_info.learns_alpha else "which is learned as white"
+        training_folders = "which is learned" if model_info.trains_on_alpha else "which is learned as white"
         lines.append(
             f"{name_some(transparent)}: transparent in part, {training_folders}; alpha_mask = true in "
             "dataset.toml leaves it out"
         )
-    if model_info.hears:
+    if model_info.trains_on_audio:
         silent = [item.path for item in visible if item.is_clip and _is_silent(item.path)]
-        if model_info.pairs_audios:
+        if model_info.reads_separate_audio:
             silent = [path for path in silent if find_audio_beside(path) is None]
         if silent:
             lines.append(f"{name_some(silent)}: without sound: only the pictures are learned")
@@ -1112,20 +1122,20 @@ def _require_media(
     use the folder. With `has_audios`, audio files lie next to the clips; `audio_directory` in
     dataset.toml adds them to the clips.
     """
-    remarks = "".join(f"\n  {line}" for line in content.lines)
+    remarks = "".join(f"\n  {line}" for line in content.report_lines)
     if not content.media:
         raise DatasetError(
             f"{folder} has no clip and no picture that can be read. Give one that has.{alone}{remarks}"
         )
-    if model_info.needs_reference and not content.references:
+    if model_info.needs_reference and not content.reference_folders:
         raise DatasetError(_layout(folder, name, content.media) + remarks)
-    if kind.sees_controls and not content.controls:
+    if kind.uses_control_images and not content.control_folders:
         raise DatasetError(
             f"{folder}: {kind.title} learns from pairs of a picture and its control picture, and no picture "
             f"has one. Put them into {folder / CONTROL_FOLDER}, under the names of the pictures. This draws "
             f"their edges: {quote_command([*DRAW_EDGES, str(folder / CONTROL_FOLDER), str(folder)])}{remarks}"
         )
-    needs_audio = model_info.hears and not model_info.pairs_audios
+    needs_audio = model_info.trains_on_audio and not model_info.reads_separate_audio
     if needs_audio and not has_audios and not any(map(_has_audio, content.media)):
         raise DatasetError(
             f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{remarks}"

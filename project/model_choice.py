@@ -51,21 +51,21 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 class ModelInfo:
     """What `new` has to know about a model, from the record of its family."""
 
-    references: int  # maximum number of reference images; 0: it does not edit
+    max_references: int  # maximum number of reference images; 0: it does not edit
     needs_reference: bool  # it requires a reference image
-    hears: bool  # it is trained on the audio of clips
-    pairs_audios: bool  # uses an audio file named like the clip; accepts silent clips
-    learns_clips: bool  # False: it is trained only on images
+    trains_on_audio: bool  # it is trained on the audio of clips
+    reads_separate_audio: bool  # uses an audio file named like the clip; accepts silent clips
+    trains_on_clips: bool  # False: it is trained only on images
     min_seconds: float  # minimum length of a clip; shorter ones are not used
-    learns_audios: bool  # it can also be trained on audio without clips
-    regularises: bool  # it supports regularization images of the class
-    learns_alpha: bool  # it is trained on the transparency of images
-    learns_layers: bool  # it is trained on images with their layers
+    trains_on_audio_alone: bool  # it can also be trained on audio without clips
+    supports_regularization: bool  # it supports regularization images of the class
+    trains_on_alpha: bool  # it is trained on the transparency of images
+    trains_on_layers: bool  # it is trained on images with their layers
     # dtype options of networks, by the kind of script (as in `options_record`) that has them
-    dtypes: Mapping[str, Sequence[str]]
+    dtype_options: Mapping[str, Sequence[str]]
     # advice to use another model or an adapter; None if undistilled, or if a training adapter is used
-    few_steps: FewSteps | None
-    contradiction: str | None  # how the name of its file contradicts the task
+    few_step_advice: FewSteps | None
+    task_contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the family's record, as for caching latents
 
 
@@ -78,7 +78,7 @@ class ModelChoice:
     remarks: list[str]  # notes about automatic choices
 
 
-def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
+def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
     """Return what `new` has to know about a model, from its family's record. Imports the family.
 
     `files` maps each option to the model's file; the files need not exist.
@@ -95,26 +95,26 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_in_latent_cache
     return ModelInfo(
-        references=references,
+        max_references=references,
         needs_reference=needs_image(model) and references > 0,
-        hears=hears,
-        pairs_audios=pairs_audios,
-        learns_clips=model.data["frames"] > 1,
-        min_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
-        learns_audios=learns_audio_alone(model),
-        regularises=bool(model.data.get("regularises")),
-        learns_alpha=_has_latents(family, "has_alpha"),
-        learns_layers=_has_latents(family, "has_layers"),
-        dtypes=_select_dtype_options(model),
-        few_steps=None if model.has_adapter else _few_steps(family, model, dits),
-        contradiction=_find_contradiction(family, model, dits),
+        trains_on_audio=hears,
+        reads_separate_audio=pairs_audios,
+        trains_on_clips=model.properties["frames"] > 1,
+        min_seconds=model.properties.get("least_frames", 0) / model.properties.get("fps", 1),
+        trains_on_audio_alone=learns_audio_alone(model),
+        supports_regularization=bool(model.properties.get("regularises")),
+        trains_on_alpha=_has_latents(family, "has_alpha"),
+        trains_on_layers=_has_latents(family, "has_layers"),
+        dtype_options=_select_dtype_options(model),
+        few_step_advice=None if model.has_adapter else _few_steps(family, model, dits),
+        task_contradiction=_find_contradiction(family, model, dits),
         family=family,
     )
 
 
 def learns_audio_alone(model: ModelSet) -> bool:
     """Return whether the model can be trained on audio without images."""
-    return bool(model.data.get("sound_alone"))
+    return bool(model.properties.get("sound_alone"))
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
@@ -288,15 +288,15 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
 
 def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
     """Return what a model generates, such as `clips and sound`."""
-    if facts.learns_layers:
+    if facts.trains_on_layers:
         kinds = ["layers"]
     elif facts.needs_reference:
         kinds = ["edits"]
     else:
-        kinds = ["pictures" if model.data["frames"] == 1 else "clips"]
-        if facts.references:
+        kinds = ["pictures" if model.properties["frames"] == 1 else "clips"]
+        if facts.max_references:
             kinds.append("edits")
-    if facts.hears:
+    if facts.trains_on_audio:
         kinds.append("sound")
     return " and ".join(kinds)
 
@@ -408,7 +408,7 @@ def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
         if model.has_adapter or needs_image(model):
             continue
-        if ask_family(model, paths).few_steps is None:
+        if read_model_info(model, paths).few_step_advice is None:
             to_train.append(model)
     if len(to_train) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in tasks)
@@ -516,7 +516,7 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool
         smallest = min(tasks, key=transformer_bytes)
         sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
-        kinds = dict.fromkeys(describe_makes(model, ask_family(model)) for model in tasks)
+        kinds = dict.fromkeys(describe_makes(model, read_model_info(model)) for model in tasks)
         rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
     return _table_of_fits(("family", "makes", "download"), rows, memory, is_given)
 

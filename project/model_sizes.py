@@ -50,7 +50,7 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     """
     if not memory or is_small(model, memory):
         return []
-    words = shlex.split(model.data["fp8"])
+    words = shlex.split(model.properties["fp8"])
     # the model's own options do not quantize
     if not FP8 & {*words}:
         return words
@@ -76,8 +76,8 @@ def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> 
         for other in models
         if other.family == model.family
         and transformer_bytes(other) <= transformer_bytes(model) / 2
-        and other.data.get("from_image", False) == model.data.get("from_image", False)
-        and other.data["frames"] == model.data["frames"]
+        and other.properties.get("from_image", False) == model.properties.get("from_image", False)
+        and other.properties["frames"] == model.properties["frames"]
         and needs_image(other) == needs_image(model)
     ]
 
@@ -91,14 +91,14 @@ def describe_fit(model: ModelSet, memory: float) -> str:
     left = _left_over(model, memory)
     if left <= 0:
         return say("fits in 8 bits")
-    if not model.data.get("swaps", True):
+    if not model.properties.get("swaps", True):
         return say("does not fit")
     return say("in 8 bits, %(left)s GiB in RAM", left=f"{left:.0f}")
 
 
 def _left_over(model: ModelSet, memory: float) -> float:
     """Return by how many GiB the network in 8 bits exceeds a card of `memory` GiB; below 0 if it fits."""
-    is_in_8_bits = not model.data["fp8"]  # the released file itself has 8 bits
+    is_in_8_bits = not model.properties["fp8"]  # the released file itself has 8 bits
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)
 

@@ -81,7 +81,7 @@ MODEL_FILES = KeyFile(
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return the models for which `new` can describe a folder: all except those with control clips."""
     sets = model_sets(fp8_encoders)
-    return [model for model in sets if "train" in model.commands and not model.data.get("control")]
+    return [model for model in sets if "train" in model.commands and not model.properties.get("control")]
 
 
 def times_of_steps(steps: int) -> dict[str, int]:

@@ -19,14 +19,14 @@ def use_prompts_as_captions(content: FolderContent) -> None:
     for item in content.media:
         prompt = "" if item.caption is not None else _read_prompt(content, item)
         if prompt:
-            content.new_captions[caption_path(item.path, content.captions)] = prompt
+            content.new_captions[caption_path(item.path, content.caption_suffix)] = prompt
             item = replace(item, caption=" ".join(prompt.split()))  # a caption has one line
             count += 1
         media.append(item)
     content.media = media
     if count:
-        content.lines.append(
-            f"{count} generated files: their prompts are written into {content.captions} files, as captions"
+        content.report_lines.append(
+            f"{count} generated files: their prompts are written into {content.caption_suffix} files, as captions"
         )
 
 
@@ -46,9 +46,9 @@ def balance_origins(content: FolderContent) -> None:
     fewer, more = sorted((generated, real), key=lambda counts: sum(counts.values()))
     repeats = round(sum(more.values()) / sum(fewer.values()))
     if repeats > 1:
-        content.repeats = dict.fromkeys(fewer, repeats)
+        content.repeats_by_folder = dict.fromkeys(fewer, repeats)
         kind = "the model's own" if fewer is generated else "the real ones"
-        content.lines.append(
+        content.report_lines.append(
             f"{kind} are fewer: num_repeats = {repeats} of their tables gives both kinds half of the steps"
         )
 

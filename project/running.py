@@ -444,7 +444,7 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
     if transformers and trained_name in released - transformers:
         return trained_name
     architecture = metadata.get(ARCHITECTURE, "")
-    if project.kind is not LORA and architecture.partition("/")[2] != project.kind.ending:
+    if project.kind is not LORA and architecture.partition("/")[2] != project.kind.architecture_suffix:
         return architecture
     for key, expected in project.model.items():
         if metadata.get(key, expected) != expected:

@@ -34,16 +34,16 @@ def check_run(
     """
     # a script reports one bad option at a time
     for _ in range(MAX_TURNS):
-        message = _check(script, folder, write(project.training))
+        message = _check(script, folder, write(project.training_options))
         # accepted, or it lacks a file that `run --download` or `new` will still create
         if message is None or NOT_THERE.search(message):
             return
         blamed = _find_blamed(project, message)
         if blamed is None:
             # the message is about none of the project's options
-            project.omitted.append(f"this run would not begin: {message}")
+            project.omission_lines.append(f"this run would not begin: {message}")
             return
-        project.drop(blamed, message)
+        project.remove_option(blamed, message)
 
 
 def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
@@ -71,4 +71,4 @@ def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
 def _find_blamed(project: ForeignProject, message: str) -> str | None:
     """Return the first option in an error message that the foreign project has set."""
     names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
-    return next((name for name in names if name in project.training), None)
+    return next((name for name in names if name in project.training_options), None)

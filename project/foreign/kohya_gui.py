@@ -13,9 +13,9 @@ from project.foreign.contract import (
     TRAINING,
     ForeignRun,
     KeyRule,
-    NoRun,
-    Parts,
     Program,
+    TrainedNetworks,
+    UnsupportedRun,
     integer,
     is_off,
     is_on,
@@ -29,20 +29,20 @@ _OF_UI = omitted("the form has it for its own use")
 _OF_NETWORK = omitted("network_args below [training] say it: docs/networks.md")
 _OF_LAUNCHER = omitted("`run` starts the training on one card")
 _NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
-_OF_LYCORIS = (
+_LYCORIS_KEYS = (
     *("algo", "block_size", "bypass_mode", "constrain", "decompose_both", "rank_dropout_scale"),
     *("rescaled", "train_norm", "train_on_input", "unit", "use_cp", "use_scalar", "use_tucker"),
 )
-_OF_BLOCKS = (
+_BLOCK_WEIGHT_KEYS = (
     *("block_alphas", "block_dims", "block_lr_zero_threshold", "conv_block_alphas", "conv_block_dims"),
     *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
 )
-_MULTIRES = ("multires_noise_discount", "multires_noise_iterations")
-_OFFSET = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
-_FLUX_ALONE = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
-_OF_FINE_TUNING = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
-_OF_SLIDER = ("leco_denoise_guidance_scale", "max_denoising_steps", "prompts_file")
-_OF_EMBEDDING = ("token_string", "init_word", "num_vectors_per_token")
+_MULTIRES_NOISE_KEYS = ("multires_noise_discount", "multires_noise_iterations")
+_NOISE_OFFSET_KEYS = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
+_FLUX_ONLY_KEYS = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
+_FINE_TUNING_KEYS = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
+_LECO_SLIDER_KEYS = ("leco_denoise_guidance_scale", "max_denoising_steps", "prompts_file")
+_EMBEDDING_KEYS = ("token_string", "init_word", "num_vectors_per_token")
 
 
 def _is_lllite(values: Mapping[str, Any]) -> bool:
@@ -60,9 +60,9 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return what kind of run a kohya GUI file describes, with the key that shows it; else raise NoRun."""
     # from the most specific keys to the least: LECO, LLLite, LoRA, embedding; else the whole model
     kind = values.get("LoRA_type")
-    slider = next((key for key in _OF_SLIDER if key in values), None)
+    slider = next((key for key in _LECO_SLIDER_KEYS if key in values), None)
     if slider is not None:
-        raise NoRun(
+        raise UnsupportedRun(
             f"{slider} is of LECO, a slider, and `new` does not set one up. --slider of a training script "
             "learns from two texts, without files: docs/targets.md"
         )
@@ -70,29 +70,29 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
         return ForeignRun("lllite", "lllite_cond_dim")
     if not is_off(kind):
         if "fine" in str(kind).lower():
-            raise NoRun(
+            raise UnsupportedRun(
                 f"LoRA_type = {kind} trains differences of whole layers, which no network here does; "
                 "--train whole trains the model itself"
             )
         return ForeignRun("lora", f"LoRA_type = {kind}")
-    for key in _OF_EMBEDDING:
+    for key in _EMBEDDING_KEYS:
         if not is_off(values.get(key)):
             return ForeignRun("embedding", f"{key} = {values[key]}")
     if not is_off(values.get("network_dim")):
         return ForeignRun("lora", "network_dim")
-    tuning_key = next((key for key in _OF_FINE_TUNING if key in values), None)
+    tuning_key = next((key for key in _FINE_TUNING_KEYS if key in values), None)
     return ForeignRun(
         "whole", f"no LoRA_type ({'DreamBooth' if tuning_key is None else f'fine-tuning, by {tuning_key}'})"
     )
 
 
-_OF_ONE_ENCODER = ("learning_rate_te",)
-_OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
+_ONE_ENCODER_RATE_KEYS = ("learning_rate_te",)
+_TWO_ENCODER_RATE_KEYS = ("learning_rate_te1", "learning_rate_te2")
 
 
-def _find_parts(values: Mapping[str, Any]) -> Parts:
+def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks a kohya GUI file trains, and their learning rates."""
-    full_keys = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
+    full_keys = _TWO_ENCODER_RATE_KEYS if is_on(values.get("sdxl")) else _ONE_ENCODER_RATE_KEYS
     all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *full_keys)
     keys = tuple(key for key in all_keys if key in values)
     # the program's page writes 0 for a rate that the user has not set
@@ -102,35 +102,37 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
         if not dit_rate and not text_rate:
             has_both = "unet_lr" in values and "text_encoder_lr" in values
             # two rates of 0: both networks are trained at learning_rate
-            return Parts(keys, text_rates=(None,) if has_both else ())
+            return TrainedNetworks(keys, text_encoder_rates=(None,) if has_both else ())
         text_rates = (text_rate,) if text_rate else ()
-        return Parts(keys, trains_dit=dit_rate > 0, dit_rate=dit_rate or None, text_rates=text_rates)
+        return TrainedNetworks(
+            keys, trains_dit=dit_rate > 0, dit_rate=dit_rate or None, text_encoder_rates=text_rates
+        )
     rates = [read_rate(values[name]) or 0 for name in full_keys if name in values]
     if is_on(values.get("train_text_encoder")) and not any(rates):
-        return Parts(keys, text_rates=(None,))  # the encoders are trained at learning_rate
+        return TrainedNetworks(keys, text_encoder_rates=(None,))  # the encoders are trained at learning_rate
     if is_off(values.get("train_text_encoder", True)) or not any(rates):
-        return Parts(keys, text_rates=())
-    return Parts(keys, text_rates=tuple(rates))
+        return TrainedNetworks(keys, text_encoder_rates=())
+    return TrainedNetworks(keys, text_encoder_rates=tuple(rates))
 
 
-def _find_idle(values: Mapping[str, Any]) -> set[str]:
+def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off."""
     # the program saves all fields of its page, also those of features that are off
     kind = str(values.get("LoRA_type", "")).lower()
     without_effect = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
     without_effect |= {
-        *(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)
+        *(_ONE_ENCODER_RATE_KEYS if is_on(values.get("sdxl")) else _TWO_ENCODER_RATE_KEYS)
     }  # keys of other models
     if "lycoris" not in kind:
-        without_effect |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
+        without_effect |= {*_LYCORIS_KEYS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in kind and "locon" not in kind:
         without_effect |= {"conv_dim", "conv_alpha"}
     if values.get("noise_offset_type", "Original") == "Original":
-        without_effect |= {*_MULTIRES}
+        without_effect |= {*_MULTIRES_NOISE_KEYS}
     else:
-        without_effect |= {*_OFFSET}
+        without_effect |= {*_NOISE_OFFSET_KEYS}
     if not is_on(values.get("flux1_checkbox")):
-        without_effect |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
+        without_effect |= {*_FLUX_ONLY_KEYS, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
         # it is read above, although its name starts with flux1_
         without_effect.discard("flux1_checkbox")
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
@@ -147,15 +149,15 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
 PROGRAM = Program(
     title="the GUI of kohya_ss",
     suffixes=(".json",),
-    alpha=1,
-    marks=(
+    default_alpha=1,
+    identifying_keys=(
         *("LoRA_type", "train_data_dir", "train_dir", "image_folder", "create_buckets", "no_token_padding"),
-        *_OF_SLIDER,
+        *_LECO_SLIDER_KEYS,
     ),
-    knows_options=True,
+    shares_option_names=True,
     find_run=_find_run,
-    find_parts=_find_parts,
-    find_idle=_find_idle,
+    find_trained_networks=_find_trained_networks,
+    find_ineffective_keys=_find_ineffective_keys,
     guess_model=_guess_model,
     rules={
         "output_name": rules.OUTPUT_NAME,
@@ -164,7 +166,7 @@ PROGRAM = Program(
         "network_dim": rules.RANK,
         "network_alpha": rules.ALPHA,
         **{name: KeyRule(NETWORK_ARGUMENT, name, number(-1, 1e6)) for name in _NETWORK_ARGUMENTS},
-        **dict.fromkeys((*_OF_LYCORIS, *_OF_BLOCKS, "LyCORIS_preset"), _OF_NETWORK),
+        **dict.fromkeys((*_LYCORIS_KEYS, *_BLOCK_WEIGHT_KEYS, "LyCORIS_preset"), _OF_NETWORK),
         "dora_wd": rules.DORA,
         "token_string": rules.WORD,
         "init_word": rules.INIT_WORD,
@@ -267,7 +269,7 @@ PROGRAM = Program(
         "class_prompt": omitted("the folder's name has the class"),
         "instance_prompt": KeyRule(NEW, "trigger_word", rules.WORD.read),
     },
-    models={
+    model_by_name={
         "sdxl=True": ("stable_diffusion", "xl"),
         "flux1_checkbox=True": ("flux", "dev"),
         "v2=True": ("stable_diffusion", "2.1"),

@@ -12,7 +12,7 @@ from modules.options import info_of
 from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
-from project.script_facts import AskedOption, ScriptOptions
+from project.script_facts import ScriptOption, ScriptOptions
 
 _OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # also keys of dataset tables
 
@@ -22,32 +22,32 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
 
     `chosen` are the options that `new` itself sets.
     """
-    known_names: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
-    if project.program.knows_options:
-        project.options = frozenset(known_names)
-    for key, value in project.others.items():
+    known_names: set[str] = {*script.accepted, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
+    if project.program.shares_option_names:
+        project.our_option_names = frozenset(known_names)
+    for key, value in project.keys_without_rule.items():
         if value is None or value in ("", []):
-            project.empty.append(show(key))
+            project.empty_keys.append(show(key))
             continue
         try:
             if key in SUBSET_KEYS and key not in _OF_RUN:
                 _adopt_key(project, key, value)
-            elif key in script.known:
-                _adopt_option(project, script.known[key], key=key, value=value, is_chosen=key in chosen)
-            elif key in script.refused:
-                _leave_rejected(project, key, value, script.refused[key])
+            elif key in script.accepted:
+                _adopt_option(project, script.accepted[key], key=key, value=value, is_chosen=key in chosen)
+            elif key in script.rejected:
+                _leave_rejected(project, key, value, script.rejected[key])
             else:
                 _note_unknown(project, key, value, known_names)
         except InvalidValue as error:
             allowed = SUBSET_KEYS[key].form.allowed
-            project.leave_value(key, value, str(error) or f"it has to be {allowed}")
+            project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:
-            project.leave_value(key, value, str(error))
-    project.others = {}
+            project.report_omitted_value(key, value, str(error))
+    project.keys_without_rule = {}
     # now that the script is known, a key without a rule may be similar to one of its options
-    for key in list(project.unknown):
+    for key in list(project.unknown_keys):
         if _find_ours(key, known_names) is not None:
-            project.unknown.remove(key)
+            project.unknown_keys.remove(key)
             # the value is not needed any more; True stands for one that is not off
             _note_unknown(project, key, True, known_names)
 
@@ -55,9 +55,9 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
 def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
     """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
-    project.data[key] = fact.form.read(_as_plain(value, fact.default))
+    project.general_keys[key] = fact.form.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
-    project.adopted.append(show(key))
+    project.adopted_keys.append(show(key))
 
 
 def _as_plain(value: Any, usual: Any) -> Any:
@@ -72,7 +72,7 @@ def _as_plain(value: Any, usual: Any) -> Any:
 
 
 def _adopt_option(
-    project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool
+    project: ForeignProject, option: ScriptOption, key: str, value: Any, is_chosen: bool
 ) -> None:
     """Adopt the value of an option; `is_chosen` says that `new` would otherwise set the option itself.
 
@@ -85,32 +85,32 @@ def _adopt_option(
     turns_off = option.kind == "switch" and (is_chosen or option.default is True)
     is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
     if is_empty and not turns_off:
-        project.without_effect.append(show(key))
+        project.ineffective_keys.append(show(key))
         return
     converted = option.read(value)
-    project.adopted.append(show(key))
+    project.adopted_keys.append(show(key))
     # written even if it is the default, where `new` would choose another value
     if converted != option.default or is_chosen:
-        project.training[key] = converted
+        project.training_options[key] = converted
         project.source_keys[key] = show(key)
 
 
 def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) -> None:
     if is_off(value) or str(value) in {"0", "0.0"}:
-        project.without_effect.append(show(key))
+        project.ineffective_keys.append(show(key))
     else:
-        project.leave_value(key, value, reason)
+        project.report_omitted_value(key, value, reason)
 
 
 def _note_unknown(project: ForeignProject, key: str, value: Any, known_names: Collection[str]) -> None:
     """Report a key without a rule, with our name for it if there is one."""
     ours = _find_ours(key, known_names)
     if is_off(value):
-        project.without_effect.append(show(key))
+        project.ineffective_keys.append(show(key))
     elif ours is not None:
-        project.leave(key, f"not taken; this program has it as {ours}")
+        project.report_omitted_key(key, f"not taken; this program has it as {ours}")
     else:
-        project.unknown.append(show(key))
+        project.unknown_keys.append(show(key))
 
 
 def _find_ours(key: str, known_names: Collection[str]) -> str | None:

@@ -20,19 +20,19 @@ def join_datasets(project: ForeignProject) -> None:
     """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
     for dataset in project.datasets.values():
         # None: all files are used in an epoch, each `num_repeats` times
-        if dataset.num_drawn is not None:
+        if dataset.files_per_epoch is not None:
             # for this program, the number of repeats is the number of files that it draws in an epoch
-            dataset.num_drawn = dataset.data.pop("num_repeats", None)
+            dataset.files_per_epoch = dataset.table_keys.pop("num_repeats", None)
     for dataset in project.datasets.values():
         if dataset.is_unused:
-            _leave_keys(project, dataset, dataset.data, _NOT_LEARNED)
-            if dataset.key:
-                project.folders.pop(dataset.key, None)
-                project.leave(dataset.key, _NOT_LEARNED)
+            _leave_keys(project, dataset, dataset.table_keys, _NOT_LEARNED)
+            if dataset.folder_key:
+                project.folder_by_key.pop(dataset.folder_key, None)
+                project.report_omitted_key(dataset.folder_key, _NOT_LEARNED)
     used = {
         table: dataset
         for table, dataset in project.datasets.items()
-        if not dataset.is_unused and (dataset.path is not None or dataset.data)
+        if not dataset.is_unused and (dataset.path is not None or dataset.table_keys)
     }
     project.datasets = used
     _resolve_sizes(project)
@@ -46,27 +46,27 @@ def _resolve_sizes(project: ForeignProject) -> None:
     A foreign project may list a folder as several datasets of different sizes.
     """
     largest: dict[Path | None, Size] = {}
-    with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.data]
+    with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
     for dataset in with_size:
-        size: Size = dataset.data["resolution"]
+        size: Size = dataset.table_keys["resolution"]
         known = largest.get(dataset.path, size)
         largest[dataset.path] = max(known, size, key=_count_pixels)
     for dataset in with_size:
-        if dataset.data["resolution"] != largest[dataset.path]:
+        if dataset.table_keys["resolution"] != largest[dataset.path]:
             _leave_keys(project, dataset, ["resolution"], "of several sizes of a folder the largest is taken")
-        dataset.data["resolution"] = largest[dataset.path]
+        dataset.table_keys["resolution"] = largest[dataset.path]
     if not with_size:
         return
     # if all datasets have a size, the project's general one has no effect
-    if "resolution" in project.data and len(with_size) == len(project.datasets):
+    if "resolution" in project.general_keys and len(with_size) == len(project.datasets):
         _omit_general_key(project, "resolution")
     # the size of all tables; folders that have the same one need no key of their own
-    general_size = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
+    general_size = project.general_keys.setdefault("resolution", max(largest.values(), key=_count_pixels))
     for dataset in with_size:
         # reports name the first key that gave a size
         project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
-        if dataset.data["resolution"] == general_size:
-            dataset.data.pop("resolution")
+        if dataset.table_keys["resolution"] == general_size:
+            dataset.table_keys.pop("resolution")
 
 
 def _count_pixels(size: Size) -> int:
@@ -78,29 +78,32 @@ def _move_to_general(project: ForeignProject) -> None:
     """Move the keys of the only dataset folder to [general], where they have precedence."""
     moved: set[str] = set()  # keys that an earlier dataset of the folder has set
     for dataset in project.datasets.values():
-        for name, value in dataset.data.items():
-            if name in moved and project.data[name] != value:  # the folder is listed twice
+        for name, value in dataset.table_keys.items():
+            if name in moved and project.general_keys[name] != value:  # the folder is listed twice
                 _leave_keys(
-                    project, dataset, [name], f"{name} of the same folder is {project.data[name]} already"
+                    project,
+                    dataset,
+                    [name],
+                    f"{name} of the same folder is {project.general_keys[name]} already",
                 )
                 continue
-            if name in project.data and name not in moved and project.data[name] != value:
+            if name in project.general_keys and name not in moved and project.general_keys[name] != value:
                 _omit_general_key(project, name)  # the folder's own value replaces that of all tables
             moved.add(name)
-            project.data[name] = value
+            project.general_keys[name] = value
             project.source_keys[name] = dataset.source_keys[name]
-        dataset.data = {}
+        dataset.table_keys = {}
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
     """Remove a key from the [general] table, because each folder has its own value."""
-    project.data.pop(name)
+    project.general_keys.pop(name)
     key = project.source_keys.pop(name, name)
-    project.forget(key)
-    if key in project.assumed:
-        project.assumed.pop(key)
+    project.remove_from_report(key)
+    if key in project.assumed_defaults:
+        project.assumed_defaults.pop(key)
     else:
-        project.leave(key, "the folders of its list have their own")
+        project.report_omitted_key(key, "the folders of its list have their own")
 
 
 def find_table_keys(
@@ -114,23 +117,23 @@ def find_table_keys(
     matched: list[ForeignDataset] = []
     for subfolder in described:
         dataset = _find_dataset(project, folder, subfolder)
-        keys[subfolder] = {} if dataset is None else dataset.data
+        keys[subfolder] = {} if dataset is None else dataset.table_keys
         if dataset is not None:
             matched.append(dataset)
     for dataset in project.datasets.values():
         # by identity: equal entries of the file are still separate datasets
         if not any(dataset is other for other in matched):
-            _leave_keys(project, dataset, dataset.data, _NOT_DESCRIBED)
+            _leave_keys(project, dataset, dataset.table_keys, _NOT_DESCRIBED)
     return keys
 
 
 def leave_sizes(project: ForeignProject) -> None:
     """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
     for dataset in project.datasets.values():
-        names = [name for name in dataset.data if name not in SUBSET_KEYS]
+        names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
         _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)
         for name in names:
-            dataset.data.pop(name)
+            dataset.table_keys.pop(name)
 
 
 def needs_subsets(data: Mapping[str, Any]) -> bool:
@@ -140,14 +143,14 @@ def needs_subsets(data: Mapping[str, Any]) -> bool:
 
 def _leave_keys(project: ForeignProject, place: ForeignDataset, names: Collection[str], reason: str) -> None:
     for name in names:
-        key = place.source_keys.get(name, place.key)
-        project.forget(key)
-        project.leave(key, reason)
+        key = place.source_keys.get(name, place.folder_key)
+        project.remove_from_report(key)
+        project.report_omitted_key(key, reason)
 
 
 def _find_dataset(project: ForeignProject, folder: Path, place: Path) -> ForeignDataset | None:
     """Return the dataset of a folder: by its path, otherwise the only one with its name."""
-    with_keys = [known for known in project.datasets.values() if known.path is not None and known.data]
+    with_keys = [known for known in project.datasets.values() if known.path is not None and known.table_keys]
     for known in with_keys:
         found = find_beside(project.path, str(known.path))
         if found is not None and real_path(found) == real_path(place):

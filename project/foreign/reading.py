@@ -18,7 +18,7 @@ from project.foreign import (
     onetrainer,
     simpletuner,
 )
-from project.foreign.contract import KeyRule, NoRun, Program
+from project.foreign.contract import KeyRule, Program, UnsupportedRun
 from project.foreign.naming import read_models
 from project.foreign.places import join_datasets
 from project.foreign.project import ForeignProject, find_beside, show, without_numbers
@@ -50,20 +50,20 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     """
     values = _read_values(path, "--from", "")
     program = _recognize(path, values)
-    values = program.name_keys(values)  # renames keys whose names depend on other values
+    values = program.rename_keys(values)  # renames keys whose names depend on other values
     project = ForeignProject(path, program)
-    for companion in program.companions:
+    for companion in program.companion_keys:
         name = values.get(companion)
         if isinstance(name, str) and name.strip():
             values |= _read_companion(project, companion, name)
-    project.keys = frozenset(values)  # those in the files, before defaults are added
+    project.file_keys = frozenset(values)  # those in the files, before defaults are added
     _join_units(project, program, values)
     _select_run(project, values, trains)
-    project.parts = program.find_parts(values)  # the networks to train
-    for key, value in program.usual.items():
+    project.trained_networks = program.find_trained_networks(values)  # the networks to train
+    for key, value in program.default_values.items():
         if key not in values:
             # the program's default for a missing key
-            project.assumed[key] = values[key] = value
+            project.assumed_defaults[key] = values[key] = value
     model_rules = _convert_values(project, values)
     join_datasets(project)
     read_models(project, values, model_rules)
@@ -78,7 +78,7 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
     """
     try:
         project.run = project.program.find_run(values)
-    except NoRun as error:
+    except UnsupportedRun as error:
         if trains is None:
             remedy = "Give --train lora to train a LoRA in its place"
             raise OptionError(f"--from {project.path}: {error}. {remedy}") from None
@@ -88,24 +88,24 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
     """Convert a foreign file's values, or report why not; return the rules of the keys that name a model."""
     program = project.program
-    without_effect = program.find_idle(values)
+    without_effect = program.find_ineffective_keys(values)
     model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
-        if key in program.companions and isinstance(value, str):
+        if key in program.companion_keys and isinstance(value, str):
             continue  # the additional file was read before
-        if key in project.parts.keys:
+        if key in project.trained_networks.file_keys:
             continue  # `settle` handles these keys
         rule = find_rule(program, key)
         if key in without_effect:
-            project.without_effect.append(show(key))
+            project.ineffective_keys.append(show(key))
         elif rule is None:
             _note_unknown(project, key, value)
         elif is_empty(value):
-            project.empty.append(show(key))
+            project.empty_keys.append(show(key))
         # a default of the trainer is not reported as omitted
-        elif key in project.assumed and rule.to == contract.OMITTED:
+        elif key in project.assumed_defaults and rule.target == contract.OMITTED:
             continue
-        elif rule.to in {contract.MODEL, contract.FILE}:
+        elif rule.target in {contract.MODEL, contract.FILE}:
             model_rules[key] = rule
         else:
             convert_value(project, rule, key, value)
@@ -119,22 +119,24 @@ def is_empty(value: Any) -> bool:
 
 def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
     """Record a key that no rule covers; whether it is an option of ours is decided later."""
-    if project.program.knows_options:
-        project.others[key] = value
+    if project.program.shares_option_names:
+        project.keys_without_rule[key] = value
     elif is_empty(value):
-        project.empty.append(show(key))
+        project.empty_keys.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.without_effect.append(show(key))  # an argument of another optimizer: files list those of all
+        project.ineffective_keys.append(
+            show(key)
+        )  # an argument of another optimizer: files list those of all
     else:
-        project.unknown.append(show(key))
+        project.unknown_keys.append(show(key))
 
 
 def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
     """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
-    for key, unit_key in program.units.items():
+    for key, unit_key in program.unit_keys.items():
         if key not in values or unit_key not in values:
             continue
-        project.leave(unit_key, f"it is read with {key}")
+        project.report_omitted_key(unit_key, f"it is read with {key}")
         unit = values.pop(unit_key)
         if unit == "EPOCH":
             values[f"{key} (epochs)"] = values.pop(key)
@@ -146,7 +148,7 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
     """Return the trainer that a project file belongs to, recognized by its suffix and its keys."""
     key_patterns = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
-        if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.marks):
+        if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.identifying_keys):
             return program
     # a file of a training script needs no conversion
     if path.suffix.lower() == ".toml" and any(map(_OF_SCRIPTS.search, values)):
@@ -225,14 +227,14 @@ def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, A
     """Return the values of an additional file that a project names; {} if the file is missing."""
     path = find_beside(project.path, name)
     if path is None:
-        project.omitted.append(
+        project.omission_lines.append(
             f"{key} = {show(name)}: it is not there, nor in the folders around {project.path}"
         )
         return {}
     try:
         values = _read_values(path, f"--from: {key}", f"{key}:")
-        project.adopted.append(key)
+        project.adopted_keys.append(key)
         return values
     except OptionError as error:
-        project.omitted.append(f"{key} = {show(path)}: {error}")
+        project.omission_lines.append(f"{key} = {show(path)}: {error}")
         return {}

@@ -32,12 +32,12 @@ SAVES = 4  # number of saves over the run, because each is a whole model
 KEPT = 2  # number of saves and states kept in addition to the result
 
 
-def full_words(model: ModelSet) -> list[str]:
+def full_training_command(model: ModelSet) -> list[str]:
     """Return the script for full training of a model, and its options besides those of RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
-    return shlex.split(model.data.get("whole", default))
+    return shlex.split(model.properties.get("whole", default))
 
 
 def why_not_full(model: ModelSet, memory: float) -> str | None:
@@ -46,16 +46,16 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     If `memory` is 0, the run is on the CPU.
     """
     name = model.title
-    if not model.data["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
+    if not model.properties["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
-    words = full_words(model)
+    words = full_training_command(model)
     if not words or find_script(words[0]) is None:
         return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
     # without block swapping, all weights have to be on the card
-    if memory and not model.data.get("swaps", True) and size + FREE > memory:
+    if memory and not model.properties.get("swaps", True) and size + FREE > memory:
         return (
             f"{name} takes {size:.1f} GiB of weights and about {FREE} more, and the card has {memory:g} GiB"
         )
@@ -120,10 +120,10 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
 FULL = RunKind(
     name="whole",
     title="the whole model",
-    find_words=full_words,
-    why_not=why_not_full,
-    change=change_to_full,
+    find_training_command=full_training_command,
+    why_unsupported=why_not_full,
+    adapt_options=change_to_full,
     describe=describe_full,
     needs_bfloat16=True,
-    saves_models=True,
+    saves_large_files=True,
 )

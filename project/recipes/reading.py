@@ -235,7 +235,7 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     model = find_recipe_model(family, task)
     if train not in KIND_NAMES:
         raise ValueError(f"train = {_show(train)!r}: use {', '.join(KIND_NAMES)}")
-    argv = BY_NAME[train].find_words(model)
+    argv = BY_NAME[train].find_training_command(model)
     if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
     table = find_table(find_script(argv[0]))

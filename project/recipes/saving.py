@@ -168,7 +168,7 @@ def _select_values(
     typed: Mapping[str, str], family: str, task: str, train: str, start: Start
 ) -> dict[str, Any]:
     """Return those options of a finished run that a recipe may contain, parsed from its history."""
-    script = BY_NAME[train].find_words(find_recipe_model(family, task))[0]
+    script = BY_NAME[train].find_training_command(find_recipe_model(family, task))[0]
     table = find_table(find_script(script))
     assert table is not None, script
     # histories have all values as texts: the options of the script say how to parse them

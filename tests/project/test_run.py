@@ -466,7 +466,7 @@ TAKES = [
 
 @pytest.mark.parametrize("model", TAKES)
 def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> None:
-    data, step = model.data, model.data.get("frame_step", 4)
+    data, step = model.properties, model.properties.get("frame_step", 4)
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
 
     (copied / "control").mkdir()
