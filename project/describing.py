@@ -622,7 +622,8 @@ def _words_of(setup: RunSetup, step: str) -> list[str]:
 
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
     """Return the text of run.toml: the training options and the commands of the run."""
-    # later values replace earlier ones; `choice.training_options` is from another trainer's project or a recipe
+    # later values replace earlier ones; `setup.training_options` is from another trainer's project or a
+    # recipe
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)
     # the switch selects the kind of run on the command line, so it is not in run.toml
     # [1:]: without the name of the script

@@ -143,7 +143,7 @@ def _print_report(
     """Print what was found and chosen, and the next commands.
 
     Args:
-        choice: The chosen model, its media and all derived values.
+        setup: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
         texts: Texts of the written files.
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
@@ -406,7 +406,7 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
     report them, except for files that cannot be read.
 
     Args:
-        choice: The chosen model and its material.
+        setup: The chosen model and its material.
         dataset: Text of dataset.toml.
         remarks: Lines about oddities that do not end a run are appended to it.
     """

@@ -26,7 +26,8 @@ def use_prompts_as_captions(content: FolderContent) -> None:
     content.media = media
     if count:
         content.report_lines.append(
-            f"{count} generated files: their prompts are written into {content.caption_suffix} files, as captions"
+            f"{count} generated files: their prompts are written into {content.caption_suffix} files, as "
+            "captions"
         )
 
 

@@ -10,7 +10,7 @@ from project.foreign.project import FileEpochs, ForeignProject
 from project.new_options import NewOptions
 
 _SCHEDULES_WITHOUT_WARMUP = {"constant": "constant_with_warmup"}
-_TYPED = "--max_train_steps says otherwise"
+_OVERRIDDEN = "--max_train_steps says otherwise"
 
 
 @dataclass(frozen=True)
@@ -21,43 +21,45 @@ class Epoch:
     num_files: int
 
 
-def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
+def select_length(
+    project: ForeignProject, options: NewOptions, steps_per_epoch: int, num_files: int
+) -> NewOptions:
     """Return the options with the number of training steps that a project file asks for.
 
     A number of epochs is converted to steps. `in_epoch` is the number of steps per epoch with the
     dataset.toml that is written.
     """
-    epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
-    file_steps = _take_file_steps(project)
+    epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
+    file_steps = _read_file_steps(project)
     # settings of 0 epochs decide nothing
     epochs = [setting for setting in project.epoch_settings if setting.number]
     project.ineffective_keys += [setting.key for setting in project.epoch_settings if not setting.number]
-    if _is_typed(options):
-        _leave_length(project, epochs, file_steps, options.max_train_steps)
+    if _has_typed_steps(options):
+        _report_unused_length(project, epochs, file_steps, options.max_train_steps)
         steps = options.max_train_steps
     else:
         steps = _select_steps(project, epochs, file_steps, epoch) or options.max_train_steps
-    _resolve_periods(project, epoch)
+    _resolve_intervals(project, epoch)
     _resolve_warmup(project, steps)
     return dataclasses.replace(options, max_train_steps=steps)
 
 
-def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
+def _count_steps_per_epoch(project: ForeignProject, steps_per_epoch: int) -> int:
     """Return the steps per epoch, also if the project draws a fixed number of files from each dataset."""
-    drawn = [dataset.files_per_epoch for dataset in project.datasets.values()]
-    if drawn and all(count is not None for count in drawn):
+    files_per_epoch = [dataset.files_per_epoch for dataset in project.datasets.values()]
+    if files_per_epoch and all(count is not None for count in files_per_epoch):
         batch = project.general_keys.get("batch_size", 1) * project.training_options.get(
             "gradient_accumulation_steps", 1
         )
-        in_epoch = math.ceil(sum(count or 0 for count in drawn) / batch)
-    return max(in_epoch, 1)
+        steps_per_epoch = math.ceil(sum(count or 0 for count in files_per_epoch) / batch)
+    return max(steps_per_epoch, 1)
 
 
-def _is_typed(options: NewOptions) -> bool:
+def _has_typed_steps(options: NewOptions) -> bool:
     return options.max_train_steps != NewOptions(folder=options.folder).max_train_steps
 
 
-def _take_file_steps(project: ForeignProject) -> int | None:
+def _read_file_steps(project: ForeignProject) -> int | None:
     """Return the number of steps that a project sets; None if the number is missing or 0."""
     steps: int | None = project.new_options.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new_options:
@@ -67,14 +69,14 @@ def _take_file_steps(project: ForeignProject) -> int | None:
     return steps
 
 
-def _leave_length(
+def _report_unused_length(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
 ) -> None:
     """Report that the project's training length is not used, because another one was typed."""
     for file_epochs in epochs:
-        project.report_omitted_value(file_epochs.key, file_epochs.number, _TYPED)
+        project.report_omitted_value(file_epochs.key, file_epochs.number, _OVERRIDDEN)
     if file_steps is not None and file_steps != typed:
-        _leave_steps(project, file_steps, _TYPED)
+        _report_unused_steps(project, file_steps, _OVERRIDDEN)
 
 
 def _select_steps(
@@ -94,17 +96,20 @@ def _select_steps(
     if chosen is None:
         return file_steps
     if file_steps is not None:
-        _leave_steps(project, file_steps, reason)
+        _report_unused_steps(project, file_steps, reason)
     steps = min(chosen.number * epoch.steps, contract.MAX_STEPS)
-    source = f", as {project.title} has it" if chosen.key in project.assumed_defaults else ""
+    default_note = f", as {project.title} has it" if chosen.key in project.assumed_defaults else ""
     project.change_lines.append(
-        f"{chosen.key} = {chosen.number}{source}: max_train_steps = {steps}, with {epoch.steps} in an epoch "
+        f"{chosen.key} = {chosen.number}{default_note}: max_train_steps = {steps}, with {epoch.steps} in an "
+        "epoch "
         f"of {epoch.num_files} files here"
     )
     return steps
 
 
-def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoch: int) -> FileEpochs | None:
+def _select_epochs(
+    epochs: Sequence[FileEpochs], file_steps: int | None, steps_per_epoch: int
+) -> FileEpochs | None:
     """Return the number of epochs that decides the length; None if a number of steps does."""
     for file_epochs in epochs:
         if file_epochs.precedence == contract.FIRST:
@@ -112,12 +117,12 @@ def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoc
     if file_steps is None:
         return next(iter(epochs), None)
     for file_epochs in epochs:
-        if file_epochs.precedence == contract.SOONEST and file_epochs.number * in_epoch < file_steps:
+        if file_epochs.precedence == contract.SOONEST and file_epochs.number * steps_per_epoch < file_steps:
             return file_epochs
     return None
 
 
-def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
+def _report_unused_steps(project: ForeignProject, steps: int, reason: str) -> None:
     """Report that the project's number of steps is not used."""
     key = project.file_key_of("max_train_steps")
     project.remove_from_report(key)
@@ -125,7 +130,7 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
     project.report_omitted_value(key, steps, reason)
 
 
-def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
+def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
     """Convert a project's save and sample intervals, given in epochs or steps, to steps of this run."""
     training = project.training_options
     for name, interval in project.epoch_intervals.items():

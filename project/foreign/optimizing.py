@@ -8,12 +8,16 @@ from modules.installation import DISTRIBUTIONS
 from project.foreign.contract import OPTIMIZER_ARGUMENTS, is_off, is_on
 from project.foreign.project import ForeignProject
 
-_ON_CARDS = {"adamw8bit": "adamw", "pagedadamw8bit": "adamw", "lion8bit": "lion"}  # -> optimizer for a CPU
-_PACKAGES = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
+_CPU_OPTIMIZERS = {
+    "adamw8bit": "adamw",
+    "pagedadamw8bit": "adamw",
+    "lion8bit": "lion",
+}  # -> optimizer for a CPU
+_PACKAGE_OF_OPTIMIZER = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
 # optimizers that support only one learning rate for all parameters
 SINGLE_RATE_OPTIMIZERS = frozenset({"prodigy"})
-_OWN_RATE = "Adafactor with relative_step finds its own rate, there and here"
-_OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
+_ADAFACTOR_SETS_RATE = "Adafactor with relative_step finds its own rate, there and here"
+_ADAFACTOR_SETS_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
@@ -28,13 +32,13 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
             project.report_omitted_key(project.file_key_of(name), "no key says of which optimizer")
         project.optimizer_arguments = {}
         return
-    if not memory and optimizer in _ON_CARDS:  # on a CPU: the nearest optimizer that runs there
-        training["optimizer_type"] = _ON_CARDS[optimizer]
+    if not memory and optimizer in _CPU_OPTIMIZERS:  # on a CPU: the nearest optimizer that runs there
+        training["optimizer_type"] = _CPU_OPTIMIZERS[optimizer]
         project.report_change(
             "optimizer_type", optimizer, f"it needs a card, so it is {training['optimizer_type']} here"
         )
         optimizer = training["optimizer_type"]
-    package = _PACKAGES.get(str(optimizer))
+    package = _PACKAGE_OF_OPTIMIZER.get(str(optimizer))
     if package is not None and find_spec(package) is None:
         project.report_omitted_value(
             "optimizer_type", optimizer, f"it is not installed: pip install {DISTRIBUTIONS[package]}"
@@ -43,7 +47,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
         **project.program.default_optimizer_arguments.get(optimizer, {}),
         **_join_arguments(project, optimizer),
     }
-    _write_arguments(project, optimizer, arguments)
+    _write_optimizer_arguments(project, optimizer, arguments)
     # unless relative_step is off, Adafactor sets its learning rate itself: rates and schedules are dropped
     if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
         _omit_adafactor_rates(project)
@@ -89,7 +93,7 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
         project.ineffective_keys.append(project.file_key_of("beta2"))
 
 
-def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
+def _write_optimizer_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
     """Write the optimizer arguments that our optimizer has, and report the others."""
     known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)
     assignments = []
@@ -122,16 +126,16 @@ def _omit_adafactor_rates(project: ForeignProject) -> None:
     training = project.training_options
     for name in ("learning_rate", "unet_lr"):
         if name in training:
-            project.remove_option(name, _OWN_RATE)
+            project.remove_option(name, _ADAFACTOR_SETS_RATE)
     if training.get("lr_scheduler", "adafactor") != "adafactor":
-        project.remove_option("lr_scheduler", _OWN_RATE)
+        project.remove_option("lr_scheduler", _ADAFACTOR_SETS_RATE)
     training["lr_scheduler"] = "adafactor"
     if "lr_warmup_steps" in training:
-        project.remove_option("lr_warmup_steps", _OWN_WARMUP)
+        project.remove_option("lr_warmup_steps", _ADAFACTOR_SETS_WARMUP)
     if project.warmup_fraction is not None:
         key, share = project.warmup_fraction
         if share:
-            project.report_omitted_key(key, _OWN_WARMUP)
+            project.report_omitted_key(key, _ADAFACTOR_SETS_WARMUP)
         else:
             project.ineffective_keys.append(key)
         project.warmup_fraction = None

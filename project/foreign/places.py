@@ -25,7 +25,7 @@ def join_datasets(project: ForeignProject) -> None:
             dataset.files_per_epoch = dataset.table_keys.pop("num_repeats", None)
     for dataset in project.datasets.values():
         if dataset.is_unused:
-            _leave_keys(project, dataset, dataset.table_keys, _NOT_LEARNED)
+            _report_omitted_keys(project, dataset, dataset.table_keys, _NOT_LEARNED)
             if dataset.folder_key:
                 project.folder_by_key.pop(dataset.folder_key, None)
                 project.report_omitted_key(dataset.folder_key, _NOT_LEARNED)
@@ -35,34 +35,38 @@ def join_datasets(project: ForeignProject) -> None:
         if not dataset.is_unused and (dataset.path is not None or dataset.table_keys)
     }
     project.datasets = used
-    _resolve_sizes(project)
+    _resolve_resolutions(project)
     if len({dataset.path for dataset in used.values()}) == 1:
         _move_to_general(project)
 
 
-def _resolve_sizes(project: ForeignProject) -> None:
+def _resolve_resolutions(project: ForeignProject) -> None:
     """Reduce each folder to its largest size, and use the largest of all as size in [general].
 
     A foreign project may list a folder as several datasets of different sizes.
     """
-    largest: dict[Path | None, Size] = {}
-    with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
-    for dataset in with_size:
+    largest_by_folder: dict[Path | None, Size] = {}
+    sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
+    for dataset in sized_datasets:
         size: Size = dataset.table_keys["resolution"]
-        known = largest.get(dataset.path, size)
-        largest[dataset.path] = max(known, size, key=_count_pixels)
-    for dataset in with_size:
-        if dataset.table_keys["resolution"] != largest[dataset.path]:
-            _leave_keys(project, dataset, ["resolution"], "of several sizes of a folder the largest is taken")
-        dataset.table_keys["resolution"] = largest[dataset.path]
-    if not with_size:
+        known = largest_by_folder.get(dataset.path, size)
+        largest_by_folder[dataset.path] = max(known, size, key=_count_pixels)
+    for dataset in sized_datasets:
+        if dataset.table_keys["resolution"] != largest_by_folder[dataset.path]:
+            _report_omitted_keys(
+                project, dataset, ["resolution"], "of several sizes of a folder the largest is taken"
+            )
+        dataset.table_keys["resolution"] = largest_by_folder[dataset.path]
+    if not sized_datasets:
         return
     # if all datasets have a size, the project's general one has no effect
-    if "resolution" in project.general_keys and len(with_size) == len(project.datasets):
+    if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
         _omit_general_key(project, "resolution")
     # the size of all tables; folders that have the same one need no key of their own
-    general_size = project.general_keys.setdefault("resolution", max(largest.values(), key=_count_pixels))
-    for dataset in with_size:
+    general_size = project.general_keys.setdefault(
+        "resolution", max(largest_by_folder.values(), key=_count_pixels)
+    )
+    for dataset in sized_datasets:
         # reports name the first key that gave a size
         project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
         if dataset.table_keys["resolution"] == general_size:
@@ -80,7 +84,7 @@ def _move_to_general(project: ForeignProject) -> None:
     for dataset in project.datasets.values():
         for name, value in dataset.table_keys.items():
             if name in moved and project.general_keys[name] != value:  # the folder is listed twice
-                _leave_keys(
+                _report_omitted_keys(
                     project,
                     dataset,
                     [name],
@@ -107,7 +111,7 @@ def _omit_general_key(project: ForeignProject, name: str) -> None:
 
 
 def find_table_keys(
-    project: ForeignProject, folder: Path, described: Collection[Path]
+    project: ForeignProject, folder: Path, media_folders: Collection[Path]
 ) -> dict[Path, dict[str, Any]]:
     """Return the keys that a project has for each folder; report keys for other folders.
 
@@ -115,7 +119,7 @@ def find_table_keys(
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
-    for subfolder in described:
+    for subfolder in media_folders:
         dataset = _find_dataset(project, folder, subfolder)
         keys[subfolder] = {} if dataset is None else dataset.table_keys
         if dataset is not None:
@@ -123,7 +127,7 @@ def find_table_keys(
     for dataset in project.datasets.values():
         # by identity: equal entries of the file are still separate datasets
         if not any(dataset is other for other in matched):
-            _leave_keys(project, dataset, dataset.table_keys, _NOT_DESCRIBED)
+            _report_omitted_keys(project, dataset, dataset.table_keys, _NOT_DESCRIBED)
     return keys
 
 
@@ -131,7 +135,7 @@ def leave_sizes(project: ForeignProject) -> None:
     """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
-        _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)
+        _report_omitted_keys(project, dataset, names, _OF_ALL_SUBSETS)
         for name in names:
             dataset.table_keys.pop(name)
 
@@ -141,7 +145,9 @@ def needs_subsets(data: Mapping[str, Any]) -> bool:
     return any(name not in KEYS for name in data)
 
 
-def _leave_keys(project: ForeignProject, place: ForeignDataset, names: Collection[str], reason: str) -> None:
+def _report_omitted_keys(
+    project: ForeignProject, place: ForeignDataset, names: Collection[str], reason: str
+) -> None:
     for name in names:
         key = place.source_keys.get(name, place.folder_key)
         project.remove_from_report(key)

@@ -19,7 +19,7 @@ from project.foreign import (
     simpletuner,
 )
 from project.foreign.contract import KeyRule, Program, UnsupportedRun
-from project.foreign.naming import read_models
+from project.foreign.naming import select_model_of_project
 from project.foreign.places import join_datasets
 from project.foreign.project import ForeignProject, find_beside, show, without_numbers
 from project.foreign.taking import convert_value, find_rule
@@ -36,10 +36,12 @@ MAX_BYTES = 1 << 20  # maximum size of a file; real ones have less than a hundre
 MAX_KEYS = 5000
 MAX_DEPTH = 12
 # keys in sd-scripts' and musubi-tuner's option files, which the training scripts read themselves
-_OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$")
+_TRAINING_SCRIPT_KEYS = re.compile(
+    r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$"
+)
 
 
-def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
+def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
     """Read another trainer's project file, and translate its keys to options of ours.
 
     `trains` is the kind of run that was typed.
@@ -49,7 +51,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
             kind of run was typed.
     """
     values = _read_values(path, "--from", "")
-    program = _recognize(path, values)
+    program = _recognize_program(path, values)
     values = program.rename_keys(values)  # renames keys whose names depend on other values
     project = ForeignProject(path, program)
     for companion in program.companion_keys:
@@ -57,8 +59,8 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
         if isinstance(name, str) and name.strip():
             values |= _read_companion(project, companion, name)
     project.file_keys = frozenset(values)  # those in the files, before defaults are added
-    _join_units(project, program, values)
-    _select_run(project, values, trains)
+    _join_numbers_with_units(project, program, values)
+    _detect_run(project, values, typed_kind)
     project.trained_networks = program.find_trained_networks(values)  # the networks to train
     for key, value in program.default_values.items():
         if key not in values:
@@ -66,11 +68,11 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
             project.assumed_defaults[key] = values[key] = value
     model_rules = _convert_values(project, values)
     join_datasets(project)
-    read_models(project, values, model_rules)
+    select_model_of_project(project, values, model_rules)
     return project
 
 
-def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
+def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: str | None) -> None:
     """Set the kind of run that a foreign project describes.
 
     Raises:
@@ -79,7 +81,7 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
     try:
         project.run = project.program.find_run(values)
     except UnsupportedRun as error:
-        if trains is None:
+        if typed_kind is None:
             remedy = "Give --train lora to train a LoRA in its place"
             raise OptionError(f"--from {project.path}: {error}. {remedy}") from None
         project.run = contract.ForeignRun("", str(error))
@@ -99,7 +101,7 @@ def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[
         if key in without_effect:
             project.ineffective_keys.append(show(key))
         elif rule is None:
-            _note_unknown(project, key, value)
+            _record_key_without_rule(project, key, value)
         elif is_empty(value):
             project.empty_keys.append(show(key))
         # a default of the trainer is not reported as omitted
@@ -117,7 +119,7 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", [])
 
 
-def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
+def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> None:
     """Record a key that no rule covers; whether it is an option of ours is decided later."""
     if project.program.shares_option_names:
         project.keys_without_rule[key] = value
@@ -131,7 +133,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
         project.unknown_keys.append(show(key))
 
 
-def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
+def _join_numbers_with_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
     """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
     for key, unit_key in program.unit_keys.items():
         if key not in values or unit_key not in values:
@@ -144,14 +146,14 @@ def _join_units(project: ForeignProject, program: Program, values: dict[str, Any
             values[key] = f"{values[key]} {unit}"
 
 
-def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
+def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
     """Return the trainer that a project file belongs to, recognized by its suffix and its keys."""
     key_patterns = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
         if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.identifying_keys):
             return program
     # a file of a training script needs no conversion
-    if path.suffix.lower() == ".toml" and any(map(_OF_SCRIPTS.search, values)):
+    if path.suffix.lower() == ".toml" and any(map(_TRAINING_SCRIPT_KEYS.search, values)):
         raise OptionError(
             f"--from {path}: it looks like a file of options of sd-scripts or musubi-tuner. Give it to the "
             "training script itself as --config_file: the names of options are the same"

@@ -1,6 +1,7 @@
 """Fit another trainer's values to a model, a kind of run and its training script."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dataset.config import KEYS
@@ -40,21 +41,28 @@ class DatasetLayout(NamedTuple):
 def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions:
     """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
     default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
-    file_values = dict(project.new_options)
-    if project.run.kind not in {LORA.name, ""} and options.trains is None:
-        file_values["train"] = project.run.kind
-    if options.family not in {None, project.new_options.get("family")}:
-        task = file_values.pop("task", None)
-        if task is not None and options.task is None:  # the typed task belongs to the project's family
-            project.report_omitted_value("task", task, "--family says otherwise")
-    file_values.pop("max_train_steps", None)  # `select_length` compares it with the epochs
-    values = {}
-    for name, value in file_values.items():
-        if getattr(options, name) == getattr(default, name):
-            values[name] = value
-        elif getattr(options, name) != value:
+    completed = {}
+    for name, value in _list_project_options(project, options).items():
+        typed_value = getattr(options, name)
+        if typed_value == getattr(default, name):
+            completed[name] = value
+        elif typed_value != value:
             project.report_omitted_value(name, value, f"--{name} says otherwise")
-    return dataclasses.replace(options, **values)
+    return dataclasses.replace(options, **completed)
+
+
+def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[str, Any]:
+    """Return the options of `new` that a foreign project sets, without those of another model family."""
+    project_options = dict(project.new_options)
+    if project.run.kind not in {LORA.name, ""} and options.trains is None:
+        project_options["train"] = project.run.kind
+    if options.family not in {None, project.new_options.get("family")}:
+        # the project's task is of the project's family, and another family was typed
+        task = project_options.pop("task", None)
+        if task is not None and options.task is None:
+            project.report_omitted_value("task", task, "--family says otherwise")
+    project_options.pop("max_train_steps", None)  # `select_length` compares it with the epochs
+    return project_options
 
 
 def resolve_project(
@@ -65,10 +73,10 @@ def resolve_project(
     memory: float,
     dataset_layout: DatasetLayout,
 ) -> None:
-    """Reduce a foreign project's values to those that the run accepts, and report why others are omitted.
+    """Reduce the settings of another trainer's project to those that this run accepts, in place.
 
-    `memory` is the graphics card's memory in GiB; 0 means a CPU. `forms` says which keys dataset.toml can
-    have. "Foreign" is a project file of another trainer.
+    The project records why each of the other settings is omitted. `memory` is the graphics card's memory in
+    GiB; 0 means a CPU. `dataset_layout` says which keys dataset.toml can have.
     """
     remove_unsuitable_rates(project, kind)
     resolve_trained_networks(project, model, kind, script)
@@ -77,7 +85,7 @@ def resolve_project(
     _resolve_network(project, kind)
     if kind.saves_large_files:  # large networks, for which `new` sets Adafactor
         _adapt_adafactor_defaults(project, script)
-    project.keeps_only_latest = kind.saves_large_files  # whole models are large, so only the latest are kept
+    project.keeps_only_latest = kind.saves_large_files
     if "min_snr_gamma" in script.accepted and "min_snr_gamma" not in project.training_options:
         project.training_options["min_snr_gamma"] = None  # `new` sets it for models that predict noise
         project.change_lines.append(
@@ -86,7 +94,7 @@ def resolve_project(
     for name in list(project.training_options):
         if name not in script.accepted:
             project.remove_option(name, script.rejected.get(name, f"{script.name} has no such option"))
-    _resolve_data(project, dataset_layout)
+    _resolve_dataset_keys(project, dataset_layout)
 
 
 def _list_options_set_by_new(model: ModelSet) -> set[str]:
@@ -96,22 +104,24 @@ def _list_options_set_by_new(model: ModelSet) -> set[str]:
 
 
 def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
-    """Write the network's rank, alpha and arguments; omit them if the run trains no network of that kind."""
+    """Write rank, alpha and arguments of a LoRA; for other kinds of runs, remove them with the reason."""
     if kind is LORA:
         _omit_lora_only_settings(project)
         _write_network_arguments(project)
-        _select_alpha(project)
-    else:
-        reason = f"{kind.title} is trained"
+        _set_default_alpha(project)
+    reason = f"{kind.title} is trained"
+    if kind is not LORA:
         for name in project.network_arguments:
             project.report_omitted_key(project.source_keys[name], reason)
-        for name in _LORA_OPTIONS:
-            if name in project.training_options:
-                project.remove_option(name, reason)
+        _remove_options(project, _LORA_OPTIONS, reason)
     if not kind.trains_embedding:
-        for name in _EMBEDDING_OPTIONS:
-            if name in project.training_options:
-                project.remove_option(name, f"{kind.title} is trained")
+        _remove_options(project, _EMBEDDING_OPTIONS, reason)
+
+
+def _remove_options(project: ForeignProject, names: Iterable[str], reason: str) -> None:
+    for name in names:
+        if name in project.training_options:
+            project.remove_option(name, reason)
 
 
 def _omit_lora_only_settings(project: ForeignProject) -> None:
@@ -151,7 +161,7 @@ def _as_text(value: Any) -> str:
     return str(value) if isinstance(value, bool | str) else f"{value:g}"
 
 
-def _select_alpha(project: ForeignProject) -> None:
+def _set_default_alpha(project: ForeignProject) -> None:
     """Use the other trainer's default alpha if its file sets none."""
     rank = project.training_options.get("network_dim")
     if rank is None or "network_alpha" in project.training_options:
@@ -162,12 +172,15 @@ def _select_alpha(project: ForeignProject) -> None:
 
 
 def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
-    """Remove the Adafactor settings of full training if the project has another optimizer."""
+    """Override what `new` sets for full training with Adafactor, where the project needs other values.
+
+    `new` sets Adafactor with fused_backward_pass, its arguments, and a warm-up.
+    """
     training = project.training_options
-    # gradients of several batches cannot be applied during the backward pass
-    accumulates = training.get("gradient_accumulation_steps", 1) > 1
     optimizer = training.get("optimizer_type", "adafactor")
-    if "fused_backward_pass" in script.accepted and (optimizer != "adafactor" or accumulates):
+    accumulates_gradients = training.get("gradient_accumulation_steps", 1) > 1
+    can_fuse = optimizer == "adafactor" and not accumulates_gradients
+    if "fused_backward_pass" in script.accepted and not can_fuse:
         training["fused_backward_pass"] = False
         # without fused_backward_pass, swapped blocks cannot be updated on the card
         if "blocks_to_swap" in script.accepted:
@@ -176,42 +189,43 @@ def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) ->
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "
                 "which needs Adafactor without accumulation"
             )
-    # full training sets these for Adafactor; other optimizers use their defaults
-    if "optimizer_type" in training and optimizer != "adafactor":
+    if optimizer != "adafactor":
         training.setdefault("optimizer_args", [])
         training.setdefault("max_grad_norm", 1.0)
-    if "lr_scheduler" in training and "lr_warmup_steps" not in training and project.warmup_fraction is None:
+    has_warmup = "lr_warmup_steps" in training or project.warmup_fraction is not None
+    if "lr_scheduler" in training and not has_warmup:
         training["lr_warmup_steps"] = 0
 
 
-def _resolve_data(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
+def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
     """Remove keys that the new dataset.toml cannot have, and keys without effect."""
-    data = project.general_keys
-    # bucket sides have to be multiples of the model's step
-    steps = data.get("bucket_reso_steps", dataset_layout.side_multiple)
-    if steps % dataset_layout.side_multiple:
-        data.pop("bucket_reso_steps")
+    general_keys = project.general_keys
+    side_multiple = dataset_layout.side_multiple  # sides of buckets are multiples of it
+    steps = general_keys.get("bucket_reso_steps", side_multiple)
+    if steps % side_multiple:
+        general_keys.pop("bucket_reso_steps")
         project.remove_from_report("bucket_reso_steps")
-        project.report_omitted_value(
-            "bucket_reso_steps", steps, f"this model needs a multiple of {dataset_layout.side_multiple}"
-        )
-    for name in list(data):
+        reason = f"this model needs a multiple of {side_multiple}"
+        project.report_omitted_value("bucket_reso_steps", steps, reason)
+    may_use_subsets = dataset_layout.supports_subsets or dataset_layout.uses_subsets
+    for name in list(general_keys):
         key = project.file_key_of(name)
-        if name in SUBSET_KEYS and data[name] == SUBSET_KEYS[name].default:
-            data.pop(name)
-        # KEYS may stand in any table, other keys only in subsets
-        elif name not in KEYS and not (dataset_layout.supports_subsets or dataset_layout.uses_subsets):
-            data.pop(name)
+        needs_subsets = name not in KEYS
+        if name in SUBSET_KEYS and general_keys[name] == SUBSET_KEYS[name].default:
+            general_keys.pop(name)
+        elif needs_subsets and not may_use_subsets:
+            general_keys.pop(name)
             project.remove_from_report(key)
             project.omission_lines.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
-    # shuffling keys have no effect unless captions vary
-    without_effect = [] if VARYING_TEXTS & data.keys() else [*_SHUFFLING_KEYS]
+    ineffective_names: list[str] = []
+    if not VARYING_TEXTS & general_keys.keys():
+        ineffective_names += _SHUFFLING_KEYS
     if not dataset_layout.has_regularization:
-        without_effect.append("prior_loss_weight")
-    for name in without_effect:
-        if name in data:
-            data.pop(name)
+        ineffective_names.append("prior_loss_weight")
+    for name in ineffective_names:
+        if name in general_keys:
+            general_keys.pop(name)
             project.remove_from_report(project.file_key_of(name))
             project.ineffective_keys.append(project.file_key_of(name))

@@ -29,10 +29,10 @@ def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) 
     dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
     if rule.target == contract.OMITTED:
-        _leave(project, setting)
+        _report_omission(project, setting)
         return
     try:
-        _TAKERS[rule.target](project, setting, rule.read(value))
+        _ADOPTERS[rule.target](project, setting, rule.read(value))
     except UnsetValue:
         project.ineffective_keys.append(setting.key)
     except (UserError, ValueError, TypeError, OverflowError) as error:
@@ -74,7 +74,7 @@ def _find_table(program: Program, key: str) -> str | None:
     return None
 
 
-def _leave(project: ForeignProject, setting: FileValue) -> None:
+def _report_omission(project: ForeignProject, setting: FileValue) -> None:
     if is_off(setting.value):
         project.ineffective_keys.append(setting.key)
     else:
@@ -127,21 +127,21 @@ def _take_network_argument(project: ForeignProject, setting: FileValue, value: A
 
 
 def _take_of_new(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    _set(project, project.new_options, project.source_keys, setting, value)
+    _set_once(project, project.new_options, project.source_keys, setting, value)
 
 
 def _take_of_training(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    _set(project, project.training_options, project.source_keys, setting, value)
+    _set_once(project, project.training_options, project.source_keys, setting, value)
 
 
 def _take_of_data(project: ForeignProject, setting: FileValue, value: Any) -> None:
     if setting.dataset is None:
-        _set(project, project.general_keys, project.source_keys, setting, value)
+        _set_once(project, project.general_keys, project.source_keys, setting, value)
     else:
-        _set(project, setting.dataset.table_keys, setting.dataset.source_keys, setting, value)
+        _set_once(project, setting.dataset.table_keys, setting.dataset.source_keys, setting, value)
 
 
-_TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
+_ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
     contract.NEW: _take_of_new,
     contract.TRAINING: _take_of_training,
     contract.DATA: _take_of_data,
@@ -156,14 +156,14 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 }
 
 
-def _set(
-    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
+def _set_once(
+    project: ForeignProject, our_values: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
     """Set an option or dataset key, unless another key of the foreign file has set another value.
 
     Args:
         project: The foreign file; it notes which of its keys were taken, changed or left out.
-        target: Our options or dataset keys with their values; the new one is added.
+        our_values: Our options or dataset keys with their values; the new one is added.
         keys: Name of our option or dataset key -> the key of the foreign file that set it.
         setting: A key of the foreign file with its value, and the rule that says which name it has here.
         value: The value in our form.
@@ -172,11 +172,11 @@ def _set(
     first = keys.setdefault(name, setting.key)
     # `assumed` has defaults of the other program for missing keys: explicit values take precedence
     if first in project.assumed_defaults and setting.key not in project.assumed_defaults:
-        target.pop(name, None)
+        our_values.pop(name, None)
         keys[name] = setting.key
-    if target.setdefault(name, value) != value:
+    if our_values.setdefault(name, value) != value:
         project.report_omitted_value(
-            setting.key, setting.value, f"{name} is {target[name]} already, from another key"
+            setting.key, setting.value, f"{name} is {our_values[name]} already, from another key"
         )
     # a default of the other program is not reported as a key of the file
     elif setting.key in project.assumed_defaults:
