@@ -85,7 +85,7 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
     """
     family = _make_family_for_caching(model)
     rules = family.references
-    references = 0 if rules is None or rules.clips else rules.maximum
+    max_references = 0 if rules is None or rules.clips else rules.max_references
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     # assumed if the checkpoint, which decides for families with audio, is not there yet: `audio_of` raises
@@ -95,8 +95,8 @@ def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_in_latent_cache
     return ModelInfo(
-        max_references=references,
-        needs_reference=needs_image(model) and references > 0,
+        max_references=max_references,
+        needs_reference=needs_image(model) and max_references > 0,
         trains_on_audio=hears,
         reads_separate_audio=pairs_audios,
         trains_on_clips=model.properties["frames"] > 1,

@@ -26,8 +26,8 @@ def select_length(
 ) -> NewOptions:
     """Return the options with the number of training steps that a project file asks for.
 
-    A number of epochs is converted to steps. `in_epoch` is the number of steps per epoch with the
-    dataset.toml that is written.
+    A number of epochs is converted to steps. `steps_per_epoch` is that of the
+    dataset.toml that is written, if all of its files are used.
     """
     epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
     file_steps = _read_file_steps(project)
@@ -85,7 +85,7 @@ def _select_steps(
     """Return the training length that a project sets: its number of steps, or the steps of its epochs.
 
     `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
-    steps, None if it has none. Keys that do not decide are reported.
+    steps; None if neither is set. The keys that are not used are reported.
     """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
     deciding_key = project.file_key_of("max_train_steps") if chosen is None else chosen.key
@@ -131,29 +131,37 @@ def _report_unused_steps(project: ForeignProject, steps: int, reason: str) -> No
 
 
 def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
-    """Convert a project's save and sample intervals, given in epochs or steps, to steps of this run."""
+    """Set the intervals of saving and sampling in steps; intervals in epochs are converted."""
     training = project.training_options
-    for name, interval in project.epoch_intervals.items():
-        if not interval.number:
-            project.ineffective_keys.append(interval.key)
-        elif training.get(name):
-            project.report_omitted_value(
-                interval.key, interval.number, f"{project.source_keys[name]} says it"
-            )
-        else:
-            if name in training:  # 0 steps means never: use the interval in epochs
-                project.remove_option(name, "")
-            training[name] = min(interval.number * epoch.steps, contract.MAX_STEPS)
-            project.report_change(interval.key, interval.number, f"{name} = {training[name]}")
-    for name in ("save_every_n_steps", "sample_every_n_steps"):
-        if training.get(name) == 0:  # never: the option is omitted
-            project.remove_option(name, "")
-    saved = training.get("save_every_n_steps")
-    if saved is not None:  # as `new` does, keep each state until the next one is saved
-        training["save_last_n_steps_state"] = saved
-    # of large files, only the latest save is kept, too
-    if saved is not None and project.keeps_only_latest:
-        training["save_last_n_steps"] = saved
+    for option, interval in project.epoch_intervals.items():
+        _set_epoch_interval(project, option, interval, epoch.steps)
+    for option in ("save_every_n_steps", "sample_every_n_steps"):
+        if training.get(option) == 0:  # never: the option is omitted
+            project.remove_option(option, "")
+    save_interval = training.get("save_every_n_steps")
+    if save_interval is None:
+        return
+    # as `new` does, keep each state, and each large file, until the next one is saved
+    training["save_last_n_steps_state"] = save_interval
+    if project.keeps_only_latest:
+        training["save_last_n_steps"] = save_interval
+
+
+def _set_epoch_interval(
+    project: ForeignProject, option: str, interval: FileEpochs, steps_per_epoch: int
+) -> None:
+    """Set `option`, an interval in steps, from the file's interval in epochs, unless it gives steps, too."""
+    training = project.training_options
+    if not interval.number:
+        project.ineffective_keys.append(interval.key)
+    elif training.get(option):
+        reason = f"{project.source_keys[option]} says it"
+        project.report_omitted_value(interval.key, interval.number, reason)
+    else:
+        if option in training:  # 0 steps means never: use the interval in epochs
+            project.remove_option(option, "")
+        training[option] = min(interval.number * steps_per_epoch, contract.MAX_STEPS)
+        project.report_change(interval.key, interval.number, f"{option} = {training[option]}")
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
@@ -162,22 +170,25 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     `steps` is the number of steps of the run.
     """
     training = project.training_options
-    # a warm-up given as a fraction of the run; a number of steps has precedence
     if project.warmup_fraction is not None:
-        key, share = project.warmup_fraction
-        if training.get("lr_warmup_steps"):
-            project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
-        elif share:
-            training["lr_warmup_steps"] = round(share * steps)
-            project.report_change(
-                key,
-                f"{share * 100:g}",
-                f"percent of the steps, so lr_warmup_steps = {training['lr_warmup_steps']}",
-            )
-        else:  # remove the warm-up that `new` sets for full training
-            training["lr_warmup_steps"] = 0
-            project.adopted_keys.append(key)
+        key, fraction = project.warmup_fraction
+        _set_warmup_fraction(project, key, fraction, steps)
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
         project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")
+
+
+def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:
+    """Set the warm-up that the file's `key` gives as a fraction of the run, unless it gives steps, too."""
+    training = project.training_options
+    if training.get("lr_warmup_steps"):
+        project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
+    elif fraction:
+        warmup_steps = round(fraction * steps)
+        training["lr_warmup_steps"] = warmup_steps
+        result = f"percent of the steps, so lr_warmup_steps = {warmup_steps}"
+        project.report_change(key, f"{fraction * 100:g}", result)
+    else:
+        training["lr_warmup_steps"] = 0  # instead of the warm-up that `new` sets for full training
+        project.adopted_keys.append(key)

@@ -21,28 +21,20 @@ _ADAFACTOR_SETS_WARMUP = "Adafactor with relative_step has its own warm-up, warm
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Write the foreign project's optimizer arguments that our optimizer has; report the others.
+    """Set the optimizer of a foreign project and its arguments as training options; report the others.
 
     `memory` is the card's memory in GiB; 0 means a CPU.
     """
     training = project.training_options
-    optimizer = training.get("optimizer_type")
-    if optimizer is None:
+    if training.get("optimizer_type") is None:
         for name in project.optimizer_arguments:
             project.report_omitted_key(project.file_key_of(name), "no key says of which optimizer")
         project.optimizer_arguments = {}
         return
-    if not memory and optimizer in _CPU_OPTIMIZERS:  # on a CPU: the nearest optimizer that runs there
-        training["optimizer_type"] = _CPU_OPTIMIZERS[optimizer]
-        project.report_change(
-            "optimizer_type", optimizer, f"it needs a card, so it is {training['optimizer_type']} here"
-        )
-        optimizer = training["optimizer_type"]
-    package = _PACKAGE_OF_OPTIMIZER.get(str(optimizer))
-    if package is not None and find_spec(package) is None:
-        project.report_omitted_value(
-            "optimizer_type", optimizer, f"it is not installed: pip install {DISTRIBUTIONS[package]}"
-        )
+    if not memory:
+        _replace_gpu_optimizer(project)
+    optimizer: str = training["optimizer_type"]
+    _report_missing_package(project, optimizer)
     arguments = {
         **project.program.default_optimizer_arguments.get(optimizer, {}),
         **_join_arguments(project, optimizer),
@@ -53,6 +45,23 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
         _omit_adafactor_rates(project)
     elif training.get("lr_scheduler") == "adafactor":
         project.remove_option("lr_scheduler", "it is of Adafactor with relative_step=True")
+
+
+def _replace_gpu_optimizer(project: ForeignProject) -> None:
+    """Replace an optimizer that runs only on a GPU by the most similar one for a CPU."""
+    optimizer = project.training_options["optimizer_type"]
+    if optimizer not in _CPU_OPTIMIZERS:
+        return
+    cpu_optimizer = _CPU_OPTIMIZERS[optimizer]
+    project.training_options["optimizer_type"] = cpu_optimizer
+    project.report_change("optimizer_type", optimizer, f"it needs a card, so it is {cpu_optimizer} here")
+
+
+def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
+    package = _PACKAGE_OF_OPTIMIZER.get(str(optimizer))
+    if package is not None and find_spec(package) is None:
+        remedy = f"it is not installed: pip install {DISTRIBUTIONS[package]}"
+        project.report_omitted_value("optimizer_type", optimizer, remedy)
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
@@ -94,16 +103,15 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
 
 
 def _write_optimizer_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
-    """Write the optimizer arguments that our optimizer has, and report the others."""
-    known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)
+    """Write the optimizer's arguments to `optimizer_args`; report those that it does not have here."""
+    known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)  # None: all arguments are accepted
     assignments = []
     for name, value in arguments.items():
         key = project.file_key_of(name)
-        # None: an optimizer of which no list of arguments exists here
+        is_default_of_program = key == name and name not in project.optimizer_arguments
         if known_arguments is None or name in known_arguments:
             assignments.append(f"{name}={_as_literal(value)}")
-            # arguments of the program's defaults have no key in the file
-            if key != name or name in project.optimizer_arguments:
+            if not is_default_of_program:
                 project.adopted_keys.append(key)
         elif is_off(value):
             project.ineffective_keys.append(key)
@@ -122,7 +130,7 @@ def _as_literal(value: Any) -> str:
 
 
 def _omit_adafactor_rates(project: ForeignProject) -> None:
-    """Remove learning rates, schedule and warm-up for an Adafactor that sets its rate itself."""
+    """Replace learning rates, schedule and warm-up by the "adafactor" schedule, in which it sets its rate."""
     training = project.training_options
     for name in ("learning_rate", "unet_lr"):
         if name in training:
@@ -133,8 +141,8 @@ def _omit_adafactor_rates(project: ForeignProject) -> None:
     if "lr_warmup_steps" in training:
         project.remove_option("lr_warmup_steps", _ADAFACTOR_SETS_WARMUP)
     if project.warmup_fraction is not None:
-        key, share = project.warmup_fraction
-        if share:
+        key, fraction = project.warmup_fraction
+        if fraction:
             project.report_omitted_key(key, _ADAFACTOR_SETS_WARMUP)
         else:
             project.ineffective_keys.append(key)

@@ -123,57 +123,72 @@ class ForeignProject:
 
         `folder` is the dataset folder.
         """
-        lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
+        return [
+            f"{self.path} is a project of {self.title}; nothing of it is run.",
+            *self._describe_adopted(folder),
+            *[f"  changed: {text}" for text in self.change_lines],
+            *self._describe_omitted(folder),
+            *self._describe_unknown(),
+        ]
 
-        # a key with the described folder is used; keys with other folders are left out
-        adopted = [*self.adopted_keys]
-        other_folders: list[str] = []
+    def _describe_adopted(self, folder: Path) -> list[str]:
+        """Return lines about the keys whose values are used unchanged, and about the program's defaults."""
+        adopted_keys = [*self.adopted_keys]
         for key, other_folder in self.folder_by_key.items():
             if is_same_folder(self.path, other_folder, folder):
-                adopted.append(key)
-            else:
-                other_folders.append(f"{key} = {show(other_folder)}: {folder} is described")
-        if adopted:
-            lines.append(f"  taken: {', '.join(dict.fromkeys(adopted))}")
+                adopted_keys.append(key)
+        lines = []
+        if adopted_keys:
+            lines.append(f"  taken: {', '.join(dict.fromkeys(adopted_keys))}")
         if self.assumed_defaults:
             assumed = [f"{key} = {show(value)}" for key, value in self.assumed_defaults.items()]
             lines.append(f"  taken as {self.title} has it if a file does not say it: {', '.join(assumed)}")
+        return lines
 
-        for text in self.change_lines:
-            lines.append(f"  changed: {text}")
-        for text in (*other_folders, *self.omission_lines):
-            lines.append(f"  left: {text}")
+    def _describe_omitted(self, folder: Path) -> list[str]:
+        """Return lines about known keys that are not used, beginning with those of other folders."""
+        lines = []
+        for key, other_folder in self.folder_by_key.items():
+            if not is_same_folder(self.path, other_folder, folder):
+                lines.append(f"  left: {key} = {show(other_folder)}: {folder} is described")
+        lines += [f"  left: {text}" for text in self.omission_lines]
         for reason, keys in self.omitted_keys_by_reason.items():
             lines.append(f"  left: {', '.join(keys)}: {reason}")
         if self.ineffective_keys:
             lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.ineffective_keys))}")
         if self.empty_keys:
             lines.append(f"  left, without a value: {', '.join(self.empty_keys)}")
+        return lines
 
-        misspelt: list[str] = []
+    def _describe_unknown(self) -> list[str]:
+        """Return a line about misspelled keys, with the similar known keys, and one about other unknown keys."""
+        misspelled: list[str] = []
         unknown: list[str] = []
         for key in self.unknown_keys:
-            meant = self._find_near(key)  # a similar key that the program has, or ""
-            if meant:
-                misspelt.append(f"{key} (for {meant}?)")
+            similar_key = self._find_similar_key(key)
+            if similar_key:
+                misspelled.append(f"{key} (for {similar_key}?)")
             else:
                 unknown.append(key)
-        if misspelt:
-            lines.append(f"  left, seems to be misspelt: {', '.join(misspelt)}")
+        lines = []
+        if misspelled:
+            lines.append(f"  left, seems to be misspelt: {', '.join(misspelled)}")
         if unknown:
             lines.append(f"  left, {NO_REASON}: {', '.join(unknown)}")
         return lines
 
-    def _find_near(self, key: str) -> str:
+    def _find_similar_key(self, key: str) -> str:
         """Return a known key, unused in the file, that differs by a letter or two; "" if there is none."""
         table, _, name = key.rpartition(".")
-        generic = without_numbers(table)
+        table_pattern = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]
-        names = [last for place, _, last in rules if place == generic]
-        names += [] if table else self.our_option_names
-        lacking = [last for last in names if f"{table}.{last}".lstrip(".") not in self.file_keys]
-        near = difflib.get_close_matches(name, lacking, 1, MISSPELT)
-        return near[0] if near else ""
+        known_names = [rule_name for rule_table, _, rule_name in rules if rule_table == table_pattern]
+        known_names += [] if table else self.our_option_names
+        unused_names = [
+            known for known in known_names if f"{table}.{known}".lstrip(".") not in self.file_keys
+        ]
+        similar_names = difflib.get_close_matches(name, unused_names, 1, MISSPELT)
+        return similar_names[0] if similar_names else ""
 
 
 def without_numbers(key: str) -> str:
@@ -193,11 +208,12 @@ def find_beside(file: Path, name: str) -> Path | None:
     return None
 
 
-def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
+def is_same_folder(file: Path, project_folder: Path, folder: Path) -> bool:
     """Return whether a project's folder is the dataset folder, or one is inside the other."""
-    found = find_beside(file, str(place))
-    there, here = real_path(file.parent / place if found is None else found), real_path(folder)
-    return there == here or there in here.parents or here in there.parents
+    found = find_beside(file, str(project_folder))
+    first = real_path(file.parent / project_folder if found is None else found)
+    second = real_path(folder)
+    return first == second or first in second.parents or second in first.parents
 
 
 def show(value: Any) -> str:

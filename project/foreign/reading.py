@@ -44,7 +44,7 @@ _TRAINING_SCRIPT_KEYS = re.compile(
 def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
     """Read another trainer's project file, and translate its keys to options of ours.
 
-    `trains` is the kind of run that was typed.
+    `typed_kind` is the kind of run that --train names.
 
     Raises:
         OptionError: If the file is of an unknown kind, or if it trains what `new` cannot set up and no other
@@ -52,20 +52,19 @@ def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
     """
     values = _read_values(path, "--from", "")
     program = _recognize_program(path, values)
-    values = program.rename_keys(values)  # renames keys whose names depend on other values
+    values = program.rename_keys(values)
     project = ForeignProject(path, program)
-    for companion in program.companion_keys:
-        name = values.get(companion)
-        if isinstance(name, str) and name.strip():
-            values |= _read_companion(project, companion, name)
-    project.file_keys = frozenset(values)  # those in the files, before defaults are added
+    for key in program.companion_keys:
+        file_name = values.get(key)
+        if isinstance(file_name, str) and file_name.strip():
+            values |= _read_companion_file(project, key, file_name)
+    project.file_keys = frozenset(values)  # before defaults are added
     _join_numbers_with_units(project, program, values)
     _detect_run(project, values, typed_kind)
-    project.trained_networks = program.find_trained_networks(values)  # the networks to train
-    for key, value in program.default_values.items():
+    project.trained_networks = program.find_trained_networks(values)
+    for key, default in program.default_values.items():
         if key not in values:
-            # the program's default for a missing key
-            project.assumed_defaults[key] = values[key] = value
+            project.assumed_defaults[key] = values[key] = default
     model_rules = _convert_values(project, values)
     join_datasets(project)
     select_model_of_project(project, values, model_rules)
@@ -88,25 +87,27 @@ def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: 
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model."""
+    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model.
+
+    Keys that are read elsewhere are skipped: those that name an additional file, and those that select the
+    networks to train.
+    """
     program = project.program
-    without_effect = program.find_ineffective_keys(values)
+    ineffective_keys = program.find_ineffective_keys(values)
     model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
-        if key in program.companion_keys and isinstance(value, str):
-            continue  # the additional file was read before
-        if key in project.trained_networks.file_keys:
-            continue  # `settle` handles these keys
+        names_companion_file = key in program.companion_keys and isinstance(value, str)
+        if names_companion_file or key in project.trained_networks.file_keys:
+            continue
         rule = find_rule(program, key)
-        if key in without_effect:
+        if key in ineffective_keys:
             project.ineffective_keys.append(show(key))
         elif rule is None:
             _record_key_without_rule(project, key, value)
         elif is_empty(value):
             project.empty_keys.append(show(key))
-        # a default of the trainer is not reported as omitted
-        elif key in project.assumed_defaults and rule.target == contract.OMITTED:
-            continue
+        elif rule.target == contract.OMITTED and key in project.assumed_defaults:
+            continue  # a default of the trainer is not reported as omitted
         elif rule.target in {contract.MODEL, contract.FILE}:
             model_rules[key] = rule
         else:
@@ -165,9 +166,9 @@ def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
 
 
 def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
-    """Return the values of a YAML, TOML or JSON file by dotted key, each with `prefix` in front.
+    """Return the values of a YAML, TOML or JSON file by dotted key, such as `network.rank`.
 
-    `option` is the option that names the file, for messages.
+    Each key starts with `prefix`. `option` is the option that names the file, for messages.
 
     Raises:
         OptionError: If the file cannot be read or has too many keys.
@@ -176,7 +177,8 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
         raise OptionError(f"{option} {path}: give a .yaml, .toml or .json file of another trainer")
     try:
-        return dict(_flatten(_parse(suffix, read_text(path, MAX_BYTES)), prefix, 0, itertools.count(1)))
+        content = _parse(suffix, read_text(path, MAX_BYTES))
+        return dict(_flatten(content, prefix, depth=0, counter=itertools.count(1)))
     except (OSError, ValueError, RecursionError) as error:
         why = shorten(" ".join(str(error).split()), 300).rstrip(".")
         raise OptionError(
@@ -202,7 +204,8 @@ def _parse(suffix: str, text: str) -> Any:
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
     """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`.
 
-    `counter` counts every value, table and list, so that no file can produce an endless number.
+    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts every
+    value, table and list, so that no file can produce an endless number.
 
     Raises:
         ValueError: If there are too many values, or tables nested too deeply.
@@ -211,22 +214,20 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
         raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
     if next(counter) > MAX_KEYS:
         raise ValueError(f"it has more than {MAX_KEYS} keys, which no project has")
-    is_list = isinstance(content, list)
     if isinstance(content, dict):
+        separator = "" if not key or key.endswith(":") else "."
         for name, value in content.items():
-            inner = str(name).removeprefix("--")  # the name as on a command line
-            # the key of the whole file is "", or a prefix that ends with a colon
-            separator = "" if not key or key.endswith(":") else "."
-            yield from _flatten(value, f"{key}{separator}{inner}", depth + 1, counter)
-    elif is_list and any(isinstance(item, dict) for item in content):
+            inner_name = str(name).removeprefix("--")  # some files have names as on a command line
+            yield from _flatten(value, f"{key}{separator}{inner_name}", depth + 1, counter)
+    elif isinstance(content, list) and any(isinstance(item, dict) for item in content):
         for index, item in enumerate(content):
             yield from _flatten(item, f"{key}[{index}]", depth + 1, counter)
     else:
         yield key, content
 
 
-def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
-    """Return the values of an additional file that a project names; {} if the file is missing."""
+def _read_companion_file(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
+    """Return the values of an additional file that a project names; {} if it is missing or unreadable."""
     path = find_beside(project.path, name)
     if path is None:
         project.omission_lines.append(
@@ -235,8 +236,8 @@ def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, A
         return {}
     try:
         values = _read_values(path, f"--from: {key}", f"{key}:")
-        project.adopted_keys.append(key)
-        return values
     except OptionError as error:
         project.omission_lines.append(f"{key} = {show(path)}: {error}")
         return {}
+    project.adopted_keys.append(key)
+    return values
