@@ -44,9 +44,9 @@ from project.model_choice import (
     check_model_files,
     check_word,
     describe_makes,
-    learns_audio_alone,
     read_model_info,
     select_model,
+    trains_on_audio_alone,
 )
 from project.model_files import find_inside, name_files, typed_files, without_files
 from project.model_sizes import describe_fit, find_memory, needs_image
@@ -99,7 +99,9 @@ def write_project(options: NewOptions) -> None:
         kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
         options = complete_options(foreign, options)
     try:
-        model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
+        model_choice = select_model(
+            options, memory, reject_before_questions=lambda: _reject_existing(options, paths)
+        )
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     # first, because building the family takes seconds
@@ -367,9 +369,9 @@ def _collect_content(
     # tasks for folders that this model cannot use: with references, audio alone, or silent clips
     image_tasks = [entry.task for entry in of_family if needs_image(entry)]
     # options that select a model for audio without video
-    audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
+    audio_options = [f"--task {entry.task}" for entry in of_family if trains_on_audio_alone(entry)]
     if not audio_options:
-        families = dict.fromkeys(entry.family for entry in models if learns_audio_alone(entry))
+        families = dict.fromkeys(entry.family for entry in models if trains_on_audio_alone(entry))
         audio_options = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
     if model_info.trains_on_audio:

@@ -67,8 +67,8 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     slider_key = next((key for key in _LECO_SLIDER_KEYS if key in values), None)
     if slider_key is not None:
         raise UnsupportedRun(
-            f"{slider_key} is of LECO, a slider, and `new` does not set one up. --slider of a training script "
-            "learns from two texts, without files: docs/targets.md"
+            f"{slider_key} is of LECO, a slider, and `new` does not set one up. "
+            "--slider of a training script learns from two texts, without files: docs/targets.md"
         )
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")
