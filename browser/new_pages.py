@@ -230,7 +230,7 @@ class NewPages:
         kind = None if model is None else find_control_kind(model)
         if folder is None or kind is None or is_described(folder):
             return ""
-        if not has_control_pairs(folder, has_word=bool(form.trigger)):
+        if not has_control_pairs(folder, has_trigger_word=bool(form.trigger)):
             return ""
         return name_field(kind)
 

@@ -37,7 +37,14 @@ from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.known_folders import remember_folder
-from project.media import FolderContent, Media, collect_content, has_control_pairs, name_some
+from project.media import (
+    FolderContent,
+    Media,
+    SuggestedModels,
+    collect_content,
+    has_control_pairs,
+    name_some,
+)
 from project.model_choice import (
     ModelChoice,
     ModelInfo,
@@ -54,6 +61,7 @@ from project.new_options import NewOptions
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
+    DATASET_FILE,
     RUN_FILE,
     WRITTEN,
     as_operand,
@@ -152,7 +160,7 @@ def _print_report(
     """
     options = setup.options
     oddities: list[str] = []  # `find_errors` adds warnings
-    errors = find_errors(setup, texts[options.folder / WRITTEN[0]], oddities)
+    errors = find_errors(setup, texts[options.folder / DATASET_FILE], oddities)
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
@@ -364,27 +372,32 @@ def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
     """Return the content of the folder, with hints about more suitable models of other tasks."""
-    models = find_models()
-    of_family = [entry for entry in models if entry.family == model.family]
-    # tasks for folders that this model cannot use: with references, audio alone, or silent clips
-    image_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    # options that select a model for audio without video
-    audio_options = [f"--task {entry.task}" for entry in of_family if trains_on_audio_alone(entry)]
-    if not audio_options:
-        families = dict.fromkeys(entry.family for entry in models if trains_on_audio_alone(entry))
-        audio_options = [f"--family {family}" for family in families]
-    silent_tasks: list[str] = []
-    if model_info.trains_on_audio:
-        silent_tasks = [entry.task for entry in of_family if not read_model_info(entry).trains_on_audio]
     return collect_content(
         folder=options.folder,
         model_info=model_info,
-        name=f"{model.family} {model.task}",
+        model_name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
-        edits=f", --task {image_tasks[0]} does" if image_tasks else "",
-        hearing=" or ".join(audio_options),
-        silent=silent_tasks[0] if silent_tasks else "",
+        suggested_models=_list_suggested_models(model, model_info),
+    )
+
+
+def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
+    """Return models for folders that this one cannot use: with references, audio alone, or silent clips."""
+    models = find_models()
+    of_family = [entry for entry in models if entry.family == model.family]
+    editing_tasks = [entry.task for entry in of_family if needs_image(entry)]
+    audio_options = [f"--task {entry.task}" for entry in of_family if trains_on_audio_alone(entry)]
+    if not audio_options:
+        audio_families = dict.fromkeys(entry.family for entry in models if trains_on_audio_alone(entry))
+        audio_options = [f"--family {family}" for family in audio_families]
+    silent_tasks: list[str] = []
+    if model_info.trains_on_audio:
+        silent_tasks = [entry.task for entry in of_family if not read_model_info(entry).trains_on_audio]
+    return SuggestedModels(
+        editing_task=editing_tasks[0] if editing_tasks else "",
+        audio_options=" or ".join(audio_options),
+        silent_task=silent_tasks[0] if silent_tasks else "",
     )
 
 
@@ -419,7 +432,7 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
         return []
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
-        copy = copies / WRITTEN[0]
+        copy = copies / DATASET_FILE
         write_text(copy, dataset)
         config = load_dataset_config(copy)
         config = with_lengths(config, describing.lengths_of(setup.model))
@@ -440,7 +453,7 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
                 check_pairs(config, setup.kind.title, remarks.append)
             except DatasetError as error:
                 problems.append(Fault("tables cannot be used", str(error)))
-    written = str(setup.options.folder / WRITTEN[0])
+    written = str(setup.options.folder / DATASET_FILE)
     lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
     # indented lines belong to the error above them
     return [line if line.startswith(" ") else fault(line) for line in lines]

@@ -16,7 +16,8 @@ from modules.text_files import bad_character, real_path
 from protocols.families import FAMILIES, caption_formats, with_scripts
 
 RUN_FILE = "run.toml"
-WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # files of a described folder
+DATASET_FILE = "dataset.toml"
+WRITTEN = (DATASET_FILE, "prompts.txt", RUN_FILE)  # files of a described folder
 ON_END = "--on_end"
 FULL_MODEL = "whole"
 KIND_NAMES = (

@@ -18,7 +18,7 @@ from modules.run_limits import temporary_folder
 from modules.text_files import real_path
 from project import describing
 from project.media import Media
-from project.options import WRITTEN
+from project.options import DATASET_FILE
 
 DEFAULT_STEP = 8  # pixels; used until the autoencoder's file is available
 
@@ -52,7 +52,7 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     files: list[CountedFile] = []
     media_by_path = {real_path(item.path): item for item in setup.media}
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
-        copy = copies / WRITTEN[0]
+        copy = copies / DATASET_FILE
         write_text(copy, describing.describe_dataset(setup))
         try:
             config = with_lengths(load_dataset_config(copy), describing.lengths_of(setup.model))
