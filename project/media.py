@@ -10,11 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dataset.reference_folders.captions import caption_path, describe_encoding, read_caption_file
-from dataset.reference_folders.folders import ControlFolder, find_audio_beside
-from dataset.reference_folders.layers import group_layers
-from dataset.reference_folders.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
-
+from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
+from dataset.sources.folders import ControlFolder, find_audio_beside
+from dataset.sources.layers import group_layers
+from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
 from modules.command import quote_command
 from modules.console import format_count
@@ -1086,7 +1085,7 @@ def why_unused(path: Path) -> str:
 def _describe_unreadable_references(
     subfolder: Path, reference_folder: Path, media: Sequence[Media]
 ) -> list[str]:
-    """Return lines about unreadable reference images in folder `source`, for images in folder `place`."""
+    """Return lines about unreadable reference images in a folder, for the images in `subfolder`."""
     lines = []
     for item in media:
         if item.path.parent != subfolder or item.kind != "image":
