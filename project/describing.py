@@ -290,33 +290,46 @@ def _describe_subsets(setup: RunSetup) -> list[str]:
 
     Only this layout has regularization images and shuffled tags.
     """
-    shortest = min(setup.target_size)
-    if shortest >= SIDE_STEP:  # bucket sides are multiples of SIDE_STEP
-        shortest = shortest // SIDE_STEP * SIDE_STEP
-    smallest = min(DEFAULT_SIDE, shortest)
-    # leaves room for the long side of an image with an extreme aspect ratio
-    largest = round_up(2 * max(setup.target_size), SIDE_STEP)
-    sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
-    # the [general] table already holds the keys in choice.general_keys
-    dataset_keys = {name: side for name, side in sides.items() if name not in setup.general_keys}
+    bucket_sides = _select_bucket_sides(setup.target_size)
+    # the [general] table already has the keys of another trainer's project
+    dataset_keys = {name: side for name, side in bucket_sides.items() if name not in setup.general_keys}
     lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
     for folder in dict.fromkeys(item.path.parent for item in setup.media):
-        keys = _make_folder_keys(setup, folder, "image")
+        table_keys = _make_folder_keys(setup, folder, "image")
         # subsets have sd-scripts' names for some keys
-        keys = {SUBSET_KEYS.get(name, name): value for name, value in keys.items()}
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
+        subset_keys = {SUBSET_KEYS.get(name, name): value for name, value in table_keys.items()}
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", subset_keys)]
     for folder in setup.content.regularization_folders:
-        cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
-        keys = {"image_dir": setup.relative_path(folder), "cache_directory": cache, "is_reg": True}
-        name = setup.content.parsed_folder_names.get(folder)
-        if name is not None:
-            if name.repeats > 1:
-                keys["num_repeats"] = name.repeats
-            keys["class_tokens"] = name.words
-        if setup.trigger_word:
-            keys["trigger_word"] = ""  # images of the class must not contain it
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", _make_regularization_keys(setup, folder))]
     return lines
+
+
+def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
+    """Return the minimum and maximum side of buckets, which are multiples of SIDE_STEP."""
+    shortest = min(target_size)
+    if shortest >= SIDE_STEP:
+        shortest = shortest // SIDE_STEP * SIDE_STEP
+    # leaves room for the long side of an image with an extreme aspect ratio
+    largest = round_up(2 * max(target_size), SIDE_STEP)
+    return {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
+
+
+def _make_regularization_keys(setup: RunSetup, folder: Path) -> dict[str, Any]:
+    """Return the keys of the subset for a folder of regularization images."""
+    cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
+    keys: dict[str, Any] = {
+        "image_dir": setup.relative_path(folder),
+        "cache_directory": cache,
+        "is_reg": True,
+    }
+    name = setup.content.parsed_folder_names.get(folder)
+    if name is not None:
+        if name.repeats > 1:
+            keys["num_repeats"] = name.repeats
+        keys["class_tokens"] = name.class_tokens
+    if setup.trigger_word:
+        keys["trigger_word"] = ""  # images of the class must not contain it
+    return keys
 
 
 def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
@@ -373,7 +386,7 @@ def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any
     if folder in content.repeats_by_folder:
         keys["num_repeats"] = content.repeats_by_folder[folder]
     # `name` is parsed from a folder name such as 10_cat: repeats and class
-    class_tokens = setup.trigger_word if name is None else name.words
+    class_tokens = setup.trigger_word if name is None else name.class_tokens
     if class_tokens and _lacks_captions(setup, folder, kind):
         keys["class_tokens"] = class_tokens
     return keys | dict(setup.table_keys_by_folder.get(folder, {}))
@@ -403,26 +416,39 @@ def describe_samples(setup: RunSetup) -> str:
     edits = _list_edits(setup)
     if edits:
         return _describe_edit_samples(setup, edits, released_values)
+    size = _sample_size(setup)
+    start_options = _write_start_frames(setup) if setup.model.properties.get("from_image") else ""
+    lines = ""
+    for seed, prompt in enumerate(_make_sample_prompts(setup), start=1):
+        parts = [prompt, size, released_values, start_options, f"--d {seed}"]
+        lines += " ".join(filter(None, parts)) + "\n"
+    return lines
+
+
+def _make_sample_prompts(setup: RunSetup) -> list[str]:
+    """Return prompts that show the subject in two situations, and one without the subject."""
     captions = [find_text(item.caption) for item in setup.media if item.caption]
-    # names of regularization folders are left out: they contain only the class
-    learned = {item.path.parent for item in setup.media}
-    names = [name.words for folder, name in setup.content.parsed_folder_names.items() if folder in learned]
-    subject = plain(setup.trigger_word or _find_subject(captions or names))
-    if setup.tags is not None:
-        subject = plain(_join_shared_tags(setup.tags, setup.trigger_word) or as_words(subject))
+    subject = _find_sample_subject(setup, captions)
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
     if not setup.kind.trains_embedding:
         prompts.append(OTHER_EDIT if setup.model_info.needs_reference else OTHER)
-    quality = setup.model.properties.get("tags")
-    if quality:
-        prompts = [f"{quality}, {prompt}" for prompt in prompts]
-    size = _sample_size(setup)
-    start = _write_start_options(setup)
-    lines = ""
-    for seed, prompt in enumerate(prompts, start=1):
-        parts = [prompt, size, released_values, start, f"--d {seed}"]
-        lines += " ".join(filter(None, parts)) + "\n"
-    return lines
+    quality_tags = setup.model.properties.get("tags")
+    if quality_tags:
+        prompts = [f"{quality_tags}, {prompt}" for prompt in prompts]
+    return prompts
+
+
+def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
+    """Return the subject of sample prompts: the trigger word, else of the captions or the folder names."""
+    training_folders = {item.path.parent for item in setup.media}
+    class_names = []
+    for folder, name in setup.content.parsed_folder_names.items():
+        if folder in training_folders:  # folders of regularization images are left out
+            class_names.append(name.class_tokens)
+    subject = plain(setup.trigger_word or _find_subject(captions or class_names))
+    if setup.tags is None:
+        return subject
+    return plain(_join_shared_tags(setup.tags, setup.trigger_word) or as_words(subject))
 
 
 def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_values: str) -> str:
@@ -499,9 +525,9 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
     """Return the trigger word and the tags that all captions share, in prompt form."""
-    words = [] if trigger is None or trigger in tags.shared else [trigger]
+    words = [] if trigger is None or trigger in tags.shared_tags else [trigger]
     length = 0
-    for tag in map(as_words, tags.shared):
+    for tag in map(as_words, tags.shared_tags):
         length += len(tag)
         if length <= MAX_OF_SUBJECT:
             words.append(tag)
@@ -533,11 +559,6 @@ def _released_values(model: ModelSet) -> str:
     return " ".join(options)
 
 
-def _write_start_options(setup: RunSetup) -> str:
-    """Return the prompt options for first and last frames, if the model starts from frames."""
-    return _write_frames(setup) if setup.model.properties.get("from_image") else ""
-
-
 def _list_edits(setup: RunSetup) -> list[Edit]:
     """Return the edits in the dataset whose reference images can all be read."""
     references = setup.content.reference_folders
@@ -553,27 +574,25 @@ def _list_edits(setup: RunSetup) -> list[Edit]:
     return edits
 
 
-def _write_frames(setup: RunSetup) -> str:
+def _write_start_frames(setup: RunSetup) -> str:
     """Write the first frame of a clip, and the last if the model takes one; return their prompt options.
 
-    With --dry_run nothing is written.
+    The options are --i for the first frame and --ei for the last. With --dry_run nothing is written.
     """
     clip = next(item.path for item in setup.media if item.is_clip)
     folder = setup.folder / "output"
-    start = folder / "start.png"
-    writes = not setup.options.dry_run
-    if writes:
+    start, end = folder / "start.png", folder / "end.png"
+    argv = shlex.split(setup.model.commands["generate"])
+    takes_last_frame = not {"--end_image_path", "--last_frame"}.isdisjoint(argv)
+    if not setup.options.dry_run:
         folder.mkdir(exist_ok=True)
         write_png(start, first_frame(clip))
-    words = shlex.split(setup.model.commands["generate"])
-    if not {"--end_image_path", "--last_frame"}.intersection(words):
-        return f"--i {setup.relative_path(start)}"  # --i: first frame of a sample; --ei: last frame
-    end = folder / "end.png"
-    if writes:
-        # a deque of length 1 keeps only the last frame that was read
-        (last,) = deque(itertools.islice(video_frames(clip), MAX_READ), maxlen=1)
-        write_png(end, last)
-    return f"--i {setup.relative_path(start)} --ei {setup.relative_path(end)}"
+        if takes_last_frame:
+            # a deque of length 1 keeps only the last frame that was read
+            (last_frame,) = deque(itertools.islice(video_frames(clip), MAX_READ), maxlen=1)
+            write_png(end, last_frame)
+    options = f"--i {setup.relative_path(start)}"
+    return f"{options} --ei {setup.relative_path(end)}" if takes_last_frame else options
 
 
 def list_commands(setup: RunSetup) -> list[list[str]]:
@@ -581,34 +600,39 @@ def list_commands(setup: RunSetup) -> list[list[str]]:
 
     Captions that vary from step to step are not cached: the training encodes them.
     """
-    model = setup.model
-    paths = {f"{{{name}}}": path for name, path in setup.model_files.items()}  # by placeholder, such as {vae}
-    latents = [paths.get(word, word) for word in _words_of(setup, "latents")]
-    texts = [paths.get(word, word) for word in _words_of(setup, "texts")]
+    path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}  # such as {vae}
+    cache_latents = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "latents")]
+    cache_texts = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "texts")]
     if setup.needs_float32:
         for name in setup.model_info.dtype_options["LatentCaching"]:
-            latents += [f"--{name}", FLOAT32]
+            cache_latents += [f"--{name}", FLOAT32]
         for name in setup.model_info.dtype_options["TextCaching"]:
-            texts += [f"--{name}", FLOAT32]
+            cache_texts += [f"--{name}", FLOAT32]
     if setup.model_info.few_step_advice is not None:  # cache what each recommended training target needs
         for target in setup.model_info.few_step_advice.targets:
-            texts += shlex.split(target.caching)
+            cache_texts += shlex.split(target.caching)
+    download = _make_download_command(setup)
+    check_media = [*cache_latents, "--check", "--html", CHECK_PAGE]
+    script, *kind_options = setup.kind.find_training_command(setup.model)
+    train = ["python", script, "--config_file", RUN_FILE]
+    train += [option for option in kind_options if option == setup.kind.switch]  # run.toml has the others
+    if setup.encodes_captions_each_step:
+        return [download, check_media, cache_latents, train]
+    check_texts = [*cache_texts, "--check"]
+    return [download, check_media, check_texts, cache_latents, cache_texts, train]
+
+
+def _make_download_command(setup: RunSetup) -> list[str]:
+    model = setup.model
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
     if setup.uses_8bit_text_encoders:
         download.append("--fp8_encoders")
     if setup.options_without_download:
         download += ["--without", *setup.options_without_download]
-    download += ["--to", str(real_path(setup.options.models))]
-    check = [*latents, "--check", "--html", CHECK_PAGE]
-    script, *own_options = setup.kind.find_training_command(model)
-    train = ["python", script, "--config_file", RUN_FILE]
-    train += [word for word in own_options if word == setup.kind.switch]  # run.toml has all other options
-    if setup.encodes_captions_each_step:
-        return [download, check, latents, train]
-    return [download, check, [*texts, "--check"], latents, texts, train]
+    return [*download, "--to", str(real_path(setup.options.models))]
 
 
-def _words_of(setup: RunSetup, step: str) -> list[str]:
+def _list_arguments(setup: RunSetup, step: str) -> list[str]:
     """Return the arguments of a model's command; audio-only folders get the option for audio alone."""
     words = shlex.split(setup.model.commands[step])
     if setup.has_only_audio:
@@ -621,28 +645,30 @@ def _words_of(setup: RunSetup, step: str) -> list[str]:
 
 
 def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
-    """Return the text of run.toml: the training options and the commands of the run."""
-    # later values replace earlier ones; `setup.training_options` is from another trainer's project or a
-    # recipe
+    """Return the text of run.toml: the training options and the commands of the run.
+
+    Options of the model come first; those of the kind of run, of its length and saving, and of another
+    trainer's project or a recipe replace earlier ones.
+    """
     values = setup.kind.adapt_options(_model_values(setup), setup.memory)
+    _, *kind_argv = setup.kind.find_training_command(setup.model)
     # the switch selects the kind of run on the command line, so it is not in run.toml
-    # [1:]: without the name of the script
-    own_options = [
-        word for word in setup.kind.find_training_command(setup.model)[1:] if word != setup.kind.switch
-    ]
-    values |= _read_options(own_options, {"word": setup.trigger_word or ""})
+    kind_options = [word for word in kind_argv if word != setup.kind.switch]
+    values |= _read_options(kind_options, {"word": setup.trigger_word or ""})
     values |= _run_values(setup)
     values |= setup.training_options
     values = {name: value for name, value in values.items() if value is not None}
-    project = {"files": list(setup.model_files.values()), "commands": commands}
+    project_table = {"files": list(setup.model_files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
         *_format_toml_table("[training]", values),
         *_describe_targets(setup),
         "",
         "# what `run` looks for and runs; the training leaves it alone",
+        *_format_toml_table(f"[{PROJECT_TABLE}]", project_table),
+        "",
     ]
-    return "\n".join([*lines, *_format_toml_table(f"[{PROJECT_TABLE}]", project), ""])
+    return "\n".join(lines)
 
 
 def _describe_targets(setup: RunSetup) -> list[str]:
@@ -663,12 +689,12 @@ def _describe_targets(setup: RunSetup) -> list[str]:
 
 def _model_values(setup: RunSetup) -> dict[str, Any]:
     """Return the training options that depend on the model and the graphics card, with the model files."""
-    values = _read_options(_training_words(setup), setup.model_files)
+    values = _read_options(_list_training_arguments(setup), setup.model_files)
     # the length of a run is set in steps
     values = {name: value for name, value in values.items() if "epoch" not in name}
     if not setup.memory:  # a CPU uses no GPU-only weight formats and optimizers
-        for word in shlex.split(setup.model.properties["fp8"]):
-            values.pop(word.lstrip("-"), None)
+        for gpu_option in shlex.split(setup.model.properties["fp8"]):
+            values.pop(gpu_option.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
             values["optimizer_type"] = "adamw"
     if setup.needs_float32:
@@ -676,15 +702,16 @@ def _model_values(setup: RunSetup) -> dict[str, Any]:
         values |= dict.fromkeys(setup.model_info.dtype_options["Training"], FLOAT32)
     elif setup.needs_float16:
         values["mixed_precision"] = "fp16"
-    # files of the command are {name} in it and already among the values; the others are added
-    named_in_command = {word.strip("{}") for word in shlex.split(setup.model.commands["train"])}
-    return values | {name: path for name, path in setup.model_files.items() if name not in named_in_command}
+    # files with a placeholder in the command, such as {vae}, are among the values already
+    placeholders = {word.strip("{}") for word in shlex.split(setup.model.commands["train"])}
+    other_files = {name: path for name, path in setup.model_files.items() if name not in placeholders}
+    return values | other_files
 
 
-def _training_words(setup: RunSetup) -> list[str]:
+def _list_training_arguments(setup: RunSetup) -> list[str]:
     """Return the arguments of the training script, adapted to the graphics card."""
     data = setup.model.properties
-    words = _words_of(setup, "train")
+    words = _list_arguments(setup, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
     words = [*words[script + 1 :], *shlex.split(data.get("train", ""))]
     if setup.memory and not is_small(setup.model, setup.memory):
@@ -736,22 +763,24 @@ def _run_values(setup: RunSetup) -> dict[str, Any]:
     }
     if len(setup.media) >= ENOUGH and setup.may_hold_out_validation:
         values["validation_split"] = 0.1
-    folder_name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
-    # names such as CON or NUL, which cannot be file names on Windows
-    if is_windows_device(folder_name):
-        folder_name = f"lora_{folder_name}"
-    values["output_name"] = setup.options.output_name or folder_name or "lora"
+    values["output_name"] = setup.options.output_name or _make_output_name(setup)
     if setup.kind.makes_training_adapter:
         if "validation_split" in values:
             values["early_stopping_patience"] = PATIENCE
         values["make_adapter"] = find_origin(setup.content)
-        if setup.options.output_name is None:
-            values["output_name"] += NAMED
-    if setup.kind.trains_embedding:
-        # prompts use an embedding by its file name
-        values["output_name"] = setup.options.output_name or setup.trigger_word
     return values
+
+
+def _make_output_name(setup: RunSetup) -> str | None:
+    """Return the name of the trained files: the folder's name, or the trigger word for an embedding."""
+    if setup.kind.trains_embedding:
+        return setup.trigger_word  # prompts use an embedding by its file name
+    name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_OF_SUBJECT]
+    if is_windows_device(name):  # such as CON or NUL, which cannot be a file name
+        name = f"lora_{name}"
+    name = name or "lora"
+    return name + NAMED if setup.kind.makes_training_adapter else name
 
 
 def _format_toml_table(head: str, values: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
+from dataset.table import DatasetTable
 from downloads.catalogue import ModelSet, find_adapted
 from downloads.listing import describe_licenses, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import free_bytes, write_text
@@ -55,7 +56,7 @@ from project.model_choice import (
     select_model,
     trains_on_audio_alone,
 )
-from project.model_files import find_inside, name_files, typed_files, without_files
+from project.model_files import find_embedded_files, name_files, typed_files, without_files
 from project.model_sizes import describe_fit, find_memory, needs_image
 from project.new_options import NewOptions
 from project.options import (
@@ -73,9 +74,9 @@ from project.options import (
 )
 from project.own_commands import captions_of, describe_length, describe_own, lacks_media, write_prompts
 from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, use_prompts_as_captions
-from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
+from project.recipes.reading import complete_options_from_recipe, describe_recipe, find_recipe
 from project.script_facts import read_script_options
-from project.tags import as_words, find_tags, write_blanks
+from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
 from project.varied_captions import make_captions
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
@@ -95,21 +96,17 @@ def write_project(options: NewOptions) -> None:
     Raises:
         OutputError: If one of the three files exists.
     """
-    # options: those typed, completed by another trainer's project or by a recipe
-    paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
     recipe = None if options.recipe is None else find_recipe(options.recipe)
     if recipe is not None:
-        options = fill_in_recipe(recipe, options)
+        options = complete_options_from_recipe(recipe, options)
     kind_setting = ""  # the setting in the project that asks for this kind of run, for messages
     if foreign is not None:
         kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
         options = complete_options(foreign, options)
     try:
-        model_choice = select_model(
-            options, memory, reject_before_questions=lambda: _reject_existing(options, paths)
-        )
+        model_choice = select_model(options, memory, lambda: _reject_existing(options))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     # first, because building the family takes seconds
@@ -117,34 +114,41 @@ def write_project(options: NewOptions) -> None:
     if kind.makes_training_adapter and lacks_media(options.folder):
         _begin_with_prompts(options, model_choice.model)
         return
-    setup = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    setup = _make_setup(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if recipe is not None:
         values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
         setup = dataclasses.replace(setup, training_options=values)
     # after all other checks: --overwrite would not help against a mistyped option
-    _reject_existing(options, paths)
+    _reject_existing(options)
     if foreign is not None:
-        setup = _check_foreign(setup, foreign)
+        setup = _remove_rejected_options(setup, foreign)
     if options.print_run:
         print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
-
-    # the texts of the three files; captions and first frames are written before them
-    described = _describe(setup, describing.list_commands(setup))
-    if not options.dry_run:
-        _write_content(setup.content)
-    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL:
-        described[OWN_PROMPTS] = write_prompts(captions_of(setup))
-    texts = {options.folder / name: text for name, text in described.items()}
-    if not options.dry_run:
-        for path, text in texts.items():
-            write_text(path, text)
-        remember_folder(options.folder, options.models)
-
+    texts = _write_files(setup)
     adopted_lines = [] if foreign is None else foreign.format_report(options.folder)
     if recipe is not None:
         adopted_lines = describe_recipe(recipe)
     _print_report(setup, model_choice.remarks, texts, adopted_lines)
+
+
+def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
+    """Write the files that describe a run, unless --dry_run is set, and return their texts by path.
+
+    Captions and first frames of clips are written before them.
+    """
+    options = setup.options
+    text_by_name = _describe(setup, describing.list_commands(setup))
+    if not options.dry_run:
+        _write_content(setup.content)
+    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL:
+        text_by_name[OWN_PROMPTS] = write_prompts(captions_of(setup))
+    texts = {options.folder / name: text for name, text in text_by_name.items()}
+    if not options.dry_run:
+        for path, text in texts.items():
+            write_text(path, text)
+        remember_folder(options.folder, options.models)
+    return texts
 
 
 def _print_report(
@@ -177,9 +181,9 @@ def _print_report(
     print_lines(show_kinds(lines))
 
 
-def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
+def _reject_existing(options: NewOptions) -> None:
     """Raise OutputError if a file to write already exists and may not be overwritten."""
-    existing = [path for path in paths if path.exists()]
+    existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
         raise OutputError(
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
@@ -232,7 +236,7 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
     return ["Nothing is written. So the three files would change:", *lines] if lines else [UNCHANGED]
 
 
-def _gather_choice(
+def _make_setup(
     options: NewOptions,
     model_choice: ModelChoice,
     *,
@@ -242,62 +246,78 @@ def _gather_choice(
 ) -> describing.RunSetup:
     """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
 
-    `kind` is what the run trains.
+    `kind` is what the run trains, `memory` the card's memory in GiB. `foreign` is the project of another
+    trainer that --from names.
     """
     model = model_choice.model
-    if 0 < memory < describing.SMALL:  # use the text encoders in 8 bits
-        with_small_encoders = find_models(fp8_encoders=True)
-        model = next(
-            entry for entry in with_small_encoders if (entry.family, entry.task) == (model.family, model.task)
-        )
-    # the model's files, and what its family says about it
+    if 0 < memory < describing.SMALL:
+        model = _find_with_8bit_text_encoders(model)
     typed_paths = typed_files(options)
-    # components inside a typed checkpoint need no file of their own
-    inside = find_inside(model, typed_paths)
-    if inside:
-        model = without_files(model, inside)
+    # networks inside a typed checkpoint need no file of their own
+    embedded_files = find_embedded_files(model, typed_paths)
+    if embedded_files:
+        model = without_files(model, embedded_files)
     files = name_files(options, model)
-    info = read_model_info(model, files)
+    model_info = read_model_info(model, files)
     check_model_files(model, {name: files[name] for name in typed_paths})
-    # the media and captions of the folder
-    content = _collect_content(options, model, info, kind)
+    content = _collect_content(options, model, model_info, kind)
     if kind.makes_training_adapter:  # it learns from images that the model itself has generated
         use_prompts_as_captions(content)
         balance_origins(content)
-    tags = find_tags(_texts_of(content)) if "tags" in model.properties else None
-    # the project of another trainer that --from names
-    if foreign is not None:
-        script = read_script_options(kind.find_training_command(model)[0])
-        dataset_layout = DatasetLayout(
-            side_multiple=find_pixel_step(info.family),
-            supports_subsets="shuffle_caption" in script.accepted,
-            uses_subsets=bool(content.regularization_folders) or tags is not None,
-            has_regularization=bool(content.regularization_folders),
-        )
-        resolve_project(foreign, model, kind, script, memory, dataset_layout)  # converts the project's keys
-    data: Mapping[str, Any] = {} if foreign is None else foreign.general_keys
+    tags = find_tags(_list_caption_texts(content)) if "tags" in model.properties else None
     setup = describing.RunSetup(
         options=options,
         model=model,
         kind=kind,
-        model_info=info,
+        model_info=model_info,
         content=content,
         memory=memory,
-        target_size=data.get("resolution") or describing.select_size(model, content.media),
+        target_size=describing.select_size(model, content.media),
         frames=describing.select_frames(model, content.media, memory),
         model_files=files,
-        embedded_model_files=inside,
-        options_without_download=[*typed_paths, *inside],
+        embedded_model_files=embedded_files,
+        options_without_download=[*typed_paths, *embedded_files],
         trigger_word=model_choice.trigger,
         tags=tags,
-        general_keys=data,
-        table_keys_by_folder=_find_keys_of_folders(foreign, options.folder, content.media),
-        training_options={} if foreign is None else foreign.training_options,
-        # a foreign project decides itself about validation
-        may_hold_out_validation=foreign is None,
+        general_keys={},
+        table_keys_by_folder={},
+        training_options={},
+        may_hold_out_validation=True,
     )
-    if foreign is None:
-        return setup
+    return setup if foreign is None else _apply_foreign_project(setup, foreign)
+
+
+def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
+    """Return the same model with text encoders in 8 bits, which small cards need."""
+    return next(
+        candidate
+        for candidate in find_models(fp8_encoders=True)
+        if (candidate.family, candidate.task) == (model.family, model.task)
+    )
+
+
+def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
+    """Fit another trainer's project to a run, and return the setup with the project's values."""
+    model = setup.model
+    content = setup.content
+    script = read_script_options(setup.kind.find_training_command(model)[0])
+    dataset_layout = DatasetLayout(
+        side_multiple=find_pixel_step(setup.model_info.family),
+        supports_subsets="shuffle_caption" in script.accepted,
+        uses_subsets=bool(content.regularization_folders) or setup.tags is not None,
+        has_regularization=bool(content.regularization_folders),
+    )
+    resolve_project(foreign, model, setup.kind, script, setup.memory, dataset_layout)
+    folder = setup.options.folder
+    media_folders = dict.fromkeys(item.path.parent for item in content.media)
+    setup = dataclasses.replace(
+        setup,
+        target_size=foreign.general_keys.get("resolution") or setup.target_size,
+        general_keys=foreign.general_keys,
+        table_keys_by_folder=find_table_keys(foreign, folder, media_folders),
+        training_options=foreign.training_options,
+        may_hold_out_validation=False,  # the project decides itself about validation
+    )
     if setup.has_subsets:  # subsets accept fewer keys of their own
         leave_sizes(foreign)
     # the project may give its length in epochs, whose steps depend on the media
@@ -306,29 +326,15 @@ def _gather_choice(
     return dataclasses.replace(setup, options=options)
 
 
-def _find_keys_of_folders(
-    foreign: ForeignProject | None, folder: Path, media: Sequence[Media]
-) -> Mapping[Path, Mapping[str, Any]]:
-    """Return the dataset.toml keys that another trainer's project sets for single folders."""
-    if foreign is None:
-        return {}
-    folders = dict.fromkeys(item.path.parent for item in media)
-    return find_table_keys(foreign, folder, folders)
+def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
+    """Return the setup without those options of a foreign project that the training script rejects."""
 
-
-def _check_foreign(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
-    """Remove the values of a foreign project that the training script rejects from a choice."""
-
-    def write(training: Mapping[str, Any]) -> dict[str, str]:
-        changed = dataclasses.replace(setup, training_options=training)
+    def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
+        changed = dataclasses.replace(setup, training_options=training_options)
         return _describe(changed, describing.list_commands(changed))
 
-    check_run(
-        foreign,
-        read_script_options(setup.kind.find_training_command(setup.model)[0]).name,
-        setup.folder,
-        write,
-    )
+    script = read_script_options(setup.kind.find_training_command(setup.model)[0])
+    check_run(foreign, script.name, setup.folder, make_run_files)
     return dataclasses.replace(setup, training_options=foreign.training_options)
 
 
@@ -364,7 +370,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
     return kind
 
 
-def _texts_of(content: FolderContent) -> list[str]:
+def _list_caption_texts(content: FolderContent) -> list[str]:
     return [item.caption for item in content.media if item.caption]
 
 
@@ -426,10 +432,9 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
         remarks: Lines about oddities that do not end a run are appended to it.
     """
     family = setup.model_info.family
-    damaged = {path.name for path in setup.content.unreadable_media}
-    problems: list[Fault] = []
     if setup.options.dry_run and setup.content.first_frames:
         return []
+    errors: list[Fault] = []
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
     with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
         copy = copies / DATASET_FILE
@@ -438,25 +443,32 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
         config = with_lengths(config, describing.lengths_of(setup.model))
         config = with_references(config, family.references, family.abilities.references)
         for table in config.datasets:
-            errors: list[Fault] = []
-            sources: list[MediaSource] = []
-            try:
-                sources = find_sources(table, faults=errors)
-            except DatasetError as error:
-                errors.append(Fault("tables cannot be used", str(error)))
-            problems += [fault for fault in errors if fault.is_fatal]
-            for source in sources:
-                if source.caption is None and source.path.name in damaged:
-                    problems.append(Fault(DAMAGED, str(source.path)))
-        if setup.kind.uses_control_images and not problems:
+            errors += _find_errors_of_table(table, setup.content.unreadable_media)
+        if setup.kind.uses_control_images and not errors:
             try:
                 check_pairs(config, setup.kind.title, remarks.append)
             except DatasetError as error:
-                problems.append(Fault("tables cannot be used", str(error)))
+                errors.append(Fault("tables cannot be used", str(error)))
     written = str(setup.options.folder / DATASET_FILE)
-    lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
+    lines = [line.replace(str(copy), written) for line in list_errors(errors, LISTED)]
     # indented lines belong to the error above them
     return [line if line.startswith(" ") else fault(line) for line in lines]
+
+
+def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
+    """Return the errors of a table of dataset.toml that end a run; a caption-less unreadable file is one."""
+    faults: list[Fault] = []
+    sources: list[MediaSource] = []
+    try:
+        sources = find_sources(table, faults=faults)
+    except DatasetError as error:
+        faults.append(Fault("tables cannot be used", str(error)))
+    errors = [found for found in faults if found.is_fatal]
+    unreadable_names = {path.name for path in unreadable_media}
+    for source in sources:
+        if source.caption is None and source.path.name in unreadable_names:
+            errors.append(Fault(DAMAGED, str(source.path)))
+    return errors
 
 
 def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
@@ -467,13 +479,15 @@ def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
         command += download_options(setup.options.models)
         downloads = "downloads the model, "
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
-    first = []
+    steps_before = []
     if has_errors:
-        first.append("correct what is listed above")
+        steps_before.append("correct what is listed above")
     if _find_uncaptioned_media(setup):
-        first.append("give captions or a trigger word as above")
-    kind = MEND if has_errors else NEXT
-    return KindLine(kind, f"First {', and '.join(first)}. Then {run_text}" if first else run_text)
+        steps_before.append("give captions or a trigger word as above")
+    text = run_text
+    if steps_before:
+        text = f"First {', and '.join(steps_before)}. Then {run_text}"
+    return KindLine(MEND if has_errors else NEXT, text)
 
 
 def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str]:
@@ -481,23 +495,36 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
 
     `remarks` are lines about how the model was chosen.
     """
-    # the folder, the size, and the model
     lines = [_summarize(setup), *setup.content.report_lines, *remarks]
     reason = describing.explain_size(setup.model, setup.media)
     if reason and "resolution" not in setup.general_keys:
         lines.append(f"{setup.target_size[0]}x{setup.target_size[1]}: {reason}")
     lines.append(_describe_model(setup))
     lines += setup.kind.describe(setup.model, setup.memory)
-    # what a control network learns from
     for folder, control_folder in setup.content.control_folders.items():
-        instead = "" if setup.options.trains else ". --train lora trains a LoRA without them"
+        alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
         if setup.kind.inpaints_images:
             data = "its pictures, of which each step marks a random part to repaint"
-        lines.append(f"{folder}: {setup.kind.title} learns from {data}{instead}")
+        lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
     for name, checkpoint in setup.embedded_model_files.items():
         lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
-    # precision that this machine needs
+    lines += _describe_precision(setup)
+    if setup.model_info.task_contradiction:
+        lines.append(warning(setup.model_info.task_contradiction))
+    lines += _describe_distillation(setup)
+    if setup.kind.makes_training_adapter:
+        lines += describe_length(setup)
+        if find_origin(setup.content) == REAL:
+            lines += describe_own(setup.options, setup.model, setup.model_files)
+    for folder, reference_folder in setup.content.reference_folders.items():
+        lines.append(f"{folder}: made from {reference_folder}")
+    return lines + _describe_lengths(setup)
+
+
+def _describe_precision(setup: describing.RunSetup) -> list[str]:
+    """Return a line about float32 or float16, if this machine trains in it instead of bfloat16."""
+    lines = []
     if setup.needs_float32:
         lines.append(
             "This processor computes bfloat16 many times slower than float32, so all is in float32, "
@@ -508,34 +535,30 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
             "This machine's GPU has no bfloat16, so the training is in float16 (mixed_precision in run.toml)."
             ' If its loss becomes NaN, the model leaves the range of float16: write "no" there, for float32'
         )
-    if setup.model_info.task_contradiction:
-        lines.append(warning(setup.model_info.task_contradiction))
-    # a distilled model unlearns its few steps when it is trained
+    return lines
+
+
+def _describe_distillation(setup: describing.RunSetup) -> list[str]:
+    """Return a warning that training unlearns the few steps of a distilled model, with the alternatives."""
     few_steps = setup.model_info.few_step_advice
-    if few_steps is not None and not setup.kind.makes_training_adapter:
-        subject = "It" if setup.model_info.task_contradiction else setup.model_name
-        warning_text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
-        comments = (
-            "the comment signs from the lines of a target that keeps "
-            f"{few_steps.lost}, in [training] of {RUN_FILE}"
-        )
-        if not setup.kind.supports_few_step_targets:
-            warning_text += f". {few_steps.instead_of_full}"
-        elif few_steps.is_certain:  # families with only distilled models have no alternative
-            warning_text += f". Take {comments}"
-        else:
-            warning_text += f". {few_steps.instead}. Or take {comments}"
-        adapted = find_adapted(setup.model)
-        if setup.kind.supports_few_step_targets and adapted is not None:
-            warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
-        lines.append(warning(warning_text))
-    if setup.kind.makes_training_adapter:
-        lines += describe_length(setup)
-        if find_origin(setup.content) == REAL:
-            lines += describe_own(setup.options, setup.model, setup.model_files)
-    for folder, reference_folder in setup.content.reference_folders.items():
-        lines.append(f"{folder}: made from {reference_folder}")
-    return lines + _describe_lengths(setup)
+    if few_steps is None or setup.kind.makes_training_adapter:
+        return []
+    subject = "It" if setup.model_info.task_contradiction else setup.model_name
+    text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+    target_hint = (
+        "the comment signs from the lines of a target that keeps "
+        f"{few_steps.lost}, in [training] of {RUN_FILE}"
+    )
+    if not setup.kind.supports_few_step_targets:
+        return [warning(f"{text}. {few_steps.instead_of_full}")]
+    if few_steps.is_certain:  # families with only distilled models have no alternative
+        text += f". Take {target_hint}"
+    else:
+        text += f". {few_steps.instead}. Or take {target_hint}"
+    with_adapter = find_adapted(setup.model)
+    if with_adapter is not None:
+        text += f". --task {with_adapter.task} downloads an adapter and trains with it"
+    return [warning(text)]
 
 
 def _summarize(setup: describing.RunSetup) -> str:
@@ -639,14 +662,14 @@ def _describe_captions(setup: describing.RunSetup) -> list[str]:
             KindLine(CAPTIONS, problem),
             f"  {typed_in(captioning_argv, setup.folder)}",
             KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
-            f"  {_describe_again(setup, trigger_word='WORD')}",
+            f"  {_make_new_command(setup, trigger_word='WORD')}",
         ]
     return lines
 
 
 def _describe_tags(setup: describing.RunSetup) -> list[str]:
     """Return lines about captions that are lists of tags, and how they are treated."""
-    tags = setup.tags or find_tags(_texts_of(setup.content))
+    tags = setup.tags or find_tags(_list_caption_texts(setup.content))
     if tags is None:
         return []
     count = format_count(len(tags.lists), "caption")
@@ -654,33 +677,40 @@ def _describe_tags(setup: describing.RunSetup) -> list[str]:
     found_text = f"{count}: lists of tags ({example}, ...)"
     if setup.tags is None:
         return [f"{found_text}, learned as they stand: {setup.model_name} was trained on sentences"]
-    keys = tags.make_keys(setup.trigger_word)
-    kept_text = ""
-    if "keep_tokens_separator" in keys:
-        kept_text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
-    elif "keep_tokens" in keys:
-        kept_text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
-    wildcard_text = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
-    # "" if the model was trained on sentences, but many models derived from it were trained on tags
-    knows_tags = bool(setup.model.properties["tags"])
-    reader = (
-        f"{setup.model_name} reads" if knows_tags else f"Models made from {setup.model_name} on tags read"
-    )
+    # if the model was trained on sentences, many models derived from it were trained on tags
+    was_trained_on_tags = bool(setup.model.properties["tags"])
+    reader = f"Models made from {setup.model_name} on tags read"
+    if was_trained_on_tags:
+        reader = f"{setup.model_name} reads"
     lines = [
         f"{found_text}. {reader} such lists, so they are in another order each time "
-        f"(shuffle_caption){kept_text}{wildcard_text}. The training encodes them in each step"
+        f"(shuffle_caption){_describe_tag_keys(setup, tags)}. The training encodes them in each step"
     ]
-    if tags.joined is None:
+    if tags.first_with_underscore is None:
         return lines
+    owner = "the model" if was_trained_on_tags else "such a model"
     lines += [
-        f"{tags.joined}: {'the model' if knows_tags else 'such a model'}'s own tags have blanks "
-        f"({as_words(tags.joined)}). To write yours so (the "
+        f"{tags.first_with_underscore}: {owner}'s own tags have blanks "
+        f"({as_words(tags.first_with_underscore)}). To write yours so (the "
         f"old captions are kept as .bak), in the folder {setup.folder}:",
-        f"  {typed_in(write_blanks(tags), setup.folder)}",
+        f"  {typed_in(make_argv_to_write_blanks(tags), setup.folder)}",
     ]
     if tags.separator != ",":
-        lines += ["and describe it again, as its lists have commas then:", f"  {_describe_again(setup)}"]
+        lines += ["and describe it again, as its lists have commas then:", f"  {_make_new_command(setup)}"]
     return lines
+
+
+def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
+    """Return which tags are not shuffled, and whether alternatives are drawn, with the keys that say it."""
+    keys = tags.make_keys(setup.trigger_word)
+    text = ""
+    if "keep_tokens_separator" in keys:
+        text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
+    elif "keep_tokens" in keys:
+        text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
+    if "enable_wildcard" in keys:
+        text += "; one of {a|b} is drawn (enable_wildcard)"
+    return text
 
 
 def _find_replaced_by_trigger(setup: describing.RunSetup, bare: Sequence[Path]) -> list[Path]:
@@ -694,22 +724,19 @@ def _find_replaced_by_trigger(setup: describing.RunSetup, bare: Sequence[Path]) 
     return [path for path in replaced if path.parent not in content.parsed_folder_names]
 
 
-def _describe_again(setup: describing.RunSetup, **more: str) -> str:
-    """Return the `new` command that describes this folder again, with changed or added options.
-
-    `more` are the options to change or add.
-    """
+def _make_new_command(setup: describing.RunSetup, **changed_options: str) -> str:
+    """Return the `new` command that describes this folder again, with changed or added options."""
     model = setup.model
-    words = ["new", as_operand(setup.options.folder)]
-    changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
-    # only options that differ from their defaults are written
-    default = option_values(NewOptions(folder=setup.options.folder))
-    values = option_values(setup.options) | changed
+    values = option_values(setup.options)
+    values |= {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False}
+    values |= changed_options
+    defaults = option_values(NewOptions(folder=setup.options.folder))
+    argv = ["new", as_operand(setup.options.folder)]
     for name, value in values.items():
-        if value == default[name]:
+        if value == defaults[name]:
             continue
         for item in value if isinstance(value, tuple) else (value,):
-            words.append(f"--{name}")
+            argv.append(f"--{name}")
             if item is not True:
-                words.append(f"{item:g}" if isinstance(item, float) else str(item))
-    return own_command(*words)
+                argv.append(f"{item:g}" if isinstance(item, float) else str(item))
+    return own_command(*argv)

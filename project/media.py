@@ -440,7 +440,7 @@ def _add_regularization(
     count = format_count(len(images), "regularization picture")
     default_caption = ""
     if uncaptioned and class_name is not None:
-        default_caption = f", `{class_name.words}` for those without a caption"
+        default_caption = f", `{class_name.class_tokens}` for those without a caption"
     content.report_lines.append(f"{subfolder}: {count} (is_reg){default_caption}, as {reason}. {remedy}")
 
 
@@ -457,7 +457,7 @@ def _has_captioned_media(folder: Path) -> bool:
 def _parse_folder_name(folder: Path) -> FolderName | None:
     """Parse a folder name such as `10_ohwx man` into repeats and words; None for other names."""
     name = read_folder_name(real_path(folder).name)
-    return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
+    return name if name is not None and name.repeats < MAX_REPEATS and name.class_tokens.strip() else None
 
 
 def _find_regularization_reason(
@@ -476,12 +476,12 @@ def _find_regularization_reason(
     if name is None:
         return None
     # a folder shows a class if another one shows a subject of it: `man` is the class of `ohwx man`
-    class_ending = f" {name.words.strip().lower()}"
+    class_ending = f" {name.class_tokens.strip().lower()}"
     for subject in names.values():
-        if subject.words.strip().lower().endswith(class_ending):
+        if subject.class_tokens.strip().lower().endswith(class_ending):
             return (
-                f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
-                "regularization"
+                f"`{name.class_tokens}` is the class of `{subject.class_tokens}`: "
+                "its pictures seem to be for regularization"
             )
     return None
 
@@ -532,7 +532,7 @@ def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderN
             times = "once" if name.repeats == 1 else f"{name.repeats} times"
             lines.append(
                 f"{folder}: by its name, each file is trained {times} an epoch (num_repeats), and "
-                f"`{name.words}` is the caption of files without one (class_tokens)"
+                f"`{name.class_tokens}` is the caption of files without one (class_tokens)"
             )
     return lines
 

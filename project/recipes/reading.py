@@ -88,7 +88,7 @@ def find_recipe(name: str) -> TrainingRecipe:
     return read_recipe(paths[name])
 
 
-def fill_in_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
+def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
     """Return options of `new` with model, kind of run and steps of a recipe where nothing else is typed.
 
     Raises:
