@@ -149,16 +149,13 @@ class _StepPlanner:
         layers = options.skipped_layers
         # passes are compared by the identity of their overrides, so each of these is made only once
         self._pass_without_layers = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
-        # skips blocks by the model's own rules
-        self._negative_with_model_skips = Pass(
-            "negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks)
-        )
-        self._steps_without_layers = (
-            list_skip_layer_steps(options, prepared.num_steps) if layers else range(0)
-        )
-        self._pass_without_self_attention = Pass(
-            "positive", Overrides(skip_self_attention=self._rules.perturbed_blocks)
-        )
+        self._steps_without_layers = range(0)
+        if layers:
+            self._steps_without_layers = list_skip_layer_steps(options, prepared.num_steps)
+        model_skips = Overrides(skip_blocks=self._rules.negative_skips.blocks)
+        self._negative_with_model_skips = Pass("negative", model_skips)
+        without_self_attention = Overrides(skip_self_attention=self._rules.perturbed_blocks)
+        self._pass_without_self_attention = Pass("positive", without_self_attention)
         self._pass_of_isolated_streams = Pass("positive", Overrides(isolate_modalities=True))
         self._pass_without_audio_reference = Pass("positive", Overrides(drop_audio_reference=True))
         self._guided_overrides = NO_OVERRIDES
@@ -166,7 +163,7 @@ class _StepPlanner:
             self._guided_overrides = Overrides(embedded_guidance=False)
         rule = self._rules.projection
         # images and audio are guided separately, so each has its own momentum
-        self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
+        self._momentum_by_stream = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
     def plan(self, index: int, scale: float | None) -> PassPlan:
         """Return the plan of one sampling step: its network passes and how their outputs are combined.
@@ -180,13 +177,13 @@ class _StepPlanner:
         image_stages: tuple[GuidanceStage, ...] = ()
         audio_stages: tuple[GuidanceStage, ...] = ()
         if scale is not None and self._rules.streams:
-            image_stages, audio_stages = (
-                self._make_stream_stages(rule, scale) for rule in self._rules.streams
-            )
+            image_rule, audio_rule = self._rules.streams
+            image_stages = self._make_stream_stages(image_rule, scale)
+            audio_stages = self._make_stream_stages(audio_rule, scale)
         elif scale is not None:
-            image_stages, audio_stages = (
-                self._make_plain_stages(index, scale, momentum) for momentum in self._momenta
-            )
+            image_momentum, audio_momentum = self._momentum_by_stream
+            image_stages = self._make_plain_stages(index, scale, image_momentum)
+            audio_stages = self._make_plain_stages(index, scale, audio_momentum)
         if self._prepared.joint is None:
             audio_stages = ()
         passes: list[Pass] = []
@@ -261,17 +258,15 @@ class _StepPlanner:
 
         Args:
             index: Index of the step.
-            weakens: Whether the options skip layers in this step.
+            skips_layers: Whether the options skip layers in this step.
         """
         if skips_layers:  # the user's layers replace the blocks that the model leaves out by itself
             return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        return (
-            self._negative_with_model_skips
-            if skips.blocks and skips.acts(step, self._prepared.steps)
-            else NEGATIVE
-        )
+        if skips.blocks and skips.acts(step, self._prepared.steps):
+            return self._negative_with_model_skips
+        return NEGATIVE
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
@@ -330,9 +325,8 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     guided_steps = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         guided_steps = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    offset_to_standard = (
-        1 - rules.neutral_scale
-    )  # converts a scale of the model to one of the standard formula
+    # added to a scale of the model, it gives that of the standard formula
+    offset_to_standard = 1 - rules.neutral_scale
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
@@ -346,10 +340,8 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
         else:
             standard_scale = scale + offset_to_standard
             # at 1 the formula returns the positive velocity
-            guides = standard_scale != 1 or guides_streams
-            scales = tuple(
-                standard_scale if has_guidance and guides else None for has_guidance in guided_steps
-            )
+            step_scale = standard_scale if standard_scale != 1 or guides_streams else None
+            scales = tuple(step_scale if has_guidance else None for has_guidance in guided_steps)
         scales_by_expert.append(scales)
     return scales_by_expert
 
@@ -546,14 +538,11 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below `off_at`, the scale that turns guidance off.
-
-    It is 1 in most models; a few count guidance from 0.
-    """
+    """Warn about guidance scales below the one that turns guidance off: 1 in most models, 0 in a few."""
     neutral_scale = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
-    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
-    if not scheduled and all(scale is None or scale >= neutral_scale for scale in used):
+    used_scales = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
+    if not scheduled and all(scale is None or scale >= neutral_scale for scale in used_scales):
         return
     # scale -> the option that sets it, for messages
     option_by_scale = _name_scales(prepared)
@@ -563,7 +552,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
                 typed_scale = standard_scale - 1 + neutral_scale
                 option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     for scale, option in option_by_scale.items():
-        if scale < neutral_scale and (scale in used or scheduled):
+        if scale < neutral_scale and (scale in used_scales or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, neutral_scale))
 
 
@@ -582,10 +571,9 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 
 def _describe_low_scale(scale: float, neutral_scale: float) -> str:
-    """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = (
-        scale + 1 - neutral_scale
-    )  # in the standard formula: 1 turns guidance off, 0 uses only the negative prompt
+    """Describe the effect of a guidance scale below `neutral_scale`, which turns guidance off."""
+    # in the standard formula 1 turns guidance off, and 0 uses only the negative prompt
+    weight = scale + 1 - neutral_scale
     effect = "leaves the prompt out"
     if weight > 0:
         effect = "weakens the prompt"

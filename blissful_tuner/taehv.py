@@ -211,15 +211,16 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
             sources[name] = source
     shape_of = shapes_of(checkpoint, sources)
 
-    def sides(layer: str) -> tuple[int, int]:
+    def read_channels(layer: str) -> tuple[int, int]:
         """Return a convolution's output and input channels."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
             raise _make_kind_error(checkpoint)
         return shape[0], shape[1]
 
+    config = _read_config(read_channels)
     # previews only decode
-    return LoadPlan(_read_config(sides), checkpoint, sources, ignore=("encoder.*",))
+    return LoadPlan(config, checkpoint, sources, ignore=("encoder.*",))
 
 
 def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
@@ -227,25 +228,29 @@ def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
     return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
 
 
-def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a tiny decoder, from the shapes of its convolutions.
+def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig:
+    """Return the dimensions of a tiny decoder, from the channels of its convolutions.
 
-    Args:
-        sides: Returns output and input channels of a convolution by name.
+    `read_channels` returns output and input channels of a convolution. Convolutions are named by their index
+    in the released nn.Sequential: a stage that begins at layer n has its growth in time at n + 4, and a
+    convolution to the width of the next stage at n + 5.
     """
-    # layers are named by number; the fifth after a stage's first one has the next stage's width
-    later_widths = [sides(str(first + 5))[0] for first in STAGES]
-    first_width, channels = sides("1")
-    widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
-    # a growth by a stride in time has stride times as many output channels
-    grown = [sides(f"{first + 4}.conv")[0] for first in STAGES]
-    strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
-    colors, _ = sides("22")  # 3 colors of patch x patch pixels
+    first_width, latent_channels = read_channels("1")
+    next_widths = [read_channels(str(first + 5))[0] for first in STAGES]
+    widths = (first_width, next_widths[0], next_widths[1], next_widths[2])
+    # each frame that a growth makes of a frame takes `width` of its output channels
+    growth_channels = [read_channels(f"{first + 4}.conv")[0] for first in STAGES]
+    strides = (
+        growth_channels[0] // widths[0],
+        growth_channels[1] // widths[1],
+        growth_channels[2] // widths[2],
+    )
+    color_channels, _ = read_channels("22")  # 3 colors of patch x patch pixels
     return TaehvConfig(
-        channels=channels,
+        channels=latent_channels,
         widths=widths,
         strides=strides,
-        patch=max(1, round((colors / 3) ** 0.5)),
+        patch=max(1, round((color_channels / 3) ** 0.5)),
     )
 
 

@@ -72,7 +72,13 @@ from project.options import (
     own_command,
     typed_in,
 )
-from project.own_commands import captions_of, describe_length, describe_own, lacks_media, write_prompts
+from project.own_commands import (
+    captions_of,
+    describe_length,
+    describe_own_images_commands,
+    lacks_media,
+    write_prompts,
+)
 from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, use_prompts_as_captions
 from project.recipes.reading import complete_options_from_recipe, describe_recipe, find_recipe
 from project.script_facts import read_script_options
@@ -207,7 +213,7 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
     lines = [
         f"{options.folder} is empty: {len(text.splitlines())} varied captions are in {OWN_PROMPTS}. First:",
         f"  {own_command(*download)}",
-        *describe_own(options, model, name_files(options, model)),
+        *describe_own_images_commands(options, model, name_files(options, model)),
     ]
     print_lines(lines)
 
@@ -516,7 +522,7 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
     if setup.kind.makes_training_adapter:
         lines += describe_length(setup)
         if find_origin(setup.content) == REAL:
-            lines += describe_own(setup.options, setup.model, setup.model_files)
+            lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
     for folder, reference_folder in setup.content.reference_folders.items():
         lines.append(f"{folder}: made from {reference_folder}")
     return lines + _describe_lengths(setup)

@@ -76,11 +76,13 @@ class RelocatedText(NamedTuple):
     removed: list[str]  # keys
 
 
-def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
+def relocate_toml(
+    text: str, machine_paths: MachinePaths, removed_keys: Collection[str] = ()
+) -> RelocatedText:
     """Make the paths in a TOML text relative; comments are preserved.
 
     `machine_paths` replaces the paths; those that it cannot replace stay, and are returned as outside of the
-    packed folder. `without` are keys to remove from all tables.
+    packed folder. `removed_keys` are keys to remove from all tables.
 
     Raises:
         ValueError: If the text is not TOML.
@@ -98,7 +100,7 @@ def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[st
             return value
         return relocated
 
-    removed = _remove_keys(document, without)
+    removed = _remove_keys(document, removed_keys)
     change_texts(document, relocate)
     return RelocatedText(tomlkit.dumps(document), paths_outside, removed)
 

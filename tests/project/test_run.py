@@ -130,7 +130,7 @@ def test_the_check_tells_unreadable_files_from_other_faults(
 @pytest.mark.parametrize("kind", ["have no caption", "have a caption that cannot be used", "cannot be read"])
 def test_each_fault_of_captions_has_its_own_remedy(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["python", "wan_cache_latents.py", "--check"]
-    running._explain(words, Path("clips"), [kind])
+    running._print_remedies(words, Path("clips"), [kind])
     said = capsys.readouterr().out
     assert "Correct what is listed above" in said
     assert ("class_tokens" in said) is (kind == "have no caption")
