@@ -42,22 +42,22 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
         return torch.einsum("cfhw,cr->rfhw", latents.float(), factors) + bias.view(3, 1, 1, 1)
 
 
-def enlarge(colors: Tensor, rows: int, columns: int) -> Iterator[Frame]:
+def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[Frame]:
     """Yield the frames resized bicubically, H W 3 uint8, with the clip's colors stretched to 0..255.
 
     NaN and infinite values become 0 first.
 
     Args:
         colors: Colors, 3 F h w.
-        rows: Factor on the height.
-        columns: Factor on the width.
+        height_factor: Factor on the height.
+        width_factor: Factor on the width.
     """
     colors = colors.nan_to_num(0.0, 0.0, 0.0)
     lowest, highest = colors.amin(), colors.amax()
     colors = (colors - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
     for frame in colors.permute(1, 2, 3, 0).contiguous().numpy():
         # OpenCV: torch's bicubic, the same to the last bit but one, takes eight times as long
-        larger = cv2.resize(frame, None, fx=columns, fy=rows, interpolation=cv2.INTER_CUBIC)
+        larger = cv2.resize(frame, None, fx=width_factor, fy=height_factor, interpolation=cv2.INTER_CUBIC)
         yield np.rint(larger.clip(0, 255)).astype(np.uint8)
 
 
@@ -254,7 +254,7 @@ def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig
     )
 
 
-def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
+def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
     """Return a tiny decoder's plan adapted to a family's latents: for image models without growth in time.
 
     Raises:
@@ -291,7 +291,7 @@ def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
         CheckpointError: If the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = for_latents(read_taehv(checkpoint), latent)
+        plan = adapt_to_latents(read_taehv(checkpoint), latent)
         _load(plan, META, torch.float32)
         return plan.config
 
@@ -302,7 +302,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     Raises CheckpointError if the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = for_latents(read_taehv(checkpoint), latent)
+        plan = adapt_to_latents(read_taehv(checkpoint), latent)
         weights = _load(plan, CPU, select_dtype(device)).state_dict()
     if device.type == "cuda":  # sending pinned weights does not wait for the device
         weights = {name: pin(weight) for name, weight in weights.items()}

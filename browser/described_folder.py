@@ -25,7 +25,7 @@ from modules.pages.language import join, say, say_count
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
 from project.kinds.composing import find_kind_of
-from project.kinds.whole_model import derive_times, saves_models
+from project.kinds.whole_model import derive_intervals, saves_models
 from project.options import RUN_FILE, find_models
 from training.config_options import PROJECT_TABLE, toml_value
 
@@ -108,9 +108,9 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     before = values.get("max_train_steps")
     are_large = saves_models(values)
     # intervals such as save_every_n_steps, as `new` derives them from a number of steps
-    derived = derive_times(before, are_large) if isinstance(before, int) and before > 0 else {}
+    derived = derive_intervals(before, are_large) if isinstance(before, int) and before > 0 else {}
     unchanged = {}
-    for name, value in derive_times(steps, are_large).items():
+    for name, value in derive_intervals(steps, are_large).items():
         if name not in values or values[name] == value:
             continue
         if values[name] == derived.get(name):

@@ -29,9 +29,9 @@ from modules.paths import parse_path
 from modules.text_files import real_path
 from project.foreign.places import needs_subsets
 from project.foreign.settling import VARYING_TEXTS
-from project.kinds.adapter import NAMED
+from project.kinds.adapter import ADAPTER_NAME_SUFFIX
 from project.kinds.contract import RunKind
-from project.kinds.whole_model import derive_times
+from project.kinds.whole_model import derive_intervals
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unused
 from project.model_choice import ModelInfo
 from project.model_sizes import FP8, is_small, weight_options
@@ -46,12 +46,12 @@ from training.config_options import PROJECT_TABLE, toml_value
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # subsets: minimum side of images, step of sides
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
-PATIENCE = 5  # validations without improvement before early stopping
-SMALL = 16  # GiB; with less, text encoders are used in 8 bits
-LARGE = 40  # GiB; from this size on, clips are twice as long
-MAX_SAMPLED = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
-OTHER = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
-OTHER_EDIT = "make it a pencil drawing"
+EARLY_STOPPING_PATIENCE = 5  # validations without improvement before early stopping
+SMALL_CARD_GIB = 16  # GiB; with less, text encoders are used in 8 bits
+LARGE_CARD_GIB = 40  # GiB; from this size on, clips are twice as long
+MAX_SAMPLE_AREA = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
+PROMPT_WITHOUT_SUBJECT = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
+EDIT_INSTRUCTION = "make it a pencil drawing"
 # word in captions -> a situation that captions without this word do not describe
 SITUATIONS = {
     "snow": "in falling snow",
@@ -61,8 +61,8 @@ SITUATIONS = {
     "forest": "in a forest in the rain",
     "boat": "on a boat",
 }
-ENOUGH = 10  # minimum number of files for holding out a tenth for validation
-MAX_READ = 240  # maximum frames read of a clip to find a sample's end image
+MIN_FILES_FOR_VALIDATION = 10  # minimum number of files for holding out a tenth for validation
+MAX_FRAMES_READ = 240  # maximum frames read of a clip to find a sample's end image
 MAX_OF_SUBJECT = 80  # maximum characters of a caption used in a prompt
 AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
@@ -132,7 +132,7 @@ class RunSetup:
     @property
     def uses_8bit_text_encoders(self) -> bool:
         """Whether the text encoders are loaded in 8 bits."""
-        return 0 < self.memory < SMALL
+        return 0 < self.memory < SMALL_CARD_GIB
 
     @property
     def needs_float32(self) -> bool:
@@ -160,7 +160,7 @@ class Edit:
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
     """Return the width and height of the file with the median area, reduced to the model's default area."""
     default_width, default_height = model.properties["resolution"]
-    middle = _find_middle_by_area(model, media)
+    middle = _find_media_of_median_area(model, media)
     if middle is None:
         return default_width, default_height
     return _shrink_to_area(middle.size, default_width * default_height)
@@ -168,10 +168,10 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
     """Return why `select_size` has chosen its size; "" for audio, which has none."""
-    typical = _find_middle_by_area(model, media)  # the file of median area, whose size was chosen
+    typical = _find_media_of_median_area(model, media)  # the file of median area, whose size was chosen
     if typical is None:
         return ""
-    sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
+    sizes = sorted({item.size for item in _list_trained_media(model, media)}, key=_area)
     span = ""
     if len(sizes) > 1:
         span = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
@@ -190,18 +190,18 @@ def _area(size: Sequence[int]) -> int:
     return size[0] * size[1]
 
 
-def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
+def _list_trained_media(model: ModelSet, media: list[Media]) -> list[Media]:
     """Return those clips and images of a folder that a model is trained on."""
     visible = [item for item in media if item.kind != "audio"]
-    if not learns_stills_of_clips(model):
+    if not trains_on_frames_of_clips(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
     if model.properties.get("from_image"):
         return [item for item in visible if item.is_clip] or visible
     return visible
 
 
-def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
-    learned = _learned(model, media)
+def _find_media_of_median_area(model: ModelSet, media: list[Media]) -> Media | None:
+    learned = _list_trained_media(model, media)
     # the median is taken by area so that the size keeps the shape of an actual file
     typical = [item for item in learned if not is_narrow(item)] or learned
     ranked = sorted(typical, key=lambda item: _area(item.size))
@@ -219,36 +219,36 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return the number of frames per clip: the default, or fewer if over a quarter of clips are shorter."""
     default = model.properties["frames"]
-    lengths = lengths_of(model)
+    lengths = clip_lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
-    if not counts or counts[-1] < shortest_clip(model):
+    if not counts or counts[-1] < min_clip_frames(model):
         return 1
     maximum = default
-    if memory >= LARGE and lengths == DEFAULT_LENGTHS:
+    if memory >= LARGE_CARD_GIB and lengths == DEFAULT_LENGTHS:
         maximum = 2 * default - 1
     reached = min(maximum, counts[len(counts) // 4])
-    return max(lengths.fit(reached), shortest_clip(model))
+    return max(lengths.fit(reached), min_clip_frames(model))
 
 
-def lengths_of(model: ModelSet) -> ClipLengths:
+def clip_lengths_of(model: ModelSet) -> ClipLengths:
     """Return the frame counts that a model accepts for a clip."""
     return ClipLengths(model.properties.get("frame_step", 4), model.properties.get("first_frames", 1))
 
 
-def shortest_clip(model: ModelSet) -> int:
+def min_clip_frames(model: ModelSet) -> int:
     """Return the smallest number of frames of a clip that a model can be trained on."""
-    return int(model.properties.get("least_frames", lengths_of(model).shortest))
+    return int(model.properties.get("least_frames", clip_lengths_of(model).shortest))
 
 
-def learns_stills_of_clips(model: ModelSet) -> bool:
+def trains_on_frames_of_clips(model: ModelSet) -> bool:
     """Return whether the model is trained on single frames of clips as images."""
     return not model.properties.get("from_image", False) and "least_frames" not in model.properties
 
 
 def is_too_short(item: Media, model: ModelSet) -> bool:
     """Return whether an item is a clip with fewer frames than the model needs."""
-    return item.seconds is not None and count_frames(item, model) < shortest_clip(model)
+    return item.seconds is not None and count_frames(item, model) < min_clip_frames(model)
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -263,21 +263,21 @@ def describe_dataset(setup: RunSetup) -> str:
     lines = _format_toml_table("[general]", _make_general_keys(setup))
     if setup.has_subsets:
         return "\n".join([*lines, *_describe_subsets(setup), ""])
-    clip_keys = _clip_keys(setup)
+    clip_keys = _make_clip_keys(setup)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in setup.media)
     for folder, kind in folders_and_kinds:
         # an image-to-video model takes the first frames from the clips
         if from_image and kind != "video":
             continue
         # clips are no material for a run that learns single frames
-        if kind == "video" and setup.frames == 1 and not learns_stills_of_clips(setup.model):
+        if kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model):
             continue
         keys = _make_folder_keys(setup, folder, kind)
         if kind == "video":
             keys |= clip_keys
         lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        minimum = shortest_clip(setup.model) / data["fps"]
+        minimum = min_clip_frames(setup.model) / data["fps"]
         raise OptionError(
             f"--task {setup.model.task} learns from clips of at least {minimum:.1f} seconds, and "
             f"{setup.options.folder} has none. Choose another --family or --task."
@@ -347,10 +347,10 @@ def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
     return keys | {name: value for name, value in setup.general_keys.items() if name != "resolution"}
 
 
-def _clip_keys(setup: RunSetup) -> dict[str, Any]:
+def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
     """Return the dataset.toml keys that select frames of clips."""
     frames = setup.frames
-    single_length = frames == 1 or not learns_stills_of_clips(setup.model)
+    single_length = frames == 1 or not trains_on_frames_of_clips(setup.model)
     keys: dict[str, Any] = {
         "target_frames": [frames] if single_length else [1, frames],
         "frame_extraction": "head",
@@ -431,7 +431,7 @@ def _make_sample_prompts(setup: RunSetup) -> list[str]:
     subject = _find_sample_subject(setup, captions)
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
     if not setup.kind.trains_embedding:
-        prompts.append(OTHER_EDIT if setup.model_info.needs_reference else OTHER)
+        prompts.append(EDIT_INSTRUCTION if setup.model_info.needs_reference else PROMPT_WITHOUT_SUBJECT)
     quality_tags = setup.model.properties.get("tags")
     if quality_tags:
         prompts = [f"{quality_tags}, {prompt}" for prompt in prompts]
@@ -456,7 +456,7 @@ def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_valu
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
     if not samples or not setup.kind.trains_embedding:
-        samples.append(Edit(OTHER_EDIT, edits[-1].images))
+        samples.append(Edit(EDIT_INSTRUCTION, edits[-1].images))
     lines = ""
     for seed, edit in enumerate(samples, start=1):
         parts = [edit.instruction, _sample_size(setup), released_values, edit.images, f"--d {seed}"]
@@ -466,27 +466,37 @@ def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_valu
 
 def _describe_control_samples(setup: RunSetup, released_values: str) -> str:
     """Return prompt lines for the first, a middle and the last control pair of the dataset."""
-    pairs = [item for item in setup.media if item.path.parent in setup.content.control_folders]
-    pairs = [item for item in pairs if reference_of(item, setup.content.control_folders[item.path.parent])]
+    control_image_of: dict[Path, Path] = {}
+    images = []
+    for item in setup.media:
+        control_folder = setup.content.control_folders.get(item.path.parent)
+        control_images = () if control_folder is None else reference_of(item, control_folder)
+        if control_images:
+            control_image_of[item.path] = control_images[0]
+            images.append(item)
     lines = ""
-    for seed, index in enumerate(dict.fromkeys((0, len(pairs) // 2, len(pairs) - 1)), start=1):
-        item = pairs[index]
+    for seed, item in enumerate(_select_first_middle_last(images), start=1):
         width, height = _shrink_to_area(item.size, _area(setup.target_size))
-        control = reference_of(item, setup.content.control_folders[item.path.parent])[0]
-        prompt = plain(item.caption or setup.trigger_word or "") or OTHER
+        control = control_image_of[item.path]
+        prompt = plain(item.caption or setup.trigger_word or "") or PROMPT_WITHOUT_SUBJECT
         parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {setup.relative_path(control)}"]
         lines += " ".join([*filter(None, parts), f"--d {seed}"]) + "\n"
     return lines
+
+
+def _select_first_middle_last(items: Sequence[Media]) -> list[Media]:
+    """Return the first, the middle and the last item, each once."""
+    indices = dict.fromkeys((0, len(items) // 2, len(items) - 1))
+    return [items[index] for index in indices]
 
 
 def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
     """Return prompt lines for the first, a middle and the last layered image."""
     images = [item for item in setup.media if item.path in setup.content.layers_by_image]
     lines = ""
-    for seed, index in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
-        item = images[index]
+    for seed, item in enumerate(_select_first_middle_last(images), start=1):
         width, height = _shrink_to_area(item.size, _area(setup.target_size))
-        prompt = plain(item.caption or setup.trigger_word or "") or OTHER
+        prompt = plain(item.caption or setup.trigger_word or "") or PROMPT_WITHOUT_SUBJECT
         image = f"--ci {setup.relative_path(item.path)} --f {len(setup.content.layers_by_image[item.path])}"
         lines += f"{prompt} --w {width} --h {height} {released_values} {image} --d {seed}\n"
     return lines
@@ -508,7 +518,7 @@ def _sample_size(setup: RunSetup) -> str:
         return f"--f {AUDIO_FRAMES}"
     width, height = setup.target_size
     if setup.frames > 1:
-        width, height = _shrink_to_area(setup.target_size, MAX_SAMPLED)
+        width, height = _shrink_to_area(setup.target_size, MAX_SAMPLE_AREA)
     frames = f" --f {setup.frames}" if setup.model.properties["frames"] > 1 else ""
     return f"--w {width} --h {height}{frames}"
 
@@ -541,21 +551,19 @@ def plain(text: str) -> str:
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return the model's released sample options (steps, guidance, ...) as options of a prompt line.
+    """Return steps, guidance and flow shift of the model's generation command as options of a prompt line.
 
     All other values default to the family's, for samples as for generation.
     """
-    characters = {"--negative_prompt": "n"}
-    # sample values of prompt lines: each with its option and its one-letter name
-    shared = {**COUNTS, **VALUES}
+    letter_of_option = {"--negative_prompt": "n"}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
-        option, character, _ = shared[name]
-        characters[option] = character
+        option, letter, _ = {**COUNTS, **VALUES}[name]
+        letter_of_option[option] = letter
     options = []
     # each word of the command together with the one after it
     for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
-        if option in characters:
-            options.append(f"--{characters[option]} {value}")
+        if option in letter_of_option:
+            options.append(f"--{letter_of_option[option]} {value}")
     return " ".join(options)
 
 
@@ -589,7 +597,7 @@ def _write_start_frames(setup: RunSetup) -> str:
         write_png(start, first_frame(clip))
         if takes_last_frame:
             # a deque of length 1 keeps only the last frame that was read
-            (last_frame,) = deque(itertools.islice(video_frames(clip), MAX_READ), maxlen=1)
+            (last_frame,) = deque(itertools.islice(video_frames(clip), MAX_FRAMES_READ), maxlen=1)
             write_png(end, last_frame)
     options = f"--i {setup.relative_path(start)}"
     return f"{options} --ei {setup.relative_path(end)}" if takes_last_frame else options
@@ -717,7 +725,7 @@ def _list_training_arguments(setup: RunSetup) -> list[str]:
     if setup.memory and not is_small(setup.model, setup.memory):
         words = [word for word in words if word not in FP8]  # the command in the docs may contain it
         words += weight_options(setup.model, setup.memory)
-        if setup.memory <= SMALL and setup.frames > 1:
+        if setup.memory <= SMALL_CARD_GIB and setup.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
     if setup.memory and data.get("swaps", True):
         words += ["--blocks_to_swap", "auto"]  # the training determines the number
@@ -751,7 +759,7 @@ def _read_number(word: str) -> int | float | str:
 def _run_values(setup: RunSetup) -> dict[str, Any]:
     """Return the [training] options for length, saving, samples and validation."""
     steps = setup.options.max_train_steps
-    intervals = derive_times(steps, setup.kind.saves_large_files)
+    intervals = derive_intervals(steps, setup.kind.saves_large_files)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
@@ -761,13 +769,13 @@ def _run_values(setup: RunSetup) -> dict[str, Any]:
         "sample_at_first": True,
         "sample_now": True,
     }
-    if len(setup.media) >= ENOUGH and setup.may_hold_out_validation:
+    if len(setup.media) >= MIN_FILES_FOR_VALIDATION and setup.may_hold_out_validation:
         values["validation_split"] = 0.1
     values["output_dir"] = "output"
     values["output_name"] = setup.options.output_name or _make_output_name(setup)
     if setup.kind.makes_training_adapter:
         if "validation_split" in values:
-            values["early_stopping_patience"] = PATIENCE
+            values["early_stopping_patience"] = EARLY_STOPPING_PATIENCE
         values["make_adapter"] = find_origin(setup.content)
     return values
 
@@ -780,7 +788,7 @@ def _make_output_name(setup: RunSetup) -> str | None:
     if is_windows_device(name):  # such as CON or NUL, which cannot be a file name
         name = f"lora_{name}"
     name = name or "lora"
-    return name + NAMED if setup.kind.makes_training_adapter else name
+    return name + ADAPTER_NAME_SUFFIX if setup.kind.makes_training_adapter else name
 
 
 def _format_toml_table(head: str, values: Mapping[str, Any]) -> list[str]:

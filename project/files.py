@@ -30,7 +30,7 @@ from project.foreign.checking import check_run
 from project.foreign.counting import count_steps_of_epoch, find_pixel_step
 from project.foreign.lengths import select_length
 from project.foreign.naming import explain_model
-from project.foreign.places import find_table_keys, leave_sizes
+from project.foreign.places import find_table_keys, omit_keys_of_tables
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
 from project.foreign.settling import DatasetLayout, complete_options, resolve_project
@@ -79,7 +79,7 @@ from project.own_commands import (
     lacks_media,
     write_prompts,
 )
-from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, use_prompts_as_captions
+from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
 from project.recipes.reading import complete_options_from_recipe, describe_recipe, find_recipe
 from project.script_facts import read_script_options
 from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
@@ -88,7 +88,9 @@ from project.varied_captions import make_captions
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
 # kind of error
-DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or move it away"
+UNREADABLE_WITHOUT_CAPTION = (
+    "cannot be read and have no caption, which ends a run: delete each, or move it away"
+)
 
 
 def write_project(options: NewOptions) -> None:
@@ -144,10 +146,10 @@ def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
     Captions and first frames of clips are written before them.
     """
     options = setup.options
-    text_by_name = _describe(setup, describing.list_commands(setup))
+    text_by_name = _make_texts(setup, describing.list_commands(setup))
     if not options.dry_run:
         _write_content(setup.content)
-    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL:
+    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
         text_by_name[OWN_PROMPTS] = write_prompts(captions_of(setup))
     texts = {options.folder / name: text for name, text in text_by_name.items()}
     if not options.dry_run:
@@ -169,15 +171,15 @@ def _print_report(
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = setup.options
-    oddities: list[str] = []  # `find_errors` adds warnings
-    errors = find_errors(setup, texts[options.folder / DATASET_FILE], oddities)
+    control_pair_warnings: list[str] = []  # `find_errors` adds warnings
+    errors = find_errors(setup, texts[options.folder / DATASET_FILE], control_pair_warnings)
     lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(setup, remarks)
     lines += _describe_captions(setup)
     lines += _describe_tags(setup)
-    lines += [*oddities, *errors]
+    lines += [*control_pair_warnings, *errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
@@ -218,7 +220,7 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
     print_lines(lines)
 
 
-def _describe(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
+def _make_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
     """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
     dataset = describing.describe_dataset(setup)
     samples = describing.describe_samples(setup)
@@ -256,7 +258,7 @@ def _make_setup(
     trainer that --from names.
     """
     model = model_choice.model
-    if 0 < memory < describing.SMALL:
+    if 0 < memory < describing.SMALL_CARD_GIB:
         model = _find_with_8bit_text_encoders(model)
     typed_paths = typed_files(options)
     # networks inside a typed checkpoint need no file of their own
@@ -325,7 +327,7 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
         may_hold_out_validation=False,  # the project decides itself about validation
     )
     if setup.has_subsets:  # subsets accept fewer keys of their own
-        leave_sizes(foreign)
+        omit_keys_of_tables(foreign)
     # the project may give its length in epochs, whose steps depend on the media
     steps_of_epoch = count_steps_of_epoch(setup)
     options = select_length(foreign, setup.options, steps_of_epoch, len(content.media))
@@ -337,7 +339,7 @@ def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject
 
     def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(setup, training_options=training_options)
-        return _describe(changed, describing.list_commands(changed))
+        return _make_texts(changed, describing.list_commands(changed))
 
     script = read_script_options(setup.kind.find_training_command(setup.model)[0])
     check_run(foreign, script.name, setup.folder, make_run_files)
@@ -446,7 +448,7 @@ def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) ->
         copy = copies / DATASET_FILE
         write_text(copy, dataset)
         config = load_dataset_config(copy)
-        config = with_lengths(config, describing.lengths_of(setup.model))
+        config = with_lengths(config, describing.clip_lengths_of(setup.model))
         config = with_references(config, family.references, family.abilities.references)
         for table in config.datasets:
             errors += _find_errors_of_table(table, setup.content.unreadable_media)
@@ -473,7 +475,7 @@ def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path])
     unreadable_names = {path.name for path in unreadable_media}
     for source in sources:
         if source.caption is None and source.path.name in unreadable_names:
-            errors.append(Fault(DAMAGED, str(source.path)))
+            errors.append(Fault(UNREADABLE_WITHOUT_CAPTION, str(source.path)))
     return errors
 
 
@@ -521,7 +523,7 @@ def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str
     lines += _describe_distillation(setup)
     if setup.kind.makes_training_adapter:
         lines += describe_length(setup)
-        if find_origin(setup.content) == REAL:
+        if find_origin(setup.content) == REAL_MEDIA:
             lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
     for folder, reference_folder in setup.content.reference_folders.items():
         lines.append(f"{folder}: made from {reference_folder}")
@@ -619,8 +621,8 @@ def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
         learned = "which learns their first frame"
-        if not describing.learns_stills_of_clips(model):
-            minimum = describing.shortest_clip(model)
+        if not describing.trains_on_frames_of_clips(model):
+            minimum = describing.min_clip_frames(model)
             learned = (
                 f"which learns nothing of less than {minimum} frames (at {model.properties['fps']} a second)"
             )

@@ -13,7 +13,7 @@ from project.options import as_operand, own_command, typed_in
 from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
-USUAL_STEPS = 4000
+TYPICAL_STEPS = 4000
 OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
@@ -36,14 +36,16 @@ def describe_length(setup: RunSetup) -> list[str]:
     """Return lines about how long the training of an adapter should be, and when it is finished."""
     lines = []
     steps = setup.options.max_train_steps
-    if steps < USUAL_STEPS:
+    if steps < TYPICAL_STEPS:
         lines.append(
-            f"{steps:,} steps: published adapters took {USUAL_STEPS:,} to 30,000, as 1,000 left most of the "
-            f"distillation. --max_train_steps {USUAL_STEPS} --overwrite"
+            f"{steps:,} steps: published adapters took {TYPICAL_STEPS:,} to 30,000, as 1,000 left most of "
+            "the "
+            f"distillation. --max_train_steps {TYPICAL_STEPS} --overwrite"
         )
-    if len(setup.media) < describing.ENOUGH or not setup.may_hold_out_validation:
+    if len(setup.media) < describing.MIN_FILES_FOR_VALIDATION or not setup.may_hold_out_validation:
         lines.append(
-            f"From {describing.ENOUGH} files on, a tenth is held back: an adapter is done when their loss, "
+            f"From {describing.MIN_FILES_FOR_VALIDATION} files on, a tenth is held back: an adapter is done "
+            "when their loss, "
             "the validation loss, falls no more"
         )
     else:

@@ -7,7 +7,7 @@ from dataset.sources.captions import caption_path
 from modules.media.reading import read_tags
 from project.media import FolderContent, Media
 
-OWN, REAL, MIXED = "own", "real", "mixed"  # values of --make_adapter
+OWN, REAL_MEDIA, MIXED = "own", "real", "mixed"  # values of --make_adapter
 OWN_FOLDER, OWN_PROMPTS = "own", "own_prompts.txt"
 PROMPT = "bt_prompt"  # metadata key of generated files
 
@@ -59,7 +59,7 @@ def find_origin(content: FolderContent) -> str:
     generated = [bool(_read_prompt(content, item)) for item in content.media]
     if all(generated):
         return OWN
-    return MIXED if any(generated) else REAL
+    return MIXED if any(generated) else REAL_MEDIA
 
 
 def _read_prompt(content: FolderContent, item: Media) -> str:

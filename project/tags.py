@@ -56,12 +56,12 @@ class TagLists:
             keys["caption_separator"] = self.separator
         captions = [self.separator.join(tags) for tags in self.lists]
         adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in captions)
+        # neither the leading tags that all captions share nor a trigger word in front of them are shuffled
+        num_fixed_tags = self.num_leading_shared + (1 if adds_trigger else 0)
         if self.has_separator_of_fixed_tags:
             keys["keep_tokens_separator"] = KEPT
-        elif self.num_leading_shared or adds_trigger:
-            # the trigger word, added in front, must not be shuffled either
-            num_added = 1 if adds_trigger else 0
-            keys["keep_tokens"] = self.num_leading_shared + num_added
+        elif num_fixed_tags:
+            keys["keep_tokens"] = num_fixed_tags
         if self.has_alternatives:
             keys["enable_wildcard"] = True
         return keys

@@ -51,17 +51,19 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     # the dataset file is not written yet: a temporary copy is loaded, in whose folder its paths are relative
     files: list[CountedFile] = []
     media_by_path = {real_path(item.path): item for item in setup.media}
-    with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
-        copy = copies / DATASET_FILE
+    with temporary_folder() as temporary, contextlib.chdir(setup.options.folder), quiet():
+        copy = temporary / DATASET_FILE
         write_text(copy, describing.describe_dataset(setup))
         try:
-            config = with_lengths(load_dataset_config(copy), describing.lengths_of(setup.model))
+            config = with_lengths(load_dataset_config(copy), describing.clip_lengths_of(setup.model))
             for table in config.datasets:
                 for source in find_sources(table, faults=[]):
                     item = media_by_path.get(real_path(source.path))
                     # an image is one item of one frame, a clip one item for each length
-                    lengths = [1] if item is None or not item.is_clip else _lengths(setup, table, item)
-                    bucket = _bucket(setup, table, source.path, None if item is None else item.size)
+                    lengths = [1]
+                    if item is not None and item.is_clip:
+                        lengths = _list_lengths(setup, table, item)
+                    bucket = _find_bucket(setup, table, source.path, None if item is None else item.size)
                     files += [CountedFile(table, (*bucket, length)) for length in lengths]
         except UserError:  # `new` reports errors of the files
             return max(len(setup.media), 1)
@@ -69,14 +71,14 @@ def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     return ceil_div(count_batches(files), accumulated)
 
 
-def _lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
+def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
     """Return the numbers of frames of the items that a clip yields."""
     frames = describing.count_frames(item, setup.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]
 
 
-def _bucket(
+def _find_bucket(
     setup: describing.RunSetup, table: DatasetTable, path: Path, size: tuple[int, int] | None
 ) -> tuple[int, ...]:
     """Return the bucket size in which a file is trained; () if it is unknown."""

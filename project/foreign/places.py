@@ -132,7 +132,7 @@ def find_table_keys(
     return keys
 
 
-def leave_sizes(project: ForeignProject) -> None:
+def omit_keys_of_tables(project: ForeignProject) -> None:
     """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]

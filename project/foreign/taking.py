@@ -159,28 +159,27 @@ _ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 def _set_once(
     project: ForeignProject, our_values: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
-    """Set an option or dataset key, unless another key of the foreign file has set another value.
+    """Set an option or dataset key, unless another key of the file has set another value.
 
     Args:
-        project: The foreign file; it notes which of its keys were taken, changed or left out.
+        project: The foreign file, with the report about its keys.
         our_values: Our options or dataset keys with their values; the new one is added.
         keys: Name of our option or dataset key -> the key of the foreign file that set it.
         setting: A key of the foreign file with its value, and the rule that says which name it has here.
         value: The value in our form.
     """
     name = setting.rule.name
-    first = keys.setdefault(name, setting.key)
-    # `assumed` has defaults of the other program for missing keys: explicit values take precedence
-    if first in project.assumed_defaults and setting.key not in project.assumed_defaults:
+    is_default = setting.key in project.assumed_defaults  # of the other program, for a missing key
+    first_key = keys.setdefault(name, setting.key)
+    if first_key in project.assumed_defaults and not is_default:
+        # a value in the file replaces a default
         our_values.pop(name, None)
         keys[name] = setting.key
     if our_values.setdefault(name, value) != value:
-        project.report_omitted_value(
-            setting.key, setting.value, f"{name} is {our_values[name]} already, from another key"
-        )
-    # a default of the other program is not reported as a key of the file
-    elif setting.key in project.assumed_defaults:
-        return
+        reason = f"{name} is {our_values[name]} already, from another key"
+        project.report_omitted_value(setting.key, setting.value, reason)
+    elif is_default:
+        return  # it is not reported as a key of the file
     elif _is_same(value, setting.value):
         project.adopted_keys.append(setting.key)
     else:

@@ -20,7 +20,7 @@ RECIPE: Mapping[str, Any] = {
     "ema_decay": 0.998,
     "lora_format": "comfyui",  # without alphas, as published adapters are
 }
-NAMED = "_training_adapter_v1"  # suffix of its file name, as in published adapters
+ADAPTER_NAME_SUFFIX = "_training_adapter_v1"  # suffix of its file name, as in published adapters
 
 
 def _find_words(model: ModelSet) -> list[str]:

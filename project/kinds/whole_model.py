@@ -81,7 +81,7 @@ def saves_models(values: Mapping[str, Any]) -> bool:
     return "fused_backward_pass" in values and "network_module" not in values
 
 
-def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
+def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
     """Return the intervals of saves, states and samples that suit a number of steps.
 
     `saves_models` says that the run saves whole models, which are large.

@@ -1,6 +1,7 @@
 """Make a recipe of a finished run from its history and, in a described folder, from its run.toml."""
 
 import argparse
+import itertools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,19 +133,17 @@ def _find_trained_model(
         OptionError: If neither names a model that `new` can set up.
     """
     commands = _read_commands(history)
-    for words in commands:
-        values = dict(zip(words, words[1:], strict=False))  # each word and the next: options and values
-        if "--family" in values and "--task" in values:
-            return values["--family"], values["--task"], find_kind_of(commands).name
-    # training scripts have one of these options to name the task
-    task = (
-        changed_options.get("task")
-        or changed_options.get("model_version")
-        or changed_options.get("model_type")
-        or ""
-    )
+    for argv in commands:
+        value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it
+        if "--family" in value_by_option and "--task" in value_by_option:
+            return value_by_option["--family"], value_by_option["--task"], find_kind_of(commands).name
+    task = ""
+    for option in ("task", "model_version", "model_type"):  # training scripts name the task by one of them
+        task = task or changed_options.get(option, "")
     models = [model for model in find_models() if model.family == start.model]
-    candidates = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
+    candidates = [model for model in models if model.task == task]
+    if not candidates and len(models) == 1:
+        candidates = models
     if not candidates or "network_module" not in changed_options:
         raise OptionError(
             f"{history} does not say which model of `new` was trained. Recipes are made of runs of folders "
