@@ -21,7 +21,7 @@ NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 
 @dataclass(frozen=True)
-class AcceptedOption:
+class AdoptableOption:
     """Kind, choices and default of one training option."""
 
     kind: str  # kind of value: switch, whole, number, text or other
@@ -53,7 +53,7 @@ class ScriptOptions:
     """Names of a training script's options: those it takes, and those it refuses with a reason."""
 
     name: str
-    accepted: Mapping[str, AcceptedOption]
+    accepted: Mapping[str, AdoptableOption]
     rejected: Mapping[str, str]  # options of other programs -> why they are rejected
 
 
@@ -67,13 +67,13 @@ def read_script_options(name: str) -> ScriptOptions:
     table = find_table(installation.find_script(name))
     if table is None:
         raise OptionError(f"{name}: there is no such script")
-    known: dict[str, AcceptedOption] = {}
+    known: dict[str, AdoptableOption] = {}
     refused: dict[str, str] = {}
     for option in describe_options(build_parser(table, name)):
         if option.rejection is not None:
             refused[option.name] = option.rejection
             continue
-        known[option.name] = AcceptedOption(
+        known[option.name] = AdoptableOption(
             kind=option.kind,
             choices=tuple(option.choices),
             default=_read_default(option),

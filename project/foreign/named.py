@@ -12,7 +12,7 @@ from modules.options import info_of
 from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
-from project.script_facts import AcceptedOption, ScriptOptions
+from project.script_facts import AdoptableOption, ScriptOptions
 
 _TRAINING_AND_TABLE_KEYS = frozenset(
     {"discrete_flow_shift", "min_timestep", "max_timestep"}
@@ -82,7 +82,7 @@ def _as_plain(value: Any, default: Any) -> Any:
 
 
 def _adopt_option(
-    project: ForeignProject, option: AcceptedOption, key: str, value: Any, is_set_by_new: bool
+    project: ForeignProject, option: AdoptableOption, key: str, value: Any, is_set_by_new: bool
 ) -> None:
     """Adopt the value of an option; `is_chosen` says that `new` would otherwise set the option itself.
 
