@@ -16,7 +16,7 @@ from modules.media.writing import write_png, write_video
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.concepts import CONCEPTS
-from project.model_choice import ask_family
+from project.model_choice import read_model_info
 
 CONCEPT = CONCEPTS["blorp"]  # a form with a made-up word
 CONTROL = "control"
@@ -35,10 +35,10 @@ def draw_items(folder: Path, model: ModelSet, count: int, side: int | None, fram
         side: Width and height in pixels; None for those of the model.
         frames: Frames of a clip; None for those of the model.
     """
-    width, height = (side, side) if side else model.data["resolution"]
+    width, height = (side, side) if side else model.properties["resolution"]
     width, height = width // STEP * STEP, height // STEP * STEP
-    frames = frames if frames and model.data["frames"] > 1 else model.data["frames"]
-    edits = ask_family(model).needs_reference
+    frames = frames if frames and model.properties["frames"] > 1 else model.properties["frames"]
+    edits = read_model_info(model).needs_reference
     folder.mkdir(parents=True, exist_ok=True)
     if edits:
         (folder / CONTROL).mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def draw_items(folder: Path, model: ModelSet, count: int, side: int | None, fram
         write_text(path.with_suffix(".txt"), caption)
         if frames > 1:
             clip = (_draw_frame(scene, frame, width, height) for frame in range(frames))
-            write_video(path, clip, model.data["fps"])
+            write_video(path, clip, model.properties["fps"])
         else:
             write_png(path, _draw_frame(scene, 0, width, height))
 

@@ -22,13 +22,13 @@ from blissful_tuner.guidance_formulas import (
     Pass,
     PassPlan,
     Velocities,
-    active_steps,
     add_difference,
     cfg_zero,
     feed_momentum,
     guide_stream,
-    keep_norms,
+    keep_token_norms,
     limit_norm,
+    list_skip_layer_steps,
     perp_neg,
     project_momentum,
     rescale,
@@ -52,7 +52,7 @@ def make_guidance(
     experts: Sequence[Expert] = ONE_EXPERT,
     run: RunPasses = run_passes,
 ) -> Guidance:
-    """Return the function that computes a section's guided velocity from the passes of a step.
+    """Return the function that runs the network passes of a step and combines them to the guided velocity.
 
     Args:
         prepared: The request with all values resolved.
@@ -66,37 +66,37 @@ def make_guidance(
     plans = plan_steps(prepared, options)
     # cached, so that all steps get the same objects, because overrides are compared by identity
     combine_overrides = functools.cache(Overrides.merge)
-    guided_below = prepared.rules.max_signal
-    steering = _Steering(options.nag) if options.nag.is_on else None
+    max_guided_signal = prepared.rules.max_signal
+    nag_overrides = _NagOverrides(options.nag) if options.nag.is_on else None
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         """Run the passes of a step's plan, and return the guided velocity."""
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models use no guidance in late steps, at low noise
-        if guided_below is not None and 1 - step.sigma >= guided_below:
+        if max_guided_signal is not None and 1 - step.sigma >= max_guided_signal:
             plan = PassPlan(plan.passes[:1], factor=plan.factor)  # only the positive pass
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
-        calls: dict[Overrides, dict[int, Conditions]] = {}
-        # overrides and conditions of each pass; passes that share both are computed once
-        keys: dict[Pass, tuple[Overrides, int]] = {}
+        # a call is identified by its overrides and conditions; passes that share both are computed once
+        conditions_by_overrides: dict[Overrides, dict[int, Conditions]] = {}
+        call_of_pass: dict[Pass, tuple[Overrides, int]] = {}
         for pass_ in plan.passes:
-            conditions = getattr(section, pass_.text)
-            assert conditions is not None, f"the section has no {pass_.text} conditions"
+            conditions = getattr(section, pass_.conditions_name)
+            assert conditions is not None, f"the section has no {pass_.conditions_name} conditions"
             # its own overrides, those of the step, and those of --nag_scale
             overrides = combine_overrides(pass_.overrides, plan.overrides)
-            if steering is not None and pass_.text == "positive":
-                overrides = combine_overrides(overrides, steering.make_overrides(section))
-            calls.setdefault(overrides, {})[id(conditions)] = conditions
-            keys[pass_] = overrides, id(conditions)
-        velocity_by_key = run(calls, predict, section)
-        velocities = {pass_: velocity_by_key[key] for pass_, key in keys.items()}
+            if nag_overrides is not None and pass_.conditions_name == "positive":
+                overrides = combine_overrides(overrides, nag_overrides.of_section(section))
+            conditions_by_overrides.setdefault(overrides, {})[id(conditions)] = conditions
+            call_of_pass[pass_] = overrides, id(conditions)
+        velocity_of_call = run(conditions_by_overrides, predict, section)
+        velocities = {pass_: velocity_of_call[call] for pass_, call in call_of_pass.items()}
         return plan.combine(velocities, step, section)
 
     return guide
 
 
-class _Steering:
+class _NagOverrides:
     """Makes the overrides with which positive passes steer attention away from --nag_prompt.
 
     A section has one object, because overrides are compared by identity.
@@ -107,7 +107,7 @@ class _Steering:
         self._section: Section | None = None
         self._overrides = NO_OVERRIDES
 
-    def make_overrides(self, section: Section) -> Overrides:
+    def of_section(self, section: Section) -> Overrides:
         """Return the overrides of a section whose conditions are already on the device."""
         if section is not self._section:
             self._section = section
@@ -116,10 +116,10 @@ class _Steering:
 
     def _make_overrides(self, section: Section) -> Overrides:
         """Return overrides that steer attention away from the section's NAG text."""
-        nag = self._options
+        nag_options = self._options
         assert section.nag is not None, "`needs` asks for the text"
-        assert nag.nag_scale is not None
-        steer = NormalizedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
+        assert nag_options.nag_scale is not None
+        steer = NormalizedGuidance(nag_options.nag_scale, nag_options.nag_tau, nag_options.nag_alpha)
         return Overrides(nag=NagText(section.nag, steer))
 
 
@@ -148,19 +148,22 @@ class _StepPlanner:
         self._rules = prepared.rules
         layers = options.skipped_layers
         # passes are compared by the identity of their overrides, so each of these is made only once
-        self._weakened = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
-        # skips blocks by the model's own rules
-        self._skipped_by_rules = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
-        self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
-        self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
-        self._isolated = Pass("positive", Overrides(isolate_modalities=True))
-        self._unreferenced = Pass("positive", Overrides(drop_audio_reference=True))
+        self._pass_without_layers = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
+        self._steps_without_layers = range(0)
+        if layers:
+            self._steps_without_layers = list_skip_layer_steps(options, prepared.num_steps)
+        model_skips = Overrides(skip_blocks=self._rules.negative_skips.blocks)
+        self._negative_with_model_skips = Pass("negative", model_skips)
+        without_self_attention = Overrides(skip_self_attention=self._rules.perturbed_blocks)
+        self._pass_without_self_attention = Pass("positive", without_self_attention)
+        self._pass_of_isolated_streams = Pass("positive", Overrides(isolate_modalities=True))
+        self._pass_without_audio_reference = Pass("positive", Overrides(drop_audio_reference=True))
         self._guided_overrides = NO_OVERRIDES
         if options.disable_embedded_for_cfg:
             self._guided_overrides = Overrides(embedded_guidance=False)
         rule = self._rules.projection
         # images and audio are guided separately, so each has its own momentum
-        self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
+        self._momentum_by_stream = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
     def plan(self, index: int, scale: float | None) -> PassPlan:
         """Return the plan of one sampling step: its network passes and how their outputs are combined.
@@ -171,37 +174,39 @@ class _StepPlanner:
         """
         options = self._options
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
-        of_image: tuple[GuidanceStage, ...] = ()
-        of_audio: tuple[GuidanceStage, ...] = ()
+        image_stages: tuple[GuidanceStage, ...] = ()
+        audio_stages: tuple[GuidanceStage, ...] = ()
         if scale is not None and self._rules.streams:
-            of_image, of_audio = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
+            image_rule, audio_rule = self._rules.streams
+            image_stages = self._make_stream_stages(image_rule, scale)
+            audio_stages = self._make_stream_stages(audio_rule, scale)
         elif scale is not None:
-            of_image, of_audio = (
-                self._make_plain_stages(index, scale, momentum) for momentum in self._momenta
-            )
+            image_momentum, audio_momentum = self._momentum_by_stream
+            image_stages = self._make_plain_stages(index, scale, image_momentum)
+            audio_stages = self._make_plain_stages(index, scale, audio_momentum)
         if self._prepared.joint is None:
-            of_audio = ()
+            audio_stages = ()
         passes: list[Pass] = []
         if factor:  # with 0, as in CFG-Zero*'s first steps, the velocity is 0, and no pass is needed
             passes.append(POSITIVE)
-            for stage in (*of_image, *of_audio):
+            for stage in (*image_stages, *audio_stages):
                 passes += stage.passes
         overrides = NO_OVERRIDES if scale is None else self._guided_overrides
         # each pass runs once, even if several stages use it
-        return PassPlan(tuple(dict.fromkeys(passes)), (of_image, of_audio), factor, overrides)
+        return PassPlan(tuple(dict.fromkeys(passes)), (image_stages, audio_stages), factor, overrides)
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
         """Return the guidance stages of images or audio, which have separate guidance scales."""
         text_scale = scale if rule.text is None else rule.text
         weights = {
             NEGATIVE: text_scale - 1,
-            self._perturbed: rule.perturbed,
-            self._isolated: 0 if self._prepared.joint is None else rule.modality - 1,
+            self._pass_without_self_attention: rule.perturbed,
+            self._pass_of_isolated_streams: 0 if self._prepared.joint is None else rule.modality - 1,
         }
         weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
         stages = [guide_stream(rule, weights)] if weights else []
         if rule.identity:
-            stages.append(add_difference(self._unreferenced, rule.identity))
+            stages.append(add_difference(self._pass_without_audio_reference, rule.identity))
         return tuple(stages)
 
     def _make_plain_stages(
@@ -214,9 +219,9 @@ class _StepPlanner:
         options = self._options
         rules = self._rules
         projection = rules.projection
-        weakens = index in self._weakened_steps
-        may_skip = weakens or bool(rules.negative_skips.blocks)
-        negative = self._select_negative(index, weakens) if may_skip else NEGATIVE
+        skips_layers = index in self._steps_without_layers
+        may_skip = skips_layers or bool(rules.negative_skips.blocks)
+        negative = self._select_negative_pass(index, skips_layers) if may_skip else NEGATIVE
         stages: list[GuidanceStage]
         # the formula that combines the positive and the negative pass
         if options.perp_neg is not None:
@@ -236,8 +241,8 @@ class _StepPlanner:
             else:  # earlier steps use the standard formula, but already add to the momentum
                 stages = [feed_momentum(stages[0], momentum, negative)]
         # skip-layer guidance away from the pass with skipped blocks
-        if weakens and options.slg_mode == "original" and options.slg_scale != 0:
-            stages.append(add_difference(self._weakened, options.slg_scale))
+        if skips_layers and options.slg_mode == "original" and options.slg_scale != 0:
+            stages.append(add_difference(self._pass_without_layers, options.slg_scale))
         if not stages:  # without guidance there is nothing to rescale
             return ()
         if rescale_fraction != 0:
@@ -245,21 +250,23 @@ class _StepPlanner:
         if rules.norm_limit is not None:
             stages.append(limit_norm(rules.norm_limit))
         if rules.norm_patch_size is not None:
-            stages.append(keep_norms(rules.norm_patch_size))
+            stages.append(keep_token_norms(rules.norm_patch_size))
         return tuple(stages)
 
-    def _select_negative(self, index: int, weakens: bool) -> Pass:
+    def _select_negative_pass(self, index: int, skips_layers: bool) -> Pass:
         """Return the negative pass of a step, with blocks skipped if the options or the model ask for it.
 
         Args:
             index: Index of the step.
-            weakens: Whether the options skip layers in this step.
+            skips_layers: Whether the options skip layers in this step.
         """
-        if weakens:  # the user's layers replace the blocks that the model leaves out by itself
-            return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
+        if skips_layers:  # the user's layers replace the blocks that the model leaves out by itself
+            return self._pass_without_layers if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        return self._skipped_by_rules if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
+        if skips.blocks and skips.acts(step, self._prepared.steps):
+            return self._negative_with_model_skips
+        return NEGATIVE
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
@@ -315,10 +322,11 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
             f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
             "have guidance: give one of them"
         )
-    applied = (True,) * num_steps
+    guided_steps = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
-        applied = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    to_standard = 1 - rules.neutral_scale  # converts a scale of the model to one of the standard formula
+        guided_steps = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    # added to a scale of the model, it gives that of the standard formula
+    offset_to_standard = 1 - rules.neutral_scale
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
@@ -326,14 +334,14 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
             # schedules count steps from 1
             scale_by_step = parse_cfg_schedule(schedule, num_steps, scale)
             scales = tuple(
-                scale_by_step[number] + to_standard if number in scale_by_step else None
+                scale_by_step[number] + offset_to_standard if number in scale_by_step else None
                 for number in range(1, num_steps + 1)
             )
         else:
-            standard_scale = scale + to_standard
+            standard_scale = scale + offset_to_standard
             # at 1 the formula returns the positive velocity
-            guides = standard_scale != 1 or guides_streams
-            scales = tuple(standard_scale if is_applied and guides else None for is_applied in applied)
+            step_scale = standard_scale if standard_scale != 1 or guides_streams else None
+            scales = tuple(step_scale if has_guidance else None for has_guidance in guided_steps)
         scales_by_expert.append(scales)
     return scales_by_expert
 
@@ -352,14 +360,14 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     """
     if mode == "alternate":
         # not with fractions: 0.6 added five times is a little below 3, and existing tools depend on that
-        applied = []
+        guided_steps = []
         due = 0.0  # accumulated number of steps that should have guidance so far
         for _ in range(num_steps):
             due += ratio
-            applied.append(due >= 1.0)
-            if applied[-1]:
+            guided_steps.append(due >= 1.0)
+            if guided_steps[-1]:
                 due -= 1.0
-        return tuple(applied)
+        return tuple(guided_steps)
     num_applied = int(num_steps * ratio)
     num_skipped = num_steps - num_applied
     start_of_middle = (num_steps - num_skipped) // 2
@@ -475,12 +483,14 @@ def _warn_of_unused_prompts(
 ) -> None:
     """Warn if a negative prompt or --nag_prompt has no effect on any pass."""
     text = prepared.request.negative_prompt
-    nag = prepared.request.nag_prompt
-    if nag is not None and not options.nag.is_on:
-        logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", nag)
+    nag_prompt = prepared.request.nag_prompt
+    if nag_prompt is not None and not options.nag.is_on:
+        logger.warning(
+            "--nag_prompt %r is ignored because --nag_scale is not given, or turned off", nag_prompt
+        )
     # without --nag_prompt attention is steered away from the negative prompt
-    is_used_by_nag = options.nag.is_on and nag is None
-    if text and not is_used_by_nag and not any(pass_.text == "negative" for pass_ in passes):
+    is_used_by_nag = options.nag.is_on and nag_prompt is None
+    if text and not is_used_by_nag and not any(pass_.conditions_name == "negative" for pass_ in passes):
         if not is_guided:
             reason = f"{NO_STEP} (--guidance_scale)"
         elif options.perp_neg == 0:
@@ -528,25 +538,22 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below `off_at`, the scale that turns guidance off.
-
-    It is 1 in most models; a few count guidance from 0.
-    """
-    off = prepared.rules.neutral_scale
+    """Warn about guidance scales below the one that turns guidance off: 1 in most models, 0 in a few."""
+    neutral_scale = prepared.rules.neutral_scale
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
-    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
-    if not scheduled and all(scale is None or scale >= off for scale in used):
+    used_scales = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
+    if not scheduled and all(scale is None or scale >= neutral_scale for scale in used_scales):
         return
     # scale -> the option that sets it, for messages
     option_by_scale = _name_scales(prepared)
     for scales_of_step in scheduled:
         for standard_scale in scales_of_step:  # in the standard formula, where 1 turns guidance off
             if standard_scale is not None:
-                typed_scale = standard_scale - 1 + off
+                typed_scale = standard_scale - 1 + neutral_scale
                 option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     for scale, option in option_by_scale.items():
-        if scale < off and (scale in used or scheduled):
-            logger.warning("%s: %s", option, _describe_low_scale(scale, off))
+        if scale < neutral_scale and (scale in used_scales or scheduled):
+            logger.warning("%s: %s", option, _describe_low_scale(scale, neutral_scale))
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
@@ -563,23 +570,24 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
     return named
 
 
-def _describe_low_scale(scale: float, off: float) -> str:
-    """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = scale + 1 - off  # in the standard formula: 1 turns guidance off, 0 uses only the negative prompt
+def _describe_low_scale(scale: float, neutral_scale: float) -> str:
+    """Describe the effect of a guidance scale below `neutral_scale`, which turns guidance off."""
+    # in the standard formula 1 turns guidance off, and 0 uses only the negative prompt
+    weight = scale + 1 - neutral_scale
     effect = "leaves the prompt out"
     if weight > 0:
         effect = "weakens the prompt"
     elif weight < 0:
         effect = "steers away from the prompt"
-    text = f"it counts from {off:g} here; {scale:g} {effect}; {off:g} turns guidance off"
-    if off == 0:
+    text = f"it counts from {neutral_scale:g} here; {scale:g} {effect}; {neutral_scale:g} turns guidance off"
+    if neutral_scale == 0:
         return text
     return f"{text}; what programs that count from 0 call {scale:g} is {scale + 1:g} here"
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
     """Explain why no pass skips the layers of --slg_layers although guidance is on."""
-    skipping = active_steps(options, num_steps)
+    skipping = list_skip_layer_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"
     if options.perp_neg == 0:

@@ -26,7 +26,7 @@ class Pass:
     Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
 
-    text: Literal["positive", "negative", "blank"]
+    conditions_name: Literal["positive", "negative", "blank"]
     overrides: Overrides = NO_OVERRIDES
 
 
@@ -41,7 +41,9 @@ class GuidanceStage:
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
     change: Callable[[Tensor, Velocities], Tensor]
-    is_of_clean: bool = False  # whether it takes and returns predicted clean latents instead of velocities
+    takes_clean_latents: bool = (
+        False  # whether it takes and returns predicted clean latents instead of velocities
+    )
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,22 @@ class PassPlan:
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
         """Return the guided velocity: the passes' velocities changed by the guidance stages in turn.
 
-        Images and audio are guided separately. If one of them is given instead of denoised, its velocity is
-        0.
+        The tokens of images and of audio are guided separately. If one of them is an input that stays clean,
+        its velocity is 0.
         """
-        joint = section.overrides.joint
-        if joint is None:
+        audio_video = section.overrides.joint  # splits and joins the two streams; None without audio
+        if audio_video is None:
             velocity = _apply(self.stages[0], velocities, step.noisy, step.sigma)
-            return velocity if self.factor == 1 else velocity * self.factor
-        noisy_streams = joint.split(step.noisy)  # images and audio
-        split_velocities = {pass_: joint.split(velocity) for pass_, velocity in velocities.items()}
-        guided = []
-        for index, stages in enumerate(self.stages):
-            stream_velocities = {pass_: streams[index] for pass_, streams in split_velocities.items()}
-            velocity = _apply(stages, stream_velocities, noisy_streams[index], step.sigma)
-            guided.append(torch.zeros_like(velocity) if section.clean_streams[index] else velocity)
-        velocity = joint.join(*guided)
+        else:
+            noisy_streams = audio_video.split(step.noisy)
+            split_velocities = {pass_: audio_video.split(value) for pass_, value in velocities.items()}
+            guided = []
+            for index, stages in enumerate(self.stages):
+                stream_velocities = {pass_: streams[index] for pass_, streams in split_velocities.items()}
+                stream_velocity = _apply(stages, stream_velocities, noisy_streams[index], step.sigma)
+                is_clean = section.clean_streams[index]
+                guided.append(torch.zeros_like(stream_velocity) if is_clean else stream_velocity)
+            velocity = audio_video.join(*guided)
         return velocity if self.factor == 1 else velocity * self.factor
 
 
@@ -84,7 +87,7 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
     """Apply all stages in turn to a stream's positive velocity, and return the guided velocity."""
     velocity = velocities[POSITIVE]
     for stage in stages:
-        if stage.is_of_clean:
+        if stage.takes_clean_latents:
             clean = {pass_: noisy - sigma * predicted for pass_, predicted in velocities.items()}
             guided_clean = stage.change(noisy - sigma * velocity, clean)
             velocity = (noisy - guided_clean) / sigma
@@ -160,7 +163,7 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 #
 # Source: the released code of Stable Diffusion 3.5, which skips blocks in a pass with the positive text.
 # Video tools skip them with the negative text, as here, so that their settings can be reused.
-def active_steps(options: GuidanceOptions, num_steps: int) -> range:
+def list_skip_layer_steps(options: GuidanceOptions, num_steps: int) -> range:
     """Return the steps with skip-layer guidance, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
@@ -181,19 +184,19 @@ def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
     return GuidanceStage((POSITIVE, weakened), change)
 
 
-def rescale(share: float) -> GuidanceStage:
-    """Return the stage of `--guidance_rescale`: match each sample's deviation to the positive velocity's.
+def rescale(fraction: float) -> GuidanceStage:
+    """Return the stage that rescales each sample's standard deviation to that of the positive velocity.
 
-    Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    It is that of `--guidance_rescale`. Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
 
     Args:
-        share: Weight of the rescaled velocity in a mean with the one before, 0 to 1.
+        fraction: Weight of the rescaled velocity in the mean with the unscaled one, 0 to 1.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
-        axes = tuple(range(1, velocity.ndim))
+        axes = tuple(range(1, velocity.ndim))  # all axes except the batch
         factor = velocities[POSITIVE].std(axes, keepdim=True) / velocity.std(axes, keepdim=True)
-        return velocity * (share * factor + (1 - share))
+        return velocity * (fraction * factor + (1 - fraction))
 
     return GuidanceStage((POSITIVE,), change)
 
@@ -216,7 +219,7 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
             guided = guided + weight * (clean - predicted[pass_])
         return rescaling.change(guided, predicted) if rule.rescale else guided
 
-    return GuidanceStage((POSITIVE, *weights), change, is_of_clean=True)
+    return GuidanceStage((POSITIVE, *weights), change, takes_clean_latents=True)
 
 
 def limit_norm(limit: float) -> GuidanceStage:
@@ -235,28 +238,28 @@ def limit_norm(limit: float) -> GuidanceStage:
     return GuidanceStage((POSITIVE,), change)
 
 
-def keep_norms(side: int) -> GuidanceStage:
+def keep_token_norms(patch_size: int) -> GuidanceStage:
     """Return the stage that rescales each token of the guided velocity to the positive velocity's norm.
 
     Source: the released code of Qwen-Image.
 
     Args:
-        side: Edge length in latent pixels of the square that becomes a token.
+        patch_size: Side in latent pixels of the square that becomes a token.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
-        positive_norms = _measure_token_norms(velocities[POSITIVE], side)
-        norms = _measure_token_norms(velocity, side)
+        positive_norms = _measure_token_norms(velocities[POSITIVE], patch_size)
+        norms = _measure_token_norms(velocity, patch_size)
         # a token without velocity has no direction to rescale, and stays
         ratio = torch.where(norms > 0, positive_norms / norms, 1.0).unsqueeze(1)
-        return velocity * ratio.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2)
+        return velocity * ratio.repeat_interleave(patch_size, dim=-1).repeat_interleave(patch_size, dim=-2)
 
     return GuidanceStage((POSITIVE,), change)
 
 
-def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
+def _measure_token_norms(velocity: Tensor, patch_size: int) -> Tensor:
     """Return a multiple of each token's Euclidean norm, B F h w."""
-    return functional.avg_pool2d(velocity.square().sum(dim=1), side).sqrt()
+    return functional.avg_pool2d(velocity.square().sum(dim=1), patch_size).sqrt()
 
 
 # Adaptive projected guidance: drop the part of the passes' difference that is parallel to the positive
@@ -287,33 +290,38 @@ def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> G
 
 
 def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Return the stage of projected guidance, which adds up the differences of positive and negative pass.
+    """Return the stage of adaptive projected guidance.
 
-    The sum is limited in norm, and its part along the positive velocity is weakened.
-
-    Each sample is treated separately.
+    For each sample:
+    1. add the difference of positive and negative pass to the momentum,
+    2. limit the norm of this sum,
+    3. weaken its part parallel to the positive velocity, and add it to the negative velocity.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
-        """Guide by the projected sum of differences; `negative`, `momentum` and `rule` are the caller's."""
         positive = velocities[POSITIVE]
         base = velocities[negative]
-        total = momentum.add(positive - base)
-        # limit the norm of the step
-        shrinking = (rule.norm_limit / _measure_norms(total)).clamp(max=1.0)
-        step = total * shrinking
-        # Split the step into its parts parallel and orthogonal to the positive velocity. In float64, as in
-        # the released code, because the orthogonal part is a small difference of large numbers; MPS has no
-        # float64
-        exact_dtype = step.dtype if step.device.type == "mps" else torch.float64
-        exact_step = step.to(exact_dtype)
-        direction = positive.to(exact_dtype)
-        unit = direction / _measure_norms(direction).clamp(min=1e-12)
-        parallel = _sum_sample(exact_step * unit) * unit
-        orthogonal = (exact_step - parallel).to(step.dtype)
-        return base + rule.scale * (orthogonal + rule.eta * parallel.to(step.dtype))
+        summed = momentum.add(positive - base)
+        limited = summed * (rule.norm_limit / _measure_norms(summed)).clamp(max=1.0)
+        parallel, orthogonal = _project(limited, positive)
+        return base + rule.scale * (orthogonal + rule.eta * parallel)
 
     return GuidanceStage((POSITIVE, negative), change)
+
+
+def _project(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Split each sample of a tensor into its parts parallel and orthogonal to a direction.
+
+    It is computed in float64, as in the released code, because the orthogonal part is a small difference of
+    large numbers. MPS has no float64.
+    """
+    exact_dtype = vector.dtype if vector.device.type == "mps" else torch.float64
+    exact = vector.to(exact_dtype)
+    exact_direction = direction.to(exact_dtype)
+    unit = exact_direction / _measure_norms(exact_direction).clamp(min=1e-12)
+    parallel = _sum_sample(exact * unit) * unit
+    orthogonal = exact - parallel
+    return parallel.to(vector.dtype), orthogonal.to(vector.dtype)
 
 
 def _measure_norms(velocity: Tensor) -> Tensor:

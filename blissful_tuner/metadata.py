@@ -137,23 +137,26 @@ def lora_name(expert: str) -> str:
 
 
 def read_decoded_metadata(
-    saved: Mapping[str, str], settings: Mapping[str, Any], of_decoding: Collection[str], fps: float
+    latent_metadata: Mapping[str, str],
+    settings: Mapping[str, Any],
+    decoding_options: Collection[str],
+    fps: float,
 ) -> dict[str, str]:
     """Return the metadata of pixels decoded from a latent file.
 
     It is the latent file's own metadata with the decoding options of this run.
 
     Args:
-        saved: Metadata of the latent file.
+        latent_metadata: Metadata of the latent file.
         settings: Options that were given to this run, by name.
-        of_decoding: Names of the options that affect the decoding of latents.
+        decoding_options: Names of the options that affect the decoding of latents.
         fps: Frames per second.
     """
-    replaced = {*of_decoding, "fps"}
-    texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}
+    replaced = {*decoding_options, "fps"}
+    texts = {name: text for name, text in latent_metadata.items() if name.removeprefix("bt_") not in replaced}
     # outputs name values bt_...; a latent file has some of them without the prefix too: drop those copies
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
-    values = {name: text for name, text in _record(settings).items() if name in of_decoding}
+    values = {name: text for name, text in _record(settings).items() if name in decoding_options}
     values["fps"] = f"{fps:g}"
     return texts | {f"bt_{name}": replace_surrogates(text) for name, text in values.items()}
 

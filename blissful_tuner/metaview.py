@@ -20,7 +20,7 @@ from modules.script_options import parse_options
 TENSORS = ".safetensors"
 VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})
 PREFIX = "bt_"  # of entries about the generation
-FIRST = (  # entries that are shown first, in this order
+LEADING_NAMES = (  # entries that are shown first, in this order
     "model_type",
     "task",
     "prompt",
@@ -155,7 +155,7 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
         plain = {}
     # an entry that is stored both with and without the prefix is shown once
     plain = {name: text for name, text in plain.items() if settings.get(name) != text}
-    first = [name for name in FIRST if name in settings]
+    first = [name for name in LEADING_NAMES if name in settings]
     remaining = sorted(settings.keys() - set(first))
     return [(name.upper(), settings[name]) for name in (*first, *remaining)] + sorted(plain.items())
 

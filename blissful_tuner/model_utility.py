@@ -9,7 +9,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from blissful_tuner.model_work import Knowledge, ModelUtilityOptions, work
+from blissful_tuner.model_work import ModelFunctions, ModelUtilityOptions, work
 from modules.command import command_line
 from modules.script_options import parse_options
 from networks.metadata import STALE, describe_lora, lora_hashes
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises UserError if the file cannot be read or written.
     """
     (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
-    work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))
+    work(options, ModelFunctions(identify, describe_lora, lora_hashes, STALE))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
 MAX_VALUES = 40
 MAX_OF_KIND = 1000  # characters of the description of a file's kind; unknown tensor names may be long
-PIECE = 1 << 20  # bytes that are read at once
+PIECE_BYTES = 1 << 20  # bytes that are read at once
 # AUTOMATIC1111's first checksum of models: offset and length of the bytes that it covers
-OLD_START, OLD_BYTES = 0x100000, 0x10000
+AUTOV1_START, AUTOV1_BYTES = 0x100000, 0x10000
 # values of --dtype; 8-bit quantization happens while loading, where the layers to quantize are known
 DTYPES = ("fp32", "float32", "float", "fp16", "float16", "bf16", "bfloat16")
 _NO_CODE = "files that hold program code are never opened here, as opening them would run that code"
@@ -145,11 +145,11 @@ class ModelSummary:
     """Facts about a model that are found without reading its weights."""
 
     path: Path
-    what: str  # the kind of model in words, such as "a Wan transformer (--dit) for --task t2v-14B"
+    description: str  # the kind of model in words, such as "a Wan transformer (--dit) for --task t2v-14B"
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    left_out: tuple[str, ...]  # contents of a torch file other than tensors, which are not read
+    unread_items: tuple[str, ...]  # contents of a torch file other than tensors, which are not read
 
     @property
     def container(self) -> str:
@@ -163,7 +163,7 @@ class ModelSummary:
         return sum(file.stat().st_size for file in self.files)
 
     @property
-    def numbers(self) -> int:
+    def num_parameters(self) -> int:
         """Return the number of values in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
@@ -184,68 +184,68 @@ def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]
     return [(name, counts[name], size) for name, size in sizes.most_common()]
 
 
-def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
+def format_info(model: ModelSummary, listed_tensors: Mapping[str, TensorInfo] | None) -> Iterator[str]:
     """Yield lines of text that describe a model: kind, files, dtypes, metadata and listed tensors.
 
     Args:
         model: The model's summary.
-        listed: Tensors to list by name; None lists none.
+        listed_tensors: Tensors to list by name; None lists none.
     """
-    yield f"{model.path}: {shorten(_join_lines(model.what), MAX_OF_KIND)}"
+    yield f"{model.path}: {shorten(_join_lines(model.description), MAX_OF_KIND)}"
     files = f", {len(model.files)} files" if len(model.files) > 1 else ""
     yield f"container: {model.container}{files}, {format_size(model.file_bytes)}"
-    numbers = "1 number" if model.numbers == 1 else f"{model.numbers:,} numbers"
+    numbers = "1 number" if model.num_parameters == 1 else f"{model.num_parameters:,} numbers"
     yield f"tensors: {len(model.tensors)}, with {numbers}"
     for name, count, size_bytes in count_dtypes(model.tensors):
         yield f"  {name}: {format_count(count, 'tensor')}, {format_size(size_bytes)} ({size_bytes:,} bytes)"
-    if model.left_out:
-        yield f"in addition to the tensors, not read: {_shorten_line(', '.join(model.left_out))}"
+    if model.unread_items:
+        yield f"in addition to the tensors, not read: {_shorten_line(', '.join(model.unread_items))}"
     if model.metadata:
         yield "metadata:"
         for key, text in list(model.metadata.items())[:MAX_VALUES]:
             yield f"  {_shorten_line(key)}: {_shorten_line(text)}"
         if len(model.metadata) > MAX_VALUES:
             yield f"  and {len(model.metadata) - MAX_VALUES} more, which metaview.py shows"
-    for name, info in (listed or {}).items():
+    for name, info in (listed_tensors or {}).items():
         yield f"{_join_lines(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
 
 
 def format_json(
     model: ModelSummary,
-    listed: Mapping[str, TensorInfo] | None,
+    listed_tensors: Mapping[str, TensorInfo] | None,
     hashes: Sequence[dict[str, str]],
-    of_lora: Mapping[str, str],
+    lora_hashes: Mapping[str, str],
 ) -> str:
     """Return what is known about a model file, its tensors and its checksums, as JSON.
 
     Args:
         model: What is known about it.
-        listed: Tensors to list; None lists none.
+        listed_tensors: Tensors to list; None lists none.
         hashes: Checksums of each file; empty if not requested.
-        of_lora: Checksums as a LoRA's metadata would have them.
+        lora_hashes: Checksums as a LoRA's metadata would have them.
     """
     content: dict[str, Any] = {
         "input": str(model.path),
-        "what": model.what,
+        "what": model.description,
         "container": model.container,
         "files": [str(file) for file in model.files],
         "bytes": model.file_bytes,
         "tensors": len(model.tensors),
-        "numbers": model.numbers,
+        "numbers": model.num_parameters,
         "dtypes": {
             name: {"tensors": count, "bytes": size_bytes}
             for name, count, size_bytes in count_dtypes(model.tensors)
         },
-        "left_out": model.left_out,
+        "left_out": model.unread_items,
         "metadata": dict(model.metadata),
     }
     if hashes:
         content["hashes"] = hashes
-        content["lora_hashes"] = dict(of_lora)
-    if listed is not None:
+        content["lora_hashes"] = dict(lora_hashes)
+    if listed_tensors is not None:
         content["listed"] = {
             name: {"shape": list(info.shape), "dtype": dtype_name(info.dtype)}
-            for name, info in listed.items()
+            for name, info in listed_tensors.items()
         }
     return json.dumps(content, indent=2)
 
@@ -260,9 +260,9 @@ def file_hashes(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: If the file cannot be read.
     """
-    of_file = hashlib.sha256()
-    of_data = hashlib.sha256()
-    of_old_part = hashlib.sha256()
+    file_sha256 = hashlib.sha256()
+    data_sha256 = hashlib.sha256()
+    autov1_sha256 = hashlib.sha256()
     try:
         has_data = is_safetensors(path)
         size = path.stat().st_size
@@ -271,22 +271,22 @@ def file_hashes(path: Path) -> dict[str, str]:
             data_start = 8 + int.from_bytes(file.read(8), "little") if has_data else 0
             file.seek(0)
             position = 0
-            while piece := file.read(PIECE):
-                of_file.update(piece)
+            while piece := file.read(PIECE_BYTES):
+                file_sha256.update(piece)
                 # each hash takes only the part of this piece that falls into its byte range
-                of_data.update(piece[max(0, data_start - position) :])
-                begin = max(0, OLD_START - position)
-                end = max(0, OLD_START + OLD_BYTES - position)
-                of_old_part.update(piece[begin:end])
+                data_sha256.update(piece[max(0, data_start - position) :])
+                begin = max(0, AUTOV1_START - position)
+                end = max(0, AUTOV1_START + AUTOV1_BYTES - position)
+                autov1_sha256.update(piece[begin:end])
                 position += len(piece)
                 bar.update(len(piece))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    hashes = {"file": str(path), "sha256": of_file.hexdigest()}
+    hashes = {"file": str(path), "sha256": file_sha256.hexdigest()}
     if has_data:
-        hashes["data_sha256"] = of_data.hexdigest()
-    if position > OLD_START:
-        hashes["old"] = of_old_part.hexdigest()[:8]
+        hashes["data_sha256"] = data_sha256.hexdigest()
+    if position > AUTOV1_START:
+        hashes["old"] = autov1_sha256.hexdigest()[:8]
     return hashes
 
 
@@ -305,55 +305,64 @@ SAFETENSORS = (".safetensors", ".sft")
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class ModelFunctions:
     """Functions on model files, passed in because this package must not import their packages."""
 
     identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
-    lora_hashes: Callable[[Checkpoint], Mapping[str, str]]  # by their keys in a LoRA's metadata
-    stale: tuple[str, ...]  # prefixes of metadata that become wrong if a LoRA's tensors change
+    compute_lora_hashes: Callable[[Checkpoint], Mapping[str, str]]  # by their keys in a LoRA's metadata
+    # prefixes of metadata that become wrong if a LoRA's tensors change
+    stale_metadata_prefixes: tuple[str, ...]
 
 
 def work(
     options: ModelUtilityOptions,
-    knowledge: Knowledge,
+    model_functions: ModelFunctions,
     ask: Callable[[str], Answer | None] = ask_to_overwrite,
 ) -> None:
     """Print a description of a model file, and write a converted copy if --convert names one.
 
     Args:
         options: Options of the command.
-        knowledge: Functions that recognize the models of each family.
+        model_functions: Functions that recognize the models of each family.
         ask: Returns whether to replace existing files.
 
     Raises:
         UserError: If the file cannot be read or written.
     """
     in_shards = options.shard_size is not None
-    output = None if options.convert is None else output_name(options.convert, in_shards)
+    output = None if options.convert is None else select_output_path(options.convert, in_shards)
     with changing.gather(options.input) as checkpoint:
         if output is None:
-            _show(options, knowledge, checkpoint)
+            _print_description(options, model_functions, checkpoint)
             return
-        may_be_replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
-        # an input must not be overwritten while it is read
-        inputs = [*checkpoint.metadata_by_file, options.input]
-        if options.input.is_dir():
-            inputs += options.input.glob(f"*{INDEX}")
-        for path in may_be_replaced:
-            reject_replacing(OPTION, path, inputs)
+        replaced_paths = [output]
+        if in_shards:
+            replaced_paths += changing.existing_shards(output)
+        _reject_replacing_inputs(replaced_paths, options.input, checkpoint)
         # plan and ask before anything is printed or written
-        plan = changing.plan_change(checkpoint, _make_change(options), knowledge.stale)
-        ask_to_replace(may_be_replaced, options.yes, ask)
-        _show(options, knowledge, checkpoint)
-        written = _write(output, plan, options.shard_bytes)
+        plan = changing.plan_change(
+            checkpoint, _make_change(options), model_functions.stale_metadata_prefixes
+        )
+        ask_to_replace(replaced_paths, options.yes, ask)
+        _print_description(options, model_functions, checkpoint)
+        written_paths = _write(output, plan, options.shard_bytes)
         # leftover shards of the old model would be read as parts of the new one
-        for path in may_be_replaced:
-            if path not in written:
+        for path in replaced_paths:
+            if path not in written_paths:
                 path.unlink(missing_ok=True)
 
 
-def output_name(path: Path, in_shards: bool) -> Path:
+def _reject_replacing_inputs(paths: Sequence[Path], model_input: Path, checkpoint: Checkpoint) -> None:
+    """Raise an error if a file to write is read as input: a file of the model, or the index of its shards."""
+    inputs = [*checkpoint.metadata_by_file, model_input]
+    if model_input.is_dir():
+        inputs += model_input.glob(f"*{INDEX}")
+    for path in paths:
+        reject_replacing(OPTION, path, inputs)
+
+
+def select_output_path(path: Path, in_shards: bool) -> Path:
     """Return the path of the safetensors file to write.
 
     Args:
@@ -391,38 +400,40 @@ def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 
-def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
+def _print_description(
+    options: ModelUtilityOptions, model_functions: ModelFunctions, checkpoint: Checkpoint
+) -> None:
     """Print a model file's description as text or JSON, with tensors and checksums on request."""
     info = ModelSummary(
         path=checkpoint.path,
-        what=_identify(knowledge, checkpoint),
+        description=_describe_kind(model_functions, checkpoint),
         files=tuple(checkpoint.metadata_by_file),
         tensors=dict(checkpoint.tensors),
         metadata=dict(checkpoint.metadata),
-        left_out=checkpoint.left_out,
+        unread_items=checkpoint.left_out,
     )
-    listed = _list_tensors(options, info.tensors) if options.inspect else None
+    listed_tensors = _list_tensors(options, info.tensors) if options.inspect else None
     hashes: list[dict[str, str]] = []
     lora_hashes: Mapping[str, str] = {}
     if options.hash:
         hashes = [file_hashes(file) for file in info.files]
-        lora_hashes = knowledge.lora_hashes(checkpoint)
+        lora_hashes = model_functions.compute_lora_hashes(checkpoint)
     if options.json:
-        lines = [format_json(info, listed, hashes, lora_hashes)]
+        lines = [format_json(info, listed_tensors, hashes, lora_hashes)]
     else:
-        text_lines = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
+        text_lines = [*format_info(info, listed_tensors), *_format_hashes(hashes, lora_hashes, info.metadata)]
         # names of files and tensors may contain control codes
         lines = [escape_control_codes(line) for line in text_lines]
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
 
-def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
+def _describe_kind(model_functions: ModelFunctions, checkpoint: Checkpoint) -> str:
     """Describe the kind of model in a file, for display."""
-    description = knowledge.describe_lora(checkpoint)
+    description = model_functions.describe_lora(checkpoint)
     if description is not None:
         return description
-    description = knowledge.identify(checkpoint.path) or kind_of(checkpoint.tensors)
+    description = model_functions.identify(checkpoint.path) or kind_of(checkpoint.tensors)
     if description is not None:
         return description.removeprefix("it is ").removeprefix("it looks like ")
     names = sorted(checkpoint.tensors)[:3]
@@ -432,10 +443,10 @@ def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
 def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors to list. Raises OptionError if the options leave none."""
     selection = _make_selection(options)
-    listed = {name: info for name, info in tensors.items() if selection.selects(name)}
-    if not listed:
+    listed_tensors = {name: info for name, info in tensors.items() if selection.selects(name)}
+    if not listed_tensors:
         raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
-    return listed
+    return listed_tensors
 
 
 def _format_hashes(

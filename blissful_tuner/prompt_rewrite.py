@@ -55,7 +55,7 @@ class PromptRewriter:
         self.folder = folder
         self.mode = mode
         self._loaded = LoadedNetwork[Any, Any]()
-        self._known: dict[str, str] = {}
+        self._rewritten_prompts: dict[str, str] = {}
 
     def load(self, device: torch.device) -> None:
         """Load the model and tokenizer, or move a loaded model to the device.
@@ -69,17 +69,17 @@ class PromptRewriter:
         """Load the chat model and its tokenizer from the folder, without running code from elsewhere."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        safe_loading: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             with catch_panics():
-                tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, **safe_loading)
             if tokenizer.chat_template is None:
                 raise self._unusable(
                     "its tokenizer has no chat template, so it is not a chat model. Give one that follows "
                     "instructions."
                 )
             _render(tokenizer, "a cat")  # finds a broken template before the weights are loaded
-            config = AutoConfig.from_pretrained(self.folder, **local)
+            config = AutoConfig.from_pretrained(self.folder, **safe_loading)
             # set here, because config.json may name an attention whose code is fetched from the hub and run
             config._attn_implementation = ATTENTION
             if getattr(config, "quantization_config", None) is not None:
@@ -88,7 +88,7 @@ class PromptRewriter:
                     "16 or 32 bits."
                 )
             model: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, config=config, dtype="auto", use_safetensors=True, **local
+                self.folder, config=config, dtype="auto", use_safetensors=True, **safe_loading
             )
         except (CheckpointError, torch.OutOfMemoryError):
             raise
@@ -116,7 +116,7 @@ class PromptRewriter:
         """
         if not prompt.strip():
             return prompt
-        if prompt not in self._known:
+        if prompt not in self._rewritten_prompts:
             answer = extract_caption(self._ask(f"{INSTRUCTIONS[self.mode]}\n\nRequest: {prompt}"))
             if not answer:
                 logger.warning(
@@ -124,9 +124,9 @@ class PromptRewriter:
                     MAX_NEW_TOKENS,
                     prompt,
                 )
-            self._known[prompt] = answer or prompt
-            logger.info("Prompt %r is rewritten: %s", shorten(prompt, 100), self._known[prompt])
-        return self._known[prompt]
+            self._rewritten_prompts[prompt] = answer or prompt
+            logger.info("Prompt %r is rewritten: %s", shorten(prompt, 100), self._rewritten_prompts[prompt])
+        return self._rewritten_prompts[prompt]
 
     @torch.no_grad()
     def _ask(self, message: str) -> str:

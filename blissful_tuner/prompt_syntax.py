@@ -60,24 +60,24 @@ class Drawing:
     drawn: list[tuple[str, str]] = field(default_factory=list)  # (pattern, choice) in the current text
     characters: int = 0  # number of drawn characters in the current text
 
-    def expand(self, text: str, where: str) -> str:
+    def expand(self, text: str, prompt_name: str) -> str:
         """Return a text with all random parts drawn.
 
         Args:
             text: The text.
-            where: Name of the text in errors.
+            prompt_name: Name of the text in errors.
 
         Raises:
             OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
         """
         self.drawn = []
         self.characters = 0
-        return self._expand(text, where, ())
+        return self._expand(text, prompt_name, ())
 
-    def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
+    def _expand(self, text: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
         """Draw the alternatives and wildcards of a text; `keys` are the wildcards that led to it."""
         if self.options.prompt_alternatives:
-            text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, where)))
+            text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, prompt_name)))
         if self.options.prompt_wildcards is None:
             return unescape(text)
         pieces = []
@@ -85,7 +85,7 @@ class Drawing:
         for match in _WILDCARD.finditer(text):
             key = match[1]
             pieces.append(self._unescape_plain(text[position : match.start()]))
-            pieces.append("__" if key is None else self._draw(key, where, keys))
+            pieces.append("__" if key is None else self._draw(key, prompt_name, enclosing_wildcards))
             position = match.end()
         return "".join([*pieces, self._unescape_plain(text[position:])])
 
@@ -93,49 +93,50 @@ class Drawing:
         """Unescape text outside of wildcards; without alternatives, backslashes stay."""
         return unescape(text) if self.options.prompt_alternatives else text
 
-    def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
+    def _draw(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> str:
         """Return a random line of a wildcard, with the wildcards in it drawn too.
 
         Args:
             key: Name of the wildcard.
-            where: Name of the text in errors.
-            keys: Wildcards that led to this one.
+            prompt_name: Name of the prompt in errors.
+            enclosing_wildcards: Wildcards that led to this one.
         """
         # refuse a wildcard that draws itself, or too many draws
-        self._check_draws(key, where, keys)
-        lines = self._read_lines(key, where)
+        self._check_draws(key, prompt_name, enclosing_wildcards)
+        lines = self._read_lines(key, prompt_name)
         index = self._choose(lines.cumulative_weights)
         line = lines.texts[index]
         self.drawn.append((f"__{key}__", line))
         self.characters += len(line)
         if self.characters > MAX_WILDCARD_CHARACTERS:
             raise OptionError(
-                f"--prompt_wildcards: {where} makes a prompt of more than {MAX_WILDCARD_CHARACTERS >> 20} "
+                f"--prompt_wildcards: {prompt_name} makes a prompt of more than "
+                f"{MAX_WILDCARD_CHARACTERS >> 20} "
                 "million characters. Draw fewer or shorter lines"
             )
-        return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
+        return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*enclosing_wildcards, key))
 
-    def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
+    def _check_draws(self, key: str, prompt_name: str, enclosing_wildcards: tuple[str, ...]) -> None:
         """Raise OptionError if wildcards draw each other endlessly or too often."""
-        if len(keys) == MAX_WILDCARD_ROUNDS:
-            chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
+        if len(enclosing_wildcards) == MAX_WILDCARD_ROUNDS:
+            chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*enclosing_wildcards[:4], key))
             raise OptionError(
-                f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
+                f"--prompt_wildcards: {prompt_name} is drawn by wildcards that draw one another more than "
                 f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
                 "its file"
             )
         if len(self.drawn) == MAX_WILDCARD_DRAWS:
             raise OptionError(
-                f"--prompt_wildcards: {where} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
+                f"--prompt_wildcards: {prompt_name} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
             )
 
-    def _read_lines(self, key: str, where: str) -> Lines:
+    def _read_lines(self, key: str, prompt_name: str) -> Lines:
         """Return the choices of a wildcard; read its file only once."""
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
-            path = find_file(folder, key, where)
-            self.files[key] = read_lines_of(path, where)
+            path = find_file(folder, key, prompt_name)
+            self.files[key] = read_wildcard_lines(path, prompt_name)
         return self.files[key]
 
     def _choose(self, cumulative_weights: Sequence[float]) -> int:
@@ -150,7 +151,7 @@ class Drawing:
         return min(index, bisect.bisect_left(cumulative_weights, total))
 
 
-def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
+def sum_weights(weights: Sequence[float], prompt_name: str) -> tuple[float, ...]:
     """Return the cumulative sums of weights.
 
     Raises:
@@ -159,7 +160,8 @@ def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
     cumulative_weights = tuple(itertools.accumulate(weights))
     if not 0 < cumulative_weights[-1] <= MAX_DRAW_WEIGHT:
         raise OptionError(
-            f"{where}: the weights of the texts to draw from add up to {cumulative_weights[-1]:g}. Give one "
+            f"{prompt_name}: the weights of the texts to draw from add up to {cumulative_weights[-1]:g}. "
+            "Give one "
             f"of them more than 0, and all together at most {MAX_DRAW_WEIGHT:g}"
         )
     return cumulative_weights
@@ -191,8 +193,8 @@ def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
     return f" ({', '.join(shown)}{left})"
 
 
-def find_file(folder: Path, key: str, where: str) -> Path:
-    """Return the text file of a wildcard, named by `key`, such as animals/birds; `where` names the prompt.
+def find_file(folder: Path, key: str, prompt_name: str) -> Path:
+    """Return the text file of a wildcard, named by `key`, such as animals/birds.
 
     Files outside of the folder are rejected, even if a link in the folder leads to them.
 
@@ -203,7 +205,8 @@ def find_file(folder: Path, key: str, where: str) -> Path:
     parts = key.split("/")
     if _FORBIDDEN.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
         raise OptionError(
-            f"{where}: {shown} does not name a file in --prompt_wildcards {folder}. Write the file's name "
+            f"{prompt_name}: {shown} does not name a file in --prompt_wildcards {folder}. Write the file's "
+            "name "
             "without .txt, and folders below that one with /: __animals/birds__. For a plain __ write \\__"
         )
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.txt")
@@ -212,24 +215,24 @@ def find_file(folder: Path, key: str, where: str) -> Path:
         real_folder = folder.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):  # a circle of links is a RuntimeError
         raise OptionError(
-            f"{where}: {shown} needs the file {shorten(str(path), 300)}, which is not there. Write "
+            f"{prompt_name}: {shown} needs the file {shorten(str(path), 300)}, which is not there. Write "
             "it, or \\__ for a plain __"
         ) from None
     if not real_path.is_relative_to(real_folder):
-        raise OptionError(f"{where}: {shown} is a link that leads out of --prompt_wildcards {folder}")
+        raise OptionError(f"{prompt_name}: {shown} is a link that leads out of --prompt_wildcards {folder}")
     return path
 
 
-def read_lines_of(path: Path, where: str) -> Lines:
+def read_wildcard_lines(path: Path, prompt_name: str) -> Lines:
     """Return the lines of a wildcard's file with their weights and line numbers.
 
-    `where` names the prompt that has the wildcard, for messages.
+    `prompt_name` names the prompt that has the wildcard, for messages.
 
     Raises:
         OptionError: If the file has no lines or cannot be read.
     """
     texts, weights, numbers = [], [], []
-    content = _read_content(path, where)
+    content = _read_content(path, prompt_name)
     for number, line in enumerate(content.split("\n"), 1):
         # empty lines and comments are not choices
         if not line.strip() or line.lstrip().startswith("#"):
@@ -243,23 +246,24 @@ def read_lines_of(path: Path, where: str) -> Lines:
         weights.append(weight)
         numbers.append(number)
     if not texts:
-        raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
+        raise OptionError(f"{prompt_name}: {path} has no line to draw. Write one text on each line")
     return Lines(path, tuple(texts), tuple(numbers), sum_weights(weights, str(path)))
 
 
-def _read_content(path: Path, where: str) -> str:
+def _read_content(path: Path, prompt_name: str) -> str:
     """Return the text of a file. Raises OptionError if it cannot be read or is not valid UTF-8 text."""
     try:
         content = read_text(path)
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"{where}: {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8"
+            f"{prompt_name}: {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as "
+            "UTF-8"
         ) from None
     except OSError as error:
-        raise OptionError(f"{where}: {path}: {error.strerror}") from None
+        raise OptionError(f"{prompt_name}: {path}: {error.strerror}") from None
     character = bad_character(content)
     if character is not None:
-        raise OptionError(f"{where}: {path} holds {character}")
+        raise OptionError(f"{prompt_name}: {path} holds {character}")
     return content
 
 
@@ -282,7 +286,7 @@ def _parse_line(line: str) -> tuple[str, float]:
 #
 # Groups may be nested; nothing is drawn inside an alternative that is not chosen. Braces without a `|`
 # between them, and a brace without its partner, are plain text; so is what follows a backslash.
-_MARKS = re.compile(r"\\[{}|]|[{}|]")
+_BRACES_AND_BARS = re.compile(r"\\[{}|]|[{}|]")
 _WEIGHT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)::")
 _ESCAPED = re.compile(r"\\([{}|])")
 
@@ -296,7 +300,7 @@ class _Group:
 
     start: int
     end: int = 0
-    bars: list[int] = field(default_factory=list)
+    bar_positions: list[int] = field(default_factory=list)
 
 
 class _Alternative(NamedTuple):
@@ -316,56 +320,59 @@ def select_alternatives(text: str, choose: Choose) -> str:
         OptionError: If groups are nested more than MAX_NESTED deep, or raised by `choose`.
     """
     groups = _find_groups(text)
+    if not groups:
+        return text
     _check_nesting(groups)
-    starts = [group.start for group in groups]
+    return _expand_groups(text, groups, choose, start=0, end=len(text))
 
-    def expand(start: int, end: int) -> str:
-        """Return the text from `start` to `end` with one alternative chosen in each group."""
-        # groups inside the chosen alternative are expanded in turn
-        pieces = []
-        position = start
-        while True:
-            # the next group that is not inside of one that was expanded already
-            next_group = bisect.bisect_left(starts, position)
-            if next_group == len(groups) or groups[next_group].start >= end:
-                break
-            group = groups[next_group]
-            alternatives = _list_alternatives(text, group)
-            chosen = alternatives[choose([alternative.weight for alternative in alternatives])]
-            expanded = expand(chosen.start, chosen.end)
-            pieces += [text[position : group.start], expanded.strip()]
-            position = group.end + 1
-        return "".join([*pieces, text[position:end]])
 
-    return expand(0, len(text)) if groups else text
+def _expand_groups(text: str, groups: Sequence[_Group], choose: Choose, start: int, end: int) -> str:
+    """Return the text from `start` to `end` with one alternative chosen in each group.
+
+    Groups inside the chosen alternatives are expanded, too. `groups` are those of the whole text, sorted by
+    their start.
+    """
+    pieces: list[str] = []
+    position = start
+    while True:
+        # the first group from here on: those inside of an expanded group start before its end
+        index = bisect.bisect_left(groups, position, key=lambda group: group.start)
+        if index == len(groups) or groups[index].start >= end:
+            return "".join([*pieces, text[position:end]])
+        group = groups[index]
+        alternatives = _list_alternatives(text, group)
+        chosen = alternatives[choose([alternative.weight for alternative in alternatives])]
+        expanded = _expand_groups(text, groups, choose, start=chosen.start, end=chosen.end)
+        pieces += [text[position : group.start], expanded.strip()]
+        position = group.end + 1
 
 
 def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
     """Return a group's alternatives in order."""
     alternatives = []
-    for border, end in pairwise([group.start, *group.bars, group.end]):
-        mark = _WEIGHT.match(text, border + 1, end)
-        if mark is None:
+    for border, end in pairwise([group.start, *group.bar_positions, group.end]):
+        match = _WEIGHT.match(text, border + 1, end)
+        if match is None:
             alternatives.append(_Alternative(border + 1, end, weight=1.0))
         else:
-            alternatives.append(_Alternative(mark.end(), end, weight=float(mark[1][:40])))
+            alternatives.append(_Alternative(match.end(), end, weight=float(match[1][:40])))
     return alternatives
 
 
 def _find_groups(text: str) -> list[_Group]:
     """Return the groups {a|b} that have alternatives, nested ones too, sorted by their start."""
-    opened: list[_Group] = []  # innermost last
+    open_groups: list[_Group] = []  # innermost last
     groups: list[_Group] = []
-    for mark in _MARKS.finditer(text):
-        if mark[0] == "{":
-            opened.append(_Group(mark.start()))
-        elif mark[0] == "|" and opened:
-            opened[-1].bars.append(mark.start())
-        elif mark[0] == "}" and opened:
-            group = opened.pop()
-            group.end = mark.start()
+    for match in _BRACES_AND_BARS.finditer(text):
+        if match[0] == "{":
+            open_groups.append(_Group(match.start()))
+        elif match[0] == "|" and open_groups:
+            open_groups[-1].bar_positions.append(match.start())
+        elif match[0] == "}" and open_groups:
+            group = open_groups.pop()
+            group.end = match.start()
             # braces without a bar are ordinary text
-            if group.bars:
+            if group.bar_positions:
                 groups.append(group)
     return sorted(groups, key=lambda group: group.start)
 
@@ -398,18 +405,19 @@ MAX_WEIGHT = 100.0  # larger weights are typing mistakes, and would overflow flo
 _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
-class _Opened(NamedTuple):
+class _OpenParenthesis(NamedTuple):
     """An opening parenthesis whose closing one has not been found yet."""
 
-    number: int  # index of its piece
-    position: int  # its position in the text without marks
+    piece_index: int
+    position: int  # in the text without weight marks
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
     """Return a text without weight marks "(words:1.2)", and its weighted parts as (start, end, weight).
 
     Positions are characters of the returned text. Parts neither begin nor end with white space; parts of
-    weight 1 are left out. The time is linear in the length of the text.
+    weight 1 are left out. Marks do not nest, so only the innermost open parenthesis is remembered. The time
+    is linear in the length of the text.
 
     Raises:
         OptionError: If a weight is beyond MAX_WEIGHT.
@@ -418,27 +426,26 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     spans: list[tuple[int, int, float]] = []
     length = 0  # total length of the pieces
     position = 0  # in the original text
-    opened: _Opened | None = None  # the innermost open parenthesis: marks do not nest
-    for mark in _PARENTHESES.finditer(text):
-        pieces.append(text[position : mark.start()])
-        length += mark.start() - position
-        position = mark.end()
-        if mark[0] == ")" and opened is not None:
-            first_piece, start = opened
-            inside = "".join(pieces[first_piece + 1 :])
-            opened = None
-            weighted = _read_weight(inside)
+    open_parenthesis: _OpenParenthesis | None = None
+    for match in _PARENTHESES.finditer(text):
+        pieces.append(text[position : match.start()])
+        length += match.start() - position
+        position = match.end()
+        if match[0] == ")" and open_parenthesis is not None:
+            piece_index, start = open_parenthesis
+            open_parenthesis = None
+            weighted = _read_weight("".join(pieces[piece_index + 1 :]))
             if weighted is not None:  # replace the parentheses and the weight by the plain text
                 part, weight = weighted
-                pieces[first_piece:] = [part]
+                pieces[piece_index:] = [part]
                 length = start + len(part)
                 visible_start = start + len(part) - len(part.lstrip())
                 if weight != 1:
                     spans.append((visible_start, visible_start + len(part.strip()), weight))
                 continue
-        if mark[0] == "(":
-            opened = _Opened(number=len(pieces), position=length)
-        pieces.append(mark[0][-1])  # an escaped parenthesis loses its backslash
+        if match[0] == "(":
+            open_parenthesis = _OpenParenthesis(piece_index=len(pieces), position=length)
+        pieces.append(match[0][-1])  # an escaped parenthesis loses its backslash
         length += 1
     return "".join(pieces) + text[position:], tuple(spans)
 

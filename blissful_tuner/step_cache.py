@@ -113,18 +113,18 @@ class StepCaches:
     """Step caches that wrap the blocks of the networks generating one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
-        """Set up the step cache or the calibration that a request selects.
+        """Set up what a request selects: a rule for skipping passes, or a calibration, which only measures.
 
         Args:
             prepared: The request with all values resolved.
             spec: Names of the network's blocks.
         """
-        self._choice, self._steps = prepared.request.step_cache, prepared.steps
+        self._settings = prepared.request.step_cache
+        self._steps = prepared.steps
         self._make_rule: Callable[[], step_cache.Rule] | None = None
-        self._measured: step_cache.Ratios | step_cache.Changes | None = None
-        self._passes = self._skipped = 0
-        # calibrations only measure; without a choice, nothing is skipped or measured
-        match self._choice:
+        self._calibration: step_cache.Ratios | step_cache.Changes | None = None
+        self._num_passes = self._num_skipped = 0
+        match self._settings:
             case MagCache(ratios, retention, threshold, max_skips):
                 # ratios are for all steps, but a video that starts from a source runs only the last ones
                 step_ratios = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
@@ -135,59 +135,57 @@ class StepCaches:
                 polynomial = coefficients or spec.teacache_coefficients
                 self._make_rule = lambda: step_cache.TeaCacheRule(threshold, polynomial)
             case MagCalibration():
-                self._measured = step_cache.Ratios()
+                self._calibration = step_cache.Ratios()
             case TeaCalibration():
-                self._measured = step_cache.Changes()
+                self._calibration = step_cache.Changes()
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
-        """Yield a function that returns networks whose blocks run in the cache or are measured.
+        """Yield a function like `dit_at`, whose networks run in the cache or are measured for calibration.
 
-        `dit_at` returns the network for a timestep. The effect ends with the section that is denoised.
-
-        At the end the cached tensors are freed, and the networks run as before.
+        `dit_at` returns the network for a timestep. At the end of the section the cached tensors are freed,
+        and the networks run as before.
         """
-        if self._measured is not None:
+        if self._calibration is not None:
+            measure_pass = functools.partial(step_cache.measure_pass, self._calibration.measure)
             try:
-                with step_cache.run_around(
-                    dit_at, functools.partial(step_cache.measure_pass, self._measured.measure)
-                ) as measured_at:
-                    yield measured_at
+                with step_cache.run_around(dit_at, measure_pass) as measured_dit_at:
+                    yield measured_dit_at
             finally:
-                self._measured.forget()
-        else:
-            assert self._make_rule is not None
-            cache = step_cache.StepCache(self._make_rule)
-            try:
-                with step_cache.run_around(dit_at, cache.run) as cached_at:
-                    yield cached_at
-            finally:
-                cache.forget()  # the yielded function still refers to the cache
-            self._passes += cache.passes
-            self._skipped += cache.skipped
+                self._calibration.forget()
+            return
+        assert self._make_rule is not None
+        cache = step_cache.StepCache(self._make_rule)
+        try:
+            with step_cache.run_around(dit_at, cache.run) as cached_dit_at:
+                yield cached_dit_at
+        finally:
+            cache.forget()  # the yielded function still refers to the cache
+        self._num_passes += cache.passes
+        self._num_skipped += cache.skipped
 
     def report(self) -> None:
         """Log the number of skipped passes, or the measurements, once the video's latents are finished."""
-        if isinstance(self._measured, step_cache.Ratios):
-            logger.info(
-                "MagCache's ratios for this model:\n  --magcache_mag_ratios %s",
-                " ".join(f"{ratio:.5f}" for ratio in self._measured.result(self._steps)),
-            )
-        elif self._measured is not None:
-            coefficients = self._measured.result()
-            if not coefficients:
-                logger.warning(
-                    "TeaCache's coefficients could not be fitted: the video ended after too few steps"
-                )
-                return
-            inputs = [change for change, _ in self._measured.points]
-            logger.info(
-                "TeaCache's coefficients for this model, fitted for changes of the input from %.3g to %.3g:\n"
-                "  --teacache_coefficients %s",
-                min(inputs),
-                max(inputs),
-                " ".join(f"{coefficient:.9g}" for coefficient in coefficients),
-            )
+        if self._calibration is None:
+            name = "MagCache" if isinstance(self._settings, MagCache) else "TeaCache"
+            logger.info("%s skipped %d of %d passes", name, self._num_skipped, self._num_passes)
+        elif isinstance(self._calibration, step_cache.Ratios):
+            ratios = " ".join(f"{ratio:.5f}" for ratio in self._calibration.result(self._steps))
+            logger.info("MagCache's ratios for this model:\n  --magcache_mag_ratios %s", ratios)
         else:
-            name = "MagCache" if isinstance(self._choice, MagCache) else "TeaCache"
-            logger.info("%s skipped %d of %d passes", name, self._skipped, self._passes)
+            self._report_teacache_fit(self._calibration)
+
+    def _report_teacache_fit(self, calibration: step_cache.Changes) -> None:
+        """Log the coefficients fitted to the measured changes, or that there are too few."""
+        coefficients = calibration.result()
+        if not coefficients:
+            logger.warning("TeaCache's coefficients could not be fitted: the video ended after too few steps")
+            return
+        input_changes = [change for change, _ in calibration.points]
+        logger.info(
+            "TeaCache's coefficients for this model, fitted for changes of the input from %.3g to %.3g:\n"
+            "  --teacache_coefficients %s",
+            min(input_changes),
+            max(input_changes),
+            " ".join(f"{coefficient:.9g}" for coefficient in coefficients),
+        )

@@ -42,22 +42,22 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
         return torch.einsum("cfhw,cr->rfhw", latents.float(), factors) + bias.view(3, 1, 1, 1)
 
 
-def enlarge(colors: Tensor, rows: int, columns: int) -> Iterator[Frame]:
+def enlarge(colors: Tensor, height_factor: int, width_factor: int) -> Iterator[Frame]:
     """Yield the frames resized bicubically, H W 3 uint8, with the clip's colors stretched to 0..255.
 
     NaN and infinite values become 0 first.
 
     Args:
         colors: Colors, 3 F h w.
-        rows: Factor on the height.
-        columns: Factor on the width.
+        height_factor: Factor on the height.
+        width_factor: Factor on the width.
     """
     colors = colors.nan_to_num(0.0, 0.0, 0.0)
     lowest, highest = colors.amin(), colors.amax()
     colors = (colors - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
     for frame in colors.permute(1, 2, 3, 0).contiguous().numpy():
         # OpenCV: torch's bicubic, the same to the last bit but one, takes eight times as long
-        larger = cv2.resize(frame, None, fx=columns, fy=rows, interpolation=cv2.INTER_CUBIC)
+        larger = cv2.resize(frame, None, fx=width_factor, fy=height_factor, interpolation=cv2.INTER_CUBIC)
         yield np.rint(larger.clip(0, 255)).astype(np.uint8)
 
 
@@ -211,15 +211,16 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
             sources[name] = source
     shape_of = shapes_of(checkpoint, sources)
 
-    def sides(layer: str) -> tuple[int, int]:
+    def read_channels(layer: str) -> tuple[int, int]:
         """Return a convolution's output and input channels."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
             raise _make_kind_error(checkpoint)
         return shape[0], shape[1]
 
+    config = _read_config(read_channels)
     # previews only decode
-    return LoadPlan(_read_config(sides), checkpoint, sources, ignore=("encoder.*",))
+    return LoadPlan(config, checkpoint, sources, ignore=("encoder.*",))
 
 
 def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
@@ -227,29 +228,33 @@ def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
     return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
 
 
-def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a tiny decoder, from the shapes of its convolutions.
+def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig:
+    """Return the dimensions of a tiny decoder, from the channels of its convolutions.
 
-    Args:
-        sides: Returns output and input channels of a convolution by name.
+    `read_channels` returns output and input channels of a convolution. Convolutions are named by their index
+    in the released nn.Sequential: a stage that begins at layer n has its growth in time at n + 4, and a
+    convolution to the width of the next stage at n + 5.
     """
-    # layers are named by number; the fifth after a stage's first one has the next stage's width
-    later_widths = [sides(str(first + 5))[0] for first in STAGES]
-    first_width, channels = sides("1")
-    widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
-    # a growth by a stride in time has stride times as many output channels
-    grown = [sides(f"{first + 4}.conv")[0] for first in STAGES]
-    strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
-    colors, _ = sides("22")  # 3 colors of patch x patch pixels
+    first_width, latent_channels = read_channels("1")
+    next_widths = [read_channels(str(first + 5))[0] for first in STAGES]
+    widths = (first_width, next_widths[0], next_widths[1], next_widths[2])
+    # each frame that a growth makes of a frame takes `width` of its output channels
+    growth_channels = [read_channels(f"{first + 4}.conv")[0] for first in STAGES]
+    strides = (
+        growth_channels[0] // widths[0],
+        growth_channels[1] // widths[1],
+        growth_channels[2] // widths[2],
+    )
+    color_channels, _ = read_channels("22")  # 3 colors of patch x patch pixels
     return TaehvConfig(
-        channels=channels,
+        channels=latent_channels,
         widths=widths,
         strides=strides,
-        patch=max(1, round((colors / 3) ** 0.5)),
+        patch=max(1, round((color_channels / 3) ** 0.5)),
     )
 
 
-def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
+def adapt_to_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
     """Return a tiny decoder's plan adapted to a family's latents: for image models without growth in time.
 
     Raises:
@@ -286,7 +291,7 @@ def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
         CheckpointError: If the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = for_latents(read_taehv(checkpoint), latent)
+        plan = adapt_to_latents(read_taehv(checkpoint), latent)
         _load(plan, META, torch.float32)
         return plan.config
 
@@ -297,7 +302,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     Raises CheckpointError if the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = for_latents(read_taehv(checkpoint), latent)
+        plan = adapt_to_latents(read_taehv(checkpoint), latent)
         weights = _load(plan, CPU, select_dtype(device)).state_dict()
     if device.type == "cuda":  # sending pinned weights does not wait for the device
         weights = {name: pin(weight) for name, weight in weights.items()}

@@ -47,12 +47,12 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         MediaError: If an image or video cannot be read.
         CheckpointError: If saved latents cannot be read.
     """
-    named = _name_source(source)
+    option_text = _name_source(source)
     if source.option not in rules.supported_options:
         options = " or ".join(f"--{option}" for option in rules.supported_options)
-        raise OptionError(f"{named}: {rules.model_label} does not take it. Use {options}")
+        raise OptionError(f"{option_text}: {rules.model_label} does not take it. Use {options}")
     if not source.path.exists():
-        raise OptionError(f"{named}: no such file or folder.{explain_missing(source.path)}")
+        raise OptionError(f"{option_text}: no such file or folder.{explain_missing(source.path)}")
     if source.option == LATENTS:
         saved = _load_saved_latents(source, rules, latent, only_shape=True)
         if request.frames is not None:
@@ -64,13 +64,13 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         return request
     if request.frames not in (None, 1):
         raise OptionError(
-            f"{named} and --video_length {request.frames}: one image is made from one image. Give "
+            f"{option_text} and --video_length {request.frames}: one image is made from one image. Give "
             "--video_length 1, or a video to --video_path"
         )
     return replace(request, frames=1)
 
 
-def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
+def start_from_source(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """Check the length of a request's source, and set the step at which its denoising starts.
 
     Raises:
@@ -206,7 +206,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     num_frames = family.latent.lengths.fit(len(frames))  # the longest length that the VAE encodes
     latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
     # a longer clip is cut, a shorter one repeats latents
-    return fit_frames(latents, shape[2], source.pad_mode or "end")
+    return trim_or_pad_frames(latents, shape[2], source.pad_mode or "end")
 
 
 def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
@@ -250,7 +250,7 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
     return frames
 
 
-def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
+def trim_or_pad_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     """Trim or pad latents to a number of latent frames.
 
     Args:
@@ -268,7 +268,7 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     return torch.cat([latents, copies], dim=2)
 
 
-def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str, remedy: str) -> None:
+def check_latent_space(saved: SavedLatents, rules: SourceRules, path: Path, start: str, remedy: str) -> None:
     """Raise CheckpointError if latents come from a model with a different latent space.
 
     Latents of other programs do not name their model and are accepted.
@@ -302,7 +302,7 @@ def _load_saved_latents(
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
     remedy = "Decode them with that model's script, and give the video to --video_path"
-    check_maker(saved, rules, source.path, _name_source(source), remedy)
+    check_latent_space(saved, rules, source.path, _name_source(source), remedy)
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
             f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, "

@@ -67,7 +67,7 @@ def image_families() -> frozenset[str]:
         for word in shlex.split(model.commands["train"]):
             if word in families:
                 name = families[word]
-                frames[name] = max(frames.get(name, 1), model.data["frames"])
+                frames[name] = max(frames.get(name, 1), model.properties["frames"])
     return frozenset(name for name, maximum in frames.items() if maximum == 1)
 
 

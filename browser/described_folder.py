@@ -25,7 +25,7 @@ from modules.pages.language import join, say, say_count
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
 from project.kinds.composing import find_kind_of
-from project.kinds.whole_model import derive_times, saves_models
+from project.kinds.whole_model import derive_intervals, saves_models
 from project.options import RUN_FILE, find_models
 from training.config_options import PROJECT_TABLE, toml_value
 
@@ -110,10 +110,10 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     old_steps = values.get("max_train_steps")
     saves_full_models = saves_models(values)
     # intervals such as save_every_n_steps, as `new` derives them from a number of steps
-    new_intervals = derive_times(steps, saves_full_models)
+    new_intervals = derive_intervals(steps, saves_full_models)
     old_intervals = {}
     if isinstance(old_steps, int) and old_steps > 0:
-        old_intervals = derive_times(old_steps, saves_full_models)
+        old_intervals = derive_intervals(old_steps, saves_full_models)
     unchanged = {}
     for name, new_value in new_intervals.items():
         if name not in values or values[name] == new_value:

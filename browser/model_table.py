@@ -62,9 +62,9 @@ def describe_kind(model: ModelSet) -> str:
         return say("layers")
     if needs_image(model):
         return say("edits")
-    if model.data["frames"] == 1:
+    if model.properties["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
-    may_have_audio = model.data.get("sound_alone") and "without audio" not in model.about
+    may_have_audio = model.properties.get("sound_alone") and "without audio" not in model.about
     has_audio = may_have_audio or "with audio" in model.about
     return say("clips and sound") if has_audio else say("clips")
 
@@ -139,7 +139,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _Ran
     suits_media = True
     if content is not None:
         suits_media = row.makes.startswith("clips" if content.num_clips else "pictures")
-        if content.num_clips and model.data.get("from_image"):
+        if content.num_clips and model.properties.get("from_image"):
             suits_media = False  # it needs start images
     return _RankedRow(
         row=row,

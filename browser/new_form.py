@@ -269,7 +269,7 @@ def check_form(form: NewForm) -> None:
         raise OptionError(
             say("%(problem)s: choose one of %(names)s.", problem=field_and_value, names=join(", ", tasks))
         )
-    if not form.trigger and BY_NAME[form.train or LORA.name].learns_word:
+    if not form.trigger and BY_NAME[form.train or LORA.name].trains_embedding:
         raise OptionError(say("Trigger word: an embedding is a new word. Give one, such as mrsfluff."))
     for check in FIELD_CHECKS.values():
         check(form)

@@ -276,7 +276,7 @@ class NewPages:
         kind = None if model is None else find_control_kind(model)
         if folder is None or kind is None or is_described(folder):
             return ""
-        if not has_control_pairs(folder, has_word=bool(form.trigger)):
+        if not has_control_pairs(folder, has_trigger_word=bool(form.trigger)):
             return ""
         return name_field(kind)
 
@@ -457,7 +457,7 @@ class NewPages:
             "recipes": list_fitting_recipes(form.family, form.task, form.train),
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
             "whole": FULL.name,
-            "whole_refusal": translate_line(FULL.why_not(model, self.memory) or ""),
+            "whole_refusal": translate_line(FULL.why_unsupported(model, self.memory) or ""),
             "kind_lines": [translate_line(line) for line in chosen.describe(model, self.memory)]
             or [KIND_NOTES.get(chosen.name, "")],
         }

@@ -498,10 +498,10 @@ def _select_frames_field(
     """Return the names `fields` with the field `frames` if the model uses it, and without it for images."""
     if has_layers(recipe):
         return fields | {"frames"}  # for this model, the number of layers
-    if model.data["frames"] > 1:
+    if model.properties["frames"] > 1:
         return fields | {"frames"}
     has_only_images = all(row.texts.get("frames", "1") == "1" for row in rows)
-    if model.data["frames"] == 1 and has_only_images:
+    if model.properties["frames"] == 1 and has_only_images:
         return fields - {"frames"}
     return fields
 
@@ -513,7 +513,7 @@ def select_image_fields(
     fields = {name for row in rows for name in IMAGE_FIELDS if name in row.texts}
     if recipe is not None:
         fields |= {"end", "control"} & {*recipe.fields}
-    if model is not None and model.data.get("from_image"):
+    if model is not None and model.properties.get("from_image"):
         fields.add("start")
     if model is not None and needs_image(model):
         fields.add("source")

@@ -34,7 +34,7 @@ class FolderName:
     """Parts of the name of an image folder, as sd-scripts reads them: `10_ohwx man`."""
 
     repeats: int
-    words: str  # caption of images without a caption file; "": none
+    class_tokens: str  # caption of images without a caption file; "": none
 
 
 def read_folder_name(name: str) -> FolderName | None:
@@ -391,7 +391,7 @@ def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = 
             {
                 "image_dir": str(folder / name),
                 "num_repeats": parsed.repeats,
-                "class_tokens": parsed.words,
+                "class_tokens": parsed.class_tokens,
                 "is_reg": is_reg,
             }
         )

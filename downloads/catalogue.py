@@ -99,7 +99,7 @@ class ModelSet:
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]
     commands: Mapping[str, str]  # in the order they are run
-    data: Mapping[str, Any]  # which data the model is trained with; see catalogue.toml
+    properties: Mapping[str, Any]  # which data the model is trained with; see catalogue.toml
     usual: Mapping[str, Any]  # defaults of the fields of a form for this model; see catalogue.toml
 
     @property
@@ -177,7 +177,7 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
         about=f"{model.about}, to train with an adapter",
         components=(*model.components, adapter),
         commands={**model.commands, "train": train},
-        data={**model.data, **dict.fromkeys(OTHER_KINDS, "")},
+        properties={**model.properties, **dict.fromkeys(OTHER_KINDS, "")},
     )
 
 
@@ -201,7 +201,7 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
         released_by=entry["released_by"],
         components=tuple(renamed),
         commands=commands,
-        data={**family.get("data", {}), **entry.get("data", {})},
+        properties={**family.get("data", {}), **entry.get("data", {})},
         usual=entry.get("usual", {}),
     )
 

@@ -229,7 +229,9 @@ def _look_up_prefix(text: str, table: str) -> str | None:
 def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
     """Return a phrase that lists the families of video models, or of image models."""
     trained = [model for model in models if "train" in model.commands]
-    return ", ".join(families_of([model for model in trained if (model.data["frames"] != 1) == is_clip]))
+    return ", ".join(
+        families_of([model for model in trained if (model.properties["frames"] != 1) == is_clip])
+    )
 
 
 def reject_fine_tune(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
@@ -254,7 +256,7 @@ def page_of_control(text: str) -> str:
     """Return a hint to the documentation of a model trained with control clips; "" if `text` names none."""
     plain = plain_name(text)
     for model in model_sets():
-        if not model.data.get("control"):
+        if not model.properties.get("control"):
             continue
         title = family_title(model.family)
         is_exact = plain in {plain_name(model.family), plain_name(model.task), plain_name(title)}

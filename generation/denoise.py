@@ -415,13 +415,13 @@ def sections_of(
         while True:
             section = replace(section, overrides=section.overrides.merge(request_overrides))
             if isinstance(source, Tensor):
-                from blissful_tuner.video_to_video import fit_frames  # only with a source
+                from blissful_tuner.video_to_video import trim_or_pad_frames  # only with a source
 
                 # a section may end after the source, with the frame of an end image: repeat the last frame
                 source_frames = source[
                     :, :, section.first_latent_frame :
                 ]  # from the section's first latent frame on
-                section_source = fit_frames(source_frames, section.noise.shape[2], "end")
+                section_source = trim_or_pad_frames(source_frames, section.noise.shape[2], "end")
                 section = replace(section, source=section_source)
             section = sections.send((yield section))
     except StopIteration as end:

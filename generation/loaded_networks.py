@@ -185,7 +185,7 @@ def select_prompts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     needed: set[str] = set()
     for expert_plans in plan_steps(prepared, options):
         for plan in expert_plans:
-            needed |= {guidance_pass.text for guidance_pass in plan.passes}
+            needed |= {guidance_pass.conditions_name for guidance_pass in plan.passes}
     return {
         section: replace(
             texts,

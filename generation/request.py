@@ -268,9 +268,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         names = ", ".join(f"--{name}" for name in options.of_references)
         logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", names)
     if prepared.request.source is not None:
-        from blissful_tuner.video_to_video import begin_late  # only with a source
+        from blissful_tuner.video_to_video import start_from_source  # only with a source
 
-        prepared = begin_late(prepared, prepared.request.source, family)
+        prepared = start_from_source(prepared, prepared.request.source, family)
     if options.prompts.prompt_weighting:
         from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
 

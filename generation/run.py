@@ -153,7 +153,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     Raises:
         CheckpointError: If the latents are not from this family's latent space.
     """
-    from blissful_tuner.video_to_video import check_maker  # only with --latent_path
+    from blissful_tuner.video_to_video import check_latent_space  # only with --latent_path
     from checkpoints.model_files import load_latents
 
     saved = load_latents(path)
@@ -164,7 +164,9 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
             f"{family.latent.channels}",
             path,
         )
-    check_maker(saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model")
+    check_latent_space(
+        saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model"
+    )
     if saved.audio is not None:
         _check_audio(family, path, saved.audio, latent_frames)
     if not latent_frames:

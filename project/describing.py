@@ -29,9 +29,9 @@ from modules.paths import parse_path
 from modules.text_files import real_path
 from project.foreign.places import needs_subsets
 from project.foreign.settling import VARYING_TEXTS
-from project.kinds.adapter import NAMED
+from project.kinds.adapter import ADAPTER_NAME_SUFFIX
 from project.kinds.contract import RunKind
-from project.kinds.whole_model import derive_times
+from project.kinds.whole_model import derive_intervals
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unused
 from project.model_choice import ModelInfo
 from project.model_sizes import FP8, is_small, weight_options
@@ -46,12 +46,12 @@ from training.config_options import PROJECT_TABLE, toml_value
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # subsets: minimum side of images, step of sides
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
-PATIENCE = 5  # validations without improvement before early stopping
-SMALL = 16  # GiB; with less, text encoders are used in 8 bits
-LARGE = 40  # GiB; from this size on, clips are twice as long
-MAX_SAMPLED = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
-OTHER = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
-OTHER_EDIT = "make it a pencil drawing"
+EARLY_STOPPING_PATIENCE = 5  # validations without improvement before early stopping
+SMALL_CARD_GIB = 16  # GiB; with less, text encoders are used in 8 bits
+LARGE_CARD_GIB = 40  # GiB; from this size on, clips are twice as long
+MAX_SAMPLE_AREA = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
+PROMPT_WITHOUT_SUBJECT = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
+EDIT_INSTRUCTION = "make it a pencil drawing"
 # word in captions -> a situation that captions without this word do not describe
 SITUATIONS = {
     "snow": "in falling snow",
@@ -61,14 +61,14 @@ SITUATIONS = {
     "forest": "in a forest in the rain",
     "boat": "on a boat",
 }
-ENOUGH = 10  # minimum number of files for holding out a tenth for validation
-MAX_READ = 240  # maximum frames read of a clip to find a sample's end image
+MIN_FILES_FOR_VALIDATION = 10  # minimum number of files for holding out a tenth for validation
+MAX_FRAMES_READ = 240  # maximum frames read of a clip to find a sample's end image
 MAX_OF_SUBJECT = 80  # maximum characters of a caption used in a prompt
 AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 
 @dataclass(frozen=True)
-class Choice:
+class RunSetup:
     """All choices on which run.toml, dataset.toml and prompts.txt depend."""
 
     options: NewOptions
@@ -77,17 +77,17 @@ class Choice:
     model_info: ModelInfo
     content: FolderContent
     memory: float  # GiB; 0: the CPU
-    size: tuple[int, int]  # width, height
+    target_size: tuple[int, int]  # width, height
     frames: int  # frames of each clip; 1 if there are only images
-    files: dict[str, str]  # files of the model, by option
-    embedded_files: Mapping[str, str]  # option of a network -> the user's file that contains it
-    provided: Sequence[str]  # options of files that need no download
-    trigger: str | None
+    model_files: dict[str, str]  # files of the model, by option
+    embedded_model_files: Mapping[str, str]  # option of a network -> the user's file that contains it
+    options_without_download: Sequence[str]  # options of files that need no download
+    trigger_word: str | None
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
-    data: Mapping[str, Any]  # keys of [general] from another trainer's project
-    folder_keys: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
-    training: Mapping[str, Any]  # keys of run.toml that set options of the training
-    holds_back: bool  # hold out files for validation if there are enough
+    general_keys: Mapping[str, Any]  # keys of [general] from another trainer's project
+    table_keys_by_folder: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
+    training_options: Mapping[str, Any]  # keys of run.toml that set options of the training
+    may_hold_out_validation: bool  # hold out files for validation if there are enough
 
     @property
     def folder(self) -> Path:
@@ -105,31 +105,34 @@ class Choice:
         return f"{self.model.family} {self.model.task}"
 
     @property
-    def is_of_audio(self) -> bool:
+    def has_only_audio(self) -> bool:
         """Whether the folder holds audio files to learn from, without images or clips."""
         return self.media[0].kind == "audio"
 
     @property
     def has_subsets(self) -> bool:
         """Return whether dataset.toml uses [[datasets.subsets]], as image trainers do."""
-        asked = needs_subsets(self.data) or any(map(needs_subsets, self.folder_keys.values()))
-        return bool(self.content.regularization) or self.tags is not None or asked
+        asked = needs_subsets(self.general_keys) or any(
+            map(needs_subsets, self.table_keys_by_folder.values())
+        )
+        return bool(self.content.regularization_folders) or self.tags is not None or asked
 
     @property
-    def varies_texts(self) -> bool:
+    def encodes_captions_each_step(self) -> bool:
         """Return whether captions are encoded at each step: they vary, or a text encoder is trained."""
-        varied = VARYING_TEXTS & self.data.keys() or any(
-            VARYING_TEXTS & keys.keys() for keys in self.folder_keys.values()
+        varied = VARYING_TEXTS & self.general_keys.keys() or any(
+            VARYING_TEXTS & keys.keys() for keys in self.table_keys_by_folder.values()
         )
         learns = (
-            self.training.get("network_train_unet_only") is False or "train_text_encoder" in self.training
+            self.training_options.get("network_train_unet_only") is False
+            or "train_text_encoder" in self.training_options
         )
-        return self.tags is not None or self.kind.learns_word or learns or bool(varied)
+        return self.tags is not None or self.kind.trains_embedding or learns or bool(varied)
 
     @property
-    def has_small_encoders(self) -> bool:
+    def uses_8bit_text_encoders(self) -> bool:
         """Whether the text encoders are loaded in 8 bits."""
-        return 0 < self.memory < SMALL
+        return 0 < self.memory < SMALL_CARD_GIB
 
     @property
     def needs_float32(self) -> bool:
@@ -141,7 +144,7 @@ class Choice:
         """Return whether the run uses a GPU of this machine that does not support bfloat16."""
         return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
-    def inside(self, path: Path) -> str:
+    def relative_path(self, path: Path) -> str:
         """Return a path relative to the dataset folder, with forward slashes."""
         return Path(parse_path(self.folder, real_path(path))).as_posix()
 
@@ -156,8 +159,8 @@ class Edit:
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
     """Return the width and height of the file with the median area, reduced to the model's default area."""
-    default_width, default_height = model.data["resolution"]
-    middle = _find_middle_by_area(model, media)
+    default_width, default_height = model.properties["resolution"]
+    middle = _find_media_of_median_area(model, media)
     if middle is None:
         return default_width, default_height
     return _shrink_to_area(middle.size, default_width * default_height)
@@ -165,14 +168,14 @@ def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
     """Return why `select_size` has chosen its size; "" for audio, which has none."""
-    typical = _find_middle_by_area(model, media)  # the file of median area, whose size was chosen
+    typical = _find_media_of_median_area(model, media)  # the file of median area, whose size was chosen
     if typical is None:
         return ""
-    sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
+    sizes = sorted({item.size for item in _list_trained_media(model, media)}, key=_area)
     span = ""
     if len(sizes) > 1:
         span = f", of files from {format_shape(sizes[0])} to {format_shape(sizes[-1])}"
-    default = model.data["resolution"]
+    default = model.properties["resolution"]
     reduced = ""
     if _area(typical.size) > _area(default):
         reduced = f", reduced to the area of {format_shape(default)} that the model's page has"
@@ -187,18 +190,18 @@ def _area(size: Sequence[int]) -> int:
     return size[0] * size[1]
 
 
-def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
+def _list_trained_media(model: ModelSet, media: list[Media]) -> list[Media]:
     """Return those clips and images of a folder that a model is trained on."""
     visible = [item for item in media if item.kind != "audio"]
-    if not learns_stills_of_clips(model):
+    if not trains_on_frames_of_clips(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
-    if model.data.get("from_image"):
+    if model.properties.get("from_image"):
         return [item for item in visible if item.is_clip] or visible
     return visible
 
 
-def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
-    learned = _learned(model, media)
+def _find_media_of_median_area(model: ModelSet, media: list[Media]) -> Media | None:
+    learned = _list_trained_media(model, media)
     # the median is taken by area so that the size keeps the shape of an actual file
     typical = [item for item in learned if not is_narrow(item)] or learned
     ranked = sorted(typical, key=lambda item: _area(item.size))
@@ -215,126 +218,139 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return the number of frames per clip: the default, or fewer if over a quarter of clips are shorter."""
-    default = model.data["frames"]
-    lengths = lengths_of(model)
+    default = model.properties["frames"]
+    lengths = clip_lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
-    if not counts or counts[-1] < shortest_clip(model):
+    if not counts or counts[-1] < min_clip_frames(model):
         return 1
     maximum = default
-    if memory >= LARGE and lengths == DEFAULT_LENGTHS:
+    if memory >= LARGE_CARD_GIB and lengths == DEFAULT_LENGTHS:
         maximum = 2 * default - 1
     reached = min(maximum, counts[len(counts) // 4])
-    return max(lengths.fit(reached), shortest_clip(model))
+    return max(lengths.fit(reached), min_clip_frames(model))
 
 
-def lengths_of(model: ModelSet) -> ClipLengths:
+def clip_lengths_of(model: ModelSet) -> ClipLengths:
     """Return the frame counts that a model accepts for a clip."""
-    return ClipLengths(model.data.get("frame_step", 4), model.data.get("first_frames", 1))
+    return ClipLengths(model.properties.get("frame_step", 4), model.properties.get("first_frames", 1))
 
 
-def shortest_clip(model: ModelSet) -> int:
+def min_clip_frames(model: ModelSet) -> int:
     """Return the smallest number of frames of a clip that a model can be trained on."""
-    return int(model.data.get("least_frames", lengths_of(model).shortest))
+    return int(model.properties.get("least_frames", clip_lengths_of(model).shortest))
 
 
-def learns_stills_of_clips(model: ModelSet) -> bool:
+def trains_on_frames_of_clips(model: ModelSet) -> bool:
     """Return whether the model is trained on single frames of clips as images."""
-    return not model.data.get("from_image", False) and "least_frames" not in model.data
+    return not model.properties.get("from_image", False) and "least_frames" not in model.properties
 
 
 def is_too_short(item: Media, model: ModelSet) -> bool:
     """Return whether an item is a clip with fewer frames than the model needs."""
-    return item.seconds is not None and count_frames(item, model) < shortest_clip(model)
+    return item.seconds is not None and count_frames(item, model) < min_clip_frames(model)
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
     """Return how many frames a clip has at the model's frame rate, rounded down."""
-    return int((clip.seconds or 0) * model.data["fps"])
+    return int((clip.seconds or 0) * model.properties["fps"])
 
 
-def describe_dataset(choice: Choice) -> str:
+def describe_dataset(setup: RunSetup) -> str:
     """Return the text of dataset.toml: a table for each folder and kind of media, or subsets of one table."""
-    data = choice.model.data
+    data = setup.model.properties
     from_image = data.get("from_image", False)
-    lines = _format_toml_table("[general]", _make_general_keys(choice))
-    if choice.has_subsets:
-        return "\n".join([*lines, *_describe_subsets(choice), ""])
-    clip_keys = _clip_keys(choice)
-    folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
+    lines = _format_toml_table("[general]", _make_general_keys(setup))
+    if setup.has_subsets:
+        return "\n".join([*lines, *_describe_subsets(setup), ""])
+    clip_keys = _make_clip_keys(setup)
+    folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in setup.media)
     for folder, kind in folders_and_kinds:
         # an image-to-video model takes the first frames from the clips
         if from_image and kind != "video":
             continue
         # clips are no material for a run that learns single frames
-        if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
+        if kind == "video" and setup.frames == 1 and not trains_on_frames_of_clips(setup.model):
             continue
-        keys = _make_folder_keys(choice, folder, kind)
+        keys = _make_folder_keys(setup, folder, kind)
         if kind == "video":
             keys |= clip_keys
         lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        minimum = shortest_clip(choice.model) / data["fps"]
+        minimum = min_clip_frames(setup.model) / data["fps"]
         raise OptionError(
-            f"--task {choice.model.task} learns from clips of at least {minimum:.1f} seconds, and "
-            f"{choice.options.folder} has none. Choose another --family or --task."
+            f"--task {setup.model.task} learns from clips of at least {minimum:.1f} seconds, and "
+            f"{setup.options.folder} has none. Choose another --family or --task."
         )
     return "\n".join([*lines, ""])
 
 
-def _describe_subsets(choice: Choice) -> list[str]:
+def _describe_subsets(setup: RunSetup) -> list[str]:
     """Return the tables of dataset.toml with [[datasets.subsets]].
 
     Only this layout has regularization images and shuffled tags.
     """
-    shortest = min(choice.size)
-    if shortest >= SIDE_STEP:  # bucket sides are multiples of SIDE_STEP
-        shortest = shortest // SIDE_STEP * SIDE_STEP
-    smallest = min(DEFAULT_SIDE, shortest)
-    # leaves room for the long side of an image with an extreme aspect ratio
-    largest = round_up(2 * max(choice.size), SIDE_STEP)
-    sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
-    # the [general] table already holds the keys in choice.data
-    dataset_keys = {name: side for name, side in sides.items() if name not in choice.data}
+    bucket_sides = _select_bucket_sides(setup.target_size)
+    # the [general] table already has the keys of another trainer's project
+    dataset_keys = {name: side for name, side in bucket_sides.items() if name not in setup.general_keys}
     lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
-    for folder in dict.fromkeys(item.path.parent for item in choice.media):
-        keys = _make_folder_keys(choice, folder, "image")
+    for folder in dict.fromkeys(item.path.parent for item in setup.media):
+        table_keys = _make_folder_keys(setup, folder, "image")
         # subsets have sd-scripts' names for some keys
-        keys = {SUBSET_KEYS.get(name, name): value for name, value in keys.items()}
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
-    for folder in choice.content.regularization:
-        cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
-        keys = {"image_dir": choice.inside(folder), "cache_directory": cache, "is_reg": True}
-        name = choice.content.names.get(folder)
-        if name is not None:
-            if name.repeats > 1:
-                keys["num_repeats"] = name.repeats
-            keys["class_tokens"] = name.words
-        if choice.trigger:
-            keys["trigger_word"] = ""  # images of the class must not contain it
-        lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
+        subset_keys = {SUBSET_KEYS.get(name, name): value for name, value in table_keys.items()}
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", subset_keys)]
+    for folder in setup.content.regularization_folders:
+        lines += ["", *_format_toml_table("[[datasets.subsets]]", _make_regularization_keys(setup, folder))]
     return lines
 
 
-def _make_general_keys(choice: Choice) -> dict[str, Any]:
+def _select_bucket_sides(target_size: tuple[int, int]) -> dict[str, int]:
+    """Return the minimum and maximum side of buckets, which are multiples of SIDE_STEP."""
+    shortest = min(target_size)
+    if shortest >= SIDE_STEP:
+        shortest = shortest // SIDE_STEP * SIDE_STEP
+    # leaves room for the long side of an image with an extreme aspect ratio
+    largest = round_up(2 * max(target_size), SIDE_STEP)
+    return {"min_bucket_reso": min(DEFAULT_SIDE, shortest), "max_bucket_reso": largest}
+
+
+def _make_regularization_keys(setup: RunSetup, folder: Path) -> dict[str, Any]:
+    """Return the keys of the subset for a folder of regularization images."""
+    cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
+    keys: dict[str, Any] = {
+        "image_dir": setup.relative_path(folder),
+        "cache_directory": cache,
+        "is_reg": True,
+    }
+    name = setup.content.parsed_folder_names.get(folder)
+    if name is not None:
+        if name.repeats > 1:
+            keys["num_repeats"] = name.repeats
+        keys["class_tokens"] = name.class_tokens
+    if setup.trigger_word:
+        keys["trigger_word"] = ""  # images of the class must not contain it
+    return keys
+
+
+def _make_general_keys(setup: RunSetup) -> dict[str, Any]:
     """Return the keys of the [general] table of dataset.toml."""
     keys: dict[str, Any] = {}
-    if not choice.is_of_audio:
-        keys["resolution"] = choice.size
-    keys["caption_extension"] = choice.content.captions
-    if not choice.is_of_audio:
+    if not setup.has_only_audio:
+        keys["resolution"] = setup.target_size
+    keys["caption_extension"] = setup.content.caption_suffix
+    if not setup.has_only_audio:
         keys["enable_bucket"] = True
-    if choice.trigger:
-        keys["trigger_word"] = choice.trigger
-    if choice.tags is not None:
-        keys |= choice.tags.make_keys(choice.trigger)
-    return keys | {name: value for name, value in choice.data.items() if name != "resolution"}
+    if setup.trigger_word:
+        keys["trigger_word"] = setup.trigger_word
+    if setup.tags is not None:
+        keys |= setup.tags.make_keys(setup.trigger_word)
+    return keys | {name: value for name, value in setup.general_keys.items() if name != "resolution"}
 
 
-def _clip_keys(choice: Choice) -> dict[str, Any]:
+def _make_clip_keys(setup: RunSetup) -> dict[str, Any]:
     """Return the dataset.toml keys that select frames of clips."""
-    frames = choice.frames
-    single_length = frames == 1 or not learns_stills_of_clips(choice.model)
+    frames = setup.frames
+    single_length = frames == 1 or not trains_on_frames_of_clips(setup.model)
     keys: dict[str, Any] = {
         "target_frames": [frames] if single_length else [1, frames],
         "frame_extraction": "head",
@@ -344,121 +360,144 @@ def _clip_keys(choice: Choice) -> dict[str, Any]:
     return keys
 
 
-def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]:
+def _make_folder_keys(setup: RunSetup, folder: Path, kind: str) -> dict[str, Any]:
     """Return the keys of a folder's table in dataset.toml, for its files of one kind."""
-    content = choice.content
-    keys: dict[str, Any] = {f"{kind}_directory": choice.inside(folder)}
+    content = setup.content
+    keys: dict[str, Any] = {f"{kind}_directory": setup.relative_path(folder)}
     # links are not followed: `run` writes nothing outside the described folder
-    name_here = folder.relative_to(choice.options.folder)
+    name_here = folder.relative_to(setup.options.folder)
     keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
     # references of an editing model, and control images of a control network, share a key
-    source = content.references.get(folder) if kind == "image" else None
+    source = content.reference_folders.get(folder) if kind == "image" else None
     if source is not None:
-        keys["control_directory"] = choice.inside(source)
-        if choice.model.data.get("sizes_references"):
-            keys["control_resolution"] = choice.size
-    if content.layers:
+        keys["control_directory"] = setup.relative_path(source)
+        if setup.model.properties.get("sizes_references"):
+            keys["control_resolution"] = setup.target_size
+    if content.layers_by_image:
         keys["multiple_target"] = True
-    if folder in content.controls:
-        keys["control_directory"] = choice.inside(content.controls[folder])
-    if real_path(folder) in content.masks:
-        keys["mask_directory"] = choice.inside(content.masks[real_path(folder)])
-    name = content.names.get(folder)
+    if folder in content.control_folders:
+        keys["control_directory"] = setup.relative_path(content.control_folders[folder])
+    if real_path(folder) in content.mask_folders:
+        keys["mask_directory"] = setup.relative_path(content.mask_folders[real_path(folder)])
+    name = content.parsed_folder_names.get(folder)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
     # the repeats that balance real and generated files have precedence
-    if folder in content.repeats:
-        keys["num_repeats"] = content.repeats[folder]
+    if folder in content.repeats_by_folder:
+        keys["num_repeats"] = content.repeats_by_folder[folder]
     # `name` is parsed from a folder name such as 10_cat: repeats and class
-    class_tokens = choice.trigger if name is None else name.words
-    if class_tokens and _lacks_captions(choice, folder, kind):
+    class_tokens = setup.trigger_word if name is None else name.class_tokens
+    if class_tokens and _lacks_captions(setup, folder, kind):
         keys["class_tokens"] = class_tokens
-    return keys | dict(choice.folder_keys.get(folder, {}))
+    return keys | dict(setup.table_keys_by_folder.get(folder, {}))
 
 
-def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
+def _lacks_captions(setup: RunSetup, place: Path, kind: str) -> bool:
     """Return whether any file of a kind in a folder lacks a caption."""
     # unreadable files count too: the run requires captions for all files
-    if any(path.parent == place for path in choice.content.unreadable):
+    if any(path.parent == place for path in setup.content.unreadable_media):
         return True
-    of_kind = [item for item in choice.media if item.path.parent == place and item.kind == kind]
+    of_kind = [item for item in setup.media if item.path.parent == place and item.kind == kind]
     return any(item.caption is None for item in of_kind)
 
 
-def describe_samples(choice: Choice) -> str:
+def describe_samples(setup: RunSetup) -> str:
     """Return the text of prompts.txt: prompts for sample images, with the options of each prompt.
 
     The prompts show the subject in two situations that no caption mentions; one more has no subject.
     For a network with control images, the prompts are captions together with their control images. For
     edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
-    released_values = _released_values(choice.model)
-    if choice.content.controls:
-        return _describe_control_samples(choice, released_values)
-    if choice.content.layers:
-        return _describe_layer_samples(choice, released_values)
-    edits = _list_edits(choice)
+    released_values = _released_values(setup.model)
+    if setup.content.control_folders:
+        return _describe_control_samples(setup, released_values)
+    if setup.content.layers_by_image:
+        return _describe_layer_samples(setup, released_values)
+    edits = _list_edits(setup)
     if edits:
-        return _describe_edit_samples(choice, edits, released_values)
-    captions = [find_text(item.caption) for item in choice.media if item.caption]
-    # names of regularization folders are left out: they contain only the class
-    learned = {item.path.parent for item in choice.media}
-    names = [name.words for folder, name in choice.content.names.items() if folder in learned]
-    subject = plain(choice.trigger or _find_subject(captions or names))
-    if choice.tags is not None:
-        subject = plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
-    prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
-    if not choice.kind.learns_word:
-        prompts.append(OTHER_EDIT if choice.model_info.needs_reference else OTHER)
-    quality = choice.model.data.get("tags")
-    if quality:
-        prompts = [f"{quality}, {prompt}" for prompt in prompts]
-    size = _sample_size(choice)
-    start = _write_start_options(choice)
+        return _describe_edit_samples(setup, edits, released_values)
+    size = _sample_size(setup)
+    start_options = _write_start_frames(setup) if setup.model.properties.get("from_image") else ""
     lines = ""
-    for seed, prompt in enumerate(prompts, start=1):
-        parts = [prompt, size, released_values, start, f"--d {seed}"]
+    for seed, prompt in enumerate(_make_sample_prompts(setup), start=1):
+        parts = [prompt, size, released_values, start_options, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
     return lines
 
 
-def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_values: str) -> str:
+def _make_sample_prompts(setup: RunSetup) -> list[str]:
+    """Return prompts that show the subject in two situations, and one without the subject."""
+    captions = [find_text(item.caption) for item in setup.media if item.caption]
+    subject = _find_sample_subject(setup, captions)
+    prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
+    if not setup.kind.trains_embedding:
+        prompts.append(EDIT_INSTRUCTION if setup.model_info.needs_reference else PROMPT_WITHOUT_SUBJECT)
+    quality_tags = setup.model.properties.get("tags")
+    if quality_tags:
+        prompts = [f"{quality_tags}, {prompt}" for prompt in prompts]
+    return prompts
+
+
+def _find_sample_subject(setup: RunSetup, captions: Sequence[str]) -> str:
+    """Return the subject of sample prompts: the trigger word, else of the captions or the folder names."""
+    training_folders = {item.path.parent for item in setup.media}
+    class_names = []
+    for folder, name in setup.content.parsed_folder_names.items():
+        if folder in training_folders:  # folders of regularization images are left out
+            class_names.append(name.class_tokens)
+    subject = plain(setup.trigger_word or _find_subject(captions or class_names))
+    if setup.tags is None:
+        return subject
+    return plain(_join_shared_tags(setup.tags, setup.trigger_word) or as_words(subject))
+
+
+def _describe_edit_samples(setup: RunSetup, edits: Sequence[Edit], released_values: str) -> str:
     """Return prompt lines for the first and a middle edit of the dataset, and for a new edit."""
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
-    if not samples or not choice.kind.learns_word:
-        samples.append(Edit(OTHER_EDIT, edits[-1].images))
+    if not samples or not setup.kind.trains_embedding:
+        samples.append(Edit(EDIT_INSTRUCTION, edits[-1].images))
     lines = ""
     for seed, edit in enumerate(samples, start=1):
-        parts = [edit.instruction, _sample_size(choice), released_values, edit.images, f"--d {seed}"]
+        parts = [edit.instruction, _sample_size(setup), released_values, edit.images, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
     return lines
 
 
-def _describe_control_samples(choice: Choice, released_values: str) -> str:
+def _describe_control_samples(setup: RunSetup, released_values: str) -> str:
     """Return prompt lines for the first, a middle and the last control pair of the dataset."""
-    pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
-    pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
+    control_image_of: dict[Path, Path] = {}
+    images = []
+    for item in setup.media:
+        control_folder = setup.content.control_folders.get(item.path.parent)
+        control_images = () if control_folder is None else reference_of(item, control_folder)
+        if control_images:
+            control_image_of[item.path] = control_images[0]
+            images.append(item)
     lines = ""
-    for seed, index in enumerate(dict.fromkeys((0, len(pairs) // 2, len(pairs) - 1)), start=1):
-        item = pairs[index]
-        width, height = _shrink_to_area(item.size, _area(choice.size))
-        control = reference_of(item, choice.content.controls[item.path.parent])[0]
-        prompt = plain(item.caption or choice.trigger or "") or OTHER
-        parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {choice.inside(control)}"]
+    for seed, item in enumerate(_select_first_middle_last(images), start=1):
+        width, height = _shrink_to_area(item.size, _area(setup.target_size))
+        control = control_image_of[item.path]
+        prompt = plain(item.caption or setup.trigger_word or "") or PROMPT_WITHOUT_SUBJECT
+        parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {setup.relative_path(control)}"]
         lines += " ".join([*filter(None, parts), f"--d {seed}"]) + "\n"
     return lines
 
 
-def _describe_layer_samples(choice: Choice, released_values: str) -> str:
+def _select_first_middle_last(items: Sequence[Media]) -> list[Media]:
+    """Return the first, the middle and the last item, each once."""
+    indices = dict.fromkeys((0, len(items) // 2, len(items) - 1))
+    return [items[index] for index in indices]
+
+
+def _describe_layer_samples(setup: RunSetup, released_values: str) -> str:
     """Return prompt lines for the first, a middle and the last layered image."""
-    images = [item for item in choice.media if item.path in choice.content.layers]
+    images = [item for item in setup.media if item.path in setup.content.layers_by_image]
     lines = ""
-    for seed, index in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
-        item = images[index]
-        width, height = _shrink_to_area(item.size, _area(choice.size))
-        prompt = plain(item.caption or choice.trigger or "") or OTHER
-        image = f"--ci {choice.inside(item.path)} --f {len(choice.content.layers[item.path])}"
+    for seed, item in enumerate(_select_first_middle_last(images), start=1):
+        width, height = _shrink_to_area(item.size, _area(setup.target_size))
+        prompt = plain(item.caption or setup.trigger_word or "") or PROMPT_WITHOUT_SUBJECT
+        image = f"--ci {setup.relative_path(item.path)} --f {len(setup.content.layers_by_image[item.path])}"
         lines += f"{prompt} --w {width} --h {height} {released_values} {image} --d {seed}\n"
     return lines
 
@@ -470,17 +509,17 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
     return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
 
 
-def _sample_size(choice: Choice) -> str:
+def _sample_size(setup: RunSetup) -> str:
     """Return the size options of a sample prompt: --w, --h and --f.
 
     Audio only has a length (--f); image models have no --f.
     """
-    if choice.is_of_audio:
+    if setup.has_only_audio:
         return f"--f {AUDIO_FRAMES}"
-    width, height = choice.size
-    if choice.frames > 1:
-        width, height = _shrink_to_area(choice.size, MAX_SAMPLED)
-    frames = f" --f {choice.frames}" if choice.model.data["frames"] > 1 else ""
+    width, height = setup.target_size
+    if setup.frames > 1:
+        width, height = _shrink_to_area(setup.target_size, MAX_SAMPLE_AREA)
+    frames = f" --f {setup.frames}" if setup.model.properties["frames"] > 1 else ""
     return f"--w {width} --h {height}{frames}"
 
 
@@ -496,9 +535,9 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
     """Return the trigger word and the tags that all captions share, in prompt form."""
-    words = [] if trigger is None or trigger in tags.shared else [trigger]
+    words = [] if trigger is None or trigger in tags.shared_tags else [trigger]
     length = 0
-    for tag in map(as_words, tags.shared):
+    for tag in map(as_words, tags.shared_tags):
         length += len(tag)
         if length <= MAX_OF_SUBJECT:
             words.append(tag)
@@ -512,104 +551,100 @@ def plain(text: str) -> str:
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return the model's released sample options (steps, guidance, ...) as options of a prompt line.
+    """Return steps, guidance and flow shift of the model's generation command as options of a prompt line.
 
     All other values default to the family's, for samples as for generation.
     """
-    characters = {"--negative_prompt": "n"}
-    # sample values of prompt lines: each with its option and its one-letter name
-    shared = {**COUNTS, **VALUES}
+    letter_of_option = {"--negative_prompt": "n"}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
-        option, character, _ = shared[name]
-        characters[option] = character
+        option, letter, _ = {**COUNTS, **VALUES}[name]
+        letter_of_option[option] = letter
     options = []
     # each word of the command together with the one after it
     for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
-        if option in characters:
-            options.append(f"--{characters[option]} {value}")
+        if option in letter_of_option:
+            options.append(f"--{letter_of_option[option]} {value}")
     return " ".join(options)
 
 
-def _write_start_options(choice: Choice) -> str:
-    """Return the prompt options for first and last frames, if the model starts from frames."""
-    return _write_frames(choice) if choice.model.data.get("from_image") else ""
-
-
-def _list_edits(choice: Choice) -> list[Edit]:
+def _list_edits(setup: RunSetup) -> list[Edit]:
     """Return the edits in the dataset whose reference images can all be read."""
-    references = choice.content.references
+    references = setup.content.reference_folders
     edits = []
-    for item in choice.media:
+    for item in setup.media:
         if item.kind != "image" or item.path.parent not in references:
             continue
-        sources = reference_of(item, references[item.path.parent])[: choice.model_info.references]
+        sources = reference_of(item, references[item.path.parent])[: setup.model_info.max_references]
         if sources and not any(map(why_unused, sources)):
-            images = " ".join(f"--ci {choice.inside(path)}" for path in sources)
-            instruction = add_trigger(find_text(item.caption or ""), choice.trigger or "")
+            images = " ".join(f"--ci {setup.relative_path(path)}" for path in sources)
+            instruction = add_trigger(find_text(item.caption or ""), setup.trigger_word or "")
             edits.append(Edit(plain(instruction), images))
     return edits
 
 
-def _write_frames(choice: Choice) -> str:
+def _write_start_frames(setup: RunSetup) -> str:
     """Write the first frame of a clip, and the last if the model takes one; return their prompt options.
 
-    With --dry_run nothing is written.
+    The options are --i for the first frame and --ei for the last. With --dry_run nothing is written.
     """
-    clip = next(item.path for item in choice.media if item.is_clip)
-    folder = choice.folder / "output"
-    start = folder / "start.png"
-    writes = not choice.options.dry_run
-    if writes:
+    clip = next(item.path for item in setup.media if item.is_clip)
+    folder = setup.folder / "output"
+    start, end = folder / "start.png", folder / "end.png"
+    argv = shlex.split(setup.model.commands["generate"])
+    takes_last_frame = not {"--end_image_path", "--last_frame"}.isdisjoint(argv)
+    if not setup.options.dry_run:
         folder.mkdir(exist_ok=True)
         write_png(start, first_frame(clip))
-    words = shlex.split(choice.model.commands["generate"])
-    if not {"--end_image_path", "--last_frame"}.intersection(words):
-        return f"--i {choice.inside(start)}"  # --i: first frame of a sample; --ei: last frame
-    end = folder / "end.png"
-    if writes:
-        # a deque of length 1 keeps only the last frame that was read
-        (last,) = deque(itertools.islice(video_frames(clip), MAX_READ), maxlen=1)
-        write_png(end, last)
-    return f"--i {choice.inside(start)} --ei {choice.inside(end)}"
+        if takes_last_frame:
+            # a deque of length 1 keeps only the last frame that was read
+            (last_frame,) = deque(itertools.islice(video_frames(clip), MAX_FRAMES_READ), maxlen=1)
+            write_png(end, last_frame)
+    options = f"--i {setup.relative_path(start)}"
+    return f"{options} --ei {setup.relative_path(end)}" if takes_last_frame else options
 
 
-def list_commands(choice: Choice) -> list[list[str]]:
+def list_commands(setup: RunSetup) -> list[list[str]]:
     """Return the commands of a run: download, two checks, caching of latents and texts, training.
 
     Captions that vary from step to step are not cached: the training encodes them.
     """
-    model = choice.model
-    paths = {f"{{{name}}}": path for name, path in choice.files.items()}  # by placeholder, such as {vae}
-    latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
-    texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
-    if choice.needs_float32:
-        for name in choice.model_info.dtypes["LatentCaching"]:
-            latents += [f"--{name}", FLOAT32]
-        for name in choice.model_info.dtypes["TextCaching"]:
-            texts += [f"--{name}", FLOAT32]
-    if choice.model_info.few_steps is not None:  # cache what each recommended training target needs
-        for target in choice.model_info.few_steps.targets:
-            texts += shlex.split(target.caching)
-    download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
-    if choice.has_small_encoders:
-        download.append("--fp8_encoders")
-    if choice.provided:
-        download += ["--without", *choice.provided]
-    download += ["--to", str(real_path(choice.options.models))]
-    check = [*latents, "--check", "--html", CHECK_PAGE]
-    script, *own_options = choice.kind.find_words(model)
+    path_of_placeholder = {f"{{{name}}}": path for name, path in setup.model_files.items()}  # such as {vae}
+    cache_latents = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "latents")]
+    cache_texts = [path_of_placeholder.get(word, word) for word in _list_arguments(setup, "texts")]
+    if setup.needs_float32:
+        for name in setup.model_info.dtype_options["LatentCaching"]:
+            cache_latents += [f"--{name}", FLOAT32]
+        for name in setup.model_info.dtype_options["TextCaching"]:
+            cache_texts += [f"--{name}", FLOAT32]
+    if setup.model_info.few_step_advice is not None:  # cache what each recommended training target needs
+        for target in setup.model_info.few_step_advice.targets:
+            cache_texts += shlex.split(target.caching)
+    download = _make_download_command(setup)
+    check_media = [*cache_latents, "--check", "--html", CHECK_PAGE]
+    script, *kind_options = setup.kind.find_training_command(setup.model)
     train = ["python", script, "--config_file", RUN_FILE]
-    train += [word for word in own_options if word == choice.kind.switch]  # run.toml has all other options
-    if choice.varies_texts:
-        return [download, check, latents, train]
-    return [download, check, [*texts, "--check"], latents, texts, train]
+    train += [option for option in kind_options if option == setup.kind.switch]  # run.toml has the others
+    if setup.encodes_captions_each_step:
+        return [download, check_media, cache_latents, train]
+    check_texts = [*cache_texts, "--check"]
+    return [download, check_media, check_texts, cache_latents, cache_texts, train]
 
 
-def _words_of(choice: Choice, step: str) -> list[str]:
+def _make_download_command(setup: RunSetup) -> list[str]:
+    model = setup.model
+    download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
+    if setup.uses_8bit_text_encoders:
+        download.append("--fp8_encoders")
+    if setup.options_without_download:
+        download += ["--without", *setup.options_without_download]
+    return [*download, "--to", str(real_path(setup.options.models))]
+
+
+def _list_arguments(setup: RunSetup, step: str) -> list[str]:
     """Return the arguments of a model's command; audio-only folders get the option for audio alone."""
-    words = shlex.split(choice.model.commands[step])
-    if choice.is_of_audio:
-        option, value = choice.model.data["sound_alone"].split()
+    words = shlex.split(setup.model.commands[step])
+    if setup.has_only_audio:
+        option, value = setup.model.properties["sound_alone"].split()
         if option in words:
             words[words.index(option) + 1] = value
         else:
@@ -617,32 +652,37 @@ def _words_of(choice: Choice, step: str) -> list[str]:
     return words
 
 
-def describe_run(choice: Choice, commands: list[list[str]]) -> str:
-    """Return the text of run.toml: the training options and the commands of the run."""
-    # later values replace earlier ones; `choice.training` is from another trainer's project or a recipe
-    values = choice.kind.change(_model_values(choice), choice.memory)
+def describe_run(setup: RunSetup, commands: list[list[str]]) -> str:
+    """Return the text of run.toml: the training options and the commands of the run.
+
+    Options of the model come first; those of the kind of run, of its length and saving, and of another
+    trainer's project or a recipe replace earlier ones.
+    """
+    values = setup.kind.adapt_options(_model_values(setup), setup.memory)
+    _, *kind_argv = setup.kind.find_training_command(setup.model)
     # the switch selects the kind of run on the command line, so it is not in run.toml
-    # [1:]: without the name of the script
-    own_options = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
-    values |= _read_options(own_options, {"word": choice.trigger or ""})
-    values |= _run_values(choice)
-    values |= choice.training
+    kind_options = [word for word in kind_argv if word != setup.kind.switch]
+    values |= _read_options(kind_options, {"word": setup.trigger_word or ""})
+    values |= _run_values(setup)
+    values |= setup.training_options
     values = {name: value for name, value in values.items() if value is not None}
-    project = {"files": list(choice.files.values()), "commands": commands}
+    project_table = {"files": list(setup.model_files.values()), "commands": commands}
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
         *_format_toml_table("[training]", values),
-        *_describe_targets(choice),
+        *_describe_targets(setup),
         "",
         "# what `run` looks for and runs; the training leaves it alone",
+        *_format_toml_table(f"[{PROJECT_TABLE}]", project_table),
+        "",
     ]
-    return "\n".join([*lines, *_format_toml_table(f"[{PROJECT_TABLE}]", project), ""])
+    return "\n".join(lines)
 
 
-def _describe_targets(choice: Choice) -> list[str]:
+def _describe_targets(setup: RunSetup) -> list[str]:
     """Return commented-out keys with the options that preserve the few steps of a distilled model."""
-    few_steps = choice.model_info.few_steps
-    if few_steps is None or not choice.kind.has_targets:
+    few_steps = setup.model_info.few_step_advice
+    if few_steps is None or not setup.kind.supports_few_step_targets:
         return []
     lines = [
         "",
@@ -655,38 +695,39 @@ def _describe_targets(choice: Choice) -> list[str]:
     return lines
 
 
-def _model_values(choice: Choice) -> dict[str, Any]:
+def _model_values(setup: RunSetup) -> dict[str, Any]:
     """Return the training options that depend on the model and the graphics card, with the model files."""
-    values = _read_options(_training_words(choice), choice.files)
+    values = _read_options(_list_training_arguments(setup), setup.model_files)
     # the length of a run is set in steps
     values = {name: value for name, value in values.items() if "epoch" not in name}
-    if not choice.memory:  # a CPU uses no GPU-only weight formats and optimizers
-        for word in shlex.split(choice.model.data["fp8"]):
-            values.pop(word.lstrip("-"), None)
+    if not setup.memory:  # a CPU uses no GPU-only weight formats and optimizers
+        for gpu_option in shlex.split(setup.model.properties["fp8"]):
+            values.pop(gpu_option.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
             values["optimizer_type"] = "adamw"
-    if choice.needs_float32:
+    if setup.needs_float32:
         values["mixed_precision"] = "no"
-        values |= dict.fromkeys(choice.model_info.dtypes["Training"], FLOAT32)
-    elif choice.needs_float16:
+        values |= dict.fromkeys(setup.model_info.dtype_options["Training"], FLOAT32)
+    elif setup.needs_float16:
         values["mixed_precision"] = "fp16"
-    # files of the command are {name} in it and already among the values; the others are added
-    named_in_command = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
-    return values | {name: path for name, path in choice.files.items() if name not in named_in_command}
+    # files with a placeholder in the command, such as {vae}, are among the values already
+    placeholders = {word.strip("{}") for word in shlex.split(setup.model.commands["train"])}
+    other_files = {name: path for name, path in setup.model_files.items() if name not in placeholders}
+    return values | other_files
 
 
-def _training_words(choice: Choice) -> list[str]:
+def _list_training_arguments(setup: RunSetup) -> list[str]:
     """Return the arguments of the training script, adapted to the graphics card."""
-    data = choice.model.data
-    words = _words_of(choice, "train")
+    data = setup.model.properties
+    words = _list_arguments(setup, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
     words = [*words[script + 1 :], *shlex.split(data.get("train", ""))]
-    if choice.memory and not is_small(choice.model, choice.memory):
+    if setup.memory and not is_small(setup.model, setup.memory):
         words = [word for word in words if word not in FP8]  # the command in the docs may contain it
-        words += weight_options(choice.model, choice.memory)
-        if choice.memory <= SMALL and choice.frames > 1:
+        words += weight_options(setup.model, setup.memory)
+        if setup.memory <= SMALL_CARD_GIB and setup.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
-    if choice.memory and data.get("swaps", True):
+    if setup.memory and data.get("swaps", True):
         words += ["--blocks_to_swap", "auto"]  # the training determines the number
     return words
 
@@ -715,10 +756,10 @@ def _read_number(word: str) -> int | float | str:
     return float(word) if number[1] or number[2] else int(word)
 
 
-def _run_values(choice: Choice) -> dict[str, Any]:
+def _run_values(setup: RunSetup) -> dict[str, Any]:
     """Return the [training] options for length, saving, samples and validation."""
-    steps = choice.options.max_train_steps
-    intervals = derive_times(steps, choice.kind.saves_models)
+    steps = setup.options.max_train_steps
+    intervals = derive_intervals(steps, setup.kind.saves_large_files)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
@@ -728,24 +769,26 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         "sample_at_first": True,
         "sample_now": True,
     }
-    if len(choice.media) >= ENOUGH and choice.holds_back:
+    if len(setup.media) >= MIN_FILES_FOR_VALIDATION and setup.may_hold_out_validation:
         values["validation_split"] = 0.1
-    folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
-    # names such as CON or NUL, which cannot be file names on Windows
-    if is_windows_device(folder_name):
-        folder_name = f"lora_{folder_name}"
-    values["output_name"] = choice.options.output_name or folder_name or "lora"
-    if choice.kind.makes_adapter:
+    values["output_name"] = setup.options.output_name or _make_output_name(setup)
+    if setup.kind.makes_training_adapter:
         if "validation_split" in values:
-            values["early_stopping_patience"] = PATIENCE
-        values["make_adapter"] = find_origin(choice.content)
-        if choice.options.output_name is None:
-            values["output_name"] += NAMED
-    if choice.kind.learns_word:
-        # prompts use an embedding by its file name
-        values["output_name"] = choice.options.output_name or choice.trigger
+            values["early_stopping_patience"] = EARLY_STOPPING_PATIENCE
+        values["make_adapter"] = find_origin(setup.content)
     return values
+
+
+def _make_output_name(setup: RunSetup) -> str | None:
+    """Return the name of the trained files: the folder's name, or the trigger word for an embedding."""
+    if setup.kind.trains_embedding:
+        return setup.trigger_word  # prompts use an embedding by its file name
+    name = re.sub(r"[^\w.-]+", "_", setup.folder.name).strip("._")[:MAX_OF_SUBJECT]
+    if is_windows_device(name):  # such as CON or NUL, which cannot be a file name
+        name = f"lora_{name}"
+    name = name or "lora"
+    return name + ADAPTER_NAME_SUFFIX if setup.kind.makes_training_adapter else name
 
 
 def _format_toml_table(head: str, values: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
+from dataset.table import DatasetTable
 from downloads.catalogue import ModelSet, find_adapted
 from downloads.listing import describe_licenses, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import free_bytes, write_text
@@ -29,31 +30,39 @@ from project.foreign.checking import check_run
 from project.foreign.counting import count_steps_of_epoch, find_pixel_step
 from project.foreign.lengths import select_length
 from project.foreign.naming import explain_model
-from project.foreign.places import find_table_keys, leave_sizes
+from project.foreign.places import find_table_keys, omit_keys_of_tables
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
-from project.foreign.settling import Forms, fill_in, resolve_project
+from project.foreign.settling import DatasetLayout, complete_options, resolve_project
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.known_folders import remember_folder
-from project.media import FolderContent, Media, collect_content, has_control_pairs, name_some
+from project.media import (
+    FolderContent,
+    Media,
+    SuggestedModels,
+    collect_content,
+    has_control_pairs,
+    name_some,
+)
 from project.model_choice import (
     ModelChoice,
     ModelInfo,
-    ask_family,
     check_model_files,
     check_word,
     describe_makes,
-    learns_audio_alone,
+    read_model_info,
     select_model,
+    trains_on_audio_alone,
 )
-from project.model_files import find_inside, name_files, typed_files, without_files
+from project.model_files import find_embedded_files, name_files, typed_files, without_files
 from project.model_sizes import describe_fit, find_memory, needs_image
 from project.new_options import NewOptions
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
+    DATASET_FILE,
     RUN_FILE,
     WRITTEN,
     as_operand,
@@ -63,17 +72,25 @@ from project.options import (
     own_command,
     typed_in,
 )
-from project.own_commands import captions_of, describe_length, describe_own, lacks_media, write_prompts
-from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, use_prompts_as_captions
-from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
-from project.script_facts import ask_script
-from project.tags import as_words, find_tags, write_blanks
+from project.own_commands import (
+    captions_of,
+    describe_length,
+    describe_own_images_commands,
+    lacks_media,
+    write_prompts,
+)
+from project.own_samples import OWN_PROMPTS, REAL_MEDIA, balance_origins, find_origin, use_prompts_as_captions
+from project.recipes.reading import complete_options_from_recipe, describe_recipe, find_recipe
+from project.script_facts import read_script_options
+from project.tags import TagLists, as_words, find_tags, make_argv_to_write_blanks
 from project.varied_captions import make_captions
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
 # kind of error
-DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or move it away"
+UNREADABLE_WITHOUT_CAPTION = (
+    "cannot be read and have no caption, which ends a run: delete each, or move it away"
+)
 
 
 def write_project(options: NewOptions) -> None:
@@ -87,89 +104,94 @@ def write_project(options: NewOptions) -> None:
     Raises:
         OutputError: If one of the three files exists.
     """
-    # options: those typed, completed by another trainer's project or by a recipe
-    paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
     recipe = None if options.recipe is None else find_recipe(options.recipe)
     if recipe is not None:
-        options = fill_in_recipe(recipe, options)
+        options = complete_options_from_recipe(recipe, options)
     kind_setting = ""  # the setting in the project that asks for this kind of run, for messages
     if foreign is not None:
         kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
-        options = fill_in(foreign, options)
+        options = complete_options(foreign, options)
     try:
-        model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
+        model_choice = select_model(options, memory, lambda: _reject_existing(options))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     # first, because building the family takes seconds
     kind = _select_kind(options, model_choice, memory, kind_setting)
-    if kind.makes_adapter and lacks_media(options.folder):
+    if kind.makes_training_adapter and lacks_media(options.folder):
         _begin_with_prompts(options, model_choice.model)
         return
-    choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    setup = _make_setup(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if recipe is not None:
         values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
-        choice = dataclasses.replace(choice, training=values)
+        setup = dataclasses.replace(setup, training_options=values)
     # after all other checks: --overwrite would not help against a mistyped option
-    _reject_existing(options, paths)
+    _reject_existing(options)
     if foreign is not None:
-        choice = _check_foreign(choice, foreign)
+        setup = _remove_rejected_options(setup, foreign)
     if options.print_run:
-        print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
+        print_lines(describing.describe_run(setup, describing.list_commands(setup)).splitlines())
         return
+    texts = _write_files(setup)
+    adopted_lines = [] if foreign is None else foreign.format_report(options.folder)
+    if recipe is not None:
+        adopted_lines = describe_recipe(recipe)
+    _print_report(setup, model_choice.remarks, texts, adopted_lines)
 
-    # the texts of the three files; captions and first frames are written before them
-    described = _describe(choice, describing.list_commands(choice))
+
+def _write_files(setup: describing.RunSetup) -> dict[Path, str]:
+    """Write the files that describe a run, unless --dry_run is set, and return their texts by path.
+
+    Captions and first frames of clips are written before them.
+    """
+    options = setup.options
+    text_by_name = _make_texts(setup, describing.list_commands(setup))
     if not options.dry_run:
-        _write_content(choice.content)
-    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
-        described[OWN_PROMPTS] = write_prompts(captions_of(choice))
-    texts = {options.folder / name: text for name, text in described.items()}
+        _write_content(setup.content)
+    if setup.kind.makes_training_adapter and find_origin(setup.content) == REAL_MEDIA:
+        text_by_name[OWN_PROMPTS] = write_prompts(captions_of(setup))
+    texts = {options.folder / name: text for name, text in text_by_name.items()}
     if not options.dry_run:
         for path, text in texts.items():
             write_text(path, text)
         remember_folder(options.folder, options.models)
-
-    adopted_lines = [] if foreign is None else foreign.lines(options.folder)
-    if recipe is not None:
-        adopted_lines = describe_recipe(recipe)
-    _print_report(choice, model_choice.remarks, texts, adopted_lines)
+    return texts
 
 
 def _print_report(
-    choice: describing.Choice, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
+    setup: describing.RunSetup, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
 ) -> None:
     """Print what was found and chosen, and the next commands.
 
     Args:
-        choice: The chosen model, its media and all derived values.
+        setup: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
         texts: Texts of the written files.
         adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
-    options = choice.options
-    oddities: list[str] = []  # `find_errors` adds warnings
-    errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
-    lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
+    options = setup.options
+    control_pair_warnings: list[str] = []  # `find_errors` adds warnings
+    errors = find_errors(setup, texts[options.folder / DATASET_FILE], control_pair_warnings)
+    lines = describe_licenses(setup.model) if excludes_many(setup.model) else []
     # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
-    lines += _describe_choice(choice, remarks)
-    lines += _describe_captions(choice)
-    lines += _describe_tags(choice)
-    lines += [*oddities, *errors]
+    lines += _describe_choice(setup, remarks)
+    lines += _describe_captions(setup)
+    lines += _describe_tags(setup)
+    lines += [*control_pair_warnings, *errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
         written = ", ".join(str(options.folder / name) for name in WRITTEN)
         lines.append(f"written: {written}")
-        lines.append(_describe_next(choice, bool(errors)))
+        lines.append(_describe_next(setup, bool(errors)))
     print_lines(show_kinds(lines))
 
 
-def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
+def _reject_existing(options: NewOptions) -> None:
     """Raise OutputError if a file to write already exists and may not be overwritten."""
-    existing = [path for path in paths if path.exists()]
+    existing = [path for path in (options.folder / name for name in WRITTEN) if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
         raise OutputError(
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
@@ -193,16 +215,16 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
     lines = [
         f"{options.folder} is empty: {len(text.splitlines())} varied captions are in {OWN_PROMPTS}. First:",
         f"  {own_command(*download)}",
-        *describe_own(options, model, name_files(options, model)),
+        *describe_own_images_commands(options, model, name_files(options, model)),
     ]
     print_lines(lines)
 
 
-def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
+def _make_texts(setup: describing.RunSetup, commands: list[list[str]]) -> dict[str, str]:
     """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
-    dataset = describing.describe_dataset(choice)
-    samples = describing.describe_samples(choice)
-    return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(choice, commands)), strict=True))
+    dataset = describing.describe_dataset(setup)
+    samples = describing.describe_samples(setup)
+    return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(setup, commands)), strict=True))
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
@@ -222,99 +244,106 @@ def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
     return ["Nothing is written. So the three files would change:", *lines] if lines else [UNCHANGED]
 
 
-def _gather_choice(
+def _make_setup(
     options: NewOptions,
     model_choice: ModelChoice,
     *,
     kind: RunKind,
     memory: float,
     foreign: ForeignProject | None,
-) -> describing.Choice:
+) -> describing.RunSetup:
     """Read the folder, and return all that run.toml, dataset.toml and prompts.txt depend on.
 
-    `kind` is what the run trains.
+    `kind` is what the run trains, `memory` the card's memory in GiB. `foreign` is the project of another
+    trainer that --from names.
     """
     model = model_choice.model
-    if 0 < memory < describing.SMALL:  # use the text encoders in 8 bits
-        with_small_encoders = find_models(fp8_encoders=True)
-        model = next(
-            entry for entry in with_small_encoders if (entry.family, entry.task) == (model.family, model.task)
-        )
-    # the model's files, and what its family says about it
+    if 0 < memory < describing.SMALL_CARD_GIB:
+        model = _find_with_8bit_text_encoders(model)
     typed_paths = typed_files(options)
-    # components inside a typed checkpoint need no file of their own
-    inside = find_inside(model, typed_paths)
-    if inside:
-        model = without_files(model, inside)
+    # networks inside a typed checkpoint need no file of their own
+    embedded_files = find_embedded_files(model, typed_paths)
+    if embedded_files:
+        model = without_files(model, embedded_files)
     files = name_files(options, model)
-    info = ask_family(model, files)
+    model_info = read_model_info(model, files)
     check_model_files(model, {name: files[name] for name in typed_paths})
-    # the media and captions of the folder
-    content = _collect_content(options, model, info, kind)
-    if kind.makes_adapter:  # it learns from images that the model itself has generated
+    content = _collect_content(options, model, model_info, kind)
+    if kind.makes_training_adapter:  # it learns from images that the model itself has generated
         use_prompts_as_captions(content)
         balance_origins(content)
-    tags = find_tags(_texts_of(content)) if "tags" in model.data else None
-    # the project of another trainer that --from names
-    if foreign is not None:
-        script = ask_script(kind.find_words(model)[0])
-        forms = Forms(
-            step=find_pixel_step(info.family),
-            takes_subsets="shuffle_caption" in script.known,
-            has_subsets=bool(content.regularization) or tags is not None,
-            regularizes=bool(content.regularization),
-        )
-        resolve_project(foreign, model, kind, script, memory, forms)  # converts the project's keys
-    data: Mapping[str, Any] = {} if foreign is None else foreign.data
-    choice = describing.Choice(
+    tags = find_tags(_list_caption_texts(content)) if "tags" in model.properties else None
+    setup = describing.RunSetup(
         options=options,
         model=model,
         kind=kind,
-        model_info=info,
+        model_info=model_info,
         content=content,
         memory=memory,
-        size=data.get("resolution") or describing.select_size(model, content.media),
+        target_size=describing.select_size(model, content.media),
         frames=describing.select_frames(model, content.media, memory),
-        files=files,
-        embedded_files=inside,
-        provided=[*typed_paths, *inside],
-        trigger=model_choice.trigger,
+        model_files=files,
+        embedded_model_files=embedded_files,
+        options_without_download=[*typed_paths, *embedded_files],
+        trigger_word=model_choice.trigger,
         tags=tags,
-        data=data,
-        folder_keys=_find_keys_of_folders(foreign, options.folder, content.media),
-        training={} if foreign is None else foreign.training,
-        # a foreign project decides itself about validation
-        holds_back=foreign is None,
+        general_keys={},
+        table_keys_by_folder={},
+        training_options={},
+        may_hold_out_validation=True,
     )
-    if foreign is None:
-        return choice
-    if choice.has_subsets:  # subsets accept fewer keys of their own
-        leave_sizes(foreign)
+    return setup if foreign is None else _apply_foreign_project(setup, foreign)
+
+
+def _find_with_8bit_text_encoders(model: ModelSet) -> ModelSet:
+    """Return the same model with text encoders in 8 bits, which small cards need."""
+    return next(
+        candidate
+        for candidate in find_models(fp8_encoders=True)
+        if (candidate.family, candidate.task) == (model.family, model.task)
+    )
+
+
+def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
+    """Fit another trainer's project to a run, and return the setup with the project's values."""
+    model = setup.model
+    content = setup.content
+    script = read_script_options(setup.kind.find_training_command(model)[0])
+    dataset_layout = DatasetLayout(
+        side_multiple=find_pixel_step(setup.model_info.family),
+        supports_subsets="shuffle_caption" in script.accepted,
+        uses_subsets=bool(content.regularization_folders) or setup.tags is not None,
+        has_regularization=bool(content.regularization_folders),
+    )
+    resolve_project(foreign, model, setup.kind, script, setup.memory, dataset_layout)
+    folder = setup.options.folder
+    media_folders = dict.fromkeys(item.path.parent for item in content.media)
+    setup = dataclasses.replace(
+        setup,
+        target_size=foreign.general_keys.get("resolution") or setup.target_size,
+        general_keys=foreign.general_keys,
+        table_keys_by_folder=find_table_keys(foreign, folder, media_folders),
+        training_options=foreign.training_options,
+        may_hold_out_validation=False,  # the project decides itself about validation
+    )
+    if setup.has_subsets:  # subsets accept fewer keys of their own
+        omit_keys_of_tables(foreign)
     # the project may give its length in epochs, whose steps depend on the media
-    steps_of_epoch = count_steps_of_epoch(choice)
-    options = select_length(foreign, choice.options, steps_of_epoch, len(content.media))
-    return dataclasses.replace(choice, options=options)
+    steps_of_epoch = count_steps_of_epoch(setup)
+    options = select_length(foreign, setup.options, steps_of_epoch, len(content.media))
+    return dataclasses.replace(setup, options=options)
 
 
-def _find_keys_of_folders(
-    foreign: ForeignProject | None, folder: Path, media: Sequence[Media]
-) -> Mapping[Path, Mapping[str, Any]]:
-    """Return the dataset.toml keys that another trainer's project sets for single folders."""
-    if foreign is None:
-        return {}
-    folders = dict.fromkeys(item.path.parent for item in media)
-    return find_table_keys(foreign, folder, folders)
+def _remove_rejected_options(setup: describing.RunSetup, foreign: ForeignProject) -> describing.RunSetup:
+    """Return the setup without those options of a foreign project that the training script rejects."""
 
+    def make_run_files(training_options: Mapping[str, Any]) -> dict[str, str]:
+        changed = dataclasses.replace(setup, training_options=training_options)
+        return _make_texts(changed, describing.list_commands(changed))
 
-def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
-    """Remove the values of a foreign project that the training script rejects from a choice."""
-
-    def write(training: Mapping[str, Any]) -> dict[str, str]:
-        changed = dataclasses.replace(choice, training=training)
-        return _describe(changed, describing.list_commands(changed))
-
-    check_run(foreign, ask_script(choice.kind.find_words(choice.model)[0]).name, choice.folder, write)
-    return dataclasses.replace(choice, training=foreign.training)
+    script = read_script_options(setup.kind.find_training_command(setup.model)[0])
+    check_run(foreign, script.name, setup.folder, make_run_files)
+    return dataclasses.replace(setup, training_options=foreign.training_options)
 
 
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_setting: str) -> RunKind:
@@ -335,21 +364,21 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_s
             return control_kind
         return LORA
     kind = BY_NAME[options.trains]
-    rejection = kind.why_not(model, memory)
+    rejection = kind.why_unsupported(model, memory)
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if rejection is not None:
-        possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
+        possible = [other.name for other in list_kinds(model) if other.why_unsupported(model, memory) is None]
         remedy = "Give --train lora" if kind_setting else "Leave it out"
         raise OptionError(
             f"{kind_setting or typed}: {rejection}. {remedy} to train a LoRA, or choose another --task. "
             f"This one has --train {', '.join(possible)}"
         )
-    if kind.learns_word:
+    if kind.trains_embedding:
         check_word(kind, chosen.trigger)
     return kind
 
 
-def _texts_of(content: FolderContent) -> list[str]:
+def _list_caption_texts(content: FolderContent) -> list[str]:
     return [item.caption for item in content.media if item.caption]
 
 
@@ -357,27 +386,32 @@ def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
     """Return the content of the folder, with hints about more suitable models of other tasks."""
-    models = find_models()
-    of_family = [entry for entry in models if entry.family == model.family]
-    # tasks for folders that this model cannot use: with references, audio alone, or silent clips
-    image_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    # options that select a model for audio without video
-    audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
-    if not audio_options:
-        families = dict.fromkeys(entry.family for entry in models if learns_audio_alone(entry))
-        audio_options = [f"--family {family}" for family in families]
-    silent_tasks: list[str] = []
-    if model_info.hears:
-        silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
     return collect_content(
         folder=options.folder,
         model_info=model_info,
-        name=f"{model.family} {model.task}",
+        model_name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
-        edits=f", --task {image_tasks[0]} does" if image_tasks else "",
-        hearing=" or ".join(audio_options),
-        silent=silent_tasks[0] if silent_tasks else "",
+        suggested_models=_list_suggested_models(model, model_info),
+    )
+
+
+def _list_suggested_models(model: ModelSet, model_info: ModelInfo) -> SuggestedModels:
+    """Return models for folders that this one cannot use: with references, audio alone, or silent clips."""
+    models = find_models()
+    of_family = [entry for entry in models if entry.family == model.family]
+    editing_tasks = [entry.task for entry in of_family if needs_image(entry)]
+    audio_options = [f"--task {entry.task}" for entry in of_family if trains_on_audio_alone(entry)]
+    if not audio_options:
+        audio_families = dict.fromkeys(entry.family for entry in models if trains_on_audio_alone(entry))
+        audio_options = [f"--family {family}" for family in audio_families]
+    silent_tasks: list[str] = []
+    if model_info.trains_on_audio:
+        silent_tasks = [entry.task for entry in of_family if not read_model_info(entry).trains_on_audio]
+    return SuggestedModels(
+        editing_task=editing_tasks[0] if editing_tasks else "",
+        audio_options=" or ".join(audio_options),
+        silent_task=silent_tasks[0] if silent_tasks else "",
     )
 
 
@@ -394,142 +428,159 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
+def find_errors(setup: describing.RunSetup, dataset: str, remarks: list[str]) -> list[str]:
     """Return the errors in the media and caption files of a dataset that would end a training run.
 
     Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
     report them, except for files that cannot be read.
 
     Args:
-        choice: The chosen model and its material.
+        setup: The chosen model and its material.
         dataset: Text of dataset.toml.
         remarks: Lines about oddities that do not end a run are appended to it.
     """
-    family = choice.model_info.family
-    damaged = {path.name for path in choice.content.unreadable}
-    problems: list[Fault] = []
-    if choice.options.dry_run and choice.content.first_frames:
+    family = setup.model_info.family
+    if setup.options.dry_run and setup.content.first_frames:
         return []
+    errors: list[Fault] = []
     # dataset.toml is not written yet: a temporary copy is read, in the folder that its paths start from
-    with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
-        copy = copies / WRITTEN[0]
+    with temporary_folder() as copies, contextlib.chdir(setup.options.folder), quiet():
+        copy = copies / DATASET_FILE
         write_text(copy, dataset)
         config = load_dataset_config(copy)
-        config = with_lengths(config, describing.lengths_of(choice.model))
+        config = with_lengths(config, describing.clip_lengths_of(setup.model))
         config = with_references(config, family.references, family.abilities.references)
         for table in config.datasets:
-            errors: list[Fault] = []
-            sources: list[MediaSource] = []
+            errors += _find_errors_of_table(table, setup.content.unreadable_media)
+        if setup.kind.uses_control_images and not errors:
             try:
-                sources = find_sources(table, faults=errors)
+                check_pairs(config, setup.kind.title, remarks.append)
             except DatasetError as error:
                 errors.append(Fault("tables cannot be used", str(error)))
-            problems += [fault for fault in errors if fault.is_fatal]
-            for source in sources:
-                if source.caption is None and source.path.name in damaged:
-                    problems.append(Fault(DAMAGED, str(source.path)))
-        if choice.kind.sees_controls and not problems:
-            try:
-                check_pairs(config, choice.kind.title, remarks.append)
-            except DatasetError as error:
-                problems.append(Fault("tables cannot be used", str(error)))
-    written = str(choice.options.folder / WRITTEN[0])
-    lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
+    written = str(setup.options.folder / DATASET_FILE)
+    lines = [line.replace(str(copy), written) for line in list_errors(errors, LISTED)]
     # indented lines belong to the error above them
     return [line if line.startswith(" ") else fault(line) for line in lines]
 
 
-def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
+def _find_errors_of_table(table: DatasetTable, unreadable_media: Iterable[Path]) -> list[Fault]:
+    """Return the errors of a table of dataset.toml that end a run; a caption-less unreadable file is one."""
+    faults: list[Fault] = []
+    sources: list[MediaSource] = []
+    try:
+        sources = find_sources(table, faults=faults)
+    except DatasetError as error:
+        faults.append(Fault("tables cannot be used", str(error)))
+    errors = [found for found in faults if found.is_fatal]
+    unreadable_names = {path.name for path in unreadable_media}
+    for source in sources:
+        if source.caption is None and source.path.name in unreadable_names:
+            errors.append(Fault(UNREADABLE_WITHOUT_CAPTION, str(source.path)))
+    return errors
+
+
+def _describe_next(setup: describing.RunSetup, has_errors: bool) -> str:
     """Return the closing line of `new`: the training command, after any steps that must come first."""
-    command = ["run", as_operand(choice.options.folder)]
+    command = ["run", as_operand(setup.options.folder)]
     downloads = ""
-    if not all(Path(path).exists() for path in choice.files.values()):
-        command += download_options(choice.options.models)
+    if not all(Path(path).exists() for path in setup.model_files.values()):
+        command += download_options(setup.options.models)
         downloads = "downloads the model, "
     run_text = f"{own_command(*command)} {downloads}checks, caches and trains"
-    first = []
+    steps_before = []
     if has_errors:
-        first.append("correct what is listed above")
-    if _find_bare(choice):
-        first.append("give captions or a trigger word as above")
-    kind = MEND if has_errors else NEXT
-    return KindLine(kind, f"First {', and '.join(first)}. Then {run_text}" if first else run_text)
+        steps_before.append("correct what is listed above")
+    if _find_uncaptioned_media(setup):
+        steps_before.append("give captions or a trigger word as above")
+    text = run_text
+    if steps_before:
+        text = f"First {', and '.join(steps_before)}. Then {run_text}"
+    return KindLine(MEND if has_errors else NEXT, text)
 
 
-def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
+def _describe_choice(setup: describing.RunSetup, remarks: list[str]) -> list[str]:
     """Return lines about the folder, the model, and how well they fit.
 
     `remarks` are lines about how the model was chosen.
     """
-    # the folder, the size, and the model
-    lines = [_summarize(choice), *choice.content.lines, *remarks]
-    reason = describing.explain_size(choice.model, choice.media)
-    if reason and "resolution" not in choice.data:
-        lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
-    lines.append(_describe_model(choice))
-    lines += choice.kind.describe(choice.model, choice.memory)
-    # what a control network learns from
-    for folder, control_folder in choice.content.controls.items():
-        instead = "" if choice.options.trains else ". --train lora trains a LoRA without them"
+    lines = [_summarize(setup), *setup.content.report_lines, *remarks]
+    reason = describing.explain_size(setup.model, setup.media)
+    if reason and "resolution" not in setup.general_keys:
+        lines.append(f"{setup.target_size[0]}x{setup.target_size[1]}: {reason}")
+    lines.append(_describe_model(setup))
+    lines += setup.kind.describe(setup.model, setup.memory)
+    for folder, control_folder in setup.content.control_folders.items():
+        alternative = "" if setup.options.trains else ". --train lora trains a LoRA without them"
         data = f"its pairs with {control_folder}"
-        if choice.kind.controls_are_images:
+        if setup.kind.inpaints_images:
             data = "its pictures, of which each step marks a random part to repaint"
-        lines.append(f"{folder}: {choice.kind.title} learns from {data}{instead}")
-    for name, checkpoint in choice.embedded_files.items():
+        lines.append(f"{folder}: {setup.kind.title} learns from {data}{alternative}")
+    for name, checkpoint in setup.embedded_model_files.items():
         lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
-    # precision that this machine needs
-    if choice.needs_float32:
+    lines += _describe_precision(setup)
+    if setup.model_info.task_contradiction:
+        lines.append(warning(setup.model_info.task_contradiction))
+    lines += _describe_distillation(setup)
+    if setup.kind.makes_training_adapter:
+        lines += describe_length(setup)
+        if find_origin(setup.content) == REAL_MEDIA:
+            lines += describe_own_images_commands(setup.options, setup.model, setup.model_files)
+    for folder, reference_folder in setup.content.reference_folders.items():
+        lines.append(f"{folder}: made from {reference_folder}")
+    return lines + _describe_lengths(setup)
+
+
+def _describe_precision(setup: describing.RunSetup) -> list[str]:
+    """Return a line about float32 or float16, if this machine trains in it instead of bfloat16."""
+    lines = []
+    if setup.needs_float32:
         lines.append(
             "This processor computes bfloat16 many times slower than float32, so all is in float32, "
             "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
         )
-    if choice.needs_float16:
+    if setup.needs_float16:
         lines.append(
             "This machine's GPU has no bfloat16, so the training is in float16 (mixed_precision in run.toml)."
             ' If its loss becomes NaN, the model leaves the range of float16: write "no" there, for float32'
         )
-    if choice.model_info.contradiction:
-        lines.append(warning(choice.model_info.contradiction))
-    # a distilled model unlearns its few steps when it is trained
-    few_steps = choice.model_info.few_steps
-    if few_steps is not None and not choice.kind.makes_adapter:
-        subject = "It" if choice.model_info.contradiction else choice.model_name
-        warning_text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
-        comments = (
-            "the comment signs from the lines of a target that keeps "
-            f"{few_steps.lost}, in [training] of {RUN_FILE}"
-        )
-        if not choice.kind.has_targets:
-            warning_text += f". {few_steps.instead_of_full}"
-        elif few_steps.is_certain:  # families with only distilled models have no alternative
-            warning_text += f". Take {comments}"
-        else:
-            warning_text += f". {few_steps.instead}. Or take {comments}"
-        adapted = find_adapted(choice.model)
-        if choice.kind.has_targets and adapted is not None:
-            warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
-        lines.append(warning(warning_text))
-    if choice.kind.makes_adapter:
-        lines += describe_length(choice)
-        if find_origin(choice.content) == REAL:
-            lines += describe_own(choice.options, choice.model, choice.files)
-    for folder, reference_folder in choice.content.references.items():
-        lines.append(f"{folder}: made from {reference_folder}")
-    return lines + _describe_lengths(choice)
+    return lines
 
 
-def _summarize(choice: describing.Choice) -> str:
+def _describe_distillation(setup: describing.RunSetup) -> list[str]:
+    """Return a warning that training unlearns the few steps of a distilled model, with the alternatives."""
+    few_steps = setup.model_info.few_step_advice
+    if few_steps is None or setup.kind.makes_training_adapter:
+        return []
+    subject = "It" if setup.model_info.task_contradiction else setup.model_name
+    text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+    target_hint = (
+        "the comment signs from the lines of a target that keeps "
+        f"{few_steps.lost}, in [training] of {RUN_FILE}"
+    )
+    if not setup.kind.supports_few_step_targets:
+        return [warning(f"{text}. {few_steps.instead_of_full}")]
+    if few_steps.is_certain:  # families with only distilled models have no alternative
+        text += f". Take {target_hint}"
+    else:
+        text += f". {few_steps.instead}. Or take {target_hint}"
+    with_adapter = find_adapted(setup.model)
+    if with_adapter is not None:
+        text += f". --task {with_adapter.task} downloads an adapter and trains with it"
+    return [warning(text)]
+
+
+def _summarize(setup: describing.RunSetup) -> str:
     """Return the summary line: number of files, model, size and graphics card."""
     size = ""
-    if not choice.is_of_audio:
-        size = f" at {choice.size[0]}x{choice.size[1]}"
-    if choice.frames > 1:
-        size += f", {choice.frames} frames"
+    if not setup.has_only_audio:
+        size = f" at {setup.target_size[0]}x{setup.target_size[1]}"
+    if setup.frames > 1:
+        size += f", {setup.frames} frames"
     card = "a CPU (--memory 12: a card of 12 GiB)"
-    if choice.memory:
-        card = f"a card of {choice.memory:.0f} GiB"
-    media = _count_media(choice.media)
-    return f"{choice.options.folder}: {media}. {choice.model_name}{size}, on {card}"
+    if setup.memory:
+        card = f"a card of {setup.memory:.0f} GiB"
+    media = _count_media(setup.media)
+    return f"{setup.options.folder}: {media}. {setup.model_name}{size}, on {card}"
 
 
 def _count_media(media: Sequence[Media]) -> str:
@@ -539,155 +590,161 @@ def _count_media(media: Sequence[Media]) -> str:
     return " and ".join(texts)
 
 
-def _describe_model(choice: describing.Choice) -> str:
+def _describe_model(setup: describing.RunSetup) -> str:
     """Return a line about what the model generates, its download size, and whether it fits the card."""
-    model = choice.model
-    existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
+    model = setup.model
+    existing = {f"--{name}" for name, path in setup.model_files.items() if Path(path).exists()}
     missing = [part for part in model.components if part.option and part.option not in existing]
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
-    outputs = describe_makes(model, choice.model_info)
-    summary = f"{choice.model_name} makes {outputs}; {download}"
-    if choice.kind is FULL:  # other lines report the memory
-        free = gigabytes(free_bytes(choice.folder))
-        slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
-        return f"{summary}{slow}. {free} are free on the disk of {choice.folder}"
-    subject = "Its transformer: " if choice.memory else ""
-    return f"{summary}. {subject}{describe_fit(model, choice.memory)}"
+    outputs = describe_makes(model, setup.model_info)
+    summary = f"{setup.model_name} makes {outputs}; {download}"
+    if setup.kind is FULL:  # other lines report the memory
+        free = gigabytes(free_bytes(setup.folder))
+        slow = "" if setup.memory else f". {describe_fit(model, setup.memory)}"
+        return f"{summary}{slow}. {free} are free on the disk of {setup.folder}"
+    subject = "Its transformer: " if setup.memory else ""
+    return f"{summary}. {subject}{describe_fit(model, setup.memory)}"
 
 
-def _describe_lengths(choice: describing.Choice) -> list[str]:
+def _describe_lengths(setup: describing.RunSetup) -> list[str]:
     """Return lines about clips that are too short, and about images that the model does not use."""
-    model = choice.model
-    frames = choice.frames
-    clips = [item for item in choice.media if item.is_clip]
+    model = setup.model
+    frames = setup.frames
+    clips = [item for item in setup.media if item.is_clip]
     lines = []
     timed = [clip for clip in clips if frames > 1 and clip.seconds is not None]
     short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
     if short:
-        fps = model.data.get("fps")
+        fps = model.properties.get("fps")
         lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
         learned = "which learns their first frame"
-        if not describing.learns_stills_of_clips(model):
-            minimum = describing.shortest_clip(model)
-            learned = f"which learns nothing of less than {minimum} frames (at {model.data['fps']} a second)"
+        if not describing.trains_on_frames_of_clips(model):
+            minimum = describing.min_clip_frames(model)
+            learned = (
+                f"which learns nothing of less than {minimum} frames (at {model.properties['fps']} a second)"
+            )
         lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
-    images = [item.path for item in choice.media if item.kind == "image"]
-    if images and model.data.get("from_image"):
+    images = [item.path for item in setup.media if item.kind == "image"]
+    if images and model.properties.get("from_image"):
         lines.append(warning(f"{name_some(images)}: pictures, of which this model learns nothing"))
     return lines
 
 
-def _find_bare(choice: describing.Choice) -> list[Path]:
+def _find_uncaptioned_media(setup: describing.RunSetup) -> list[Path]:
     """Return the media that `run` would refuse: no caption, trigger word or class in the folder name."""
-    if choice.trigger:
+    if setup.trigger_word:
         return []
-    content = choice.content
-    lacking = [item.path for item in choice.media if item.caption is None]
-    unnamed = [path for path in lacking if path.parent not in content.names]
-    return [path for path in unnamed if path not in content.bad_captions]
+    content = setup.content
+    lacking = [item.path for item in setup.media if item.caption is None]
+    unnamed = [path for path in lacking if path.parent not in content.parsed_folder_names]
+    return [path for path in unnamed if path not in content.undecodable_captions]
 
 
-def _describe_captions(choice: describing.Choice) -> list[str]:
+def _describe_captions(setup: describing.RunSetup) -> list[str]:
     """Return lines about media without captions: their substitute, or two ways to get captions."""
-    trigger = choice.trigger
-    suffix = choice.content.captions
-    uncaptioned = _find_bare(choice)
+    trigger = setup.trigger_word
+    suffix = setup.content.caption_suffix
+    uncaptioned = _find_uncaptioned_media(setup)
     lines = []
-    empty = [item.path for item in choice.media if item.caption == ""]
+    empty = [item.path for item in setup.media if item.caption == ""]
     if empty:
         noun = "an empty caption" if len(empty) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
         lines.append(warning(f"{name_some(empty)}: {noun}: {meaning}"))
-    by_trigger = _find_replaced_by_trigger(choice, uncaptioned)
+    by_trigger = _find_replaced_by_trigger(setup, uncaptioned)
     if by_trigger:
         names = name_some(by_trigger)
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if uncaptioned:
-        captioning_argv = make_caption_argv([shlex.split(choice.model.commands["latents"])])
+        captioning_argv = make_caption_argv([shlex.split(setup.model.commands["latents"])])
         problem = (
             f"{name_some(uncaptioned)}: without a caption in a {suffix} file next to it, which `run` "
             f"refuses. A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the "
-            f"folder {choice.folder}:"
+            f"folder {setup.folder}:"
         )
         lines += [
             KindLine(CAPTIONS, problem),
-            f"  {typed_in(captioning_argv, choice.folder)}",
+            f"  {typed_in(captioning_argv, setup.folder)}",
             KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
-            f"  {_describe_again(choice, trigger_word='WORD')}",
+            f"  {_make_new_command(setup, trigger_word='WORD')}",
         ]
     return lines
 
 
-def _describe_tags(choice: describing.Choice) -> list[str]:
+def _describe_tags(setup: describing.RunSetup) -> list[str]:
     """Return lines about captions that are lists of tags, and how they are treated."""
-    tags = choice.tags or find_tags(_texts_of(choice.content))
+    tags = setup.tags or find_tags(_list_caption_texts(setup.content))
     if tags is None:
         return []
     count = format_count(len(tags.lists), "caption")
     example = ", ".join(tags.lists[0][:3])
     found_text = f"{count}: lists of tags ({example}, ...)"
-    if choice.tags is None:
-        return [f"{found_text}, learned as they stand: {choice.model_name} was trained on sentences"]
-    keys = tags.make_keys(choice.trigger)
-    kept_text = ""
-    if "keep_tokens_separator" in keys:
-        kept_text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
-    elif "keep_tokens" in keys:
-        kept_text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
-    wildcard_text = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
-    # "" if the model was trained on sentences, but many models derived from it were trained on tags
-    knows_tags = bool(choice.model.data["tags"])
-    reader = (
-        f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
-    )
+    if setup.tags is None:
+        return [f"{found_text}, learned as they stand: {setup.model_name} was trained on sentences"]
+    # if the model was trained on sentences, many models derived from it were trained on tags
+    was_trained_on_tags = bool(setup.model.properties["tags"])
+    reader = f"Models made from {setup.model_name} on tags read"
+    if was_trained_on_tags:
+        reader = f"{setup.model_name} reads"
     lines = [
         f"{found_text}. {reader} such lists, so they are in another order each time "
-        f"(shuffle_caption){kept_text}{wildcard_text}. The training encodes them in each step"
+        f"(shuffle_caption){_describe_tag_keys(setup, tags)}. The training encodes them in each step"
     ]
-    if tags.joined is None:
+    if tags.first_with_underscore is None:
         return lines
+    owner = "the model" if was_trained_on_tags else "such a model"
     lines += [
-        f"{tags.joined}: {'the model' if knows_tags else 'such a model'}'s own tags have blanks "
-        f"({as_words(tags.joined)}). To write yours so (the "
-        f"old captions are kept as .bak), in the folder {choice.folder}:",
-        f"  {typed_in(write_blanks(tags), choice.folder)}",
+        f"{tags.first_with_underscore}: {owner}'s own tags have blanks "
+        f"({as_words(tags.first_with_underscore)}). To write yours so (the "
+        f"old captions are kept as .bak), in the folder {setup.folder}:",
+        f"  {typed_in(make_argv_to_write_blanks(tags), setup.folder)}",
     ]
     if tags.separator != ",":
-        lines += ["and describe it again, as its lists have commas then:", f"  {_describe_again(choice)}"]
+        lines += ["and describe it again, as its lists have commas then:", f"  {_make_new_command(setup)}"]
     return lines
 
 
-def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
+def _describe_tag_keys(setup: describing.RunSetup, tags: TagLists) -> str:
+    """Return which tags are not shuffled, and whether alternatives are drawn, with the keys that say it."""
+    keys = tags.make_keys(setup.trigger_word)
+    text = ""
+    if "keep_tokens_separator" in keys:
+        text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
+    elif "keep_tokens" in keys:
+        text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
+    if "enable_wildcard" in keys:
+        text += "; one of {a|b} is drawn (enable_wildcard)"
+    return text
+
+
+def _find_replaced_by_trigger(setup: describing.RunSetup, bare: Sequence[Path]) -> list[Path]:
     """Return the media for which the trigger word replaces a missing caption.
 
     `bare` are the media that have neither a caption nor a replacement.
     """
-    content = choice.content
-    lacking = [item.path for item in choice.media if item.caption is None]
-    replaced = [path for path in lacking if path not in {*bare, *content.bad_captions}]
-    return [path for path in replaced if path.parent not in content.names]
+    content = setup.content
+    lacking = [item.path for item in setup.media if item.caption is None]
+    replaced = [path for path in lacking if path not in {*bare, *content.undecodable_captions}]
+    return [path for path in replaced if path.parent not in content.parsed_folder_names]
 
 
-def _describe_again(choice: describing.Choice, **more: str) -> str:
-    """Return the `new` command that describes this folder again, with changed or added options.
-
-    `more` are the options to change or add.
-    """
-    model = choice.model
-    words = ["new", as_operand(choice.options.folder)]
-    changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
-    # only options that differ from their defaults are written
-    default = option_values(NewOptions(folder=choice.options.folder))
-    values = option_values(choice.options) | changed
+def _make_new_command(setup: describing.RunSetup, **changed_options: str) -> str:
+    """Return the `new` command that describes this folder again, with changed or added options."""
+    model = setup.model
+    values = option_values(setup.options)
+    values |= {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False}
+    values |= changed_options
+    defaults = option_values(NewOptions(folder=setup.options.folder))
+    argv = ["new", as_operand(setup.options.folder)]
     for name, value in values.items():
-        if value == default[name]:
+        if value == defaults[name]:
             continue
         for item in value if isinstance(value, tuple) else (value,):
-            words.append(f"--{name}")
+            argv.append(f"--{name}")
             if item is not True:
-                words.append(f"{item:g}" if isinstance(item, float) else str(item))
-    return own_command(*words)
+                argv.append(f"{item:g}" if isinstance(item, float) else str(item))
+    return own_command(*argv)

@@ -52,24 +52,24 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
         files: The media of each folder.
         ignored: Names of files that are not lists.
     """
-    listed = ListedCaptions()
-    by_name = _by_name([path for media in files.values() for path in media])
+    caption_lists = ListedCaptions()
+    media_by_name = _index_media_by_name([path for media in files.values() for path in media])
     for folder, media in files.items():
         by_stem = {path.stem: path for path in media}
         names = {path.name for path in media}
         for path in _lists_in(folder, ignored):
-            listed.paths.add(path)
+            caption_lists.paths.add(path)
             # cat.json may hold the caption of cat.png without naming the file
-            subject = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
+            described_media = by_stem.get(path.stem) if path.suffix.lower() == JSON else None
             remarks: list[str] = []
             try:
-                rows = list(_read_rows(path, subject, names, remarks))
+                rows = list(_read_rows(path, described_media, names, remarks))
             except (DatasetError, OSError, ValueError) as error:
-                listed.lines.append(fault(f"left out: {_explain(path, error)}"))
+                caption_lists.lines.append(fault(f"left out: {_explain(path, error)}"))
                 continue
-            _add_rows(listed, path, rows, by_name)
-            listed.lines += remarks
-    return listed
+            _add_captions_of_list(caption_lists, path, rows, media_by_name)
+            caption_lists.lines += remarks
+    return caption_lists
 
 
 def _lists_in(folder: Path, ignored: Collection[str]) -> list[Path]:
@@ -91,7 +91,7 @@ def _explain(path: Path, error: Exception) -> str:
     return text if str(path) in text else f"{path}: {text}"
 
 
-def _by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
+def _index_media_by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
     """Return the media files by path, and also by path without suffix."""
     by_stem: dict[Path, list[Path]] = {}
     for path in media:
@@ -99,42 +99,44 @@ def _by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
     return by_stem | {path: [path] for path in media}
 
 
-def _add_rows(
-    listed: ListedCaptions,
+def _add_captions_of_list(
+    caption_lists: ListedCaptions,
     path: Path,
     rows: Sequence[tuple[str, Any]],
-    by_name: Mapping[Path, Sequence[Path]],
+    media_by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list to `listed`, with lines about rows that cannot be used.
+    """Add the captions of a list to `caption_lists`, with lines about rows that cannot be used.
 
-    `rows` are pairs (file name, caption). `by_name` maps paths with and without suffix to media files.
+    `rows` are pairs (file name, caption). `media_by_name` maps paths with and without suffix to media files.
     """
-    missing: list[str] = []
-    without_text: list[str] = []
+    missing_names: list[str] = []
+    files_without_text: list[str] = []
     count = 0
     for name, caption in rows:
-        media = _find_media(path.parent, name, by_name)
+        media = _find_media(path.parent, name, media_by_name)
         if media is None:
-            missing.append(name)
+            missing_names.append(name)
         elif not _is_text(caption, f"{path}: {media.name}"):
-            without_text.append(media.name)
+            files_without_text.append(media.name)
         else:
             # of several lists, the first one decides
-            listed.by_path.setdefault(media, caption.strip())
+            caption_lists.by_path.setdefault(media, caption.strip())
             count += 1
     if count:
-        listed.lists[path] = count
+        caption_lists.lists[path] = count
     # a list of other files, which needs no line for each row
-    elif not rows or len(missing) == len(rows):
+    elif not rows or len(missing_names) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
         text = f"{path.name}: left out, it has captions for none of the files{hint}"
-        listed.lines.append(warning(text))
+        caption_lists.lines.append(warning(text))
         return
-    if missing:
-        count_of_rows = format_count(len(missing), "row")
-        listed.lines.append(f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing)}")
-    if without_text:
-        listed.lines.append(f"{path.name}: no text as caption for {list_some(without_text)}")
+    if missing_names:
+        count_of_rows = format_count(len(missing_names), "row")
+        caption_lists.lines.append(
+            f"{path.name}: {count_of_rows} for files that are not here: {list_some(missing_names)}"
+        )
+    if files_without_text:
+        caption_lists.lines.append(f"{path.name}: no text as caption for {list_some(files_without_text)}")
 
 
 def _is_text(caption: Any, place: str) -> bool:
@@ -148,24 +150,24 @@ def _is_text(caption: Any, place: str) -> bool:
     return True
 
 
-def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
+def _find_media(folder: Path, name: str, media_by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
     """Return the media file that a list names by path, by file name or without suffix; None if none."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
-        candidates = by_name.get(path, ())
+        candidates = media_by_name.get(path, ())
         if len(candidates) == 1:
             return candidates[0]
     return None
 
 
 def _read_rows(
-    path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
+    path: Path, described_media: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
     """Yield (file name, caption) for each row of a list of captions.
 
     Args:
         path: The list.
-        subject: For a JSON file with the name of a media file: that media file.
+        described_media: For a JSON file with the name of a media file: that media file.
         names: Names of the media in the list's folder.
         remarks: Lines about rows that are left out or read in another way are appended to it.
 
@@ -176,20 +178,20 @@ def _read_rows(
     """
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
-        yield from _read_json_rows(content, subject)
+        yield from _read_json_rows(content, described_media)
     else:
-        with _as_table(path, names, remarks) as table:
-            yield from _table_rows(path, table, remarks)
+        with _open_as_table(path, names, remarks) as table:
+            yield from _read_table_rows(path, table, remarks)
 
 
-def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
+def _read_json_rows(content: Any, described_media: Path | None) -> Iterator[tuple[str, Any]]:
     """Yield (file name, caption) for each entry in a JSON file.
 
-    `subject` is the media file with the name of the JSON file, None if there is none.
+    `described_media` is the media file with the name of the JSON file, None if there is none.
     """
     # a file about one image or clip, a table of captions by file name, or a list of rows
-    if isinstance(content, dict) and subject is not None:
-        yield subject.name, _first_text(content)
+    if isinstance(content, dict) and described_media is not None:
+        yield described_media.name, _first_text(content)
     elif isinstance(content, dict):
         for name, entry in content.items():
             yield name, _first_text(entry) if isinstance(entry, dict) else entry
@@ -206,7 +208,7 @@ def _first_text(row: Mapping[str, Any]) -> Any:
     return next((row[name] for name in TEXTS if isinstance(row.get(name), str)), None)
 
 
-def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
+def _read_table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield (file name, caption) for each row of a table of captions. `path` is for messages only.
 
     Raises:
@@ -230,7 +232,7 @@ def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[s
 
 
 @contextlib.contextmanager
-def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterator[Path]:
+def _open_as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterator[Path]:
     """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1.
 
     A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no

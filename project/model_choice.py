@@ -51,21 +51,21 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 class ModelInfo:
     """What `new` has to know about a model, from the record of its family."""
 
-    references: int  # maximum number of reference images; 0: it does not edit
+    max_references: int  # maximum number of reference images; 0: it does not edit
     needs_reference: bool  # it requires a reference image
-    hears: bool  # it is trained on the audio of clips
-    pairs_audios: bool  # uses an audio file named like the clip; accepts silent clips
-    learns_clips: bool  # False: it is trained only on images
+    trains_on_audio: bool  # it is trained on the audio of clips
+    reads_separate_audio: bool  # uses an audio file named like the clip; accepts silent clips
+    trains_on_clips: bool  # False: it is trained only on images
     min_seconds: float  # minimum length of a clip; shorter ones are not used
-    learns_audios: bool  # it can also be trained on audio without clips
-    regularises: bool  # it supports regularization images of the class
-    learns_alpha: bool  # it is trained on the transparency of images
-    learns_layers: bool  # it is trained on images with their layers
+    trains_on_audio_alone: bool  # it can also be trained on audio without clips
+    supports_regularization: bool  # it supports regularization images of the class
+    trains_on_alpha: bool  # it is trained on the transparency of images
+    trains_on_layers: bool  # it is trained on images with their layers
     # dtype options of networks, by the kind of script (as in `options_record`) that has them
-    dtypes: Mapping[str, Sequence[str]]
+    dtype_options: Mapping[str, Sequence[str]]
     # advice to use another model or an adapter; None if undistilled, or if a training adapter is used
-    few_steps: FewSteps | None
-    contradiction: str | None  # how the name of its file contradicts the task
+    few_step_advice: FewSteps | None
+    task_contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the family's record, as for caching latents
 
 
@@ -78,43 +78,56 @@ class ModelChoice:
     remarks: list[str]  # notes about automatic choices
 
 
-def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
-    """Return what `new` has to know about a model, from its family's record. Imports the family.
+def read_model_info(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
+    """Return which media a model trains on, and what its files say about it. Imports the family.
 
-    `files` maps each option to the model's file; the files need not exist.
+    `files` maps options, such as `dit`, to the paths of the model's files; the files need not exist.
     """
     family = _make_family_for_caching(model)
-    rules = family.references
-    references = 0 if rules is None or rules.clips else rules.max_references
-    options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
-    dits = [Path(files[name]) for name in options if name in files]
-    # assumed if the checkpoint, which decides for families with audio, is not there yet: `audio_of` raises
-    hears, pairs_audios = True, False
-    with contextlib.suppress(UserError):
-        audio = audio_of(family)
-        hears = audio is not None
-        pairs_audios = audio is not None and audio.is_in_latent_cache
+    reference_rules = family.references
+    max_references = 0
+    if reference_rules is not None and not reference_rules.clips:
+        max_references = reference_rules.max_references
+    dit_options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
+    dits = [Path(files[name]) for name in dit_options if name in files]
+    audio = _read_audio_support(family)
     return ModelInfo(
-        references=references,
-        needs_reference=needs_image(model) and references > 0,
-        hears=hears,
-        pairs_audios=pairs_audios,
-        learns_clips=model.data["frames"] > 1,
-        min_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
-        learns_audios=learns_audio_alone(model),
-        regularises=bool(model.data.get("regularises")),
-        learns_alpha=_has_latents(family, "has_alpha"),
-        learns_layers=_has_latents(family, "has_layers"),
-        dtypes=_select_dtype_options(model),
-        few_steps=None if model.has_adapter else _few_steps(family, model, dits),
-        contradiction=_find_contradiction(family, model, dits),
+        max_references=max_references,
+        needs_reference=needs_image(model) and max_references > 0,
+        trains_on_audio=audio.trains_on_audio,
+        reads_separate_audio=audio.reads_separate_files,
+        trains_on_clips=model.properties["frames"] > 1,
+        min_seconds=model.properties.get("least_frames", 0) / model.properties.get("fps", 1),
+        trains_on_audio_alone=trains_on_audio_alone(model),
+        supports_regularization=bool(model.properties.get("regularises")),
+        trains_on_alpha=_read_latent_flag(family, "has_alpha"),
+        trains_on_layers=_read_latent_flag(family, "has_layers"),
+        dtype_options=_select_dtype_options(model),
+        few_step_advice=None if model.has_adapter else _find_few_step_advice(family, model, dits),
+        task_contradiction=_find_task_contradiction(family, model, dits),
         family=family,
     )
 
 
-def learns_audio_alone(model: ModelSet) -> bool:
+class _AudioSupport(NamedTuple):
+    trains_on_audio: bool
+    reads_separate_files: bool  # an audio file named like a clip replaces the clip's audio
+
+
+def _read_audio_support(family: Any) -> _AudioSupport:
+    """Return how a family trains on audio; if its missing checkpoint decides that, assume audio of clips."""
+    try:
+        audio = audio_of(family)
+    except UserError:
+        return _AudioSupport(trains_on_audio=True, reads_separate_files=False)
+    if audio is None:
+        return _AudioSupport(trains_on_audio=False, reads_separate_files=False)
+    return _AudioSupport(trains_on_audio=True, reads_separate_files=audio.is_in_latent_cache)
+
+
+def trains_on_audio_alone(model: ModelSet) -> bool:
     """Return whether the model can be trained on audio without images."""
-    return bool(model.data.get("sound_alone"))
+    return bool(model.properties.get("sound_alone"))
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
@@ -126,10 +139,10 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
     }
 
 
-def _has_latents(family: Any, fact: str) -> bool:
+def _read_latent_flag(family: Any, name: str) -> bool:
     """Return a flag of the latents, such as has_alpha; False if the flag depends on the VAE file."""
     with contextlib.suppress(UserError):
-        return bool(getattr(family.latent, fact))
+        return bool(getattr(family.latent, name))
     return False
 
 
@@ -158,21 +171,20 @@ def _without_log() -> Iterator[None]:
 def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     """Check model files that --model_file names, with the checks of the training script.
 
-    Raises OptionError or CheckpointError if an option does not accept its file.
+    Its parser reads the options of the model's own command, then the typed files; the family's record made
+    from them checks the files. Raises OptionError or CheckpointError if an option does not accept its file.
     """
     if not files:
         return
-    # build the parser of the model's training script, but without importing the script
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
     parser = training_parser(None)
-    shared = _names_of(parser)  # training options, which do not affect the files
+    training_names = _option_names(parser)  # they do not affect the files
     add_options(parser, record)
-    image_options = {"pretrained_model_name_or_path", "vae"}
-    add_options(parser, ImageModelOptions, without=image_options & _names_of(parser))
-    names = _names_of(parser)
-    # the model's own command selects the variant; then the typed files follow
-    argv = _select_options(shlex.split(model.commands["train"]), names - shared, files)
+    known_already = {"pretrained_model_name_or_path", "vae"} & _option_names(parser)
+    add_options(parser, ImageModelOptions, without=known_already)
+    names = _option_names(parser)
+    argv = _select_options(shlex.split(model.commands["train"]), names - training_names, files)
     for name, path in files.items():
         if name in names:
             argv += [f"--{name}", path]
@@ -194,7 +206,7 @@ def check_word(kind: RunKind, word: str | None) -> None:
         raise OptionError(f"--trigger_word {word!r} {error}")
 
 
-def _names_of(parser: argparse.ArgumentParser) -> set[str]:
+def _option_names(parser: argparse.ArgumentParser) -> set[str]:
     return {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
 
 
@@ -213,139 +225,156 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
     return selected
 
 
-def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
+def _find_few_step_advice(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
     """Return what a family knows about few-step models if this model is one; otherwise None."""
     if not knows_few_steps(family):
         return None
     reason = None
     with contextlib.suppress(UserError):  # the files may not be downloaded yet, only their names count
         reason = family.few_steps_evidence()  # the released model that the options name
-    for dit, released in zip(dits, _released_names(model), strict=False):
-        kind = _find_kind(family, dit) or _find_kind(family, released)
+    for dit, released in zip(dits, _list_released_dits(model), strict=False):
+        kind = _find_distillation(family, dit) or _find_distillation(family, released)
         if kind is not None and kind.has_few_steps:
             reason = kind.reason
     return None if reason is None else family.few_steps
 
 
-def _released_names(model: ModelSet) -> list[Path]:
+def _list_released_dits(model: ModelSet) -> list[Path]:
     return [Path(part.path) for part in transformers_of(model) if part.option]
 
 
-class TransformerKind(NamedTuple):
+class Distillation(NamedTuple):
     """Whether a transformer was distilled to few steps, and how that is known."""
 
     has_few_steps: bool
     reason: str  # the file name or metadata that shows it
 
 
-def _find_kind(family: Any, dit: Path) -> TransformerKind | None:
+def _find_distillation(family: Any, dit: Path) -> Distillation | None:
     """Return the kind of a transformer from its file name or metadata; None if neither reveals it."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
     verdict = family.few_steps.judge(dit, metadata)
-    return None if verdict is None else TransformerKind(*verdict)
+    return None if verdict is None else Distillation(*verdict)
 
 
 def _is_of_few_steps(family: Any, dit: Path) -> bool:
-    kind = _find_kind(family, dit)
+    kind = _find_distillation(family, dit)
     return kind is not None and kind.has_few_steps
 
 
-def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return a message if a model file's name contradicts the typed task; None if it does not."""
+def _find_task_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
+    """Return a message if only one of a file and the task's released file is distilled to few steps.
+
+    None if no file contradicts the task, or if none reveals whether it is distilled.
+    """
     if not knows_few_steps(family):
         return None
-    # typed files next to the names of the files that are released for the task
-    for dit, released in zip(dits, _released_names(model), strict=False):
-        kind = _find_kind(family, dit)
-        # the task wants a few-step model exactly if its released file is one
-        if kind is None or kind.has_few_steps == _is_of_few_steps(family, released):
+    for dit, released in zip(dits, _list_released_dits(model), strict=False):
+        found = _find_distillation(family, dit)
+        if found is None or found.has_few_steps == _is_of_few_steps(family, released):
             continue
         subject = "the model before it was distilled to few steps"
-        if kind.has_few_steps:
+        if found.has_few_steps:
             subject = "a model of few steps"
-        task = _find_task_of(family, model, kind)
+        task = _find_task_of_distillation(family, model, found)
         instead = "" if task is None else f"--task {task}, or "
         return (
-            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: give {instead}the "
-            f"file of {model.task}"
+            f"{dit} seems to be {subject} ({found.reason}), and --task {model.task} is not: "
+            f"give {instead}the file of {model.task}"
         )
     return None
 
 
-def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | None:
+def _find_task_of_distillation(family: Any, model: ModelSet, kind: Distillation) -> str | None:
     """Return another task of the family with this kind of transformer; None if there is none."""
     for candidate in find_models():
         if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
             continue
         if candidate.has_adapter != model.has_adapter:
             continue
-        if _is_of_few_steps(family, _released_names(candidate)[0]) == kind.has_few_steps:
+        if _is_of_few_steps(family, _list_released_dits(candidate)[0]) == kind.has_few_steps:
             return candidate.task
     return None
 
 
-def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
+def describe_makes(model: ModelSet, model_info: ModelInfo) -> str:
     """Return what a model generates, such as `clips and sound`."""
-    if facts.learns_layers:
+    if model_info.trains_on_layers:
         kinds = ["layers"]
-    elif facts.needs_reference:
+    elif model_info.needs_reference:
         kinds = ["edits"]
     else:
-        kinds = ["pictures" if model.data["frames"] == 1 else "clips"]
-        if facts.references:
+        kinds = ["pictures" if model.properties["frames"] == 1 else "clips"]
+        if model_info.max_references:
             kinds.append("edits")
-    if facts.hears:
+    if model_info.trains_on_audio:
         kinds.append("sound")
     return " and ".join(kinds)
 
 
-def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
+def select_model(
+    options: NewOptions, memory: float, reject_before_questions: Callable[[], None]
+) -> ModelChoice:
     """Return the model that the options name, and the trigger word; ask for missing ones on a terminal.
 
-    `memory` is the card's memory in GiB. `before_asking` is called before the first question, and raises
-    errors that would make all questions pointless.
+    The trigger word is only asked for if the family or the task is asked for, too.
+
+    Args:
+        options: The typed options.
+        memory: The card's memory in GiB.
+        reject_before_questions: Called before each question about the model; raises errors that would make
+            the answers useless.
 
     Raises:
         OptionError: If the model is unknown, or if it is not named and there is no terminal to ask on.
     """
     models = find_models()
     if options.family is None:
-        before_asking()
+        reject_before_questions()
         named_model = _ask_for_family(options, models, memory)
     else:
         named_model = read_family(options.family, models)
         if not options.model_files:
             reject_fine_tune(named_model, options.family, models)
-    # tasks of the family that the typed one may mean; all of them if none is typed
-    tasks = _list_tasks_left(named_model, options.task, models)
-    asks_for_task = len(tasks) > 1 and has_terminal()
-    remarks: list[str] = []
+    candidates = _list_candidates(named_model, options.task, models)
+    asks_for_task = len(candidates) > 1 and has_terminal()
     if asks_for_task:
-        before_asking()
-        model = _ask_for_task(options, tasks, memory)
-    elif len(tasks) > 1:
-        model = _select_task(options.task, tasks)
-        not_taken = ", ".join(candidate.task for candidate in tasks if candidate is not model)
-        remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
+        reject_before_questions()
+        model = _ask_for_task(options, candidates, memory)
+        remarks = []
     else:
-        model = tasks[0]
-        if options.task is not None and plain_name(options.task) not in _list_plain_task_names(model):
-            remarks.append(f"--task {options.task}: {model.task} is taken, {model.about}")
-    smaller = find_smaller(model, models, memory)
-    if smaller:
-        listed = ", ".join(f"--task {other.task} ({other.about})" for other in smaller)
-        remarks.append(
-            f"--task {model.task}: the network has {gigabytes(transformer_bytes(model))}, and a card of "
-            f"{memory:.0f} GiB holds a part of it. Smaller: {listed}"
-        )
+        model = _select_without_asking(options.task, candidates)
+        remarks = _describe_selection(options.task, model, candidates)
+    remarks += _describe_smaller_models(model, models, memory)
     trigger = options.trigger_word
-    # asked only if other questions were asked, too
     if trigger is None and (asks_for_task or options.family is None):
         question = "--trigger_word (a made-up word for what is learned; empty: none)"
         trigger = _ask(question, _read_trigger, "")
     return ModelChoice(model, trigger or None, remarks)
+
+
+def _describe_selection(typed_task: str | None, model: ModelSet, candidates: Sequence[ModelSet]) -> list[str]:
+    """Return a line about a model that was selected automatically; none if its task was typed exactly."""
+    if len(candidates) > 1:
+        not_taken = ", ".join(candidate.task for candidate in candidates if candidate is not model)
+        return [f"--task {model.task} is taken: {model.about}. Others: {not_taken}"]
+    if typed_task is not None and plain_name(typed_task) not in _list_plain_task_names(model):
+        return [f"--task {typed_task}: {model.task} is taken, {model.about}"]
+    return []
+
+
+def _describe_smaller_models(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[str]:
+    """Return a line about smaller models, if this one does not fit a card of `memory` GiB."""
+    smaller = find_smaller(model, models, memory)
+    if not smaller:
+        return []
+    listed = ", ".join(f"--task {other.task} ({other.about})" for other in smaller)
+    return [
+        f"--task {model.task}: the network has {gigabytes(transformer_bytes(model))}, and a card of "
+        f"{memory:.0f} GiB holds a part of it. Smaller: {listed}"
+    ]
 
 
 def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
@@ -359,7 +388,7 @@ def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: flo
         raise OptionError(f"--family is missing: give one of {', '.join(families)}")
 
     def read(text: str) -> NamedModel:
-        return read_family(_by_number(text, families), models)
+        return read_family(_read_table_row(text, families), models)
 
     table = _make_family_table(models, memory, options.memory is not None)
     return _ask("--family", read, table)
@@ -370,14 +399,14 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
     tasks = [model.task for model in models]
 
     def read(text: str) -> str:
-        return _read_tasks(_by_number(text, tasks), models)[0].task
+        return _read_tasks(_read_table_row(text, tasks), models)[0].task
 
     table = _make_task_table(models, memory, options.memory is not None)
     task = _ask("--task", read, table)
     return next(model for model in models if model.task == task)
 
 
-def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
+def _list_candidates(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
     """Return the models that match the named family and --task; the user has to choose among several."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
@@ -393,27 +422,27 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
     return of_family
 
 
-def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the typed task, else the only one without few steps, an adapter or an image to edit.
+def _select_without_asking(typed_task: str | None, candidates: Sequence[ModelSet]) -> ModelSet:
+    """Return the first of the models that the typed task means, else the family's only base model.
 
-    `text` is the value of --task, which matches all of `tasks`; None if it is not set.
+    A base model is not distilled to few steps, has no training adapter, and does not edit an image.
 
     Raises:
-        OptionError: If several tasks match equally well.
+        OptionError: If no task is typed, and there are several base models or none.
     """
-    if text is not None:
-        return tasks[0]
-    to_train = []  # models without few steps, an adapter or an image to edit
-    for model in tasks:
-        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
+    if typed_task is not None or len(candidates) == 1:
+        return candidates[0]
+    base_models = []
+    for model in candidates:
         if model.has_adapter or needs_image(model):
             continue
-        if ask_family(model, paths).few_steps is None:
-            to_train.append(model)
-    if len(to_train) != 1:
-        names = ", ".join(f"{model.task} ({model.about})" for model in tasks)
+        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
+        if read_model_info(model, paths).few_step_advice is None:
+            base_models.append(model)
+    if len(base_models) != 1:
+        names = ", ".join(f"{model.task} ({model.about})" for model in candidates)
         raise OptionError(f"--task is missing: give one of {names}")
-    return to_train[0]
+    return base_models[0]
 
 
 def _ask(question: str, read: Callable[[str], T], table: str) -> T:
@@ -428,7 +457,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
             table = f"{error}\n"
 
 
-def _by_number(text: str, names: Sequence[str]) -> str:
+def _read_table_row(text: str, names: Sequence[str]) -> str:
     """Replace a row number of the printed table by the row's name; return other texts unchanged."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
@@ -443,43 +472,53 @@ def _read_trigger(text: str) -> str:
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the tasks that a typed name means; a training script's task name may stand for several.
+    """Return the tasks of a family that a typed name means.
+
+    The name may be a task's name here, its name in the training script, which may stand for several tasks, or
+    a part of the name of only one task.
 
     Raises:
         OptionError: If no task has this name, or if it is ambiguous.
     """
-    normalized = plain_name(text)
-    # our names first, then names in the training script, then a unique part of a name
     matches = [model for model in tasks if is_task_spelling(text, model.task)]
-    if not matches and normalized:
+    if not matches and plain_name(text):
         matches = [model for model in tasks if is_task_spelling(text, _training_task(model))]
     if matches:
         return matches
-    partial_matches = []
-    for model in tasks:
-        # a part of a name counts if it has no other number, such as 14b for 5b
-        is_part = len(normalized) > 1 and normalized in plain_name(model.task)
-        if is_part and not has_other_number(text, model.task):
-            partial_matches.append(model)
+    partial_matches = [model for model in tasks if _is_part_of_task_name(text, model.task)]
     if len(partial_matches) == 1:
         return partial_matches
-    # no match: name the closest tasks in the error
+    raise _make_task_error(text, tasks, partial_matches)
+
+
+def _is_part_of_task_name(text: str, task: str) -> bool:
+    """Return whether a text is a part of a task's name that has no other number, such as 14b for 5b."""
+    normalized = plain_name(text)
+    return len(normalized) > 1 and normalized in plain_name(task) and not has_other_number(text, task)
+
+
+def _make_task_error(
+    text: str, tasks: Sequence[ModelSet], partial_matches: Sequence[ModelSet]
+) -> OptionError:
+    """Return an error for an unknown or ambiguous task, with the family, page or tasks that were meant."""
+    family = tasks[0].family
     names = [model.task for model in tasks]
-    script = _training_script(tasks[0])
-    # families that share a training script are easily confused
-    of_script = [model for model in find_models() if _training_script(model) == script]
-    of_other_families = [model for model in of_script if is_task_spelling(text, model.task)]
-    if of_other_families:
-        families = dict.fromkeys(model.family for model in of_other_families)
-        raise OptionError(
-            f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
-            f"{', '.join(names)}"
+    other_families = _find_families_with_task(text, _training_script(tasks[0]))
+    if other_families:
+        return OptionError(
+            f"--task {text} is one of --family {' or '.join(other_families)}; {family} has {', '.join(names)}"
         )
     hint = did_you_mean(text, names)
     if partial_matches:
         hint = f" Did you mean {' or '.join(model.task for model in partial_matches)}?"
-    page = page_of_control(text) or _find_page_of_undescribed(normalized, tasks[0].family)
-    raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
+    page = page_of_control(text) or _find_page_of_undescribed(plain_name(text), family)
+    return OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
+
+
+def _find_families_with_task(text: str, script: str) -> list[str]:
+    """Return the families that share a training script, and so are easily confused, and have this task."""
+    models = [model for model in find_models() if _training_script(model) == script]
+    return list(dict.fromkeys(model.family for model in models if is_task_spelling(text, model.task)))
 
 
 def _list_plain_task_names(model: ModelSet) -> set[str]:
@@ -505,10 +544,10 @@ def _find_page_of_undescribed(plain: str, family: str) -> str:
     return ""
 
 
-def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+def _make_family_table(models: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
     """Return a table of model families: output, download size, and whether they fit the graphics card.
 
-    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that the user typed `memory`, the card's memory in GiB.
     """
     rows = []
     for family in families_of(models):
@@ -516,39 +555,41 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool
         smallest = min(tasks, key=transformer_bytes)
         sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
         size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
-        kinds = dict.fromkeys(describe_makes(model, ask_family(model)) for model in tasks)
+        kinds = dict.fromkeys(describe_makes(model, read_model_info(model)) for model in tasks)
         rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
-    return _table_of_fits(("family", "makes", "download"), rows, memory, is_given)
+    return _format_table_of_fits(("family", "makes", "download"), rows, memory, is_typed)
 
 
-def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_typed: bool) -> str:
     """Return a table of tasks: description, download size, and whether they fit the graphics card.
 
-    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that the user typed `memory`, the card's memory in GiB.
     """
     rows = []
     for model in tasks:
         size = gigabytes(total_bytes(model.components))
         rows.append((model.task, model.about, size, describe_fit(model, memory)))
-    return _table_of_fits(("task", "", "download"), rows, memory, is_given)
+    return _format_table_of_fits(("task", "", "download"), rows, memory, is_typed)
 
 
-def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_given: bool) -> str:
+def _format_table_of_fits(
+    head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_typed: bool
+) -> str:
     """Return a numbered table of models whose last column shows whether they fit the graphics card.
 
-    `is_given` says that the user typed `memory`, the card's memory in GiB.
+    `is_typed` says that the user typed `memory`, the card's memory in GiB.
     """
     if memory:
-        where = f"on {memory:.0f} GiB" if is_given else f"on this machine ({memory:.0f} GiB)"
-        return _numbered((*head, where), rows)
-    machine = "A CPU" if is_given else "This machine has no NVIDIA card: its CPU"
+        where = f"on {memory:.0f} GiB" if is_typed else f"on this machine ({memory:.0f} GiB)"
+        return _format_numbered_table((*head, where), rows)
+    machine = "A CPU" if is_typed else "This machine has no NVIDIA card: its CPU"
     return (
-        f"{_numbered(head, [row[:-1] for row in rows])}{machine} trains slowly. With --memory 12 the table "
-        "says what fits a card of 12 GiB\n"
+        f"{_format_numbered_table(head, [row[:-1] for row in rows])}{machine} trains slowly. "
+        "With --memory 12 the table says what fits a card of 12 GiB\n"
     )
 
 
-def _numbered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _format_numbered_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     numbered_rows = [(str(number), *row) for number, row in enumerate(rows, start=1)]
     lines = in_columns([("", *head), *numbered_rows])
     return "\n".join([*lines, ""])

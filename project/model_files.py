@@ -67,7 +67,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
     return path
 
 
-def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
+def find_embedded_files(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
     """Find the networks without a file of their own that are part of another typed model file.
 
     `typed` holds the typed paths by option. Returns the containing file by the network's option.

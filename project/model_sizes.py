@@ -11,7 +11,7 @@ from modules.pages.language import say
 SLOW = say("Slow on a CPU")
 IN_USE = 2  # GiB for activations, LoRA and optimizer
 # GiB in addition to weights in int8: with less, docs/small_cards.md has nf4
-BESIDE_INT8 = 4.2
+GIB_BESIDES_INT8_WEIGHTS = 4.2
 INT8, NF4 = "--convrot_int8", "--nf4_base"
 FP8 = {"--fp8_base", "--fp8_scaled"}
 
@@ -50,7 +50,7 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     """
     if not memory or is_small(model, memory):
         return []
-    words = shlex.split(model.data["fp8"])
+    words = shlex.split(model.properties["fp8"])
     # the model's own options do not quantize
     if not FP8 & {*words}:
         return words
@@ -58,7 +58,7 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     networks = len(transformers_of(model)) if "--offload_inactive_dit" in words else 1
     bytes_in_int8 = transformer_bytes(model) / networks / 2  # the file has 16 bits
     size_in_int8 = bytes_in_int8 / 2**30  # GiB
-    weights = INT8 if size_in_int8 + BESIDE_INT8 <= memory else NF4
+    weights = INT8 if size_in_int8 + GIB_BESIDES_INT8_WEIGHTS <= memory else NF4
     other_words = [word for word in words if word not in FP8]
     return [weights, *other_words]
 
@@ -69,15 +69,15 @@ def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> 
     Smaller models are at most half as large. The list is empty if this model fits on a card of `memory` GiB
     in 8 bits.
     """
-    if not memory or is_small(model, memory) or _left_over(model, memory) <= 0:
+    if not memory or is_small(model, memory) or _estimate_missing_memory(model, memory) <= 0:
         return []
     return [
         other
         for other in models
         if other.family == model.family
         and transformer_bytes(other) <= transformer_bytes(model) / 2
-        and other.data.get("from_image", False) == model.data.get("from_image", False)
-        and other.data["frames"] == model.data["frames"]
+        and other.properties.get("from_image", False) == model.properties.get("from_image", False)
+        and other.properties["frames"] == model.properties["frames"]
         and needs_image(other) == needs_image(model)
     ]
 
@@ -88,17 +88,17 @@ def describe_fit(model: ModelSet, memory: float) -> str:
         return SLOW
     if is_small(model, memory):
         return say("fits")
-    left = _left_over(model, memory)
+    left = _estimate_missing_memory(model, memory)
     if left <= 0:
         return say("fits in 8 bits")
-    if not model.data.get("swaps", True):
+    if not model.properties.get("swaps", True):
         return say("does not fit")
     return say("in 8 bits, %(left)s GiB in RAM", left=f"{left:.0f}")
 
 
-def _left_over(model: ModelSet, memory: float) -> float:
+def _estimate_missing_memory(model: ModelSet, memory: float) -> float:
     """Return by how many GiB the network in 8 bits exceeds a card of `memory` GiB; below 0 if it fits."""
-    is_in_8_bits = not model.data["fp8"]  # the released file itself has 8 bits
+    is_in_8_bits = not model.properties["fp8"]  # the released file itself has 8 bits
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)
 

@@ -57,9 +57,9 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
     # without a history, the trained file shows that the run has finished
     is_finished = _is_new(output / f"{name}.safetensors", began)
     if run_history.ending is not None:
-        text, kind = run_history.ending  # kind: good, bad, or neither for a run that was stopped
-        is_finished = kind == "good"
-        error = text if kind == "bad" else ""
+        reason, outcome = run_history.ending  # outcome: good, bad, or neither for a run that was stopped
+        is_finished = outcome == "good"
+        error = reason if outcome == "bad" else ""
     # a length in epochs is known in steps once the training starts
     if steps is None and run_history.start is not None:
         steps = run_history.start.total_steps

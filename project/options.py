@@ -16,7 +16,8 @@ from modules.text_files import bad_character, real_path
 from protocols.families import FAMILIES, caption_formats, with_scripts
 
 RUN_FILE = "run.toml"
-WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # files of a described folder
+DATASET_FILE = "dataset.toml"
+WRITTEN = (DATASET_FILE, "prompts.txt", RUN_FILE)  # files of a described folder
 ON_END = "--on_end"
 FULL_MODEL = "whole"
 KIND_NAMES = (
@@ -81,7 +82,7 @@ MODEL_FILES = KeyFile(
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     """Return the models for which `new` can describe a folder: all except those with control clips."""
     sets = model_sets(fp8_encoders)
-    return [model for model in sets if "train" in model.commands and not model.data.get("control")]
+    return [model for model in sets if "train" in model.commands and not model.properties.get("control")]
 
 
 def times_of_steps(steps: int) -> dict[str, int]:

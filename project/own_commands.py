@@ -6,14 +6,14 @@ from pathlib import Path
 
 from downloads.catalogue import ModelSet
 from project import describing
-from project.describing import Choice
+from project.describing import RunSetup
 from project.kinds.adapter import ADAPTER
 from project.new_options import NewOptions
 from project.options import as_operand, own_command, typed_in
 from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
-USUAL_STEPS = 4000
+TYPICAL_STEPS = 4000
 OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
@@ -22,9 +22,9 @@ def lacks_media(folder: Path) -> bool:
     return all(path.name == OWN_PROMPTS for path in folder.iterdir())
 
 
-def captions_of(choice: Choice) -> list[str]:
+def captions_of(setup: RunSetup) -> list[str]:
     """Return the distinct captions of the media."""
-    return list(dict.fromkeys(describing.plain(item.caption) for item in choice.media if item.caption))
+    return list(dict.fromkeys(describing.plain(item.caption) for item in setup.media if item.caption))
 
 
 def write_prompts(captions: Sequence[str]) -> str:
@@ -32,18 +32,20 @@ def write_prompts(captions: Sequence[str]) -> str:
     return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
 
 
-def describe_length(choice: Choice) -> list[str]:
+def describe_length(setup: RunSetup) -> list[str]:
     """Return lines about how long the training of an adapter should be, and when it is finished."""
     lines = []
-    steps = choice.options.max_train_steps
-    if steps < USUAL_STEPS:
+    steps = setup.options.max_train_steps
+    if steps < TYPICAL_STEPS:
         lines.append(
-            f"{steps:,} steps: published adapters took {USUAL_STEPS:,} to 30,000, as 1,000 left most of the "
-            f"distillation. --max_train_steps {USUAL_STEPS} --overwrite"
+            f"{steps:,} steps: published adapters took {TYPICAL_STEPS:,} to 30,000, as 1,000 left most of "
+            "the "
+            f"distillation. --max_train_steps {TYPICAL_STEPS} --overwrite"
         )
-    if len(choice.media) < describing.ENOUGH or not choice.holds_back:
+    if len(setup.media) < describing.MIN_FILES_FOR_VALIDATION or not setup.may_hold_out_validation:
         lines.append(
-            f"From {describing.ENOUGH} files on, a tenth is held back: an adapter is done when their loss, "
+            f"From {describing.MIN_FILES_FOR_VALIDATION} files on, a tenth is held back: an adapter is done "
+            "when their loss, "
             "the validation loss, falls no more"
         )
     else:
@@ -55,7 +57,7 @@ def describe_length(choice: Choice) -> list[str]:
     return lines
 
 
-def describe_own(options: NewOptions, model: ModelSet, files: Mapping[str, str]) -> list[str]:
+def describe_own_images_commands(options: NewOptions, model: ModelSet, files: Mapping[str, str]) -> list[str]:
     """Return lines with the commands that generate images with the model itself and describe their folder.
 
     `files` maps options to the model's files.

@@ -7,7 +7,7 @@ from dataset.sources.captions import caption_path
 from modules.media.reading import read_tags
 from project.media import FolderContent, Media
 
-OWN, REAL, MIXED = "own", "real", "mixed"  # values of --make_adapter
+OWN, REAL_MEDIA, MIXED = "own", "real", "mixed"  # values of --make_adapter
 OWN_FOLDER, OWN_PROMPTS = "own", "own_prompts.txt"
 PROMPT = "bt_prompt"  # metadata key of generated files
 
@@ -19,14 +19,15 @@ def use_prompts_as_captions(content: FolderContent) -> None:
     for item in content.media:
         prompt = "" if item.caption is not None else _read_prompt(content, item)
         if prompt:
-            content.new_captions[caption_path(item.path, content.captions)] = prompt
+            content.new_captions[caption_path(item.path, content.caption_suffix)] = prompt
             item = replace(item, caption=" ".join(prompt.split()))  # a caption has one line
             count += 1
         media.append(item)
     content.media = media
     if count:
-        content.lines.append(
-            f"{count} generated files: their prompts are written into {content.captions} files, as captions"
+        content.report_lines.append(
+            f"{count} generated files: their prompts are written into {content.caption_suffix} files, as "
+            "captions"
         )
 
 
@@ -46,9 +47,9 @@ def balance_origins(content: FolderContent) -> None:
     fewer, more = sorted((generated, real), key=lambda counts: sum(counts.values()))
     repeats = round(sum(more.values()) / sum(fewer.values()))
     if repeats > 1:
-        content.repeats = dict.fromkeys(fewer, repeats)
+        content.repeats_by_folder = dict.fromkeys(fewer, repeats)
         kind = "the model's own" if fewer is generated else "the real ones"
-        content.lines.append(
+        content.report_lines.append(
             f"{kind} are fewer: num_repeats = {repeats} of their tables gives both kinds half of the steps"
         )
 
@@ -58,7 +59,7 @@ def find_origin(content: FolderContent) -> str:
     generated = [bool(_read_prompt(content, item)) for item in content.media]
     if all(generated):
         return OWN
-    return MIXED if any(generated) else REAL
+    return MIXED if any(generated) else REAL_MEDIA
 
 
 def _read_prompt(content: FolderContent, item: Media) -> str:

@@ -13,7 +13,7 @@ from project.options import MODELS
 MANIFEST = "reelsmith.json"  # member of a packed file with its format and modification times
 VERSION = 1
 # first part of a model's path in a packed run.toml; `unpack` puts its own folder of models there
-MODELS_PART = "models"
+ARCHIVE_MODEL_FOLDER = "models"
 MAX_OF_NAME = 1000  # maximum bytes of a file name
 
 

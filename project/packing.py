@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoints.opening import SUFFIXES
 from dataset.cache.commands import NAME
@@ -27,7 +27,7 @@ from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.media import CHECK_PAGE
 from project.options import RUN_FILE, as_operand, own_command
-from project.pack_options import MANIFEST, MODELS_PART, VERSION, PackOptions, find_error_of_name
+from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, PackOptions, find_error_of_name
 from project.relocating import (
     MachinePaths,
     RelocatedText,
@@ -84,30 +84,30 @@ def pack_folder(options: PackOptions) -> None:
         raise OptionError(f"--output {output} lies in the folder that it packs. Give a place outside of it")
     if output.exists() and not options.overwrite:
         raise OutputError(f"{output} is there already. Give --overwrite, or another --output")
-    described = read_described(folder)  # what run.toml says: texts, model files, what to leave out
-    hidden: list[str] = []
-    members = list(_find_members(described, hidden))
+    pack_source = read_pack_source(folder)  # what run.toml says: texts, model files, what to leave out
+    skipped_paths: list[str] = []
+    members = list(_list_folder_members(pack_source, skipped_paths))
     if options.with_state:
-        members += _find_state(described)
-    members, secrets = _relocate_texts(described, members)
+        members += _list_state_members(pack_source)
+    members, secrets = _relocate_texts(pack_source, members)
     members.sort(key=lambda member: member.name)
-    _write(output, real_path(folder).name, members)
+    _write_archive(output, real_path(folder).name, members)
 
     size = format_size(sum(member.size_bytes for member in members))
     remarks = [f"{output}: {format_count(len(members), 'file')}, {size}"]
-    if hidden:
-        remarks.append(f"left out, as hidden or no file: {list_some(hidden)}")
+    if skipped_paths:
+        remarks.append(f"left out, as hidden or no file: {list_some(skipped_paths)}")
     if secrets:
         remarks.append(f"left out of {RUN_FILE}, as nobody else may have them: {list_some(secrets)}")
-    if described.own_models:
-        names = list_some(described.own_models)
+    if pack_source.own_models:
+        names = list_some(pack_source.own_models)
         remarks.append(f"Copy these models too, as the other machine cannot download them: {names}")
     program = "reelsmith" if PREFIX else "python reelsmith.py"
     remarks.append(f"On the other machine: {program} unpack {shlex.quote(output.name)}")
     print_lines(remarks)
 
 
-def read_described(folder: Path) -> PackSource:
+def read_pack_source(folder: Path) -> PackSource:
     """Read from run.toml what packing needs: model paths, output folder and prompts.
 
     Raises:
@@ -131,7 +131,7 @@ def read_described(folder: Path) -> PackSource:
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again"
         ) from None
     target = _find_download_folder(commands)
-    models, own_models = _name_models(folder, [*files, *_list_model_paths(training)], target)
+    models, own_models = _map_model_paths(folder, [*files, *_list_model_paths(training)], target)
     model_paths = [expand_path(file, folder) for file in models]
     left_out = [folder / CHECK_PAGE, output, logs, *model_paths]
     samples = training.get("sample_prompts")
@@ -158,36 +158,39 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
     """Return the paths of model files outside the folder in the training options."""
     values = [value for value in training.values() if isinstance(value, str)]
     values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
-    outside = MachinePaths(Path())
-    return [text for text in values if text.endswith(SUFFIXES) and outside.relocate(text) is None]
+    no_folder = MachinePaths(Path())
+    return [text for text in values if text.endswith(SUFFIXES) and no_folder.relocate(text) is None]
 
 
-def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
+def _map_model_paths(
+    folder: Path, files: Sequence[str], download_folder: str | None
+) -> tuple[dict[str, str], list[str]]:
     """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
-    `target` is the download folder, exactly as written in run.toml.
+    These are the files outside of `download_folder`, which is given exactly as written in run.toml.
     """
-    names: dict[str, str] = {} if target is None else {target: MODELS_PART}
-    own: list[str] = []
-    root = None if target is None else real_path(expand_path(target, folder))
+    archive_paths: dict[str, str] = {}
+    not_downloaded: list[str] = []
+    download_root = None
+    if download_folder is not None:
+        archive_paths[download_folder] = ARCHIVE_MODEL_FOLDER
+        download_root = real_path(expand_path(download_folder, folder))
     for file in dict.fromkeys(files):
         path = real_path(expand_path(file, folder))
-        if root is not None and path.is_relative_to(root):
-            names[file] = f"{MODELS_PART}/{path.relative_to(root).as_posix()}"
+        if download_root is not None and path.is_relative_to(download_root):
+            archive_paths[file] = f"{ARCHIVE_MODEL_FOLDER}/{path.relative_to(download_root).as_posix()}"
             continue
+        archive_path = f"{ARCHIVE_MODEL_FOLDER}/{path.name}"
         number = 2
-        name = f"{MODELS_PART}/{path.name}"
-        while name in names.values():
-            # files of equal names from different folders
-            name = f"{MODELS_PART}/{number}/{path.name}"
+        while archive_path in archive_paths.values():  # a file of this name from another folder
+            archive_path = f"{ARCHIVE_MODEL_FOLDER}/{number}/{path.name}"
             number += 1
-        names[file] = name
-        # files outside of the download folder are not downloaded
-        own.append(name)
-    return names, own
+        archive_paths[file] = archive_path
+        not_downloaded.append(archive_path)
+    return archive_paths, not_downloaded
 
 
-def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
+def _list_folder_members(pack_source: PackSource, skipped_paths: list[str]) -> Iterator[PackMember]:
     """Yield the files of a folder that go into its archive; links are followed.
 
     Names of hidden files, and of entries that are not files, are appended to `hidden`.
@@ -195,25 +198,27 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
     Raises:
         OptionError: If a file's name is not allowed on every system.
     """
-    walked: set[Path] = set()
-    for folder_text, folders, files in os.walk(described.folder, followlinks=True):
+    visited: set[Path] = set()
+    for folder_text, folders, files in os.walk(pack_source.folder, followlinks=True):
         folder = Path(folder_text)
-        hidden += [str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME]
+        skipped_paths += [
+            str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME
+        ]
         # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real_path(folder) in walked or real_path(folder) in described.left_out:
+        if real_path(folder) in visited or real_path(folder) in pack_source.left_out:
             folders.clear()
             continue
         # links may lead to a folder that was visited already
-        walked.add(real_path(folder))
+        visited.add(real_path(folder))
         for name in sorted(files):
             path = folder / name
-            if name.startswith(".") or real_path(path) in described.left_out:
+            if name.startswith(".") or real_path(path) in pack_source.left_out:
                 continue
             if not path.is_file():
-                hidden.append(str(path))
+                skipped_paths.append(str(path))
                 continue
-            member = PackMember(path.relative_to(described.folder).as_posix(), path)
+            member = PackMember(path.relative_to(pack_source.folder).as_posix(), path)
             reason = find_error_of_name(member.name, on_windows=False)
             if reason or member.name == MANIFEST:
                 reason = reason or "`pack` uses that name itself"
@@ -221,59 +226,72 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
             yield member
 
 
-def _find_state(described: PackSource) -> list[PackMember]:
+def _list_state_members(pack_source: PackSource) -> list[PackMember]:
     """Return the files of the latest training state, and the history. Raises OptionError without a state."""
     from training.reports.history import history_path  # imports torch, which is only needed for states
     from training.saving.states import find_latest  # likewise
 
-    state = find_latest(described.output, described.name)
+    state = find_latest(pack_source.output, pack_source.name)
     if state is None:
-        raise OptionError(f"--with_state: {described.output} has no state of {described.name}. Leave it out")
-    folder = real_path(described.folder)
+        raise OptionError(
+            f"--with_state: {pack_source.output} has no state of {pack_source.name}. Leave it out"
+        )
+    folder = real_path(pack_source.folder)
     files = [path for path in sorted(state.rglob("*")) if path.is_file()]
-    history = history_path(described.output, described.name)
+    history = history_path(pack_source.output, pack_source.name)
     if history.is_file():
         files.append(history)
     return [PackMember(real_path(path).relative_to(folder).as_posix(), path) for path in files]
 
 
 def _relocate_texts(
-    described: PackSource, members: Sequence[PackMember]
+    pack_source: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
     """Make the paths in the packed texts relative; also return the secret options that were removed.
 
     Raises:
         OptionError: If a text contains other paths of this machine.
     """
-    secret = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
+    secret_options = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
-    dropped: list[str] = []
-    outside: list[str] = []
+    removed_options: list[str] = []
+    outside_paths: list[str] = []
     for member in members:
-        text: str | None = None  # None: the file is packed unchanged
-        paths_outside: list[str] = []
-        if member.path.suffix.lower() == ".toml":
-            text, paths_outside, removed = _relocate_file(
-                relocate_toml, described.machine_paths, member.path, secret
-            )
-            dropped += removed
-        elif described.prompts is not None and real_path(member.path) == real_path(described.prompts):
-            text, paths_outside, _ = _relocate_file(relocate_prompts, described.machine_paths, member.path)
-        # the history of the training
-        elif member.path.parent == described.output and member.path.suffix == ".jsonl":
-            text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.machine_paths)
-        # lists are not rewritten: paths of this machine in them are an error
-        elif member.path.suffix.lower() in LISTS:
-            paths_outside = find_own_names(member.path, described.machine_paths)
-        outside += [f"{member.path}: {path}" for path in paths_outside]
-        relocated.append(member if text is None else replace(member, content=text.encode("utf-8")))
-    if outside:
-        machine_paths = "\n  ".join(outside[:6])
+        new = _relocate_member(pack_source, member.path, secret_options)
+        removed_options += new.removed
+        outside_paths += [f"{member.path}: {path}" for path in new.outside]
+        relocated.append(member if new.text is None else replace(member, content=new.text.encode("utf-8")))
+    if outside_paths:
+        machine_paths = "\n  ".join(outside_paths[:6])
         raise OptionError(
             f"the folder names places of this machine, which another one has not:\n  {machine_paths}\n"
             "Write paths inside the folder as relative ones, move what lies elsewhere into it, and run again"
         )
-    return relocated, dropped
+    return relocated, removed_options
+
+
+class _RelocatedMember(NamedTuple):
+    text: str | None = None  # None: the file is packed unchanged
+    outside: Sequence[str] = ()  # paths of this machine that are not packed
+    removed: Sequence[str] = ()  # secret options
+
+
+def _relocate_member(pack_source: PackSource, path: Path, secret_options: set[str]) -> _RelocatedMember:
+    """Make the paths in a TOML file, the prompts or the history relative.
+
+    Lists of captions are not rewritten, but paths of this machine in them are returned, too.
+    """
+    machine_paths = pack_source.machine_paths
+    if path.suffix.lower() == ".toml":
+        return _RelocatedMember(*_relocate_file(relocate_toml, machine_paths, path, secret_options))
+    if pack_source.prompts is not None and real_path(path) == real_path(pack_source.prompts):
+        text, outside, _ = _relocate_file(relocate_prompts, machine_paths, path)
+        return _RelocatedMember(text, outside)
+    if path.parent == pack_source.output and path.suffix == ".jsonl":
+        return _RelocatedMember(relocate_history(read_text(path, MAX_METADATA_BYTES), machine_paths))
+    if path.suffix.lower() in LISTS:
+        return _RelocatedMember(outside=find_own_names(path, machine_paths))
+    return _RelocatedMember()
 
 
 def _relocate_file(
@@ -292,7 +310,7 @@ def _relocate_file(
         ) from None
 
 
-def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
+def _write_archive(output: Path, name: str, members: Sequence[PackMember]) -> None:
     """Write the archive of a folder. If OutputError is raised, no file is left behind."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}

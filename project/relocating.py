@@ -16,8 +16,8 @@ from modules.installation import ROOT
 from modules.paths import expand_path
 from modules.text_files import real_path
 
-_ROOTED = re.compile(r"~?[\\/]+[^\\/\s]|~\w*$|~\w+[\\/]|[A-Za-z]:[\\/]")
-_UP = re.compile(r"\.\.([\\/]|$)")
+_ABSOLUTE_PATH = re.compile(r"~?[\\/]+[^\\/\s]|~\w*$|~\w+[\\/]|[A-Za-z]:[\\/]")
+_PARENT_FOLDER = re.compile(r"\.\.([\\/]|$)")
 # a word of a prompt line, with or without quotes
 _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+)""")
 
@@ -36,22 +36,22 @@ class MachinePaths:
         """
         if text in self.models:
             return self.models[text]
-        is_rooted = _ROOTED.match(text) is not None
-        # a relative path that cannot leave the folder, or no path at all
-        if not is_rooted and ".." not in text:
-            return text
-        if is_rooted and not text.startswith("~") and not Path(text).is_absolute():
-            return None  # a path of another operating system
+        is_absolute = _ABSOLUTE_PATH.match(text) is not None
+        if not is_absolute and ".." not in text:
+            return text  # a relative path that cannot leave the folder, or no path at all
+        is_of_other_system = is_absolute and not text.startswith("~") and not Path(text).is_absolute()
+        if is_of_other_system:
+            return None
         try:
             path = Path(os.path.normpath(expand_path(text, self.folder)))
         except ValueError:
-            return None if is_rooted else text
+            return None if is_absolute else text
         # the folder may be named by a link or by its real path
         for folder in (Path(os.path.abspath(self.folder)), real_path(self.folder)):  # noqa: PTH100
             if path.is_relative_to(folder):
                 return path.relative_to(folder).as_posix()
-        # outside of the folder; a text that only contains two dots is no path
-        return None if is_rooted or _UP.match(text) else text
+        is_path_to_parent = _PARENT_FOLDER.match(text) is not None  # other texts with two dots are no paths
+        return None if is_absolute or is_path_to_parent else text
 
     @functools.cached_property
     def shown(self) -> re.Pattern[str]:
@@ -76,11 +76,13 @@ class RelocatedText(NamedTuple):
     removed: list[str]  # keys
 
 
-def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
+def relocate_toml(
+    text: str, machine_paths: MachinePaths, removed_keys: Collection[str] = ()
+) -> RelocatedText:
     """Make the paths in a TOML text relative; comments are preserved.
 
     `machine_paths` replaces the paths; those that it cannot replace stay, and are returned as outside of the
-    packed folder. `without` are keys to remove from all tables.
+    packed folder. `removed_keys` are keys to remove from all tables.
 
     Raises:
         ValueError: If the text is not TOML.
@@ -98,7 +100,7 @@ def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[st
             return value
         return relocated
 
-    removed = _remove_keys(document, without)
+    removed = _remove_keys(document, removed_keys)
     change_texts(document, relocate)
     return RelocatedText(tomlkit.dumps(document), paths_outside, removed)
 

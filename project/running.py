@@ -66,28 +66,28 @@ class Project:
     """A training described by run.toml: its commands, model files and output."""
 
     folder: Path  # working folder of the commands
-    download: list[str]
+    download_command: list[str]
     commands: list[list[str]]
-    files: list[str]  # model files
-    output: Path
-    logs: Path | None  # folder of TensorBoard logs
-    name: str
-    steps: int | None  # None: the length is set in epochs
-    model: dict[str, str]  # metadata that identifies the model in its trained files
+    model_files: list[str]  # model files
+    output_folder: Path
+    log_folder: Path | None  # folder of TensorBoard logs
+    output_name: str
+    total_steps: int | None  # None: the length is set in epochs
+    model_metadata: dict[str, str]  # metadata that identifies the model in its trained files
     kind: RunKind  # kind of run
-    validation: tuple[float, int]  # fraction and seed
+    validation_split: tuple[float, int]  # fraction and seed
 
     @property
-    def missing(self) -> list[str]:
+    def missing_model_files(self) -> list[str]:
         """Model files that the run needs and that are missing."""
-        return [name for name in self.files if not (self.folder / name).exists()]
+        return [name for name in self.model_files if not (self.folder / name).exists()]
 
 
 class MediaCheck(NamedTuple):
     """Outcome of checking the media files."""
 
-    fault_kinds: list[str]  # kinds of errors that end the run; empty if it can start
-    left_out: list[str]  # files that the run leaves out
+    fatal_error_kinds: list[str]  # kinds of errors that end the run; empty if it can start
+    unreadable_files: list[str]  # files that the run leaves out
 
 
 def run_project(options: RunOptions) -> None:
@@ -106,7 +106,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
         OptionError: If the folder is not described, or if files of the model are missing and may not be
             downloaded.
     """
-    typed = _list_typed_options(options)
+    typed_options = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
     folders = [folder]
     writing_options = {"output_dir", *options_reaching("writes")}
@@ -115,8 +115,8 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     if options.download:
         folders.append(options.models)
     # run.toml may come from a stranger: its commands can only write into these folders
-    with limit_run(folders, typed.keys(), own_command(*options.words)):
-        _run_within_limits(options, _read_project(options.folder, typed), trace, end)
+    with limit_run(folders, typed_options.keys(), own_command(*options.words)):
+        _run_or_check(options, _read_project(options.folder, typed_options), trace, end)
 
 
 def _list_typed_options(options: RunOptions) -> dict[str, Any]:
@@ -127,52 +127,58 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
     }
 
 
-def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
+def _run_or_check(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
     """Carry out `run` for a project: check it, or run its commands until one fails."""
     if options.check:
         check_project(project)
         return
-    # the LoRA is finished already
-    if _report_trained(project, options):
+    trained_lines = _describe_finished_training(project, options)
+    if trained_lines:
+        print_lines(trained_lines)
         return
     # an interrupted run has saved its state: continue from the latest one
-    if _has_state(project):
+    if _has_saved_state(project):
         project = _extend_training(project, ["--resume", "latest"])
-    if project.missing and not (options.download or options.dry_run):
+    needs_download = bool(project.missing_model_files)
+    if needs_download and not (options.download or options.dry_run):
         raise OptionError(_explain_missing(project, options.models))
     print_lines([f"In the folder {project.folder}:"])
-    commands = [project.download, *project.commands] if project.missing else project.commands
+    commands = [project.download_command, *project.commands] if needs_download else project.commands
     if options.dry_run:
         for argv in commands:
             _print_command(argv, project.folder)
         return
     # the command to repeat this run; the first two words are `run` and the folder as typed
     repeat_argv = ["run", str(project.folder), *options.words[2:]]
-    end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
-    trace.begin(repeat_argv, output=project.output, name=project.name, steps=project.steps)
-    skipped_files = _run_until_one_fails(commands, project, trace)
-    _print_ending(project, skipped_files)
+    end.describe(
+        partial(describe_run, project.output_folder, project.output_name, project.total_steps, time.time())
+    )
+    trace.begin(
+        repeat_argv, output=project.output_folder, name=project.output_name, steps=project.total_steps
+    )
+    unreadable_files = _run_until_one_fails(commands, project, trace)
+    _print_result(project, unreadable_files)
 
 
-def _has_state(project: Project) -> bool:
+def _has_saved_state(project: Project) -> bool:
     """Return whether a complete saved state exists from which the training can resume."""
-    recover_states(project.output, project.name)
-    pattern = state_pattern(project.name)
-    names = [path.name for path in project.output.iterdir()] if project.output.is_dir() else []
+    recover_states(project.output_folder, project.output_name)
+    pattern = state_pattern(project.output_name)
+    names = [path.name for path in project.output_folder.iterdir()] if project.output_folder.is_dir() else []
     if not any(map(pattern.fullmatch, names)):
         return False
     from training.saving.states import find_latest  # loads torch, which a first run does not need
 
-    return find_latest(project.output, project.name) is not None
+    return find_latest(project.output_folder, project.output_name) is not None
 
 
-def _print_ending(project: Project, left_out: Sequence[str]) -> None:
+def _print_result(project: Project, unreadable_files: Sequence[str]) -> None:
     """Print the files that a run has left out, and the path of its page."""
-    if left_out:
-        lines = ["", f"Trained without {len(left_out)} that cannot be read:"]
-        lines += [f"  {text}" for text in left_out]
+    if unreadable_files:
+        lines = ["", f"Trained without {len(unreadable_files)} that cannot be read:"]
+        lines += [f"  {text}" for text in unreadable_files]
         print_lines(lines)
-    print_lines(["", f"The page of the training: {project.output / project.name}.html"])
+    print_lines(["", f"The page of the training: {project.output_folder / project.output_name}.html"])
 
 
 def _explain_missing(project: Project, models: Path) -> str:
@@ -180,11 +186,11 @@ def _explain_missing(project: Project, models: Path) -> str:
 
     `models` is the default folder of --download.
     """
-    size = _download_size(project.download)
+    size = _download_size(project.download_command)
     options = _download_words(project, models)
     return (
-        f"{project.missing[0]} is missing{size}. Add {options}, or run\n"
-        f"  {quote_command(project.download)}\n"
+        f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
+        f"  {quote_command(project.download_command)}\n"
         f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
     )
 
@@ -202,8 +208,8 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
     Raises:
         OptionError: If files of the model are still missing after their download.
     """
-    left_out: list[str] = []
-    is_checked = was_checked(project.folder, project.commands, project.files)
+    unreadable_files: list[str] = []
+    is_checked = was_checked(project.folder, project.commands, project.model_files)
     if is_checked:
         print_lines(["Checked already, and nothing has changed since: it is not checked again."])
     for argv in commands:
@@ -212,16 +218,17 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         _print_command(argv, project.folder)
         trace.note(argv)
         if _is_check_of_media(argv):
-            left_out = _check_before_caching(argv, project)
+            unreadable_files = _check_before_caching(argv, project)
         else:
             with trace.follow(argv) as progress:
-                _run_or_exit(argv, project.folder, may_leave_out=bool(left_out), progress=progress)
+                _run_or_exit(argv, project.folder, may_skip_files=bool(unreadable_files), progress=progress)
         # the download command is run only if files are missing, and has to bring them all
-        if argv == project.download and project.missing:
+        if argv == project.download_command and project.missing_model_files:
             raise OptionError(
-                f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
+                f"{project.missing_model_files[0]} is still missing: "
+                f"correct its path in {project.folder / RUN_FILE}"
             )
-    return left_out
+    return unreadable_files
 
 
 def check_project(project: Project) -> None:
@@ -233,30 +240,32 @@ def check_project(project: Project) -> None:
         OptionError: If an option of the training is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
-    if project.missing:  # model files that are not there
-        size = _download_size(project.download)
-        print_lines([f"{project.missing[0]} is missing{size}: its options are checked when it is there."])
+    if project.missing_model_files:  # model files that are not there
+        size = _download_size(project.download_command)
+        print_lines(
+            [f"{project.missing_model_files[0]} is missing{size}: its options are checked when it is there."]
+        )
     else:
         _check_training(project)
     has_errors = False
-    left_out: list[str] = []
+    unreadable_files: list[str] = []
     for argv in project.commands:
         if "--check" not in argv:
             continue
         _print_command(argv, project.folder)
         if _is_check_of_media(argv):
-            outcome = _check_media(argv, project.folder, project.validation)
-            if outcome.fault_kinds:
-                _explain(argv, project.folder, outcome.fault_kinds)
-            has_errors |= bool(outcome.fault_kinds)
-            left_out += outcome.left_out
+            outcome = _check_media(argv, project.folder, project.validation_split)
+            if outcome.fatal_error_kinds:
+                _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
+            has_errors |= bool(outcome.fatal_error_kinds)
+            unreadable_files += outcome.unreadable_files
         else:
             has_errors |= bool(run_command(argv, project.folder))
     if has_errors:
         raise SystemExit(1)
     # `run` skips checks that have passed in full for unchanged files
-    if not left_out and not project.missing:
-        remember_checked(project.folder, project.commands, project.files)
+    if not unreadable_files and not project.missing_model_files:
+        remember_checked(project.folder, project.commands, project.model_files)
     print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
 
 
@@ -266,72 +275,79 @@ def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
     Exits with code 1 if an error would end the run. `argv` is the command that checks media.
     """
     _check_training(project)
-    outcome = _check_media(argv, project.folder, project.validation)
-    if outcome.fault_kinds:
-        _explain(argv, project.folder, outcome.fault_kinds)
+    outcome = _check_media(argv, project.folder, project.validation_split)
+    if outcome.fatal_error_kinds:
+        _print_remedies(argv, project.folder, outcome.fatal_error_kinds)
         raise SystemExit(1)
-    if outcome.left_out:
-        print_lines([f"Going on without {len(outcome.left_out)} that cannot be read."])
-    return outcome.left_out
+    if outcome.unreadable_files:
+        print_lines([f"Going on without {len(outcome.unreadable_files)} that cannot be read."])
+    return outcome.unreadable_files
 
 
 def _run_or_exit(
-    argv: Sequence[str], folder: Path, may_leave_out: bool, progress: Path | None = None
+    argv: Sequence[str], folder: Path, may_skip_files: bool, progress: Path | None = None
 ) -> None:
     """Run a command of the project; exit with its code if it fails.
 
-    With `may_leave_out`, a command that leaves files out has not failed, because the check has already
+    With `may_skip_files`, a command that skips unreadable files has not failed, because the check has already
     reported these files. `progress` is the file into which the command writes its progress.
     """
     code = run_command(argv, folder, progress)
-    leaves_out = code == installation.SOURCES_LEFT_OUT
-    if not code or (leaves_out and may_leave_out):
+    has_skipped_files = code == installation.SOURCES_LEFT_OUT
+    if code == 0 or (has_skipped_files and may_skip_files):
         return
     if code == INTERRUPTED:
-        # the command was interrupted, so the run ends as after Ctrl-C
-        raise KeyboardInterrupt
-    _explain(argv, folder)
-    raise SystemExit(1 if leaves_out else code)
+        raise KeyboardInterrupt  # so the run ends as after Ctrl-C
+    _print_remedies(argv, folder)
+    raise SystemExit(1 if has_skipped_files else code)
 
 
-def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
+def _read_project(path_or_folder: Path, typed_options: Mapping[str, Any]) -> Project:
     """Read the training described by a folder's run.toml, and check its paths.
 
     Args:
-        place: The folder, or its run.toml.
-        typed: Typed options of the training, which override those in the file.
+        path_or_folder: The folder, or its run.toml.
+        typed_options: Typed options of the training, which override those in the file.
 
     Raises:
         OptionError: If the file is not in the form that `new` writes, or if results would be written outside
             of the allowed folders.
     """
-    folder = _find_described_folder(place)
+    folder = _find_described_folder(path_or_folder)
     path = folder / RUN_FILE
     try:
-        project = _parse_project(folder, parse_toml(read_text(path)), typed)
+        project = _parse_project(folder, parse_toml(read_text(path)), typed_options)
     except FileNotFoundError:
         if not folder.is_dir():
             raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
-        argv = own_command("new", as_operand(folder))
-        raise OptionError(f"{path}: there is no such file. Describe the folder first: {argv}") from None
+        new_command = own_command("new", as_operand(folder))
+        raise OptionError(
+            f"{path}: there is no such file. Describe the folder first: {new_command}"
+        ) from None
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
-    option = f"{path}: output_name"
-    # before history_path, which makes a path of the name; checked again below if the run is new
-    check_output_name(option, project.name, is_new=False)
-    reject_outside("output_dir", project.output)
-    has_begun = history_path(project.output, project.name).exists()
-    check_output_name(option, project.name, is_new=not has_begun)
-    if project.logs is not None:
-        reject_outside("logging_dir", project.logs)
-    # called only to raise an error for commands that are none of our scripts
-    for argv_of_command in (project.download, *project.commands):
-        _require_script(argv_of_command)
-    typed_argv = option_argv({f"--{name}": value for name, value in typed.items()})
+    _check_paths_and_scripts(project, f"{path}: output_name")
+    typed_argv = option_argv({f"--{name}": value for name, value in typed_options.items()})
     return _extend_training(replace(project, folder=real_path(folder)), typed_argv)
+
+
+def _check_paths_and_scripts(project: Project, name_option: str) -> None:
+    """Raise OptionError if a run would write outside of its folders, or run what is not one of our scripts.
+
+    `name_option` names the option of the output name, for messages.
+    """
+    # before history_path, which makes a path of the name; checked again below if the run is new
+    check_output_name(name_option, project.output_name, is_new=False)
+    reject_outside("output_dir", project.output_folder)
+    has_begun = history_path(project.output_folder, project.output_name).exists()
+    check_output_name(name_option, project.output_name, is_new=not has_begun)
+    if project.log_folder is not None:
+        reject_outside("logging_dir", project.log_folder)
+    for argv in (project.download_command, *project.commands):
+        _require_script(argv)
 
 
 def _extend_training(project: Project, argv: Sequence[str]) -> Project:
@@ -340,57 +356,59 @@ def _extend_training(project: Project, argv: Sequence[str]) -> Project:
     return replace(project, commands=[*first_commands, [*training, *argv]])
 
 
-def _find_described_folder(place: Path) -> Path:
+def _find_described_folder(path_or_folder: Path) -> Path:
     """Return the folder that a path means: itself, or the folder of a run.toml.
 
     Raises:
         OptionError: If the path is another file.
     """
-    if place.name == RUN_FILE and not place.is_dir():
-        return place.parent
-    if place.is_file():
-        raise OptionError(f"{place} is a file. Give the folder that `new` described, or its {RUN_FILE}")
-    return place
+    if path_or_folder.name == RUN_FILE and not path_or_folder.is_dir():
+        return path_or_folder.parent
+    if path_or_folder.is_file():
+        raise OptionError(
+            f"{path_or_folder} is a file. Give the folder that `new` described, or its {RUN_FILE}"
+        )
+    return path_or_folder
 
 
-def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, Any]) -> Project:
-    """Make the record of a run from the tables of run.toml, with typed options in place of its own.
+def _parse_project(folder: Path, tables: Mapping[str, Any], typed_options: Mapping[str, Any]) -> Project:
+    """Make the record of a run from the tables of run.toml; typed options replace those of the file.
 
     Raises KeyError, TypeError, ValueError or OverflowError if a table is malformed.
     """
-    project_table = tables[PROJECT_TABLE]  # what `run` needs besides training options: commands and files
-    values = {**tables["training"], **typed}
-    download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
-    output = expand_path(str(values["output_dir"]), folder)
-    name = str(values["output_name"])
-    logs = None
-    if values.get("logging_dir"):
-        logs = expand_path(str(values["logging_dir"]), folder)
-    files = [str(file) for file in project_table["files"]]
-    model = _model_metadata(values, commands)
-    seed = int(values.get("validation_seed", values.get("seed", 0)))
-    validation = (float(values.get("validation_split", 0)), seed)
-    steps = None  # unknown if the length is set in epochs
-    if "max_train_epochs" not in values:
-        steps = int(values["max_train_steps"])
+    project_table = tables[PROJECT_TABLE]  # commands and model files
+    training_options = {**tables["training"], **typed_options}
+    download_command, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
+    output_folder = expand_path(str(training_options["output_dir"]), folder)
+    output_name = str(training_options["output_name"])
+    log_folder = None
+    if training_options.get("logging_dir"):
+        log_folder = expand_path(str(training_options["logging_dir"]), folder)
+    model_files = [str(file) for file in project_table["files"]]
+    model_metadata = _make_model_metadata(training_options, commands)
+    seed = int(training_options.get("validation_seed", training_options.get("seed", 0)))
+    validation_split = (float(training_options.get("validation_split", 0)), seed)
+    total_steps = None
+    if "max_train_epochs" not in training_options:
+        total_steps = int(training_options["max_train_steps"])
     if not commands:
         raise ValueError("there is no command")
     return Project(
         folder=folder,
-        download=download,
+        download_command=download_command,
         commands=commands,
-        files=files,
-        output=output,
-        logs=logs,
-        name=name,
-        steps=steps,
-        model=model,
+        model_files=model_files,
+        output_folder=output_folder,
+        log_folder=log_folder,
+        output_name=output_name,
+        total_steps=total_steps,
+        model_metadata=model_metadata,
         kind=find_kind_of(commands),
-        validation=validation,
+        validation_split=validation_split,
     )
 
 
-def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
+def _make_model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
     """Return the metadata entries by which trained files name their model."""
     names = ("network_module", "task", "model_version", "ltx_mode")
     chosen = {name: str(values[name]) for name in names if name in values}
@@ -401,52 +419,49 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
     return {f"ss_{name}": value for name, value in chosen.items()}
 
 
-def _report_trained(project: Project, options: RunOptions) -> bool:
-    """Return whether the training has finished already; if so, print what to do next.
+def _describe_finished_training(project: Project, options: RunOptions) -> list[str]:
+    """Return what can be done with a training that has finished already; [] if it has not, or is a dry run.
 
     Raises:
         OptionError: If the trained file belongs to another model.
     """
-    file = project.output / f"{project.name}.safetensors"
+    file = project.output_folder / f"{project.output_name}.safetensors"
     if not file.exists():  # in diffusers' layout, the U-Net's file has the metadata
-        file = project.output / project.name / "unet" / "diffusion_pytorch_model.safetensors"
+        file = project.output_folder / project.output_name / "unet" / "diffusion_pytorch_model.safetensors"
     try:
         metadata = read_safetensors_texts(file)
         # [:12]: a file may claim any number of digits
         trained_steps = int(metadata.get("ss_steps", "0")[:12])
     except (OSError, ValueError):
-        return False
-    difference = _find_other_model(project, metadata)
+        return []
+    difference = _find_model_difference(project, metadata)
     if difference is not None:
         raise OptionError(
             f"{file} is of another model ({shorten(difference, 80)}). Set another output_name in "
             f"{project.folder / RUN_FILE}, or move that file and its states away"
         )
-    is_whole = project.steps is not None and trained_steps >= project.steps
+    is_whole = project.total_steps is not None and trained_steps >= project.total_steps
     if options.dry_run or not (is_whole or "ss_ended_early" in metadata):
-        return False
-    print_lines(
-        [
-            f"{file} is trained already: {trained_steps} of {project.steps} steps.",
-            f"- Train longer: raise max_train_steps in {project.folder / RUN_FILE}, then run this again.",
-            f"- Generate: the commands are on its page, {project.output / project.name}.html",
-            f"- Train anew under another name: set output_name in {RUN_FILE}.",
-        ]
-    )
-    return True
+        return []
+    return [
+        f"{file} is trained already: {trained_steps} of {project.total_steps} steps.",
+        f"- Train longer: raise max_train_steps in {project.folder / RUN_FILE}, then run this again.",
+        f"- Generate: the commands are on its page, {project.output_folder / project.output_name}.html",
+        f"- Train anew under another name: set output_name in {RUN_FILE}.",
+    ]
 
 
-def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
+def _find_model_difference(project: Project, metadata: Mapping[str, str]) -> str | None:
     """Return the model named in a trained file's metadata if it is not the project's model."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
-    transformers = released & {Path(name).name for name in project.files}
+    transformers = released & {Path(name).name for name in project.model_files}
     trained_name = metadata.get("ss_sd_model_name", "")
     if transformers and trained_name in released - transformers:
         return trained_name
     architecture = metadata.get(ARCHITECTURE, "")
-    if project.kind is not LORA and architecture.partition("/")[2] != project.kind.ending:
+    if project.kind is not LORA and architecture.partition("/")[2] != project.kind.architecture_suffix:
         return architecture
-    for key, expected in project.model.items():
+    for key, expected in project.model_metadata.items():
         if metadata.get(key, expected) != expected:
             return metadata[key]
     return None
@@ -457,23 +472,23 @@ def _download_words(project: Project, models: Path) -> str:
 
     `models` is the default folder of --download; another folder has to be named.
     """
-    target = project.folder / _list_typed_values(project.download).get("--to", "models")
+    target = project.folder / _list_typed_values(project.download_command).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
     return "--download" if is_allowed else quote_command(["--download", "--models", str(target)])
 
 
 def _download_size(argv: Sequence[str]) -> str:
     """Return the download size of a command's model in brackets, or "" if the model is unknown."""
-    typed = _list_typed_values(argv)
+    typed_options = _list_typed_values(argv)
     for model in find_models("--fp8_encoders" in argv):
-        if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
+        if (model.family, model.task) == (typed_options.get("--family"), typed_options.get("--task")):
             behind = itertools.dropwhile(lambda word: word != "--without", argv)
             names = itertools.takewhile(
                 lambda word: not word.startswith("--"), itertools.islice(behind, 1, None)
             )
-            left_out = list(names)
-            parts = leave_out(model, left_out).components
-            what = "without the files that you have" if left_out else "for the whole model"
+            unreadable_files = list(names)
+            parts = leave_out(model, unreadable_files).components
+            what = "without the files that you have" if unreadable_files else "for the whole model"
             return f" ({gigabytes(total_bytes(parts))} {what})"
     return ""
 
@@ -509,44 +524,50 @@ def _check_training(project: Project) -> None:
 
 
 def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
-    """Check the media files with the script that caches latents; return errors or omitted files.
+    """Check the media files with the script that caches latents; return errors or unreadable files.
 
     `validation` is the training's fraction of validation files and the seed that selects them.
     """
     errors: list[Fault] = []
 
-    def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Check the media instead of caching them; print the findings and collect the errors."""
-        # imported here because they load torch, which most project commands do not need
-        from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
-        from dataset.caching.prefetch import workers_of
+    def check_instead_of_caching(
+        family: Any, config: DatasetConfig, options: CachingOptions, *_: object
+    ) -> None:
+        errors.extend(_report_media_errors(family, config, options, validation))
 
-        workers = workers_of(options)
-        findings = check_caching(
-            family,
-            config,
-            workers=workers,
-            skip_existing=options.skip_existing,
-            verify=options.verify,
-            validation=validation,
-        )
-        # captions are checked by the command that encodes texts
-        findings = replace(findings, counters=TOKENS_ELSEWHERE)
-        print_check(findings, family, config, page=options.page, workers=workers)
-        for table in findings.tables:
-            errors.extend(table.errors)
-
-    # the caching script loads the family and the dataset, and then calls `check` in place of caching
+    # the caching script loads the family and the dataset, and then calls this function in place of caching
     with contextlib.chdir(folder):
-        cache_family_latents(script_family(argv), None, list(argv[2:]), check)
-    # only unreadable files are left out; any other error ends the run
-    ending = [error.kind for error in errors if error.kind != UNREADABLE and error.is_fatal]
-    if ending:
-        return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])
-    return MediaCheck(fault_kinds=[], left_out=[error.text for error in errors])
+        cache_family_latents(script_family(argv), None, list(argv[2:]), check_instead_of_caching)
+    fatal_kinds = [error.kind for error in errors if error.kind != UNREADABLE and error.is_fatal]
+    if fatal_kinds:
+        return MediaCheck(fatal_error_kinds=list(dict.fromkeys(fatal_kinds)), unreadable_files=[])
+    return MediaCheck(fatal_error_kinds=[], unreadable_files=[error.text for error in errors])
 
 
-def _explain(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
+def _report_media_errors(
+    family: Any, config: DatasetConfig, options: CachingOptions, validation: tuple[float, int]
+) -> list[Fault]:
+    """Check the media as caching would read them, print the findings, and return the errors."""
+    # imported here because they load torch, which most project commands do not need
+    from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
+    from dataset.caching.prefetch import workers_of
+
+    workers = workers_of(options)
+    findings = check_caching(
+        family,
+        config,
+        workers=workers,
+        skip_existing=options.skip_existing,
+        verify=options.verify,
+        validation=validation,
+    )
+    # captions are checked by the command that encodes texts
+    findings = replace(findings, counters=TOKENS_ELSEWHERE)
+    print_check(findings, family, config, page=options.page, workers=workers)
+    return [error for table in findings.tables for error in table.errors]
+
+
+def _print_remedies(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
     """Print how to correct what a failed check has found.
 
     `kinds` are the kinds of errors that it found.
@@ -607,7 +628,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
         OptionError: If the command does not run one of our scripts.
     """
     script = _require_script(argv)
-    interrupts: list[int] = []
+    interrupts: list[int] = []  # numbers of the signals that this process has received
     # the script prints no hint about the next command, which this process starts
     variables = {installation.RUN_GOES_ON: "1"}
     if progress is not None:
@@ -616,14 +637,16 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     program = [sys.executable, *installation.program_words(script), *argv[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
 
-        def end(*_: Any) -> None:
-            """Pass SIGTERM on to the program; any entry in `interrupts` marks the run as interrupted."""
-            interrupts.append(0)
+        def note_interrupt(number: int, _: Any) -> None:
+            interrupts.append(number)
+
+        def pass_on_termination(number: int, _: Any) -> None:
+            interrupts.append(number)
             process.terminate()
 
         # set after the start, because a program inherits ignored signals
-        default_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        default_end = signal.signal(signal.SIGTERM, end)
+        default_interrupt = signal.signal(signal.SIGINT, note_interrupt)
+        default_end = signal.signal(signal.SIGTERM, pass_on_termination)
         try:
             code = process.wait()
         finally:

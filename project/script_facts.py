@@ -21,7 +21,7 @@ NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 
 @dataclass(frozen=True)
-class AskedOption:
+class AdoptableOption:
     """Kind, choices and default of one training option."""
 
     kind: str  # kind of value: switch, whole, number, text or other
@@ -53,12 +53,12 @@ class ScriptOptions:
     """Names of a training script's options: those it takes, and those it refuses with a reason."""
 
     name: str
-    known: Mapping[str, AskedOption]
-    refused: Mapping[str, str]  # options of other programs -> why they are rejected
+    accepted: Mapping[str, AdoptableOption]
+    rejected: Mapping[str, str]  # options of other programs -> why they are rejected
 
 
 @cache
-def ask_script(name: str) -> ScriptOptions:
+def read_script_options(name: str) -> ScriptOptions:
     """Return the options that a training script takes and those that it refuses.
 
     Raises:
@@ -67,13 +67,13 @@ def ask_script(name: str) -> ScriptOptions:
     table = find_table(installation.find_script(name))
     if table is None:
         raise OptionError(f"{name}: there is no such script")
-    known: dict[str, AskedOption] = {}
+    known: dict[str, AdoptableOption] = {}
     refused: dict[str, str] = {}
     for option in describe_options(build_parser(table, name)):
         if option.rejection is not None:
             refused[option.name] = option.rejection
             continue
-        known[option.name] = AskedOption(
+        known[option.name] = AdoptableOption(
             kind=option.kind,
             choices=tuple(option.choices),
             default=_read_default(option),

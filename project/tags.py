@@ -27,21 +27,21 @@ class TagLists:
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "
-    has_kept: bool  # `|||` follows the tags that are not shuffled
-    has_choices: bool  # alternatives such as {red|blue}
+    has_separator_of_fixed_tags: bool  # `|||` follows the tags that are not shuffled
+    has_alternatives: bool  # alternatives such as {red|blue}
 
     @property
-    def kept(self) -> int:
+    def num_leading_shared(self) -> int:
         """Return the number of leading tags that all captions share; 1 if there is a single caption."""
         return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
 
     @property
-    def shared(self) -> list[str]:
+    def shared_tags(self) -> list[str]:
         """Return the tags that all lists contain, in the order of the first list."""
         return [tag for tag in self.lists[0] if all(tag in tags for tags in self.lists)]
 
     @property
-    def joined(self) -> str | None:
+    def first_with_underscore(self) -> str | None:
         """Return the first tag with an underscore between words; None if there is none."""
         return next((tag for tags in self.lists for tag in tags if UNDERSCORE.search(tag)), None)
 
@@ -56,13 +56,13 @@ class TagLists:
             keys["caption_separator"] = self.separator
         captions = [self.separator.join(tags) for tags in self.lists]
         adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in captions)
-        if self.has_kept:
+        # neither the leading tags that all captions share nor a trigger word in front of them are shuffled
+        num_fixed_tags = self.num_leading_shared + (1 if adds_trigger else 0)
+        if self.has_separator_of_fixed_tags:
             keys["keep_tokens_separator"] = KEPT
-        elif self.kept or adds_trigger:
-            # the trigger word, added in front, must not be shuffled either
-            num_added = 1 if adds_trigger else 0
-            keys["keep_tokens"] = self.kept + num_added
-        if self.has_choices:
+        elif num_fixed_tags:
+            keys["keep_tokens"] = num_fixed_tags
+        if self.has_alternatives:
             keys["enable_wildcard"] = True
         return keys
 
@@ -78,7 +78,7 @@ def find_tags(captions: Iterable[str]) -> TagLists | None:
     return None
 
 
-def write_blanks(tags: TagLists) -> list[str]:
+def make_argv_to_write_blanks(tags: TagLists) -> list[str]:
     """Return the command that rewrites tags with spaces for underscores, and commas between them."""
     commas = [] if tags.separator == "," else WRITE_COMMAS
     return [*EDIT, *commas, *WRITE_BLANKS, "--edit_only"]
@@ -94,14 +94,14 @@ def _read_list(text: str, separator: str) -> tuple[str, ...]:
     tags = [tag.strip() for tag in text.replace(KEPT, separator).split(separator) if tag.strip()]
     if len(tags) < LEAST or SENTENCE.search(text):
         return ()
-    if separator == " " and not _are_joined(tags):
+    if separator == " " and not _have_underscores(tags):
         return ()
     if separator == "," and max(len(tag.split()) for tag in tags) > MAX_WORDS:
         return ()
     return tuple(tags)
 
 
-def _are_joined(words: Sequence[str]) -> bool:
+def _have_underscores(words: Sequence[str]) -> bool:
     """Return whether space-separated words are tags (`red_hair`) and not a sentence."""
     joined = [word for word in words if UNDERSCORE.search(word)]
     return len(joined) * 4 >= len(words) and "," not in "".join(words)

@@ -59,9 +59,9 @@ class RunTrace:
 
     def __init__(self) -> None:
         self._history: History | None = None
-        self._training = Path()  # history of the training
+        self._training_history_path = Path()  # history of the training
         self._step = ""  # what the current command does
-        self._since = 0.0  # start time of the current command
+        self._step_start_time = 0.0  # start time of the current command
 
     def begin(self, repeat_argv: Sequence[str], output: Path, name: str, steps: int | None) -> None:
         """Start the history of a run, with the command that repeats it.
@@ -82,19 +82,19 @@ class RunTrace:
             written_in=str(real_path(output)),
             working_folder=str(Path.cwd()),
         )
-        self._training = history_path(output, name)
+        self._training_history_path = history_path(output, name)
         # a history of its own, which ends where that of the training begins
         self._history = History(history_path(output, f"{name}{BEFORE_TRAINING}"), session=1)
-        with self._guarded():
+        with self._ignore_write_errors():
             output.mkdir(parents=True, exist_ok=True)
             self._history.add(0, started=asdict(start))
             self._history.add(0, commands=[command])
 
     def note(self, argv: Sequence[str]) -> None:
         """Record which command begins."""
-        self._step, self._since = describe_step(argv), time.time()
+        self._step, self._step_start_time = describe_step(argv), time.time()
         if self._history is not None:
-            with self._guarded():
+            with self._ignore_write_errors():
                 self._history.add(0, message=self._step, level="info")
                 self._history.add(0, doing=self._step)
                 self._history.flush()
@@ -119,7 +119,7 @@ class RunTrace:
         finally:
             is_over.set()
             watcher.join()
-            with self._guarded():
+            with self._ignore_write_errors():
                 path.unlink(missing_ok=True)
 
     def _show_progress(self, path: Path, step: str, is_over: threading.Event) -> None:
@@ -130,7 +130,7 @@ class RunTrace:
             argv = "" if progress is None else f"{step}: {describe_progress(progress)}"
             if self._history is not None and argv not in ("", shown):
                 shown = argv
-                with self._guarded():
+                with self._ignore_write_errors():
                     self._history.add(0, doing=argv)
                     self._history.flush()
 
@@ -142,7 +142,7 @@ class RunTrace:
         # nothing was begun
         if self._history is None or not self._step:
             return
-        with self._guarded():
+        with self._ignore_write_errors():
             if not reason or self._has_training():
                 # a run that ended well, or whose training writes a history, needs no entry here
                 self._history.path.unlink(missing_ok=True)
@@ -155,12 +155,15 @@ class RunTrace:
     def _has_training(self) -> bool:
         """Return whether the training has started to write its own history."""
         try:
-            return self._step == TRAINING and self._training.stat().st_mtime >= self._since
+            return (
+                self._step == TRAINING
+                and self._training_history_path.stat().st_mtime >= self._step_start_time
+            )
         except OSError:
             return False
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _ignore_write_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, OutputError) as error:

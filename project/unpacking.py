@@ -27,7 +27,7 @@ from modules.paths import expand_path, path_exists
 from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
 from modules.zip_files import BoundedFile
 from project.options import RUN_FILE, as_operand, download_options, own_command
-from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_error_of_name
+from project.pack_options import ARCHIVE_MODEL_FOLDER, MANIFEST, VERSION, UnpackOptions, find_error_of_name
 from project.relocating import change_texts
 from training.config_options import PROJECT_TABLE
 
@@ -54,7 +54,7 @@ def unpack_folder(options: UnpackOptions) -> None:
             members = [entry for entry in archive.infolist() if entry.filename != MANIFEST]
             folder = options.folder or Path(manifest["name"])
             models = _read_models(archive, real_path(options.models))
-            _write(archive, members, manifest["modified"], folder, options)
+            _write_folder(archive, members, manifest["modified"], folder, options)
     except UserError:
         raise
     except (
@@ -67,7 +67,7 @@ def unpack_folder(options: UnpackOptions) -> None:
             f"{path} is not a complete `pack` file ({reason}). Copy it again, and compare its size with that "
             "of the file on the first machine"
         ) from None
-    print_lines(_describe(folder, models, options))
+    print_lines(_describe_unpacked(folder, models, options))
 
 
 def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -86,12 +86,12 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
         raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
     # called only to raise KeyError if there is no run.toml
     archive.getinfo(RUN_FILE)
-    name, modified = manifest["name"], manifest["modified"]
+    name, modification_times = manifest["name"], manifest["modified"]
     # the name becomes that of the new folder
     reason = find_error_of_name(name, os.name == "nt")
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
-    if not isinstance(modified, dict):
+    if not isinstance(modification_times, dict):
         raise TypeError(f"{MANIFEST} has no table of times")
     return dict(manifest)
 
@@ -104,7 +104,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
     if archive.getinfo(RUN_FILE).file_size > MAX_OF_RUN_FILE:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
-        text = _place_models(_read_member(file).decode("utf-8-sig"), models)
+        text = _replace_model_folder(_read_member(file).decode("utf-8-sig"), models)
     others = parse_toml(text).get(PROJECT_TABLE, {})
     files = others.get("files", []) if isinstance(others, dict) else None
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
@@ -152,10 +152,10 @@ def _read_member(file: Any) -> bytes:
     return b"".join(pieces)
 
 
-def _write(
+def _write_folder(
     archive: zipfile.ZipFile,
     members: Sequence[zipfile.ZipInfo],
-    modified: Mapping[str, Any],
+    modification_times: Mapping[str, Any],
     folder: Path,
     options: UnpackOptions,
 ) -> None:
@@ -178,10 +178,10 @@ def _write(
                     bar.update(len(piece))
         run_file = temporary / RUN_FILE
         # its model paths become those of this machine's model folder
-        text = _place_models(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
+        text = _replace_model_folder(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
         for entry in members:
-            nanoseconds = modified.get(entry.filename)
+            nanoseconds = modification_times.get(entry.filename)
             # run.toml was changed just now, so its old time would be wrong
             if isinstance(nanoseconds, int) and 0 < nanoseconds < LATEST_NS and entry.filename != RUN_FILE:
                 os.utime(temporary / entry.filename, ns=(nanoseconds, nanoseconds))
@@ -200,7 +200,7 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
         raise
 
 
-def _place_models(text: str, models: Path) -> str:
+def _replace_model_folder(text: str, models: Path) -> str:
     """Replace the archive's model folder in a run.toml by the model folder of this machine.
 
     Raises:
@@ -215,7 +215,7 @@ def _place_models(text: str, models: Path) -> str:
     # only values such as `models/vae.safetensors` are changed
     def place_model(_: str, value: str) -> str:
         first, slash, inside = value.partition("/")
-        if first != MODELS_PART or find_error_of_name(value, on_windows=False):
+        if first != ARCHIVE_MODEL_FOLDER or find_error_of_name(value, on_windows=False):
             return value
         return f"{models.as_posix()}{slash}{inside}"
 
@@ -223,7 +223,7 @@ def _place_models(text: str, models: Path) -> str:
     return tomlkit.dumps(document)
 
 
-def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
+def _describe_unpacked(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
     """Return lines about an unpacked folder: its size, missing models, and the next command.
 
     `models` are the paths that run.toml lists.

@@ -308,7 +308,7 @@ def describe_scripts(family: str) -> str:
     entry = FAMILIES[family]
     training_script = f"{entry.training_script}.py"
     trainable = [
-        model for model in model_sets() if "train" in model.commands and not model.data.get("control")
+        model for model in model_sets() if "train" in model.commands and not model.properties.get("control")
     ]
     # tasks that this family's script trains, by the family's name in the catalogue
     tasks_by_name: dict[str, list[str]] = {}

@@ -48,7 +48,7 @@ def find_model(name: str) -> Any:
 
 def write_folder(folder: Path, name: str, kind: RunKind) -> None:
     """Write what a kind of run learns from."""
-    if kind.sees_controls:
+    if kind.uses_control_images:
         write_photos(folder)
         write_photos(folder / "conditioning", captions=False)
     elif name == "ltx_2 av":
@@ -133,9 +133,9 @@ def test_a_folder_becomes_a_result(
     folder = tmp_path / "Bilder von Jörg"
     write_folder(folder, name, run_kind)
     words = [*write_new_model(name, models / name), "--train", kind, "--max_train_steps", "2"]
-    words += ["--output_name", "own"] if not run_kind.learns_word else ["--trigger_word", WORD]
+    words += ["--output_name", "own"] if not run_kind.trains_embedding else ["--trigger_word", WORD]
     answer = run_here("new_project.py", folder, *words, folder=tmp_path)
-    if run_kind not in list_kinds(model) or run_kind.why_not(model, 0) is not None:
+    if run_kind not in list_kinds(model) or run_kind.why_unsupported(model, 0) is not None:
         assert_one_message(*answer)
         return
     assert answer == (0, ""), answer[1]
@@ -147,7 +147,7 @@ def test_a_folder_becomes_a_result(
     assert by_command
 
     with serve_runs(folder, queue=worker.queue, render_worker=worker) as served:
-        run = served.of(WORD if run_kind.learns_word else "own")
+        run = served.of(WORD if run_kind.trains_embedding else "own")
         deeds = served.ask(f"{run}deeds").text
         if 'id="generate_with"' in deeds:
             making = press_generate(served, worker, deeds, "a red square")

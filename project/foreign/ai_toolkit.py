@@ -9,9 +9,9 @@ from project.foreign.contract import (
     NEW,
     ForeignRun,
     KeyRule,
-    NoRun,
-    Parts,
     Program,
+    TrainedNetworks,
+    UnsupportedRun,
     is_off,
     is_on,
     number,
@@ -22,9 +22,9 @@ from project.foreign.contract import (
 )
 
 _JOB = "config.process[]"
-_FIRST = "config.process[0]"
-_TRAINERS = ("sd_trainer", "ui_trainer", "diffusion_trainer")
-_WORDS = ("textual_inversion_trainer", "textual_inversion")
+_FIRST_PROCESS = "config.process[0]"
+_TRAINER_TYPES = ("sd_trainer", "ui_trainer", "diffusion_trainer")
+_EMBEDDING_TYPES = ("textual_inversion_trainer", "textual_inversion")
 _OF_LOKR = omitted("network_args and network_dim below [training] say it: docs/networks.md")
 _SLIDER = "--slider of a training script learns from two texts, without files: docs/targets.md"
 
@@ -32,30 +32,32 @@ _SLIDER = "--slider of a training script learns from two texts, without files: d
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     """Return what kind of run an AI Toolkit job is, with the key that shows it; else raise NoRun."""
     job = str(values.get("job"))
-    kind = str(values.get(f"{_FIRST}.type", ""))
+    kind = str(values.get(f"{_FIRST_PROCESS}.type", ""))
     if job in {"extract", "generate", "mod"}:
-        raise NoRun(f"job = {job} trains nothing")
-    if "slider" in kind.lower() or any(key.startswith(f"{_FIRST}.slider") for key in values):
-        raise NoRun(f"type = {kind}: a slider is trained, and `new` does not set one up. {_SLIDER}")
-    adapter = values.get(f"{_FIRST}.adapter.type")
+        raise UnsupportedRun(f"job = {job} trains nothing")
+    if "slider" in kind.lower() or any(key.startswith(f"{_FIRST_PROCESS}.slider") for key in values):
+        raise UnsupportedRun(f"type = {kind}: a slider is trained, and `new` does not set one up. {_SLIDER}")
+    adapter = values.get(f"{_FIRST_PROCESS}.adapter.type")
     if adapter is not None:
         if str(adapter).lower().replace("_", "") == "controlnet":
             return ForeignRun("controlnet", f"adapter.type = {adapter}")
-        raise NoRun(f"adapter.type = {adapter}: no adapter of this kind is trained here")
-    if kind.lower() in _WORDS or any(key.startswith(f"{_FIRST}.embedding.") for key in values):
+        raise UnsupportedRun(f"adapter.type = {adapter}: no adapter of this kind is trained here")
+    if kind.lower() in _EMBEDDING_TYPES or any(
+        key.startswith(f"{_FIRST_PROCESS}.embedding.") for key in values
+    ):
         return ForeignRun("embedding", f"type = {kind}, with embedding")
-    if kind not in _TRAINERS:
-        raise NoRun(f"type = {kind}: `new` sets up no such training")
-    network = [key for key in values if key.startswith(f"{_FIRST}.network.")]
+    if kind not in _TRAINER_TYPES:
+        raise UnsupportedRun(f"type = {kind}: `new` sets up no such training")
+    network = [key for key in values if key.startswith(f"{_FIRST_PROCESS}.network.")]
     return ForeignRun("lora", "network") if network else ForeignRun("whole", "a job without network")
 
 
-def _find_parts(values: Mapping[str, Any]) -> Parts:
+def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks an AI Toolkit job trains, and their learning rates."""
     names = ("train_unet", "train_text_encoder", "unet_lr", "text_encoder_lr")
-    keys = [f"{_FIRST}.train.{name}" for name in names]
+    keys = [f"{_FIRST_PROCESS}.train.{name}" for name in names]
     unet, texts, unet_rate, text_rate = (values.get(key) for key in keys)
-    return Parts(
+    return TrainedNetworks(
         tuple(key for key in keys if key in values),
         unet is not False,
         read_rate(unet_rate),
@@ -63,11 +65,11 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
     )
 
 
-def _find_idle(values: Mapping[str, Any]) -> set[str]:
+def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect: empty lists, and EMA settings while EMA is off."""
     without_effect = set()
-    if not is_on(values.get(f"{_FIRST}.train.ema_config.use_ema")):
-        without_effect |= {f"{_FIRST}.train.ema_config.ema_decay"}
+    if not is_on(values.get(f"{_FIRST_PROCESS}.train.ema_config.use_ema")):
+        without_effect |= {f"{_FIRST_PROCESS}.train.ema_config.ema_decay"}
     return {
         *without_effect,
         *(key for key, value in values.items() if key.endswith(".is_reg") and is_off(value)),
@@ -185,24 +187,26 @@ _RULES = {
 PROGRAM = Program(
     title="AI Toolkit",
     suffixes=(".yaml", ".yml", ".json"),
-    alpha=1,
-    marks=("config.process[].type",),
-    usual={
-        f"{_FIRST}.train.steps": 1000,
-        f"{_FIRST}.train.lr": 1e-6,
-        f"{_FIRST}.train.optimizer": "adamw",
+    default_alpha=1,
+    identifying_keys=("config.process[].type",),
+    default_values={
+        f"{_FIRST_PROCESS}.train.steps": 1000,
+        f"{_FIRST_PROCESS}.train.lr": 1e-6,
+        f"{_FIRST_PROCESS}.train.optimizer": "adamw",
     },
     find_run=_find_run,
-    find_parts=_find_parts,
-    find_idle=_find_idle,
-    arguments={"adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}},
+    find_trained_networks=_find_trained_networks,
+    find_ineffective_keys=_find_ineffective_keys,
+    default_optimizer_arguments={
+        "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    },
     rules={
         "config.name": rules.OUTPUT_NAME,
         "job": omitted("it is a training"),
         "meta.*": rules.NAMES,
         **{f"{_JOB}.{key}": rule for key, rule in _RULES.items()},
     },
-    models={
+    model_by_name={
         "is_flux=True": ("flux", "dev"),
         "is_xl=True": ("stable_diffusion", "xl"),
         "is_v2=True": ("stable_diffusion", "2.1"),

@@ -13,16 +13,16 @@ from project.foreign.project import ForeignProject
 from project.options import RUN_FILE
 from project.script_facts import check_options
 
-MAX_TURNS = 12  # maximum number of rejected values
+MAX_REJECTIONS = 12  # maximum number of rejected values
 # message about a file that `run --download` or `new` will still create
-NOT_THERE = re.compile(r"no such file|there is no|not found|is missing", re.IGNORECASE)
+MISSING_FILE_MESSAGE = re.compile(r"no such file|there is no|not found|is missing", re.IGNORECASE)
 
 
 def check_run(
     project: ForeignProject,
     script: str,
     folder: Path,
-    write: Callable[[Mapping[str, Any]], Mapping[str, str]],
+    make_run_files: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
     """Remove options that the training script rejects, one by one, with its message as the reason.
 
@@ -30,23 +30,23 @@ def check_run(
         project: The project to check.
         script: Options of the training script.
         folder: The described folder.
-        write: Returns the run's files (name -> text) with the given training options.
+        make_run_files: Returns the run's files (name -> text) with the given training options.
     """
     # a script reports one bad option at a time
-    for _ in range(MAX_TURNS):
-        message = _check(script, folder, write(project.training))
+    for _ in range(MAX_REJECTIONS):
+        message = _find_rejection_message(script, folder, make_run_files(project.training_options))
         # accepted, or it lacks a file that `run --download` or `new` will still create
-        if message is None or NOT_THERE.search(message):
+        if message is None or MISSING_FILE_MESSAGE.search(message):
             return
-        blamed = _find_blamed(project, message)
-        if blamed is None:
+        rejected_option = _find_option_in_message(project, message)
+        if rejected_option is None:
             # the message is about none of the project's options
-            project.omitted.append(f"this run would not begin: {message}")
+            project.omission_lines.append(f"this run would not begin: {message}")
             return
-        project.drop(blamed, message)
+        project.remove_option(rejected_option, message)
 
 
-def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
+def _find_rejection_message(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
     """Return the message with which a training script rejects a run's options; None if it accepts them.
 
     `texts` maps file names of the run to their contents. The files are not in the folder yet, so
@@ -68,7 +68,7 @@ def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
         return " ".join(message.split())
 
 
-def _find_blamed(project: ForeignProject, message: str) -> str | None:
+def _find_option_in_message(project: ForeignProject, message: str) -> str | None:
     """Return the first option in an error message that the foreign project has set."""
     names = re.findall(r"(?:--|\b)([a-z][a-z0-9_]+)", message)
-    return next((name for name in names if name in project.training), None)
+    return next((name for name in names if name in project.training_options), None)

@@ -35,7 +35,7 @@ MAX_STEPS = 10_000_000
 class KeyRule(NamedTuple):
     """How a key of a foreign file is handled; `read` converts its value or raises ValueError."""
 
-    to: str
+    target: str
     name: str = ""  # name of the option or key; for OMITTED, the reason
     read: Callable[[Any], Any] = lambda value: value
 
@@ -51,24 +51,24 @@ class UnsetValue(ValueError):
     """A value that means "not set" in the other program's interface."""
 
 
-class NoRun(Exception):
+class UnsupportedRun(Exception):
     """A project's kind of training cannot be set up by `new`; the message gives the reason."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainedNetworks:
     """Which networks of a model a foreign project trains, and at which learning rates."""
 
-    keys: tuple[str, ...] = ()  # keys that select the networks
+    file_keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
     dit_rate: float | None = None  # None: the learning rate of the run
     # rate of each text encoder; 0 freezes it; () if none is trained
-    text_rates: tuple[float | None, ...] = ()
+    text_encoder_rates: tuple[float | None, ...] = ()
 
     @property
-    def trains_texts(self) -> bool:
+    def trains_text_encoders(self) -> bool:
         """Whether any text encoder is trained."""
-        return any(rate != 0 for rate in self.text_rates)
+        return any(rate != 0 for rate in self.text_encoder_rates)
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
@@ -76,17 +76,17 @@ def train_lora(values: Mapping[str, Any]) -> ForeignRun:
     return ForeignRun("lora", "")
 
 
-def say_no_parts(values: Mapping[str, Any]) -> Parts:
+def train_default_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return the defaults, for a program whose files cannot select which networks are trained."""
-    return Parts()
+    return TrainedNetworks()
 
 
-def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
+def find_no_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return an empty set, for a program in which every key has an effect."""
     return set()
 
 
-def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
+def guess_no_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return None: this trainer's files cannot reveal the model by other keys."""
     return None
 
@@ -101,32 +101,32 @@ class Program:
 
     title: str
     suffixes: tuple[str, ...]
-    marks: tuple[str, ...]  # keys that identify the program: each of its files has one
+    identifying_keys: tuple[str, ...]  # keys that identify the program: each of its files has one
     rules: Mapping[str, KeyRule]
-    models: Mapping[str, tuple[str, str | None]]  # the program's name of a model -> family and task
-    alpha: float | None  # default alpha of a LoRA; None for its rank
-    companions: tuple[str, ...] = ()  # keys naming an additional file; its keys get the prefix KEY:
+    model_by_name: Mapping[str, tuple[str, str | None]]  # the program's name of a model -> family and task
+    default_alpha: float | None  # default alpha of a LoRA; None for its rank
+    companion_keys: tuple[str, ...] = ()  # keys naming an additional file; its keys get the prefix KEY:
     # keys missing in a file -> the program's default, if `new` would choose another value
-    usual: Mapping[str, Any] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
-    knows_options: bool = False  # whether other keys are options of the training script
+    default_values: Mapping[str, Any] = field(default_factory=dict)
+    unit_keys: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
+    shares_option_names: bool = False  # whether other keys are options of the training script
     find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises NoRun
-    find_parts: Callable[[Mapping[str, Any]], Parts] = say_no_parts
+    find_trained_networks: Callable[[Mapping[str, Any]], TrainedNetworks] = train_default_networks
     # our name of an optimizer -> arguments that the program passes by default
-    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    default_optimizer_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # returns the keys that have no effect in the program
-    find_idle: Callable[[Mapping[str, Any]], set[str]] = say_nothing_idle
+    find_ineffective_keys: Callable[[Mapping[str, Any]], set[str]] = find_no_ineffective_keys
     # keys that exclude a dataset from training -> the values that do
-    unused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    dataset_off_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # key and value that make repeats the number of files drawn per epoch
-    counted: Mapping[str, Any] = field(default_factory=dict)
+    fixed_draw_settings: Mapping[str, Any] = field(default_factory=dict)
     # keys with a variant of a model -> the key with the kind of model; `models` has both names, with
     # a space between them
-    variants: Mapping[str, str] = field(default_factory=dict)
+    kind_key_of_variant: Mapping[str, str] = field(default_factory=dict)
     # guesses family and task from other keys if the file names no model
-    guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_nothing
+    guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_no_model
     # renames values to the keys in `rules`, if the names depend on other values
-    name_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
+    rename_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
 
 
 def omitted(reason: str) -> KeyRule:

@@ -18,7 +18,7 @@ from modules.run_limits import temporary_folder
 from modules.text_files import real_path
 from project import describing
 from project.media import Media
-from project.options import WRITTEN
+from project.options import DATASET_FILE
 
 DEFAULT_STEP = 8  # pixels; used until the autoencoder's file is available
 
@@ -43,46 +43,48 @@ def find_pixel_step(family: Any) -> int:
     return DEFAULT_STEP
 
 
-def count_steps_of_epoch(choice: describing.Choice) -> int:
+def count_steps_of_epoch(setup: describing.RunSetup) -> int:
     """Return the optimizer steps in one epoch of the dataset.toml that `new` would write.
 
     Sizes of files and lengths of clips decide which files share a batch, as in training.
     """
     # the dataset file is not written yet: a temporary copy is loaded, in whose folder its paths are relative
     files: list[CountedFile] = []
-    media_by_path = {real_path(item.path): item for item in choice.media}
-    with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
-        copy = copies / WRITTEN[0]
-        write_text(copy, describing.describe_dataset(choice))
+    media_by_path = {real_path(item.path): item for item in setup.media}
+    with temporary_folder() as temporary, contextlib.chdir(setup.options.folder), quiet():
+        copy = temporary / DATASET_FILE
+        write_text(copy, describing.describe_dataset(setup))
         try:
-            config = with_lengths(load_dataset_config(copy), describing.lengths_of(choice.model))
+            config = with_lengths(load_dataset_config(copy), describing.clip_lengths_of(setup.model))
             for table in config.datasets:
                 for source in find_sources(table, faults=[]):
                     item = media_by_path.get(real_path(source.path))
                     # an image is one item of one frame, a clip one item for each length
-                    lengths = [1] if item is None or not item.is_clip else _lengths(choice, table, item)
-                    bucket = _bucket(choice, table, source.path, None if item is None else item.size)
+                    lengths = [1]
+                    if item is not None and item.is_clip:
+                        lengths = _list_lengths(setup, table, item)
+                    bucket = _find_bucket(setup, table, source.path, None if item is None else item.size)
                     files += [CountedFile(table, (*bucket, length)) for length in lengths]
         except UserError:  # `new` reports errors of the files
-            return max(len(choice.media), 1)
-    accumulated = choice.training.get("gradient_accumulation_steps", 1)
+            return max(len(setup.media), 1)
+    accumulated = setup.training_options.get("gradient_accumulation_steps", 1)
     return ceil_div(count_batches(files), accumulated)
 
 
-def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> list[int]:
+def _list_lengths(setup: describing.RunSetup, table: DatasetTable, item: Media) -> list[int]:
     """Return the numbers of frames of the items that a clip yields."""
-    frames = describing.count_frames(item, choice.model)
+    frames = describing.count_frames(item, setup.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]
 
 
-def _bucket(
-    choice: describing.Choice, table: DatasetTable, path: Path, size: tuple[int, int] | None
+def _find_bucket(
+    setup: describing.RunSetup, table: DatasetTable, path: Path, size: tuple[int, int] | None
 ) -> tuple[int, ...]:
     """Return the bucket size in which a file is trained; () if it is unknown."""
     if size is None:
         return ()
     try:
-        return bucket_of(table, size, find_pixel_step(choice.model_info.family), path)
+        return bucket_of(table, size, find_pixel_step(setup.model_info.family), path)
     except UserError:
         return ()

@@ -11,8 +11,8 @@ from project.foreign.contract import (
     SOONEST,
     ForeignRun,
     KeyRule,
-    Parts,
     Program,
+    TrainedNetworks,
     integer,
     omitted,
     read_largest,
@@ -36,12 +36,12 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     return ForeignRun("whole", "no [adapter]")
 
 
-def _find_parts(values: Mapping[str, Any]) -> Parts:
+def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks a diffusion-pipe file trains, and their learning rates."""
     names = ("model.unet_lr", "model.text_encoder_1_lr", "model.text_encoder_2_lr")
     keys = tuple(name for name in names if name in values)
     texts = tuple(read_rate(values[name]) for name in keys if name != names[0])
-    return Parts(keys, True, read_rate(values.get(names[0])), texts)
+    return TrainedNetworks(keys, True, read_rate(values.get(names[0])), texts)
 
 
 def _read_batch(value: Any) -> int:
@@ -53,12 +53,12 @@ def _read_batch(value: Any) -> int:
 PROGRAM = Program(
     title="diffusion-pipe",
     suffixes=(".toml",),
-    alpha=None,
-    marks=("micro_batch_size_per_gpu", "pipeline_stages", "save_every_n_epochs"),
-    companions=("dataset",),
-    usual={"warmup_steps": 0},
+    default_alpha=None,
+    identifying_keys=("micro_batch_size_per_gpu", "pipeline_stages", "save_every_n_epochs"),
+    companion_keys=("dataset",),
+    default_values={"warmup_steps": 0},
     find_run=_find_run,
-    find_parts=_find_parts,
+    find_trained_networks=_find_trained_networks,
     rules={
         "epochs": KeyRule(EPOCHS, SOONEST, rules.NUM_EPOCHS.read),
         "max_steps": rules.STEPS,
@@ -146,7 +146,7 @@ PROGRAM = Program(
         "dataset:directory[].frame_buckets": omitted("`new` chooses the frames of clips"),
         "dataset:directory[].ar_buckets": rules.BUCKETS,
     },
-    models={
+    model_by_name={
         "flux": ("flux", "dev"),
         "flux2": ("flux_2", None),
         "ltx2": ("ltx_2", None),

@@ -13,9 +13,9 @@ from project.foreign.contract import (
     TRAINING,
     ForeignRun,
     KeyRule,
-    NoRun,
-    Parts,
     Program,
+    TrainedNetworks,
+    UnsupportedRun,
     integer,
     is_off,
     is_on,
@@ -29,20 +29,20 @@ _OF_UI = omitted("the form has it for its own use")
 _OF_NETWORK = omitted("network_args below [training] say it: docs/networks.md")
 _OF_LAUNCHER = omitted("`run` starts the training on one card")
 _NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
-_OF_LYCORIS = (
+_LYCORIS_KEYS = (
     *("algo", "block_size", "bypass_mode", "constrain", "decompose_both", "rank_dropout_scale"),
     *("rescaled", "train_norm", "train_on_input", "unit", "use_cp", "use_scalar", "use_tucker"),
 )
-_OF_BLOCKS = (
+_BLOCK_WEIGHT_KEYS = (
     *("block_alphas", "block_dims", "block_lr_zero_threshold", "conv_block_alphas", "conv_block_dims"),
     *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
 )
-_MULTIRES = ("multires_noise_discount", "multires_noise_iterations")
-_OFFSET = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
-_FLUX_ALONE = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
-_OF_FINE_TUNING = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
-_OF_SLIDER = ("leco_denoise_guidance_scale", "max_denoising_steps", "prompts_file")
-_OF_EMBEDDING = ("token_string", "init_word", "num_vectors_per_token")
+_MULTIRES_NOISE_KEYS = ("multires_noise_discount", "multires_noise_iterations")
+_NOISE_OFFSET_KEYS = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
+_FLUX_ONLY_KEYS = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
+_FINE_TUNING_KEYS = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
+_LECO_SLIDER_KEYS = ("leco_denoise_guidance_scale", "max_denoising_steps", "prompts_file")
+_EMBEDDING_KEYS = ("token_string", "init_word", "num_vectors_per_token")
 
 
 def _is_lllite(values: Mapping[str, Any]) -> bool:
@@ -57,105 +57,129 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
-    """Return what kind of run a kohya GUI file describes, with the key that shows it; else raise NoRun."""
-    # from the most specific keys to the least: LECO, LLLite, LoRA, embedding; else the whole model
-    kind = values.get("LoRA_type")
-    slider = next((key for key in _OF_SLIDER if key in values), None)
-    if slider is not None:
-        raise NoRun(
-            f"{slider} is of LECO, a slider, and `new` does not set one up. --slider of a training script "
-            "learns from two texts, without files: docs/targets.md"
+    """Return the kind of run that a kohya GUI file describes, with the key that shows it.
+
+    Keys are tried from the most specific to the least: LECO, LLLite, LoRA, embedding; else the whole model.
+
+    Raises:
+        UnsupportedRun: If `new` cannot set up this kind of run.
+    """
+    slider_key = next((key for key in _LECO_SLIDER_KEYS if key in values), None)
+    if slider_key is not None:
+        raise UnsupportedRun(
+            f"{slider_key} is of LECO, a slider, and `new` does not set one up. "
+            "--slider of a training script learns from two texts, without files: docs/targets.md"
         )
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")
-    if not is_off(kind):
-        if "fine" in str(kind).lower():
-            raise NoRun(
-                f"LoRA_type = {kind} trains differences of whole layers, which no network here does; "
+    network_type = values.get("LoRA_type")
+    if not is_off(network_type):
+        if "fine" in str(network_type).lower():
+            raise UnsupportedRun(
+                f"LoRA_type = {network_type} trains differences of whole layers, which no network here does; "
                 "--train whole trains the model itself"
             )
-        return ForeignRun("lora", f"LoRA_type = {kind}")
-    for key in _OF_EMBEDDING:
+        return ForeignRun("lora", f"LoRA_type = {network_type}")
+    for key in _EMBEDDING_KEYS:
         if not is_off(values.get(key)):
             return ForeignRun("embedding", f"{key} = {values[key]}")
     if not is_off(values.get("network_dim")):
         return ForeignRun("lora", "network_dim")
-    tuning_key = next((key for key in _OF_FINE_TUNING if key in values), None)
-    return ForeignRun(
-        "whole", f"no LoRA_type ({'DreamBooth' if tuning_key is None else f'fine-tuning, by {tuning_key}'})"
-    )
+    fine_tuning_key = next((key for key in _FINE_TUNING_KEYS if key in values), None)
+    method = "DreamBooth" if fine_tuning_key is None else f"fine-tuning, by {fine_tuning_key}"
+    return ForeignRun("whole", f"no LoRA_type ({method})")
 
 
-_OF_ONE_ENCODER = ("learning_rate_te",)
-_OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
+_ONE_ENCODER_RATE_KEYS = ("learning_rate_te",)
+_TWO_ENCODER_RATE_KEYS = ("learning_rate_te1", "learning_rate_te2")
 
 
-def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return which networks a kohya GUI file trains, and their learning rates."""
-    full_keys = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
-    all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *full_keys)
+def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
+    """Return which networks a kohya GUI file trains, and their learning rates.
+
+    The program writes 0 for a rate that the user has not set.
+    """
+    encoder_rate_keys = _TWO_ENCODER_RATE_KEYS if is_on(values.get("sdxl")) else _ONE_ENCODER_RATE_KEYS
+    all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *encoder_rate_keys)
     keys = tuple(key for key in all_keys if key in values)
-    # the program's page writes 0 for a rate that the user has not set
     if _find_run(values).kind == "lora":
-        dit_rate = read_rate(values.get("unet_lr")) or 0
-        text_rate = read_rate(values.get("text_encoder_lr")) or 0
-        if not dit_rate and not text_rate:
-            has_both = "unet_lr" in values and "text_encoder_lr" in values
-            # two rates of 0: both networks are trained at learning_rate
-            return Parts(keys, text_rates=(None,) if has_both else ())
-        text_rates = (text_rate,) if text_rate else ()
-        return Parts(keys, trains_dit=dit_rate > 0, dit_rate=dit_rate or None, text_rates=text_rates)
-    rates = [read_rate(values[name]) or 0 for name in full_keys if name in values]
-    if is_on(values.get("train_text_encoder")) and not any(rates):
-        return Parts(keys, text_rates=(None,))  # the encoders are trained at learning_rate
-    if is_off(values.get("train_text_encoder", True)) or not any(rates):
-        return Parts(keys, text_rates=())
-    return Parts(keys, text_rates=tuple(rates))
+        return _find_networks_of_lora(values, keys)
+    rates = [read_rate(values[name]) or 0 for name in encoder_rate_keys if name in values]
+    if any(rates):
+        trains_encoders = not is_off(values.get("train_text_encoder", True))
+        return TrainedNetworks(keys, text_encoder_rates=tuple(rates) if trains_encoders else ())
+    trains_encoders = is_on(values.get("train_text_encoder"))
+    # None: at learning_rate
+    return TrainedNetworks(keys, text_encoder_rates=(None,) if trains_encoders else ())
 
 
-def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off."""
-    # the program saves all fields of its page, also those of features that are off
-    kind = str(values.get("LoRA_type", "")).lower()
-    without_effect = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
-    without_effect |= {
-        *(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)
-    }  # keys of other models
-    if "lycoris" not in kind:
-        without_effect |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
-    if "lycoris" not in kind and "locon" not in kind:
-        without_effect |= {"conv_dim", "conv_alpha"}
+def _find_networks_of_lora(values: Mapping[str, Any], keys: tuple[str, ...]) -> TrainedNetworks:
+    """Return which networks get a LoRA: those with a rate above 0, or both if both rates are 0."""
+    dit_rate = read_rate(values.get("unet_lr")) or 0
+    text_encoder_rate = read_rate(values.get("text_encoder_lr")) or 0
+    if dit_rate or text_encoder_rate:
+        return TrainedNetworks(
+            keys,
+            trains_dit=dit_rate > 0,
+            dit_rate=dit_rate or None,
+            text_encoder_rates=(text_encoder_rate,) if text_encoder_rate else (),
+        )
+    has_both_keys = "unet_lr" in values and "text_encoder_lr" in values
+    # None: at learning_rate
+    return TrainedNetworks(keys, text_encoder_rates=(None,) if has_both_keys else ())
+
+
+def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a kohya GUI file without effect: those of features that its other keys turn off.
+
+    The program saves all fields of its page, also those of features that are off.
+    """
+    network_type = str(values.get("LoRA_type", "")).lower()
+    ineffective = _find_keys_of_other_models(values)
+    if "lycoris" not in network_type:
+        ineffective |= {*_LYCORIS_KEYS, "LyCORIS_preset", "dora_wd", "factor"}
+    if "lycoris" not in network_type and "locon" not in network_type:
+        ineffective |= {"conv_dim", "conv_alpha"}
     if values.get("noise_offset_type", "Original") == "Original":
-        without_effect |= {*_MULTIRES}
+        ineffective |= {*_MULTIRES_NOISE_KEYS}
     else:
-        without_effect |= {*_OFFSET}
-    if not is_on(values.get("flux1_checkbox")):
-        without_effect |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
-        # it is read above, although its name starts with flux1_
-        without_effect.discard("flux1_checkbox")
+        ineffective |= {*_NOISE_OFFSET_KEYS}
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
-        without_effect.add("min_snr_gamma")
+        ineffective.add("min_snr_gamma")
     if str(values.get("max_token_length")) == "75":  # the text encoder's default length
-        without_effect.add("max_token_length")
+        ineffective.add("max_token_length")
     if str(values.get("clip_skip")) in {"0", "1"}:  # the last layer
-        without_effect.add("clip_skip")
+        ineffective.add("clip_skip")
     if str(values.get("loss_type", "l2")) == "l2":
-        without_effect |= {"huber_c", "huber_schedule", "huber_scale"}
-    return without_effect
+        ineffective |= {"huber_c", "huber_schedule", "huber_scale"}
+    return ineffective
+
+
+def _find_keys_of_other_models(values: Mapping[str, Any]) -> set[str]:
+    """Return keys that only other models have: of SDXL, of models with one text encoder, or of FLUX."""
+    keys: set[str] = set()
+    if is_on(values.get("sdxl")):
+        keys |= {*_ONE_ENCODER_RATE_KEYS}
+    else:
+        keys |= {*_TWO_ENCODER_RATE_KEYS, *(key for key in values if key.startswith("sdxl_"))}
+    if not is_on(values.get("flux1_checkbox")):
+        keys |= {*_FLUX_ONLY_KEYS, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
+        keys.discard("flux1_checkbox")  # the switch itself is read
+    return keys
 
 
 PROGRAM = Program(
     title="the GUI of kohya_ss",
     suffixes=(".json",),
-    alpha=1,
-    marks=(
+    default_alpha=1,
+    identifying_keys=(
         *("LoRA_type", "train_data_dir", "train_dir", "image_folder", "create_buckets", "no_token_padding"),
-        *_OF_SLIDER,
+        *_LECO_SLIDER_KEYS,
     ),
-    knows_options=True,
+    shares_option_names=True,
     find_run=_find_run,
-    find_parts=_find_parts,
-    find_idle=_find_idle,
+    find_trained_networks=_find_trained_networks,
+    find_ineffective_keys=_find_ineffective_keys,
     guess_model=_guess_model,
     rules={
         "output_name": rules.OUTPUT_NAME,
@@ -164,7 +188,7 @@ PROGRAM = Program(
         "network_dim": rules.RANK,
         "network_alpha": rules.ALPHA,
         **{name: KeyRule(NETWORK_ARGUMENT, name, number(-1, 1e6)) for name in _NETWORK_ARGUMENTS},
-        **dict.fromkeys((*_OF_LYCORIS, *_OF_BLOCKS, "LyCORIS_preset"), _OF_NETWORK),
+        **dict.fromkeys((*_LYCORIS_KEYS, *_BLOCK_WEIGHT_KEYS, "LyCORIS_preset"), _OF_NETWORK),
         "dora_wd": rules.DORA,
         "token_string": rules.WORD,
         "init_word": rules.INIT_WORD,
@@ -267,7 +291,7 @@ PROGRAM = Program(
         "class_prompt": omitted("the folder's name has the class"),
         "instance_prompt": KeyRule(NEW, "trigger_word", rules.WORD.read),
     },
-    models={
+    model_by_name={
         "sdxl=True": ("stable_diffusion", "xl"),
         "flux1_checkbox=True": ("flux", "dev"),
         "v2=True": ("stable_diffusion", "2.1"),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from downloads.catalogue import ModelSet
-from project.foreign.optimizing import OF_ONE_RATE
+from project.foreign.optimizing import SINGLE_RATE_OPTIMIZERS
 from project.foreign.project import ForeignProject, show
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
@@ -13,122 +13,147 @@ from project.script_facts import ScriptOptions
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
-def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
-    """Remove a project's learning rates if this run trains something else or with another optimizer."""
-    reason = ""
+def remove_unsuitable_rates(project: ForeignProject, kind: RunKind) -> None:
+    """Remove a project's learning rates if this run trains something else or with another optimizer.
+
+    With another optimizer, the arguments of the project's optimizer are removed, too.
+    """
     if kind.name != project.run.kind:
         setting = f" ({project.run.setting})" if project.run.setting else ""
-        reason = f"it is not the rate of such a run{setting}, and {kind.title} is trained"
-    elif project.has_other_optimizer:
-        reason = "another optimizer is taken, with its own"
-    if not reason:
+        _remove_all_rates(project, f"it is not the rate of such a run{setting}, and {kind.title} is trained")
+    elif project.replaces_optimizer:
+        _remove_all_rates(project, "another optimizer is taken, with its own")
+    else:
         return
+    if project.replaces_optimizer:
+        for name in project.optimizer_arguments:
+            project.report_omitted_key(project.file_key_of(name), "it is of that optimizer")
+        project.optimizer_arguments = {}
+
+
+def _remove_all_rates(project: ForeignProject, reason: str) -> None:
+    """Remove the learning rates of the run and of its networks; which networks are trained stays."""
     for name in _RATES:
-        if name in project.training:
-            project.drop(name, reason)
-    if project.parts.dit_rate is not None or any(project.parts.text_rates):
-        project.omitted.append(f"the rates of {_keys_of_parts(project)}: {reason}")
-    # 0 still says that an encoder is not trained; None: it is trained at the general rate
-    text_rates = tuple(0 if rate == 0 else None for rate in project.parts.text_rates)
-    project.parts = dataclasses.replace(project.parts, dit_rate=None, text_rates=text_rates)
-    if project.has_other_optimizer:
-        for name in list(project.arguments):
-            project.arguments.pop(name)
-            project.leave(project.key_of(name), "it is of that optimizer")
+        if name in project.training_options:
+            project.remove_option(name, reason)
+    networks = project.trained_networks
+    if networks.dit_rate is not None or any(networks.text_encoder_rates):
+        project.omission_lines.append(f"the rates of {_join_network_keys(project)}: {reason}")
+    project.trained_networks = dataclasses.replace(
+        networks, dit_rate=None, text_encoder_rates=_use_common_rate(networks.text_encoder_rates)
+    )
 
 
-def _keys_of_parts(project: ForeignProject) -> str:
-    return ", ".join(map(show, project.parts.keys))
+def _use_common_rate(rates: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Return None, the common learning rate, for each text encoder; 0 stays for frozen ones."""
+    return tuple(0 if rate == 0 else None for rate in rates)
 
 
-def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
-    """Write which networks a foreign project trains, and at which learning rates; report what cannot be."""
-    parts = project.parts
-    # an embedding or a control network is trained: no network of the model is, whatever the file says
-    if kind.learns_word or kind.sees_controls:
-        if parts.keys:
-            project.leave(_keys_of_parts(project), f"{kind.title} is all that is trained")
+def _join_network_keys(project: ForeignProject) -> str:
+    return ", ".join(map(show, project.trained_networks.file_keys))
+
+
+def resolve_trained_networks(
+    project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions
+) -> None:
+    """Set the training options for the networks that a foreign project trains, and their learning rates.
+
+    Settings that this kind of run, the model or the script does not support are reported.
+    """
+    networks = project.trained_networks
+    # an embedding or a control network is trained, and no network of the model itself
+    if kind.trains_embedding or kind.uses_control_images:
+        if networks.file_keys:
+            project.report_omitted_key(_join_network_keys(project), f"{kind.title} is all that is trained")
         return
-    can_learn = _can_train_text_encoders(model, kind, script)
-    if not parts.trains_texts:
-        project.adopted += map(show, parts.keys)
-    elif not can_learn:
-        project.omitted.append(
-            f"{_keys_of_parts(project) or 'text encoders'}: a text encoder learned there, and none does "
+    can_train_text_encoders = _can_train_text_encoders(model, kind, script)
+    if not networks.trains_text_encoders:
+        project.adopted_keys += map(show, networks.file_keys)
+    elif not can_train_text_encoders:
+        project.omission_lines.append(
+            f"{_join_network_keys(project) or 'text encoders'}: a text encoder learned there, and none does "
             f"here: {kind.title} of {model.title} leaves text encoders as they are"
         )
-    if parts.dit_rate is not None and (kind is LORA or parts.trains_texts):
-        _set_rate(project, parts.dit_rate)
-    if parts.trains_texts and can_learn:
-        rates = _select_text_rates(project)
-        if kind is LORA:
-            _train_text_encoders_of_lora(project, rates)
-        else:
-            _train_text_encoders_of_model(project, script, rates)
+    if networks.dit_rate is not None and (kind is LORA or networks.trains_text_encoders):
+        _use_dit_rate(project, networks.dit_rate)
+    if not (networks.trains_text_encoders and can_train_text_encoders):
+        return
+    rates = _select_text_encoder_rates(project)
+    if kind is LORA:
+        _train_text_encoders_of_lora(project, rates)
+    else:
+        _train_text_encoders_of_model(project, script, rates)
 
 
 def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:
     if kind is LORA:
-        return "--network_train_unet_only" in model.commands["train"] and "text_encoder_lr" in script.known
-    return "train_text_encoder" in script.known
+        return "--network_train_unet_only" in model.commands["train"] and "text_encoder_lr" in script.accepted
+    return "train_text_encoder" in script.accepted
 
 
-def _set_rate(project: ForeignProject, rate: float) -> None:
+def _use_dit_rate(project: ForeignProject, rate: float) -> None:
     """Use the learning rate of the transformer or U-Net for all trained networks."""
-    key = next((key for key in project.parts.keys if "unet" in key or "transformer" in key), "unet_lr")
-    if project.training.get("learning_rate") == rate:
+    key = next(
+        (key for key in project.trained_networks.file_keys if "unet" in key or "transformer" in key),
+        "unet_lr",
+    )
+    if project.training_options.get("learning_rate") == rate:
         return
-    if "learning_rate" in project.training:
-        project.drop("learning_rate", f"{key} is the rate of what learns")
-    project.training["learning_rate"] = rate
-    project.note_change(key, rate, f"learning_rate = {rate}")
+    if "learning_rate" in project.training_options:
+        project.remove_option("learning_rate", f"{key} is the rate of what learns")
+    project.training_options["learning_rate"] = rate
+    project.report_change(key, rate, f"learning_rate = {rate}")
 
 
-def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
+def _select_text_encoder_rates(project: ForeignProject) -> Sequence[float | None]:
     """Return each text encoder's learning rate; None stands for the common rate, 0 for frozen."""
-    rates = project.parts.text_rates
-    optimizer = project.training.get("optimizer_type")
-    default = project.training.get("learning_rate")
-    if optimizer not in OF_ONE_RATE or all(rate in {None, 0, default} for rate in rates):
+    rates = project.trained_networks.text_encoder_rates
+    optimizer = project.training_options.get("optimizer_type")
+    default = project.training_options.get("learning_rate")
+    if optimizer not in SINGLE_RATE_OPTIMIZERS or all(rate in {None, 0, default} for rate in rates):
         return rates
-    project.omitted.append(
+    project.omission_lines.append(
         f"the rates of text encoders ({', '.join(str(rate) for rate in rates if rate)}): {optimizer} takes "
         "one rate for all that learns"
     )
-    return [0 if rate == 0 else None for rate in rates]
+    return _use_common_rate(rates)
 
 
 def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
     """Train the LoRA on the text encoders, too, at `rates` (None: the common rate)."""
-    training = project.training
+    training = project.training_options
     training["network_train_unet_only"] = False
-    if not project.parts.trains_dit:
+    if not project.trained_networks.trains_dit:
         training["network_train_text_encoder_only"] = True
     default = training.get("learning_rate")
-    listed = [default if rate is None else rate for rate in rates]
-    told = ""
-    if None not in listed and any(rate != default for rate in listed):
-        training["text_encoder_lr"] = listed if len(set(listed)) > 1 else listed[:1]
-        told = f": text_encoder_lr = {', '.join(map(str, training['text_encoder_lr']))}"
-    project.changed.append(f"{_keys_of_parts(project) or 'text encoders'}: they learn too, as there{told}")
+    rates_of_encoders = [default if rate is None else rate for rate in rates]
+    rates_text = ""
+    if None not in rates_of_encoders and any(rate != default for rate in rates_of_encoders):
+        training["text_encoder_lr"] = (
+            rates_of_encoders if len(set(rates_of_encoders)) > 1 else rates_of_encoders[:1]
+        )
+        rates_text = f": text_encoder_lr = {', '.join(map(str, training['text_encoder_lr']))}"
+    project.change_lines.append(
+        f"{_join_network_keys(project) or 'text encoders'}: they learn too, as there{rates_text}"
+    )
 
 
 def _train_text_encoders_of_model(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
     """Train the text encoders of a checkpoint, too, at one common rate or at one rate each."""
-    training = project.training
+    training = project.training_options
     training["train_text_encoder"] = True
     names = ["learning_rate_te"]
-    if "learning_rate_te" not in script.known:
+    if "learning_rate_te" not in script.accepted:
         # scripts of models with two text encoders have an option for each
         names = ["learning_rate_te1", "learning_rate_te2"]
     rates_of_all = (*rates, *rates[-1:])  # a second encoder defaults to the rate of the first
     report = ""
     for name, rate in zip(names, rates_of_all, strict=False):
-        if rate is not None and name in script.known:
+        if rate is not None and name in script.accepted:
             training[name] = rate
             report += f", {name} = {rate}"
-    project.changed.append(
-        f"{_keys_of_parts(project) or 'text encoders'}: train_text_encoder = true, as there{report}"
+    project.change_lines.append(
+        f"{_join_network_keys(project) or 'text encoders'}: train_text_encoder = true, as there{report}"
     )

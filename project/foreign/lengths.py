@@ -10,7 +10,7 @@ from project.foreign.project import FileEpochs, ForeignProject
 from project.new_options import NewOptions
 
 _SCHEDULES_WITHOUT_WARMUP = {"constant": "constant_with_warmup"}
-_TYPED = "--max_train_steps says otherwise"
+_OVERRIDDEN = "--max_train_steps says otherwise"
 
 
 @dataclass(frozen=True)
@@ -21,58 +21,62 @@ class Epoch:
     num_files: int
 
 
-def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
+def select_length(
+    project: ForeignProject, options: NewOptions, steps_per_epoch: int, num_files: int
+) -> NewOptions:
     """Return the options with the number of training steps that a project file asks for.
 
-    A number of epochs is converted to steps. `in_epoch` is the number of steps per epoch with the
-    dataset.toml that is written.
+    A number of epochs is converted to steps. `steps_per_epoch` is that of the
+    dataset.toml that is written, if all of its files are used.
     """
-    epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
-    file_steps = _take_file_steps(project)
+    epoch = Epoch(_count_steps_per_epoch(project, steps_per_epoch), num_files)
+    file_steps = _read_file_steps(project)
     # settings of 0 epochs decide nothing
-    epochs = [setting for setting in project.epochs if setting.number]
-    project.without_effect += [setting.key for setting in project.epochs if not setting.number]
-    if _is_typed(options):
-        _leave_length(project, epochs, file_steps, options.max_train_steps)
+    epochs = [setting for setting in project.epoch_settings if setting.number]
+    project.ineffective_keys += [setting.key for setting in project.epoch_settings if not setting.number]
+    if _has_typed_steps(options):
+        _report_unused_length(project, epochs, file_steps, options.max_train_steps)
         steps = options.max_train_steps
     else:
         steps = _select_steps(project, epochs, file_steps, epoch) or options.max_train_steps
-    _resolve_periods(project, epoch)
+    _resolve_intervals(project, epoch)
     _resolve_warmup(project, steps)
     return dataclasses.replace(options, max_train_steps=steps)
 
 
-def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
+def _count_steps_per_epoch(project: ForeignProject, steps_per_epoch: int) -> int:
     """Return the steps per epoch, also if the project draws a fixed number of files from each dataset."""
-    drawn = [dataset.num_drawn for dataset in project.datasets.values()]
-    if drawn and all(count is not None for count in drawn):
-        batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
-        in_epoch = math.ceil(sum(count or 0 for count in drawn) / batch)
-    return max(in_epoch, 1)
+    files_per_epoch = [dataset.files_per_epoch for dataset in project.datasets.values()]
+    if files_per_epoch and all(count is not None for count in files_per_epoch):
+        batch = project.general_keys.get("batch_size", 1) * project.training_options.get(
+            "gradient_accumulation_steps", 1
+        )
+        steps_per_epoch = math.ceil(sum(count or 0 for count in files_per_epoch) / batch)
+    return max(steps_per_epoch, 1)
 
 
-def _is_typed(options: NewOptions) -> bool:
+def _has_typed_steps(options: NewOptions) -> bool:
     return options.max_train_steps != NewOptions(folder=options.folder).max_train_steps
 
 
-def _take_file_steps(project: ForeignProject) -> int | None:
+def _read_file_steps(project: ForeignProject) -> int | None:
     """Return the number of steps that a project sets; None if the number is missing or 0."""
-    steps: int | None = project.new.get("max_train_steps") or None
-    if steps is None and "max_train_steps" in project.new:
-        key = project.key_of("max_train_steps")
-        project.forget(key)
-        project.without_effect.append(key)
+    steps: int | None = project.new_options.get("max_train_steps") or None
+    if steps is None and "max_train_steps" in project.new_options:
+        key = project.file_key_of("max_train_steps")
+        project.remove_from_report(key)
+        project.ineffective_keys.append(key)
     return steps
 
 
-def _leave_length(
+def _report_unused_length(
     project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
 ) -> None:
     """Report that the project's training length is not used, because another one was typed."""
     for file_epochs in epochs:
-        project.leave_value(file_epochs.key, file_epochs.number, _TYPED)
+        project.report_omitted_value(file_epochs.key, file_epochs.number, _OVERRIDDEN)
     if file_steps is not None and file_steps != typed:
-        _leave_steps(project, file_steps, _TYPED)
+        _report_unused_steps(project, file_steps, _OVERRIDDEN)
 
 
 def _select_steps(
@@ -81,70 +85,83 @@ def _select_steps(
     """Return the training length that a project sets: its number of steps, or the steps of its epochs.
 
     `epochs` are keys of the file that give a number of epochs, and `file_steps` is the file's number of
-    steps, None if it has none. Keys that do not decide are reported.
+    steps; None if neither is set. The keys that are not used are reported.
     """
     chosen = _select_epochs(epochs, file_steps, epoch.steps)
-    deciding_key = project.key_of("max_train_steps") if chosen is None else chosen.key
+    deciding_key = project.file_key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{deciding_key} counts, as in {project.title}"
     for file_epochs in epochs:
         if file_epochs is not chosen:
-            project.leave_value(file_epochs.key, file_epochs.number, reason)
+            project.report_omitted_value(file_epochs.key, file_epochs.number, reason)
     if chosen is None:
         return file_steps
     if file_steps is not None:
-        _leave_steps(project, file_steps, reason)
+        _report_unused_steps(project, file_steps, reason)
     steps = min(chosen.number * epoch.steps, contract.MAX_STEPS)
-    source = f", as {project.title} has it" if chosen.key in project.assumed else ""
-    project.changed.append(
-        f"{chosen.key} = {chosen.number}{source}: max_train_steps = {steps}, with {epoch.steps} in an epoch "
+    default_note = f", as {project.title} has it" if chosen.key in project.assumed_defaults else ""
+    project.change_lines.append(
+        f"{chosen.key} = {chosen.number}{default_note}: max_train_steps = {steps}, with {epoch.steps} in an "
+        "epoch "
         f"of {epoch.num_files} files here"
     )
     return steps
 
 
-def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoch: int) -> FileEpochs | None:
+def _select_epochs(
+    epochs: Sequence[FileEpochs], file_steps: int | None, steps_per_epoch: int
+) -> FileEpochs | None:
     """Return the number of epochs that decides the length; None if a number of steps does."""
     for file_epochs in epochs:
-        if file_epochs.counts == contract.FIRST:
+        if file_epochs.precedence == contract.FIRST:
             return file_epochs
     if file_steps is None:
         return next(iter(epochs), None)
     for file_epochs in epochs:
-        if file_epochs.counts == contract.SOONEST and file_epochs.number * in_epoch < file_steps:
+        if file_epochs.precedence == contract.SOONEST and file_epochs.number * steps_per_epoch < file_steps:
             return file_epochs
     return None
 
 
-def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
+def _report_unused_steps(project: ForeignProject, steps: int, reason: str) -> None:
     """Report that the project's number of steps is not used."""
-    key = project.key_of("max_train_steps")
-    project.forget(key)
-    project.assumed.pop(key, None)
-    project.leave_value(key, steps, reason)
+    key = project.file_key_of("max_train_steps")
+    project.remove_from_report(key)
+    project.assumed_defaults.pop(key, None)
+    project.report_omitted_value(key, steps, reason)
 
 
-def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
-    """Convert a project's save and sample intervals, given in epochs or steps, to steps of this run."""
-    training = project.training
-    for name, interval in project.per_epoch.items():
-        if not interval.number:
-            project.without_effect.append(interval.key)
-        elif training.get(name):
-            project.leave_value(interval.key, interval.number, f"{project.source_keys[name]} says it")
-        else:
-            if name in training:  # 0 steps means never: use the interval in epochs
-                project.drop(name, "")
-            training[name] = min(interval.number * epoch.steps, contract.MAX_STEPS)
-            project.note_change(interval.key, interval.number, f"{name} = {training[name]}")
-    for name in ("save_every_n_steps", "sample_every_n_steps"):
-        if training.get(name) == 0:  # never: the option is omitted
-            project.drop(name, "")
-    saved = training.get("save_every_n_steps")
-    if saved is not None:  # as `new` does, keep each state until the next one is saved
-        training["save_last_n_steps_state"] = saved
-    # of large files, only the latest save is kept, too
-    if saved is not None and project.keeps_few:
-        training["save_last_n_steps"] = saved
+def _resolve_intervals(project: ForeignProject, epoch: Epoch) -> None:
+    """Set the intervals of saving and sampling in steps; intervals in epochs are converted."""
+    training = project.training_options
+    for option, interval in project.epoch_intervals.items():
+        _set_epoch_interval(project, option, interval, epoch.steps)
+    for option in ("save_every_n_steps", "sample_every_n_steps"):
+        if training.get(option) == 0:  # never: the option is omitted
+            project.remove_option(option, "")
+    save_interval = training.get("save_every_n_steps")
+    if save_interval is None:
+        return
+    # as `new` does, keep each state, and each large file, until the next one is saved
+    training["save_last_n_steps_state"] = save_interval
+    if project.keeps_only_latest:
+        training["save_last_n_steps"] = save_interval
+
+
+def _set_epoch_interval(
+    project: ForeignProject, option: str, interval: FileEpochs, steps_per_epoch: int
+) -> None:
+    """Set `option`, an interval in steps, from the file's interval in epochs, unless it gives steps, too."""
+    training = project.training_options
+    if not interval.number:
+        project.ineffective_keys.append(interval.key)
+    elif training.get(option):
+        reason = f"{project.source_keys[option]} says it"
+        project.report_omitted_value(interval.key, interval.number, reason)
+    else:
+        if option in training:  # 0 steps means never: use the interval in epochs
+            project.remove_option(option, "")
+        training[option] = min(interval.number * steps_per_epoch, contract.MAX_STEPS)
+        project.report_change(interval.key, interval.number, f"{option} = {training[option]}")
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
@@ -152,23 +169,26 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
 
     `steps` is the number of steps of the run.
     """
-    training = project.training
-    # a warm-up given as a fraction of the run; a number of steps has precedence
-    if project.warmup_share is not None:
-        key, share = project.warmup_share
-        if training.get("lr_warmup_steps"):
-            project.omitted.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
-        elif share:
-            training["lr_warmup_steps"] = round(share * steps)
-            project.note_change(
-                key,
-                f"{share * 100:g}",
-                f"percent of the steps, so lr_warmup_steps = {training['lr_warmup_steps']}",
-            )
-        else:  # remove the warm-up that `new` sets for full training
-            training["lr_warmup_steps"] = 0
-            project.adopted.append(key)
+    training = project.training_options
+    if project.warmup_fraction is not None:
+        key, fraction = project.warmup_fraction
+        _set_warmup_fraction(project, key, fraction, steps)
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
-        project.note_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")
+        project.report_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")
+
+
+def _set_warmup_fraction(project: ForeignProject, key: str, fraction: float, steps: int) -> None:
+    """Set the warm-up that the file's `key` gives as a fraction of the run, unless it gives steps, too."""
+    training = project.training_options
+    if training.get("lr_warmup_steps"):
+        project.omission_lines.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
+    elif fraction:
+        warmup_steps = round(fraction * steps)
+        training["lr_warmup_steps"] = warmup_steps
+        result = f"percent of the steps, so lr_warmup_steps = {warmup_steps}"
+        project.report_change(key, f"{fraction * 100:g}", result)
+    else:
+        training["lr_warmup_steps"] = 0  # instead of the warm-up that `new` sets for full training
+        project.adopted_keys.append(key)

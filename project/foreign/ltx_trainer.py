@@ -10,18 +10,18 @@ from project.foreign.contract import (
     TRAINING,
     ForeignRun,
     KeyRule,
-    NoRun,
     Program,
+    UnsupportedRun,
     integer,
     number,
     omitted,
 )
 
-_STRATEGY = "training_strategy"
+_STRATEGY_TABLE = "training_strategy"
 # key of a condition; its list index is replaced by its type, so that each type has its own rules
-_CONDITION = re.compile(rf"({_STRATEGY}\.(?:video|audio)\.conditions)\[\d+\]\.")
+_CONDITION = re.compile(rf"({_STRATEGY_TABLE}\.(?:video|audio)\.conditions)\[\d+\]\.")
 _FRAMES = integer(0, 100_000)
-_SHARE = number(0, 1)
+_read_fraction = number(0, 1)
 _CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
 
 
@@ -40,14 +40,14 @@ def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     mode = str(values.get("model.training_mode", "lora"))
     if mode not in {"lora", "full"}:
-        raise NoRun(f"model.training_mode = {mode}: `new` sets up no such training")
+        raise UnsupportedRun(f"model.training_mode = {mode}: `new` sets up no such training")
     return ForeignRun("whole" if mode == "full" else "lora", f"model.training_mode = {mode}")
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str]:
     """Guess the model from its file name and from the presence of an audio stream."""
     family = "ltx_25" if "2.5" in str(values.get("model.model_path", "")) else "ltx_2"
-    has_audio = any(key.startswith(f"{_STRATEGY}.audio.") for key in values)
+    has_audio = any(key.startswith(f"{_STRATEGY_TABLE}.audio.") for key in values)
     return family, "av" if has_audio else "v"
 
 
@@ -62,24 +62,26 @@ def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
     """
     found = {}
     for end in ("prefix", "suffix"):
-        start = f"{_STRATEGY}.{stream}.conditions.{end}"
+        start = f"{_STRATEGY_TABLE}.{stream}.conditions.{end}"
         found[f"{start}.type"] = omitted("the frames below it say so")
         found[f"{start}.temporal_boundary"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_frames", _FRAMES)
-        found[f"{start}.probability"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_p", _SHARE)
+        found[f"{start}.probability"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_p", _read_fraction)
     return found
 
 
 def _rules_of_video() -> dict[str, KeyRule]:
     """Map the keys of LTX-Trainer's video conditions to training options, or to a reason for omission."""
-    start = f"{_STRATEGY}.video.conditions"
+    start = f"{_STRATEGY_TABLE}.video.conditions"
     return {
         f"{start}.first_frame.type": omitted("its probability says so"),
-        f"{start}.first_frame.probability": KeyRule(TRAINING, "ltx2_first_frame_conditioning_p", _SHARE),
+        f"{start}.first_frame.probability": KeyRule(
+            TRAINING, "ltx2_first_frame_conditioning_p", _read_fraction
+        ),
         f"{start}.spatial_crop.type": KeyRule(TRAINING, "ltx2_spatial_crop", _read_on),
-        f"{start}.spatial_crop.probability": KeyRule(TRAINING, "ltx2_spatial_crop_p", _SHARE),
+        f"{start}.spatial_crop.probability": KeyRule(TRAINING, "ltx2_spatial_crop_p", _read_fraction),
         f"{start}.spatial_crop.spatial_region*": omitted("spatial_crop_region in a table of dataset.toml"),
         f"{start}.mask.type": KeyRule(TRAINING, "ltx2_inpaint_mask", _read_on),
-        f"{start}.mask.probability": KeyRule(TRAINING, "ltx2_inpaint_mask_p", _SHARE),
+        f"{start}.mask.probability": KeyRule(TRAINING, "ltx2_inpaint_mask_p", _read_fraction),
         f"{start}.mask.*": rules.MASKS,
         f"{start}.reference.*": omitted(
             "references lie in reference_directory of dataset.toml: docs/ltx2.md"
@@ -91,11 +93,11 @@ def _rules_of_video() -> dict[str, KeyRule]:
 PROGRAM = Program(
     title="ltx-trainer",
     suffixes=(".yaml", ".yml"),
-    alpha=None,
-    marks=(f"{_STRATEGY}.name", "model.training_mode"),
+    default_alpha=None,
+    identifying_keys=(f"{_STRATEGY_TABLE}.name", "model.training_mode"),
     find_run=_find_run,
     guess_model=_guess_model,
-    name_keys=_name_conditions,
+    rename_keys=_name_conditions,
     rules={
         "model.training_mode": omitted("it says what is trained"),
         "model.model_path": rules.OWN_FILES,  # both tasks of a release use the same file
@@ -105,17 +107,19 @@ PROGRAM = Program(
         "lora.alpha": rules.ALPHA,
         "lora.dropout": rules.DROPOUT,
         "lora.target_modules*": rules.LAYERS,
-        f"{_STRATEGY}.name": omitted("the conditions below it say what is given"),
+        f"{_STRATEGY_TABLE}.name": omitted("the conditions below it say what is given"),
         **_rules_of_video(),
         **_rules_of_ends("audio", "audio_"),
-        f"{_STRATEGY}.audio.conditions.mask.*": omitted(
+        f"{_STRATEGY_TABLE}.audio.conditions.mask.*": omitted(
             "audio_cond_mask_directory in dataset.toml and ltx2_audio_inpaint_mask below [training]"
         ),
         **{
-            f"{_STRATEGY}.{stream}.is_generated": omitted("ltx2_train_direction below [training] says it")
+            f"{_STRATEGY_TABLE}.{stream}.is_generated": omitted(
+                "ltx2_train_direction below [training] says it"
+            )
             for stream in ("video", "audio")
         },
-        f"{_STRATEGY}.*": _CONVERTED,
+        f"{_STRATEGY_TABLE}.*": _CONVERTED,
         "optimization.learning_rate": rules.LEARNING_RATE,
         "optimization.steps": rules.STEPS,
         "optimization.batch_size": KeyRule(DATA, "batch_size", rules.BATCH_SIZE.read),
@@ -139,5 +143,5 @@ PROGRAM = Program(
         "seed": rules.SEED,
         "output_dir": rules.OUTPUT_FOLDER,
     },
-    models={},
+    model_by_name={},
 )

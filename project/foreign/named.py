@@ -12,67 +12,77 @@ from modules.options import info_of
 from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
-from project.script_facts import AskedOption, ScriptOptions
+from project.script_facts import AdoptableOption, ScriptOptions
 
-_OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # also keys of dataset tables
+_TRAINING_AND_TABLE_KEYS = frozenset(
+    {"discrete_flow_shift", "min_timestep", "max_timestep"}
+)  # also keys of dataset tables
 
 
-def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
+def adopt_by_name(
+    project: ForeignProject, script: ScriptOptions, options_set_by_new: Collection[str]
+) -> None:
     """Adopt keys of a foreign file that are named like training options or dataset.toml keys of ours.
 
     `chosen` are the options that `new` itself sets.
     """
-    known_names: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
-    if project.program.knows_options:
-        project.options = frozenset(known_names)
-    for key, value in project.others.items():
+    our_names: set[str] = {*script.accepted, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
+    if project.program.shares_option_names:
+        project.our_option_names = frozenset(our_names)
+    for key, value in project.keys_without_rule.items():
         if value is None or value in ("", []):
-            project.empty.append(show(key))
+            project.empty_keys.append(show(key))
             continue
         try:
-            if key in SUBSET_KEYS and key not in _OF_RUN:
-                _adopt_key(project, key, value)
-            elif key in script.known:
-                _adopt_option(project, script.known[key], key=key, value=value, is_chosen=key in chosen)
-            elif key in script.refused:
-                _leave_rejected(project, key, value, script.refused[key])
+            if key in SUBSET_KEYS and key not in _TRAINING_AND_TABLE_KEYS:
+                _adopt_dataset_key(project, key, value)
+            elif key in script.accepted:
+                _adopt_option(
+                    project,
+                    script.accepted[key],
+                    key=key,
+                    value=value,
+                    is_set_by_new=key in options_set_by_new,
+                )
+            elif key in script.rejected:
+                _report_rejected(project, key, value, script.rejected[key])
             else:
-                _note_unknown(project, key, value, known_names)
+                _report_unknown(project, key, value, our_names)
         except InvalidValue as error:
             allowed = SUBSET_KEYS[key].form.allowed
-            project.leave_value(key, value, str(error) or f"it has to be {allowed}")
+            project.report_omitted_value(key, value, str(error) or f"it has to be {allowed}")
         except (ValueError, TypeError, OverflowError) as error:
-            project.leave_value(key, value, str(error))
-    project.others = {}
+            project.report_omitted_value(key, value, str(error))
+    project.keys_without_rule = {}
     # now that the script is known, a key without a rule may be similar to one of its options
-    for key in list(project.unknown):
-        if _find_ours(key, known_names) is not None:
-            project.unknown.remove(key)
+    for key in list(project.unknown_keys):
+        if _find_our_name(key, our_names) is not None:
+            project.unknown_keys.remove(key)
             # the value is not needed any more; True stands for one that is not off
-            _note_unknown(project, key, True, known_names)
+            _report_unknown(project, key, True, our_names)
 
 
-def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
+def _adopt_dataset_key(project: ForeignProject, key: str, value: Any) -> None:
     """Adopt a dataset.toml key unchanged. Raises InvalidValue or ValueError if its value is not possible."""
     fact = SUBSET_KEYS[key]
-    project.data[key] = fact.form.read(_as_plain(value, fact.default))
+    project.general_keys[key] = fact.form.read(_as_plain(value, fact.default))
     project.source_keys[key] = show(key)
-    project.adopted.append(show(key))
+    project.adopted_keys.append(show(key))
 
 
-def _as_plain(value: Any, usual: Any) -> Any:
+def _as_plain(value: Any, default: Any) -> Any:
     """Convert a value that was written as text to the type of the default: a number or a switch."""
-    if isinstance(usual, bool):
+    if isinstance(default, bool):
         return value if isinstance(value, bool) else is_on(value)
-    if isinstance(value, str) and isinstance(usual, int | float):
+    if isinstance(value, str) and isinstance(default, int | float):
         value = number(-math.inf, math.inf)(value)
-    if isinstance(usual, int) and isinstance(value, float) and value.is_integer():
+    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
 def _adopt_option(
-    project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool
+    project: ForeignProject, option: AdoptableOption, key: str, value: Any, is_set_by_new: bool
 ) -> None:
     """Adopt the value of an option; `is_chosen` says that `new` would otherwise set the option itself.
 
@@ -82,39 +92,39 @@ def _adopt_option(
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
     # an "off" value matters only for a switch that is on by default
-    turns_off = option.kind == "switch" and (is_chosen or option.default is True)
+    turns_off = option.kind == "switch" and (is_set_by_new or option.default is True)
     is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
     if is_empty and not turns_off:
-        project.without_effect.append(show(key))
+        project.ineffective_keys.append(show(key))
         return
     converted = option.read(value)
-    project.adopted.append(show(key))
+    project.adopted_keys.append(show(key))
     # written even if it is the default, where `new` would choose another value
-    if converted != option.default or is_chosen:
-        project.training[key] = converted
+    if converted != option.default or is_set_by_new:
+        project.training_options[key] = converted
         project.source_keys[key] = show(key)
 
 
-def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) -> None:
+def _report_rejected(project: ForeignProject, key: str, value: Any, reason: str) -> None:
     if is_off(value) or str(value) in {"0", "0.0"}:
-        project.without_effect.append(show(key))
+        project.ineffective_keys.append(show(key))
     else:
-        project.leave_value(key, value, reason)
+        project.report_omitted_value(key, value, reason)
 
 
-def _note_unknown(project: ForeignProject, key: str, value: Any, known_names: Collection[str]) -> None:
+def _report_unknown(project: ForeignProject, key: str, value: Any, our_names: Collection[str]) -> None:
     """Report a key without a rule, with our name for it if there is one."""
-    ours = _find_ours(key, known_names)
+    ours = _find_our_name(key, our_names)
     if is_off(value):
-        project.without_effect.append(show(key))
+        project.ineffective_keys.append(show(key))
     elif ours is not None:
-        project.leave(key, f"not taken; this program has it as {ours}")
+        project.report_omitted_key(key, f"not taken; this program has it as {ours}")
     else:
-        project.unknown.append(show(key))
+        project.unknown_keys.append(show(key))
 
 
-def _find_ours(key: str, known_names: Collection[str]) -> str | None:
+def _find_our_name(key: str, our_names: Collection[str]) -> str | None:
     last = key.split(".")[-1].split(":")[-1]
-    if last in known_names:
+    if last in our_names:
         return last
-    return find_our_option(last, known_names) or None
+    return find_our_option(last, our_names) or None

@@ -12,18 +12,20 @@ from project.foreign.project import ForeignProject, show
 from project.options import find_models
 
 # how specific a key is: a variant is more specific than a file or repository, and that than a kind
-_VARIANT, _FILE, _KIND = range(3)
+_MODEL_VARIANT, _MODEL_FILE, _MODEL_KIND = range(3)
 
 
 class FileModel(NamedTuple):
     """The model that a key of a foreign file names."""
 
-    source: int  # _VARIANT, _FILE or _KIND
+    specificity: int  # _VARIANT, _FILE or _KIND
     family: str
     task: str | None  # None: the key names only the family
 
 
-def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
+def select_model_of_project(
+    project: ForeignProject, values: Mapping[str, Any], model_rules: Mapping[str, KeyRule]
+) -> None:
     """Select the model that a project of another trainer names, and note what became of its keys.
 
     `values` holds all keys of the file; `rules` holds only the rules of keys that name a model. A variant is
@@ -31,59 +33,63 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
     """
     models: list[FileModel] = []
     has_unknown_variant = False
-    for key, rule in rules.items():
-        file_model = _read_model(project, rule, key, values)
+    for key, rule in model_rules.items():
+        file_model = _read_model_key(project, rule, key, values)
         if file_model is not None:
             models.append(file_model)
-        has_unknown_variant |= file_model is None and key in project.program.variants
+        has_unknown_variant |= file_model is None and key in project.program.kind_key_of_variant
     if not models:
         guessed = project.program.guess_model(values)
         if guessed is not None:
-            models.append(FileModel(_KIND, *guessed))
-            project.changed.append(f"no key says another model: --family {guessed[0]} --task {guessed[1]}")
+            models.append(FileModel(_MODEL_KIND, *guessed))
+            project.change_lines.append(
+                f"no key says another model: --family {guessed[0]} --task {guessed[1]}"
+            )
     # the default task would be a wrong guess for a variant that is not known
     if has_unknown_variant:
-        models = [model._replace(task=None) if model.source == _KIND else model for model in models]
+        models = [
+            model._replace(task=None) if model.specificity == _MODEL_KIND else model for model in models
+        ]
     if not models:
         return
     # the most specific one: with a task first, then by the order _VARIANT, _FILE, _KIND
-    chosen = min(models, key=lambda model: (model.task is None, model.source))
-    project.new["family"] = chosen.family
+    chosen = min(models, key=lambda model: (model.task is None, model.specificity))
+    project.new_options["family"] = chosen.family
     if chosen.task is not None:
-        project.new["task"] = chosen.task
+        project.new_options["task"] = chosen.task
 
 
-def _read_model(
+def _read_model_key(
     project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
 ) -> FileModel | None:
     """Return the model that a key of a foreign file names, and report how the key was read."""
     value = values[key]
     if value is False:
-        project.adopted.append(show(key))
+        project.adopted_keys.append(show(key))
         return None
     # a switch such as `is_flux` names the model by its key
     name = f"{key.split('.')[-1]}=True" if value is True else str(value)
-    source = _FILE if rule.to == contract.FILE else _KIND
-    if key in project.program.variants:  # variant names are only unique within a kind of model
-        name = f"{values.get(project.program.variants[key])} {value}"
-        source = _VARIANT
-    named = _find_named(project.program, name)
+    specificity = _MODEL_FILE if rule.target == contract.FILE else _MODEL_KIND
+    if key in project.program.kind_key_of_variant:  # variant names are only unique within a kind of model
+        name = f"{values.get(project.program.kind_key_of_variant[key])} {value}"
+        specificity = _MODEL_VARIANT
+    named = _find_model_by_name(project.program, name)
     if named is not None:
         family, task = named
-        if key not in project.assumed:
-            project.note_change(key, value, f"--family {family} --task {task or '(asked for)'}")
-        return FileModel(source, family, task)
-    if rule.to == contract.FILE:
+        if key not in project.assumed_defaults:
+            project.report_change(key, value, f"--family {family} --task {task or '(asked for)'}")
+        return FileModel(specificity, family, task)
+    if rule.target == contract.FILE:
         reason = "a file or folder of your own is given as --model_file NAME=PATH"
-        project.models.setdefault(show(key), show(value))
+        project.unknown_models.setdefault(show(key), show(value))
     else:
         reason = "no model of this name is known. Give --family and --task"
-        project.models[show(key)] = show(value)
-    project.leave_value(key, value, reason)
+        project.unknown_models[show(key)] = show(value)
+    project.report_omitted_value(key, value, reason)
     return None
 
 
-def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
+def _find_model_by_name(program: Program, name: str) -> tuple[str, str | None] | None:
     """Return the (family, task) that a model name, a repository or a released file stands for.
 
     The task is None if the program's name stands for all tasks of a family.
@@ -97,7 +103,7 @@ def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
             if part.role in {"transformer", "checkpoint"} and part.path.suffix:
                 by_name[plain_name(part.path.stem)] = family_and_task
     # names that the other trainer gives to models replace ours
-    by_name |= {plain_name(theirs): model for theirs, model in program.models.items()}
+    by_name |= {plain_name(theirs): model for theirs, model in program.model_by_name.items()}
     file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
     stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
     without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
@@ -106,19 +112,19 @@ def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
     """Return an error about a missing model, extended by the keys of the project file that name a model."""
-    unsupported = [
+    unsupported_models = [
         f"{key} = {value}: {model} is not supported"
-        for key, value in project.models.items()
+        for key, value in project.unknown_models.items()
         if (model := name_unsupported(value)) is not None
     ]
-    if unsupported and "family" not in project.new:
-        return OptionError(f"--from {project.path}: {unsupported[0]}. {error}")
-    settings = [f"{key} = {value}" for key, value in project.models.items()]
+    if unsupported_models and "family" not in project.new_options:
+        return OptionError(f"--from {project.path}: {unsupported_models[0]}. {error}")
+    settings = [f"{key} = {value}" for key, value in project.unknown_models.items()]
     if settings:
         settings[-1] += ", which names no model known here"
-    if "family" in project.new:
+    if "family" in project.new_options:
         # the family follows from keys that do not name a model
-        settings.append(f"--family {project.new['family']}, by its other keys")
+        settings.append(f"--family {project.new_options['family']}, by its other keys")
     if not settings:
         return error
     return OptionError(f"{error}\n  {project.path} says {', '.join(settings)}")

@@ -9,9 +9,9 @@ from project.foreign.contract import (
     TRAINING,
     ForeignRun,
     KeyRule,
-    NoRun,
-    Parts,
     Program,
+    TrainedNetworks,
+    UnsupportedRun,
     integer,
     number,
     omitted,
@@ -21,8 +21,8 @@ from project.foreign.contract import (
 )
 
 _RUNS = {"LORA": "lora", "FINE_TUNE": "whole", "EMBEDDING": "embedding"}
-_TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-_DITS = ("unet", "transformer", "prior")
+_TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+_DIT_NAMES = ("unet", "transformer", "prior")
 _FURTHER_PARTS = ("vae", "low_noise_transformer", "connectors", "quantization")
 _UNIT = "it is counted in minutes or seconds there, and in steps here"
 
@@ -30,20 +30,20 @@ _UNIT = "it is counted in minutes or seconds there, and in steps here"
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     method = str(values.get("training_method", "FINE_TUNE"))
     if method not in _RUNS:
-        raise NoRun(f"training_method = {method}: `new` sets up no such training")
+        raise UnsupportedRun(f"training_method = {method}: `new` sets up no such training")
     return ForeignRun(_RUNS[method], f"training_method = {method}")
 
 
-def _find_parts(values: Mapping[str, Any]) -> Parts:
+def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     """Return which networks an OneTrainer file trains, and their learning rates."""
-    keys = [key for key in values if key.split(".")[0] in {*_TEXTS, *_DITS}]
+    keys = [key for key in values if key.split(".")[0] in {*_TEXT_ENCODER_NAMES, *_DIT_NAMES}]
     used_keys = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
     # the transformer is called unet, prior or transformer, depending on the model
-    dit_rate_keys = [f"{name}.learning_rate" for name in _DITS if f"{name}.learning_rate" in values]
+    dit_rate_keys = [f"{name}.learning_rate" for name in _DIT_NAMES if f"{name}.learning_rate" in values]
     dit_rate = read_rate(values[dit_rate_keys[0]]) if dit_rate_keys else None
-    trains_dit = not any(values.get(f"{name}.train") is False for name in _DITS)
+    trains_dit = not any(values.get(f"{name}.train") is False for name in _DIT_NAMES)
     text_rates: list[float | None] = []
-    for name in _TEXTS:
+    for name in _TEXT_ENCODER_NAMES:
         # files of models with one text encoder call it text_encoder, and may have no key of it
         is_in_file = name == "text_encoder" or any(key.startswith(f"{name}.") for key in keys)
         if not is_in_file:
@@ -53,7 +53,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
             text_rates.append(0)
         else:
             text_rates.append(read_rate(values.get(f"{name}.learning_rate")))
-    return Parts(tuple(used_keys), trains_dit, dit_rate, tuple(text_rates))
+    return TrainedNetworks(tuple(used_keys), trains_dit, dit_rate, tuple(text_rates))
 
 
 def _read_scheduler(value: Any) -> str:
@@ -108,10 +108,10 @@ _SWITCHES = ("scale_parameter", "relative_step", "warmup_init", "decouple", "use
 PROGRAM = Program(
     title="OneTrainer",
     suffixes=(".json",),
-    alpha=1,
-    marks=("training_method", "base_model_name", "concept_file_name", "concepts[].path"),
-    companions=("concept_file_name",),
-    usual={
+    default_alpha=1,
+    identifying_keys=("training_method", "base_model_name", "concept_file_name", "concepts[].path"),
+    companion_keys=("concept_file_name",),
+    default_values={
         "training_method": "FINE_TUNE",
         "model_type": "STABLE_DIFFUSION_15",
         "learning_rate": 3e-6,
@@ -124,16 +124,18 @@ PROGRAM = Program(
         "lora_alpha": 1.0,
         "optimizer.optimizer": "ADAMW",
     },
-    units={
+    unit_keys={
         "save_every": "save_every_unit",
         "sample_after": "sample_after_unit",
         "backup_after": "backup_after_unit",
     },
     find_run=_find_run,
-    find_parts=_find_parts,
-    arguments={"adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}},
-    unused={"enabled": (False,)},
-    counted={"balancing_strategy": "SAMPLES"},
+    find_trained_networks=_find_trained_networks,
+    default_optimizer_arguments={
+        "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    },
+    dataset_off_values={"enabled": (False,)},
+    fixed_draw_settings={"balancing_strategy": "SAMPLES"},
     rules={
         "training_method": omitted("it says what is trained"),
         "model_type": rules.MODEL_NAME,
@@ -213,8 +215,8 @@ PROGRAM = Program(
         **dict.fromkeys(
             ("fallback_train_dtype", "enable_autocast_cache", "lora_weight_dtype"), rules.OF_CARD
         ),
-        **{f"{name}.*": rules.OF_CARD for name in (*_TEXTS, *_DITS, *_FURTHER_PARTS)},
-        **{f"{name}.dropout_probability": rules.CAPTION_DROPOUT for name in _TEXTS},
+        **{f"{name}.*": rules.OF_CARD for name in (*_TEXT_ENCODER_NAMES, *_DIT_NAMES, *_FURTHER_PARTS)},
+        **{f"{name}.dropout_probability": rules.CAPTION_DROPOUT for name in _TEXT_ENCODER_NAMES},
         **dict.fromkeys(("workspace_dir", "debug_dir"), rules.OUTPUT_FOLDER),
         "cache_dir": omitted("dataset.toml says where caches go"),
         **dict.fromkeys(("tensorboard", "tensorboard_port", "tensorboard_expose"), rules.LOGS),
@@ -222,7 +224,7 @@ PROGRAM = Program(
         **{f"concepts[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
         **{f"concept_file_name:[].{key}": rule for key, rule in _OF_CONCEPTS.items()},
     },
-    models={
+    model_by_name={
         "STABLE_DIFFUSION_15": ("stable_diffusion", "1.5"),
         "STABLE_DIFFUSION_21": ("stable_diffusion", "2.1"),
         "STABLE_DIFFUSION_XL_10_BASE": ("stable_diffusion", "xl"),

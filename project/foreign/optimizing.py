@@ -8,51 +8,67 @@ from modules.installation import DISTRIBUTIONS
 from project.foreign.contract import OPTIMIZER_ARGUMENTS, is_off, is_on
 from project.foreign.project import ForeignProject
 
-_ON_CARDS = {"adamw8bit": "adamw", "pagedadamw8bit": "adamw", "lion8bit": "lion"}  # -> optimizer for a CPU
-_PACKAGES = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
+_CPU_OPTIMIZERS = {
+    "adamw8bit": "adamw",
+    "pagedadamw8bit": "adamw",
+    "lion8bit": "lion",
+}  # -> optimizer for a CPU
+_PACKAGE_OF_OPTIMIZER = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
 # optimizers that support only one learning rate for all parameters
-OF_ONE_RATE = frozenset({"prodigy"})
-_OWN_RATE = "Adafactor with relative_step finds its own rate, there and here"
-_OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
+SINGLE_RATE_OPTIMIZERS = frozenset({"prodigy"})
+_ADAFACTOR_SETS_RATE = "Adafactor with relative_step finds its own rate, there and here"
+_ADAFACTOR_SETS_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Write the foreign project's optimizer arguments that our optimizer has; report the others.
+    """Set the optimizer of a foreign project and its arguments as training options; report the others.
 
     `memory` is the card's memory in GiB; 0 means a CPU.
     """
-    training = project.training
-    optimizer = training.get("optimizer_type")
-    if optimizer is None:
-        for name in project.arguments:
-            project.leave(project.key_of(name), "no key says of which optimizer")
-        project.arguments = {}
+    training = project.training_options
+    if training.get("optimizer_type") is None:
+        for name in project.optimizer_arguments:
+            project.report_omitted_key(project.file_key_of(name), "no key says of which optimizer")
+        project.optimizer_arguments = {}
         return
-    if not memory and optimizer in _ON_CARDS:  # on a CPU: the nearest optimizer that runs there
-        training["optimizer_type"] = _ON_CARDS[optimizer]
-        project.note_change(
-            "optimizer_type", optimizer, f"it needs a card, so it is {training['optimizer_type']} here"
-        )
-        optimizer = training["optimizer_type"]
-    package = _PACKAGES.get(str(optimizer))
-    if package is not None and find_spec(package) is None:
-        project.leave_value(
-            "optimizer_type", optimizer, f"it is not installed: pip install {DISTRIBUTIONS[package]}"
-        )
-    arguments = {**project.program.arguments.get(optimizer, {}), **_join_arguments(project, optimizer)}
-    _write_arguments(project, optimizer, arguments)
+    if not memory:
+        _replace_gpu_optimizer(project)
+    optimizer: str = training["optimizer_type"]
+    _report_missing_package(project, optimizer)
+    arguments = {
+        **project.program.default_optimizer_arguments.get(optimizer, {}),
+        **_join_arguments(project, optimizer),
+    }
+    _write_optimizer_arguments(project, optimizer, arguments)
     # unless relative_step is off, Adafactor sets its learning rate itself: rates and schedules are dropped
     if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
-        _leave_rates(project)
+        _omit_adafactor_rates(project)
     elif training.get("lr_scheduler") == "adafactor":
-        project.drop("lr_scheduler", "it is of Adafactor with relative_step=True")
+        project.remove_option("lr_scheduler", "it is of Adafactor with relative_step=True")
+
+
+def _replace_gpu_optimizer(project: ForeignProject) -> None:
+    """Replace an optimizer that runs only on a GPU by the most similar one for a CPU."""
+    optimizer = project.training_options["optimizer_type"]
+    if optimizer not in _CPU_OPTIMIZERS:
+        return
+    cpu_optimizer = _CPU_OPTIMIZERS[optimizer]
+    project.training_options["optimizer_type"] = cpu_optimizer
+    project.report_change("optimizer_type", optimizer, f"it needs a card, so it is {cpu_optimizer} here")
+
+
+def _report_missing_package(project: ForeignProject, optimizer: str) -> None:
+    package = _PACKAGE_OF_OPTIMIZER.get(str(optimizer))
+    if package is not None and find_spec(package) is None:
+        remedy = f"it is not installed: pip install {DISTRIBUTIONS[package]}"
+        project.report_omitted_value("optimizer_type", optimizer, remedy)
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
     """Return the optimizer arguments, with the numbers of betas (Adam) or eps (Adafactor) combined."""
-    arguments = {name: value for name, value in project.arguments.items() if value is not None}
-    for name in project.arguments.keys() - arguments.keys():
-        project.empty.append(project.key_of(name))
+    arguments = {name: value for name, value in project.optimizer_arguments.items() if value is not None}
+    for name in project.optimizer_arguments.keys() - arguments.keys():
+        project.empty_keys.append(project.file_key_of(name))
     if optimizer == "adafactor":
         _join_eps(project, arguments)
     else:
@@ -69,43 +85,42 @@ def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
     found["betas"] = [first, second]
     keys = [project.source_keys[name] for name in ("beta1", "beta2") if name in project.source_keys]
     project.source_keys["betas"] = keys[0]
-    project.adopted += keys
+    project.adopted_keys += keys
 
 
 def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
     """Combine Adafactor's eps and eps2 into the pair `eps`, if both are set."""
     if {"eps", "eps2"} <= found.keys():
         found["eps"] = [found["eps"], found.pop("eps2")]
-        project.adopted.append(project.key_of("eps2"))
+        project.adopted_keys.append(project.file_key_of("eps2"))
     for name in ("eps", "eps2"):
         if name in found and not isinstance(found[name], list | tuple):
             found.pop(name)
-            project.leave(project.key_of(name), "Adafactor has two of them")
+            project.report_omitted_key(project.file_key_of(name), "Adafactor has two of them")
     if "beta2" in found:  # Adafactor has decay_rate instead
         found.pop("beta2")
-        project.without_effect.append(project.key_of("beta2"))
+        project.ineffective_keys.append(project.file_key_of("beta2"))
 
 
-def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
-    """Write the optimizer arguments that our optimizer has, and report the others."""
-    known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)
+def _write_optimizer_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
+    """Write the optimizer's arguments to `optimizer_args`; report those that it does not have here."""
+    known_arguments = OPTIMIZER_ARGUMENTS.get(optimizer)  # None: all arguments are accepted
     assignments = []
     for name, value in arguments.items():
-        key = project.key_of(name)
-        # None: an optimizer of which no list of arguments exists here
+        key = project.file_key_of(name)
+        is_default_of_program = key == name and name not in project.optimizer_arguments
         if known_arguments is None or name in known_arguments:
             assignments.append(f"{name}={_as_literal(value)}")
-            # arguments of the program's defaults have no key in the file
-            if key != name or name in project.arguments:
-                project.adopted.append(key)
+            if not is_default_of_program:
+                project.adopted_keys.append(key)
         elif is_off(value):
-            project.without_effect.append(key)
+            project.ineffective_keys.append(key)
         else:
-            project.leave(key, f"{optimizer} has no argument {name} here")
+            project.report_omitted_key(key, f"{optimizer} has no argument {name} here")
     if assignments:
-        project.training["optimizer_args"] = assignments
+        project.training_options["optimizer_args"] = assignments
         project.source_keys["optimizer_args"] = "optimizer arguments"
-        project.changed.append(f"arguments of the optimizer: optimizer_args = {assignments}")
+        project.change_lines.append(f"arguments of the optimizer: optimizer_args = {assignments}")
 
 
 def _as_literal(value: Any) -> str:
@@ -114,22 +129,22 @@ def _as_literal(value: Any) -> str:
     return str(value).strip()
 
 
-def _leave_rates(project: ForeignProject) -> None:
-    """Remove learning rates, schedule and warm-up for an Adafactor that sets its rate itself."""
-    training = project.training
+def _omit_adafactor_rates(project: ForeignProject) -> None:
+    """Replace learning rates, schedule and warm-up by the "adafactor" schedule, in which it sets its rate."""
+    training = project.training_options
     for name in ("learning_rate", "unet_lr"):
         if name in training:
-            project.drop(name, _OWN_RATE)
+            project.remove_option(name, _ADAFACTOR_SETS_RATE)
     if training.get("lr_scheduler", "adafactor") != "adafactor":
-        project.drop("lr_scheduler", _OWN_RATE)
+        project.remove_option("lr_scheduler", _ADAFACTOR_SETS_RATE)
     training["lr_scheduler"] = "adafactor"
     if "lr_warmup_steps" in training:
-        project.drop("lr_warmup_steps", _OWN_WARMUP)
-    if project.warmup_share is not None:
-        key, share = project.warmup_share
-        if share:
-            project.leave(key, _OWN_WARMUP)
+        project.remove_option("lr_warmup_steps", _ADAFACTOR_SETS_WARMUP)
+    if project.warmup_fraction is not None:
+        key, fraction = project.warmup_fraction
+        if fraction:
+            project.report_omitted_key(key, _ADAFACTOR_SETS_WARMUP)
         else:
-            project.without_effect.append(key)
-        project.warmup_share = None
+            project.ineffective_keys.append(key)
+        project.warmup_fraction = None
     training["lr_warmup_steps"] = 0

@@ -18,55 +18,59 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 def join_datasets(project: ForeignProject) -> None:
     """Prepare the keys of a project's datasets for dataset.toml; a single folder's keys go to [general]."""
-    for dataset in project.datasets.values():
-        # None: all files are used in an epoch, each `num_repeats` times
-        if dataset.num_drawn is not None:
-            # for this program, the number of repeats is the number of files that it draws in an epoch
-            dataset.num_drawn = dataset.data.pop("num_repeats", None)
-    for dataset in project.datasets.values():
+    used_datasets: dict[str, ForeignDataset] = {}
+    for name, dataset in project.datasets.items():
+        # in files that set a number of files per epoch, the value of the repeats is that number
+        if dataset.files_per_epoch is not None:
+            dataset.files_per_epoch = dataset.table_keys.pop("num_repeats", None)
         if dataset.is_unused:
-            _leave_keys(project, dataset, dataset.data, _NOT_LEARNED)
-            if dataset.key:
-                project.folders.pop(dataset.key, None)
-                project.leave(dataset.key, _NOT_LEARNED)
-    used = {
-        table: dataset
-        for table, dataset in project.datasets.items()
-        if not dataset.is_unused and (dataset.path is not None or dataset.data)
-    }
-    project.datasets = used
-    _resolve_sizes(project)
-    if len({dataset.path for dataset in used.values()}) == 1:
+            _report_unused_dataset(project, dataset)
+        elif dataset.path is not None or dataset.table_keys:
+            used_datasets[name] = dataset
+    project.datasets = used_datasets
+    _resolve_resolutions(project)
+    if len({dataset.path for dataset in used_datasets.values()}) == 1:
         _move_to_general(project)
 
 
-def _resolve_sizes(project: ForeignProject) -> None:
-    """Reduce each folder to its largest size, and use the largest of all as size in [general].
+def _report_unused_dataset(project: ForeignProject, dataset: ForeignDataset) -> None:
+    _report_omitted_keys(project, dataset, dataset.table_keys, _NOT_LEARNED)
+    if dataset.folder_key:
+        project.folder_by_key.pop(dataset.folder_key, None)
+        project.report_omitted_key(dataset.folder_key, _NOT_LEARNED)
 
-    A foreign project may list a folder as several datasets of different sizes.
+
+def _resolve_resolutions(project: ForeignProject) -> None:
+    """Reduce each folder to its largest resolution, and set the largest of all in [general].
+
+    A foreign project may list a folder as several datasets of different resolutions. Afterwards only folders
+    that differ from [general] have a key of their own.
     """
-    largest: dict[Path | None, Size] = {}
-    with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.data]
-    for dataset in with_size:
-        size: Size = dataset.data["resolution"]
-        known = largest.get(dataset.path, size)
-        largest[dataset.path] = max(known, size, key=_count_pixels)
-    for dataset in with_size:
-        if dataset.data["resolution"] != largest[dataset.path]:
-            _leave_keys(project, dataset, ["resolution"], "of several sizes of a folder the largest is taken")
-        dataset.data["resolution"] = largest[dataset.path]
-    if not with_size:
+    sized_datasets = [dataset for dataset in project.datasets.values() if "resolution" in dataset.table_keys]
+    if not sized_datasets:
         return
+    largest_by_folder: dict[Path | None, Size] = {}
+    for dataset in sized_datasets:
+        size: Size = dataset.table_keys["resolution"]
+        largest = largest_by_folder.get(dataset.path, size)
+        largest_by_folder[dataset.path] = max(largest, size, key=_count_pixels)
+    for dataset in sized_datasets:
+        if dataset.table_keys["resolution"] != largest_by_folder[dataset.path]:
+            _report_omitted_keys(
+                project, dataset, ["resolution"], "of several sizes of a folder the largest is taken"
+            )
+        dataset.table_keys["resolution"] = largest_by_folder[dataset.path]
     # if all datasets have a size, the project's general one has no effect
-    if "resolution" in project.data and len(with_size) == len(project.datasets):
+    if "resolution" in project.general_keys and len(sized_datasets) == len(project.datasets):
         _omit_general_key(project, "resolution")
-    # the size of all tables; folders that have the same one need no key of their own
-    general_size = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
-    for dataset in with_size:
+    general_size = project.general_keys.setdefault(
+        "resolution", max(largest_by_folder.values(), key=_count_pixels)
+    )
+    for dataset in sized_datasets:
         # reports name the first key that gave a size
         project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
-        if dataset.data["resolution"] == general_size:
-            dataset.data.pop("resolution")
+        if dataset.table_keys["resolution"] == general_size:
+            dataset.table_keys.pop("resolution")
 
 
 def _count_pixels(size: Size) -> int:
@@ -75,62 +79,66 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_general(project: ForeignProject) -> None:
-    """Move the keys of the only dataset folder to [general], where they have precedence."""
-    moved: set[str] = set()  # keys that an earlier dataset of the folder has set
+    """Move the keys of the only dataset folder to [general], where they replace the project's values.
+
+    If the project lists the folder twice, the first value of a key is used.
+    """
+    general_keys = project.general_keys
+    moved_names: set[str] = set()
     for dataset in project.datasets.values():
-        for name, value in dataset.data.items():
-            if name in moved and project.data[name] != value:  # the folder is listed twice
-                _leave_keys(
-                    project, dataset, [name], f"{name} of the same folder is {project.data[name]} already"
-                )
+        for name, value in dataset.table_keys.items():
+            differs = name in general_keys and general_keys[name] != value
+            if differs and name in moved_names:
+                reason = f"{name} of the same folder is {general_keys[name]} already"
+                _report_omitted_keys(project, dataset, [name], reason)
                 continue
-            if name in project.data and name not in moved and project.data[name] != value:
-                _omit_general_key(project, name)  # the folder's own value replaces that of all tables
-            moved.add(name)
-            project.data[name] = value
+            if differs:
+                _omit_general_key(project, name)
+            moved_names.add(name)
+            general_keys[name] = value
             project.source_keys[name] = dataset.source_keys[name]
-        dataset.data = {}
+        dataset.table_keys = {}
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
     """Remove a key from the [general] table, because each folder has its own value."""
-    project.data.pop(name)
+    project.general_keys.pop(name)
     key = project.source_keys.pop(name, name)
-    project.forget(key)
-    if key in project.assumed:
-        project.assumed.pop(key)
+    project.remove_from_report(key)
+    if key in project.assumed_defaults:
+        project.assumed_defaults.pop(key)
     else:
-        project.leave(key, "the folders of its list have their own")
+        project.report_omitted_key(key, "the folders of its list have their own")
 
 
 def find_table_keys(
-    project: ForeignProject, folder: Path, described: Collection[Path]
+    project: ForeignProject, folder: Path, media_folders: Collection[Path]
 ) -> dict[Path, dict[str, Any]]:
-    """Return the keys that a project has for each folder; report keys for other folders.
+    """Return the dataset.toml keys that a project has for each media folder; report those of other folders.
 
     `folder` is the dataset folder; `described` are the folders in it with media.
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
-    for subfolder in described:
+    for subfolder in media_folders:
         dataset = _find_dataset(project, folder, subfolder)
-        keys[subfolder] = {} if dataset is None else dataset.data
+        keys[subfolder] = {} if dataset is None else dataset.table_keys
         if dataset is not None:
             matched.append(dataset)
     for dataset in project.datasets.values():
         # by identity: equal entries of the file are still separate datasets
         if not any(dataset is other for other in matched):
-            _leave_keys(project, dataset, dataset.data, _NOT_DESCRIBED)
+            _report_omitted_keys(project, dataset, dataset.table_keys, _NOT_DESCRIBED)
     return keys
 
 
-def leave_sizes(project: ForeignProject) -> None:
+def omit_keys_of_tables(project: ForeignProject) -> None:
     """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
     for dataset in project.datasets.values():
-        names = [name for name in dataset.data if name not in SUBSET_KEYS]
-        _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)
+        names = [name for name in dataset.table_keys if name not in SUBSET_KEYS]
+        _report_omitted_keys(project, dataset, names, _OF_ALL_SUBSETS)
         for name in names:
-            dataset.data.pop(name)
+            dataset.table_keys.pop(name)
 
 
 def needs_subsets(data: Mapping[str, Any]) -> bool:
@@ -138,19 +146,21 @@ def needs_subsets(data: Mapping[str, Any]) -> bool:
     return any(name not in KEYS for name in data)
 
 
-def _leave_keys(project: ForeignProject, place: ForeignDataset, names: Collection[str], reason: str) -> None:
+def _report_omitted_keys(
+    project: ForeignProject, dataset: ForeignDataset, names: Collection[str], reason: str
+) -> None:
     for name in names:
-        key = place.source_keys.get(name, place.key)
-        project.forget(key)
-        project.leave(key, reason)
+        key = dataset.source_keys.get(name, dataset.folder_key)
+        project.remove_from_report(key)
+        project.report_omitted_key(key, reason)
 
 
-def _find_dataset(project: ForeignProject, folder: Path, place: Path) -> ForeignDataset | None:
+def _find_dataset(project: ForeignProject, folder: Path, media_folder: Path) -> ForeignDataset | None:
     """Return the dataset of a folder: by its path, otherwise the only one with its name."""
-    with_keys = [known for known in project.datasets.values() if known.path is not None and known.data]
+    with_keys = [known for known in project.datasets.values() if known.path is not None and known.table_keys]
     for known in with_keys:
         found = find_beside(project.path, str(known.path))
-        if found is not None and real_path(found) == real_path(place):
+        if found is not None and real_path(found) == real_path(media_folder):
             return known
-    named = [known for known in with_keys if known.path is not None and known.path.name == place.name]
-    return named[0] if len(named) == 1 and place != folder else None
+    named = [known for known in with_keys if known.path is not None and known.path.name == media_folder.name]
+    return named[0] if len(named) == 1 and media_folder != folder else None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from modules.control_codes import shorten
 from modules.text_files import real_path
-from project.foreign.contract import ForeignRun, Parts, Program, is_off
+from project.foreign.contract import ForeignRun, Program, TrainedNetworks, is_off
 
 # number of parent folders searched for files: paths are relative to the program's working folder
 MAX_AROUND = 4
@@ -22,7 +22,7 @@ class FileEpochs(NamedTuple):
 
     key: str
     number: int
-    counts: str
+    precedence: str
 
 
 @dataclass
@@ -30,10 +30,10 @@ class ForeignDataset:
     """A dataset folder in another trainer's project file, with the settings of its table."""
 
     path: Path | None = None
-    key: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
+    folder_key: str = ""
+    table_keys: dict[str, Any] = field(default_factory=dict)
     source_keys: dict[str, str] = field(default_factory=dict)  # our key -> key in the file
-    num_drawn: int | None = None  # files drawn per epoch; None: all, repeated num_repeats times
+    files_per_epoch: int | None = None  # files drawn per epoch; None: all, repeated num_repeats times
     is_unused: bool = False
 
 
@@ -43,133 +43,152 @@ class ForeignProject:
 
     path: Path
     program: Program
-    keys: frozenset[str] = frozenset()  # all keys of the file
+    file_keys: frozenset[str] = frozenset()  # all keys of the file
     # options of the script and keys of dataset.toml, for a program with the same names
-    options: frozenset[str] = frozenset()
+    our_option_names: frozenset[str] = frozenset()
     run: ForeignRun = ForeignRun("lora", "")
-    parts: Parts = Parts()
-    new: dict[str, Any] = field(default_factory=dict)  # options of `new`
-    training: dict[str, Any] = field(default_factory=dict)  # keys of [training]
-    data: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
-    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of the optimizer
+    trained_networks: TrainedNetworks = TrainedNetworks()
+    new_options: dict[str, Any] = field(default_factory=dict)  # options of `new`
+    training_options: dict[str, Any] = field(default_factory=dict)  # keys of [training]
+    general_keys: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # arguments of the optimizer
     network_arguments: dict[str, Any] = field(default_factory=dict)
     datasets: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
-    folders: dict[str, Path] = field(default_factory=dict)  # by key
-    epochs: list[FileEpochs] = field(default_factory=list)
-    per_epoch: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
-    warmup_share: tuple[str, float] | None = None  # key and fraction of the steps
-    others: dict[str, Any] = field(default_factory=dict)  # keys without a rule that may be our options
+    folder_by_key: dict[str, Path] = field(default_factory=dict)  # by key
+    epoch_settings: list[FileEpochs] = field(default_factory=list)
+    epoch_intervals: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
+    warmup_fraction: tuple[str, float] | None = None  # key and fraction of the steps
+    keys_without_rule: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys without a rule that may be our options
     source_keys: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
     # keys that name a model -> unknown value
-    models: dict[str, str] = field(default_factory=dict)
-    has_other_optimizer: bool = False  # the project's optimizer differs from the one used
-    keeps_few: bool = False  # saves are large, so keep few
-    assumed: dict[str, Any] = field(default_factory=dict)  # missing keys -> the program's defaults
-    adopted: list[str] = field(default_factory=list)  # keys with unchanged values
-    changed: list[str] = field(default_factory=list)  # lines
-    omitted: list[str] = field(default_factory=list)  # lines
-    reasons: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys left out for it
-    without_effect: list[str] = field(default_factory=list)  # keys without effect in the other program
-    empty: list[str] = field(default_factory=list)  # keys without a value
-    unknown: list[str] = field(default_factory=list)  # unknown keys
+    unknown_models: dict[str, str] = field(default_factory=dict)
+    replaces_optimizer: bool = False  # the project's optimizer differs from the one used
+    keeps_only_latest: bool = False  # saves are large, so keep few
+    assumed_defaults: dict[str, Any] = field(default_factory=dict)  # missing keys -> the program's defaults
+    adopted_keys: list[str] = field(default_factory=list)  # keys with unchanged values
+    change_lines: list[str] = field(default_factory=list)  # lines
+    omission_lines: list[str] = field(default_factory=list)  # lines
+    omitted_keys_by_reason: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # reason -> keys left out for it
+    ineffective_keys: list[str] = field(default_factory=list)  # keys without effect in the other program
+    empty_keys: list[str] = field(default_factory=list)  # keys without a value
+    unknown_keys: list[str] = field(default_factory=list)  # unknown keys
 
     @property
     def title(self) -> str:
         """Name of the trainer that wrote the file."""
         return self.program.title
 
-    def key_of(self, name: str) -> str:
+    def file_key_of(self, name: str) -> str:
         """Return the key of the foreign file that set a training option or a dataset.toml key."""
         return self.source_keys.get(name, name)
 
-    def leave(self, key: str, reason: str) -> None:
+    def report_omitted_key(self, key: str, reason: str) -> None:
         """Record why a key is omitted. Keys with the same reason share a line."""
-        self.reasons.setdefault(reason, []).append(show(key))
+        self.omitted_keys_by_reason.setdefault(reason, []).append(show(key))
 
-    def leave_value(self, key: str, value: Any, reason: str) -> None:
+    def report_omitted_value(self, key: str, value: Any, reason: str) -> None:
         """Record a key that is omitted, on a line with its value."""
-        self.omitted.append(f"{show(key)} = {show(value)}: {reason}")
+        self.omission_lines.append(f"{show(key)} = {show(value)}: {reason}")
 
-    def note_change(self, key: str, value: Any, result: str) -> None:
+    def report_change(self, key: str, value: Any, result: str) -> None:
         """Record a key of the foreign file whose value is changed for this program.
 
         `result` describes the new setting.
         """
-        self.changed.append(f"{show(key)} = {show(value)}: {result}")
+        self.change_lines.append(f"{show(key)} = {show(value)}: {result}")
 
-    def forget(self, key: str) -> None:
+    def remove_from_report(self, key: str) -> None:
         """Remove a key from the lists of adopted and changed values."""
-        self.adopted = [name for name in self.adopted if name != key]
-        self.changed = [line for line in self.changed if not line.startswith(f"{key} = ")]
+        self.adopted_keys = [name for name in self.adopted_keys if name != key]
+        self.change_lines = [line for line in self.change_lines if not line.startswith(f"{key} = ")]
 
-    def drop(self, name: str, reason: str) -> None:
+    def remove_option(self, name: str, reason: str) -> None:
         """Remove a training option; `reason` replaces the earlier note about its key."""
-        value = self.training.pop(name)
-        key = self.key_of(name)
-        self.forget(key)
-        if key in self.assumed:
-            self.assumed.pop(key)
+        value = self.training_options.pop(name)
+        key = self.file_key_of(name)
+        self.remove_from_report(key)
+        if key in self.assumed_defaults:
+            self.assumed_defaults.pop(key)
         elif is_off(value) or value == 0:
-            self.without_effect.append(key)
+            self.ineffective_keys.append(key)
         else:
-            self.leave_value(key, value, reason)
+            self.report_omitted_value(key, value, reason)
 
-    def lines(self, folder: Path) -> list[str]:
+    def format_report(self, folder: Path) -> list[str]:
         """Return the report about a foreign project file, in which every key occurs once.
 
         `folder` is the dataset folder.
         """
-        lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
+        return [
+            f"{self.path} is a project of {self.title}; nothing of it is run.",
+            *self._describe_adopted(folder),
+            *[f"  changed: {text}" for text in self.change_lines],
+            *self._describe_omitted(folder),
+            *self._describe_unknown(),
+        ]
 
-        # a key with the described folder is used; keys with other folders are left out
-        adopted = [*self.adopted]
-        other_folders: list[str] = []
-        for key, other_folder in self.folders.items():
+    def _describe_adopted(self, folder: Path) -> list[str]:
+        """Return lines about the keys whose values are used unchanged, and about the program's defaults."""
+        adopted_keys = [*self.adopted_keys]
+        for key, other_folder in self.folder_by_key.items():
             if is_same_folder(self.path, other_folder, folder):
-                adopted.append(key)
-            else:
-                other_folders.append(f"{key} = {show(other_folder)}: {folder} is described")
-        if adopted:
-            lines.append(f"  taken: {', '.join(dict.fromkeys(adopted))}")
-        if self.assumed:
-            assumed = [f"{key} = {show(value)}" for key, value in self.assumed.items()]
+                adopted_keys.append(key)
+        lines = []
+        if adopted_keys:
+            lines.append(f"  taken: {', '.join(dict.fromkeys(adopted_keys))}")
+        if self.assumed_defaults:
+            assumed = [f"{key} = {show(value)}" for key, value in self.assumed_defaults.items()]
             lines.append(f"  taken as {self.title} has it if a file does not say it: {', '.join(assumed)}")
+        return lines
 
-        for text in self.changed:
-            lines.append(f"  changed: {text}")
-        for text in (*other_folders, *self.omitted):
-            lines.append(f"  left: {text}")
-        for reason, keys in self.reasons.items():
+    def _describe_omitted(self, folder: Path) -> list[str]:
+        """Return lines about known keys that are not used, beginning with those of other folders."""
+        lines = []
+        for key, other_folder in self.folder_by_key.items():
+            if not is_same_folder(self.path, other_folder, folder):
+                lines.append(f"  left: {key} = {show(other_folder)}: {folder} is described")
+        lines += [f"  left: {text}" for text in self.omission_lines]
+        for reason, keys in self.omitted_keys_by_reason.items():
             lines.append(f"  left: {', '.join(keys)}: {reason}")
-        if self.without_effect:
-            lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.without_effect))}")
-        if self.empty:
-            lines.append(f"  left, without a value: {', '.join(self.empty)}")
+        if self.ineffective_keys:
+            lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.ineffective_keys))}")
+        if self.empty_keys:
+            lines.append(f"  left, without a value: {', '.join(self.empty_keys)}")
+        return lines
 
-        misspelt: list[str] = []
+    def _describe_unknown(self) -> list[str]:
+        """Return a line about misspelled keys, with the keys that are meant, and one about unknown keys."""
+        misspelled: list[str] = []
         unknown: list[str] = []
-        for key in self.unknown:
-            meant = self._find_near(key)  # a similar key that the program has, or ""
-            if meant:
-                misspelt.append(f"{key} (for {meant}?)")
+        for key in self.unknown_keys:
+            similar_key = self._find_similar_key(key)
+            if similar_key:
+                misspelled.append(f"{key} (for {similar_key}?)")
             else:
                 unknown.append(key)
-        if misspelt:
-            lines.append(f"  left, seems to be misspelt: {', '.join(misspelt)}")
+        lines = []
+        if misspelled:
+            lines.append(f"  left, seems to be misspelt: {', '.join(misspelled)}")
         if unknown:
             lines.append(f"  left, {NO_REASON}: {', '.join(unknown)}")
         return lines
 
-    def _find_near(self, key: str) -> str:
+    def _find_similar_key(self, key: str) -> str:
         """Return a known key, unused in the file, that differs by a letter or two; "" if there is none."""
         table, _, name = key.rpartition(".")
-        generic = without_numbers(table)
+        table_pattern = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]
-        names = [last for place, _, last in rules if place == generic]
-        names += [] if table else self.options
-        lacking = [last for last in names if f"{table}.{last}".lstrip(".") not in self.keys]
-        near = difflib.get_close_matches(name, lacking, 1, MISSPELT)
-        return near[0] if near else ""
+        known_names = [rule_name for rule_table, _, rule_name in rules if rule_table == table_pattern]
+        known_names += [] if table else self.our_option_names
+        unused_names = [
+            known for known in known_names if f"{table}.{known}".lstrip(".") not in self.file_keys
+        ]
+        similar_names = difflib.get_close_matches(name, unused_names, 1, MISSPELT)
+        return similar_names[0] if similar_names else ""
 
 
 def without_numbers(key: str) -> str:
@@ -189,11 +208,12 @@ def find_beside(file: Path, name: str) -> Path | None:
     return None
 
 
-def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
+def is_same_folder(file: Path, project_folder: Path, folder: Path) -> bool:
     """Return whether a project's folder is the dataset folder, or one is inside the other."""
-    found = find_beside(file, str(place))
-    there, here = real_path(file.parent / place if found is None else found), real_path(folder)
-    return there == here or there in here.parents or here in there.parents
+    found = find_beside(file, str(project_folder))
+    first = real_path(file.parent / project_folder if found is None else found)
+    second = real_path(folder)
+    return first == second or first in second.parents or second in first.parents
 
 
 def show(value: Any) -> str:

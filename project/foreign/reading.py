@@ -18,8 +18,8 @@ from project.foreign import (
     onetrainer,
     simpletuner,
 )
-from project.foreign.contract import KeyRule, NoRun, Program
-from project.foreign.naming import read_models
+from project.foreign.contract import KeyRule, Program, UnsupportedRun
+from project.foreign.naming import select_model_of_project
 from project.foreign.places import join_datasets
 from project.foreign.project import ForeignProject, find_beside, show, without_numbers
 from project.foreign.taking import convert_value, find_rule
@@ -36,41 +36,42 @@ MAX_BYTES = 1 << 20  # maximum size of a file; real ones have less than a hundre
 MAX_KEYS = 5000
 MAX_DEPTH = 12
 # keys in sd-scripts' and musubi-tuner's option files, which the training scripts read themselves
-_OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$")
+_TRAINING_SCRIPT_KEYS = re.compile(
+    r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$"
+)
 
 
-def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
+def read_foreign(path: Path, typed_kind: str | None = None) -> ForeignProject:
     """Read another trainer's project file, and translate its keys to options of ours.
 
-    `trains` is the kind of run that was typed.
+    `typed_kind` is the kind of run that --train names.
 
     Raises:
         OptionError: If the file is of an unknown kind, or if it trains what `new` cannot set up and no other
             kind of run was typed.
     """
     values = _read_values(path, "--from", "")
-    program = _recognize(path, values)
-    values = program.name_keys(values)  # renames keys whose names depend on other values
+    program = _recognize_program(path, values)
+    values = program.rename_keys(values)
     project = ForeignProject(path, program)
-    for companion in program.companions:
-        name = values.get(companion)
-        if isinstance(name, str) and name.strip():
-            values |= _read_companion(project, companion, name)
-    project.keys = frozenset(values)  # those in the files, before defaults are added
-    _join_units(project, program, values)
-    _select_run(project, values, trains)
-    project.parts = program.find_parts(values)  # the networks to train
-    for key, value in program.usual.items():
+    for key in program.companion_keys:
+        file_name = values.get(key)
+        if isinstance(file_name, str) and file_name.strip():
+            values |= _read_companion_file(project, key, file_name)
+    project.file_keys = frozenset(values)  # before defaults are added
+    _join_numbers_with_units(project, program, values)
+    _detect_run(project, values, typed_kind)
+    project.trained_networks = program.find_trained_networks(values)
+    for key, default in program.default_values.items():
         if key not in values:
-            # the program's default for a missing key
-            project.assumed[key] = values[key] = value
+            project.assumed_defaults[key] = values[key] = default
     model_rules = _convert_values(project, values)
     join_datasets(project)
-    read_models(project, values, model_rules)
+    select_model_of_project(project, values, model_rules)
     return project
 
 
-def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
+def _detect_run(project: ForeignProject, values: Mapping[str, Any], typed_kind: str | None) -> None:
     """Set the kind of run that a foreign project describes.
 
     Raises:
@@ -78,34 +79,36 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
     """
     try:
         project.run = project.program.find_run(values)
-    except NoRun as error:
-        if trains is None:
+    except UnsupportedRun as error:
+        if typed_kind is None:
             remedy = "Give --train lora to train a LoRA in its place"
             raise OptionError(f"--from {project.path}: {error}. {remedy}") from None
         project.run = contract.ForeignRun("", str(error))
 
 
 def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model."""
+    """Convert a foreign file's values, or report why not; return the rules of the keys that name a model.
+
+    Keys that are read elsewhere are skipped: those that name an additional file, and those that select the
+    networks to train.
+    """
     program = project.program
-    without_effect = program.find_idle(values)
+    ineffective_keys = program.find_ineffective_keys(values)
     model_rules: dict[str, KeyRule] = {}
     for key, value in values.items():
-        if key in program.companions and isinstance(value, str):
-            continue  # the additional file was read before
-        if key in project.parts.keys:
-            continue  # `settle` handles these keys
-        rule = find_rule(program, key)
-        if key in without_effect:
-            project.without_effect.append(show(key))
-        elif rule is None:
-            _note_unknown(project, key, value)
-        elif is_empty(value):
-            project.empty.append(show(key))
-        # a default of the trainer is not reported as omitted
-        elif key in project.assumed and rule.to == contract.OMITTED:
+        names_companion_file = key in program.companion_keys and isinstance(value, str)
+        if names_companion_file or key in project.trained_networks.file_keys:
             continue
-        elif rule.to in {contract.MODEL, contract.FILE}:
+        rule = find_rule(program, key)
+        if key in ineffective_keys:
+            project.ineffective_keys.append(show(key))
+        elif rule is None:
+            _record_key_without_rule(project, key, value)
+        elif is_empty(value):
+            project.empty_keys.append(show(key))
+        elif rule.target == contract.OMITTED and key in project.assumed_defaults:
+            continue  # a default of the trainer is not reported as omitted
+        elif rule.target in {contract.MODEL, contract.FILE}:
             model_rules[key] = rule
         else:
             convert_value(project, rule, key, value)
@@ -117,24 +120,26 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", [])
 
 
-def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
+def _record_key_without_rule(project: ForeignProject, key: str, value: Any) -> None:
     """Record a key that no rule covers; whether it is an option of ours is decided later."""
-    if project.program.knows_options:
-        project.others[key] = value
+    if project.program.shares_option_names:
+        project.keys_without_rule[key] = value
     elif is_empty(value):
-        project.empty.append(show(key))
+        project.empty_keys.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.without_effect.append(show(key))  # an argument of another optimizer: files list those of all
+        project.ineffective_keys.append(
+            show(key)
+        )  # an argument of another optimizer: files list those of all
     else:
-        project.unknown.append(show(key))
+        project.unknown_keys.append(show(key))
 
 
-def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
+def _join_numbers_with_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
     """Join numbers with their unit keys into values such as `10 MINUTE`; epochs get a key of their own."""
-    for key, unit_key in program.units.items():
+    for key, unit_key in program.unit_keys.items():
         if key not in values or unit_key not in values:
             continue
-        project.leave(unit_key, f"it is read with {key}")
+        project.report_omitted_key(unit_key, f"it is read with {key}")
         unit = values.pop(unit_key)
         if unit == "EPOCH":
             values[f"{key} (epochs)"] = values.pop(key)
@@ -142,14 +147,14 @@ def _join_units(project: ForeignProject, program: Program, values: dict[str, Any
             values[key] = f"{values[key]} {unit}"
 
 
-def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
+def _recognize_program(path: Path, values: Mapping[str, Any]) -> Program:
     """Return the trainer that a project file belongs to, recognized by its suffix and its keys."""
     key_patterns = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
-        if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.marks):
+        if path.suffix.lower() in program.suffixes and not key_patterns.isdisjoint(program.identifying_keys):
             return program
     # a file of a training script needs no conversion
-    if path.suffix.lower() == ".toml" and any(map(_OF_SCRIPTS.search, values)):
+    if path.suffix.lower() == ".toml" and any(map(_TRAINING_SCRIPT_KEYS.search, values)):
         raise OptionError(
             f"--from {path}: it looks like a file of options of sd-scripts or musubi-tuner. Give it to the "
             "training script itself as --config_file: the names of options are the same"
@@ -161,9 +166,9 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
 
 
 def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
-    """Return the values of a YAML, TOML or JSON file by dotted key, each with `prefix` in front.
+    """Return the values of a YAML, TOML or JSON file by dotted key, such as `network.rank`.
 
-    `option` is the option that names the file, for messages.
+    Each key starts with `prefix`. `option` is the option that names the file, for messages.
 
     Raises:
         OptionError: If the file cannot be read or has too many keys.
@@ -172,7 +177,8 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
         raise OptionError(f"{option} {path}: give a .yaml, .toml or .json file of another trainer")
     try:
-        return dict(_flatten(_parse(suffix, read_text(path, MAX_BYTES)), prefix, 0, itertools.count(1)))
+        content = _parse(suffix, read_text(path, MAX_BYTES))
+        return dict(_flatten(content, prefix, depth=0, counter=itertools.count(1)))
     except (OSError, ValueError, RecursionError) as error:
         why = shorten(" ".join(str(error).split()), 300).rstrip(".")
         raise OptionError(
@@ -198,7 +204,8 @@ def _parse(suffix: str, text: str) -> Any:
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
     """Yield each value of a parsed file with its dotted key, such as `network.rank` or `datasets[0].path`.
 
-    `counter` counts every value, table and list, so that no file can produce an endless number.
+    `key` is the key of `content`: "" or a prefix with a colon for the whole file. `counter` counts every
+    value, table and list, so that no file can produce an endless number.
 
     Raises:
         ValueError: If there are too many values, or tables nested too deeply.
@@ -207,32 +214,30 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
         raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
     if next(counter) > MAX_KEYS:
         raise ValueError(f"it has more than {MAX_KEYS} keys, which no project has")
-    is_list = isinstance(content, list)
     if isinstance(content, dict):
+        separator = "" if not key or key.endswith(":") else "."
         for name, value in content.items():
-            inner = str(name).removeprefix("--")  # the name as on a command line
-            # the key of the whole file is "", or a prefix that ends with a colon
-            separator = "" if not key or key.endswith(":") else "."
-            yield from _flatten(value, f"{key}{separator}{inner}", depth + 1, counter)
-    elif is_list and any(isinstance(item, dict) for item in content):
+            inner_name = str(name).removeprefix("--")  # some files have names as on a command line
+            yield from _flatten(value, f"{key}{separator}{inner_name}", depth + 1, counter)
+    elif isinstance(content, list) and any(isinstance(item, dict) for item in content):
         for index, item in enumerate(content):
             yield from _flatten(item, f"{key}[{index}]", depth + 1, counter)
     else:
         yield key, content
 
 
-def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
-    """Return the values of an additional file that a project names; {} if the file is missing."""
+def _read_companion_file(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
+    """Return the values of an additional file that a project names; {} if it is missing or unreadable."""
     path = find_beside(project.path, name)
     if path is None:
-        project.omitted.append(
+        project.omission_lines.append(
             f"{key} = {show(name)}: it is not there, nor in the folders around {project.path}"
         )
         return {}
     try:
         values = _read_values(path, f"--from: {key}", f"{key}:")
-        project.adopted.append(key)
-        return values
     except OptionError as error:
-        project.omitted.append(f"{key} = {show(path)}: {error}")
+        project.omission_lines.append(f"{key} = {show(path)}: {error}")
         return {}
+    project.adopted_keys.append(key)
+    return values

@@ -1,12 +1,13 @@
 """Fit another trainer's values to a model, a kind of run and its training script."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dataset.config import KEYS
 from dataset.subset_options import SUBSET_KEYS
 from downloads.catalogue import ModelSet
-from project.foreign.learning import resolve_parts, resolve_rates
+from project.foreign.learning import remove_unsuitable_rates, resolve_trained_networks
 from project.foreign.named import adopt_by_name
 from project.foreign.optimizing import resolve_optimizer
 from project.foreign.project import ForeignProject
@@ -15,46 +16,53 @@ from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.script_facts import ScriptOptions
 
-_OF_LORA = ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args")
-_OF_EMBEDDING = ("init_word", "num_vectors_per_token")
+_LORA_OPTIONS = ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args")
+_EMBEDDING_OPTIONS = ("init_word", "num_vectors_per_token")
 # network arguments in other programs that only LoRAs have
-_OF_LORA_ALONE = ("dora_wd", "rank_dropout", "module_dropout")
+_LORA_ONLY_ARGUMENTS = ("dora_wd", "rank_dropout", "module_dropout")
 # keys of dataset.toml that vary captions or images at each use
 VARYING_TEXTS = frozenset(
     {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_every_n_epochs", "token_warmup_step"}
     | {"enable_wildcard"}
 )
 VARYING_IMAGES = frozenset({"color_aug", "random_crop", "face_crop_aug_range"})
-_OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "secondary_separator")
+_SHUFFLING_KEYS = ("keep_tokens", "keep_tokens_separator", "caption_separator", "secondary_separator")
 
 
-class Forms(NamedTuple):
+class DatasetLayout(NamedTuple):
     """Which keys the tables of the new dataset.toml may have."""
 
-    step: int  # sides are multiples of this
-    takes_subsets: bool  # the model supports [[datasets.subsets]]
-    has_subsets: bool  # this layout is used in any case
-    regularizes: bool = False  # the folder has regularization images
+    side_multiple: int  # sides are multiples of this
+    supports_subsets: bool  # the model supports [[datasets.subsets]]
+    uses_subsets: bool  # this layout is used in any case
+    has_regularization: bool = False  # the folder has regularization images
 
 
-def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
+def complete_options(project: ForeignProject, options: NewOptions) -> NewOptions:
     """Return options of `new`, completed by values of the foreign project; typed options have precedence."""
     default = NewOptions(folder=options.folder)  # an option with this value counts as not typed
-    file_values = dict(project.new)
+    completed = {}
+    for name, value in _list_project_options(project, options).items():
+        typed_value = getattr(options, name)
+        if typed_value == getattr(default, name):
+            completed[name] = value
+        elif typed_value != value:
+            project.report_omitted_value(name, value, f"--{name} says otherwise")
+    return dataclasses.replace(options, **completed)
+
+
+def _list_project_options(project: ForeignProject, options: NewOptions) -> dict[str, Any]:
+    """Return the options of `new` that a foreign project sets, without those of another model family."""
+    project_options = dict(project.new_options)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
-        file_values["train"] = project.run.kind
-    if options.family not in {None, project.new.get("family")}:
-        task = file_values.pop("task", None)
-        if task is not None and options.task is None:  # the typed task belongs to the project's family
-            project.leave_value("task", task, "--family says otherwise")
-    file_values.pop("max_train_steps", None)  # `select_length` compares it with the epochs
-    values = {}
-    for name, value in file_values.items():
-        if getattr(options, name) == getattr(default, name):
-            values[name] = value
-        elif getattr(options, name) != value:
-            project.leave_value(name, value, f"--{name} says otherwise")
-    return dataclasses.replace(options, **values)
+        project_options["train"] = project.run.kind
+    if options.family not in {None, project.new_options.get("family")}:
+        # the project's task is of the project's family, and another family was typed
+        task = project_options.pop("task", None)
+        if task is not None and options.task is None:
+            project.report_omitted_value("task", task, "--family says otherwise")
+    project_options.pop("max_train_steps", None)  # `select_length` compares it with the epochs
+    return project_options
 
 
 def resolve_project(
@@ -63,69 +71,73 @@ def resolve_project(
     kind: RunKind,
     script: ScriptOptions,
     memory: float,
-    forms: Forms,
+    dataset_layout: DatasetLayout,
 ) -> None:
-    """Reduce a foreign project's values to those that the run accepts, and report why others are omitted.
+    """Reduce the settings of another trainer's project to those that this run accepts, in place.
 
-    `memory` is the graphics card's memory in GiB; 0 means a CPU. `forms` says which keys dataset.toml can
-    have. "Foreign" is a project file of another trainer.
+    The project records why each of the other settings is omitted. `memory` is the graphics card's memory in
+    GiB; 0 means a CPU. `dataset_layout` says which keys dataset.toml can have.
     """
-    resolve_rates(project, kind)
-    resolve_parts(project, model, kind, script)
-    adopt_by_name(project, script, _list_chosen(model))
+    remove_unsuitable_rates(project, kind)
+    resolve_trained_networks(project, model, kind, script)
+    adopt_by_name(project, script, _list_options_set_by_new(model))
     resolve_optimizer(project, memory)
     _resolve_network(project, kind)
-    if kind.saves_models:  # large networks, for which `new` sets Adafactor
-        _leave_recipe(project, script)
-    project.keeps_few = kind.saves_models  # whole models are large, so only the latest are kept
-    if "min_snr_gamma" in script.known and "min_snr_gamma" not in project.training:
-        project.training["min_snr_gamma"] = None  # `new` sets it for models that predict noise
-        project.changed.append(f"min_snr_gamma is left out, which {project.title} has only if it is said")
-    for name in list(project.training):
-        if name not in script.known:
-            project.drop(name, script.refused.get(name, f"{script.name} has no such option"))
-    _resolve_data(project, forms)
+    if kind.saves_large_files:  # large networks, for which `new` sets Adafactor
+        _adapt_adafactor_defaults(project, script)
+    project.keeps_only_latest = kind.saves_large_files
+    if "min_snr_gamma" in script.accepted and "min_snr_gamma" not in project.training_options:
+        project.training_options["min_snr_gamma"] = None  # `new` sets it for models that predict noise
+        project.change_lines.append(
+            f"min_snr_gamma is left out, which {project.title} has only if it is said"
+        )
+    for name in list(project.training_options):
+        if name not in script.accepted:
+            project.remove_option(name, script.rejected.get(name, f"{script.name} has no such option"))
+    _resolve_dataset_keys(project, dataset_layout)
 
 
-def _list_chosen(model: ModelSet) -> set[str]:
+def _list_options_set_by_new(model: ModelSet) -> set[str]:
     """Return the names of the options that `new` sets itself for a model."""
-    words = f"{model.commands['train']} {model.data.get('train', '')}".split()
+    words = f"{model.commands['train']} {model.properties.get('train', '')}".split()
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
 def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
-    """Write the network's rank, alpha and arguments; omit them if the run trains no network of that kind."""
+    """Write rank, alpha and arguments of a LoRA; for other kinds of runs, remove them with the reason."""
     if kind is LORA:
-        _leave_of_lora_alone(project)
+        _omit_lora_only_settings(project)
         _write_network_arguments(project)
-        _select_alpha(project)
-    else:
-        reason = f"{kind.title} is trained"
+        _set_default_alpha(project)
+    reason = f"{kind.title} is trained"
+    if kind is not LORA:
         for name in project.network_arguments:
-            project.leave(project.source_keys[name], reason)
-        for name in _OF_LORA:
-            if name in project.training:
-                project.drop(name, reason)
-    if not kind.learns_word:
-        for name in _OF_EMBEDDING:
-            if name in project.training:
-                project.drop(name, f"{kind.title} is trained")
+            project.report_omitted_key(project.source_keys[name], reason)
+        _remove_options(project, _LORA_OPTIONS, reason)
+    if not kind.trains_embedding:
+        _remove_options(project, _EMBEDDING_OPTIONS, reason)
 
 
-def _leave_of_lora_alone(project: ForeignProject) -> None:
+def _remove_options(project: ForeignProject, names: Iterable[str], reason: str) -> None:
+    for name in names:
+        if name in project.training_options:
+            project.remove_option(name, reason)
+
+
+def _omit_lora_only_settings(project: ForeignProject) -> None:
     """Remove settings that only a LoRA has from a project that trains another network type."""
-    module = project.training.get("network_module")
+    module = project.training_options.get("network_module")
     if module is None:
         return
     reason = f"only a LoRA has it, and {module} is trained"
-    for name in _OF_LORA_ALONE:
+    for name in _LORA_ONLY_ARGUMENTS:
         value = project.network_arguments.pop(name, 0)
         if value:
-            project.leave_value(project.source_keys[name], value, reason)
+            project.report_omitted_value(project.source_keys[name], value, reason)
         elif name in project.source_keys:
-            project.without_effect.append(project.source_keys[name])
-    if "network_dropout" in project.training:
-        project.drop("network_dropout", reason)
+            project.ineffective_keys.append(project.source_keys[name])
+    if "network_dropout" in project.training_options:
+        project.remove_option("network_dropout", reason)
 
 
 def _write_network_arguments(project: ForeignProject) -> None:
@@ -135,79 +147,85 @@ def _write_network_arguments(project: ForeignProject) -> None:
         if value:
             arguments[name] = value
         else:
-            project.without_effect.append(project.source_keys[name])
+            project.ineffective_keys.append(project.source_keys[name])
     if not arguments:
         return
     assignments = [f"{name}={_as_text(value)}" for name, value in arguments.items()]
-    project.training["network_args"] = assignments
+    project.training_options["network_args"] = assignments
     project.source_keys["network_args"] = "arguments of the network"
-    project.adopted += [project.source_keys[name] for name in arguments]
-    project.changed.append(f"arguments of the network: network_args = {assignments}")
+    project.adopted_keys += [project.source_keys[name] for name in arguments]
+    project.change_lines.append(f"arguments of the network: network_args = {assignments}")
 
 
 def _as_text(value: Any) -> str:
     return str(value) if isinstance(value, bool | str) else f"{value:g}"
 
 
-def _select_alpha(project: ForeignProject) -> None:
+def _set_default_alpha(project: ForeignProject) -> None:
     """Use the other trainer's default alpha if its file sets none."""
-    rank = project.training.get("network_dim")
-    if rank is None or "network_alpha" in project.training:
+    rank = project.training_options.get("network_dim")
+    if rank is None or "network_alpha" in project.training_options:
         return
-    alpha = rank if project.program.alpha is None else project.program.alpha
-    project.training["network_alpha"] = alpha
-    project.changed.append(f"no alpha is said: network_alpha = {alpha}, as in {project.title}")
+    alpha = rank if project.program.default_alpha is None else project.program.default_alpha
+    project.training_options["network_alpha"] = alpha
+    project.change_lines.append(f"no alpha is said: network_alpha = {alpha}, as in {project.title}")
 
 
-def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
-    """Remove the Adafactor settings of full training if the project has another optimizer."""
-    training = project.training
-    # gradients of several batches cannot be applied during the backward pass
-    accumulates = training.get("gradient_accumulation_steps", 1) > 1
+def _adapt_adafactor_defaults(project: ForeignProject, script: ScriptOptions) -> None:
+    """Override what `new` sets for full training with Adafactor, where the project needs other values.
+
+    `new` sets Adafactor with fused_backward_pass, its arguments, and a warm-up.
+    """
+    training = project.training_options
     optimizer = training.get("optimizer_type", "adafactor")
-    if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
+    accumulates_gradients = training.get("gradient_accumulation_steps", 1) > 1
+    can_fuse = optimizer == "adafactor" and not accumulates_gradients
+    if "fused_backward_pass" in script.accepted and not can_fuse:
         training["fused_backward_pass"] = False
         # without fused_backward_pass, swapped blocks cannot be updated on the card
-        if "blocks_to_swap" in script.known:
+        if "blocks_to_swap" in script.accepted:
             training["blocks_to_swap"] = None
-            project.changed.append(
+            project.change_lines.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "
                 "which needs Adafactor without accumulation"
             )
-    # full training sets these for Adafactor; other optimizers use their defaults
-    if "optimizer_type" in training and optimizer != "adafactor":
+    if optimizer != "adafactor":
         training.setdefault("optimizer_args", [])
         training.setdefault("max_grad_norm", 1.0)
-    if "lr_scheduler" in training and "lr_warmup_steps" not in training and project.warmup_share is None:
+    has_warmup = "lr_warmup_steps" in training or project.warmup_fraction is not None
+    if "lr_scheduler" in training and not has_warmup:
         training["lr_warmup_steps"] = 0
 
 
-def _resolve_data(project: ForeignProject, forms: Forms) -> None:
+def _resolve_dataset_keys(project: ForeignProject, dataset_layout: DatasetLayout) -> None:
     """Remove keys that the new dataset.toml cannot have, and keys without effect."""
-    data = project.data
-    # bucket sides have to be multiples of the model's step
-    steps = data.get("bucket_reso_steps", forms.step)
-    if steps % forms.step:
-        data.pop("bucket_reso_steps")
-        project.forget("bucket_reso_steps")
-        project.leave_value("bucket_reso_steps", steps, f"this model needs a multiple of {forms.step}")
-    for name in list(data):
-        key = project.key_of(name)
-        if name in SUBSET_KEYS and data[name] == SUBSET_KEYS[name].default:
-            data.pop(name)
-        # KEYS may stand in any table, other keys only in subsets
-        elif name not in KEYS and not (forms.takes_subsets or forms.has_subsets):
-            data.pop(name)
-            project.forget(key)
-            project.omitted.append(
+    general_keys = project.general_keys
+    side_multiple = dataset_layout.side_multiple  # sides of buckets are multiples of it
+    steps = general_keys.get("bucket_reso_steps", side_multiple)
+    if steps % side_multiple:
+        general_keys.pop("bucket_reso_steps")
+        project.remove_from_report("bucket_reso_steps")
+        reason = f"this model needs a multiple of {side_multiple}"
+        project.report_omitted_value("bucket_reso_steps", steps, reason)
+    may_use_subsets = dataset_layout.supports_subsets or dataset_layout.uses_subsets
+    for name in list(general_keys):
+        key = project.file_key_of(name)
+        needs_subsets = name not in KEYS
+        if name in SUBSET_KEYS and general_keys[name] == SUBSET_KEYS[name].default:
+            general_keys.pop(name)
+        elif needs_subsets and not may_use_subsets:
+            general_keys.pop(name)
+            project.remove_from_report(key)
+            project.omission_lines.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
-    # shuffling keys have no effect unless captions vary
-    without_effect = [] if VARYING_TEXTS & data.keys() else [*_OF_SHUFFLING]
-    if not forms.regularizes:
-        without_effect.append("prior_loss_weight")
-    for name in without_effect:
-        if name in data:
-            data.pop(name)
-            project.forget(project.key_of(name))
-            project.without_effect.append(project.key_of(name))
+    ineffective_names: list[str] = []
+    if not VARYING_TEXTS & general_keys.keys():
+        ineffective_names += _SHUFFLING_KEYS
+    if not dataset_layout.has_regularization:
+        ineffective_names.append("prior_loss_weight")
+    for name in ineffective_names:
+        if name in general_keys:
+            general_keys.pop(name)
+            project.remove_from_report(project.file_key_of(name))
+            project.ineffective_keys.append(project.file_key_of(name))

@@ -10,9 +10,9 @@ from project.foreign.contract import (
     TRAINING,
     ForeignRun,
     KeyRule,
-    NoRun,
-    Parts,
     Program,
+    TrainedNetworks,
+    UnsupportedRun,
     integer,
     is_on,
     number,
@@ -28,21 +28,23 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     if is_on(values.get("controlnet")):
         return ForeignRun("controlnet", "controlnet = true")
     if is_on(values.get("control")):
-        raise NoRun(
+        raise UnsupportedRun(
             "control = true: a LoRA that sees control images in additional channels; none is trained so here"
         )
     if kind not in {"lora", "full"}:
-        raise NoRun(f"model_type = {kind}: `new` sets up no such training")
+        raise UnsupportedRun(f"model_type = {kind}: `new` sets up no such training")
     return ForeignRun("whole" if kind == "full" else "lora", f"model_type = {kind}")
 
 
-def _find_parts(values: Mapping[str, Any]) -> Parts:
+def _find_trained_networks(values: Mapping[str, Any]) -> TrainedNetworks:
     keys = tuple(key for key in ("train_text_encoder", "text_encoder_lr") if key in values)
     learns = is_on(values.get("train_text_encoder"))
-    return Parts(keys, text_rates=(read_rate(values.get("text_encoder_lr")),) if learns else ())
+    return TrainedNetworks(
+        keys, text_encoder_rates=(read_rate(values.get("text_encoder_lr")),) if learns else ()
+    )
 
 
-def _find_idle(values: Mapping[str, Any]) -> set[str]:
+def _find_ineffective_keys(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect: rank and alpha of a LyCORIS, which its own file sets."""
     if values.get("lora_type") == "lycoris" and "lycoris_config:algo" in values:
         return {"lora_rank", "lora_alpha", "lora_type"}
@@ -188,21 +190,21 @@ _OF_BACKENDS = {
 PROGRAM = Program(
     title="SimpleTuner",
     suffixes=(".json",),
-    alpha=None,
-    marks=("model_family", "data_backend_config"),
-    companions=("data_backend_config", "lycoris_config"),
-    usual={"lora_rank": 16},
-    units={"max_grad_norm": "grad_clip_method"},
-    variants={"model_flavour": "model_family"},
+    default_alpha=None,
+    identifying_keys=("model_family", "data_backend_config"),
+    companion_keys=("data_backend_config", "lycoris_config"),
+    default_values={"lora_rank": 16},
+    unit_keys={"max_grad_norm": "grad_clip_method"},
+    kind_key_of_variant={"model_flavour": "model_family"},
     find_run=_find_run,
-    find_parts=_find_parts,
-    find_idle=_find_idle,
-    unused={
+    find_trained_networks=_find_trained_networks,
+    find_ineffective_keys=_find_ineffective_keys,
+    dataset_off_values={
         "dataset_type": ("text_embeds", "image_embeds", "conditioning", "eval"),
         "disabled": (True, "true"),
     },
     rules={**_RULES, **{f"{_DATASETS}.{key}": rule for key, rule in _OF_BACKENDS.items()}},
-    models={
+    model_by_name={
         "flux": ("flux", "dev"),
         "flux dev": ("flux", "dev"),
         "flux schnell": ("flux", "schnell"),

@@ -21,23 +21,23 @@ class FileValue:
     rule: KeyRule
     key: str  # key as shown in messages
     value: Any
-    place: ForeignDataset | None  # dataset whose table contains the key
+    dataset: ForeignDataset | None  # dataset whose table contains the key
 
 
 def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Adopt a value from a foreign project, or record why it is omitted."""
     dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
-    if rule.to == contract.OMITTED:
-        _leave(project, setting)
+    if rule.target == contract.OMITTED:
+        _report_omission(project, setting)
         return
     try:
-        _TAKERS[rule.to](project, setting, rule.read(value))
+        _ADOPTERS[rule.target](project, setting, rule.read(value))
     except UnsetValue:
-        project.without_effect.append(setting.key)
+        project.ineffective_keys.append(setting.key)
     except (UserError, ValueError, TypeError, OverflowError) as error:
-        project.has_other_optimizer |= rule.name == "optimizer_type"
-        project.leave_value(setting.key, value, shorten(str(error), 200))
+        project.replaces_optimizer |= rule.name == "optimizer_type"
+        project.report_omitted_value(setting.key, value, shorten(str(error), 200))
 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
@@ -56,10 +56,10 @@ def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDatas
         return None
     dataset = project.datasets.setdefault(table, ForeignDataset())
     name = key[len(table) + 1 :]
-    if value in project.program.unused.get(name, ()):
+    if value in project.program.dataset_off_values.get(name, ()):
         dataset.is_unused = True
-    if name in project.program.counted and value == project.program.counted[name]:
-        dataset.num_drawn = _DRAWN
+    if name in project.program.fixed_draw_settings and value == project.program.fixed_draw_settings[name]:
+        dataset.files_per_epoch = _DRAWN
     return dataset
 
 
@@ -67,57 +67,57 @@ def _find_table(program: Program, key: str) -> str | None:
     """Return the list element that a key belongs to: `concepts[0]` for `concepts[0].path`."""
     for generic, rule in program.rules.items():
         prefix = generic.rpartition(".")[0]
-        if rule.to == contract.FOLDER and prefix.endswith("[]"):
+        if rule.target == contract.FOLDER and prefix.endswith("[]"):
             match = re.match(re.escape(prefix).replace(r"\[\]", r"\[\d+\]") + r"(?=\.)", key)
             if match is not None:
                 return match[0]
     return None
 
 
-def _leave(project: ForeignProject, setting: FileValue) -> None:
+def _report_omission(project: ForeignProject, setting: FileValue) -> None:
     if is_off(setting.value):
-        project.without_effect.append(setting.key)
+        project.ineffective_keys.append(setting.key)
     else:
-        project.leave(setting.key, setting.rule.name)
+        project.report_omitted_key(setting.key, setting.rule.name)
 
 
 def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
     """Set the network type that a foreign project names: `module`, or the default LoRA for None."""
     if module is None:
-        project.adopted.append(setting.key)
+        project.adopted_keys.append(setting.key)
         return
-    project.training["network_module"] = module
+    project.training_options["network_module"] = module
     project.source_keys["network_module"] = setting.key
-    project.note_change(setting.key, setting.value, f"network_module = {module}")
+    project.report_change(setting.key, setting.value, f"network_module = {module}")
 
 
 def _take_folder(project: ForeignProject, setting: FileValue, folder: Any) -> None:
-    project.folders[setting.key] = folder
-    if setting.place is not None:
-        setting.place.path = folder
-        setting.place.key = setting.key
+    project.folder_by_key[setting.key] = folder
+    if setting.dataset is not None:
+        setting.dataset.path = folder
+        setting.dataset.folder_key = setting.key
 
 
 def _take_epochs(project: ForeignProject, setting: FileValue, number: Any) -> None:
-    project.epochs.append(FileEpochs(setting.key, number, setting.rule.name))
+    project.epoch_settings.append(FileEpochs(setting.key, number, setting.rule.name))
 
 
 def _take_per_epoch(project: ForeignProject, setting: FileValue, number: Any) -> None:
-    project.per_epoch[setting.rule.name] = FileEpochs(setting.key, number, setting.rule.name)
+    project.epoch_intervals[setting.rule.name] = FileEpochs(setting.key, number, setting.rule.name)
 
 
 def _take_share(project: ForeignProject, setting: FileValue, percent: Any) -> None:
-    project.warmup_share = (setting.key, percent / 100)
+    project.warmup_fraction = (setting.key, percent / 100)
 
 
 def _take_argument(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    project.arguments[setting.rule.name] = value
+    project.optimizer_arguments[setting.rule.name] = value
     project.source_keys[setting.rule.name] = setting.key
 
 
 def _take_arguments(project: ForeignProject, setting: FileValue, pairs: Mapping[str, str]) -> None:
     for name, text in pairs.items():
-        project.arguments[name] = text
+        project.optimizer_arguments[name] = text
         project.source_keys[name] = setting.key
 
 
@@ -127,21 +127,21 @@ def _take_network_argument(project: ForeignProject, setting: FileValue, value: A
 
 
 def _take_of_new(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    _set(project, project.new, project.source_keys, setting, value)
+    _set_once(project, project.new_options, project.source_keys, setting, value)
 
 
 def _take_of_training(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    _set(project, project.training, project.source_keys, setting, value)
+    _set_once(project, project.training_options, project.source_keys, setting, value)
 
 
 def _take_of_data(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    if setting.place is None:
-        _set(project, project.data, project.source_keys, setting, value)
+    if setting.dataset is None:
+        _set_once(project, project.general_keys, project.source_keys, setting, value)
     else:
-        _set(project, setting.place.data, setting.place.source_keys, setting, value)
+        _set_once(project, setting.dataset.table_keys, setting.dataset.source_keys, setting, value)
 
 
-_TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
+_ADOPTERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
     contract.NEW: _take_of_new,
     contract.TRAINING: _take_of_training,
     contract.DATA: _take_of_data,
@@ -156,33 +156,34 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 }
 
 
-def _set(
-    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
+def _set_once(
+    project: ForeignProject, our_values: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
-    """Set an option or dataset key, unless another key of the foreign file has set another value.
+    """Set an option or dataset key, unless another key of the file has set another value.
 
     Args:
-        project: The foreign file; it notes which of its keys were taken, changed or left out.
-        target: Our options or dataset keys with their values; the new one is added.
+        project: The foreign file, with the report about its keys.
+        our_values: Our options or dataset keys with their values; the new one is added.
         keys: Name of our option or dataset key -> the key of the foreign file that set it.
         setting: A key of the foreign file with its value, and the rule that says which name it has here.
         value: The value in our form.
     """
     name = setting.rule.name
-    first = keys.setdefault(name, setting.key)
-    # `assumed` has defaults of the other program for missing keys: explicit values take precedence
-    if first in project.assumed and setting.key not in project.assumed:
-        target.pop(name, None)
+    is_default = setting.key in project.assumed_defaults  # of the other program, for a missing key
+    first_key = keys.setdefault(name, setting.key)
+    if first_key in project.assumed_defaults and not is_default:
+        # a value in the file replaces a default
+        our_values.pop(name, None)
         keys[name] = setting.key
-    if target.setdefault(name, value) != value:
-        project.leave_value(setting.key, setting.value, f"{name} is {target[name]} already, from another key")
-    # a default of the other program is not reported as a key of the file
-    elif setting.key in project.assumed:
-        return
+    if our_values.setdefault(name, value) != value:
+        reason = f"{name} is {our_values[name]} already, from another key"
+        project.report_omitted_value(setting.key, setting.value, reason)
+    elif is_default:
+        return  # it is not reported as a key of the file
     elif _is_same(value, setting.value):
-        project.adopted.append(setting.key)
+        project.adopted_keys.append(setting.key)
     else:
-        project.note_change(setting.key, setting.value, f"{name} = {value}")
+        project.report_change(setting.key, setting.value, f"{name} = {value}")
 
 
 def _is_same(read: Any, value: Any) -> bool:

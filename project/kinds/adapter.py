@@ -20,17 +20,17 @@ RECIPE: Mapping[str, Any] = {
     "ema_decay": 0.998,
     "lora_format": "comfyui",  # without alphas, as published adapters are
 }
-NAMED = "_training_adapter_v1"  # suffix of its file name, as in published adapters
+ADAPTER_NAME_SUFFIX = "_training_adapter_v1"  # suffix of its file name, as in published adapters
 
 
 def _find_words(model: ModelSet) -> list[str]:
-    return find_lora_script(model) if model.data.get("distilled") and not model.has_adapter else []
+    return find_lora_script(model) if model.properties.get("distilled") and not model.has_adapter else []
 
 
 def _why_not(model: ModelSet, memory: float) -> str | None:
     if model.has_adapter:
         return f"{model.title} is trained with one already: give the task without it"
-    if not model.data.get("distilled"):
+    if not model.properties.get("distilled"):
         return f"{model.title} was not distilled, so that there is nothing to unlearn"
     return None
 
@@ -42,9 +42,9 @@ def _change(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 ADAPTER = RunKind(
     name="adapter",
     title="a training adapter",
-    find_words=_find_words,
-    why_not=_why_not,
-    change=_change,
-    ending="lora",
-    makes_adapter=True,
+    find_training_command=_find_words,
+    why_unsupported=_why_not,
+    adapt_options=_change,
+    architecture_suffix="lora",
+    makes_training_adapter=True,
 )

@@ -20,11 +20,11 @@ def _leave_values(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 LORA = RunKind(
     name="lora",
     title="a LoRA",
-    find_words=find_lora_script,
-    why_not=lambda model, memory: None,
-    change=_leave_values,
-    ending="lora",
-    has_targets=True,
+    find_training_command=find_lora_script,
+    why_unsupported=lambda model, memory: None,
+    adapt_options=_leave_values,
+    architecture_suffix="lora",
+    supports_few_step_targets=True,
 )
 KINDS = (
     LORA,
@@ -45,7 +45,7 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
     """Return which kind of run a model trains on a folder with control images; None if it has none."""
-    return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
+    return next((kind for kind in list_kinds(model) if kind.uses_control_images), None)
 
 
 def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
@@ -63,5 +63,5 @@ def kinds_by_script() -> dict[str, RunKind]:
     kinds: dict[str, RunKind] = {}
     for model in find_models():
         for kind in list_kinds(model):
-            kinds.setdefault(kind.find_words(model)[0], kind)
+            kinds.setdefault(kind.find_training_command(model)[0], kind)
     return kinds

@@ -21,12 +21,12 @@ def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any
     return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
 
 
-def read_words(key: str, model: ModelSet) -> list[str]:
+def find_catalog_command(key: str, model: ModelSet) -> list[str]:
     """Return the script and options for a kind of run from the catalogue; [] without an entry.
 
     `key` is the name of the entry.
     """
-    return shlex.split(model.data.get(key, ""))
+    return shlex.split(model.properties.get(key, ""))
 
 
 def find_lora_script(model: ModelSet) -> list[str]:
@@ -39,7 +39,7 @@ def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | N
 
     `key` is the entry of the kind in the catalogue of models, and `title` its name in messages.
     """
-    return None if read_words(key, model) else f"new does not set up {title} for {model.title}"
+    return None if find_catalog_command(key, model) else f"new does not set up {title} for {model.title}"
 
 
 def _describe_nothing(model: ModelSet, memory: float) -> list[str]:
@@ -53,24 +53,26 @@ class RunKind:
     name: str  # value of --train
     title: str  # in sentences: "a ControlNet"
     # script that trains it, and options that differ from a LoRA's; empty if the model has no script
-    find_words: Callable[[ModelSet], list[str]]
+    find_training_command: Callable[[ModelSet], list[str]]
     # reason why it cannot be trained with so many GiB of GPU memory (0: a CPU); None if it can
-    why_not: Callable[[ModelSet, float], str | None]
+    why_unsupported: Callable[[ModelSet, float], str | None]
     # converts the options of a LoRA's run to those of this kind, for the given memory
-    change: Callable[[Mapping[str, Any], float], dict[str, Any]]
+    adapt_options: Callable[[Mapping[str, Any], float], dict[str, Any]]
     # lines about memory, disk and data, for the given memory
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
-    ending: str = ""  # suffix of `modelspec.architecture` in its trained files
+    architecture_suffix: str = ""  # suffix of `modelspec.architecture` in its trained files
     switch: str = ""  # option that distinguishes its command from a LoRA's, if they share a script
-    sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
-    controls_are_images: bool = False  # whether each image is its own control image, to repaint
-    learns_word: bool = False  # the trigger word itself is trained, and all captions contain it
+    uses_control_images: bool = False  # whether it is trained on pairs of an image and a control image
+    inpaints_images: bool = False  # whether each image is its own control image, to repaint
+    trains_embedding: bool = False  # the trigger word itself is trained, and all captions contain it
     needs_bfloat16: bool = False  # its weights are trained in bfloat16
-    saves_models: bool = False  # each save has gigabytes, so few are written and kept
-    has_targets: bool = False  # it can use targets that preserve a distilled model's few steps
-    makes_adapter: bool = False  # it reverts a distillation, so that other LoRAs can be trained on top
+    saves_large_files: bool = False  # each save has gigabytes, so few are written and kept
+    supports_few_step_targets: bool = False  # it can use targets that preserve a distilled model's few steps
+    makes_training_adapter: bool = (
+        False  # it reverts a distillation, so that other LoRAs can be trained on top
+    )
 
     def find_script(self, model: ModelSet) -> Path | None:
         """Return the training script of this kind of run for a model; None if there is none."""
-        words = self.find_words(model)
+        words = self.find_training_command(model)
         return installation.find_script(words[0]) if words else None

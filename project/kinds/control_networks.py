@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from downloads.catalogue import ModelSet
-from project.kinds.contract import RunKind, drop_lora_options, find_reason, read_words
+from project.kinds.contract import RunKind, drop_lora_options, find_catalog_command, find_reason
 from project.kinds.whole_model import FORMS, RECIPE
 
 INPAINTING = "lllite_inpainting"
@@ -24,7 +24,7 @@ def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
 def _why_no_inpainting(model: ModelSet, memory: float) -> str | None:
     """Return why a model cannot train a ControlNet-LLLite for inpainting; None if it can."""
-    if read_words(INPAINTING, model) or not read_words("lllite", model):
+    if find_catalog_command(INPAINTING, model) or not find_catalog_command("lllite", model):
         return find_reason(INPAINTING, INPAINTING_TITLE, model, memory)
     return (
         f"no program reads a mask next to the control images of {model.title}. Its training script makes an "
@@ -41,30 +41,30 @@ def _change_to_control_net(values: Mapping[str, Any], memory: float) -> dict[str
 LLLITE = RunKind(
     name="lllite",
     title="a ControlNet-LLLite",
-    find_words=partial(read_words, "lllite"),
-    why_not=partial(find_reason, "lllite", "a ControlNet-LLLite"),
-    change=_change_to_lllite,
-    ending="control-net-lllite",
-    sees_controls=True,
+    find_training_command=partial(find_catalog_command, "lllite"),
+    why_unsupported=partial(find_reason, "lllite", "a ControlNet-LLLite"),
+    adapt_options=_change_to_lllite,
+    architecture_suffix="control-net-lllite",
+    uses_control_images=True,
 )
 LLLITE_INPAINTING = RunKind(
     name=INPAINTING,
     title=INPAINTING_TITLE,
-    find_words=partial(read_words, INPAINTING),
-    why_not=_why_no_inpainting,
-    change=_change_to_lllite,
-    ending="control-net-lllite",
+    find_training_command=partial(find_catalog_command, INPAINTING),
+    why_unsupported=_why_no_inpainting,
+    adapt_options=_change_to_lllite,
+    architecture_suffix="control-net-lllite",
     switch="--lllite_cond_in_channels=4",
-    sees_controls=True,
-    controls_are_images=True,
+    uses_control_images=True,
+    inpaints_images=True,
 )
 CONTROL_NET = RunKind(
     name="controlnet",
     title="a ControlNet",
-    find_words=partial(read_words, "controlnet"),
-    why_not=partial(find_reason, "controlnet", "a ControlNet"),
-    change=_change_to_control_net,
-    ending="controlnet",
-    sees_controls=True,
-    saves_models=True,
+    find_training_command=partial(find_catalog_command, "controlnet"),
+    why_unsupported=partial(find_reason, "controlnet", "a ControlNet"),
+    adapt_options=_change_to_control_net,
+    architecture_suffix="controlnet",
+    uses_control_images=True,
+    saves_large_files=True,
 )

@@ -14,7 +14,7 @@ OF_LORA_SCRIPT = f"{ALONE} --train_embedding {{word}} --embedding_vectors 4 --le
 
 def _find_words(model: ModelSet) -> list[str]:
     """Return the script and options that train an embedding; [] if the model cannot learn a word."""
-    named = model.data.get("embedding")
+    named = model.properties.get("embedding")
     if named is not None:
         return shlex.split(named)
     return [*find_lora_script(model), *shlex.split(OF_LORA_SCRIPT)]
@@ -31,10 +31,10 @@ def _why_not(model: ModelSet, memory: float) -> str | None:
 EMBEDDING = RunKind(
     name="embedding",
     title="an embedding",
-    find_words=_find_words,
-    why_not=_why_not,
-    change=drop_lora_options,
-    ending="textual-inversion",
+    find_training_command=_find_words,
+    why_unsupported=_why_not,
+    adapt_options=drop_lora_options,
+    architecture_suffix="textual-inversion",
     switch=ALONE,
-    learns_word=True,
+    trains_embedding=True,
 )

@@ -27,17 +27,17 @@ RECIPE: Mapping[str, Any] = {
     "max_grad_norm": 0,
     "fused_backward_pass": True,
 }
-FREE = 3  # GiB for the activations of one 1024 x 1024 image with checkpointing
+GIB_BESIDES_WEIGHTS = 3  # GiB for the activations of one 1024 x 1024 image with checkpointing
 SAVES = 4  # number of saves over the run, because each is a whole model
-KEPT = 2  # number of saves and states kept in addition to the result
+NUM_KEPT_SAVES = 2  # number of saves and states kept in addition to the result
 
 
-def full_words(model: ModelSet) -> list[str]:
+def full_training_command(model: ModelSet) -> list[str]:
     """Return the script for full training of a model, and its options besides those of RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
-    return shlex.split(model.data.get("whole", default))
+    return shlex.split(model.properties.get("whole", default))
 
 
 def why_not_full(model: ModelSet, memory: float) -> str | None:
@@ -46,18 +46,19 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
     If `memory` is 0, the run is on the CPU.
     """
     name = model.title
-    if not model.data["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
+    if not model.properties["fp8"]:  # no option casts it to 8 bits: its files have 8 bits
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
-    words = full_words(model)
+    words = full_training_command(model)
     if not words or find_script(words[0]) is None:
         return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
         return f"{name} has two transformers, which are trained one at a time: see docs/wan22.md"
     size = transformer_bytes(model) / 2**30
     # without block swapping, all weights have to be on the card
-    if memory and not model.data.get("swaps", True) and size + FREE > memory:
+    if memory and not model.properties.get("swaps", True) and size + GIB_BESIDES_WEIGHTS > memory:
         return (
-            f"{name} takes {size:.1f} GiB of weights and about {FREE} more, and the card has {memory:g} GiB"
+            f"{name} takes {size:.1f} GiB of weights and about {GIB_BESIDES_WEIGHTS} more, "
+            f"and the card has {memory:g} GiB"
         )
     return None
 
@@ -80,7 +81,7 @@ def saves_models(values: Mapping[str, Any]) -> bool:
     return "fused_backward_pass" in values and "network_module" not in values
 
 
-def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
+def derive_intervals(steps: int, saves_models: bool) -> dict[str, int]:
     """Return the intervals of saves, states and samples that suit a number of steps.
 
     `saves_models` says that the run saves whole models, which are large.
@@ -88,7 +89,7 @@ def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
     times = times_of_steps(steps)
     if saves_models:
         every = max(steps // SAVES, 1)
-        kept = (KEPT - 1) * every
+        kept = (NUM_KEPT_SAVES - 1) * every
         times |= {"save_every_n_steps": every, "save_last_n_steps": kept, "save_last_n_steps_state": kept}
     return times
 
@@ -103,14 +104,14 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     if not memory:
         # float32 takes twice the bytes of the files, which have 16 bits
         fit = f"{2 * weights / 2**30:.1f} GiB in float32"
-    elif weights / 2**30 + FREE <= memory:
+    elif weights / 2**30 + GIB_BESIDES_WEIGHTS <= memory:
         fit = f"{weights / 2**30:.1f} GiB in bf16, which fits a card of {memory:g} GiB"
     else:
         # FREE GiB of the card are left for everything else
-        left = weights / 2**30 - max(memory - FREE, 0)
+        left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
     # KEPT saves and the result; each of the KEPT states holds the weights, too
-    maximum = gigabytes((KEPT + 1) * written + KEPT * weights)
+    maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",
         f"Each saved file has {gigabytes(written)}; with the states output takes about {maximum}",
@@ -120,10 +121,10 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
 FULL = RunKind(
     name="whole",
     title="the whole model",
-    find_words=full_words,
-    why_not=why_not_full,
-    change=change_to_full,
+    find_training_command=full_training_command,
+    why_unsupported=why_not_full,
+    adapt_options=change_to_full,
     describe=describe_full,
     needs_bfloat16=True,
-    saves_models=True,
+    saves_large_files=True,
 )

@@ -38,12 +38,12 @@ OWN = Path("recipes")  # folder of own recipes in the working folder, where `rec
 MAX_BYTES = 1 << 16
 MAX_OF_TEXT = 300  # characters
 MAX_FIGURES = 20
-TEXTS = ("title", "family", "task", "train", "tried_on")
-TABLES = ("training", "figures")
+TEXT_KEYS = ("title", "family", "task", "train", "tried_on")
+TABLE_KEYS = ("training", "figures")
 # options that any resumed run may change, and that decide all the same what is learned
-FURTHER = {"max_train_steps", "gradient_accumulation_steps", "ema_decay", "ema_update_every"}
+ALSO_ALLOWED = {"max_train_steps", "gradient_accumulation_steps", "ema_decay", "ema_update_every"}
 # options that the model or the kind of run decides
-DECIDED = {"make_adapter", "model_prediction_type", "task"}
+DECIDED_BY_NEW = {"make_adapter", "model_prediction_type", "task"}
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _PAIR = re.compile(rf"[A-Za-z_]\w{{0,60}}=(?:{_NUMBER}|\(?{_NUMBER}(?:, ?{_NUMBER})*\)?|[A-Za-z_]\w{{0,60}})")
 _NAME = re.compile(r"\w[\w-]{0,80}")
@@ -88,7 +88,7 @@ def find_recipe(name: str) -> TrainingRecipe:
     return read_recipe(paths[name])
 
 
-def fill_in_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
+def complete_options_from_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
     """Return options of `new` with model, kind of run and steps of a recipe where nothing else is typed.
 
     Raises:
@@ -160,13 +160,13 @@ def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
     if _NAME.fullmatch(name) is None:
         raise ValueError("its name has to be of letters, digits, _ and -")
     for key in content:
-        if key not in (*TEXTS, *TABLES):
+        if key not in (*TEXT_KEYS, *TABLE_KEYS):
             raise ValueError(
-                f"{_show(key)} is no key of a recipe. It has {', '.join(TEXTS)}, and the tables "
-                f"{' and '.join(f'[{table}]' for table in TABLES)}"
+                f"{_show(key)} is no key of a recipe. It has {', '.join(TEXT_KEYS)}, and the tables "
+                f"{' and '.join(f'[{table}]' for table in TABLE_KEYS)}"
             )
-    texts = {key: _read_text(key, content.get(key)) for key in TEXTS}
-    tables = {key: content.get(key, {}) for key in TABLES}
+    texts = {key: _read_text(key, content.get(key)) for key in TEXT_KEYS}
+    tables = {key: content.get(key, {}) for key in TABLE_KEYS}
     for key, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(f"{key} is no table: write [{key}] and its keys below")
@@ -235,7 +235,7 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     model = find_recipe_model(family, task)
     if train not in KIND_NAMES:
         raise ValueError(f"train = {_show(train)!r}: use {', '.join(KIND_NAMES)}")
-    argv = BY_NAME[train].find_words(model)
+    argv = BY_NAME[train].find_training_command(model)
     if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
     table = find_table(find_script(argv[0]))
@@ -264,7 +264,7 @@ def list_allowed(script: str) -> frozenset[str]:
     These are the options that a resumed run must or should repeat, except for those that depend on the
     graphics card.
     """
-    allowed: set[str] = set(FURTHER)
+    allowed: set[str] = set(ALSO_ALLOWED)
     records: list[type] = [TrainingOptions]
     for entry in with_scripts().values():
         if script.startswith(f"{entry.script}_") or script == f"{entry.training_script}.py":
@@ -273,7 +273,7 @@ def list_allowed(script: str) -> frozenset[str]:
     for record in records:
         allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
     hardware_options = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
-    return frozenset(allowed - hardware_options - DECIDED)
+    return frozenset(allowed - hardware_options - DECIDED_BY_NEW)
 
 
 def _list_own_modules(model: ModelSet) -> list[str]:

@@ -1,5 +1,7 @@
 """Make a recipe of a finished run from its history and, in a described folder, from its run.toml."""
 
+import argparse
+import itertools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,8 +80,8 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
     start = run_history.start
     if start is None or run_history.ending is None or run_history.ending[1] != "good":
         raise OptionError(f"{history}: this run has not finished. A recipe is made of a finished one")
-    typed = dict(start.changed)
-    family, task, train = _find_model(history, typed, start)
+    changed_options = dict(start.changed)
+    family, task, train = _find_trained_model(history, changed_options, start)
     name = options.name or history_name(history)
     recipe = TrainingRecipe(
         name=name,
@@ -87,8 +89,8 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         family=family,
         task=task,
         train=train,
-        tried_on=options.tried_on or _name_model_file(typed, family, task),
-        training=_select_values(typed, family, task=task, train=train, start=start),
+        tried_on=options.tried_on or _name_model_file(changed_options, family, task),
+        training=_select_recipe_options(changed_options, family, task=task, train=train, start=start),
         figures=_list_figures(run_history, start),
     )
     path = options.to / f"{name}.toml"
@@ -122,22 +124,27 @@ def write_recipe(recipe: TrainingRecipe) -> str:
     return "\n".join([*lines, ""])
 
 
-def _find_model(history: Path, typed: Mapping[str, str], start: Start) -> tuple[str, str, str]:
+def _find_trained_model(
+    history: Path, changed_options: Mapping[str, str], start: Start
+) -> tuple[str, str, str]:
     """Return family, task and kind of a training run, from its folder's run.toml or from its options.
 
     Raises:
         OptionError: If neither names a model that `new` can set up.
     """
     commands = _read_commands(history)
-    for words in commands:
-        values = dict(zip(words, words[1:], strict=False))  # each word and the next: options and values
-        if "--family" in values and "--task" in values:
-            return values["--family"], values["--task"], find_kind_of(commands).name
-    # training scripts have one of these options to name the task
-    task = typed.get("task") or typed.get("model_version") or typed.get("model_type") or ""
+    for argv in commands:
+        value_by_option = dict(itertools.pairwise(argv))  # each word with the one after it
+        if "--family" in value_by_option and "--task" in value_by_option:
+            return value_by_option["--family"], value_by_option["--task"], find_kind_of(commands).name
+    task = ""
+    for option in ("task", "model_version", "model_type"):  # training scripts name the task by one of them
+        task = task or changed_options.get(option, "")
     models = [model for model in find_models() if model.family == start.model]
-    candidates = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
-    if not candidates or "network_module" not in typed:
+    candidates = [model for model in models if model.task == task]
+    if not candidates and len(models) == 1:
+        candidates = models
+    if not candidates or "network_module" not in changed_options:
         raise OptionError(
             f"{history} does not say which model of `new` was trained. Recipes are made of runs of folders "
             "that `new` described, and of LoRAs of a model with a --task of its name"
@@ -155,42 +162,44 @@ def _read_commands(history: Path) -> list[list[str]]:
     return []
 
 
-def _name_model_file(typed: Mapping[str, str], family: str, task: str) -> str:
+def _name_model_file(changed_options: Mapping[str, str], family: str, task: str) -> str:
     """Return the file name of the first model file that was typed, without its folder."""
     for part in find_recipe_model(family, task).components:
         name = (part.option or "").lstrip("-")
-        if name in typed:
-            return Path(typed[name]).name
+        if name in changed_options:
+            return Path(changed_options[name]).name
     return "the released model"
 
 
-def _select_values(
-    typed: Mapping[str, str], family: str, task: str, train: str, start: Start
+def _select_recipe_options(
+    changed_options: Mapping[str, str], family: str, task: str, train: str, start: Start
 ) -> dict[str, Any]:
     """Return those options of a finished run that a recipe may contain, parsed from its history."""
-    script = BY_NAME[train].find_words(find_recipe_model(family, task))[0]
+    script = BY_NAME[train].find_training_command(find_recipe_model(family, task))[0]
     table = find_table(find_script(script))
     assert table is not None, script
-    # histories have all values as texts: the options of the script say how to parse them
     actions = {action.dest: action for action in build_parser(table, script)._actions}
     values: dict[str, Any] = {}
-    for name, text in typed.items():
+    for name, text in changed_options.items():
         action = actions.get(name)
         if name not in list_allowed(script) or action is None or find_rejection(action):
             continue
-        # a flag without a value
-        value: Any = True if action.nargs == 0 else text
-        # an option with several values
-        if action.nargs not in (None, 0, "?"):
-            value = [_read_number(word) for word in shlex.split(text)]
-        elif action.nargs != 0:
-            value = _read_number(text)
+        value = _parse_history_value(action, text)
         try:
             values |= check_values({name: value}, family, task, train)
         except (ValueError, OptionError):
             continue  # a path, or the user's own code
     values["max_train_steps"] = start.total_steps
     return values
+
+
+def _parse_history_value(action: argparse.Action, text: str) -> Any:
+    """Parse the text of an option's value, as histories store it: a flag, one value, or several."""
+    if action.nargs == 0:
+        return True
+    if action.nargs in (None, "?"):
+        return _read_number(text)
+    return [_read_number(word) for word in shlex.split(text)]
 
 
 def _read_number(text: str) -> int | float | str:

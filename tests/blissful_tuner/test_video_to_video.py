@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blissful_tuner.video_to_video import first_step, fit_frames
+from blissful_tuner.video_to_video import first_step, trim_or_pad_frames
 from modules.flow.schedule import make_schedule
 from modules.media.reading import read_image, video_frames
 from protocols.rules import Source
@@ -53,7 +53,7 @@ def test_missing_frames_are_copies_and_further_ones_are_cut_off(
     mode: str, frames: int, expected: list[int]
 ) -> None:
     latents = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 2, 3, 4, 4)
-    assert fit_frames(latents, frames, mode)[0, 1, :, 0, 0].tolist() == expected
+    assert trim_or_pad_frames(latents, frames, mode)[0, 1, :, 0, 0].tolist() == expected
 
 
 SCRIPT = "blissful_tuner/video_to_png.py"

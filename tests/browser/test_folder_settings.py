@@ -670,7 +670,9 @@ def test_an_option_without_effect_is_said_where_it_is_typed(tmp_path: Path) -> N
 # --- each kind of run
 
 SCRIPTS = [
-    script if kind.sees_controls or kind.learns_word else pytest.param(script, marks=pytest.mark.slow)
+    script
+    if kind.uses_control_images or kind.trains_embedding
+    else pytest.param(script, marks=pytest.mark.slow)
     for script, kind in kinds_by_script().items()
 ]
 

@@ -36,7 +36,7 @@ from modules.media.reading import read_mask
 from modules.media.writing import write_png, write_video
 from modules.script_options import parse_options
 from project.files import write_project
-from project.media import read_kept_masks
+from project.media import read_mask_folders
 from project.new_options import NewOptions
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
@@ -573,11 +573,11 @@ def test_a_check_names_masks_that_nobody_uses(folder: Path, monkeypatch: pytest.
 
 
 def test_a_new_description_keeps_the_masks(folder: Path) -> None:
-    assert read_kept_masks(folder) == {}
+    assert read_mask_folders(folder) == {}
     (folder / "dataset.toml").write_text(f'{TABLES}mask_directory = "masks"\n', encoding="utf-8")
-    assert read_kept_masks(folder) == {folder: folder / "masks"}
+    assert read_mask_folders(folder) == {folder: folder / "masks"}
     (folder / "dataset.toml").write_text(f'{SUBSETS}mask_directory = "masks"\n', encoding="utf-8")
-    assert read_kept_masks(folder) == {folder: folder / "masks"}
+    assert read_mask_folders(folder) == {folder: folder / "masks"}
 
 
 def test_masks_that_were_drawn_before_the_first_description_are_learned(folder: Path, served: Served) -> None:
@@ -594,17 +594,17 @@ def test_masks_that_were_drawn_before_the_first_description_are_learned(folder: 
     write_project(options)
     text = (folder / "dataset.toml").read_text(encoding="utf-8")
     assert 'mask_directory = "masks"' in text
-    assert read_kept_masks(folder) == {folder: folder / "masks"}
+    assert read_mask_folders(folder) == {folder: folder / "masks"}
 
     (folder / "dataset.toml").write_text(text.replace('mask_directory = "masks"', ""), encoding="utf-8")
-    assert read_kept_masks(folder) == {}  # as was chosen since
+    assert read_mask_folders(folder) == {}  # as was chosen since
 
 
 def test_masks_of_others_and_thrown_away_ones_are_left_to_their_owner(folder: Path) -> None:
-    assert read_kept_masks(folder) == {}
+    assert read_mask_folders(folder) == {}
     shutil.rmtree(folder / "masks")
     (folder / "masks" / ".before" / "cat.png").mkdir(parents=True)
-    assert read_kept_masks(folder) == {}
+    assert read_mask_folders(folder) == {}
 
 
 class OneAtATime(OrderedDict[Any, Any]):

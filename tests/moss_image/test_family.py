@@ -69,7 +69,9 @@ def skipped_at(prepared: Prepared, **options: Any) -> list[tuple[list[int], list
     """For each step the blocks that the positive and the negative pass leave out."""
     guidance = replace(GuidanceOptions.usual(), **options)
     (plans,) = plan_steps(prepared, guidance)
-    passes = [{one.text: sorted(one.overrides.skip_blocks) for one in plan.passes} for plan in plans]
+    passes = [
+        {one.conditions_name: sorted(one.overrides.skip_blocks) for one in plan.passes} for plan in plans
+    ]
     return [(each["positive"], each.get("negative", [-1])) for each in passes]
 
 

@@ -18,12 +18,12 @@ from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, P
 from project.foreign.lengths import select_length
 from project.foreign.project import ForeignProject
 from project.foreign.reading import PROGRAMS, read_foreign
-from project.foreign.settling import Forms, resolve_project
+from project.foreign.settling import DatasetLayout, resolve_project
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import find_models
-from project.script_facts import ask_script
+from project.script_facts import read_script_options
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.training_options import StableDiffusionTrainingOptions
 from tests.project.test_new import write_photos
@@ -361,11 +361,17 @@ def resolve_for(project: ForeignProject, kind: RunKind = LORA, memory: float = 2
     model = next(
         model
         for model in find_models()
-        if model.family == project.new["family"] and project.new.get("task", model.task) == model.task
+        if model.family == project.new_options["family"]
+        and project.new_options.get("task", model.task) == model.task
     )
-    script = ask_script(kind.find_words(model)[0])
+    script = read_script_options(kind.find_training_command(model)[0])
     resolve_project(
-        project, model, kind, script, memory, Forms(8, "shuffle_caption" in script.known, has_subsets=False)
+        project,
+        model,
+        kind,
+        script,
+        memory,
+        DatasetLayout(8, "shuffle_caption" in script.accepted, uses_subsets=False),
     )
 
 
@@ -389,14 +395,14 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
     project = read_foreign(write_files(tmp_path, PROJECTS[title]))
 
     assert project.title == title
-    epochs = [said.number for said in project.epochs if said.number]
-    assert (project.new, project.training, project.data) == MEANT[title][:3]
+    epochs = [said.number for said in project.epoch_settings if said.number]
+    assert (project.new_options, project.training_options, project.general_keys) == MEANT[title][:3]
     assert epochs == [count for count in MEANT[title][3:] if count]
-    assert [*project.folders.values()] == ([] if title == "ltx-trainer" else [Path("photos")])
+    assert [*project.folder_by_key.values()] == ([] if title == "ltx-trainer" else [Path("photos")])
     assert project.run.kind == "lora"
     resolve_for(project)
     select_length(project, NewOptions(folder=tmp_path), 7, 7)
-    told = "\n".join(project.lines(tmp_path / "photos"))
+    told = "\n".join(project.format_report(tmp_path / "photos"))
     assert "is described" not in told
     for content in PROJECTS[title].values():
         if isinstance(content, str):
@@ -493,8 +499,8 @@ def test_what_is_taken_has_a_place_here() -> None:
     families = {family for family, _ in models}
     for program in PROGRAMS:
         for rule in program.rules.values():
-            assert rule.to not in places or rule.name in places[rule.to], rule
-        for family, task in program.models.values():
+            assert rule.target not in places or rule.name in places[rule.target], rule
+        for family, task in program.model_by_name.values():
             assert family in families if task is None else (family, task) in models
 
 
@@ -536,17 +542,17 @@ def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) ->
         "\x1b[2Jkey": 1,
     }
     project = read_foreign(write_files(tmp_path, {"gui.json": content}))
-    assert project.training == {}
-    assert project.new == {"output_name": "up"}
-    assert len(project.omitted) == 6
-    assert "a LoRA is trained" in "\n".join(project.omitted)
-    assert [*project.others] == ["\x1b[2Jkey"]  # escaped where lines are printed
+    assert project.training_options == {}
+    assert project.new_options == {"output_name": "up"}
+    assert len(project.omission_lines) == 6
+    assert "a LoRA is trained" in "\n".join(project.omission_lines)
+    assert [*project.keys_without_rule] == ["\x1b[2Jkey"]  # escaped where lines are printed
 
 
 def test_a_missing_further_file_is_told(tmp_path: Path) -> None:
     project = read_foreign(write_files(tmp_path, {"main.toml": DIFFUSION_PIPE}))
-    assert any("dataset.toml: it is not there" in line for line in project.omitted)
-    assert project.folders == {}
+    assert any("dataset.toml: it is not there" in line for line in project.omission_lines)
+    assert project.folder_by_key == {}
 
 
 @pytest.mark.parametrize("is_here", [True, False])
@@ -561,6 +567,6 @@ def test_a_training_adapter_is_taken_if_the_file_is_here(is_here: bool, tmp_path
 
     project = read_foreign(path)
 
-    assert project.training.get("training_adapter") == (adapter.as_posix() if is_here else None)
-    told = "\n".join(project.lines(tmp_path))
+    assert project.training_options.get("training_adapter") == (adapter.as_posix() if is_here else None)
+    told = "\n".join(project.format_report(tmp_path))
     assert ("tasks that end in -adapter download published ones" in told) is not is_here

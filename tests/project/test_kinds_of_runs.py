@@ -23,7 +23,7 @@ from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, find_control_kind, list_kinds
-from project.model_choice import _make_family_for_caching, ask_family
+from project.model_choice import _make_family_for_caching, read_model_info
 from project.model_sizes import needs_image, transformers_of
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
@@ -38,7 +38,9 @@ from training.config_options import PROJECT_TABLE
 CASES: dict[Path, tuple[str, str]] = {}
 for _model in find_models():
     for _kind in list_kinds(_model):
-        if _kind.sees_controls or (_kind.learns_word and _kind.switch not in _kind.find_words(_model)):
+        if _kind.uses_control_images or (
+            _kind.trains_embedding and _kind.switch not in _kind.find_training_command(_model)
+        ):
             _script = _kind.find_script(_model)
             assert _script is not None
             CASES.setdefault(_script, (f"{_model.family} {_model.task}", _kind.name))
@@ -100,7 +102,7 @@ def test_its_script_takes_what_is_written(script: Path, tmp_path: Path) -> None:
     assert not [key for key in values if key in {"network_module", "network_alpha", "lora_format"}]
     (table,) = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))["datasets"]
     samples = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    if BY_NAME[kind].learns_word:
+    if BY_NAME[kind].trains_embedding:
         assert (values["token_string"], values["output_name"]) == (WORD, WORD)
         assert "control_directory" not in table
         assert samples
@@ -347,8 +349,8 @@ def test_the_models_that_an_adapter_can_be_made_for_are_those_that_were_distille
     """The list of models says it, as the page asks for each model."""
     for model in find_models():
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
-        is_distilled = model.has_adapter or ask_family(model, paths).few_steps is not None
-        assert bool(model.data.get("distilled")) == is_distilled, f"{model.family} {model.task}"
+        is_distilled = model.has_adapter or read_model_info(model, paths).few_step_advice is not None
+        assert bool(model.properties.get("distilled")) == is_distilled, f"{model.family} {model.task}"
 
 
 def test_an_adapter_of_an_empty_folder_begins_with_varied_captions(tmp_path: Path) -> None:

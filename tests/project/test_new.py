@@ -341,7 +341,7 @@ def test_a_terminal_is_asked_until_the_answer_is_right(
     monkeypatch.setattr(choosing, "has_terminal", lambda: True)
     monkeypatch.setattr(choosing, "ask_on_terminal", answer)
 
-    chosen = choosing.select_model(NewOptions(folder=tmp_path), 12, before_asking=lambda: None)
+    chosen = choosing.select_model(NewOptions(folder=tmp_path), 12, reject_before_questions=lambda: None)
 
     assert ((chosen.model.family, chosen.model.task), chosen.trigger, answers) == (model, word, [])
     assert all(f"{number + 1:<2}  {name}" in shown[0] for number, name in enumerate(FAMILY_NAMES))

@@ -36,7 +36,7 @@ from project import running
 from project.kinds.composing import find_control_kind
 from project.options import find_models
 from project.run_options import RunOptions
-from project.running import MediaCheck, _check_media, _model_metadata, run_command
+from project.running import MediaCheck, _check_media, _make_model_metadata, run_command
 from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_program, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -117,20 +117,20 @@ def test_the_check_tells_unreadable_files_from_other_faults(
     (folder / "b.txt").unlink()
     without_caption = _check_media(own["commands"][1], folder)
 
-    assert outcome.fault_kinds == []
-    names = sorted(Path(line.split()[0].strip(":")).name for line in outcome.left_out)
+    assert outcome.fatal_error_kinds == []
+    names = sorted(Path(line.split()[0].strip(":")).name for line in outcome.unreadable_files)
     assert names == ["damaged.jpg", "gone.jpg"]
     capfd.readouterr()
     _check_media(own["commands"][1], folder, (0.5, 0))
     said = capfd.readouterr().out
     assert "for validation" in said
-    assert without_caption == MediaCheck(fault_kinds=["have no caption"], left_out=[])
+    assert without_caption == MediaCheck(fatal_error_kinds=["have no caption"], unreadable_files=[])
 
 
 @pytest.mark.parametrize("kind", ["have no caption", "have a caption that cannot be used", "cannot be read"])
 def test_each_fault_of_captions_has_its_own_remedy(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["python", "wan_cache_latents.py", "--check"]
-    running._explain(words, Path("clips"), [kind])
+    running._print_remedies(words, Path("clips"), [kind])
     said = capsys.readouterr().out
     assert "Correct what is listed above" in said
     assert ("class_tokens" in said) is (kind == "have no caption")
@@ -466,7 +466,7 @@ TAKES = [
 
 @pytest.mark.parametrize("model", TAKES)
 def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> None:
-    data, step = model.data, model.data.get("frame_step", 4)
+    data, step = model.properties, model.properties.get("frame_step", 4)
     script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
 
     (copied / "control").mkdir()
@@ -665,7 +665,7 @@ def test_the_list_of_options_is_named_by_a_command_that_any_folder_takes(tmp_pat
 def test_a_mode_in_another_spelling_is_no_other_model(typed: str, trained: str) -> None:
     commands = [["python", "ltx2_cache_latents.py"], ["python", "ltx2_train_network.py"]]
 
-    metadata = _model_metadata({"ltx_mode": typed}, commands)
+    metadata = _make_model_metadata({"ltx_mode": typed}, commands)
 
     assert metadata == {"ss_ltx_mode": trained}
 

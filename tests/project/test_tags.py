@@ -64,9 +64,9 @@ def test_keys_are_those_of_what_the_lists_share(
 
 def test_tags_are_written_with_blanks() -> None:
     tags = found(*LISTS)
-    assert tags.joined == "red_hair"
-    assert tags.shared == ["1girl", "red_hair"]
-    assert found("1girl, score_7, o_o").joined is None
+    assert tags.first_with_underscore == "red_hair"
+    assert tags.shared_tags == ["1girl", "red_hair"]
+    assert found("1girl, score_7, o_o").first_with_underscore is None
 
 
 def write_folder(folder: Path, captions: list[str]) -> None:

@@ -21,8 +21,8 @@ from training.config_options import PROJECT_TABLE
 MODELS: dict[Path, ModelSet] = {}
 for _model in find_models():
     _script = FULL.find_script(_model)
-    takes_photos = not _model.data.get("from_image") and _model.task != "av"  # which needs sound
-    if _script is not None and _model.data["fp8"] and takes_photos:
+    takes_photos = not _model.properties.get("from_image") and _model.task != "av"  # which needs sound
+    if _script is not None and _model.properties["fp8"] and takes_photos:
         MODELS.setdefault(_script, _model)
 
 

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import qwen_image_generate_image
 import qwen_image_train_network
-from blissful_tuner.guidance_formulas import POSITIVE, keep_norms
+from blissful_tuner.guidance_formulas import POSITIVE, keep_token_norms
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
 from protocols.data import Batch
@@ -83,7 +83,7 @@ def test_guidance_keeps_the_norm_of_each_token_and_leaves_zeros() -> None:
     positive, guided = torch.ones(1, 16, 1, 4, 6), torch.full((1, 16, 1, 4, 6), 3.0)
     guided[..., :2, :2] = 0  # nothing to scale
 
-    made = keep_norms(2).change(guided, {POSITIVE: positive})
+    made = keep_token_norms(2).change(guided, {POSITIVE: positive})
 
     torch.testing.assert_close(made, positive * (guided != 0))
 
