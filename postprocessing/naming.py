@@ -19,7 +19,7 @@ IMAGE_SUFFIX = ".png"
 # suffixes of videos, including those from phones, cameras and broadcasts
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 CAPTIONS = (".txt", ".caption")  # caption files next to the images and clips of datasets
-NAMED = 3  # maximum number of files that a message names
+MAX_NAMED_FILES = 3  # maximum number of files that a message names
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _check_caption(path: Path, chain: Chain) -> None:
         raise OptionError(
             f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
             "would take the results too. Give another folder: --output "
-            f"{path.parent.name or 'made'}_{chain.added}/"
+            f"{path.parent.name or 'made'}_{chain.name_suffix}/"
         )
 
 
@@ -103,7 +103,7 @@ def list_sources(chain: Chain) -> list[Path]:
     if not path_of_input.is_dir():
         return [path_of_input]
     suffixes = VIDEOS | {".gif"} | image_suffixes()
-    ending = f"_{chain.added}"
+    ending = f"_{chain.name_suffix}"
     files = [
         path
         for path in sorted(path_of_input.iterdir())
@@ -152,12 +152,12 @@ def name_output(chain: Chain, source: Path) -> Path:
     """
     run = chain.run
     suffix = IMAGE_SUFFIX if is_image(source) else run.format.suffix
-    default = f"{source.stem}_{chain.added}{suffix}"
+    default = f"{source.stem}_{chain.name_suffix}{suffix}"
     output = run.output_path
     if output is None:
         return source.with_name(default)
     has_ending = output.suffix.lower() in VIDEOS | image_suffixes()
-    if output.is_dir() or run.means_folder:
+    if output.is_dir() or run.is_output_folder:
         return output / default
     if run.input.is_dir():
         if has_ending or output.exists():
@@ -210,8 +210,8 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
 
 def _name_outputs(jobs: Sequence[FileJob]) -> str:
     """Return the paths of the first few results, for a message."""
-    names = ", ".join(str(job.output) for job in jobs[:NAMED])
-    return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
+    names = ", ".join(str(job.output) for job in jobs[:MAX_NAMED_FILES])
+    return f"{names} and {len(jobs) - MAX_NAMED_FILES} more" if len(jobs) > MAX_NAMED_FILES else names
 
 
 def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:

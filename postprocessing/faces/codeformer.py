@@ -26,7 +26,7 @@ HEADS = 8
 FILES = "codeformer.pth, or a safetensors file of the same tensors,"
 RES, ATTENTION, RESIZE, NORM, CONV = "res", "attention", "resize", "norm", "conv"
 # always float32, regardless of --dtype: choosing a code compares close numbers
-CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
+CODE_PREDICTION_PREFIXES = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class CodeFormer(nn.Module):
             fidelity: Weight of the input, from 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
-        codes = self.quantize["embedding"](self._choose(latents))
+        codes = self.quantize["embedding"](self._predict_codes(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
         # adaptive instance normalization: the codes get the mean and standard deviation of the latents
         codes_mean, codes_std = _measure_statistics(codes)
@@ -269,7 +269,7 @@ class CodeFormer(nn.Module):
         Args:
             faces: Aligned faces, B 3 S S, -1..1.
         """
-        return self._choose(self._encode(faces)[0])
+        return self._predict_codes(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the latents, B C h w, and the encoder features to fuse, keyed by their size."""
@@ -282,7 +282,7 @@ class CodeFormer(nn.Module):
                 fused[sizes[number]] = x
         return x, fused
 
-    def _choose(self, latents: Tensor) -> Tensor:
+    def _predict_codes(self, latents: Tensor) -> Tensor:
         tokens = self.feat_emb(rearrange(latents.float(), "b c h w -> b (h w) c"))
         for layer in self.ft_layers:
             tokens = layer(tokens, self.position_emb)
@@ -353,7 +353,7 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     )
 
 
-_MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
+_KIND_BY_TENSOR = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
 
 
 def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
@@ -369,7 +369,7 @@ def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
         if tensor_name.startswith(f"{name}."):
             shapes[tensor_name.removeprefix(f"{name}.")] = info.shape
     # kinds of blocks that have one of their tensors here, most specific first
-    candidates = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
+    candidates = [(kind, shapes[mark]) for mark, kind in _KIND_BY_TENSOR.items() if shapes.get(mark)]
     if not candidates:
         raise CheckpointError(
             f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path

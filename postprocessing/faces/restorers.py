@@ -20,10 +20,10 @@ from modules.option_values import to_path
 from modules.paths import explain_missing
 from modules.seeds import derive_seed
 from postprocessing.contract import batch_norm
-from postprocessing.faces.codeformer import CHOOSING, CodeFormer, read_codeformer
+from postprocessing.faces.codeformer import CODE_PREDICTION_PREFIXES, CodeFormer, read_codeformer
 from postprocessing.faces.gfpgan import Gfpgan, read_gfpgan
 from postprocessing.options import GFPGAN, RETINAFACES, YUNET, FacefixOptions
-from postprocessing.tiling import Guarded, Run, compile_parts, network_dtype
+from postprocessing.tiling import Float32Fallback, Run, compile_parts, network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 CLASSES = 19
 # in the order of CelebAMask-HQ: skin, nose, glasses, eyes, brows, ears, mouth, lips, hair; 15 is ear rings.
 # Background, hat, necklace, neck and clothes stay unchanged.
-OF_THE_FACE = (*range(1, 14), 15)
+FACE_CLASSES = (*range(1, 14), 15)
 FILES = "parsing_parsenet.pth"
 UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # tensors that are only used in training
 
@@ -122,7 +122,7 @@ class ParseNet(nn.Module):
 def face_parts(scores: Tensor) -> Tensor:
     """Return the face mask, B h w bool, from ParseNet's class scores, B 19 h w."""
     is_face = torch.zeros(CLASSES, dtype=torch.bool, device=scores.device)
-    is_face[list(OF_THE_FACE)] = True
+    is_face[list(FACE_CLASSES)] = True
     return is_face[scores.argmax(dim=1)]
 
 
@@ -172,7 +172,7 @@ class Restorer:
     size: int
 
 
-def load_both(
+def load_networks(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
     """Load the network that restores faces, and ParseNet, which finds the parts of a face.
@@ -218,14 +218,14 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     def load_exact_parts() -> ParseNet:
         return _load_parsenet(parsenet, device, torch.float32)
 
-    restorer, parts = load_both(options, model, parsenet, device=device, dtype=dtype)
+    restorer, parts = load_networks(options, model, parsenet, device=device, dtype=dtype)
     if isinstance(restorer, CodeFormer) and network.seed is not None:
         logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
     logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
     compile_parts(network, (restorer, parts))
     return Restorer(
-        restore=Guarded(configure(restorer), dtype, load_exact_restorer, name),
-        parse=Guarded(parts, dtype, load_exact_parts, "ParseNet"),
+        restore=Float32Fallback(configure(restorer), dtype, load_exact_restorer, name),
+        parse=Float32Fallback(parts, dtype, load_exact_parts, "ParseNet"),
         size=restorer.config.size,
     )
 
@@ -242,7 +242,7 @@ def _load_model(
         device=device,
         dtype=dtype,
         what="--model",
-        in_float32=CHOOSING,
+        in_float32=CODE_PREDICTION_PREFIXES,
     )
 
 

@@ -16,7 +16,7 @@ from postprocessing.interpolation.layers import (
     Correlation,
     EncodedImage,
     conv,
-    grid_of,
+    pixel_coordinates,
     resize,
     warp,
 )
@@ -342,9 +342,9 @@ class PairCorrelations:
 
     def __init__(self, first: Maps, second: Maps) -> None:
         # few lookups: storing all products would take longer, and memory in addition to the largest layers
-        self._forward = Correlation(first.matching, second.matching, keeps_volume=False)
-        self._backward = Correlation(second.matching, first.matching, keeps_volume=False)
-        self._grid = grid_of(first.matching)
+        self._forward = Correlation(first.matching, second.matching, stores_volume=False)
+        self._backward = Correlation(second.matching, first.matching, stores_volume=False)
+        self._grid = pixel_coordinates(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
         """Return correlations, 1 648 h w, where the flow from `time` to both images points to.

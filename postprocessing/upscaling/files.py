@@ -211,7 +211,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         # three convolutions form a sequence, whose names contain an index
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=end.upsampler,
-        ups=tuple(end.ups),
+        upsampling_factors=tuple(end.upsampling_factors),
         features=end.features,
         pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
     )
@@ -232,7 +232,7 @@ class _SwinirEnd:
     """How a SwinIR upsamples after its last block."""
 
     upsampler: str  # their kind
-    ups: Sequence[int] = ()  # factor of each enlargement
+    upsampling_factors: Sequence[int] = ()  # factor of each enlargement
     features: int = 0  # channels during upsampling
 
 
@@ -246,8 +246,8 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         # the digits are layer numbers: pixel shuffles between the convolutions have no weights
         names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
         layers = sorted(int(name.split(".")[1]) for name in names)
-        ups = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
-        return _SwinirEnd("pixelshuffle", ups, features)
+        upsampling_factors = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
+        return _SwinirEnd("pixelshuffle", upsampling_factors, features)
     if "upsample.0.weight" in sources:
         return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
