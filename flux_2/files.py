@@ -3,7 +3,7 @@
 Transformers are as published, or as diffusers writes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,12 +24,12 @@ from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import swapped_tensors, tensor_patterns
 from protocols.loading import TensorSource
 
-WHAT = f"a {NAME} transformer"
-FILES = (
+MODEL_LABEL = f"a {NAME} transformer"
+RELEASED_FILES = (
     "flux2-dev.safetensors, flux-2-klein-base-4b.safetensors, or the folder transformer of its release in "
     "diffusers layout"
 )
-OPTION = "--dit"
+DIT_OPTION = "--dit"
 # dialect -> a tensor that only it has, its names
 DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_stream_modulation_img.lin.weight", ()),
@@ -38,15 +38,23 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 HEADS = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
+def _find_dialect(names: Container[str]) -> str | None:
+    """Return the dialect of a file's tensor names; None if it is not known."""
+    for dialect, (identifying_tensor, _) in DIALECTS.items():
+        if identifying_tensor in names:
+            return dialect
+    return None
+
+
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     """Return dimensions, dialect (its tensor names) and dtype of a FLUX.2 file.
 
     Raises CheckpointError for another model.
     """
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    dialect = _find_dialect(names)
     if dialect is None:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     _, table = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, table), NAME)
@@ -57,7 +65,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     if not has_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{checkpoint.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
-            f"those of {WHAT}. Copy the file again.",
+            f"those of {MODEL_LABEL}. Copy the file again.",
             checkpoint.path,
         )
     config = Flux2Config(
@@ -86,7 +94,7 @@ def describe(header: DitHeader[Flux2Config]) -> str:
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
-FORMAT = DitFormat(_read_header, describe, network=Flux2Model, sources=_make_sources, option=OPTION)
+FORMAT = DitFormat(_read_header, describe, network=Flux2Model, sources=_make_sources, option=DIT_OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 

@@ -91,7 +91,7 @@ TYPED = {
 }
 
 
-def generation_words(options: LuminaMinimalOptions) -> list[str]:
+def translate_to_generation_argv(options: LuminaMinimalOptions) -> list[str]:
     """Return the command line of lumina_generate_image.py that equals one of the image guides' script."""
     model, image = options.model, options.picture
     values = {

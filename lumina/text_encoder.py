@@ -32,7 +32,7 @@ GEMMA_OPTION = "--gemma2"
 GEMMA_NAMES = (
     "gemma_2_2b_fp16.safetensors, a folder of google/gemma-2-2b, or an all-in-one file of Lumina-Image-2.0"
 )
-STATES = (-2,)  # before the last layer; the model was trained with states without the final norm
+HIDDEN_STATES = (-2,)  # before the last layer; the model was trained with states without the final norm
 SCALAR = "query_pre_attn_scalar"  # attention is scaled by its inverse square root
 
 
@@ -67,7 +67,7 @@ GEMMA_2 = language_models.LanguageModel(
 
 def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfig]:
     """Plan how to load Gemma 2, also from fp8; raise CheckpointError for any other file."""
-    return language_models.read_language_model(checkpoint, GEMMA_2, STATES)
+    return language_models.read_language_model(checkpoint, GEMMA_2, HIDDEN_STATES)
 
 
 def load_gemma(
@@ -77,12 +77,14 @@ def load_gemma(
 
     Raises CheckpointError if the file holds another model.
     """
-    return language_models.load_language_model(path, GEMMA_2, device, dtype, states=STATES, blocks=blocks)
+    return language_models.load_language_model(
+        path, GEMMA_2, device, dtype, states=HIDDEN_STATES, blocks=blocks
+    )
 
 
 logger = logging.getLogger(__name__)
 
-BEGIN = "<bos>"
+BEGIN_TOKEN = "<bos>"
 GEMMA_FILES = TokenizerFiles(
     option="--gemma2_tokenizer",
     names=("tokenizer.json", "tokenizer.model"),
@@ -95,8 +97,8 @@ GEMMA_FILES = TokenizerFiles(
 
 
 TOKEN_STEP = 8  # the padded length is a multiple of this
-PAD = 0
-PROMPTS_AT_ONCE = 8  # number of prompts encoded at once, which limits memory
+PAD_TOKEN_ID = 0
+BATCH_SIZE = 8  # number of prompts encoded at once, which limits memory
 
 
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
@@ -106,7 +108,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     name = "gemma2"
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"
-    source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
+    source = TokenizerSource(GEMMA_FILES, begin=BEGIN_TOKEN, may_be_inside=True)
     weighted_states_key = "hidden_state"
     word_keys = ("gemma2_2b",)
     logs_truncation = True
@@ -157,8 +159,8 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has no begin token."""
-        if tokenizer.token_to_id(BEGIN) is None:
-            raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
+        if tokenizer.token_to_id(BEGIN_TOKEN) is None:
+            raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN_TOKEN}"))
 
     def load_network(self, device: torch.device) -> nn.Module:
         """Load Gemma 2, and log its dtype and the system prompt."""
@@ -177,11 +179,11 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
-        for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = fill_rows(rows[first : first + PROMPTS_AT_ONCE], self.length, PAD)
+        for first in range(0, len(rows), BATCH_SIZE):
+            ids, mask = fill_rows(rows[first : first + BATCH_SIZE], self.length, PAD_TOKEN_ID)
             embeds = network.get_submodule("embed_tokens")(ids.to(device))
             # the states before the last layer, B L C; those of padding become 0
-            states = language_states(network, embeds, mask.to(device), STATES).cpu() * mask[..., None]
+            states = language_states(network, embeds, mask.to(device), HIDDEN_STATES).cpu() * mask[..., None]
             for state, real, row in zip(states, mask, ids, strict=True):
                 outputs = {"hidden_state": state, "attention_mask": real, "input_ids": row}
                 results.append({name: tensor.clone() for name, tensor in outputs.items()})
