@@ -6,7 +6,7 @@ lumina_generate_image.py has more.
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from lumina.official_options import TYPED, translate_to_generation_argv, read_minimal
+from lumina.official_options import TYPED, read_minimal, translate_to_generation_argv
 from lumina_generate_image import main as generate_image
 from modules.command import command_line, name_as_typed
 from protocols.families import identify

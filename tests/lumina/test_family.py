@@ -17,7 +17,7 @@ from encoders.autoencoder import read_autoencoder_header
 from generation.denoise import make_latents
 from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles, load_dit
-from lumina.official_options import translate_to_generation_argv, read_minimal
+from lumina.official_options import read_minimal, translate_to_generation_argv
 from lumina.options import EXTRAS, LuminaTrainingOptions, translate_training
 from lumina.text_encoder import GemmaTextEncoder, load_gemma
 from lumina_generate_image import DEFAULTS as SCRIPT
