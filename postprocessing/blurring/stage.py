@@ -162,7 +162,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 class _BufferedFrame(NamedTuple):
     """A frame that waits until later frames have been searched, because they may add boxes to it."""
 
-    index: int
+    frame_index: int
     frame: OutputFrame
     has_detections: bool
 
@@ -234,8 +234,8 @@ class BlurStage:
     def _cover_frame(self, buffered: _BufferedFrame, tracks: Tracks, counts: _FrameCounts) -> OutputFrame:
         """Return a frame with its boxes covered; `tracks` forget what no later frame needs."""
         frame = buffered.frame
-        boxes = tracks.boxes(buffered.index)
-        tracks.forget(buffered.index)
+        boxes = tracks.boxes(buffered.frame_index)
+        tracks.forget(buffered.frame_index)
         if not boxes:
             return frame
         counts.covered_without_detection += not buffered.has_detections

@@ -157,7 +157,7 @@ def _match(
     matches = {}
     while scores.max() > 0:
         row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
-        matches[tracks[row]] = boxes[column]
+        matches[tracks[int(row)]] = boxes[int(column)]
         # each track and each box is matched at most once
         scores[row] = 0
         scores[:, column] = 0

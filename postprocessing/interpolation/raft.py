@@ -3,9 +3,9 @@
 Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 license). Attributes are named as in raft-things.pth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -152,7 +152,7 @@ class SeparableGru(nn.Module):
         part for all three gates together.
         """
         rows, columns = ([getattr(self, f"conv{gate}{number}") for gate in "zrq"] for number in (1, 2))
-        return _apply_context(context, *rows), _apply_context(context, *columns)
+        return _apply_context(rows, context), _apply_context(columns, context)
 
     def forward(
         self, hidden: Tensor, motion: Tensor, directions: tuple[GruDirection, GruDirection]
@@ -169,14 +169,12 @@ class SeparableGru(nn.Module):
         return hidden
 
 
-def _apply_context(
-    context: Tensor, update: nn.Conv2d, reset: nn.Conv2d, candidate: nn.Conv2d
-) -> GruDirection:
-    """Join the weights of a GRU direction's three gates, and apply those of the context in advance."""
-    weight = torch.cat([update.weight, reset.weight, candidate.weight])
-    bias = torch.cat([update.bias, reset.bias, candidate.bias])
+def _apply_context(gates: Sequence[Any], context: Tensor) -> GruDirection:
+    """Join the weights of update, reset and candidate gates, and apply those of the context."""
+    weight = torch.cat([gate.weight for gate in gates])
+    bias = torch.cat([gate.bias for gate in gates])
     # input channels of a gate: hidden state, context, and motion, which changes with each iteration
-    width = update.out_channels
+    width = gates[0].out_channels
     context_width = context.shape[1]
     motion_width = weight.shape[1] - width - context_width
     hidden_weight, context_weight, motion_weight = weight.split([width, context_width, motion_width], dim=1)
