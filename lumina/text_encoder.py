@@ -96,7 +96,7 @@ GEMMA_FILES = TokenizerFiles(
 )
 
 
-TOKEN_STEP = 8  # the padded length is a multiple of this
+LENGTH_MULTIPLE = 8  # the padded length is a multiple of this
 PAD_TOKEN_ID = 0
 BATCH_SIZE = 8  # number of prompts encoded at once, which limits memory
 
@@ -137,7 +137,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         self.dtype = dtype
         self.system_prompt = system_prompt
         self.in_negative = in_negative
-        self.length = round_up(max_tokens, TOKEN_STEP)
+        self.padded_length = round_up(max_tokens, LENGTH_MULTIPLE)
         self.maximum = max_tokens
 
     @property
@@ -175,16 +175,26 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     ) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt.
 
-        `dropped` is not used: the states of the system prompt are inputs of the model too.
+        Args:
+            network: Gemma 2.
+            tokenizer: Not used.
+            rows: Token ids of the prompts, of their own lengths.
+            dropped: Not used, because the states of the system prompt are inputs of the model too.
         """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
         for first in range(0, len(rows), BATCH_SIZE):
-            ids, mask = fill_rows(rows[first : first + BATCH_SIZE], self.length, PAD_TOKEN_ID)
-            embeds = network.get_submodule("embed_tokens")(ids.to(device))
-            # the states before the last layer, B L C; those of padding become 0
-            states = language_states(network, embeds, mask.to(device), HIDDEN_STATES).cpu() * mask[..., None]
-            for state, real, row in zip(states, mask, ids, strict=True):
-                outputs = {"hidden_state": state, "attention_mask": real, "input_ids": row}
-                results.append({name: tensor.clone() for name, tensor in outputs.items()})
+            # B L, padded to `padded_length`
+            input_ids, mask = fill_rows(rows[first : first + BATCH_SIZE], self.padded_length, PAD_TOKEN_ID)
+            embeds = network.get_submodule("embed_tokens")(input_ids.to(device))
+            states = language_states(network, embeds, mask.to(device), HIDDEN_STATES).cpu()  # B L C
+            states = states * mask[..., None]  # 0 for padding
+            for index in range(len(input_ids)):
+                results.append(
+                    {
+                        "hidden_state": states[index].clone(),
+                        "attention_mask": mask[index].clone(),
+                        "input_ids": input_ids[index].clone(),
+                    }
+                )
         return results

@@ -99,15 +99,15 @@ def _check_collisions(jobs: Sequence[FileJob]) -> None:
 
 def list_sources(chain: Chain) -> list[Path]:
     """Return the input file, or the media files of the input folder, except results of the same tools."""
-    path_of_input = chain.run.input
-    if not path_of_input.is_dir():
-        return [path_of_input]
-    suffixes = VIDEOS | {".gif"} | image_suffixes()
+    folder = chain.run.input
+    if not folder.is_dir():
+        return [folder]
+    media_suffixes = VIDEOS | {".gif"} | image_suffixes()
     ending = f"_{chain.name_suffix}"
     files = [
         path
-        for path in sorted(path_of_input.iterdir())
-        if path.suffix.lower() in suffixes
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in media_suffixes
         and path.is_file()
         and not path.name.startswith(".")
         and not (chain.needs_video and _is_still(path))
@@ -116,9 +116,7 @@ def list_sources(chain: Chain) -> list[Path]:
     if not sources:
         kinds = "video" if chain.needs_video else "video and no picture"
         results = f" but {len(files)} with {ending}, which are results" if files else ""
-        raise MediaError(
-            f"--input {path_of_input} is a folder that holds no {kinds}{results}. Give another folder."
-        )
+        raise MediaError(f"--input {folder} is a folder that holds no {kinds}{results}. Give another folder.")
     num_results = len(files) - len(sources)
     if num_results:
         logger.info(
@@ -152,21 +150,21 @@ def name_output(chain: Chain, source: Path) -> Path:
     """
     run = chain.run
     suffix = IMAGE_SUFFIX if is_image(source) else run.format.suffix
-    default = f"{source.stem}_{chain.name_suffix}{suffix}"
+    default_name = f"{source.stem}_{chain.name_suffix}{suffix}"
     output = run.output_path
     if output is None:
-        return source.with_name(default)
-    has_ending = output.suffix.lower() in VIDEOS | image_suffixes()
+        return source.with_name(default_name)
     if output.is_dir() or run.is_output_folder:
-        return output / default
+        return output / default_name
+    has_media_suffix = output.suffix.lower() in VIDEOS | image_suffixes()
     if run.input.is_dir():
-        if has_ending or output.exists():
+        if has_media_suffix or output.exists():
             raise OptionError(
                 f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
-        return output / default
+        return output / default_name
     # the suffix follows from the format, whatever the user typed
-    return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
+    return output.with_suffix(suffix) if has_media_suffix else output.with_name(f"{output.name}{suffix}")
 
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:

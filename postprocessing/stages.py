@@ -208,9 +208,8 @@ class PostTools:
             UserError: If a tool fails.
         """
         first = next(frames)
-        alpha = None
-        if is_single:  # frames of videos have no alpha channel
-            first, alpha = split_alpha(first)
+        # frames of videos have no alpha channel
+        first, alpha = split_alpha(first) if is_single else (first, None)
         # raises if a tool needs a video and gets an image; 2 stands for any larger number of frames
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:

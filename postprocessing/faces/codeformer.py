@@ -23,7 +23,7 @@ from modules.errors import CheckpointError
 
 GROUPS, EPS = 32, 1e-6  # of group norms
 HEADS = 8
-FILES = "codeformer.pth, or a safetensors file of the same tensors,"
+RELEASED_FILES = "codeformer.pth, or a safetensors file of the same tensors,"
 RES, ATTENTION, RESIZE, NORM, CONV = "res", "attention", "resize", "norm", "conv"
 # always float32, regardless of --dtype: choosing a code compares close numbers
 CODE_PREDICTION_PREFIXES = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
@@ -313,7 +313,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         CheckpointError: If the file is not a CodeFormer file.
     """
     names = checkpoint.tensors
-    wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
+    wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES)
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
         raise wrong_kind
     sources = plain_sources(checkpoint)

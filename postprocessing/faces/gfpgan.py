@@ -20,7 +20,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 # Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
 
 SMALLEST = 4  # side of the deepest features, and of the decoder's first ones
-FILES = "GFPGANv1.4.pth or GFPGANv1.3.pth, or a safetensors file of the same tensors,"
+RELEASED_FILES = "GFPGANv1.4.pth or GFPGANv1.3.pth, or a safetensors file of the same tensors,"
 # unused at inference: outputs for training the U-Net, and the mapping of random styles
 UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
@@ -251,7 +251,7 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         CheckpointError: If the file is not a GFPGAN file.
     """
     names = checkpoint.tensors
-    wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+    wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
         raise wrong_kind
     sources = plain_sources(checkpoint)

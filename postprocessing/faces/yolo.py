@@ -96,35 +96,37 @@ class YoloDetector:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise _other_layout(self.path, shapes)
 
-    def _decode(self, result: NDArray[np.float32], least_score: float) -> _Rows:
+    def _decode(self, output: NDArray[np.float32], least_score: float) -> _Rows:
         """Decode the YOLO's output to detections with at least `least_score`.
 
         Versions differ: candidates are rows or columns, or the file has selected the best boxes already.
         """
         # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
-        counts = []
+        candidate_counts = []
         for steps in (STEPS, *VARIANT_STEPS):
             cells = [(self.layout.side // step) ** 2 for step in steps]
-            counts.append(sum(cells))
-        if result.shape[1] in SELECTED_ROW_WIDTHS and result.shape[0] not in counts:
-            # the file selects the best boxes itself: corners, score, class, then points
-            rows = result[result[:, BOX] >= least_score]
-            points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
-            return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
-        if result.shape[1] in counts:  # candidates along columns
-            result = result.T
-        if result.shape[0] not in counts or result.shape[1] <= BOX:
-            raise _other_layout(self.path, str(list(result.shape)))
-        num_classes, values_per_point = self._split_columns(result.shape[1])
-        # columns: center, width and height of the box, the score of each class, then points
-        scores = result[:, BOX : BOX + num_classes].max(axis=1)
-        is_chosen = scores >= least_score
-        rows = result[is_chosen]
+            candidate_counts.append(sum(cells))
+        num_rows, num_columns = output.shape
+        if num_columns in SELECTED_ROW_WIDTHS and num_rows not in candidate_counts:
+            return _decode_selected(output, least_score)
+        if num_columns in candidate_counts:  # candidates are columns
+            output = output.T
+        num_rows, num_columns = output.shape
+        if num_rows not in candidate_counts or num_columns <= BOX:
+            raise _other_layout(self.path, str(list(output.shape)))
+        return self._decode_candidates(output, least_score)
+
+    def _decode_candidates(self, rows: NDArray[np.float32], least_score: float) -> _Rows:
+        """Decode rows of center, width and height of a box, the score of each class, then landmarks."""
+        num_classes, values_per_point = self._split_columns(rows.shape[1])
+        scores = rows[:, BOX : BOX + num_classes].max(axis=1)
+        is_likely = scores >= least_score
+        rows = rows[is_likely]
         centers = rows[:, :2]
         half_sizes = rows[:, 2:BOX] / 2
         boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
         points = _read_points(rows[:, BOX + num_classes :], values_per_point)
-        return _Rows(boxes, scores[is_chosen], points)
+        return _Rows(boxes, scores[is_likely], points)
 
     def _split_columns(self, width: int) -> tuple[int, int]:
         """Return the number of classes, and of values per landmark, in an output row of `width` values."""
@@ -132,6 +134,13 @@ class YoloDetector:
             return self.layout.classes, self.layout.landmarks
         is_face = width == BOX + 1 + 3 * POINTS
         return (1, 3) if is_face else (width - BOX, 0)
+
+
+def _decode_selected(rows: NDArray[np.float32], least_score: float) -> _Rows:
+    """Decode rows of corners, score, class and landmarks, whose overlapping boxes are suppressed already."""
+    rows = rows[rows[:, BOX] >= least_score]
+    points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
+    return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
 
 
 def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:

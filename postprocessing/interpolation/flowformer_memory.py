@@ -261,7 +261,7 @@ class CostPerceiver(nn.Module):
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
         # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
-        x = first = self._start(costs, height, width, chunk_bytes)
+        x = first = self._embed_costs(costs, height, width, chunk_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             # 40 and 64: bytes that the layers take for each number of a row
             x = map_in_chunks(across, x, 40 * x[0].numel(), chunk_bytes)
@@ -271,7 +271,7 @@ class CostPerceiver(nn.Module):
             x = maps.flatten(1, 2).transpose(0, 1)
         return x + first
 
-    def _start(self, costs: Correlation, height: int, width: int, chunk_bytes: int | None) -> Tensor:
+    def _embed_costs(self, costs: Correlation, height: int, width: int, chunk_bytes: int | None) -> Tensor:
         """Return the first memory tokens: learned tokens that attend to each position's cost map, N K D."""
         layer = self.input_layer
 
@@ -279,14 +279,18 @@ class CostPerceiver(nn.Module):
             tokens = self.patch_embed(costs.rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.project_tokens(tokens))
 
-        # the largest number of float32 bytes that one position takes at a time, for the size of a part
-        first, second, _ = self.config.costs
-        # both sides rounded up to multiples of PATCH
-        cells = (height + -height % PATCH) * (width + -width % PATCH)
-        # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
-        convolved = 2 * 16 + 4 * first + second
-        # attention, in 64ths: the map, tokens, keys, values, products before and after the softmax
-        attended = 64 + 3 * (self.config.width + HEADS * self.config.tokens)
-        bytes_of_map = cells * max(convolved // 4, attended // 16)  # 4 bytes / 16, 4 bytes / 64
-        rows = chunk_rows(bytes_of_map, self.latent_tokens.device, chunk_bytes)
+        bytes_per_map = _estimate_map_bytes(self.config, height, width)
+        rows = chunk_rows(bytes_per_map, self.latent_tokens.device, chunk_bytes)
         return map_row_ranges(run, height * width, rows)
+
+
+def _estimate_map_bytes(config: MemoryConfig, height: int, width: int) -> int:
+    """Return the largest number of float32 bytes that embedding the cost map of one position takes."""
+    first, second, _ = config.costs
+    # both sides rounded up to multiples of PATCH
+    cells = (height + -height % PATCH) * (width + -width % PATCH)
+    # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
+    convolved = 2 * 16 + 4 * first + second
+    # attention, in 64ths: the map, tokens, keys, values, products before and after the softmax
+    attended = 64 + 3 * (config.width + HEADS * config.tokens)
+    return cells * max(convolved // 4, attended // 16)  # 4 bytes / 16, 4 bytes / 64

@@ -253,13 +253,12 @@ class Correlation:
             height, width = self._size
             stores_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._stores_volume = stores_volume
-        if stores_volume:
-            # each level: h*w of the first image by h*w of the scaled second image
-            self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
-        else:
-            # a row of channels for each position, zero-padded so that windows may extend beyond the edge
-            padded = [pad(features, (REACH,) * 4) for features in pyramid]
-            self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
+        make_level = self._multiply_level if stores_volume else _pad_level
+        self._levels = [make_level(features) for features in pyramid]
+
+    def _multiply_level(self, features: Tensor) -> Tensor:
+        """Return the products of all positions of the first image with all of a level, h*w by h*w of it."""
+        return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Return the correlations around one position of the second image for each position of the first.
@@ -331,6 +330,12 @@ class Correlation:
             features_around = features.index_select(0, indices.flatten()).view(-1, REACH**2, channels)
             products.append(features_around @ first[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
+
+
+def _pad_level(features: Tensor) -> Tensor:
+    """Return a row of channels for each position of a level, with REACH zeros around the image."""
+    padded = pad(features, (REACH,) * 4)
+    return rearrange(padded, "1 c h w -> (h w) c").contiguous()
 
 
 def _count_volume_bytes(height: int, width: int, levels: int) -> int:

@@ -21,7 +21,7 @@ from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedIm
 
 ITERATIONS = 20
 SCALE = 8
-IGNORED = (
+IGNORED_TENSORS = (
     "*.num_batches_tracked",
     "*.norm3.*",  # the same values as downsample.1, stored twice
 )
@@ -312,4 +312,4 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     )
     if config.context <= 0:
         raise wrong_kind
-    return LoadPlan(config, checkpoint, sources, IGNORED)
+    return LoadPlan(config, checkpoint, sources, IGNORED_TENSORS)

@@ -18,15 +18,15 @@ from postprocessing import tiling
 from postprocessing.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from postprocessing.options import UpscalerOptions
 from postprocessing.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
-from runtime.planning.dry_run import ACCELERATOR, dry_run, largest, place
+from runtime.planning.dry_run import ACCELERATOR, dry_run, largest
+from runtime.planning.dry_run import place as allocate_empty_weights
 
 logger = logging.getLogger(__name__)
 
 
 PROBE_SIDES = (32, 64)  # side of the test images
-VALUES_PER_RESULT_PIXEL = (
-    3 + 3 * 2
-)  # float32 values per pixel of a result: its colors, and their copies while resizing
+# float32 values per pixel of a result: its colors, and their copies while resizing
+VALUES_PER_RESULT_PIXEL = 3 + 3 * 2
 
 
 @lru_cache(maxsize=16)
@@ -35,22 +35,26 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network take equal memory, so only one block of each kind is run.
     """
-    sides = [round_up(side, config.step) for side in PROBE_SIDES]
-    peaks = []
-    for side in sides:
-        # no memory is taken: tensors without values run through the network, and a ledger adds up their sizes
-        with META:
-            network = kind.build(config.with_one_block).to(dtype)
-        with dry_run() as ledger, torch.no_grad():
-            place(network, ledger)
-            images = torch.empty(1, 3, side, side, dtype=dtype, device=ACCELERATOR)
-            network(images.contiguous(memory_format=torch.channels_last))
-        _, peak = largest(ledger.peaks)
-        peaks.append(sum(peak.values()))
-    # the difference of two sizes: what does not grow with the image is left out
-    small, large = sides
-    small_peak, large_peak = peaks
+    small, large = (round_up(side, config.step) for side in PROBE_SIDES)
+    small_peak = _measure_peak_bytes(kind, config, dtype, small)
+    large_peak = _measure_peak_bytes(kind, config, dtype, large)
+    # the difference of two sizes leaves out what does not grow with the image
     return (large_peak - small_peak) / (large**2 - small**2)
+
+
+def _measure_peak_bytes(kind: UpscalerKind, config: Config, dtype: torch.dtype, side: int) -> int:
+    """Return the peak memory of a network with one block for a square image, without computing anything.
+
+    Tensors without values run through the network, and a ledger adds up their sizes.
+    """
+    with META:
+        network = kind.build(config.with_one_block).to(dtype)
+    with dry_run() as ledger, torch.no_grad():
+        allocate_empty_weights(network, ledger)
+        images = torch.empty(1, 3, side, side, dtype=dtype, device=ACCELERATOR)
+        network(images.contiguous(memory_format=torch.channels_last))
+    _, bytes_by_kind = largest(ledger.peaks)
+    return sum(bytes_by_kind.values())
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
