@@ -55,20 +55,31 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     dialect = _find_dialect(names)
     if dialect is None:
         raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
-    _, table = DIALECTS[dialect]
+    _, name_patterns = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, table), NAME)
+    config = _read_config(DitShapes(checkpoint.path, joined_shapes(stored_shapes, name_patterns), NAME))
+    # a weight of the blocks shows the file's dtype
+    block_weight = next(
+        name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight"))
+    )
+    return DitHeader(config, dialect, names[block_weight].dtype)
+
+
+def _read_config(shapes: DitShapes) -> Flux2Config:
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.of("img_in.weight")
     (head_dim,) = shapes.of(HEADS, axes=1)
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
-    has_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
-    if not has_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
+    # the rotary embedding turns pairs of channels on each axis
+    has_whole_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
+    # the feed-forward is gated: its first layer computes the values and their gates
+    if not has_whole_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
             f"those of {MODEL_LABEL}. Copy the file again.",
-            checkpoint.path,
+            shapes.path,
         )
-    config = Flux2Config(
+    return Flux2Config(
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=dim // head_dim,
@@ -79,9 +90,6 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
         freq_dim=shapes.of("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
-    # a weight of the blocks shows the file's dtype
-    block = next(name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight")))
-    return DitHeader(config, dialect, names[block].dtype)
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[str, TensorSource]:
@@ -134,14 +142,13 @@ class Flux2Files(LanguageModelFiles):
         """Read the transformer file's header; raise OptionError if it belongs to another release."""
         header: DitHeader[Flux2Config] = super().dit_header()
         takes_guidance = self.version.defaults.embedded_guidance is not None
-        other_releases = {}  # width -> first version with this width
-        # in reverse order, so that the first version of a width replaces the later ones
-        for name, release in reversed(VERSIONS.items()):
-            if release.dim != self.version.dim:
-                other_releases[release.dim] = name
-        if header.config.has_guidance != takes_guidance or header.config.dim in other_releases:
+        other_version = None  # the first version with the file's width, if the width is not the expected one
+        if header.config.dim != self.version.dim:
+            versions = (name for name, version in VERSIONS.items() if version.dim == header.config.dim)
+            other_version = next(versions, None)
+        if header.config.has_guidance != takes_guidance or other_version is not None:
             # with the expected width, the file differs in whether it takes guidance as an input
-            fitting = other_releases.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
+            fitting = other_version or ("klein-4b" if takes_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
                 f"--model_version {self.model_version}. Give the version of the file, such as {fitting}, or "

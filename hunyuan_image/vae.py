@@ -201,11 +201,11 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     # diffusers' names
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    wrong_kind = other_kind(checkpoint, MODEL_LABEL, "--vae", RELEASED_FILES)
+    wrong_kind_error = other_kind(checkpoint, MODEL_LABEL, "--vae", RELEASED_FILES)
     if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
-        raise wrong_kind
+        raise wrong_kind_error
     as_matrices(sources, ATTENTION)  # 1x1 convolutions in the file, linear layers here
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
     levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
         raise _make_error(

@@ -54,15 +54,15 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     if area.is_empty:
         return  # outside of the image
     slices = area.slices()
-    box_to_cover = _make_cover(pixels, core, area, options)
+    covered_pixels = _make_cover(pixels, core, area, options)
     if not options.ellipse and not feather:  # opaque up to the edge
-        pixels[slices] = box_to_cover
+        pixels[slices] = covered_pixels
         return
     ellipse = (left, top, right, bottom) if options.ellipse else None
     # 1 inside, falling to 0 over the feathered edge
     opacity = _make_opacity(area, core, ellipse, feather)
     original = pixels[slices].astype(np.float32)
-    blended = original + opacity[..., None] * (box_to_cover.astype(np.float32) - original)
+    blended = original + opacity[..., None] * (covered_pixels.astype(np.float32) - original)
     pixels[slices] = np.rint(blended).astype(pixels.dtype)
 
 

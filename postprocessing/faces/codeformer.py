@@ -313,11 +313,13 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         CheckpointError: If the file is not a CodeFormer file.
     """
     names = checkpoint.tensors
-    wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES)
+    wrong_kind_error = other_kind(
+        checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES
+    )
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
-        raise wrong_kind
+        raise wrong_kind_error
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
     encoder = _read_blocks("encoder", checkpoint)
     generator = _read_blocks("generator", checkpoint)
     num_positions, tokens = shape("position_emb", 2)
@@ -335,7 +337,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         fused=tuple(sorted({int(match[1]) for match in matches if match})),
     )
     if not _is_possible(config):
-        raise wrong_kind
+        raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -353,6 +355,7 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     )
 
 
+# by a tensor that the kind has; the most specific first
 _KIND_BY_TENSOR = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
 
 
@@ -364,18 +367,15 @@ def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ..
 
 def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
     """Return the kind and the widths of a CodeFormer block, derived from the shapes of its tensors."""
-    shapes = {}
-    for tensor_name, info in checkpoint.tensors.items():
-        if tensor_name.startswith(f"{name}."):
-            shapes[tensor_name.removeprefix(f"{name}.")] = info.shape
-    # kinds of blocks that have one of their tensors here, most specific first
-    candidates = [(kind, shapes[mark]) for mark, kind in _KIND_BY_TENSOR.items() if shapes.get(mark)]
-    if not candidates:
-        raise CheckpointError(
-            f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
-        )
-    kind, shape = candidates[0]
-    if kind == CONV and len(shape) == 1:  # a norm has a weight of the same name
-        kind = NORM
-    width_in = shape[1] if len(shape) > 1 else shape[0]
-    return CodeFormerBlock(kind, width_in, shape[0])
+    for tensor_name, kind in _KIND_BY_TENSOR.items():
+        info = checkpoint.tensors.get(f"{name}.{tensor_name}")
+        if info is None or not info.shape:
+            continue
+        width = info.shape[0]
+        if kind == CONV and len(info.shape) == 1:  # a norm has a weight of the same name
+            return CodeFormerBlock(NORM, width, width)
+        width_in = info.shape[1] if len(info.shape) > 1 else width
+        return CodeFormerBlock(kind, width_in, width)
+    raise CheckpointError(
+        f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
+    )

@@ -251,11 +251,11 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         CheckpointError: If the file is not a GFPGAN file.
     """
     names = checkpoint.tensors
-    wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES)
+    wrong_kind_error = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
-        raise wrong_kind
+        raise wrong_kind_error
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
@@ -276,5 +276,5 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
         # the U-Net can steer at most all channels of the decoder
         if steered > channels:
-            raise wrong_kind
+            raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

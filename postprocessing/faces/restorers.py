@@ -132,13 +132,13 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     Raises:
         CheckpointError: If the file is not a ParseNet file.
     """
-    wrong_kind = other_kind(
+    wrong_kind_error = other_kind(
         checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", RELEASED_FILES
     )
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
-        raise wrong_kind
+        raise wrong_kind_error
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]
@@ -151,7 +151,7 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     up = [down[-1]]
     up += [out_channels(f"decoder.{index}.conv1") for index in range(num_up)]
     if num_down != num_up or out_channels("out_mask_conv") != CLASSES:
-        raise wrong_kind
+        raise wrong_kind_error
     config = ParseNetConfig(tuple(down), count(sources, r"body\.\d+"), tuple(up))
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)
 

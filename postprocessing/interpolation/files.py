@@ -48,12 +48,12 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wrong_kind = other_kind(
+    wrong_kind_error = other_kind(
         checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb"
     )
     if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
-        raise wrong_kind
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+        raise wrong_kind_error
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def weight_shape(name: str) -> tuple[int, ...]:
         return shape(f"{name}.weight")
@@ -68,7 +68,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         or synthesis.last.side > synthesis.last.width
         or weight_shape("amt_update4_low.convc1")[1] != 2 * CHANNELS
     ):
-        raise wrong_kind
+        raise wrong_kind_error
     config = GimmConfig(motion, synthesis)
     return LoadPlan(config, checkpoint, rename_sources(sources, _add_module_prefix), IGNORED_TENSORS)
 
@@ -183,35 +183,46 @@ def find_files(path: Path, kind: str) -> ModeFiles:
             f"{MODEL_OPTION}.",
             path,
         )
-    names_of_kind = tuple(
+    folder = path if path.is_dir() else path.parent
+    main = _find_main_file(folder, kind) if path.is_dir() else path  # whatever the name of a typed file
+    settings = folder / f"{kind}_arb.yaml"
+    return ModeFiles(main, _find_flow_file(main, kind), settings if settings.is_file() else None)
+
+
+def _find_main_file(folder: Path, kind: str) -> Path:
+    """Return the interpolation network's file in a folder; raise CheckpointError if there is none."""
+    names = tuple(
         f"{kind}_arb{perceptual}{ending}"
         # the variant trained with LPIPS is preferred if both are there
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
-    folder = path if path.is_dir() else path.parent
-    # a typed file is used whatever its name is
-    main = _find_model(folder, names_of_kind, kind) if path.is_dir() else path
+    main = _find_model(folder, names, kind)
     if main is None:
         raise CheckpointError(
-            f"{path}: there is no file of {kind} in this folder. Put {names_of_kind[0]} there, or give "
+            f"{folder}: there is no file of {kind} in this folder. Put {names[0]} there, or give "
             f"another folder to {MODEL_OPTION} or another --mode.",
-            path,
+            folder,
         )
-    flow_names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    return main
+
+
+def _find_flow_file(main: Path, kind: str) -> Path:
+    """Return the optical flow network's file next to the main file, which may also contain that network.
+
+    Raises CheckpointError if there is none.
+    """
+    names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
     # the original's name without its suffix: other copies may begin with it
-    flow = _find_model(folder, flow_names, flow_names[1].partition(".")[0])
-    if flow is None:
-        if not _holds_flow(main):
-            raise CheckpointError(
-                f"{folder}: the optical flow of {kind} is not next to {main.name}. Put {flow_names[0]} "
-                "there.",
-                folder,
-            )
-        # one file may hold both networks
-        flow = main
-    settings = folder / f"{kind}_arb.yaml"
-    return ModeFiles(main, flow, settings if settings.is_file() else None)
+    flow = _find_model(main.parent, names, names[1].partition(".")[0])
+    if flow is not None:
+        return flow
+    if not _holds_flow(main):
+        raise CheckpointError(
+            f"{main.parent}: the optical flow of {kind} is not next to {main.name}. Put {names[0]} there.",
+            main.parent,
+        )
+    return main
 
 
 def _holds_flow(main: Path) -> bool:

@@ -254,10 +254,10 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wrong_kind = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
+    wrong_kind_error = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
     if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
-        raise wrong_kind
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+        raise wrong_kind_error
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
     config = FlowFormerConfig(
         features=_read_trunk("memory_encoder.feat_encoder.svt", shape),
         context=_read_trunk("context_encoder.svt", shape),
@@ -266,7 +266,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
         decoder=_read_decoder(shape),
     )
     if not _is_possible(config):
-        raise wrong_kind
+        raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
 

@@ -285,10 +285,10 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wrong_kind = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
+    wrong_kind_error = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
     if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
-        raise wrong_kind
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+        raise wrong_kind_error
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
@@ -311,5 +311,5 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
         mask=out_channels("update_block.mask.0"),
     )
     if config.context <= 0:
-        raise wrong_kind
+        raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources, IGNORED_TENSORS)

@@ -173,21 +173,22 @@ class UpscalerStage:
         )
 
     def _predict_tile(self, clip: Clip, batch: int) -> int:
-        """Return the size of the largest tiles that fit into memory; `FULL` if whole images do.
+        """Return the size of the largest tiles that fit into memory; WHOLE_IMAGE if whole images do.
 
         The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
         drivers would fall back to host memory, which is slower than tiles.
         """
-        available = self.get_usable_bytes(self.device)  # bytes
+        usable_bytes = self.get_usable_bytes(self.device)
         config = self.upscaler.config
-        if available is None:  # unknown for this device
+        if usable_bytes is None:  # unknown for this device
             return tiling.WHOLE_IMAGE
         width = round_up(clip.width, config.step)
         height = round_up(clip.height, config.step)
-        if batch * width * height * MAX_BYTES_PER_PIXEL <= available:
+        if batch * width * height * MAX_BYTES_PER_PIXEL <= usable_bytes:
             return tiling.WHOLE_IMAGE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
-        free = available - batch * result_bytes(config, width, height)  # the result is whole in any case
+        # the result is whole in any case
+        free = usable_bytes - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
             return tiling.WHOLE_IMAGE
         # a square tile, rounded down to the network's step
