@@ -128,12 +128,12 @@ class HunyuanImage(ModelOfImages):
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
-        has_characters = bool(find_quoted_texts(request.prompt))
+        draws_text = bool(find_quoted_texts(request.prompt))
         projection = Projection(
-            options.apg_start_step_ocr if has_characters else options.apg_start_step_general,
-            APG_SCALE,
-            APG_MOMENTUM,
-            APG_NORM,
+            after_step=options.apg_start_step_ocr if draws_text else options.apg_start_step_general,
+            scale=APG_SCALE,
+            momentum=APG_MOMENTUM,
+            norm_limit=APG_NORM,
             rescale=options.guidance_rescale_apg,
         )
         return replace(prepared, rules=GuidanceRules(projection=projection))

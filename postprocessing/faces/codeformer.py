@@ -199,7 +199,7 @@ class Fusion(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.encode_enc = ResBlock(2 * width, width)
-        self.scale, self.shift = _make_steering(width), _make_steering(width)
+        self.scale, self.shift = _make_condition_layers(width), _make_condition_layers(width)
 
     def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
         """Return generator features modulated by encoder features, B C h w.
@@ -213,7 +213,7 @@ class Fusion(nn.Module):
         return x + fidelity * (x * self.scale(both) + self.shift(both))
 
 
-def _make_steering(width: int) -> nn.Sequential:
+def _make_condition_layers(width: int) -> nn.Sequential:
     return nn.Sequential(_make_conv(width, width), nn.LeakyReLU(0.2), _make_conv(width, width))
 
 

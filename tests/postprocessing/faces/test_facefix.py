@@ -262,7 +262,7 @@ def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(
 
 def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:
     models = _linked(folder, tmp_path, "GFPGANv1.4.pth", "parsing_parsenet.pth")
-    config = replace(tiny.GFPGAN, body=tiny.GFPGAN.body[:2], decoder=(8, 8), steered=(4,))
+    config = replace(tiny.GFPGAN, body=tiny.GFPGAN.body[:2], decoder=(8, 8), modulated_channels=(4,))
     tiny.write_model(models / "GFPGANv1.4.pth", tiny.gfpgan_weights(config))
     tiny.write_model(models / "parsing_parsenet.pth", tiny.parsenet_weights())
 
