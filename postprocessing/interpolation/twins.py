@@ -118,7 +118,7 @@ class TwinsPatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class Neighbors(nn.Module):
+class PositionConv(nn.Module):
     """Add a depthwise convolution, which encodes positions for the attention after it."""
 
     def __init__(self, width: int) -> None:
@@ -148,7 +148,7 @@ class Twins(nn.Module):
             )
             for stage in stages
         )
-        self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
+        self.pos_block = nn.ModuleList(PositionConv(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of each encoder stage, B C h w.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -96,7 +96,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
         kind, read = _find_kind(checkpoint.tensors)
-        plan = cast("LoadPlan[Any]", read(checkpoint))
+        plan = read(checkpoint)
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""
