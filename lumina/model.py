@@ -228,26 +228,27 @@ class LuminaModel(BlockNetwork):
         num_rows, num_columns = layout.grid
         rows = self._rotate_axis(range(num_rows), row_width, device)
         columns = self._rotate_axis(range(num_columns), column_width, device)
-        first_row = self._rotate_axis([0], row_width, device)
-        first_column = self._rotate_axis([0], column_width, device)
-
-        num_pixels = num_rows * num_columns
-        padding_positions = [0] * (self.count_padded_tokens(num_pixels) - num_pixels)
-        padding_axis = self._rotate_axis(padding_positions, position_width, device)
-        padding = spread_over_grid([padding_axis, first_row, first_column])
-        caption_positions = range(text_start, text_start + layout.longest)
-        caption_axis = self._rotate_axis(caption_positions, position_width, device)
-        caption = spread_over_grid([caption_axis, first_row, first_column])
+        num_padding = self.count_padded_tokens(num_rows * num_columns) - num_rows * num_columns
+        padding = self._make_line_table([0] * num_padding, device)
+        caption = self._make_line_table(range(text_start, text_start + layout.longest), device)
         # only the image's position differs between samples
         after_image = torch.cat([padding, caption])
         tables = []
         for count in layout.captions:
-            image_axis = self._rotate_axis([text_start + count], position_width, device)
-            tables.append(torch.cat([spread_over_grid([image_axis, rows, columns]), after_image]))
+            position = self._rotate_axis([text_start + count], position_width, device)
+            tables.append(torch.cat([spread_over_grid([position, rows, columns]), after_image]))
         # the added axis is for heads
         if len(tables) == 1:  # all captions have one length, so the batch shares a table
             return tables[0].unsqueeze(-3)
         return torch.stack(tables).unsqueeze(-3)
+
+    def _make_line_table(self, positions: Sequence[int], device: torch.device) -> Tensor:
+        """Return the (cosine, sine) pairs of tokens at these positions, all in row 0 and column 0."""
+        coordinates = (positions, [0], [0])
+        pairs = []
+        for axis, width in zip(coordinates, self.config.rotary_widths, strict=True):
+            pairs.append(self._rotate_axis(axis, width, device))
+        return spread_over_grid(pairs)
 
     def _rotate_axis(self, positions: Sequence[int], width: int, device: torch.device) -> Tensor:
         """Return the (cosine, sine) pairs of `width` channels for positions along one axis."""
