@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fibo_2.configs import DIT, PLACES, Fibo2Config
 from lumina.blocks import FeedForward, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
-from lumina.model import real_tokens
+from lumina.model import count_real_tokens
 from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
@@ -433,5 +433,5 @@ class Gist(NamedTuple):
 
 def _read_states(arguments: Mapping[str, Any]) -> TextStates:
     """Return a batch's text states from text and text_mask, the arguments of `Fibo2Model.embed`."""
-    longest, counts = real_tokens(arguments["text_mask"])
+    longest, counts = count_real_tokens(arguments["text_mask"])
     return TextStates(arguments["text"][:, :longest], counts)

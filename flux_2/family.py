@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from flux_2.options import (
     Flux2TextCachingOptions,
     Flux2TrainingOptions,
 )
-from flux_2.versions import DEV, KEY, VERSIONS
+from flux_2.versions import DEV, TEXT_STATES_KEY, VERSIONS
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from protocols.data import (
@@ -41,7 +42,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 
 logger = logging.getLogger(__name__)
 
-LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encoder_outputs.py"
+LATENT_CACHING_SCRIPT, TEXT_CACHING_SCRIPT = "flux_2_cache_latents.py", "flux_2_cache_text_encoder_outputs.py"
 MAX_REFERENCES = 10  # as released
 # pixels of a reference, in area: of one alone, and of each of several. Source: the released code
 ALONE, AMONG_SEVERAL = 2024**2, 1024**2
@@ -63,7 +64,7 @@ class Flux2(pictures.ModelOfImages):
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
-    text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
+    text_keys: frozenset[str] = field(default=frozenset({TEXT_STATES_KEY}), init=False)
     called: str = field(default=NAME, init=False)
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps(
@@ -126,14 +127,14 @@ class Flux2(pictures.ModelOfImages):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return a batch's conditions: text, guidance (B) and references."""
-        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        batch.check({TEXT_STATES_KEY: TEXT_CACHING_SCRIPT}, "the transformer")
         config, use = self.files.dit_header().config, self.files.version.use
-        remedy = f"{TEXTS_AGAIN} --model_version {self.files.model_version} and {use.model.what}"
-        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
-        conditions: dict[str, Tensor | list[Tensor]] = {KEY: batch.tensor(KEY)}
+        remedy = f"{TEXT_CACHING_SCRIPT} --model_version {self.files.model_version} and {use.model.what}"
+        batch.check_widths({TEXT_STATES_KEY: config.text_dim}, self.files.dit_path, remedy)
+        conditions: dict[str, Tensor | list[Tensor]] = {TEXT_STATES_KEY: batch.tensor(TEXT_STATES_KEY)}
         if config.has_guidance:
             conditions[pictures.GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
-        return conditions | pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+        return conditions | pictures.references_of(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
 
     def predict(
         self,
@@ -148,12 +149,13 @@ class Flux2(pictures.ModelOfImages):
         The conditions are ctx_vec B T D; for dev guidance B; for references latents_control_0, ... B C 1 h w.
         """
         device = noisy.device
+        name_inputs = partial(name_texts, names={"text": TEXT_STATES_KEY}, device=device)
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
-            **name_texts(cond, {"text": KEY}, device),
+            **name_inputs(cond),
             guidance=pictures.guidance_in(cond, device),
-            overrides=overrides.rename_nag(lambda text: name_texts(text, {"text": KEY}, device)),
+            overrides=overrides.rename_nag(name_inputs),
             references=pictures.references_in(cond, device),
         )
         return velocity
@@ -161,33 +163,39 @@ class Flux2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in a request's open fields; by default, size and number of steps set the noise levels.
-
-        Warn about guidance that the release does not take.
-        """
-        version = self.files.version
-        default = DEV.defaults.embedded_guidance  # the script's default, which is the same for all releases
-        if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, default):
-            logger.warning(
-                "the embedded guidance %g (--embedded_cfg_scale) is ignored: --model_version %s has no input "
-                "for it",
-                request.embedded_guidance,
-                self.files.model_version,
-            )
-        if version.is_distilled and request.guidance_scale not in (None, 1.0):
-            logger.warning(
-                "the guidance scale %g is ignored: --model_version %s is distilled, its guidance is %s",
-                request.guidance_scale,
-                self.files.model_version,
-                "built in" if version.defaults.embedded_guidance is None else "--embedded_cfg_scale",
-            )
-            request = replace(request, guidance_scale=None)
+        """Fill in a request's open fields; the default flow shift follows from image size and steps."""
+        request = self._drop_unused_guidance(request)
         prepared = self.resolve_image(request, 1.0, "")
         if request.flow_shift is not None:
             return prepared
         # the released schedule in place of a flow shift
         tokens = count_latents(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=math.exp(empirical_mu(tokens, prepared.steps)))
+
+    def _drop_unused_guidance(self, request: Request) -> Request:
+        """Return the request without a guidance scale if the release is distilled.
+
+        Warns about guidance that is ignored.
+        """
+        version = self.files.version
+        has_embedded_guidance = version.defaults.embedded_guidance is not None
+        default = DEV.defaults.embedded_guidance  # the script's default, which is the same for all releases
+        if not has_embedded_guidance and request.embedded_guidance not in (None, default):
+            logger.warning(
+                "the embedded guidance %g (--embedded_cfg_scale) is ignored: --model_version %s has no input "
+                "for it",
+                request.embedded_guidance,
+                self.files.model_version,
+            )
+        if not version.is_distilled or request.guidance_scale in (None, 1.0):
+            return request
+        logger.warning(
+            "the guidance scale %g is ignored: --model_version %s is distilled, its guidance is %s",
+            request.guidance_scale,
+            self.files.model_version,
+            "--embedded_cfg_scale" if has_embedded_guidance else "built in",
+        )
+        return replace(request, guidance_scale=None)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""

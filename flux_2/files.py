@@ -3,7 +3,7 @@
 Transformers are as published, or as diffusers writes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,12 +24,12 @@ from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import swapped_tensors, tensor_patterns
 from protocols.loading import TensorSource
 
-WHAT = f"a {NAME} transformer"
-FILES = (
+MODEL_LABEL = f"a {NAME} transformer"
+RELEASED_FILES = (
     "flux2-dev.safetensors, flux-2-klein-base-4b.safetensors, or the folder transformer of its release in "
     "diffusers layout"
 )
-OPTION = "--dit"
+DIT_OPTION = "--dit"
 # dialect -> a tensor that only it has, its names
 DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_stream_modulation_img.lin.weight", ()),
@@ -38,29 +38,48 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 HEADS = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
+def _find_dialect(names: Container[str]) -> str | None:
+    """Return the dialect of a file's tensor names; None if it is not known."""
+    for dialect, (identifying_tensor, _) in DIALECTS.items():
+        if identifying_tensor in names:
+            return dialect
+    return None
+
+
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     """Return dimensions, dialect (its tensor names) and dtype of a FLUX.2 file.
 
     Raises CheckpointError for another model.
     """
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    dialect = _find_dialect(names)
     if dialect is None:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    _, table = DIALECTS[dialect]
+        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+    _, name_patterns = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, table), NAME)
+    config = _read_config(DitShapes(checkpoint.path, joined_shapes(stored_shapes, name_patterns), NAME))
+    # a weight of the blocks shows the file's dtype
+    block_weight = next(
+        name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight"))
+    )
+    return DitHeader(config, dialect, names[block_weight].dtype)
+
+
+def _read_config(shapes: DitShapes) -> Flux2Config:
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.of("img_in.weight")
     (head_dim,) = shapes.of(HEADS, axes=1)
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
-    has_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
-    if not has_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
+    # the rotary embedding turns pairs of channels on each axis
+    has_whole_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
+    # the feed-forward is gated: its first layer computes the values and their gates
+    if not has_whole_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
-            f"those of {WHAT}. Copy the file again.",
-            checkpoint.path,
+            f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
+            f"those of {MODEL_LABEL}. Copy the file again.",
+            shapes.path,
         )
-    config = Flux2Config(
+    return Flux2Config(
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=dim // head_dim,
@@ -71,9 +90,6 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
         freq_dim=shapes.of("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
-    # a weight of the blocks shows the file's dtype
-    block = next(name for name in names if name.endswith(("img_mlp.0.weight", ".0.ff.linear_in.weight")))
-    return DitHeader(config, dialect, names[block].dtype)
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[str, TensorSource]:
@@ -86,7 +102,7 @@ def describe(header: DitHeader[Flux2Config]) -> str:
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
-FORMAT = DitFormat(_read_header, describe, network=Flux2Model, sources=_make_sources, option=OPTION)
+FORMAT = DitFormat(_read_header, describe, network=Flux2Model, sources=_make_sources, option=DIT_OPTION)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -126,14 +142,13 @@ class Flux2Files(LanguageModelFiles):
         """Read the transformer file's header; raise OptionError if it belongs to another release."""
         header: DitHeader[Flux2Config] = super().dit_header()
         takes_guidance = self.version.defaults.embedded_guidance is not None
-        other_releases = {}  # width -> first version with this width
-        # in reverse order, so that the first version of a width replaces the later ones
-        for name, release in reversed(VERSIONS.items()):
-            if release.dim != self.version.dim:
-                other_releases[release.dim] = name
-        if header.config.has_guidance != takes_guidance or header.config.dim in other_releases:
+        other_version = None  # the first version with the file's width, if the width is not the expected one
+        if header.config.dim != self.version.dim:
+            versions = (name for name, version in VERSIONS.items() if version.dim == header.config.dim)
+            other_version = next(versions, None)
+        if header.config.has_guidance != takes_guidance or other_version is not None:
             # with the expected width, the file differs in whether it takes guidance as an input
-            fitting = other_releases.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
+            fitting = other_version or ("klein-4b" if takes_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
                 f"--model_version {self.model_version}. Give the version of the file, such as {fitting}, or "

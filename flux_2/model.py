@@ -30,12 +30,12 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
-APART = 10  # places between an image and its references on the first axis
+IMAGE_POSITION_STEP = 10  # places between an image and its references on the first axis
 # rows of all modulations: of images and texts in double blocks, of single blocks; then the embedding
 IMAGE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
 
 
-class RowsOfAll(nn.Module):
+class SharedModulationRows(nn.Module):
     """Select one block's shifts, scales and gates from the rows of all blocks."""
 
     def __init__(self, rows: slice) -> None:
@@ -107,7 +107,7 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         super().__init__(config.dim, config.eps)
         self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
         self.img_mlp, self.txt_mlp = GatedMlp(config), GatedMlp(config)
-        self.img_rows, self.txt_rows = RowsOfAll(IMAGE_ROWS), RowsOfAll(TEXT_ROWS)
+        self.img_rows, self.txt_rows = SharedModulationRows(IMAGE_ROWS), SharedModulationRows(TEXT_ROWS)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Return a stream's modulation, output projection of attention, and feed-forward layers."""
@@ -133,7 +133,7 @@ class Flux2SingleBlock(nn.Module):
         self.num_heads = config.num_heads
         self.widths = (dim, dim, dim, 2 * config.ffn_dim)
         self.pre_norm = Float32LayerNorm(dim, config.eps)
-        self.rows = RowsOfAll(SINGLE_ROWS)
+        self.rows = SharedModulationRows(SINGLE_ROWS)
         self.linear1 = nn.Linear(dim, sum(self.widths), bias=False)
         self.norm = PairNorm(config.dim // config.num_heads, config.eps)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
@@ -247,27 +247,20 @@ class Flux2Model(BlockNetwork):
                     f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
                 )
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        embedded = []
+        image_tokens = []
         for latents in images:
             pixels = latents.flatten(2).transpose(1, 2)  # B L Z
-            embedded.append(run_in_weight_dtype(self.img_in, pixels).to(dtype))
+            image_tokens.append(run_in_weight_dtype(self.img_in, pixels).to(dtype))
         vector = self._embed_vector(timesteps, guidance if overrides.embedded_guidance else None)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text):
-            tokens = run_in_weight_dtype(self.txt_in, prompt["text"]).to(dtype)
-            texts.append(blocks.EmbeddedText(tokens, None, vector))
-        # positions of tokens: (APART * image, row, column, 0) in images, (0, 0, 0, index) in texts
-        grids = []
-        for number, latents in enumerate(images):
-            _, _, _, rows, columns = latents.shape
-            grids.append(TokenGrid((1, rows, columns, 1), first_position=APART * number))
-        for embedded_text in texts:
-            length = embedded_text.tokens.shape[1]
-            grids.append(TokenGrid((1, 1, 1, length)))
+            text_tokens = run_in_weight_dtype(self.txt_in, prompt["text"]).to(dtype)
+            texts.append(blocks.EmbeddedText(text_tokens, None, vector))
+        grids = [*_locate_images(images), *_locate_texts(texts)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
-        num_images = sum(tokens.shape[1] for tokens in embedded)
+        num_image_tokens = sum(tokens.shape[1] for tokens in image_tokens)
         return blocks.join_tokens(
-            embedded,
+            image_tokens,
             texts,
             overrides.steer,
             blocks.TokensWithTurnedText,
@@ -275,14 +268,13 @@ class Flux2Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_image=rotary[:num_images],
+            rotary_of_image=rotary[:num_image_tokens],
         )
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the modulation that all blocks share and the time embedding, B 1 16 C float32.
 
         The rows are 6 for images and 6 for text in double blocks, 3 in single blocks, and the embedding.
-
         `guidance` is B; None leaves it out.
         """
         # float32 angles: those of a large guidance are rounded, and so they were in training
@@ -304,3 +296,17 @@ class Flux2Model(BlockNetwork):
         embedding = tokens.vector[:, :1, EMBEDDING_ROW]
         pixels = self.final_layer(x[:, : rows * columns], embedding, tokens.dtype).float()
         return pixels.transpose(1, 2).unflatten(2, (1, rows, columns))
+
+
+def _locate_images(images: Sequence[Tensor]) -> list[TokenGrid]:
+    """Return positions of tokens by image: (IMAGE_POSITION_STEP * index of the image, row, column, 0)."""
+    grids = []
+    for index, latents in enumerate(images):
+        rows, columns = latents.shape[-2:]
+        grids.append(TokenGrid((1, rows, columns, 1), first_position=IMAGE_POSITION_STEP * index))
+    return grids
+
+
+def _locate_texts(texts: Sequence[blocks.EmbeddedText]) -> list[TokenGrid]:
+    """Return positions of tokens by text: (0, 0, 0, index of the token)."""
+    return [TokenGrid((1, 1, 1, text.tokens.shape[1])) for text in texts]

@@ -22,8 +22,8 @@ MISTRAL3 = LanguageModel(
     eps=1e-5,
     settings={"sliding_window": None},
 )
-KEY = "ctx_vec"
-OPTION = "--text_encoder_tokenizer"
+TEXT_STATES_KEY = "ctx_vec"
+DIT_OPTION = "--text_encoder_tokenizer"
 TOKENS = 512  # length of a text with its template; the transformer attends to the padding too
 SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
@@ -31,7 +31,7 @@ SYSTEM = (
 )
 _BEFORE, _AFTER = qwen3_chat(thinks=False)
 _MISTRAL_FILES = TokenizerFiles(
-    option=OPTION,
+    option=DIT_OPTION,
     names=("tokenizer.json",),
     folder="tokenizer",
     repository="black-forest-labs/FLUX.2-dev",
@@ -41,7 +41,7 @@ _MISTRAL_FILES = TokenizerFiles(
 )
 MISTRAL_USE = LanguageEncoderSettings(
     name="m3",
-    states_key=KEY,
+    states_key=TEXT_STATES_KEY,
     model=MISTRAL3,
     source=TokenizerSource(_MISTRAL_FILES, adds_own=False),
     maximum=TOKENS,
@@ -54,9 +54,9 @@ MISTRAL_USE = LanguageEncoderSettings(
 )
 QWEN3_4B_USE = LanguageEncoderSettings(
     name="qwen3",
-    states_key=KEY,
+    states_key=TEXT_STATES_KEY,
     model=QWEN3,
-    source=qwen_tokenizer(OPTION, "black-forest-labs/FLUX.2-klein-4B"),
+    source=qwen_tokenizer(DIT_OPTION, "black-forest-labs/FLUX.2-klein-4B"),
     maximum=TOKENS,
     before=_BEFORE,
     after=_AFTER,
@@ -71,7 +71,7 @@ QWEN3_8B_USE = replace(
         files="qwen_3_8b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-8B,",
         word_key="qwen3_8b",
     ),
-    source=qwen_tokenizer(OPTION, "black-forest-labs/FLUX.2-klein-9B"),
+    source=qwen_tokenizer(DIT_OPTION, "black-forest-labs/FLUX.2-klein-9B"),
 )
 
 

@@ -15,13 +15,13 @@ RELEASE = ModelRelease(
     "https://huggingface.co/black-forest-labs/flux-3-image-klein-base/blob/main/LICENSE.md",
 )
 # lists of blocks in which the tokens of one kind attend to each other alone: image, references, text
-IMAGE_BLOCKS, REFERENCE_BLOCKS, TEXT_BLOCKS = MODE_LISTS = (
+IMAGE_BLOCKS, REFERENCE_BLOCKS, TEXT_BLOCKS = MODALITY_BLOCK_LISTS = (
     "content_mode_blocks.image",
     "content_mode_blocks.image_cond",
     "txt_mode_blocks",
 )
 JOINT_BLOCKS = "single_blocks"
-PAD = 80  # texts are as long as a multiple of so many tokens
+TEXT_LENGTH_MULTIPLE = 80  # texts are as long as a multiple of so many tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def count_swapped(blocks: int) -> tuple[int, ...]:
 
 NOISE = NoiseSpec(training_offset=0.0, count_tokens=count_latents)  # in training too the time is 1000 sigma
 DIT = DitSpec(
-    block_lists=(*MODE_LISTS, JOINT_BLOCKS),
+    block_lists=(*MODALITY_BLOCK_LISTS, JOINT_BLOCKS),
     shared_inputs=(("q_proj", "k_proj", "v_proj", "mlp_in"),),
     fp8_exclude=("norm",),
     input_layers=("txt_in",),

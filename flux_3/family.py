@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from encoders import pictures
 from flux_2.versions import VERSIONS
-from flux_3 import options as own
-from flux_3.configs import DIT, LATENT, MODE_LISTS, NOISE, PAD, RELEASE
-from flux_3.files import KEY, OF_SAMPLES, Flux3Files
+from flux_3 import options as flux_3_options
+from flux_3.configs import DIT, LATENT, MODALITY_BLOCK_LISTS, NOISE, RELEASE, TEXT_LENGTH_MULTIPLE
+from flux_3.files import SAMPLE_DIT_OPTION, TEXT_STATES_KEY, Flux3Files
 from flux_3.names import LORA
 from flux_3.options import NAME, SHIFT, SIDE
 from modules.errors import CacheError, OptionError
@@ -38,10 +39,14 @@ from protocols.steps import NO_OVERRIDES, Overrides
 
 logger = logging.getLogger(__name__)
 
-TEXTS_AGAIN, LATENTS_AGAIN = "flux_3_cache_text_encoder_outputs.py", "flux_3_cache_latents.py"
+TEXT_CACHING_SCRIPT, LATENT_CACHING_SCRIPT = "flux_3_cache_text_encoder_outputs.py", "flux_3_cache_latents.py"
 MAX_REFERENCES = 10  # as released
-BASE = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True)
-DISTILLED = replace(BASE, steps=own.STEPS_OF_DISTILLED, guidance_scale=own.GUIDANCE_OF_DISTILLED)
+BASE = pictures.image_defaults(
+    flux_3_options.STEPS, flux_3_options.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True
+)
+DISTILLED = replace(
+    BASE, steps=flux_3_options.STEPS_OF_DISTILLED, guidance_scale=flux_3_options.GUIDANCE_OF_DISTILLED
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,13 @@ class Flux3(pictures.ModelOfImages):
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("base (flux-3-image-klein-base)", also="it", adapter="")
-    abilities: ClassVar = Abilities(detects_few_steps=True, sampling_dit_option=OF_SAMPLES)
+    abilities: ClassVar = Abilities(detects_few_steps=True, sampling_dit_option=SAMPLE_DIT_OPTION)
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
-    text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
+    text_keys: frozenset[str] = field(default=frozenset({TEXT_STATES_KEY}), init=False)
     called: str = field(default=NAME, init=False)
     name: str = field(default="flux_3", init=False)
     cache_tag: str = field(default="f3", init=False)
@@ -102,25 +107,26 @@ class Flux3(pictures.ModelOfImages):
     def block_counts(self) -> tuple[int, ...]:
         """Return the number of blocks per modality, and the number of joint blocks."""
         config = self.files.dit_header().config
-        return (*[config.mode_blocks] * len(MODE_LISTS), config.joint_blocks)
+        return (*[config.mode_blocks] * len(MODALITY_BLOCK_LISTS), config.joint_blocks)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return a training batch's text states and reference latents.
 
         Raises CacheError for states of another encoder, or without the states of padding.
         """
-        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        batch.check({TEXT_STATES_KEY: TEXT_CACHING_SCRIPT}, "the transformer")
         config = self.files.dit_header().config
-        remedy = f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
-        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
-        for states in batch.tensors[KEY]:
-            if len(states) % PAD:
+        remedy = f"{TEXT_CACHING_SCRIPT} and Qwen3-VL (4B)"
+        batch.check_widths({TEXT_STATES_KEY: config.text_dim}, self.files.dit_path, remedy)
+        for states in batch.tensors[TEXT_STATES_KEY]:
+            if len(states) % TEXT_LENGTH_MULTIPLE:
                 raise CacheError(
-                    f"{batch.keys[0]}: {KEY} in its cache has {len(states)} tokens, not a multiple of {PAD}. "
-                    f"The transformer was trained with texts that are padded so. Cache again with {remedy}."
+                    f"{batch.keys[0]}: {TEXT_STATES_KEY} in its cache has {len(states)} tokens, not a "
+                    f"multiple of {TEXT_LENGTH_MULTIPLE}. The transformer was trained with texts that are "
+                    f"padded so. Cache again with {remedy}."
                 )
-        references = pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
-        return {KEY: batch.tensors[KEY], **references}
+        references = pictures.references_of(batch, LATENT.channels, 1, LATENT_CACHING_SCRIPT)
+        return {TEXT_STATES_KEY: batch.tensors[TEXT_STATES_KEY], **references}
 
     def predict(
         self,
@@ -136,17 +142,18 @@ class Flux3(pictures.ModelOfImages):
         distilled transformer predicts the mean velocity up to the step's end, which
         `overrides.step_position` has.
         """
-        # a flow map also takes the time at which the step ends
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
             assert overrides.step_position is not None, "trainings of the distilled model are refused"
             next_timesteps = torch.full_like(timesteps.float(), overrides.step_position.next_timestep)
+        # text states and mask, by the names of the network's arguments
+        name_inputs = partial(name_text_and_mask, argument="text", name=TEXT_STATES_KEY, device=noisy.device)
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
-            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            **name_inputs(cond),
             next_timesteps=next_timesteps,
-            overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_nag(name_inputs),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity
@@ -160,19 +167,21 @@ class Flux3(pictures.ModelOfImages):
         Raises OptionError for another solver than Euler's with the distilled model.
         """
         if self.is_distilled:
-            request = self._resolve_distilled(request)
+            request = self._drop_guidance_scale(request)
         request = self.keep_media(request, self.called)
-        has_side = request.width is not None or request.height is not None
-        has_size = request.width is not None and request.height is not None
+        sides = (request.width, request.height)
+        has_size = None not in sides
         if not request.control_images or has_size:
             return self.resolve_image(request, SHIFT, "")
-        (width, height), region = self._size_like(request.control_images)
+        (width, height), region = self._measure_reference(request.control_images)
         sized = replace(request, width=request.width or width, height=request.height or height)
         prepared = self.resolve_image(sized, SHIFT, "")
-        # if the user set one side, the result is not as large as the canvas, so nothing is cropped
-        return replace(prepared, visible_region=None if has_side else region)
+        if sides == (None, None):
+            return replace(prepared, visible_region=region)
+        # with one side from the user, the result is not as large as the canvas, so nothing is cropped
+        return replace(prepared, visible_region=None)
 
-    def _resolve_distilled(self, request: Request) -> Request:
+    def _drop_guidance_scale(self, request: Request) -> Request:
         """Return the request without a guidance scale, which a distilled model does not use.
 
         Raises OptionError for a solver other than Euler's method.
@@ -183,7 +192,7 @@ class Flux3(pictures.ModelOfImages):
                 "the mean velocity of each step, which only Euler's method takes as it is. Give "
                 "--sample_solver vanilla, or leave it out"
             )
-        if request.guidance_scale in (None, own.GUIDANCE_OF_DISTILLED):
+        if request.guidance_scale in (None, flux_3_options.GUIDANCE_OF_DISTILLED):
             return request
         logger.warning(
             "the guidance scale %g is ignored: %s is distilled, its guidance is built in",
@@ -192,7 +201,7 @@ class Flux3(pictures.ModelOfImages):
         )
         return replace(request, guidance_scale=None)
 
-    def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
+    def _measure_reference(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
         """Return the first reference's size and its region on the canvas, or None if it fills the canvas."""
         from flux_3.references import canvas_of, fit_among  # only with reference images
 
@@ -200,8 +209,8 @@ class Flux3(pictures.ModelOfImages):
         if len(images) > 1:
             return fit_among(images[0], step).bucket, None
         canvas = canvas_of(images[0], step)
-        shown = None if canvas.picture == canvas.size else Box(*canvas.corner, *canvas.picture)
-        return canvas.size, shown
+        fills_canvas = canvas.image == canvas.size
+        return canvas.size, None if fills_canvas else Box(*canvas.corner, *canvas.image)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
@@ -216,22 +225,22 @@ class Flux3(pictures.ModelOfImages):
         return {0: conditions}
 
 
-def family_for_latent_caching(options: own.Flux3LatentCachingOptions) -> Flux3:
+def family_for_latent_caching(options: flux_3_options.Flux3LatentCachingOptions) -> Flux3:
     """Describe the family for flux_3_cache_latents.py, which needs only the VAE."""
     return Flux3(Flux3Files().add_vae(options.vae.file))
 
 
-def family_for_text_caching(options: own.Flux3TextCachingOptions) -> Flux3:
+def family_for_text_caching(options: flux_3_options.Flux3TextCachingOptions) -> Flux3:
     """Describe the family for flux_3_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Flux3(Flux3Files().add_text(options.text))
 
 
-def family_for_training(options: own.Flux3TrainingOptions) -> Flux3:
+def family_for_training(options: flux_3_options.Flux3TrainingOptions) -> Flux3:
     """Describe the family for flux_3_train_network.py, which trains base."""
     return Flux3(replace(_make_files(options), needs_distilled=False), options=options)
 
 
-def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
+def family_for_samples(options: flux_3_options.Flux3TrainingOptions) -> Flux3 | None:
     """Describe the family for samples with the model of --distilled_dit; None without that option.
 
     Raises OptionError if the file is a base model.
@@ -239,18 +248,20 @@ def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
     if options.distilled_dit is None:
         return None
     files = replace(
-        _make_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES, needs_distilled=True
+        _make_files(options), dit=options.distilled_dit, dit_option=SAMPLE_DIT_OPTION, needs_distilled=True
     )
     files.dit_header()
     return Flux3(files, options=options)
 
 
-def family_for_generation(options: own.Flux3GenerationOptions) -> Flux3:
+def family_for_generation(options: flux_3_options.Flux3GenerationOptions) -> Flux3:
     """Describe the family for flux_3_generate_image.py."""
     return Flux3(_make_files(options))
 
 
-def _make_files(options: own.Flux3TrainingOptions | own.Flux3GenerationOptions) -> Flux3Files:
+def _make_files(
+    options: flux_3_options.Flux3TrainingOptions | flux_3_options.Flux3GenerationOptions,
+) -> Flux3Files:
     files = Flux3Files().add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 

@@ -3,7 +3,7 @@
 Transformers have the released names or diffusers'. Their tensors show whether they are base or distilled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
 from flux_2.vae import Flux2Vae, load_vae, read_vae
-from flux_3.configs import AXES, JOINT_BLOCKS, MODE_LISTS, PAD, Flux3Config
+from flux_3.configs import AXES, JOINT_BLOCKS, MODALITY_BLOCK_LISTS, TEXT_LENGTH_MULTIPLE, Flux3Config
 from flux_3.model import Flux3Model
 from flux_3.names import FLUX_3
 from flux_3.options import NAME
@@ -25,10 +25,10 @@ from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import swapped_tensors, tensor_patterns
 from protocols.loading import TensorSource
 
-KEY = "ctx_vec"
-WHAT = f"a {NAME} transformer"
-OPTION, OF_SAMPLES = "--dit", "--distilled_dit"
-FILES = (
+TEXT_STATES_KEY = "ctx_vec"
+MODEL_LABEL = f"a {NAME} transformer"
+DIT_OPTION, SAMPLE_DIT_OPTION = "--dit", "--distilled_dit"
+RELEASED_FILES = (
     "flux-3-image-klein-base.safetensors or flux-3-image-klein.safetensors, or the folder transformer of "
     "either release in diffusers layout"
 )
@@ -40,27 +40,35 @@ DIALECTS = {
 _BEFORE, _AFTER = qwen3_chat(thinks=True)  # the instruct model's template has no thoughts at all
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
 # inside the encoder's folder; next to a file; next to text_encoder (diffusers)
-BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
+TOKENIZER_FOLDERS = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
 FLUX_3_USE = LanguageEncoderSettings(
     name="qwen3_vl",
-    states_key=KEY,
+    states_key=TEXT_STATES_KEY,
     model=QWEN3_VL,
-    source=replace(_SOURCE, files=replace(_SOURCE.files, folder="", folders=BESIDE)),
+    source=replace(_SOURCE, files=replace(_SOURCE.files, folder="", folders=TOKENIZER_FOLDERS)),
     maximum=8192,
     before=_BEFORE,
     after=_AFTER,
     states=(4, 8, 12, 16, 20, 24, 28, 32),
     pad="<|endoftext|>",
-    pad_to_multiple_of=PAD,
+    pad_to_multiple_of=TEXT_LENGTH_MULTIPLE,
     batch_size=1,  # as released
 )
 
 
+def _find_dialect(names: Container[str]) -> str | None:
+    """Return the dialect of a file's tensor names; None if it is not known."""
+    for dialect, (identifying_tensor, _) in DIALECTS.items():
+        if identifying_tensor in names:
+            return dialect
+    return None
+
+
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    dialect = _find_dialect(names)
     if dialect is None:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, DIALECTS[dialect][1]), NAME)
     config = _read_config(shapes)
@@ -83,11 +91,11 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
     if not has_heads or shapes.of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
-            f"of {WHAT}. Copy the file again.",
+            f"of {MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
     # the list of blocks of each modality must have one length
-    counts = {name: shapes.blocks(name) for name in MODE_LISTS}
+    counts = {name: shapes.blocks(name) for name in MODALITY_BLOCK_LISTS}
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())
         raise CheckpointError(
@@ -97,7 +105,7 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=dim // width,
-        mode_blocks=counts[MODE_LISTS[0]],
+        mode_blocks=counts[MODALITY_BLOCK_LISTS[0]],
         joint_blocks=shapes.blocks(JOINT_BLOCKS),
         channels=channels,
         text_dim=shapes.of("txt_in.weight")[1],
@@ -122,7 +130,7 @@ FORMAT = DitFormat(
     describe,
     network=Flux3Model,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
     ignore=("repa_projectors.*",),  # layers of pre-training that are left in some files
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
@@ -158,11 +166,11 @@ class Flux3Files(LanguageModelFiles):
                 f"--dit {self.dit_path} is {describe(header)}, which cannot be trained: it predicts the mean "
                 "velocity of a jump between two noise levels, and the loss of a training is that of one "
                 "level. Train on base (flux-3-image-klein-base), whose LoRAs work on the distilled model "
-                f"too, and give this file to {OF_SAMPLES} for samples"
+                f"too, and give this file to {SAMPLE_DIT_OPTION} for samples"
             )
         if self.needs_distilled and not is_distilled:
             raise OptionError(
-                f"{OF_SAMPLES} {self.dit_path} is {describe(header)}. Give the distilled file "
+                f"{SAMPLE_DIT_OPTION} {self.dit_path} is {describe(header)}. Give the distilled file "
                 "(flux-3-image-klein), or leave the option out: samples are then made by --dit"
             )
         return header

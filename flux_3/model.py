@@ -1,6 +1,6 @@
-"""The transformer of FLUX 3: blocks of each kind of tokens alone, then blocks in which all attend to all.
+"""The transformer of FLUX 3: blocks of each modality alone, then blocks in which all tokens attend to all.
 
-There are three kinds of tokens ("modes"): those of the image, of references, and of a text. All blocks are
+There are three modalities of tokens: those of the image, of references, and of a text. All blocks are
 parallel: attention and a SwiGLU feed-forward get the same modulated input. Modulations are shared by all
 blocks of a kind; there are no biases. Module names follow the released files. Source: the released code (BFL,
 flux-3-image-klein). The embedding of time, modulation, norms and rotary angles are always float32. The image
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
-from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
+from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, run_in_weight_dtype
@@ -41,12 +41,14 @@ from runtime.run_blocks import BlockNetwork, Hidden
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from runtime.offload.context import TokenPart
 
-IMAGE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
-CONTENT = (IMAGE, REFERENCES)
-SCALE = 0.5  # distance between neighboring rows or columns, as positions
-ROWS = 3  # that modulate a block: shift, scale and gate
-# rows of a kind of tokens: for its own blocks, for joint blocks, and the embedded time
-MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROWS
+IMAGE, REFERENCES, TEXT = MODALITIES = ("image", "image_cond", "txt")
+IMAGE_MODALITIES = (IMAGE, REFERENCES)
+POSITION_STEP = 0.5  # distance between neighboring rows or columns, as positions
+NUM_MODULATION_ROWS = 3  # that modulate a block: shift, scale and gate
+# rows of a modality's `vector`: for its own blocks, for joint blocks, and the embedded time
+OWN_BLOCK_ROWS = slice(0, NUM_MODULATION_ROWS)
+JOINT_BLOCK_ROWS = slice(NUM_MODULATION_ROWS, 2 * NUM_MODULATION_ROWS)
+TIME_ROW = 2 * NUM_MODULATION_ROWS
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Flux3Tokens:
     """
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
-    modes: tuple[str, ...]  # kinds of tokens that are there, in their order
-    counts: tuple[int, ...]  # how many of each this process has
+    modalities: tuple[str, ...]  # modalities that are there, in the order of their tokens
+    counts: tuple[int, ...]  # number of this process's tokens, by modality
     rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with B in front
-    vector: Tensor  # B S 7 C float32: rows for each kind of tokens
+    vector: Tensor  # B S 7 C float32: modulation rows of each modality, and its embedded time
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     lengths: SampleLengths | None  # how many of the L+R+T tokens are real; None: all
@@ -146,30 +148,29 @@ class ParallelBlock(nn.Module):
         return run_in_weight_dtype(self.mlp_out, gate_half(run_in_weight_dtype(self.mlp_in, h)))
 
 
-class ModeBlock(ParallelBlock):
+class ModalityBlock(ParallelBlock):
     """Block in which tokens of one modality attend to each other, while other tokens pass unchanged."""
 
-    def __init__(self, config: Flux3Config, mode: str) -> None:
+    def __init__(self, config: Flux3Config, modality: str) -> None:
         super().__init__(config)
-        self.mode = mode
+        self.modality = modality
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Apply the block to the tokens of its modality in x, B L+R+T C."""
-        # x: B L+R+T C
-        if self.mode not in tokens.modes:
+        if self.modality not in tokens.modalities:
             return x
-        place = tokens.modes.index(self.mode)
-        shift, scale, gate = tokens.vector[:, place : place + 1, MODE_ROWS].unbind(2)
+        index = tokens.modalities.index(self.modality)
+        shift, scale, gate = tokens.vector[:, index : index + 1, OWN_BLOCK_ROWS].unbind(2)
         streams = list(x.split(tokens.counts, dim=1))
-        rotary = tokens.rotary.split(tokens.counts, dim=-4)[place]
-        h = modulate(self.pre_norm(streams[place]), shift, scale, tokens.dtype)
-        attended = _attend_within(self.heads(h, rotary), tokens, place)
-        streams[place] = add_gated(streams[place], gate, self.branch(h, attended))
+        rotary = tokens.rotary.split(tokens.counts, dim=-4)[index]
+        h = modulate(self.pre_norm(streams[index]), shift, scale, tokens.dtype)
+        attended = _attend_within(self.heads(h, rotary), tokens, index)
+        streams[index] = add_gated(streams[index], gate, self.branch(h, attended))
         return torch.cat(streams, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B L+R+T C to B L C."""
-        shift, scale, _ = tokens.vector[:, :1, MODE_ROWS].unbind(2)
+        shift, scale, _ = tokens.vector[:, :1, OWN_BLOCK_ROWS].unbind(2)
         return modulate(self.pre_norm(x[:, : tokens.counts[0]]), shift, scale, tokens.dtype)
 
 
@@ -178,35 +179,41 @@ class JointBlock(ParallelBlock):
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Apply the block to tokens x, B L+R+T C."""
-        # x: B L+R+T C
-        shift, scale, gate = tokens.vector[:, :, JOINT_ROWS].unbind(2)
+        shift, scale, gate = tokens.vector[:, :, JOINT_BLOCK_ROWS].unbind(2)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
         attended = _attend_jointly(self.heads(h, tokens.rotary), tokens)
         return add_gated(x, gate, self.branch(h, attended), tokens.split)
 
 
-def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int) -> Tensor:
+def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, modality_index: int) -> Tensor:
     """Return the attention, B L N D, of the tokens of one modality (image, references or text) to each other.
 
-    `heads` are query, key and value. `mode_index` is the modality's index in `tokens.modes`.
+    `heads` are query, key and value. `modality_index` is the modality's index in `tokens.modalities`.
     """
+    is_text = tokens.modalities[modality_index] == TEXT
+    attend_modality = _attend_within_texts if is_text else _attend_unpadded
+    if not tokens.parts:
+        return attend_modality(heads, tokens)
     # with several processes, each has a part of the tokens: gather them for whole heads
-    token_part = tokens.parts[mode_index] if tokens.parts else None
-    if token_part is not None:
-        heads = token_part.gather_tokens(*heads)
-    if tokens.modes[mode_index] != TEXT:
-        attended = _attend(heads, tokens, None)
-    elif tokens.second is None:
-        attended = _attend(heads, tokens, tokens.text_lengths)
-    else:
-        # the tokens of a second text come last; the two texts do not see each other
-        num_second = tokens.second.num_text_tokens
-        firsts = [tensor[:, :-num_second] for tensor in heads]
-        seconds = [tensor[:, -num_second:] for tensor in heads]
-        attended_first = _attend(firsts, tokens, tokens.text_lengths)
-        attended_second = _attend(seconds, tokens, tokens.second_lengths)
-        attended = torch.cat([attended_first, attended_second], dim=1)
-    return attended if token_part is None else token_part.gather_heads(attended)
+    token_part = tokens.parts[modality_index]
+    return token_part.gather_heads(attend_modality(token_part.gather_tokens(*heads), tokens))
+
+
+def _attend_unpadded(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
+    """Return the attention of tokens that are all real, such as those of images, to each other."""
+    return _attend(heads, tokens, None)
+
+
+def _attend_within_texts(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
+    """Return the attention within each text; with two texts, the second one's tokens are at the end."""
+    if tokens.second is None:
+        return _attend(heads, tokens, tokens.text_lengths)
+    num_second = tokens.second.num_text_tokens
+    first_heads = [tensor[:, :-num_second] for tensor in heads]
+    second_heads = [tensor[:, -num_second:] for tensor in heads]
+    first = _attend(first_heads, tokens, tokens.text_lengths)
+    second = _attend(second_heads, tokens, tokens.second_lengths)
+    return torch.cat([first, second], dim=1)
 
 
 def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: SampleLengths | None) -> Tensor:
@@ -220,42 +227,53 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
     With several processes (`parts`), each computes some heads for all tokens.
     """
-    second, parts = tokens.second, tokens.parts
+    parts = tokens.parts
     if parts:
-        heads = _gather_streams(heads, tokens)
-    if second is None:
-        attended = _attend(heads, tokens, tokens.lengths)
-        return _give_back(attended, parts) if parts else attended
-    # two passes over the image tokens: one with the first text, one with the second
+        heads = _gather_tokens(heads, tokens)
+    if tokens.second is not None:
+        return _attend_with_two_texts(heads, tokens, tokens.second)
+    attended = _attend(heads, tokens, tokens.lengths)
+    return _return_tokens(attended, parts) if parts else attended
+
+
+def _attend_with_two_texts(heads: Sequence[Tensor], tokens: Flux3Tokens, second: SecondText) -> Tensor:
+    """Return the attention of images to each of two texts, combined for the images, as with NAG.
+
+    1. Images and the first text attend to each other, then images and the second text.
+    2. `second.combine_attention` makes one result of the images' two.
+    3. The texts keep their results.
+    """
     with_first = _attend([second.drop_second_text(tensor) for tensor in heads], tokens, tokens.lengths)
     with_second = _attend([second.drop_first_text(tensor) for tensor in heads], tokens, second.lengths)
-    if not parts:
+    if not tokens.parts:
         return second.combine(with_first, with_second)
-    # The images of both passes are combined by `steer`, which needs all heads of a token; text tokens are
-    # distributed again afterwards.
-    before = second.num_image_tokens  # index of the first text token
-    texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
-    steered = second.combine_attention(
-        _give_back(with_first[:, :before], parts[:-1]), _give_back(with_second[:, :before], parts[:-1])
+    # combining needs all heads of a token, so image tokens are returned to their processes before
+    *image_parts, text_part = tokens.parts
+    num_images = second.num_image_tokens
+    images = second.combine_attention(
+        _return_tokens(with_first[:, :num_images], image_parts),
+        _return_tokens(with_second[:, :num_images], image_parts),
     )
-    return torch.cat([steered, parts[-1].gather_heads(texts)], dim=1)
+    texts = torch.cat([with_first[:, num_images:], with_second[:, num_images:]], dim=1)
+    return torch.cat([images, text_part.gather_heads(texts)], dim=1)
 
 
-def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:
+def _gather_tokens(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:
     """All-to-all of heads: give each process all tokens, B L+R+T n D, for its share of the heads."""
-    streams = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
-    gathered = [part.gather_tokens(*stream) for part, stream in zip(tokens.parts, streams, strict=True)]
+    # by modality: query, key and value of its tokens
+    by_modality = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
+    gathered = [part.gather_tokens(*qkv) for part, qkv in zip(tokens.parts, by_modality, strict=True)]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
 
 
-def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
-    """Exchange all tokens of this process's heads for all heads of its tokens, stream by stream.
+def _return_tokens(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
+    """Exchange all tokens of this process's heads for all heads of its tokens, modality by modality.
 
-    Undoes `_gather_streams` after attention, in sequence parallelism.
+    Undoes `_gather_tokens` after attention, in sequence parallelism.
     """
-    streams = attended.split([part.length for part in parts], dim=1)
-    pairs = zip(parts, streams, strict=True)
-    return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
+    by_modality = attended.split([part.length for part in parts], dim=1)
+    pairs = zip(parts, by_modality, strict=True)
+    return torch.cat([part.gather_heads(all_tokens) for part, all_tokens in pairs], dim=1)
 
 
 class Flux3Layout(NamedTuple):
@@ -271,17 +289,19 @@ class Flux3Text(NamedTuple):
 
     states: Tensor  # B T C
     counts: tuple[int, ...]  # real tokens of each sample
-    is_even: bool  # all tokens are real
+    is_unpadded: bool  # all tokens are real
 
-    def lengths(self, before: int) -> SampleLengths | None:
-        """Return each sample's number of real tokens plus `before`; None without padding."""
-        if self.is_even:  # attention gets no mask
+    def lengths_after(self, num_images: int) -> SampleLengths | None:
+        """Return each sample's number of real tokens plus `num_images`; None, so no mask, without padding."""
+        if self.is_unpadded:
             return None
-        return make_lengths([before + count for count in self.counts], self.states.device)
+        return make_lengths([num_images + count for count in self.counts], self.states.device)
 
 
 def _make_modulations(config: Flux3Config) -> nn.ModuleDict:
-    return nn.ModuleDict({mode: SharedModulation(config.dim, ROWS) for mode in MODES})
+    return nn.ModuleDict(
+        {modality: SharedModulation(config.dim, NUM_MODULATION_ROWS) for modality in MODALITIES}
+    )
 
 
 class Flux3Model(BlockNetwork):
@@ -320,11 +340,13 @@ class Flux3Model(BlockNetwork):
         self.single_stream_modulations = _make_modulations(config)
         # first blocks of each modality alone, then blocks for all tokens
         self.emb_in = nn.ModuleDict(
-            {mode: nn.Linear(config.channels, config.dim, bias=False) for mode in CONTENT}
+            {modality: nn.Linear(config.channels, config.dim, bias=False) for modality in IMAGE_MODALITIES}
         )
         self.txt_in = nn.Linear(config.text_dim, config.dim, bias=False)
-        self.content_mode_blocks = nn.ModuleDict({mode: _make_mode_blocks(config, mode) for mode in CONTENT})
-        self.txt_mode_blocks = _make_mode_blocks(config, TEXT)
+        self.content_mode_blocks = nn.ModuleDict(
+            {modality: _make_modality_blocks(config, modality) for modality in IMAGE_MODALITIES}
+        )
+        self.txt_mode_blocks = _make_modality_blocks(config, TEXT)
         self.single_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
         self.final_layer = nn.ModuleDict({IMAGE: PixelFinalLayer(config.dim, config.channels, config.eps)})
         self._rotary = GridTable[Flux3Layout](self._make_table)
@@ -355,7 +377,46 @@ class Flux3Model(BlockNetwork):
         Raises:
             ValueError: If sizes do not match, or `next_timesteps` is missing or not taken by the model.
         """
-        for latents in (noisy, *references):
+        self._check_inputs((noisy, *references), text, text_mask, next_timesteps)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        images = [self._embed_image(IMAGE, noisy).to(dtype)]
+        images += [self._embed_image(REFERENCES, latents).to(dtype) for latents in references]
+        texts = []
+        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
+            texts.append(self._embed_text(arguments, dtype))
+        num_images = sum(image.shape[1] for image in images)
+        # in the order of the tokens
+        counts = {IMAGE: images[0].shape[1]}
+        if references:
+            counts[REFERENCES] = num_images - counts[IMAGE]
+        counts[TEXT] = sum(embedded.states.shape[1] for embedded in texts)
+        layout = Flux3Layout(
+            grid=_measure_grid(noisy),
+            references=tuple(_measure_grid(latents) for latents in references),
+            texts=tuple(embedded.states.shape[1] for embedded in texts),
+        )
+        tokens = Flux3Tokens(
+            layout.grid,
+            modalities=tuple(counts),
+            counts=tuple(counts.values()),
+            rotary=self._rotary.get_table(layout, noisy.device),
+            vector=self._embed_times(timesteps, next_timesteps, tuple(counts)),
+            dtype=dtype,
+            attention=self.attention,
+            lengths=texts[0].lengths_after(num_images),
+            text_lengths=texts[0].lengths_after(0),
+        )
+        if len(texts) > 1:
+            assert overrides.steer is not None  # it comes with a second text
+            tokens = _add_second_text(tokens, texts[1], num_images, overrides.steer)
+        x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
+        return Hidden(x, tokens)
+
+    def _check_inputs(
+        self, images: Sequence[Tensor], text: Tensor, text_mask: Tensor, next_timesteps: Tensor | None
+    ) -> None:
+        """Raise ValueError if sizes do not match, or if `next_timesteps` does not belong to the model."""
+        for latents in images:
             if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
                 raise ValueError(
                     f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
@@ -364,76 +425,39 @@ class Flux3Model(BlockNetwork):
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         if (next_timesteps is not None) != self.config.is_flow_map:
             raise ValueError("a distilled transformer, and no other, takes the times at which steps end")
-        dtype = activation_dtype(noisy.device, self.compute_dtype)
-        images = [self._embed_image(IMAGE, noisy)]
-        images += [self._embed_image(REFERENCES, latents) for latents in references]
-        texts = []
-        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_text(arguments, dtype))
-        x = torch.cat(
-            [*(tokens.to(dtype) for tokens in images), *(embedded.states for embedded in texts)], dim=1
-        )
-        num_image = images[0].shape[1]
-        num_images = sum(tokens.shape[1] for tokens in images)
-        # token counts by modality, in the order of the tokens in `x`
-        counts = {IMAGE: num_image, TEXT: x.shape[1] - num_images}
-        if references:
-            counts = {IMAGE: num_image, REFERENCES: num_images - num_image, TEXT: counts[TEXT]}
-        layout = Flux3Layout(
-            grid=_measure_grid(noisy),
-            references=tuple(_measure_grid(latents) for latents in references),
-            texts=tuple(embedded.states.shape[1] for embedded in texts),
-        )
-        first, *seconds = texts
-        tokens = Flux3Tokens(
-            layout.grid,
-            modes=tuple(counts),
-            counts=tuple(counts.values()),
-            rotary=self._rotary.get_table(layout, noisy.device),
-            vector=self._embed_times(timesteps, next_timesteps, tuple(counts)),
-            dtype=dtype,
-            attention=self.attention,
-            lengths=first.lengths(num_images),
-            text_lengths=first.lengths(0),
-        )
-        for second in seconds:  # at most one
-            assert overrides.steer is not None  # it comes with a second text
-            second_text = SecondText(
-                num_images, second.states.shape[1], second.lengths(num_images), overrides.steer
-            )
-            tokens = replace(tokens, second=second_text, second_lengths=second.lengths(0))
-        return Hidden(x, tokens)
 
-    def _embed_image(self, mode: str, latents: Tensor) -> Tensor:
+    def _embed_image(self, modality: str, latents: Tensor) -> Tensor:
         """Embed an image or a reference as tokens: B Z 1 H W to B L C."""
         pixels = latents.flatten(2).transpose(1, 2)  # B L Z
-        return run_in_weight_dtype(self.emb_in[mode], pixels)
+        return run_in_weight_dtype(self.emb_in[modality], pixels)
 
     def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
         """Embed a text; `arguments` are its states as `text`, and `text_mask`, true for real tokens."""
         counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
         states = arguments["text"][:, : max(counts)]
-        is_even = len(set(counts)) == 1
-        return Flux3Text(run_in_weight_dtype(self.txt_in, states).to(dtype), counts, is_even)
+        is_unpadded = len(set(counts)) == 1
+        return Flux3Text(run_in_weight_dtype(self.txt_in, states).to(dtype), counts, is_unpadded)
 
-    def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
+    def _embed_times(
+        self, timesteps: Tensor, next_timesteps: Tensor | None, modalities: Sequence[str]
+    ) -> Tensor:
         """Return modulation (6 rows) and time embedding of each of S modalities, B S 7 C."""
         # references and texts are clean: time 0
-        time = self.time_in(self._embed_waves(timesteps))
-        zero = self.time_in(self._embed_waves(torch.zeros_like(timesteps)))
+        noisy_time = self.time_in(self._embed_sinusoids(timesteps))
+        clean_time = self.time_in(self._embed_sinusoids(torch.zeros_like(timesteps)))
         if next_timesteps is not None:  # the distilled model jumps from one noise level to the next
-            step_end = self.ref_time_in(self._embed_waves(next_timesteps))
-            time = time + step_end
-            zero = zero + step_end
+            step_end = self.ref_time_in(self._embed_sinusoids(next_timesteps))
+            noisy_time = noisy_time + step_end
+            clean_time = clean_time + step_end
         rows = []
-        for mode in modes:
-            embedded = time if mode == IMAGE else zero
-            early = self.early_stream_modulations[mode](embedded)
-            joint = self.single_stream_modulations[mode](embedded)
+        for modality in modalities:
+            embedded = noisy_time if modality == IMAGE else clean_time
+            early = self.early_stream_modulations[modality](embedded)
+            joint = self.single_stream_modulations[modality](embedded)
             rows.append(torch.cat([early, joint, embedded.unsqueeze(1)], dim=1))
         return torch.stack(rows, dim=1)
 
-    def _embed_waves(self, timesteps: Tensor) -> Tensor:
+    def _embed_sinusoids(self, timesteps: Tensor) -> Tensor:
         return sinusoid(timesteps, self.config.freq_dim, torch.float32)
 
     def unembed(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
@@ -452,7 +476,7 @@ class Flux3Model(BlockNetwork):
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):  # 0: the image
-            axes = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
+            axes = (POSITION_STEP * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
             tables.append(self._make_grid_table((zero, *axes, zero - number), device))
         for length in layout.texts:
             positions = torch.arange(length, dtype=torch.float64)
@@ -469,8 +493,16 @@ class Flux3Model(BlockNetwork):
         return spread_over_grid(pairs).unsqueeze(1)
 
 
-def _make_mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
-    return nn.ModuleList(ModeBlock(config, mode) for _ in range(config.mode_blocks))
+def _add_second_text(
+    tokens: Flux3Tokens, text: Flux3Text, num_images: int, combine_attention: CombineAttention
+) -> Flux3Tokens:
+    """Return the block inputs with a second text, for negative attention, whose tokens come last."""
+    second = SecondText(num_images, text.states.shape[1], text.lengths_after(num_images), combine_attention)
+    return replace(tokens, second=second, second_lengths=text.lengths_after(0))
+
+
+def _make_modality_blocks(config: Flux3Config, modality: str) -> nn.ModuleList:
+    return nn.ModuleList(ModalityBlock(config, modality) for _ in range(config.mode_blocks))
 
 
 def _measure_grid(latents: Tensor) -> tuple[int, int]:

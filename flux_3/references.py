@@ -25,13 +25,13 @@ SHRINKING = 0.995  # by which an image is reduced until its canvas fits
 class Canvas(NamedTuple):
     """A reference centered on a larger canvas; sizes are (width, height)."""
 
-    picture: Size
+    image: Size  # resized image on the canvas
     size: Size
 
     @property
     def corner(self) -> tuple[int, int]:
         """Return left and top of the image, which is centered on the canvas."""
-        return (self.size[0] - self.picture[0]) // 2, (self.size[1] - self.picture[1]) // 2
+        return (self.size[0] - self.image[0]) // 2, (self.size[1] - self.image[1]) // 2
 
 
 def fit_canvas(size: Size, step: int) -> Canvas:
@@ -67,13 +67,13 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
     """
     frame = read_image(path)
     canvas = fit_canvas((frame.shape[1], frame.shape[0]), step)
-    if canvas.picture != (frame.shape[1], frame.shape[0]):
-        frame = resize_frame(frame, canvas.picture, "lanczos")
+    if canvas.image != (frame.shape[1], frame.shape[0]):
+        frame = resize_frame(frame, canvas.image, "lanczos")
     left, top = canvas.corner
-    right = canvas.size[0] - canvas.picture[0] - left
-    bottom = canvas.size[1] - canvas.picture[1] - top
+    right = canvas.size[0] - canvas.image[0] - left
+    bottom = canvas.size[1] - canvas.image[1] - top
     # "reflect" does not repeat the edge pixel, so it needs more pixels than an image of one token has
-    mode = "reflect" if min(canvas.picture) > step else "symmetric"
+    mode = "reflect" if min(canvas.image) > step else "symmetric"
     frame = np.pad(frame, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
     return torch.from_numpy(np.ascontiguousarray(frame)[None, None])
 

@@ -259,10 +259,10 @@ class GenerationOptions(Options, title="run"):
                 f"{POST} when the latents are decoded (--latent_path)"
             )
         has_previews = self.preview.preview_latent_every is not None and not self.latent_path
-        if has_previews and self.post.tools and self.post.tools.hiding:
+        if has_previews and self.post.tools and self.post.tools.content_hiding_tool:
             raise OptionError(
-                f"--preview_latent_every with {POST} {self.post.tools.hiding}: previews would show what "
-                "it hides. Leave one of them out"
+                f"--preview_latent_every with {POST} {self.post.tools.content_hiding_tool}: previews would "
+                "show what it hides. Leave one of them out"
             )
 
     def _check_prompt(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +13,15 @@ from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.names import LORA
 from hunyuan_image.options import (
-    AS_RELEASED,
     NAME,
+    RELEASED_GUIDANCE,
     HunyuanImageGenerationOptions,
     HunyuanImageLatentCachingOptions,
     HunyuanImageTextCachingOptions,
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
 )
-from hunyuan_image.text_encoders import QWEN_USE, GlyphTextEncoder, find_quoted
+from hunyuan_image.text_encoders import QWEN_USE, GlyphTextEncoder, find_quoted_texts
 from modules.options import NO_OPTIONS
 from protocols.data import (
     Batch,
@@ -44,7 +45,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 
 TEXT_KEYS = QWEN_USE.keys | GlyphTextEncoder.keys
 # argument of the network -> name in caches
-TEXT_INPUTS = {
+CACHE_KEY_BY_ARGUMENT = {
     "text": "vlm_embed",
     "text_mask": "vlm_mask",
     "glyphs": "byt5_embed",
@@ -61,7 +62,7 @@ class HunyuanImage(ModelOfImages):
     """Description of HunyuanImage-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: HunyuanImageFiles
-    projection: ProjectedGuidanceOptions = AS_RELEASED
+    projection: ProjectedGuidanceOptions = RELEASED_GUIDANCE
     options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_image", init=False)
@@ -90,11 +91,11 @@ class HunyuanImage(ModelOfImages):
         Raises CacheError if they are missing or do not fit.
         """
         remedy = "hunyuan_image_cache_text_encoder_outputs.py"
-        batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
+        batch.check(dict.fromkeys(sorted(CACHE_KEY_BY_ARGUMENT.values()), remedy), "the transformer")
         config = self.files.dit_header().config
         widths = {"vlm_embed": config.text_dim, "byt5_embed": config.glyph_dim}
         batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of {NAME}")
-        return {name: batch.tensors[name] for name in TEXT_INPUTS.values()}
+        return {name: batch.tensors[name] for name in CACHE_KEY_BY_ARGUMENT.values()}
 
     def predict(
         self,
@@ -109,11 +110,12 @@ class HunyuanImage(ModelOfImages):
         The model was trained on integer timesteps. The conditions are vlm_embed T D and vlm_mask T of each
         sample, byt5_embed B G E and byt5_mask B G.
         """
+        name_inputs = partial(name_texts, names=CACHE_KEY_BY_ARGUMENT, device=noisy.device)
         velocity = dit(
             noisy.squeeze(2),
             timesteps.float().trunc(),
-            **name_texts(cond, TEXT_INPUTS, noisy.device),
-            overrides=overrides.rename_nag(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            **name_inputs(cond),
+            overrides=overrides.rename_nag(name_inputs),
         )
         return velocity.unsqueeze(2)
 
@@ -126,12 +128,12 @@ class HunyuanImage(ModelOfImages):
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
-        has_characters = bool(find_quoted(request.prompt))
+        draws_text = bool(find_quoted_texts(request.prompt))
         projection = Projection(
-            options.apg_start_step_ocr if has_characters else options.apg_start_step_general,
-            APG_SCALE,
-            APG_MOMENTUM,
-            APG_NORM,
+            after_step=options.apg_start_step_ocr if draws_text else options.apg_start_step_general,
+            scale=APG_SCALE,
+            momentum=APG_MOMENTUM,
+            norm_limit=APG_NORM,
             rescale=options.guidance_rescale_apg,
         )
         return replace(prepared, rules=GuidanceRules(projection=projection))

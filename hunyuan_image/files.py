@@ -1,13 +1,13 @@
 """Files of a HunyuanImage-2.1 run: kinds and dialects of transformers, paths and dtypes, each checked."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-import hunyuan_model.checkpoints as hunyuan
+import hunyuan_model.checkpoints as hunyuan_video
 from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import check_state_width
@@ -30,18 +30,20 @@ from networks.names.layouts import swapped_tensors, tensor_patterns
 from protocols.family import TextEncoder
 from protocols.loading import TensorSource
 
-WHAT = "a HunyuanImage-2.1 transformer"
-RELEASE = "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"
-OPTION = "--dit"
+MODEL_LABEL = "a HunyuanImage-2.1 transformer"
+RELEASED_FILES = (
+    "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"
+)
+DIT_OPTION = "--dit"
 DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
     "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", COMFYUI_TENSORS),
     "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", tensor_patterns(HUNYUAN_IMAGE)),
 }
 # tensors of this model that HunyuanVideo does not have, in the three dialects
-MARKS = ("byt5_in.fc1.weight", "context_embedder_2.linear_1.weight")
+GLYPH_TENSORS = ("byt5_in.fc1.weight", "context_embedder_2.linear_1.weight")
 # tensors of the distilled model, which goes from one noise level to another in a single pass
-DISTILLED = (
+DISTILLED_TENSORS = (
     "time_r_in.mlp.0.weight",
     "time_r_in.in_layer.weight",
     "time_guidance_embed.timestep_embedder_r.linear_1.weight",
@@ -49,7 +51,7 @@ DISTILLED = (
     "guidance_in.in_layer.weight",
     "time_guidance_embed.guidance_embedder.linear_1.weight",
 )
-DIMENSIONS = hunyuan.DIMENSIONS  # blocks and refiner have the same names as in HunyuanVideo
+DIMENSIONS = hunyuan_video.DIMENSIONS  # blocks and refiner have the same names as in HunyuanVideo
 
 
 def identify(path: Path) -> str | None:
@@ -57,40 +59,55 @@ def identify(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)
-            if not any(mark in checkpoint.tensors for mark in MARKS):
+            if not _has_glyph_layers(checkpoint):
                 return None
             kind = "the distilled HunyuanImage-2.1 transformer, which is not supported"
-            return f"it is {kind}" if _is_distilled(checkpoint) else f"it is {WHAT} ({OPTION})"
+            return f"it is {kind}" if _is_distilled(checkpoint) else f"it is {MODEL_LABEL} ({DIT_OPTION})"
     except CheckpointError:
         return None
 
 
+def _has_glyph_layers(checkpoint: Checkpoint) -> bool:
+    """Return whether a file has the layers that tell HunyuanImage from HunyuanVideo."""
+    return any(name in checkpoint.tensors for name in GLYPH_TENSORS)
+
+
 def _is_distilled(checkpoint: Checkpoint) -> bool:
-    return any(name in checkpoint.tensors for name in DISTILLED)
+    return any(name in checkpoint.tensors for name in DISTILLED_TENSORS)
+
+
+def _find_dialect(names: Container[str]) -> str | None:
+    """Return the dialect of a file's tensor names; None if it is not known."""
+    for dialect, (identifying_tensor, _) in DIALECTS.items():
+        if identifying_tensor in names:
+            return dialect
+    return None
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
     """Read the header of a HunyuanImage-2.1 file; raise CheckpointError for another model."""
     path = checkpoint.path
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
-    if dialect is None or not any(mark in names for mark in MARKS):
-        relative = hunyuan.describe(checkpoint)
-        if relative is None:
-            raise other_kind(checkpoint, WHAT, OPTION, RELEASE)
+    dialect = _find_dialect(names)
+    if dialect is None or not _has_glyph_layers(checkpoint):
+        similar_model = hunyuan_video.describe(checkpoint)
+        if similar_model is None:
+            raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
         raise CheckpointError(
-            f"{path} is not {WHAT}; it looks like {relative}.\n  Give {RELEASE} to {OPTION}.", path
+            f"{path} is not {MODEL_LABEL}; it looks like {similar_model}.\n"
+            f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
+            path,
         )
     if _is_distilled(checkpoint):
         raise CheckpointError(
             f"{path} is the distilled HunyuanImage-2.1 transformer (it has guidance_in or time_r_in), which "
-            f"is not supported.\n  Give {RELEASE} to {OPTION}.",
+            f"is not supported.\n  Give {RELEASED_FILES} to {DIT_OPTION}.",
             path,
         )
-    mark, table = DIALECTS[dialect]
-    file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
+    identifying_tensor, name_patterns = DIALECTS[dialect]
+    file_shapes = {translate_name(name, name_patterns): info.shape for name, info in names.items()}
     config = _read_config(DitShapes(path, file_shapes, "HunyuanImage-2.1"))
-    return DitHeader(config, dialect, names[mark].dtype)
+    return DitHeader(config, dialect, names[identifying_tensor].dtype)
 
 
 def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
@@ -98,14 +115,14 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
     dim, in_dim, rows, columns = shapes.of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
-            f"{shapes.path} has patches of {rows} x {columns}; {WHAT} has patches of one latent pixel.\n"
-            f"  Give {RELEASE} to {OPTION}.",
+            f"{shapes.path} has patches of {rows} x {columns}; {MODEL_LABEL} has patches of one latent "
+            f"pixel.\n  Give {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
     if in_dim != LATENT.channels:
         raise CheckpointError(
-            f"{shapes.path} takes {in_dim} latent channels, {WHAT} takes {LATENT.channels}.\n"
-            f"  Give {RELEASE} to {OPTION}.",
+            f"{shapes.path} takes {in_dim} latent channels, {MODEL_LABEL} takes {LATENT.channels}.\n"
+            f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
     first_width, glyph_dim = shapes.of("byt5_in.fc1.weight")
@@ -115,7 +132,7 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
         out_dim=shapes.of("final_layer.linear.weight")[0],
         glyph_dim=glyph_dim,
         glyph_hidden=(first_width, shapes.of("byt5_in.fc2.weight")[0]),
-        **hunyuan.read_block_dimensions(shapes, DIT, DIMENSIONS, dim),
+        **hunyuan_video.read_block_dimensions(shapes, DIT, DIMENSIONS, dim),
     )
 
 
@@ -126,7 +143,7 @@ def _make_sources(
     return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
-FORMAT = DitFormat(_read_header, lambda _: WHAT, HunyuanImageModel, _make_sources)
+FORMAT = DitFormat(_read_header, lambda _: MODEL_LABEL, HunyuanImageModel, _make_sources)
 read_dit_header, load_dit = FORMAT.read_header, FORMAT.load
 
 

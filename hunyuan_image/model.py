@@ -121,17 +121,18 @@ class HunyuanImageModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         pixels = run_in_weight_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
+        num_pixels = rows * columns
         rotary = self._rotary.get_table(TokenGrid((rows, columns)), noisy.device)
         vector = activate(self.time_in(timesteps).unsqueeze(1), dtype)
         texts = []
         for prompt in overrides.texts(
             len(noisy), text=text, text_mask=text_mask, glyphs=glyphs, glyph_mask=glyph_mask
         ):
-            states, counts = self._embed_prompt(prompt, timesteps, dtype)
-            lengths = None
-            if min(counts) != states.shape[1]:  # some sample is padded
-                lengths = make_lengths([len(rotary) + count for count in counts], noisy.device)
-            texts.append(EmbeddedText(states, lengths, vector))
+            tokens, real_counts = self._embed_prompt(prompt, timesteps, dtype)
+            is_padded = min(real_counts) < tokens.shape[1]
+            joint_counts = [num_pixels + count for count in real_counts]
+            lengths = make_lengths(joint_counts, noisy.device) if is_padded else None
+            texts.append(EmbeddedText(tokens, lengths, vector))
         return join_tokens(
             [rearrange(pixels, "b c h w -> b (h w) c")],
             texts,
@@ -147,21 +148,26 @@ class HunyuanImageModel(BlockNetwork):
     ) -> tuple[Tensor, list[int]]:
         """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
 
-        `prompt` has text (states of the language model), glyphs (states of byT5, which reads quoted text),
-        and text_mask and glyph_mask, true for real tokens.
+        In each sample the glyphs come first, then the text, then padding. `prompt` has text (states of the
+        language model), glyphs (states of byT5, which reads quoted text), and text_mask and glyph_mask, true
+        for real tokens.
         """
         text, glyphs = prompt["text"], prompt["glyphs"]
         _check_mask(text, prompt["text_mask"])
         _check_mask(glyphs, prompt["glyph_mask"])
-        longest, counts = real_tokens(prompt["text_mask"])
-        tokens = self.txt_in(text[:, :longest], timesteps, counts, dtype=dtype, attention=self.attention)
-        text_counts = counts or [longest] * len(text)
-        longest, counts = real_tokens(prompt["glyph_mask"])
-        glyph_counts = counts or [longest] * len(glyphs)  # None: all are real
-        if any(glyph_counts):  # in each sample they come first, then the text, then padding
-            glyph_tokens = self.byt5_in(glyphs[:, :longest]).to(dtype)
-            tokens = join_texts(glyph_tokens, glyph_counts, tokens, text_counts)
-        return tokens, [sum(sample_counts) for sample_counts in zip(glyph_counts, text_counts, strict=True)]
+        max_text, padded_text_counts = real_tokens(prompt["text_mask"])
+        text_tokens = self.txt_in(
+            text[:, :max_text], timesteps, padded_text_counts, dtype=dtype, attention=self.attention
+        )
+        max_glyphs, padded_glyph_counts = real_tokens(prompt["glyph_mask"])
+        # `real_tokens` counts only if there is padding
+        text_counts = padded_text_counts or [max_text] * len(text)
+        glyph_counts = padded_glyph_counts or [max_glyphs] * len(glyphs)
+        if not any(glyph_counts):
+            return text_tokens, list(text_counts)
+        glyph_tokens = self.byt5_in(glyphs[:, :max_glyphs]).to(dtype)
+        tokens = join_texts(glyph_tokens, glyph_counts, text_tokens, text_counts)
+        return tokens, [sum(counts) for counts in zip(glyph_counts, text_counts, strict=True)]
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Project tokens B L+J C to the velocity, B out_dim H W float32."""

@@ -99,7 +99,7 @@ class ProjectedGuidanceOptions(Options):
     )
 
 
-AS_RELEASED = ProjectedGuidanceOptions()
+RELEASED_GUIDANCE = ProjectedGuidanceOptions()
 
 
 class HunyuanImageLatentCachingOptions(Options, title=NAME):

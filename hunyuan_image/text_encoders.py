@@ -32,7 +32,7 @@ from runtime.offload.host_memory import LoadedNetwork
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-DROPPED = 34  # tokens of the template before the prompt, whose states are cut off
+NUM_TEMPLATE_TOKENS = 34  # tokens of the template before the prompt, whose states are cut off
 BEFORE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
@@ -62,7 +62,7 @@ QWEN_USE = LanguageEncoderSettings(
     maximum=TEXT_TOKENS,
     before=BEFORE,
     after=AFTER,
-    dropped=DROPPED,
+    dropped=NUM_TEMPLATE_TOKENS,
     states=(-3,),  # two layers follow it; it is not normed
     batch_size=1,
 )
@@ -71,14 +71,14 @@ QWEN_USE = LanguageEncoderSettings(
 _QUOTED = tuple(re.compile(f"{first}(.*?){last}") for first, last in ('""', "\u2018\u2019", "\u201c\u201d"))
 
 
-def find_quoted(prompt: str) -> list[str]:
+def find_quoted_texts(prompt: str) -> list[str]:
     """Return the quoted texts: those in straight quotes first, then single curly, then double curly ones."""
     return [text for pattern in _QUOTED for text in pattern.findall(prompt)]
 
 
-def glyph_text(prompt: str) -> str | None:
+def make_glyph_prompt(prompt: str) -> str | None:
     """Return the text for the glyph encoder; None if the prompt quotes nothing."""
-    quoted = find_quoted(prompt)
+    quoted = find_quoted_texts(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
 
@@ -137,7 +137,7 @@ class GlyphTextEncoder:
         """Return a function that counts ByT5's tokens: one per byte to render, plus the end token."""
 
         def count(text: str) -> TokenCount:
-            glyphs = glyph_text(text) or ""
+            glyphs = make_glyph_prompt(text) or ""
             tokens = len(glyphs.encode()) + 1 if glyphs else 0
             encoded = glyphs.encode()[: GLYPH_TOKENS - 1]
             num_characters = len(encoded.decode(errors="ignore"))  # that fit
@@ -159,25 +159,23 @@ class GlyphTextEncoder:
         and mask are zeros; rows of padding are zeros, too.
         """
         network, _ = self._loaded.get()
-        results: list[Conditions] = []
-        for prompt in prompts:
-            text = glyph_text(prompt.text)
-            states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
-            mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
-            has_characters = text is not None
-            if text is not None:
-                (ids,), (mask,) = byte_rows([text], GLYPH_TOKENS)
-                length = int(mask.sum())
-                # alone and without padding: a state does not depend on other prompts
-                (real_states,) = network([ids[:length]])
-                states[:length] = real_states.cpu()
-            conditions: Conditions = {
-                "byt5_embed": states,
-                "byt5_mask": mask,
-                "ocr_mask": torch.tensor(has_characters),
-            }
-            results.append(conditions)
-        return results
+        return [self._encode_glyphs(network, make_glyph_prompt(prompt.text)) for prompt in prompts]
+
+    def _encode_glyphs(self, network: T5Network, glyph_prompt: str | None) -> Conditions:
+        """Return the conditions of one prompt; `glyph_prompt` None, without quoted texts, gives zeros."""
+        states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
+        mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
+        if glyph_prompt is not None:
+            (ids,), (mask,) = byte_rows([glyph_prompt], GLYPH_TOKENS)
+            length = int(mask.sum())
+            # alone and without padding: a state does not depend on other prompts
+            (real_states,) = network([ids[:length]])
+            states[:length] = real_states.cpu()
+        return {
+            "byt5_embed": states,
+            "byt5_mask": mask,
+            "ocr_mask": torch.tensor(glyph_prompt is not None),
+        }
 
     def free(self) -> None:
         """Unload the network."""

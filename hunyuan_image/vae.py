@@ -183,11 +183,11 @@ def _levels(widths: Sequence[int], blocks: int) -> nn.ModuleList:
 
 
 LEVELS = 6
-RELEASE = (
+RELEASED_FILES = (
     "hunyuan_image_2.1_vae_fp16.safetensors, vae/vae_2_1/pytorch_model.ckpt of tencent/HunyuanImage-2.1 or a "
     "diffusers vae folder"
 )
-WHAT = "the VAE of HunyuanImage-2.1"
+MODEL_LABEL = "the VAE of HunyuanImage-2.1"
 _LAYER = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)")
 
 
@@ -201,11 +201,11 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     # diffusers' names
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    wrong_kind = other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    wrong_kind_error = other_kind(checkpoint, MODEL_LABEL, "--vae", RELEASED_FILES)
     if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
-        raise wrong_kind
+        raise wrong_kind_error
     as_matrices(sources, ATTENTION)  # 1x1 convolutions in the file, linear layers here
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
     levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
         raise _make_error(
@@ -234,7 +234,7 @@ def _widths_fit(widths: Sequence[int], channels: int) -> bool:
 
 def _make_error(checkpoint: Checkpoint, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint.path} is not {WHAT}: {why}.\n  Give {RELEASE} to --vae.", checkpoint.path
+        f"{checkpoint.path} is not {MODEL_LABEL}: {why}.\n  Give {RELEASED_FILES} to --vae.", checkpoint.path
     )
 
 
@@ -303,7 +303,9 @@ def load_vae(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
-        vae = load_planned(plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=WHAT)
+        vae = load_planned(
+            plan, lambda config: HunyuanImageVae(config, tile), device, dtype, what=MODEL_LABEL
+        )
     set_memory_format(vae, device)  # memory layout of the convolutions' weights that is fast on this device
     if chunk_size is not None:
         compute_in_rows(vae, chunk_size)

@@ -22,8 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
-from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
-from lumina.model import real_tokens
+from lumina.blocks import GroupedAttention, Heads, LuminaTokens, repeat_kv_heads
+from lumina.model import count_real_tokens
 from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CenteredNorm, activation_dtype, run_float32, run_in_weight_dtype
@@ -110,7 +110,7 @@ class GatedAttention(GroupedAttention):
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: SampleLengths | None) -> Tensor:
         """Return the self-attention of text tokens x, B T C, without positions."""
         query, key, value = self.heads(x)
-        return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
+        return self.gated(x, attend(query, *repeat_kv_heads(query, key, value), choice, lengths).flatten(2))
 
     def gated(self, x: Tensor, attended: Tensor) -> Tensor:
         """Multiply the attention output by gates computed from tokens x, and project it; all B L C."""
@@ -135,7 +135,7 @@ def attend_rotated(
         remembered_key, remembered_value = attention.remembered
         key = _put_in_front(remembered_key, key)
         value = _put_in_front(remembered_value, value)
-    key, value = serve(query, key, value)
+    key, value = repeat_kv_heads(query, key, value)
     isolated = tokens.isolated
     choice = tokens.attention
     attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
@@ -452,7 +452,7 @@ class Krea2Model(BlockNetwork):
 
         `before` counts the tokens in front of the text that attend to all.
         """
-        longest, counts = real_tokens(arguments["text_mask"])
+        longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text_lengths = lengths = None
         if len(set(counts)) > 1:  # else there is no padding, and attention gets no mask

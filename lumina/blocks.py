@@ -112,49 +112,54 @@ class GroupedAttention(nn.Module):
         """Return the attention of tokens, B L N D, from heads without rotary embedding."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
-        return attend(query, *serve(query, key, value), tokens.attention, lengths)
+        return attend(query, *repeat_kv_heads(query, key, value), tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the self-attention of tokens x, B L+T C, or B L+T+T' C with a second caption."""
-        # x: B L+T C, with a second caption B L+T+T' C
         return self.project(self.attend_tokens(x, tokens))
 
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the self-attention of tokens x, B L C, with the heads concatenated."""
+        """Return the self-attention of tokens x, B L C, with the heads concatenated.
+
+        With several processes, each attends with all tokens and some of the heads.
+        """
         heads: tuple[Tensor, ...] = self.heads(x)
-        # a second text, for negative attention; this process's part of the tokens
-        second, part = tokens.second, tokens.part
-        if part is not None:
-            # exchange tokens for heads: each process attends with all tokens and some heads
-            heads = part.gather_tokens(heads[0], *serve(*heads))
-        if second is None:
-            attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.lengths)
-            if part is not None:
-                attended = part.gather_heads(attended)  # all heads of this process's tokens again
-            return attended.flatten(2)
+        token_part = tokens.part
+        if token_part is not None:
+            heads = token_part.gather_tokens(heads[0], *repeat_kv_heads(*heads))
+        if tokens.second is not None:
+            return self._attend_with_two_captions(heads, tokens, tokens.second).flatten(2)
+        attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.lengths)
+        if token_part is not None:
+            attended = token_part.gather_heads(attended)
+        return attended.flatten(2)
+
+    def _attend_with_two_captions(
+        self, heads: tuple[Tensor, ...], tokens: LuminaTokens, second: SecondText
+    ) -> Tensor:
+        """Return the image's attention to each of two captions, combined, and that of the captions."""
         assert tokens.second_rotary is not None
-        # the image attends with each text separately; then both results are combined
-        attended = self.attend_heads(
+        with_first = self.attend_heads(
             map(second.drop_second_text, heads), tokens.rotary, tokens, tokens.lengths
         )
-        second_attended = self.attend_heads(
+        with_second = self.attend_heads(
             map(second.drop_first_text, heads), tokens.second_rotary, tokens, second.lengths
         )
-        if part is None:
-            return second.combine(attended, second_attended).flatten(2)
-        return part.combine(attended, second_attended, second).flatten(2)
+        if tokens.part is None:
+            return second.combine(with_first, with_second)
+        return tokens.part.combine(with_first, with_second, second)
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""
         return run_in_weight_dtype(self.out, attended)
 
 
-def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def repeat_kv_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat the heads of keys and values, B L K D, until there is one for each query head, B L N D."""
-    served = query.shape[2] // key.shape[2]
-    if served == 1:
+    repeats = query.shape[2] // key.shape[2]
+    if repeats == 1:
         return key, value
-    return key.repeat_interleave(served, dim=2), value.repeat_interleave(served, dim=2)
+    return key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
 
 
 class FeedForward(nn.Module):

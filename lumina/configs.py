@@ -38,7 +38,7 @@ class LuminaConfig:
     final_eps: float = 1e-6
 
     kind = "t2i"
-    first_place = 0  # position of a caption's first token
+    first_text_position = 0  # position of a caption's first token
 
     @property
     def head_width(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -45,12 +46,13 @@ from protocols.steps import NO_OVERRIDES, Overrides
 
 NAME = "Lumina-Image-2.0"
 TEXT_KEYS = GemmaTextEncoder.keys
-# name of the network's argument -> name in caches
-TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}
+CACHE_KEY_BY_ARGUMENT = {"caption": "hidden_state", "caption_mask": "attention_mask"}
 FLOW_SHIFT = 6.0  # default
-SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
-DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
-UNIT = 1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+EULER_AS_TRAINED = "euler-trained"  # Euler's steps, at the noise levels of the release
+DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=EULER_AS_TRAINED, extras=tuple(EXTRAS))
+NUM_TRAIN_TIMESTEPS = (
+    1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,10 @@ class Lumina(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states and masks; raise CacheError if they are missing or do not fit."""
         remedy = "lumina_cache_text_encoder_outputs.py"
-        batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
+        batch.check(dict.fromkeys(sorted(CACHE_KEY_BY_ARGUMENT.values()), remedy), "the transformer")
         width = self.files.dit_header().config.text_dim
         batch.check_widths({"hidden_state": width}, self.files.dit_path, f"{remedy} and Gemma 2 (2B)")
-        return {name: batch.tensor(name) for name in TEXT_INPUTS.values()}
+        return {name: batch.tensor(name) for name in CACHE_KEY_BY_ARGUMENT.values()}
 
     def predict(
         self,
@@ -101,11 +103,12 @@ class Lumina(ModelOfImages):
 
         The conditions are hidden_state B T D and attention_mask B T.
         """
+        name_inputs = partial(name_texts, names=CACHE_KEY_BY_ARGUMENT, device=noisy.device)
         direction = dit(
             noisy.squeeze(2),
-            1 - timesteps.float() / UNIT,
-            **name_texts(cond, TEXT_INPUTS, noisy.device),
-            overrides=overrides.rename_nag(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
+            **name_inputs(cond),
+            overrides=overrides.rename_nag(name_inputs),
         )
         return -direction.unsqueeze(2)
 
@@ -118,14 +121,17 @@ class Lumina(ModelOfImages):
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         prompts = prepared.prompts[0]
-        # marked as negative, because the system prompt is not put before these
-        negative = Prompt(prepared.negative_prompt, is_negative=True)
-        nag = None if prompts.nag is None else replace(prompts.nag, is_negative=True)
-        prompts = replace(prompts, negative=negative, blank=Prompt("", is_negative=True), nag=nag)
+        # `is_negative` leaves the system prompt out, in the empty prompt too
+        prompts = replace(
+            prompts,
+            negative=Prompt(prepared.negative_prompt, is_negative=True),
+            blank=Prompt("", is_negative=True),
+            nag=None if prompts.nag is None else replace(prompts.nag, is_negative=True),
+        )
         return replace(
             prepared,
             prompts={0: prompts},
-            solver=SOLVER if prepared.solver == "euler" else prepared.solver,
+            solver=EULER_AS_TRAINED if prepared.solver == "euler" else prepared.solver,
             rules=guidance_rules(request.extra, CFG_TRUNC_RATIO, RENORM_CFG),
             extra_metadata={
                 "cfg_trunc_ratio": request.extra.get("cfg_trunc_ratio", str(CFG_TRUNC_RATIO)),

@@ -25,34 +25,36 @@ from networks.names.layouts import tensor_patterns
 from protocols.family import TextEncoder
 from protocols.loading import TensorSource
 
-WHAT = "a Lumina-Image-2.0 transformer"
-FILES = (
+MODEL_LABEL = "a Lumina-Image-2.0 transformer"
+RELEASED_FILES = (
     "lumina_2_model_bf16.safetensors, the folder transformer of Alpha-VLLM/Lumina-Image-2.0, or an "
     "all-in-one file such as Neta Lumina's"
 )
-OPTION = "--pretrained_model_name_or_path"
+DIT_OPTION = "--pretrained_model_name_or_path"
 PATCH = 2
 # dialect -> a tensor that only it has, its names
 DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("layers.0.attention.qkv.weight", ()),
     "diffusers": ("layers.0.attn.to_q.weight", tensor_patterns(LUMINA)),
 }
-MARK = "cap_embedder.1.weight"  # tensor that identifies Lumina-Image-2.0, by its published name
+IDENTIFYING_TENSOR = "cap_embedder.1.weight"  # tensor that identifies Lumina-Image-2.0, by its published name
 UNUSED = "norm_final.weight"  # in the published files; the model does not use it
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     """Read config and dialect of a Lumina-Image 2.0 file; raise CheckpointError for another model."""
     names = checkpoint.tensors
-    known_dialects = (name for name, (mark, _) in DIALECTS.items() if mark in names)
+    known_dialects = (
+        name for name, (identifying_tensor, _) in DIALECTS.items() if identifying_tensor in names
+    )
     dialect = next(known_dialects, "official")
-    mark, table = DIALECTS[dialect]
+    identifying_tensor, table = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
     file_shapes = joined_shapes(stored_shapes, table)
-    if mark not in names or MARK not in file_shapes:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if identifying_tensor not in names or IDENTIFYING_TENSOR not in file_shapes:
+        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     shapes = DitShapes(checkpoint.path, file_shapes, "Lumina-Image-2.0")
-    return DitHeader(_read_config(shapes), dialect, names[mark].dtype)
+    return DitHeader(_read_config(shapes), dialect, names[identifying_tensor].dtype)
 
 
 def _read_config(shapes: DitShapes) -> LuminaConfig:
@@ -86,7 +88,7 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
         noise_refiner_layers=shapes.blocks("noise_refiner"),
         context_refiner_layers=shapes.blocks("context_refiner"),
         in_dim=patch_width // PATCH**2,
-        text_dim=shapes.of(MARK)[1],
+        text_dim=shapes.of(IDENTIFYING_TENSOR)[1],
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
@@ -98,10 +100,10 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Ma
 
 FORMAT = DitFormat(
     _read_header,
-    lambda _: WHAT,
+    lambda _: MODEL_LABEL,
     network=LuminaModel,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
     ignore=(UNUSED,),
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

@@ -4,9 +4,8 @@ Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.p
 """
 # Letters: B batch, L image tokens, T caption tokens, D head width, C width of the model
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
-from modules.attention.attend import SampleLengths, SecondText, make_lengths
+from modules.attention.attend import SecondText, make_lengths
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, run_in_weight_dtype
 from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, spread_over_grid
@@ -70,10 +69,10 @@ class LuminaModel(BlockNetwork):
             RMSNorm(config.text_dim, config.eps), nn.Linear(config.text_dim, config.dim)
         )
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
-        self.make_ends(config, nn.Linear(config.patch_size**2 * config.in_dim, config.dim))
+        self.make_outer_layers(config, nn.Linear(config.patch_size**2 * config.in_dim, config.dim))
         self._rotary = GridTable(self._make_table)
 
-    def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
+    def make_outer_layers(self, config: LuminaConfig, first: nn.Linear) -> None:
         """Build the time embedding and the layers around the blocks.
 
         `first` is the layer from patches to tokens.
@@ -114,35 +113,27 @@ class LuminaModel(BlockNetwork):
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
         time = self.embed_time(times)
-        tokens_of = partial(
-            LuminaTokens,
-            grid=grid,
-            time=time,
-            dtype=dtype,
-            attention=self.attention,
-        )
         captions = []
         for prompt in overrides.texts(len(noisy), caption=caption, caption_mask=caption_mask):
-            captions.append(self._read_caption(**prompt, grid=grid, tokens_of=tokens_of))
+            captions.append(self._refine_caption(**prompt, grid=grid, time=time, dtype=dtype))
         text, tokens = captions[0]
-
-        image = self.embed_image(patches, dtype)
-        # the refiner sees the image alone: the first rows of the joint rotary table
-        image_tokens = tokens_of(rotary=tokens.rotary[..., : image.shape[1], :, :, :], lengths=None)
-        for block in self.noise_refiner:
-            image = block(image, image_tokens)
+        image = self._refine_image(self.embed_image(patches, dtype), tokens)
         if len(captions) == 1:
             return Hidden(torch.cat([image, text], dim=1), tokens)
         second_text, second_tokens = captions[1]
         assert overrides.steer is not None  # it comes with a second text
-        second = SecondText(
-            image.shape[1],
-            second_text.shape[1],
-            second_tokens.lengths,
-            overrides.steer,
-        )
+        second = SecondText(image.shape[1], second_text.shape[1], second_tokens.lengths, overrides.steer)
         tokens = replace(tokens, second=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
+
+    def _refine_image(self, image: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return image tokens, B L C, after the refiner, which sees the image alone."""
+        # image tokens come first in the rotary table of image and caption
+        rotary = tokens.rotary[..., : image.shape[1], :, :, :]
+        image_inputs = replace(tokens, rotary=rotary, lengths=None)
+        for block in self.noise_refiner:
+            image = block(image, image_inputs)
+        return image
 
     def _check_sizes(self, noisy: Tensor, caption: Tensor, caption_mask: Tensor) -> None:
         """Raise ValueError if the sizes do not match the model or each other."""
@@ -180,40 +171,48 @@ class LuminaModel(BlockNetwork):
         text = self.cap_embedder[0](caption.to(dtype))
         return run_in_weight_dtype(self.cap_embedder[1], text).to(dtype)
 
-    def count_tokens(self, real: int) -> int:
+    def count_padded_tokens(self, real: int) -> int:
         """Return the number of tokens of a text or image; subclasses add padding."""
         return real
 
-    def _read_caption(
+    def _refine_caption(
         self,
         caption: Tensor,
         caption_mask: Tensor,
         grid: tuple[int, int],
-        tokens_of: Callable[..., LuminaTokens],
+        time: Tensor,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, LuminaTokens]:
         """Return refined caption tokens B T C, and the inputs of the blocks for caption and image together.
 
-        The image's position follows the caption, so its rotations depend on the caption's length. `tokens_of`
-        makes the inputs of blocks from rotations and lengths.
+        The image's position follows the caption, so its rotations depend on the caption's length.
         """
-        longest_rows, rows = real_tokens(caption_mask)
-        counts = tuple(self.count_tokens(number) for number in rows)
-        longest = self.count_tokens(longest_rows)
-        has_equal_lengths = len(set(counts)) == 1
-        layout = TokenLayout(grid, counts[:1] if has_equal_lengths else counts, longest)
-        rotary = self._rotary.get_table(layout, caption.device)
-
-        # lengths of captions that follow `before` tokens
-        def lengths_behind(before: int) -> SampleLengths | None:
-            if has_equal_lengths:  # then no token is padding, and attention needs no lengths
-                return None
-            return make_lengths([before + count for count in counts], caption.device)
-
-        # the table is of image, then caption: the refiner takes only the caption's end
-        num_image_tokens = self.count_tokens(grid[0] * grid[1])
-        joint_inputs = tokens_of(rotary=rotary, lengths=lengths_behind(num_image_tokens))
-        caption_inputs = tokens_of(rotary=rotary[..., num_image_tokens:, :, :, :], lengths=lengths_behind(0))
-        text = self.embed_caption(caption[:, :longest_rows], rows, joint_inputs.dtype)
+        longest, counts = count_real_tokens(caption_mask)
+        padded_counts = tuple(self.count_padded_tokens(count) for count in counts)
+        has_equal_lengths = len(set(padded_counts)) == 1
+        layout = TokenLayout(
+            grid,
+            captions=padded_counts[:1] if has_equal_lengths else padded_counts,
+            longest=self.count_padded_tokens(longest),
+        )
+        num_image_tokens = self.count_padded_tokens(grid[0] * grid[1])
+        caption_lengths = joint_lengths = None  # with equal lengths no token needs a mask
+        if not has_equal_lengths:
+            caption_lengths = make_lengths(padded_counts, caption.device)
+            joint_counts = [num_image_tokens + count for count in padded_counts]
+            joint_lengths = make_lengths(joint_counts, caption.device)
+        joint_inputs = LuminaTokens(
+            grid,
+            rotary=self._rotary.get_table(layout, caption.device),
+            lengths=joint_lengths,
+            time=time,
+            dtype=dtype,
+            attention=self.attention,
+        )
+        # caption tokens come last in the rotary table of image and caption
+        caption_rotary = joint_inputs.rotary[..., num_image_tokens:, :, :, :]
+        caption_inputs = replace(joint_inputs, rotary=caption_rotary, lengths=caption_lengths)
+        text = self.embed_caption(caption[:, :longest], counts, dtype)
         for block in self.context_refiner:
             text = block(text, caption_inputs)
         return text, joint_inputs
@@ -221,40 +220,44 @@ class LuminaModel(BlockNetwork):
     def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table of image and caption, (cosine, sine) pairs L+T 1 D/2 2 or B L+T 1 D/2 2.
 
-        Angles are float64, as trained. A caption's token j is at (first_place + j, 0, 0), an image's token at
-        (first_place + number of the caption's tokens, row, column), an image's padding at 0.
+        Angles are float64, as trained. With s = first_text_position, a caption's token j is at (s + j, 0, 0),
+        an image's token at (s + number of the caption's tokens, row, column), an image's padding at 0.
         """
         position_width, row_width, column_width = self.config.rotary_widths
-
-        def axis(positions: Sequence[int], width: int) -> Tensor:
-            """Return the (cosine, sine) pairs of one axis's channels."""
-            exact = torch.tensor(positions, dtype=torch.float64)
-            pairs = cos_and_sin(rotation_angles(exact, width, self.config.rope_theta))
-            return send_ahead(pairs.float(), device)
-
+        text_start = self.config.first_text_position
         num_rows, num_columns = layout.grid
-        rows = axis(range(num_rows), row_width)
-        columns = axis(range(num_columns), column_width)
-        first_row = axis([0], row_width)
-        first_column = axis([0], column_width)
-        num_padding = self.count_tokens(num_rows * num_columns) - num_rows * num_columns
-        padding = spread_over_grid([axis([0] * num_padding, position_width), first_row, first_column])
-        begin = self.config.first_place
-        caption_positions = axis(range(begin, begin + layout.longest), position_width)
-        caption = spread_over_grid([caption_positions, first_row, first_column])
-        # the same for all samples: padding is at position 0, the caption starts at first_place
+        rows = self._rotate_axis(range(num_rows), row_width, device)
+        columns = self._rotate_axis(range(num_columns), column_width, device)
+        num_padding = self.count_padded_tokens(num_rows * num_columns) - num_rows * num_columns
+        padding = self._make_line_table([0] * num_padding, device)
+        caption = self._make_line_table(range(text_start, text_start + layout.longest), device)
+        # only the image's position differs between samples
         after_image = torch.cat([padding, caption])
         tables = []
         for count in layout.captions:
-            image = spread_over_grid([axis([begin + count], position_width), rows, columns])
-            tables.append(torch.cat([image, after_image]))
+            position = self._rotate_axis([text_start + count], position_width, device)
+            tables.append(torch.cat([spread_over_grid([position, rows, columns]), after_image]))
         # the added axis is for heads
         if len(tables) == 1:  # all captions have one length, so the batch shares a table
             return tables[0].unsqueeze(-3)
         return torch.stack(tables).unsqueeze(-3)
 
+    def _make_line_table(self, positions: Sequence[int], device: torch.device) -> Tensor:
+        """Return the (cosine, sine) pairs of tokens at these positions, all in row 0 and column 0."""
+        coordinates = (positions, [0], [0])
+        pairs = []
+        for axis, width in zip(coordinates, self.config.rotary_widths, strict=True):
+            pairs.append(self._rotate_axis(axis, width, device))
+        return spread_over_grid(pairs)
 
-def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
+    def _rotate_axis(self, positions: Sequence[int], width: int, device: torch.device) -> Tensor:
+        """Return the (cosine, sine) pairs of `width` channels for positions along one axis."""
+        exact = torch.tensor(positions, dtype=torch.float64)
+        pairs = cos_and_sin(rotation_angles(exact, width, self.config.rope_theta))
+        return send_ahead(pairs.float(), device)
+
+
+def count_real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
     """Return the number of real rows of the longest caption and of each caption, at least 1.
 
     `mask` is B T. Padding after the longest caption is cut off. An empty caption keeps one row, because

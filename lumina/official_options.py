@@ -91,8 +91,8 @@ TYPED = {
 }
 
 
-def generation_words(options: LuminaMinimalOptions) -> list[str]:
-    """Return the command line of lumina_generate_image.py that equals one of the image guides' script."""
+def translate_to_generation_argv(options: LuminaMinimalOptions) -> list[str]:
+    """Return the arguments of lumina_generate_image.py with which it does what the options here ask for."""
     model, image = options.model, options.picture
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,

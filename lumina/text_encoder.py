@@ -32,7 +32,7 @@ GEMMA_OPTION = "--gemma2"
 GEMMA_NAMES = (
     "gemma_2_2b_fp16.safetensors, a folder of google/gemma-2-2b, or an all-in-one file of Lumina-Image-2.0"
 )
-STATES = (-2,)  # before the last layer; the model was trained with states without the final norm
+HIDDEN_STATES = (-2,)  # before the last layer; the model was trained with states without the final norm
 SCALAR = "query_pre_attn_scalar"  # attention is scaled by its inverse square root
 
 
@@ -67,7 +67,7 @@ GEMMA_2 = language_models.LanguageModel(
 
 def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfig]:
     """Plan how to load Gemma 2, also from fp8; raise CheckpointError for any other file."""
-    return language_models.read_language_model(checkpoint, GEMMA_2, STATES)
+    return language_models.read_language_model(checkpoint, GEMMA_2, HIDDEN_STATES)
 
 
 def load_gemma(
@@ -77,12 +77,14 @@ def load_gemma(
 
     Raises CheckpointError if the file holds another model.
     """
-    return language_models.load_language_model(path, GEMMA_2, device, dtype, states=STATES, blocks=blocks)
+    return language_models.load_language_model(
+        path, GEMMA_2, device, dtype, states=HIDDEN_STATES, blocks=blocks
+    )
 
 
 logger = logging.getLogger(__name__)
 
-BEGIN = "<bos>"
+BEGIN_TOKEN = "<bos>"
 GEMMA_FILES = TokenizerFiles(
     option="--gemma2_tokenizer",
     names=("tokenizer.json", "tokenizer.model"),
@@ -94,9 +96,9 @@ GEMMA_FILES = TokenizerFiles(
 )
 
 
-TOKEN_STEP = 8  # the padded length is a multiple of this
-PAD = 0
-PROMPTS_AT_ONCE = 8  # number of prompts encoded at once, which limits memory
+LENGTH_MULTIPLE = 8  # the padded length is a multiple of this
+PAD_TOKEN_ID = 0
+BATCH_SIZE = 8  # number of prompts encoded at once, which limits memory
 
 
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
@@ -106,7 +108,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     name = "gemma2"
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"
-    source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
+    source = TokenizerSource(GEMMA_FILES, begin=BEGIN_TOKEN, may_be_inside=True)
     weighted_states_key = "hidden_state"
     word_keys = ("gemma2_2b",)
     logs_truncation = True
@@ -135,7 +137,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         self.dtype = dtype
         self.system_prompt = system_prompt
         self.in_negative = in_negative
-        self.length = round_up(max_tokens, TOKEN_STEP)
+        self.padded_length = round_up(max_tokens, LENGTH_MULTIPLE)
         self.maximum = max_tokens
 
     @property
@@ -157,8 +159,8 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has no begin token."""
-        if tokenizer.token_to_id(BEGIN) is None:
-            raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
+        if tokenizer.token_to_id(BEGIN_TOKEN) is None:
+            raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN_TOKEN}"))
 
     def load_network(self, device: torch.device) -> nn.Module:
         """Load Gemma 2, and log its dtype and the system prompt."""
@@ -173,16 +175,26 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     ) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt.
 
-        `dropped` is not used: the states of the system prompt are inputs of the model too.
+        Args:
+            network: Gemma 2.
+            tokenizer: Not used.
+            rows: Token ids of the prompts, of their own lengths.
+            dropped: Not used, because the states of the system prompt are inputs of the model too.
         """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
-        for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = fill_rows(rows[first : first + PROMPTS_AT_ONCE], self.length, PAD)
-            embeds = network.get_submodule("embed_tokens")(ids.to(device))
-            # the states before the last layer, B L C; those of padding become 0
-            states = language_states(network, embeds, mask.to(device), STATES).cpu() * mask[..., None]
-            for state, real, row in zip(states, mask, ids, strict=True):
-                outputs = {"hidden_state": state, "attention_mask": real, "input_ids": row}
-                results.append({name: tensor.clone() for name, tensor in outputs.items()})
+        for first in range(0, len(rows), BATCH_SIZE):
+            # B L, padded to `padded_length`
+            input_ids, mask = fill_rows(rows[first : first + BATCH_SIZE], self.padded_length, PAD_TOKEN_ID)
+            embeds = network.get_submodule("embed_tokens")(input_ids.to(device))
+            states = language_states(network, embeds, mask.to(device), HIDDEN_STATES).cpu()  # B L C
+            states = states * mask[..., None]  # 0 for padding
+            for index in range(len(input_ids)):
+                results.append(
+                    {
+                        "hidden_state": states[index].clone(),
+                        "attention_mask": mask[index].clone(),
+                        "input_ids": input_ids[index].clone(),
+                    }
+                )
         return results

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from krea2.model import Krea2Tokens, attend_rotated
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
-from lumina.model import real_tokens
+from lumina.model import count_real_tokens
 from modules.attention.attend import SampleLengths, SecondText, attend, make_lengths
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
@@ -295,7 +295,7 @@ class MossImageModel(BlockNetwork):
         times = torch.zeros(len(references[0]), device=device)  # references are clean
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
-        _, counts = real_tokens(text_mask)
+        _, counts = count_real_tokens(text_mask)
         clocks = RefinedText(x, counts).clocks  # depends only on `counts`
         # no image and no text: the keys and values are those of references alone
         layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
@@ -384,7 +384,7 @@ class MossImageModel(BlockNetwork):
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
         """Return a refined text in the dtype `stream`; `arguments` are its states `text`, and `text_mask`."""
-        longest, counts = real_tokens(arguments["text_mask"])
+        longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)
         rotary = self._text_rotary.get_table(longest, states.device)

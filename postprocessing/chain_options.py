@@ -37,19 +37,19 @@ class Tool:
 
     name: str
     aliases: tuple[str, ...]  # other names, in lower case
-    record: type[Options]
-    added: Callable[[Any], str]  # options -> SWINIR, VFI
+    options_class: type[Options]
+    name_suffix: Callable[[Any], str]  # from its options: SWINIR, VFI
     needs_video: bool = False  # whether it needs several images
-    hides: bool = False  # whether the result, including a cover image, must not show the source
+    hides_content: bool = False  # whether the result, including a cover image, must not show the source
 
 
 TOOLS = (
     Tool("upscaler", ("upscale",), UpscalerOptions, lambda options: options.mode.upper()),
     Tool("GIMMVFI", ("gimmvfi", "interpolate"), InterpolationOptions, lambda _: "VFI", needs_video=True),
     Tool("facefix", (), FacefixOptions, lambda options: options.mode.upper()),
-    Tool("yolo_blur", ("blur",), BlurOptions, lambda _: "blur", hides=True),
+    Tool("yolo_blur", ("blur",), BlurOptions, lambda _: "blur", hides_content=True),
 )
-ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
+ToolOptions = tuple[Tool, Any]  # a tool and its parsed options, of `options_class`
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Chain:
     tools: tuple[ToolOptions, ...]
 
     @property
-    def added(self) -> str:
+    def name_suffix(self) -> str:
         """Text about all tools that is added to the names of result files."""
-        return "_".join(tool.added(options) for tool, options in self.tools)
+        return "_".join(tool.name_suffix(options) for tool, options in self.tools)
 
     @property
     def labels(self) -> list[str]:
@@ -75,9 +75,9 @@ class Chain:
         return any(tool.needs_video for tool, _ in self.tools)
 
     @property
-    def hides(self) -> bool:
+    def hides_content(self) -> bool:
         """Return whether a tool hides image content, so that results must not contain the original image."""
-        return hiding_tool(self.tools) is not None
+        return find_content_hiding_tool(self.tools) is not None
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
@@ -87,26 +87,24 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     """
     if argv is None:
         argv = sys.argv[1:]
-    # --then starts the arguments of the next tool
-    first, *later_tools = split_by_mark(split_assigned(argv, THEN), THEN)
+    first_argv, *later_argvs = split_at_then(argv)
     parser = Parser(description=description)
-    before = f"{parser.prog} {THEN}"
-    chosen = find_tool(tool)
-    add_options(parser, ToolRunOptions, chosen.record)
+    later_prog = f"{parser.prog} {THEN}"
+    first_tool = find_tool(tool)
+    add_options(parser, ToolRunOptions, first_tool.options_class)
     _add_then(parser)
     # print the help of a later tool, which ends the program, even if the first one lacks required options
-    for later in later_tools:
-        if HELP & set(later):
-            read_tool(later, before)
-    args = _parse(parser, chosen, first)
-    if args.then is not None:  # an abbreviation, such as --the, which the split above has not found
+    for later_argv in later_argvs:
+        if HELP & set(later_argv):
+            parse_tool(later_argv, later_prog)
+    args = _parse_with_default_model(parser, first_tool, first_argv)
+    if args.then is not None:  # an abbreviation, such as --the, at which `split_at_then` does not split
         parser.error(f"write {THEN} in full")
     run = read_options(ToolRunOptions, args)
-    tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
-    for later in later_tools:
-        name = " ".join([THEN, *later[:1]])
-        with name_tool(name):
-            tools.append(read_tool(later, before))
+    tools: list[ToolOptions] = [(first_tool, read_options(first_tool.options_class, args))]
+    for later_argv in later_argvs:
+        with prefix_errors(" ".join([THEN, *later_argv[:1]])):
+            tools.append(parse_tool(later_argv, later_prog))
     if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
         raise SystemExit(0)
     return Chain(run, tuple(tools))
@@ -137,85 +135,86 @@ class NamedTools:
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
-    def hiding(self) -> str | None:
+    def content_hiding_tool(self) -> str | None:
         """Name of the first tool that hides image content; None if there is none."""
-        return hiding_tool(self.tools)
+        return find_content_hiding_tool(self.tools)
 
     @property
     def in_words(self) -> str:
         """Tools and settings as text for metadata, joined by "--then"."""
-        return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
+        return f" {THEN} ".join(describe_tool(tool, options) for tool, options in self.tools)
 
 
-def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
-    """Parse the value of an option such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+def read_named_tools(values: Sequence[str], option: str) -> NamedTools:
+    """Parse the values of an option such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
     Unknown options of a tool end the program, as argparse does.
 
     Args:
-        texts: Words of the option.
-        option: Option with the texts, for messages.
+        values: Values of the option; each names one or more tools.
+        option: Name of the option, for messages.
 
     Raises:
         OptionError: If a tool or a value is not valid.
     """
     tools = []
-    for text in texts:
-        for words in split_by_mark(split_assigned(split_words(text), THEN), THEN):
-            if not words:
+    for value in values:
+        for tool_argv in split_at_then(split_quoted(value)):
+            if not tool_argv:
                 raise OptionError(
-                    f"{option} {text!r}: the name of a tool is missing. Give {tool_names()}, and its options."
+                    f"{option} {value!r}: the name of a tool is missing. Give {tool_names()}, and its "
+                    "options."
                 )
-            with name_tool(f"{option} {words[0]}"):
-                tools.append(read_tool(words, option))
+            with prefix_errors(f"{option} {tool_argv[0]}"):
+                tools.append(parse_tool(tool_argv, option))
     return NamedTools(option, tuple(tools))
 
 
-def read_tool(words: Sequence[str], before: str) -> ToolOptions:
+def parse_tool(argv: Sequence[str], prog: str) -> ToolOptions:
     """Parse the name and the options of one postprocessing tool: `facefix --weight 0.7` or `weight=0.7`.
 
     Without a model option, the downloaded model is used. Asking for help ends the program.
 
     Args:
-        words: The name and the options.
-        before: Words before the name in a command, for messages.
+        argv: The name and the options.
+        prog: Beginning of the command up to the name, for messages.
 
     Raises:
         OptionError: If the tool is unknown or an option is not valid.
     """
-    if not words:
+    if not argv:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
-    tool = find_tool(words[0])
-    parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
-    add_options(parser, tool.record)
+    tool = find_tool(argv[0])
+    parser = Parser(prog=f"{prog} {tool.name}", description=f"Options of {tool.name}.")
+    add_options(parser, tool.options_class)
     # options of the whole run are known here only to reject them
     run_parser = Parser(add_help=False)
     add_options(run_parser, ToolRunOptions)
     tool_flags = _list_flags(parser)
     run_flags = _list_flags(run_parser)
-    typed_words = [_as_typed_word(word, {**run_flags, **tool_flags}) for word in words[1:]]
-    for word in typed_words:
-        name = word.partition("=")[0]
-        if name in run_flags and name not in tool_flags:
-            raise OptionError(f"{name} holds for the whole run. Write it before the first {THEN}.")
-    return tool, read_options(tool.record, _parse(parser, tool, typed_words))
+    arguments = [_add_dashes(argument, {**run_flags, **tool_flags}) for argument in argv[1:]]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag in run_flags and flag not in tool_flags:
+            raise OptionError(f"{flag} holds for the whole run. Write it before the first {THEN}.")
+    return tool, read_options(tool.options_class, _parse_with_default_model(parser, tool, arguments))
 
 
-def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
-    """Return a chain argument as on a command line: `--factor=2` for `factor=2`."""
-    name, has_value, _ = word.partition("=")
-    flag = flags.get(f"--{name}")
-    is_option = flag is not None and (has_value or flag.nargs == 0)
-    return f"--{word}" if is_option else word
+def _add_dashes(argument: str, flags: Mapping[str, argparse.Action]) -> str:
+    """Return a tool's argument as on a command line: `--factor=2` for `factor=2`; values stay as they are."""
+    name, has_value, _ = argument.partition("=")
+    action = flags.get(f"--{name}")
+    is_option = action is not None and (has_value or action.nargs == 0)
+    return f"--{argument}" if is_option else argument
 
 
-def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
+def _parse_with_default_model(parser: Parser, tool: Tool, argv: Sequence[str]) -> argparse.Namespace:
     """Parse the options of one postprocessing tool; --model defaults to the downloaded model.
 
     Raises OptionError if the model is neither given nor downloaded.
     """
     _list_flags(parser)["--model"].required = False
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.model is None:
         args.model = default_model(tool.name, getattr(args, "mode", ""))
     if args.model is None:
@@ -236,9 +235,9 @@ def find_tool(name: str) -> Tool:
     raise OptionError(f"{name} is no tool. Use {', '.join(names)}.{did_you_mean(name, names)}")
 
 
-def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
+def find_content_hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
     """Return the name of the first tool that hides image content, such as faces; None if none does."""
-    return next((tool.name for tool, _ in tools if tool.hides), None)
+    return next((tool.name for tool, _ in tools if tool.hides_content), None)
 
 
 def tool_names() -> str:
@@ -248,7 +247,7 @@ def tool_names() -> str:
 
 
 @contextlib.contextmanager
-def name_tool(name: str) -> Iterator[None]:
+def prefix_errors(name: str) -> Iterator[None]:
     """Prefix UserErrors in the `with` block with the tool's name, unless they have the prefix already."""
     try:
         yield
@@ -258,20 +257,22 @@ def name_tool(name: str) -> Iterator[None]:
         raise
 
 
-def tool_in_words(tool: Tool, options: Any) -> str:
+def describe_tool(tool: Tool, options: Any) -> str:
     """Return a tool with its settings as text for metadata, such as `upscaler model=x.pth scale=2.0`.
 
     Paths are reduced to file names, so that folders stay private.
     """
-    words = [tool.name]
+    arguments = [tool.name]
     for name, value in option_values(options).items():
-        if value not in (None, False, ""):
-            shown = value.name if isinstance(value, Path) else value
-            words.append(shlex.quote(f"{name}={shown}") if value is not True else name)
-    return " ".join(words)
+        if value is True:
+            arguments.append(name)
+        elif value not in (None, False, ""):
+            short_value = value.name if isinstance(value, Path) else value
+            arguments.append(shlex.quote(f"{name}={short_value}"))
+    return " ".join(arguments)
 
 
-def split_words(text: str) -> list[str]:
+def split_quoted(text: str) -> list[str]:
     """Split the value of --post into arguments; quotes protect spaces, backslashes are literal."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
@@ -281,23 +282,17 @@ def split_words(text: str) -> list[str]:
         raise OptionError(f"{text}: a quotation mark is not closed. Put one at its end.") from None
 
 
-def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
-    """Split a list of arguments at each `mark`."""
-    parts: list[list[str]] = [[]]
-    for word in words:
-        if word == mark:
-            parts.append([])
-        else:
-            parts[-1].append(word)
-    return parts
-
-
-def split_assigned(words: Sequence[str], flag: str) -> list[str]:
-    """Split each `flag=value` argument into two."""
-    parts: list[str] = []
-    for word in words:
-        parts += word.split("=", 1) if word.startswith(f"{flag}=") else [word]
-    return parts
+def split_at_then(argv: Sequence[str]) -> list[list[str]]:
+    """Split arguments at each `--then TOOL` or `--then=TOOL`; each later list starts with the tool's name."""
+    tools: list[list[str]] = [[]]
+    for argument in argv:
+        is_joined = argument.startswith(f"{THEN}=")
+        for word in argument.split("=", 1) if is_joined else [argument]:
+            if word == THEN:
+                tools.append([])
+            else:
+                tools[-1].append(word)
+    return tools
 
 
 def _list_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -38,14 +38,14 @@ class Stage(Protocol):
     def name(self) -> str:
         """Name of the tool in messages, such as `upscaler`."""
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         """Return the properties of the clip that the stage makes from a clip.
 
         Raises MediaError or OptionError if the stage cannot process the clip, such as one that is
         too small.
         """
 
-    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
+    def run(self, frames: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield the processed images in playing order, with a bounded number of images in memory.
 
         Unchanged images keep their pixels and dtype. A summary of the clip is logged after the last image.

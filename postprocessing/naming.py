@@ -19,7 +19,7 @@ IMAGE_SUFFIX = ".png"
 # suffixes of videos, including those from phones, cameras and broadcasts
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 CAPTIONS = (".txt", ".caption")  # caption files next to the images and clips of datasets
-NAMED = 3  # maximum number of files that a message names
+MAX_NAMED_FILES = 3  # maximum number of files that a message names
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _check_caption(path: Path, chain: Chain) -> None:
         raise OptionError(
             f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
             "would take the results too. Give another folder: --output "
-            f"{path.parent.name or 'made'}_{chain.added}/"
+            f"{path.parent.name or 'made'}_{chain.name_suffix}/"
         )
 
 
@@ -99,15 +99,15 @@ def _check_collisions(jobs: Sequence[FileJob]) -> None:
 
 def list_sources(chain: Chain) -> list[Path]:
     """Return the input file, or the media files of the input folder, except results of the same tools."""
-    path_of_input = chain.run.input
-    if not path_of_input.is_dir():
-        return [path_of_input]
-    suffixes = VIDEOS | {".gif"} | image_suffixes()
-    ending = f"_{chain.added}"
+    folder = chain.run.input
+    if not folder.is_dir():
+        return [folder]
+    media_suffixes = VIDEOS | {".gif"} | image_suffixes()
+    ending = f"_{chain.name_suffix}"
     files = [
         path
-        for path in sorted(path_of_input.iterdir())
-        if path.suffix.lower() in suffixes
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in media_suffixes
         and path.is_file()
         and not path.name.startswith(".")
         and not (chain.needs_video and _is_still(path))
@@ -116,9 +116,7 @@ def list_sources(chain: Chain) -> list[Path]:
     if not sources:
         kinds = "video" if chain.needs_video else "video and no picture"
         results = f" but {len(files)} with {ending}, which are results" if files else ""
-        raise MediaError(
-            f"--input {path_of_input} is a folder that holds no {kinds}{results}. Give another folder."
-        )
+        raise MediaError(f"--input {folder} is a folder that holds no {kinds}{results}. Give another folder.")
     num_results = len(files) - len(sources)
     if num_results:
         logger.info(
@@ -152,21 +150,21 @@ def name_output(chain: Chain, source: Path) -> Path:
     """
     run = chain.run
     suffix = IMAGE_SUFFIX if is_image(source) else run.format.suffix
-    default = f"{source.stem}_{chain.added}{suffix}"
+    default_name = f"{source.stem}_{chain.name_suffix}{suffix}"
     output = run.output_path
     if output is None:
-        return source.with_name(default)
-    has_ending = output.suffix.lower() in VIDEOS | image_suffixes()
-    if output.is_dir() or run.means_folder:
-        return output / default
+        return source.with_name(default_name)
+    if output.is_dir() or run.is_output_folder:
+        return output / default_name
+    has_media_suffix = output.suffix.lower() in VIDEOS | image_suffixes()
     if run.input.is_dir():
-        if has_ending or output.exists():
+        if has_media_suffix or output.exists():
             raise OptionError(
                 f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
-        return output / default
+        return output / default_name
     # the suffix follows from the format, whatever the user typed
-    return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
+    return output.with_suffix(suffix) if has_media_suffix else output.with_name(f"{output.name}{suffix}")
 
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
@@ -210,8 +208,8 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
 
 def _name_outputs(jobs: Sequence[FileJob]) -> str:
     """Return the paths of the first few results, for a message."""
-    names = ", ".join(str(job.output) for job in jobs[:NAMED])
-    return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
+    names = ", ".join(str(job.output) for job in jobs[:MAX_NAMED_FILES])
+    return f"{names} and {len(jobs) - MAX_NAMED_FILES} more" if len(jobs) > MAX_NAMED_FILES else names
 
 
 def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:

@@ -44,7 +44,7 @@ class ToolRunOptions(Options, title="input and output"):
         return None if self.output is None else to_path("--output", self.output)
 
     @property
-    def means_folder(self) -> bool:
+    def is_output_folder(self) -> bool:
         """Whether --output ends like a folder, so that it counts as one even before it exists."""
         ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
         return self.output is not None and self.output.endswith(ends)
@@ -142,7 +142,7 @@ class InterpolationOptions(Options, title="interpolation"):
     def __post_init__(self) -> None:
         if (WITH_RAFT in self.mode.lower()) == (WITH_FLOWFORMER in self.mode.lower()):
             raise OptionError(f"--mode {self.mode}: use {WITH_RAFT} or {WITH_FLOWFORMER}")
-        if not self.part or abs(float(self.part) - self.ds_factor) > ROUNDED:
+        if not self.motion_scale or abs(float(self.motion_scale) - self.ds_factor) > ROUNDED:
             raise OptionError(
                 f"--ds_factor {self.ds_factor}: give a simple part, such as 1, 0.75, 0.5 or 0.25"
             )
@@ -153,14 +153,14 @@ class InterpolationOptions(Options, title="interpolation"):
         return WITH_RAFT if WITH_RAFT in self.mode.lower() else WITH_FLOWFORMER
 
     @property
-    def part(self) -> Fraction:
+    def motion_scale(self) -> Fraction:
         """Scale at which motion is estimated (--ds_factor), as an exact fraction."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property
     def alignment(self) -> int:
         """Number that image sides must be divisible by, so that --ds_factor yields multiples of 32."""
-        step = ALIGNMENT / self.part
+        step = ALIGNMENT / self.motion_scale
         return step.numerator  # the smallest whole multiple of the step
 
 

@@ -4,9 +4,10 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from modules.atomic_write import atomic_folder, claim_name, make_folder, replace_surrogates
@@ -28,11 +29,11 @@ from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_png, write_timed_video
 from modules.output_files import Answer, ask_at_console
 from modules.paths import explain_missing
-from postprocessing.chain_options import Chain, tool_in_words
+from postprocessing.chain_options import Chain, describe_tool
 from postprocessing.contract import Clip
 from postprocessing.naming import FileJob, is_image, log_suffix, plan_jobs
-from postprocessing.stages import NamedStage, check_tools, make_stages, results, run_stages
-from postprocessing.streaming import read_ahead, write_behind
+from postprocessing.stages import NamedStage, check_tools, make_stages, plan_clips, run_stages
+from postprocessing.streaming import read_in_thread, write_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +65,21 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     Raises:
         UserError: After the last file, if any failed; with their exit code if all failures share one.
     """
-    descriptions = [tool_in_words(tool, options) for tool, options in chain.tools]
+    descriptions = [describe_tool(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
     for job in jobs:
         with failures.collect_errors(str(job.source)):
             if job.is_image:
-                run_image(stages, job, descriptions, chain.hides)
+                run_image(stages, job, descriptions, chain.hides_content)
             else:
-                run_video(stages, job, descriptions, form=chain.run.format, hides=chain.hides)
+                run_video(stages, job, descriptions, chain.run.format, chain.hides_content)
         gc.collect()  # errors and their tracebacks form cycles that keep the memory of a file alive
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
     failures.raise_if_any(len(jobs), f"{chain.run.input}: ")
 
 
-FOLDER = "frames"
+FRAMES_FOLDER = "frames"
 
 
 def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
@@ -95,7 +96,7 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
         raise MediaError(f"--input {path} does not exist.{explain_missing(path)} Give a video.")
     if path.is_dir():
         raise MediaError(f"--input {path} is a folder. Give a video in it.")
-    frames = folder / FOLDER
+    frames = folder / FRAMES_FOLDER
     if os.path.lexists(frames):
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
     is_single = is_image(path)
@@ -111,9 +112,9 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
         else:
             with (
                 Bar(total, path.name, FRAMES) as bar,
-                read_ahead(shown_frames(path, limit=maximum)) as images,
+                read_in_thread(shown_frames(path, limit=maximum)) as images,
             ):
-                for _ in keep_pngs(images, temporary):
+                for _ in save_pngs(images, temporary):
                     written += 1
                     bar.update()
     seconds = time.monotonic() - started
@@ -121,18 +122,18 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
 
 
 # Run stages on a video: decode, stages and encode at the same time, with few images in memory.
-def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
-    """Return metadata entries `post_N` for this run's tools; the numbers continue those in `names`."""
-    numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
+def number_tool_tags(existing_tags: Iterable[str], descriptions: Sequence[str]) -> dict[str, str]:
+    """Return metadata entries `post_N` that describe this run's tools; N continues those that exist."""
+    numbers = [int(match[1]) for name in existing_tags if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
-    return {f"post_{first + index}": replace_surrogates(text) for index, text in enumerate(done)}
+    return {f"post_{first + index}": replace_surrogates(text) for index, text in enumerate(descriptions)}
 
 
 SECONDS = Fraction(1)  # duration of a single image, which no tool for images reads
 
 
 def run_image(
-    stages: Sequence[NamedStage], job: FileJob, descriptions: Sequence[str], hides: bool = False
+    stages: Sequence[NamedStage], job: FileJob, descriptions: Sequence[str], hides_content: bool = False
 ) -> None:
     """Run all stages on an image, and write a PNG.
 
@@ -142,7 +143,7 @@ def run_image(
         stages: The loaded stages.
         job: File to read and file to write.
         descriptions: Descriptions of the tools, for the metadata.
-        hides: Whether to omit metadata that may contain a thumbnail of the image.
+        hides_content: Whether to omit metadata that may contain a thumbnail of the image.
 
     Raises:
         UserError: If the image cannot be read, processed or written.
@@ -151,31 +152,31 @@ def run_image(
     is_opaque = alpha is None or int(alpha.min()) == 255
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
-    clips = results(stages, clip)
+    clips = plan_clips(stages, clip)
     images = list(run_stages(stages, iter([OutputFrame(pixels, Fraction(0), SECONDS)]), clips))
     assert len(images) == 1, f"{len(images)} pictures of one"  # no stage adds images to a single one
-    texts = read_tags(job.source)
+    tags = read_tags(job.source)
     # a thumbnail in the metadata could show what a tool has hidden
-    texts = without_images(job.source, texts) if hides else texts
+    tags = without_images(job.source, tags) if hides_content else tags
     result = in_eight_bits(images[0].pixels)
     result = result if is_opaque else join_alpha(result, alpha)
-    write_png(job.output, result, {**texts, **number_done(texts, descriptions)})
+    write_png(job.output, result, {**tags, **number_tool_tags(tags, descriptions)})
     logger.info("%s", job.output)
 
 
-def keep_pngs(pictures: Iterable[OutputFrame], folder: Path) -> Iterator[OutputFrame]:
-    """Yield images, and write each one as a PNG file named by its index."""
-    for index, image in enumerate(pictures):
-        write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
-        yield image
+def save_pngs(frames: Iterable[OutputFrame], folder: Path) -> Iterator[OutputFrame]:
+    """Yield frames, and write each one as a PNG file named by its index."""
+    for index, frame in enumerate(frames):
+        write_png(folder / f"{index:06d}.png", in_eight_bits(frame.pixels))
+        yield frame
 
 
 def run_video(
     stages: Sequence[NamedStage],
     job: FileJob,
     descriptions: Sequence[str],
-    form: FormatOptions,
-    hides: bool = False,
+    output_format: FormatOptions,
+    hides_content: bool = False,
 ) -> None:
     """Run all stages on a video, and write the result.
 
@@ -185,62 +186,83 @@ def run_video(
         stages: The loaded stages.
         job: File to read and file to write.
         descriptions: Descriptions of the tools, for the metadata.
-        form: Format of the output.
-        hides: Whether a tool hides image content, so that the cover image of the input is not kept.
+        output_format: Format of the output.
+        hides_content: Whether a tool hides image content, so that the cover image of the input is not kept.
 
     Raises:
         UserError: If the video cannot be read, processed or written.
     """
     started = time.monotonic()
     info = source_info(job.source)
-    first = Clip(
-        job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=form.is_deep
+    is_deep = output_format.is_deep
+    clips = plan_clips(
+        stages,
+        Clip(job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=is_deep),
     )
-    clips = results(stages, first)
-    codec = resolve_codec(form.codec, clips[-1].width, clips[-1].height)
-    tags = number_done(read_tags(job.source), descriptions)
-    rate = clips[-1].rate or info.rate
-
-    def write(pictures: Iterator[OutputFrame]) -> None:
-        """Write the video while frames arrive, and with --keep_pngs also each frame."""
-        with ExitStack() as opened:
-            if form.keep_pngs:
-                name = job.source.with_name("frames")
-                # repeat until the name is unused and not reserved by another run
-                while not opened.enter_context(claim_name(name)) or os.path.lexists(name):
-                    name = name.with_name(f"{name.name}_")
-                pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
-            write_timed_video(
-                job.output,
-                pictures,
-                rate,
-                codec,
-                copied_video=job.source,
-                with_images=not hides,
-                tags=tags,
-            )
-        if form.keep_pngs:
-            logger.info("Frames: %s", name)
-
-    frames = 0
+    output_clip = clips[-1]
+    write = partial(
+        _write_video,
+        job=job,
+        output_format=output_format,
+        codec=resolve_codec(output_format.codec, output_clip.width, output_clip.height),
+        rate=output_clip.rate or info.rate,
+        keeps_cover=not hides_content,
+        tags=number_tool_tags(read_tags(job.source), descriptions),
+    )
+    num_frames = 0
     with (
-        Bar(clips[-1].frames, job.source.name, FRAMES) as bar,
-        read_ahead(shown_frames(job.source, form.is_deep)) as pictures,
-        write_behind(write) as put,
+        Bar(output_clip.frames, job.source.name, FRAMES) as bar,
+        read_in_thread(shown_frames(job.source, is_deep)) as frames,
+        write_in_thread(write) as put,
     ):
-        for image in run_stages(stages, pictures, clips):
-            put(image)
-            del image  # written and forgotten while the next one is made
-            frames += 1
+        for frame in run_stages(stages, frames, clips):
+            put(frame)
+            del frame  # written and forgotten while the next one is made
+            num_frames += 1
             bar.update()
-        if not frames:
+        if not num_frames:
             raise MediaError(f"{job.source}: no frame is left to write. Give a longer video.")
     seconds = time.monotonic() - started
     logger.info(
         "%s: %s in %s, %.3g a second, %s",
         job.output,
-        format_count(frames, "frame"),
+        format_count(num_frames, "frame"),
         format_duration(seconds),
-        frames / seconds,
+        num_frames / seconds,
         format_size(job.output.stat().st_size),
     )
+
+
+def _write_video(
+    frames: Iterator[OutputFrame],
+    job: FileJob,
+    output_format: FormatOptions,
+    codec: str,
+    rate: Fraction,
+    keeps_cover: bool,
+    tags: Mapping[str, str],
+) -> None:
+    """Write the video of a job while frames arrive, and with --keep_pngs also each frame as a PNG file."""
+    with ExitStack() as stack:
+        if output_format.keep_pngs:
+            png_folder = _claim_png_folder(job.source, stack)
+            frames = save_pngs(frames, stack.enter_context(atomic_folder(png_folder)))
+        write_timed_video(
+            job.output,
+            frames,
+            rate,
+            codec,
+            list_companions=job.source,
+            covers=keeps_cover,
+            tags=tags,
+        )
+    if output_format.keep_pngs:
+        logger.info("Frames: %s", png_folder)
+
+
+def _claim_png_folder(source: Path, stack: ExitStack) -> Path:
+    """Return a path next to a video that is unused and not reserved by another run: frames, frames_, ..."""
+    folder = source.with_name(FRAMES_FOLDER)
+    while not stack.enter_context(claim_name(folder)) or os.path.lexists(folder):
+        folder = folder.with_name(f"{folder.name}_")
+    return folder

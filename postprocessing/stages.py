@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from modules.errors import MemoryPlanError, OptionError
 from modules.media.encoding import OutputFrame, in_eight_bits
 from modules.media.reading import join_alpha, split_alpha
 from postprocessing.blurring.stage import check_blur, make_blur
-from postprocessing.chain_options import NamedTools, ToolOptions, name_tool
+from postprocessing.chain_options import NamedTools, ToolOptions, prefix_errors
 from postprocessing.contract import Clip, Stage
 from postprocessing.faces.stage import check_facefix, make_facefix
 from postprocessing.interpolation.stage import check_interpolation, make_interpolation
@@ -25,14 +25,20 @@ from postprocessing.options import BlurOptions, FacefixOptions, InterpolationOpt
 from postprocessing.tiling import check_network, short_reason
 from postprocessing.upscaling.stage import check_upscaler, make_upscaler
 
-Check = Callable[[Any], None]  # for the options of a tool
-Make = Callable[[Any, torch.device], Stage]
-# type of a tool's options -> (reads the headers of its model files, loads its networks)
-TOOLS: dict[type, tuple[Check, Make]] = {
-    UpscalerOptions: (check_upscaler, make_upscaler),
-    InterpolationOptions: (check_interpolation, make_interpolation),
-    FacefixOptions: (check_facefix, make_facefix),
-    BlurOptions: (check_blur, make_blur),
+
+class _ToolLoaders(NamedTuple):
+    """The functions of a tool that take its options."""
+
+    check_files: Callable[[Any], None]  # reads the headers of its model files
+    load_stage: Callable[[Any, torch.device], Stage]
+
+
+# by the class of a tool's options
+_LOADERS: dict[type, _ToolLoaders] = {
+    UpscalerOptions: _ToolLoaders(check_upscaler, make_upscaler),
+    InterpolationOptions: _ToolLoaders(check_interpolation, make_interpolation),
+    FacefixOptions: _ToolLoaders(check_facefix, make_facefix),
+    BlurOptions: _ToolLoaders(check_blur, make_blur),
 }
 
 
@@ -50,9 +56,9 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
     Raises UserError if a file does not fit, or if --compile is not possible on the device.
     """
     for (_, options), label in zip(tools, labels, strict=True):
-        with name_tool(label):
+        with prefix_errors(label):
             check_network(options.network, device)
-            TOOLS[type(options)][0](options)
+            _LOADERS[type(options)].check_files(options)
 
 
 def make_stages(
@@ -70,53 +76,62 @@ def make_stages(
     """
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
-        with name_tool(label), _explain_memory("its network"):
-            stages.append(NamedStage(TOOLS[type(options)][1](options, device), label))
+        with prefix_errors(label), _explain_memory("its network"):
+            stage = _LOADERS[type(options)].load_stage(options, device)
+        stages.append(NamedStage(stage, label))
     return stages
 
 
-def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
+def plan_clips(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
     """Return the properties of the clip before the first stage and after each stage.
 
     Raises MediaError or OptionError if a stage cannot process its input.
     """
     clips = [clip]
     for named in stages:
-        with name_tool(named.label):
-            clips.append(named.stage.result(clips[-1]))
+        with prefix_errors(named.label):
+            clips.append(named.stage.plan_output(clips[-1]))
     return clips
 
 
 def run_stages(
-    stages: Sequence[NamedStage], pictures: Iterator[OutputFrame], clips: Sequence[Clip]
+    stages: Sequence[NamedStage], frames: Iterator[OutputFrame], clips: Sequence[Clip]
 ) -> Iterator[OutputFrame]:
-    """Chain the stages: each one reads the images that the previous one yields; return the last results.
+    """Chain the stages: each one reads the frames that the previous one yields; return the last results.
 
     Errors of a stage name its tool. Raises MemoryPlanError if memory runs out.
 
     Args:
         stages: The stages in order.
-        pictures: Images of the input.
-        clips: Properties of the clip before the first stage and after each stage, as `results` returns them.
+        frames: Frames of the input.
+        clips: Properties of the clip before the first stage and after each stage, from `plan_clips`.
     """
-    earlier_errors: list[BaseException] = []  # errors of earlier stages, which name their own tool
-    pictures = _note_errors(pictures, clips[0], "", earlier_errors)
+    prefixer = _ErrorPrefixer()
+    frames = prefixer.prefix_errors_of(frames, clips[0], "")
     for named, clip in zip(stages, clips, strict=False):  # one clip more: the last result
-        pictures = _note_errors(named.stage.run(pictures, clip), clip, named.label, earlier_errors)
-    return pictures
+        frames = prefixer.prefix_errors_of(named.stage.run(frames, clip), clip, named.label)
+    return frames
 
 
-def _note_errors(
-    pictures: Iterator[OutputFrame], clip: Clip, label: str, earlier_errors: list[BaseException]
-) -> Iterator[OutputFrame]:
-    """Pass images on; prefix errors with the tool's name, unless an earlier stage raised them."""
-    try:
-        with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
-            yield from pictures
-    except BaseException as error:
-        with name_tool("" if error in earlier_errors else label):
-            earlier_errors.append(error)
-            raise
+class _ErrorPrefixer:
+    """Prefix errors with the label of the stage that raised them, not of those that they pass through."""
+
+    def __init__(self) -> None:
+        self._handled: list[BaseException] = []
+
+    def prefix_errors_of(
+        self, frames: Iterator[OutputFrame], clip: Clip, label: str
+    ) -> Iterator[OutputFrame]:
+        """Yield the frames of a stage; prefix its errors with `label`, and explain a lack of memory."""
+        try:
+            with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
+                yield from frames
+        except BaseException as error:
+            if error in self._handled:  # raised by an earlier stage
+                raise
+            self._handled.append(error)
+            with prefix_errors(label):
+                raise
 
 
 @contextlib.contextmanager
@@ -155,7 +170,7 @@ class PostTools:
     @property
     def hides_content(self) -> bool:
         """Whether a tool hides image content, so that unprocessed frames must not be shown."""
-        return self.selected.hiding is not None
+        return self.selected.content_hiding_tool is not None
 
     def check(self) -> None:
         """Read the headers of all model files of the tools.
@@ -193,22 +208,21 @@ class PostTools:
             UserError: If a tool fails.
         """
         first = next(frames)
-        alpha = None
-        if is_single:  # frames of videos have no alpha channel
-            first, alpha = split_alpha(first)
+        # frames of videos have no alpha channel
+        first, alpha = split_alpha(first) if is_single else (first, None)
         # raises if a tool needs a video and gets an image; 2 stands for any larger number of frames
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         # NTSC rates such as 30000/1001 have the denominator 1001
         rate = Fraction(fps).limit_denominator(1001)
-        clips = results(self._stages, _describe_clip(first, None if is_single else rate))
+        clips = plan_clips(self._stages, _describe_clip(first, None if is_single else rate))
         # `first` was taken from the iterator to learn the size
         numbered = enumerate(chain([first], frames))
-        images = (OutputFrame(frame, index / rate, 1 / rate) for index, frame in numbered)
-        processed = run_stages(self._stages, images, clips)
-        made = (join_alpha(in_eight_bits(image.pixels), alpha) for image in processed)
-        return made, float(clips[-1].rate or fps)
+        inputs = (OutputFrame(pixels, index / rate, 1 / rate) for index, pixels in numbered)
+        outputs = run_stages(self._stages, inputs, clips)
+        processed = (join_alpha(in_eight_bits(frame.pixels), alpha) for frame in outputs)
+        return processed, float(clips[-1].rate or fps)
 
 
 def _describe_clip(frame: Frame, rate: Fraction | None) -> Clip:

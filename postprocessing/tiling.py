@@ -7,7 +7,6 @@ compute in half precision, with float32 where that is not enough.
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,11 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor], Tensor]
 
-FULL = 0  # size of a tile that means the whole image
-LEAST = 64  # smallest tile in pixels; smaller ones would mostly consist of overlap
-SHARE = 0.8  # fraction of the host's free memory to use; the system kills programs that take too much
+WHOLE_IMAGE = 0  # size of a tile that means the whole image
+MIN_TILE_SIDE = 64  # smallest tile in pixels; smaller ones would mostly consist of overlap
+HOST_MEMORY_FRACTION = (
+    0.8  # fraction of the host's free memory to use; the system kills programs that take too much
+)
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
@@ -55,7 +56,7 @@ def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
     return torch.where(rising < size, rising, falling)
 
 
-def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
+def split_into_tiles(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
     """Split a length into the smallest number of equal tiles; return their (start, end).
 
     Tiles cover 0..length and overlap by at least `overlap`. They are as small as their number allows,
@@ -88,58 +89,59 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     Args:
         run: Function to apply.
         images: Images, B C H W, with H and W multiples of `step`.
-        tile: Largest side of a tile in pixels of `images`; FULL for no tiles.
+        tile: Largest side of a tile in pixels of `images`; WHOLE_IMAGE for no tiles.
         overlap: Smallest overlap of neighboring tiles in pixels of `images`.
         step: Number that the positions and sides of tiles are multiples of.
         factor: Scale of the results.
     """
-    if tile == FULL:
+    if tile == WHOLE_IMAGE:
         return run(images)
     height, width = images.shape[-2:]
-    rows = cut(height, tile, overlap, step)
-    columns = cut(width, tile, overlap, step)
+    rows = split_into_tiles(height, tile, overlap, step)
+    columns = split_into_tiles(width, tile, overlap, step)
     if len(rows) == len(columns) == 1:
         return run(images)
-    # join the tiles of a row to a strip, and the strips to the result; the first tile creates the room
-    result = None
+    # join the tiles of a row to a strip, and the strips to the result
+    result = _TileJoiner(height * factor, axis=-2)
     for top, bottom in rows:
-        strip = None
+        strip = _TileJoiner(width * factor, axis=-1)
         for left, right in columns:
-            tile_result = run(images[..., top:bottom, left:right])
-            strip = _join(strip, tile_result, start=left * factor, length=width * factor, axis=-1)
-        assert strip is not None
-        result = _join(result, strip.room, start=top * factor, length=height * factor, axis=-2)
-    assert result is not None
-    return result.room
+            strip.add(run(images[..., top:bottom, left:right]), start=left * factor)
+        result.add(strip.joined(), start=top * factor)
+    return result.joined()
 
 
-class _Joined(NamedTuple):
-    """Result of joining tiles along an axis, and how far it is filled."""
+class _TileJoiner:
+    """Joins overlapping tiles along one axis, in order, into a tensor that the first tile allocates."""
 
-    room: Tensor  # memory for the whole result
-    filled: int  # position up to which `room` is filled
+    def __init__(self, length: int, axis: int) -> None:
+        self._length = length  # size of the result along the axis
+        self._axis = axis
+        self._result: Tensor | None = None
+        self._end = 0  # position up to which the result is filled
 
+    def add(self, tile: Tensor, start: int) -> None:
+        """Copy a tile into the result from position `start`; fade from the tile before where they overlap."""
+        axis = self._axis
+        end = start + tile.shape[axis]
+        if self._result is None:
+            if end == self._length:  # a single tile is the result
+                self._result, self._end = tile, end
+                return
+            shape = list(tile.shape)
+            shape[axis] = self._length
+            self._result, self._end = tile.new_empty(shape), start
+        overlap = self._end - start
+        if overlap > 0:
+            _fade_in(tile.narrow(axis, 0, overlap), self._result.narrow(axis, start, overlap), axis)
+        num_new = end - self._end
+        self._result.narrow(axis, self._end, num_new).copy_(tile.narrow(axis, overlap, num_new))
+        self._end = end
 
-def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
-    """Blend a tile, or a strip of tiles, into the result, from position `start` along `axis`.
-
-    `joined` is the result so far, None for the first tile; `length` is the size of the whole result.
-    """
-    end = start + tile.shape[axis]
-    if joined is None:
-        # a single tile covers the whole axis
-        if end == length:
-            return _Joined(tile, length)
-        size = list(tile.shape)
-        size[axis] = length
-        joined = _Joined(tile.new_empty(size), start)
-    # the overlap with the tiles before is faded, the remainder is copied
-    shared = joined.filled - start
-    if shared > 0:
-        _fade_in(tile.narrow(axis, 0, shared), joined.room.narrow(axis, start, shared), axis)
-    added = end - joined.filled
-    joined.room.narrow(axis, joined.filled, added).copy_(tile.narrow(axis, shared, added))
-    return _Joined(joined.room, end)
+    def joined(self) -> Tensor:
+        """Return the result, after at least one tile was added."""
+        assert self._result is not None
+        return self._result
 
 
 def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
@@ -152,17 +154,17 @@ def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
     overlap.lerp_(tile, weight.view(shape))
 
 
-def room_on(device: torch.device) -> int | None:
+def get_usable_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device in bytes, minus a safety margin; None if unknown."""
     if device.type == "cuda":
         return spare_bytes(device)
     room = free_host_memory() if device.type == "cpu" else None
-    return None if room is None else round(SHARE * room)
+    return None if room is None else round(HOST_MEMORY_FRACTION * room)
 
 
 def min_tile(step: int, overlap: int) -> int:
     """Return the smallest side of a tile: twice the overlap, rounded up to the network's step."""
-    return round_up(max(LEAST, 2 * overlap), step)
+    return round_up(max(MIN_TILE_SIDE, 2 * overlap), step)
 
 
 def short_reason(error: BaseException) -> str:
@@ -171,8 +173,8 @@ def short_reason(error: BaseException) -> str:
 
 
 @dataclass
-class Fitting:
-    """Runs a network on as large batches as fit into memory, and remembers the sizes for a clip.
+class MemoryFittedRunner:
+    """Runs networks on batches that fit into memory, and remembers their size for the next images of a clip.
 
     If memory runs out, batches are halved; after that, if `is_auto`, images are cut into smaller and smaller
     tiles.
@@ -180,7 +182,7 @@ class Fitting:
 
     device: torch.device
     batch: int  # images at once
-    tile: int  # pixels of the network's input; WHOLE: whole images
+    tile: int  # side in pixels of the network's input; WHOLE_IMAGE: no tiles
     is_auto: bool  # whether tiles may become smaller
     overlap: int
     step: int = 1
@@ -205,10 +207,10 @@ class Fitting:
                     raise
                 reason = short_reason(error)
             # outside of `except`, where the error would keep the failed run's tensors alive; then try again
-            self._shrink_batch(images, reason)
+            self._reduce_size(images, reason)
             free_memory(self.device)
 
-    def _shrink_batch(self, images: Tensor, reason: str) -> None:
+    def _reduce_size(self, images: Tensor, reason: str) -> None:
         """After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError.
 
         `images` is the batch that failed, `reason` the message of its error.
@@ -250,25 +252,25 @@ def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) 
     return replace_slow_float16(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
 
 
-class Guarded:
+class Float32Fallback:
     """A network with float32 inputs and outputs that may compute in half precision.
 
     Images of a batch whose result in half precision is NaN or infinite are computed again in float32.
     """
 
-    def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
-        """Guard a loaded network.
+    def __init__(self, run: Run, dtype: torch.dtype, load_float32: Callable[[], Run], what: str) -> None:
+        """Wrap a loaded network.
 
         Args:
             run: The network in `dtype`.
             dtype: Dtype in which it computes.
-            exact: Loads the network in float32; called at the first result that is not finite.
+            load_float32: Loads the network in float32; called at the first result that is not finite.
             what: Name of the network, for messages.
         """
         self._run = run
         self.dtype = dtype
-        self._load_exact = exact
-        self._exact: Run | None = None
+        self._load_float32 = load_float32
+        self._float32_run: Run | None = None
         self.what = what
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -280,24 +282,24 @@ class Guarded:
         result = self._run(images.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return result
-        is_good = result.isfinite().flatten(1).all(dim=1)
-        if bool(is_good.all()):
+        is_finite = result.isfinite().flatten(1).all(dim=1)
+        if bool(is_finite.all()):
             return result
-        if self._exact is None:
+        if self._float32_run is None:
             logger.info(
                 "A result of %s in %s is not finite: such pictures are computed again in float32.",
                 self.what,
                 str(self.dtype).removeprefix("torch."),
             )
-            self._exact = self._load_exact()
-        bad_indices = (~is_good).nonzero().flatten()
-        exact_result = self._exact(images[bad_indices]).float()
-        if not bool(exact_result.isfinite().all()):
+            self._float32_run = self._load_float32()
+        not_finite = (~is_finite).nonzero().flatten()
+        float32_result = self._float32_run(images[not_finite]).float()
+        if not bool(float32_result.isfinite().all()):
             raise CheckpointError(
                 f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
                 "Download or copy it again."
             )
-        result[bad_indices] = exact_result
+        result[not_finite] = float32_result
         return result
 
 

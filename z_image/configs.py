@@ -27,7 +27,7 @@ class ZImageConfig(LuminaConfig):
     time_hidden: int = 1024  # width between the layers that embed the time
     rope_theta: float = 256.0
 
-    first_place = 1
+    first_text_position = 1
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -35,7 +36,7 @@ from protocols.requests import Prepared, Request
 from protocols.rules import ModelRelease
 from protocols.steps import NO_OVERRIDES, Overrides
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
-from z_image.files import FORMAT, OPTION
+from z_image.files import DIT_OPTION, FORMAT
 from z_image.names import LORA
 from z_image.options import (
     CFG_TRUNC_RATIO,
@@ -51,11 +52,11 @@ from z_image.options import (
 if TYPE_CHECKING:
     from protocols.workflows import ComfyModel
 
-KEY = "llm_embed"
+TEXT_STATES_KEY = "llm_embed"
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
 Z_IMAGE_USE = LanguageEncoderSettings(
     name="llm",
-    states_key=KEY,
+    states_key=TEXT_STATES_KEY,
     model=QWEN3,
     source=qwen_tokenizer("--text_encoder_tokenizer", "Tongyi-MAI/Z-Image-Turbo"),
     maximum=512,  # including the template's tokens
@@ -67,23 +68,25 @@ Z_IMAGE_USE = LanguageEncoderSettings(
 
 
 FLOW_SHIFT = 3.0  # default
-SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
+EULER_OF_MUSUBI = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
 # defaults for a transformer whose name does not show its release: those of musubi-tuner
-DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
+DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=EULER_OF_MUSUBI, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)
 BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
-CALLED_BASE = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
+BASE_NAME_PATTERN = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
 logger = logging.getLogger(__name__)
 
-UNIT = 1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+NUM_TRAIN_TIMESTEPS = (
+    1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
+)
 
 
 @dataclass(frozen=True)
 class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
     """Files of a run with FLUX.1's autoencoder and Qwen3."""
 
-    dit_option: str = OPTION
+    dit_option: str = DIT_OPTION
 
     format: ClassVar = FORMAT
     vae_option: ClassVar[str] = "--vae"
@@ -139,7 +142,7 @@ class ZImage(ModelOfImages):
             return TURBO
         repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
         names = [dit.name.removesuffix(".safetensors"), *repository]
-        is_base = any(re.search(CALLED_BASE, name, re.IGNORECASE) for name in names)
+        is_base = any(re.search(BASE_NAME_PATTERN, name, re.IGNORECASE) for name in names)
         return BASE if is_base else DEFAULTS
 
     # encoding
@@ -169,10 +172,10 @@ class ZImage(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the text states; raise CacheError if they are missing or have another width."""
         remedy = "zimage_cache_text_encoder_outputs.py"
-        batch.check({KEY: remedy}, "the transformer")
+        batch.check({TEXT_STATES_KEY: remedy}, "the transformer")
         width = self.files.dit_header().config.text_dim
-        batch.check_widths({KEY: width}, self.files.dit_path, f"{remedy} and Qwen3 (4B)")
-        return {KEY: batch.tensors[KEY]}
+        batch.check_widths({TEXT_STATES_KEY: width}, self.files.dit_path, f"{remedy} and Qwen3 (4B)")
+        return {TEXT_STATES_KEY: batch.tensors[TEXT_STATES_KEY]}
 
     def predict(
         self,
@@ -187,13 +190,15 @@ class ZImage(ModelOfImages):
         The network predicts data minus noise, and its time runs from 0 (noise) to 1. The condition is
         llm_embed, T D for each sample.
         """
+        # text states and mask, by the names of the network's arguments
+        name_inputs = partial(
+            name_text_and_mask, argument="caption", name=TEXT_STATES_KEY, device=noisy.device
+        )
         direction = dit(
             noisy.squeeze(2),
-            1 - timesteps.float() / UNIT,
-            **name_text_and_mask(cond, "caption", KEY, noisy.device),
-            overrides=overrides.rename_nag(
-                lambda text: name_text_and_mask(text, "caption", KEY, noisy.device)
-            ),
+            1 - timesteps.float() / NUM_TRAIN_TIMESTEPS,
+            **name_inputs(cond),
+            overrides=overrides.rename_nag(name_inputs),
         )
         return -direction.unsqueeze(2)
 
@@ -205,16 +210,16 @@ class ZImage(ModelOfImages):
         The options cfg_trunc_ratio and renorm_cfg end guidance early and limit its norm.
         """
         prepared = self.resolve_image(request, FLOW_SHIFT)
-        lowest = min(prepared.guidance_scale)
-        if lowest < 0:
+        lowest_scale = min(prepared.guidance_scale)
+        if lowest_scale < 0:
             logger.warning(
                 "--guidance_scale %g (--l in a prompt line): it counts from 0 here; below 0 guidance is off",
-                lowest,
+                lowest_scale,
             )
         solver = prepared.solver
-        # --even_steps selects the noise levels of diffusers
-        if solver in {"euler", SOLVER}:
-            solver = "euler" if self.even_steps else SOLVER
+        # both take Euler's steps; "euler" has the noise levels of diffusers
+        if solver in {"euler", EULER_OF_MUSUBI}:
+            solver = "euler" if self.even_steps else EULER_OF_MUSUBI
         extra = request.extra
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
         return replace(

@@ -18,7 +18,7 @@ from modules.integers import round_up
 from modules.layers.norms import RMSNorm, run_in_weight_dtype
 from z_image.configs import DIT, TIME_SCALE, TOKEN_STEP, ZImageConfig
 
-PART = "2-1"  # part of the names of layers for patches of 2 x 2 latent pixels of one frame
+PATCH_KEY = "2-1"  # part of the names of layers for patches of 2 x 2 latent pixels of one frame
 
 
 class ZImageAttention(GroupedAttention):
@@ -59,19 +59,19 @@ class ZImageModel(LuminaModel):
     spec = DIT
     block_class = ZImageTransformerBlock
 
-    def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
+    def make_outer_layers(self, config: LuminaConfig, first: nn.Linear) -> None:
         """Build the time embedding, the layers around the blocks, and the padding tokens."""
         assert isinstance(config, ZImageConfig)
         self.t_embedder = TimeEmbedding(config, config.time_hidden)
-        self.all_x_embedder = nn.ModuleDict({PART: first})
-        self.all_final_layer = nn.ModuleDict({PART: LuminaFinalLayer(config)})
+        self.all_x_embedder = nn.ModuleDict({PATCH_KEY: first})
+        self.all_final_layer = nn.ModuleDict({PATCH_KEY: LuminaFinalLayer(config)})
         self.x_pad_token = nn.Parameter(torch.empty(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.empty(1, config.dim))
 
     @property
     def last(self) -> LuminaFinalLayer:
         """Return the final layer, which projects tokens to patches."""
-        layer = self.all_final_layer[PART]
+        layer = self.all_final_layer[PATCH_KEY]
         assert isinstance(layer, LuminaFinalLayer)
         return layer
 
@@ -79,14 +79,14 @@ class ZImageModel(LuminaModel):
         """Embed the fraction of data in the noisy latents, B to B time_dim float32."""
         return super().embed_time(times * TIME_SCALE)
 
-    def count_tokens(self, real: int) -> int:
+    def count_padded_tokens(self, real: int) -> int:
         """Return the number of tokens of a text or image after padding."""
         return round_up(real, TOKEN_STEP)
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed patches, B P 4Z, as image tokens, B L C, with padding tokens at the end."""
-        tokens = run_in_weight_dtype(self.all_x_embedder[PART], patches).to(dtype)
-        return _fill_up(tokens, self.x_pad_token, self.count_tokens(tokens.shape[1]))
+        tokens = run_in_weight_dtype(self.all_x_embedder[PATCH_KEY], patches).to(dtype)
+        return _fill_up(tokens, self.x_pad_token, self.count_padded_tokens(tokens.shape[1]))
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Embed text states as tokens, B T C; learned padding tokens follow the last real one.
@@ -98,7 +98,7 @@ class ZImageModel(LuminaModel):
             places = tensor_on(tokens.device, range(tokens.shape[1]))
             is_real = places < tensor_on(tokens.device, counts)[:, None]
             tokens = torch.where(is_real[..., None], tokens, self.cap_pad_token.to(dtype))
-        return _fill_up(tokens, self.cap_pad_token, self.count_tokens(tokens.shape[1]))
+        return _fill_up(tokens, self.cap_pad_token, self.count_padded_tokens(tokens.shape[1]))
 
 
 def _fill_up(tokens: Tensor, pad: Tensor, length: int) -> Tensor:

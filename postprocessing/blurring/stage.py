@@ -28,12 +28,12 @@ from postprocessing.tiling import compile_parts
 logger = logging.getLogger(__name__)
 
 
-MIN_OF_BOX = 0.5  # minimum size of the blur, as a fraction of the box's longer side
+MIN_BLUR_FRACTION = 0.5  # minimum size of the blur, as a fraction of the box's longer side
 MIN_SIGMA = 0.25  # minimum sigma, as a fraction of the blur's size: smaller ones only use the kernel's middle
-COARSE = 48  # pixels: larger blurs are computed on a copy that is downscaled to this blur size
+MAX_FULL_SIZE_BLUR = 48  # pixels: larger blurs are computed on a copy that is downscaled to this blur size
 
 
-def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
+def cover_boxes(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
     """Return a copy of an image (H W 3) with the boxes covered; other pixels remain bit-identical.
 
     `pixels` itself is not changed.
@@ -54,15 +54,15 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     if area.is_empty:
         return  # outside of the image
     slices = area.slices()
-    covered = _make_cover(pixels, core, area, options)
+    covered_pixels = _make_cover(pixels, core, area, options)
     if not options.ellipse and not feather:  # opaque up to the edge
-        pixels[slices] = covered
+        pixels[slices] = covered_pixels
         return
     ellipse = (left, top, right, bottom) if options.ellipse else None
     # 1 inside, falling to 0 over the feathered edge
     opacity = _make_opacity(area, core, ellipse, feather)
     original = pixels[slices].astype(np.float32)
-    blended = original + opacity[..., None] * (covered.astype(np.float32) - original)
+    blended = original + opacity[..., None] * (covered_pixels.astype(np.float32) - original)
     pixels[slices] = np.rint(blended).astype(pixels.dtype)
 
 
@@ -82,7 +82,7 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     longer = max(core.right - core.left, core.bottom - core.top)
     # OpenCV's kernel sizes are odd, hence all the | 1
     strength = options.strength | 1
-    size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
+    size = min(max(strength, math.ceil(longer * MIN_BLUR_FRACTION) | 1), longer | 1)
     sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)
     # blurred together with its surroundings, because the edges of a crop would be mirrored
     height, width = pixels.shape[:2]
@@ -96,7 +96,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
-    factor = max(1, size // COARSE)  # the smaller copy is blurred with about COARSE pixels
+    factor = max(1, size // MAX_FULL_SIZE_BLUR)  # the smaller copy is blurred with about COARSE pixels
     # OpenCV needs an odd kernel size
     kernel = (size // factor) | 1
     image: Any = np.ascontiguousarray(pixels)
@@ -159,25 +159,25 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     return BlurStage(detector, options)
 
 
-class _Waiting(NamedTuple):
-    """An image whose boxes are not final until later images have been searched."""
+class _BufferedFrame(NamedTuple):
+    """A frame that waits until later frames have been searched, because they may add boxes to it."""
 
-    number: int
-    picture: OutputFrame
-    has_boxes: bool
+    frame_index: int
+    frame: OutputFrame
+    has_detections: bool
 
 
 @dataclass
-class _Count:
-    """Numbers of images for the summary in the log."""
+class _FrameCounts:
+    """Numbers of frames for the summary in the log."""
 
-    pictures: int = 0
-    with_findings: int = 0  # images in which something was found
-    covered_without: int = 0  # images without a detection in which something is covered
+    total: int = 0
+    with_detections: int = 0
+    covered_without_detection: int = 0  # something was found only in neighboring frames
 
     @property
     def unchanged(self) -> int:
-        return self.pictures - self.with_findings - self.covered_without
+        return self.total - self.with_detections - self.covered_without_detection
 
 
 @dataclass(frozen=True)
@@ -188,51 +188,38 @@ class BlurStage:
     options: BlurOptions
     name: str = "yolo_blur"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         """Return the clip unchanged: blurring keeps size and frame rate."""
         return clip
 
-    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
-        """Yield all images with the found objects covered, also where only neighboring images show them.
+    def run(self, frames: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
+        """Yield all frames with the found objects covered, also where only neighboring frames show them.
 
-        As many images as the larger of `hold` and `lookback` wait for boxes of later images.
+        A frame is buffered until as many later frames as the larger of --hold and --lookback are searched.
 
         Raises:
-            NothingFoundError: If nothing was found in any image.
+            NothingFoundError: If nothing was found in any frame.
         """
         options = self.options
         tracks = Tracks(options.hold, options.lookback)  # the boxes of each object over time
-        waiting: deque[_Waiting] = deque()
-        count = _Count()
-        for index, image in enumerate(pictures):
-            height, width = image.pixels.shape[:2]
-            faces = self.detector.find(in_eight_bits(image.pixels), options.conf)
-            boxes = within(faces, height, width)
-            tracks.see(index, boxes)
-            waiting.append(_Waiting(index, image, bool(boxes)))
-            count.pictures += 1
-            count.with_findings += bool(boxes)
-            if len(waiting) > max(options.hold, options.lookback):
-                yield self._cover(waiting.popleft(), tracks, count)
-        if count.pictures and not count.with_findings:
+        buffer: deque[_BufferedFrame] = deque()
+        counts = _FrameCounts()
+        for index, frame in enumerate(frames):
+            height, width = frame.pixels.shape[:2]
+            detections = self.detector.find(in_eight_bits(frame.pixels), options.conf)
+            boxes = clamp_boxes(detections, height, width)
+            tracks.add_detections(index, boxes)
+            buffer.append(_BufferedFrame(index, frame, has_detections=bool(boxes)))
+            counts.total += 1
+            counts.with_detections += bool(boxes)
+            if len(buffer) > max(options.hold, options.lookback):
+                yield self._cover_frame(buffer.popleft(), tracks, counts)
+        if counts.total and not counts.with_detections:
             self._report_nothing(clip)  # raises NothingFoundError, unless options allow it
-        # no later images come: the waiting ones have all their boxes
-        while waiting:
-            yield self._cover(waiting.popleft(), tracks, count)
-        if count.with_findings and count.pictures == 1:
-            logger.info("%s: %d found and blurred.", clip.path.name, tracks.started)
-        elif count.with_findings:
-            logger.info(
-                "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
-                "before or after, %d left unchanged. Tracks: %d, the longest gap in one: %d frames.",
-                clip.path.name,
-                count.pictures,
-                count.with_findings,
-                count.covered_without,
-                count.unchanged,
-                tracks.started,
-                tracks.longest_gap,
-            )
+        while buffer:
+            yield self._cover_frame(buffer.popleft(), tracks, counts)
+        if counts.with_detections:
+            _log_summary(clip, counts, tracks)
 
     def _report_nothing(self, clip: Clip) -> None:
         """Raise NothingFoundError because nothing was found to blur; with --allow_none, only log it."""
@@ -244,17 +231,36 @@ class BlurStage:
             )
         logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
 
-    def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> OutputFrame:
-        image = waiting.picture
-        boxes = tracks.boxes(waiting.number)
-        tracks.forget(waiting.number)
+    def _cover_frame(self, buffered: _BufferedFrame, tracks: Tracks, counts: _FrameCounts) -> OutputFrame:
+        """Return a frame with its boxes covered; `tracks` forget what no later frame needs."""
+        frame = buffered.frame
+        boxes = tracks.boxes(buffered.frame_index)
+        tracks.forget(buffered.frame_index)
         if not boxes:
-            return image
-        count.covered_without += not waiting.has_boxes
-        return replace(image, pixels=cover(image.pixels, boxes, self.options))
+            return frame
+        counts.covered_without_detection += not buffered.has_detections
+        return replace(frame, pixels=cover_boxes(frame.pixels, boxes, self.options))
 
 
-def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
+def _log_summary(clip: Clip, counts: _FrameCounts, tracks: Tracks) -> None:
+    """Log how many frames of a clip, or objects of a single image, were blurred."""
+    if counts.total == 1:
+        logger.info("%s: %d found and blurred.", clip.path.name, tracks.num_objects)
+        return
+    logger.info(
+        "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
+        "before or after, %d left unchanged. Tracks: %d, the longest gap in one: %d frames.",
+        clip.path.name,
+        counts.total,
+        counts.with_detections,
+        counts.covered_without_detection,
+        counts.unchanged,
+        tracks.num_objects,
+        tracks.longest_gap,
+    )
+
+
+def clamp_boxes(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
     """Return the boxes of faces, clamped to at most one image size beyond the image.
 
     A box with NaN becomes the whole image: covering too much is safer than covering nothing.

@@ -5,7 +5,7 @@ hidden.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from postprocessing.faces.boxes import Numbers, overlaps
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 MIN_OVERLAP = 0.3  # overlap with an object's last or expected box above which a box is the same object
-REACH = 1.5  # maximum distance of a matching box, in units of its longer side
-MOTION = 5  # number of sightings from which the motion is estimated
+MAX_MATCH_DISTANCE = 1.5  # maximum distance of a matching box, in units of its longer side
+MOTION_SIGHTINGS = 5  # number of sightings from which the motion is estimated
 MAX_MOVED = 3.0  # maximum distance of an extrapolated box, in units of its longer side
 GROWTH, MAX_GROWN = 0.02, 0.3  # growth of a box on each side, per image since its sighting, and its limit
 
@@ -25,7 +25,7 @@ GROWTH, MAX_GROWN = 0.02, 0.3  # growth of a box on each side, per image since i
 class Sighting(NamedTuple):
     """Box of an object that was detected in one image."""
 
-    number: int  # index of the image
+    frame_index: int
     box: Box
 
 
@@ -44,10 +44,10 @@ class Track:
 
     def expected(self, index: int) -> Box:
         """Return where the object is expected in image `index`, extrapolated from its recent motion."""
-        motion = _measure_motion(list(self.sightings)[-MOTION:])
-        return _move_box(self.last.box, motion, index - self.last.number)
+        motion = _measure_motion(list(self.sightings)[-MOTION_SIGHTINGS:])
+        return _move_box(self.last.box, motion, index - self.last.frame_index)
 
-    def covered(self, index: int, hold: int, lookback: int) -> Box | None:
+    def box_to_cover(self, index: int, hold: int, lookback: int) -> Box | None:
         """Return the box to cover in an image; None if no detection is close enough in time.
 
         Args:
@@ -58,25 +58,25 @@ class Track:
         first = self.sightings[0]
         last = self.last
         # the box grows with each image away from a sighting, because the position is less certain
-        if index < first.number:
-            num_images = first.number - index
+        if index < first.frame_index:
+            num_images = first.frame_index - index
             # a track that continues another one needs no box before its start: the other one covers it
             if not self.is_new or num_images > lookback:
                 return None
-            motion = _measure_motion(list(self.sightings)[:MOTION])  # of the first few sightings
+            motion = _measure_motion(list(self.sightings)[:MOTION_SIGHTINGS])  # of the first few sightings
             earlier_box = _move_box(first.box, motion, -num_images)
             return _grow_box(_join_boxes(first.box, earlier_box), num_images)
-        if index > last.number:
-            num_images = index - last.number
+        if index > last.frame_index:
+            num_images = index - last.frame_index
             if num_images > hold:
                 return None
             return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
         # the image lies between two detections
-        before = [sighting for sighting in self.sightings if sighting.number <= index]
-        if before[-1].number == index:
+        before = [sighting for sighting in self.sightings if sighting.frame_index <= index]
+        if before[-1].frame_index == index:
             return before[-1].box
-        after = [sighting for sighting in self.sightings if sighting.number > index]
-        return _interpolate(before[-MOTION:], after[:MOTION], index)
+        after = [sighting for sighting in self.sightings if sighting.frame_index > index]
+        return _interpolate(before[-MOTION_SIGHTINGS:], after[:MOTION_SIGHTINGS], index)
 
 
 @dataclass
@@ -89,54 +89,60 @@ class Tracks:
 
     hold: int  # number of images in which an object stays covered after its last sighting
     lookback: int  # number of images in which it is covered before its first sighting
-    started: int = 0  # number of distinct objects so far
+    num_objects: int = 0  # number of distinct objects so far
     longest_gap: int = 0  # largest number of images between two sightings of an object
     _tracks: list[Track] = field(default_factory=list)
 
-    def see(self, index: int, boxes: Sequence[Box]) -> None:
-        """Assign the boxes found in an image to tracks of objects; boxes that fit no track start new ones.
+    def add_detections(self, index: int, boxes: Sequence[Box]) -> None:
+        """Assign the boxes found in image `index` to the tracks of objects.
 
-        `_measure_closeness` scores boxes that surely show a track's object, `_measure_nearness` those that
-        may show it.
+        1. A box that overlaps an object's last or expected box continues its track.
+        2. A box that is only near one starts a track from the object's last box.
+        3. Each box that is left starts the track of a new object.
         """
-        # tracks that may continue: an object may be missing in at most `hold` images between two sightings
-        waiting = [
-            track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
+        # an object may be missing in at most `hold` images between two sightings
+        open_tracks = [
+            track
+            for track in self._tracks
+            if track.is_open and index - track.last.frame_index <= self.hold + 1
         ]
-        unmatched = list(boxes)
-        # first boxes that clearly continue a track, then those that may; both calls shorten the lists
-        for track, box in _take_pairs(waiting, unmatched, _measure_closeness, index):
-            self._note_gap(track, index)
+        continued = _match(open_tracks, boxes, _score_by_overlap, index)
+        for track, box in continued.items():
+            self._update_longest_gap(track, index)
             track.sightings.append(Sighting(index, box))
-        for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
+        other_tracks = [track for track in open_tracks if track not in continued]
+        other_boxes = _without(boxes, continued.values())
+        near = _match(other_tracks, other_boxes, _score_by_distance, index)
+        for track, box in near.items():
             # it may be another object, so the old position and the path to the new one are covered too
-            self._note_gap(track, index)
-            track.is_open = False  # ends; the new track begins with its last sighting
+            self._update_longest_gap(track, index)
+            track.is_open = False
             self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
-        self._tracks += [Track(deque([Sighting(index, box)]), is_new=True) for box in unmatched]
-        self.started += len(unmatched)
+        new_boxes = _without(other_boxes, near.values())
+        self._tracks += [Track(deque([Sighting(index, box)]), is_new=True) for box in new_boxes]
+        self.num_objects += len(new_boxes)
 
     def boxes(self, index: int) -> list[Box]:
         """Return the boxes to cover in an image, including objects that were not detected in it."""
-        boxes_of_tracks = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
+        boxes_of_tracks = (track.box_to_cover(index, self.hold, self.lookback) for track in self._tracks)
         return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
         """Delete tracks and detections that no image after `index` needs."""
-        self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
+        self._tracks = [track for track in self._tracks if track.last.frame_index + self.hold > index]
         for track in self._tracks:
             # keep enough sightings to estimate the motion, and the last one up to `index`
-            while len(track.sightings) > MOTION and track.sightings[1].number <= index:
+            while len(track.sightings) > MOTION_SIGHTINGS and track.sightings[1].frame_index <= index:
                 track.sightings.popleft()
 
-    def _note_gap(self, track: Track, index: int) -> None:
-        self.longest_gap = max(self.longest_gap, index - track.last.number - 1)
+    def _update_longest_gap(self, track: Track, index: int) -> None:
+        self.longest_gap = max(self.longest_gap, index - track.last.frame_index - 1)
 
 
-def _take_pairs(
-    tracks: list[Track], boxes: list[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
-) -> list[tuple[Track, Box]]:
-    """Match tracks with boxes, best pairs first; return the pairs, and remove them from both lists.
+def _match(
+    tracks: Sequence[Track], boxes: Sequence[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
+) -> dict[Track, Box]:
+    """Match tracks with boxes of image `index`, best pairs first; return the box of each matched track.
 
     Args:
         tracks: Tracks to match.
@@ -145,40 +151,45 @@ def _take_pairs(
         index: Index of the image.
     """
     if not tracks or not boxes:
-        return []
+        return {}
     box_array = np.array(boxes, np.float32)
     scores = np.stack([score(track, box_array, index) for track in tracks])  # tracks x boxes
-    pairs = []
+    matches = {}
     while scores.max() > 0:
         row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
-        pairs.append((tracks[row], boxes[column]))
+        matches[tracks[int(row)]] = boxes[int(column)]
         # each track and each box is matched at most once
         scores[row] = 0
         scores[:, column] = 0
-    for track, box in pairs:
-        tracks.remove(track)
-        boxes.remove(box)
-    return pairs
+    return matches
 
 
-def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
+def _without(boxes: Sequence[Box], matched: Iterable[Box]) -> list[Box]:
+    """Return the boxes that are not matched; of equal boxes, one is removed for each match."""
+    remaining = list(boxes)
+    for box in matched:
+        remaining.remove(box)
+    return remaining
+
+
+def _score_by_overlap(track: Track, boxes: Numbers, index: int) -> Numbers:
     """Score boxes by their overlap with a track's last or predicted box; 0 below MIN_OVERLAP."""
     last, expected = np.array([track.last.box, track.expected(index)], np.float32)
     best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
     return np.where(best >= MIN_OVERLAP, best, 0)
 
 
-def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
+def _score_by_distance(track: Track, boxes: Numbers, index: int) -> Numbers:
     """Score, from 0 to 1, how close each box is to a track's last or predicted position; 0 if too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-    reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
+    max_distance = MAX_MATCH_DISTANCE * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     centers_of_track = np.array(
         [_find_center(track.last.box), _find_center(track.expected(index))], np.float32
     )
     from_last, from_expected = (np.hypot(*(centers - center).T) for center in centers_of_track)
     away = np.minimum(from_last, from_expected)
-    return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
+    return np.maximum(0, 1 - away / np.maximum(max_distance, 1e-6))
 
 
 def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
@@ -189,17 +200,17 @@ def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: i
     """
     first = before[-1]
     last = after[0]
-    fraction = (index - first.number) / (last.number - first.number)
+    fraction = (index - first.frame_index) / (last.frame_index - first.frame_index)
     left, top, right, bottom = (
         (1 - fraction) * a + fraction * b for a, b in zip(first.box, last.box, strict=True)
     )
     interpolated = (left, top, right, bottom)
     # extrapolate from the nearer sighting
-    if index - first.number <= last.number - index:
-        num_images = index - first.number
+    if index - first.frame_index <= last.frame_index - index:
+        num_images = index - first.frame_index
         extrapolated = _move_box(first.box, _measure_motion(before), num_images)
     else:
-        num_images = last.number - index
+        num_images = last.frame_index - index
         extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
     # the position is less certain the farther the image is from a detection
     return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
@@ -209,7 +220,7 @@ def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
     """Return the mean motion per image of a tracked object in pixels: (right, down)."""
     first = sightings[0]
     last = sightings[-1]
-    images = last.number - first.number
+    images = last.frame_index - first.frame_index
     if not images:
         return 0.0, 0.0
     x0, y0 = _find_center(first.box)

@@ -56,15 +56,15 @@ def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, maximum: in
         max_overlap: Largest allowed intersection over union.
         maximum: Largest number of indices.
     """
-    waiting = np.argsort(-scores, kind="stable")
-    chosen: list[int] = []
-    while len(waiting) and (maximum is None or len(chosen) < maximum):
-        best = int(waiting[0])
-        waiting = waiting[1:]
-        chosen.append(best)
+    candidates = np.argsort(-scores, kind="stable")
+    selected: list[int] = []
+    while len(candidates) and (maximum is None or len(selected) < maximum):
+        best = int(candidates[0])
+        candidates = candidates[1:]
+        selected.append(best)
         # not `<=`: NaN compares as false, so boxes with NaN stay
-        waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > max_overlap)]
-    return chosen
+        candidates = candidates[~(overlaps(boxes[best], boxes[candidates]) > max_overlap)]
+    return selected
 
 
 def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:

@@ -23,10 +23,10 @@ from modules.errors import CheckpointError
 
 GROUPS, EPS = 32, 1e-6  # of group norms
 HEADS = 8
-FILES = "codeformer.pth, or a safetensors file of the same tensors,"
+RELEASED_FILES = "codeformer.pth, or a safetensors file of the same tensors,"
 RES, ATTENTION, RESIZE, NORM, CONV = "res", "attention", "resize", "norm", "conv"
 # always float32, regardless of --dtype: choosing a code compares close numbers
-CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
+CODE_PREDICTION_PREFIXES = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Fusion(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.encode_enc = ResBlock(2 * width, width)
-        self.scale, self.shift = _make_steering(width), _make_steering(width)
+        self.scale, self.shift = _make_condition_layers(width), _make_condition_layers(width)
 
     def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
         """Return generator features modulated by encoder features, B C h w.
@@ -213,7 +213,7 @@ class Fusion(nn.Module):
         return x + fidelity * (x * self.scale(both) + self.shift(both))
 
 
-def _make_steering(width: int) -> nn.Sequential:
+def _make_condition_layers(width: int) -> nn.Sequential:
     return nn.Sequential(_make_conv(width, width), nn.LeakyReLU(0.2), _make_conv(width, width))
 
 
@@ -243,7 +243,7 @@ class CodeFormer(nn.Module):
             fidelity: Weight of the input, from 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
-        codes = self.quantize["embedding"](self._choose(latents))
+        codes = self.quantize["embedding"](self._predict_codes(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
         # adaptive instance normalization: the codes get the mean and standard deviation of the latents
         codes_mean, codes_std = _measure_statistics(codes)
@@ -269,7 +269,7 @@ class CodeFormer(nn.Module):
         Args:
             faces: Aligned faces, B 3 S S, -1..1.
         """
-        return self._choose(self._encode(faces)[0])
+        return self._predict_codes(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the latents, B C h w, and the encoder features to fuse, keyed by their size."""
@@ -282,7 +282,7 @@ class CodeFormer(nn.Module):
                 fused[sizes[number]] = x
         return x, fused
 
-    def _choose(self, latents: Tensor) -> Tensor:
+    def _predict_codes(self, latents: Tensor) -> Tensor:
         tokens = self.feat_emb(rearrange(latents.float(), "b c h w -> b (h w) c"))
         for layer in self.ft_layers:
             tokens = layer(tokens, self.position_emb)
@@ -313,11 +313,13 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         CheckpointError: If the file is not a CodeFormer file.
     """
     names = checkpoint.tensors
-    wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
+    wrong_kind_error = other_kind(
+        checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES
+    )
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
-        raise wrong_kind
+        raise wrong_kind_error
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
     encoder = _read_blocks("encoder", checkpoint)
     generator = _read_blocks("generator", checkpoint)
     num_positions, tokens = shape("position_emb", 2)
@@ -335,7 +337,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         fused=tuple(sorted({int(match[1]) for match in matches if match})),
     )
     if not _is_possible(config):
-        raise wrong_kind
+        raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -353,7 +355,8 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     )
 
 
-_MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
+# by a tensor that the kind has; the most specific first
+_KIND_BY_TENSOR = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "weight": CONV}
 
 
 def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
@@ -364,18 +367,15 @@ def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ..
 
 def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
     """Return the kind and the widths of a CodeFormer block, derived from the shapes of its tensors."""
-    shapes = {}
-    for tensor_name, info in checkpoint.tensors.items():
-        if tensor_name.startswith(f"{name}."):
-            shapes[tensor_name.removeprefix(f"{name}.")] = info.shape
-    # kinds of blocks that have one of their tensors here, most specific first
-    candidates = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
-    if not candidates:
-        raise CheckpointError(
-            f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
-        )
-    kind, shape = candidates[0]
-    if kind == CONV and len(shape) == 1:  # a norm has a weight of the same name
-        kind = NORM
-    width_in = shape[1] if len(shape) > 1 else shape[0]
-    return CodeFormerBlock(kind, width_in, shape[0])
+    for tensor_name, kind in _KIND_BY_TENSOR.items():
+        info = checkpoint.tensors.get(f"{name}.{tensor_name}")
+        if info is None or not info.shape:
+            continue
+        width = info.shape[0]
+        if kind == CONV and len(info.shape) == 1:  # a norm has a weight of the same name
+            return CodeFormerBlock(NORM, width, width)
+        width_in = info.shape[1] if len(info.shape) > 1 else width
+        return CodeFormerBlock(kind, width_in, width)
+    raise CheckpointError(
+        f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
+    )

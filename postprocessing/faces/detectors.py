@@ -14,7 +14,7 @@ from modules.errors import CheckpointError
 from modules.limits import MAX_PICKLE_BYTES
 from modules.onnx_models import OnnxModel, load_onnx, may_be_onnx, shapes_text
 from postprocessing.faces.boxes import Detector
-from postprocessing.faces.retinaface import FILES, load_retinaface, read_retinaface
+from postprocessing.faces.retinaface import RELEASED_FILES, load_retinaface, read_retinaface
 from postprocessing.faces.yolo import OUTPUTS, YoloLayout, load_yolo, load_yunet, read_layout
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) ->
     if layout is None:
         raise CheckpointError(
             f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: it gives "
-            f"{shapes_text(model.outputs)}.\n  Give {FILES} to {option}.",
+            f"{shapes_text(model.outputs)}.\n  Give {RELEASED_FILES} to {option}.",
             path,
         )
     return layout

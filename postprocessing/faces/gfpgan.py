@@ -20,7 +20,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 # Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
 
 SMALLEST = 4  # side of the deepest features, and of the decoder's first ones
-FILES = "GFPGANv1.4.pth or GFPGANv1.3.pth, or a safetensors file of the same tensors,"
+RELEASED_FILES = "GFPGANv1.4.pth or GFPGANv1.3.pth, or a safetensors file of the same tensors,"
 # unused at inference: outputs for training the U-Net, and the mapping of random styles
 UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
@@ -32,7 +32,9 @@ class GfpganConfig:
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up
     style: int  # width of a style vector
-    steered: tuple[int, ...]  # channels that get a scale and a shift, at each size above `SMALLEST`
+    modulated_channels: tuple[
+        int, ...
+    ]  # channels that get a scale and a shift, at each size above `SMALLEST`
 
     @property
     def size(self) -> int:
@@ -160,19 +162,19 @@ class StyleDecoder(nn.Module):
             for number in (2 * level + 1, 2 * level + 2):
                 self.noises.register_buffer(f"noise{number}", torch.empty(1, 1, side, side))
 
-    def forward(self, styles: Tensor, steering: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, styles: Tensor, scales_and_shifts: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Generate faces from style vectors, steered by features of the U-Net, B 3 S S.
 
         Args:
             styles: Style vectors, B layers D.
-            steering: Scales and shifts for the features of each size from 8 on, B C h w each.
+            scales_and_shifts: Scales and shifts for the features of each size from 8 on, B C h w each.
         """
         style = styles.unbind(1)  # one vector for each convolution and color layer
         noise = [self.noises.get_buffer(f"noise{number}") for number in range(len(self.style_convs) + 1)]
         x = self.constant_input["weight"].expand(len(styles), -1, -1, -1)
         x = self.style_conv1(x, style[0], noise[0])
         image = self.to_rgb1(x, style[1])
-        for level, (scale, shift) in enumerate(steering):
+        for level, (scale, shift) in enumerate(scales_and_shifts):
             # a level has two convolutions and one color layer, which shares its style with the next level
             first = 2 * level + 1
             x = self.style_convs[2 * level](x, style[first], noise[first])
@@ -200,9 +202,9 @@ class Gfpgan(nn.Module):
         self.final_linear = nn.Linear(body[-1] * SMALLEST**2, (2 * levels + 2) * config.style)
         upwards = body[::-1]
         self.conv_body_up = nn.ModuleList(StyleResidualBlock(a, b, 2) for a, b in pairwise(upwards))
-        skip_widths = list(zip(upwards[1:], config.steered, strict=True))
-        self.condition_scale = nn.ModuleList(_make_steering(a, b) for a, b in skip_widths)
-        self.condition_shift = nn.ModuleList(_make_steering(a, b) for a, b in skip_widths)
+        skip_widths = list(zip(upwards[1:], config.modulated_channels, strict=True))
+        self.condition_scale = nn.ModuleList(_make_condition_layers(a, b) for a, b in skip_widths)
+        self.condition_shift = nn.ModuleList(_make_condition_layers(a, b) for a, b in skip_widths)
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -221,14 +223,14 @@ class Gfpgan(nn.Module):
             skips.append(x)
         x = _lrelu(self.final_conv(x))
         styles = self.final_linear(x.flatten(1)).view(len(x), -1, self.config.style)
-        steering = []
+        scales_and_shifts = []
         for skip, up, scale, shift in zip(
             reversed(skips), self.conv_body_up, self.condition_scale, self.condition_shift, strict=True
         ):
             x = up(x + skip)
             # each level of the decoder is scaled and shifted by features of its size
-            steering.append((scale(x), shift(x)))
-        return self.stylegan_decoder(styles, steering).float()
+            scales_and_shifts.append((scale(x), shift(x)))
+        return self.stylegan_decoder(styles, scales_and_shifts).float()
 
     def draw_noise(self, generator: torch.Generator) -> None:
         """Fill the decoder's noise buffers once after loading, so that equal faces give equal results."""
@@ -236,7 +238,7 @@ class Gfpgan(nn.Module):
             noise.copy_(torch.randn(noise.shape, generator=generator))
 
 
-def _make_steering(width_in: int, width: int) -> nn.Sequential:
+def _make_condition_layers(width_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(width_in, width_in, 3, padding=1),
         nn.LeakyReLU(0.2),
@@ -251,11 +253,11 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         CheckpointError: If the file is not a GFPGAN file.
     """
     names = checkpoint.tensors
-    wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
+    wrong_kind_error = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
-        raise wrong_kind
+        raise wrong_kind_error
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
@@ -271,10 +273,9 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         body=(out_channels("conv_body_first"), *body),
         decoder=(shape(f"{decoder_prefix}constant_input.weight")[1], *decoder),
         style=shape(f"{decoder_prefix}style_conv1.modulated_conv.modulation.weight", 2)[1],
-        steered=tuple(out_channels(f"condition_scale.{level}.2") for level in levels),
+        modulated_channels=tuple(out_channels(f"condition_scale.{level}.2") for level in levels),
     )
-    for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
-        # the U-Net can steer at most all channels of the decoder
-        if steered > channels:
-            raise wrong_kind
+    for num_modulated, channels in zip(config.modulated_channels, config.decoder[1:], strict=True):
+        if num_modulated > channels:
+            raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

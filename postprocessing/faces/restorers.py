@@ -20,10 +20,10 @@ from modules.option_values import to_path
 from modules.paths import explain_missing
 from modules.seeds import derive_seed
 from postprocessing.contract import batch_norm
-from postprocessing.faces.codeformer import CHOOSING, CodeFormer, read_codeformer
+from postprocessing.faces.codeformer import CODE_PREDICTION_PREFIXES, CodeFormer, read_codeformer
 from postprocessing.faces.gfpgan import Gfpgan, read_gfpgan
 from postprocessing.options import GFPGAN, RETINAFACES, YUNET, FacefixOptions
-from postprocessing.tiling import Guarded, Run, compile_parts, network_dtype
+from postprocessing.tiling import Float32Fallback, Run, compile_parts, network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 CLASSES = 19
 # in the order of CelebAMask-HQ: skin, nose, glasses, eyes, brows, ears, mouth, lips, hair; 15 is ear rings.
 # Background, hat, necklace, neck and clothes stay unchanged.
-OF_THE_FACE = (*range(1, 14), 15)
-FILES = "parsing_parsenet.pth"
+FACE_CLASSES = (*range(1, 14), 15)
+RELEASED_FILES = "parsing_parsenet.pth"
 UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # tensors that are only used in training
 
 
@@ -122,7 +122,7 @@ class ParseNet(nn.Module):
 def face_parts(scores: Tensor) -> Tensor:
     """Return the face mask, B h w bool, from ParseNet's class scores, B 19 h w."""
     is_face = torch.zeros(CLASSES, dtype=torch.bool, device=scores.device)
-    is_face[list(OF_THE_FACE)] = True
+    is_face[list(FACE_CLASSES)] = True
     return is_face[scores.argmax(dim=1)]
 
 
@@ -132,12 +132,13 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     Raises:
         CheckpointError: If the file is not a ParseNet file.
     """
-    # the error to raise below
-    wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
+    wrong_kind_error = other_kind(
+        checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", RELEASED_FILES
+    )
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
-        raise wrong_kind
+        raise wrong_kind_error
     sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]
@@ -145,11 +146,13 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     # encoder.0 is a plain convolution; the others are residual blocks
     num_down = count(sources, r"encoder\.\d+") - 1
     num_up = count(sources, r"decoder\.\d+")
-    down = (out_channels("encoder.0"), *(out_channels(f"encoder.{n + 1}.conv1") for n in range(num_down)))
-    up = (down[-1], *(out_channels(f"decoder.{n}.conv1") for n in range(num_up)))
+    down = [out_channels("encoder.0")]
+    down += [out_channels(f"encoder.{index}.conv1") for index in range(1, num_down + 1)]
+    up = [down[-1]]
+    up += [out_channels(f"decoder.{index}.conv1") for index in range(num_up)]
     if num_down != num_up or out_channels("out_mask_conv") != CLASSES:
-        raise wrong_kind
-    config = ParseNetConfig(down, count(sources, r"body\.\d+"), up)
+        raise wrong_kind_error
+    config = ParseNetConfig(tuple(down), count(sources, r"body\.\d+"), tuple(up))
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)
 
 
@@ -172,7 +175,7 @@ class Restorer:
     size: int
 
 
-def load_both(
+def load_networks(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
     """Load the network that restores faces, and ParseNet, which finds the parts of a face.
@@ -199,35 +202,37 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     Raises:
         CheckpointError: If a file is missing or of another kind.
     """
-    network = options.network
+    network_options = options.network
     name = "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
-    dtype = network_dtype(network, device, name)
+    dtype = network_dtype(network_options, device, name)
 
-    def configure(model: Gfpgan | CodeFormer) -> Run:
-        """Return the restoring function with the options' fidelity (CodeFormer) or noise (GFPGAN) applied."""
-        if isinstance(model, CodeFormer):
-            return lambda faces: model(faces, options.weight)
-        if network.seed is not None:
-            model.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", network.seed)))
-        return model
+    # used instead if results in `dtype` are not finite
+    def load_float32_restorer() -> Run:
+        return _configure(_load_model(options, model, device, torch.float32), options)
 
-    # in float32, in case that results in `dtype` are not finite
-    def load_exact_restorer() -> Run:
-        return configure(_load_model(options, model, device, torch.float32))
-
-    def load_exact_parts() -> ParseNet:
+    def load_float32_parsenet() -> ParseNet:
         return _load_parsenet(parsenet, device, torch.float32)
 
-    restorer, parts = load_both(options, model, parsenet, device=device, dtype=dtype)
-    if isinstance(restorer, CodeFormer) and network.seed is not None:
+    restorer, parse = load_networks(options, model, parsenet, device=device, dtype=dtype)
+    if isinstance(restorer, CodeFormer) and network_options.seed is not None:
         logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
     logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
-    compile_parts(network, (restorer, parts))
+    compile_parts(network_options, (restorer, parse))
     return Restorer(
-        restore=Guarded(configure(restorer), dtype, load_exact_restorer, name),
-        parse=Guarded(parts, dtype, load_exact_parts, "ParseNet"),
+        restore=Float32Fallback(_configure(restorer, options), dtype, load_float32_restorer, name),
+        parse=Float32Fallback(parse, dtype, load_float32_parsenet, "ParseNet"),
         size=restorer.config.size,
     )
+
+
+def _configure(network: Gfpgan | CodeFormer, options: FacefixOptions) -> Run:
+    """Return the function that restores faces: with CodeFormer's fidelity, or GFPGAN's noise if seeded."""
+    if isinstance(network, CodeFormer):
+        return lambda faces: network(faces, options.weight)
+    seed = options.network.seed
+    if seed is not None:
+        network.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", seed)))
+    return network
 
 
 def _load_model(
@@ -242,7 +247,7 @@ def _load_model(
         device=device,
         dtype=dtype,
         what="--model",
-        in_float32=CHOOSING,
+        float32_prefixes=CODE_PREDICTION_PREFIXES,
     )
 
 
@@ -252,24 +257,24 @@ def _load_parsenet(path: Path, device: torch.device, dtype: torch.dtype) -> Pars
 
 def _load(
     path: Path,
-    read: Callable[[Checkpoint], LoadPlan[Config]],
+    make_plan: Callable[[Checkpoint], LoadPlan[Config]],
     build: Callable[[Config], Network],
     device: torch.device,
     dtype: torch.dtype,
     what: str,
-    in_float32: tuple[str, ...] = (),
+    float32_prefixes: tuple[str, ...] = (),
 ) -> Network:
-    """Load one network from a checkpoint, as planned by `read`, into the network that `build` creates.
+    """Load the weights of a checkpoint into the network that `build` creates from the plan's config.
 
-    Weights are converted to `dtype`, except that those with a prefix in `in_float32` are loaded in float32.
-    `what` names the network in messages.
+    Weights are converted to `dtype`, except that those with one of the `float32_prefixes` are loaded in
+    float32. `what` names the network in messages.
     """
 
     def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
-        return torch.float32 if in_float32 and name.startswith(in_float32) else dtype
+        return torch.float32 if name.startswith(float32_prefixes) else dtype
 
     with open_checkpoint(path) as checkpoint:
-        return load_planned(read(checkpoint), build, device=device, dtype=dtype_of, what=what)
+        return load_planned(make_plan(checkpoint), build, device=device, dtype=dtype_of, what=what)
 
 
 # Find the files for restoring faces: the model, and next to it the detector and ParseNet.

@@ -42,7 +42,7 @@ SIZES = ((16, 32), (64, 128), (256, 512))  # sides of the anchors of each scale:
 CENTER_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
 MAX_OVERLAP = 0.4
 NARROW = 64  # networks up to this width use leaky ReLUs
-FILES = (
+RELEASED_FILES = (
     "detection_Resnet50_Final or detection_mobilenet0.25_Final (.pth or .safetensors), or an .onnx of YuNet "
     "or of a YOLO for faces"
 )
@@ -244,10 +244,11 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     is_resnet = "body.conv1.weight" in names
     is_mobile = "body.stage1.0.0.weight" in names
     if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
-        raise other_kind(checkpoint, "a detector of faces", option, FILES)
+        raise other_kind(checkpoint, "a detector of faces", option, RELEASED_FILES)
     sources = plain_sources(checkpoint)
     shape_error = CheckpointError(
-        f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {FILES} to {option}.",
+        f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {RELEASED_FILES} to "
+        f"{option}.",
         checkpoint.path,
     )
     shape = shapes_of(checkpoint, sources, shape_error)

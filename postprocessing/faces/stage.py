@@ -37,7 +37,7 @@ MOVED = 0.1
 Landmarks = NDArray[np.float32]  # 5 2
 
 
-class SteadyLandmarks:
+class LandmarkSmoother:
     """Smooth the landmarks of faces over time, using only the previous image.
 
     Faces are pasted back where they were cut out, so a slightly wrong landmark does not displace anything.
@@ -52,7 +52,7 @@ class SteadyLandmarks:
         self._strength = strength
         self._last: list[Landmarks] = []
 
-    def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
+    def smooth(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
         """Smooth the landmarks of the faces in the next image; large movements are smoothed less.
 
         Each face is matched with the nearest one of the previous image, and moved towards its landmarks.
@@ -221,7 +221,7 @@ class Facefix:
     least_score: float
     name: str = "facefix"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         """Return the clip with its new size.
 
         Raises:
@@ -229,28 +229,28 @@ class Facefix:
         """
         return enlarged_clip(clip, self.options.upscale, "--upscale")
 
-    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
+    def run(self, frames: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield images with restored faces; images without faces are only scaled."""
-        steady = SteadyLandmarks(self.options.smooth)
-        num_images = 0
+        smoother = LandmarkSmoother(self.options.smooth)
+        num_frames = 0
         num_changed = 0
         num_faces = 0
-        for image in pictures:
-            matrices = self._find_matrices(image, steady)
-            num_images += 1
+        for frame in frames:
+            matrices = self._find_matrices(frame, smoother)
+            num_frames += 1
             num_changed += bool(matrices)
             num_faces += len(matrices)
-            pixels = self._restore(image.pixels, matrices, clip.is_deep)
-            yield image if pixels is image.pixels else replace(image, pixels=pixels)
+            pixels = self._restore(frame.pixels, matrices, clip.is_deep)
+            yield frame if pixels is frame.pixels else replace(frame, pixels=pixels)
         if num_faces:
             logger.info(
                 "%s: %d faces restored in %d of %d pictures",
                 clip.path.name,
                 num_faces,
                 num_changed,
-                num_images,
+                num_frames,
             )
-        elif num_images:
+        elif num_frames:
             logger.warning(
                 "%s: no face was found with a score of %g or more; nothing was restored. A lower "
                 "--detection_threshold finds more.",
@@ -258,14 +258,14 @@ class Facefix:
                 self.least_score,
             )
 
-    def _find_matrices(self, picture: OutputFrame, steady: SteadyLandmarks) -> list[Matrix]:
+    def _find_matrices(self, frame: OutputFrame, smoother: LandmarkSmoother) -> list[Matrix]:
         """Detect the faces to restore; return the matrix that aligns each face to the template."""
-        faces = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
+        faces = self.detector.find(in_eight_bits(frame.pixels), self.least_score)
         if any(face.landmarks is None for face in faces):
             raise no_landmarks(f"--detection_model {self.options.detection_model}")
-        size = picture.pixels.shape[1], picture.pixels.shape[0]
+        size = frame.pixels.shape[1], frame.pixels.shape[0]
         chosen = restorable(faces, size, self.options.only_center)
-        landmarks = steady.steady([face.landmarks for face in chosen if face.landmarks is not None])
+        landmarks = smoother.smooth([face.landmarks for face in chosen if face.landmarks is not None])
         matrices = (alignment(points, self.restorer.size) for points in landmarks)
         return [matrix for matrix in matrices if matrix is not None]
 
@@ -295,7 +295,7 @@ class Facefix:
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
     files = restorers.find_files(options)
-    restorers.load_both(
+    restorers.load_networks(
         options, files.model, files.parsenet, device=torch.device("meta"), dtype=torch.float32
     )
     check_detector(files.detector, "--detection_model", needs_landmarks=True)

@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SIDE = 640  # side of the square image, if the file does not fix it
 STEPS = (8, 16, 32)  # strides of the detection grids, in pixels
-OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large objects
-PADDING = 114  # gray around images that are not square
+VARIANT_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large objects
+GRAY = 114  # gray around images that are not square
 MAX_OVERLAP = 0.7
 MAX_FOUND = 300
 BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
-FINISHED = (6, 6 + 3 * POINTS)  # values per row in files that already suppress overlapping boxes
+SELECTED_ROW_WIDTHS = (6, 6 + 3 * POINTS)  # values per row in files that already suppress overlapping boxes
 TASKS = ("detect", "pose", "segment")
 CLASSES_SHOWN = 8
 
@@ -71,7 +71,7 @@ class YoloDetector:
         """Detect objects in an image (H W 3, RGB) with at least this score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
-        rows = self._read(self._take_boxes(outputs), least_score)
+        rows = self._decode(self._find_box_output(outputs), least_score)
         shift = np.array(offset, np.float32)
         boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
         points = None if rows.points is None else (rows.points - shift) / factor
@@ -82,7 +82,7 @@ class YoloDetector:
             faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
         return faces
 
-    def _take_boxes(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _find_box_output(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Return the box rows of the output, without the mask output (four axes) of segmentation models."""
         for output in outputs:
             if output.ndim == 3 and output.shape[0] == 1:
@@ -96,35 +96,37 @@ class YoloDetector:
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise _other_layout(self.path, shapes)
 
-    def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
+    def _decode(self, output: NDArray[np.float32], least_score: float) -> _Rows:
         """Decode the YOLO's output to detections with at least `least_score`.
 
         Versions differ: candidates are rows or columns, or the file has selected the best boxes already.
         """
         # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
-        counts = []
-        for steps in (STEPS, *OTHER_STEPS):
+        candidate_counts = []
+        for steps in (STEPS, *VARIANT_STEPS):
             cells = [(self.layout.side // step) ** 2 for step in steps]
-            counts.append(sum(cells))
-        if result.shape[1] in FINISHED and result.shape[0] not in counts:
-            # the file selects the best boxes itself: corners, score, class, then points
-            rows = result[result[:, BOX] >= least_score]
-            points = _read_points(rows[:, BOX + 2 :], numbers_of_point=3)
-            return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
-        if result.shape[1] in counts:  # candidates along columns
-            result = result.T
-        if result.shape[0] not in counts or result.shape[1] <= BOX:
-            raise _other_layout(self.path, str(list(result.shape)))
-        num_classes, numbers_of_point = self._split_columns(result.shape[1])
-        # columns: center, width and height of the box, the score of each class, then points
-        scores = result[:, BOX : BOX + num_classes].max(axis=1)
-        is_chosen = scores >= least_score
-        rows = result[is_chosen]
+            candidate_counts.append(sum(cells))
+        num_rows, num_columns = output.shape
+        if num_columns in SELECTED_ROW_WIDTHS and num_rows not in candidate_counts:
+            return _decode_selected(output, least_score)
+        if num_columns in candidate_counts:  # candidates are columns
+            output = output.T
+        num_rows, num_columns = output.shape
+        if num_rows not in candidate_counts or num_columns <= BOX:
+            raise _other_layout(self.path, str(list(output.shape)))
+        return self._decode_candidates(output, least_score)
+
+    def _decode_candidates(self, rows: NDArray[np.float32], least_score: float) -> _Rows:
+        """Decode rows of center, width and height of a box, the score of each class, then landmarks."""
+        num_classes, values_per_point = self._split_columns(rows.shape[1])
+        scores = rows[:, BOX : BOX + num_classes].max(axis=1)
+        is_likely = scores >= least_score
+        rows = rows[is_likely]
         centers = rows[:, :2]
         half_sizes = rows[:, 2:BOX] / 2
         boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
-        points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
-        return _Rows(boxes, scores[is_chosen], points)
+        points = _read_points(rows[:, BOX + num_classes :], values_per_point)
+        return _Rows(boxes, scores[is_likely], points)
 
     def _split_columns(self, width: int) -> tuple[int, int]:
         """Return the number of classes, and of values per landmark, in an output row of `width` values."""
@@ -132,6 +134,13 @@ class YoloDetector:
             return self.layout.classes, self.layout.landmarks
         is_face = width == BOX + 1 + 3 * POINTS
         return (1, 3) if is_face else (width - BOX, 0)
+
+
+def _decode_selected(rows: NDArray[np.float32], least_score: float) -> _Rows:
+    """Decode rows of corners, score, class and landmarks, whose overlapping boxes are suppressed already."""
+    rows = rows[rows[:, BOX] >= least_score]
+    points = _read_points(rows[:, BOX + 2 :], values_per_point=3)
+    return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
 
 
 def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
@@ -214,16 +223,16 @@ def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], 
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     fitted = cv2.resize(pixels, (fitted_width, fitted_height), interpolation=interpolation)
     left, top = (side - fitted_width) // 2, (side - fitted_height) // 2
-    square = np.full((side, side, 3), PADDING, np.uint8)
+    square = np.full((side, side, 3), GRAY, np.uint8)
     square[top : top + fitted_height, left : left + fitted_width] = fitted
     return square, factor, (left, top)
 
 
-def _read_points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
+def _read_points(numbers: Numbers, values_per_point: int) -> Numbers | None:
     """Return landmarks, N 5 2, from rows of (x, y) or (x, y, visibility); None without landmarks."""
-    if numbers_of_point not in (2, 3) or numbers.shape[1] < numbers_of_point * POINTS:
+    if values_per_point not in (2, 3) or numbers.shape[1] < values_per_point * POINTS:
         return None
-    points: Numbers = numbers[:, : numbers_of_point * POINTS].reshape(-1, POINTS, numbers_of_point)[..., :2]
+    points: Numbers = numbers[:, : values_per_point * POINTS].reshape(-1, POINTS, values_per_point)[..., :2]
     return points
 
 
@@ -250,8 +259,8 @@ WIDTHS = {"cls": 1, "obj": 1, "bbox": 4, "kps": 2 * POINTS}  # values per grid c
 OUTPUTS = {f"{kind}_{step}" for kind in WIDTHS for step in STEPS}
 MAX_LOG_SIDE = 20.0  # limit of a box's log side, which keeps invalid values finite
 MAX_OVERLAP_YUNET = 0.3
-MAX_BEFORE = 5000  # best boxes that enter non-maximum suppression
-PADDED = 32  # pixels: sides are multiples of it
+MAX_CANDIDATES = 5000  # best boxes that enter non-maximum suppression
+SIDE_MULTIPLE = 32  # pixels: sides are multiples of it
 
 
 @dataclass(frozen=True)
@@ -269,14 +278,14 @@ class YuNetDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least `least_score`, best first."""
         height, width = pixels.shape[:2]
-        small = shrunk(pixels, self._select_factor(height, width))
+        small = shrunk(pixels, self._choose_scale(height, width))
         small_height, small_width = small.shape[:2]
-        candidates = self._search(small)
+        candidates = self._find_candidates(small)
         # back to the pixels of the image
         scale = np.array([width / small_width, height / small_height], np.float32)
         # only the most likely candidates are compared with each other
         likely = np.flatnonzero(candidates.scores >= least_score)
-        likely = likely[np.argsort(-candidates.scores[likely], kind="stable")[:MAX_BEFORE]]
+        likely = likely[np.argsort(-candidates.scores[likely], kind="stable")[:MAX_CANDIDATES]]
         boxes = candidates.boxes[likely]
         scores = candidates.scores[likely]
         faces = []
@@ -287,21 +296,24 @@ class YuNetDetector:
             faces.append(FoundFace((left, top, right, bottom), float(scores[index]), points))
         return faces
 
-    def _search(self, pixels: NDArray[np.uint8]) -> _Faces:
+    def _find_candidates(self, pixels: NDArray[np.uint8]) -> _Faces:
         """Return a candidate for each grid cell of an image (H W 3, RGB), whatever its score."""
         height, width = pixels.shape[:2]
-        canvas_width, canvas_height = self.canvas or (round_up(width, PADDED), round_up(height, PADDED))
+        canvas_width, canvas_height = self.canvas or (
+            round_up(width, SIDE_MULTIPLE),
+            round_up(height, SIDE_MULTIPLE),
+        )
         image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
         image[0, :, :height, :width] = pixels[..., ::-1].transpose(2, 0, 1)  # blue first
         outputs = dict(zip(self.network.outputs, self.network.run(image), strict=True))
-        steps = [self._read_step(outputs, step, canvas_width, canvas_height) for step in STEPS]
+        steps = [self._decode_grid(outputs, step, canvas_width, canvas_height) for step in STEPS]
         return _Faces(
             np.concatenate([step.boxes for step in steps]),
             np.concatenate([step.scores for step in steps]),
             np.concatenate([step.points for step in steps]),
         )
 
-    def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
+    def _decode_grid(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
         """Decode one of YuNet's output grids, whose cells are `step` pixels apart, to faces."""
         rows, columns = height // step, width // step
         class_score = self._read_output(outputs, "cls", step, rows * columns).clip(0, 1)
@@ -331,7 +343,7 @@ class YuNetDetector:
             )
         return output.reshape(cells, columns)
 
-    def _select_factor(self, height: int, width: int) -> float:
+    def _choose_scale(self, height: int, width: int) -> float:
         """Return the factor that reduces an image for detection."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:

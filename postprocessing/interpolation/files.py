@@ -32,8 +32,8 @@ from postprocessing.interpolation.synthesis import PER_BLEND, RefinementConfig, 
 from postprocessing.interpolation.twins import Twins
 from postprocessing.options import WITH_FLOWFORMER, WITH_RAFT
 
-ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
-IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant
+FLOW_PREFIX = "flow_estimator."  # the optical flow inside the original files
+IGNORED_TENSORS = ("*.num_batches_tracked", "g_filter", f"{FLOW_PREFIX}*")  # g_filter is a constant
 PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")
 
 Shape = Callable[..., tuple[int, ...]]  # of `shapes_of`
@@ -48,12 +48,12 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wrong_kind = other_kind(
+    wrong_kind_error = other_kind(
         checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb"
     )
     if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
-        raise wrong_kind
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+        raise wrong_kind_error
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def weight_shape(name: str) -> tuple[int, ...]:
         return shape(f"{name}.weight")
@@ -68,14 +68,14 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         or synthesis.last.side > synthesis.last.width
         or weight_shape("amt_update4_low.convc1")[1] != 2 * CHANNELS
     ):
-        raise wrong_kind
+        raise wrong_kind_error
     config = GimmConfig(motion, synthesis)
-    return LoadPlan(config, checkpoint, rename_sources(sources, _our_name), IGNORED)
+    return LoadPlan(config, checkpoint, rename_sources(sources, _add_module_prefix), IGNORED_TENSORS)
 
 
-def _our_name(name: str) -> str:
+def _add_module_prefix(name: str) -> str:
     """Return our name for a tensor, in a network of two modules: `synthesis` and `motion`."""
-    if name == "g_filter" or name.startswith(ESTIMATOR):
+    if name == "g_filter" or name.startswith(FLOW_PREFIX):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
 
@@ -114,8 +114,8 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
         eighth=4 * weight_shape("amt_init_decoder.upsample.1.0")[1],
         first=first,
         last=last,
-        low=_update("amt_update4_low", weight_shape),
-        high=_update("amt_update4_high", weight_shape),
+        low=_read_update("amt_update4_low", weight_shape),
+        high=_read_update("amt_update4_high", weight_shape),
         mixed=weight_shape("amt_comb_block.0")[0],
     )
 
@@ -136,7 +136,7 @@ def _read_decoder(name: str, doublings: int, weight_shape: WeightShape) -> Refin
     )
 
 
-def _update(name: str, weight_shape: WeightShape) -> UpdateConfig:
+def _read_update(name: str, weight_shape: WeightShape) -> UpdateConfig:
     return UpdateConfig(
         correlation=(weight_shape(f"{name}.convc1")[0], weight_shape(f"{name}.convc2")[0]),
         flow=(weight_shape(f"{name}.convf1")[0], weight_shape(f"{name}.convf2")[0]),
@@ -145,7 +145,7 @@ def _update(name: str, weight_shape: WeightShape) -> UpdateConfig:
     )
 
 
-OPTION = "--model"
+MODEL_OPTION = "--model"
 RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
 FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
 COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # compiled parts of flow networks
@@ -179,47 +179,59 @@ def find_files(path: Path, kind: str) -> ModeFiles:
     """
     if not path.exists():
         raise CheckpointError(
-            f"{path}: there is no such file or folder.{explain_missing(path)} Give the folder to {OPTION}.",
+            f"{path}: there is no such file or folder.{explain_missing(path)} Give the folder to "
+            f"{MODEL_OPTION}.",
             path,
         )
-    names_of_kind = tuple(
+    folder = path if path.is_dir() else path.parent
+    main = _find_main_file(folder, kind) if path.is_dir() else path  # whatever the name of a typed file
+    settings = folder / f"{kind}_arb.yaml"
+    return ModeFiles(main, _find_flow_file(main, kind), settings if settings.is_file() else None)
+
+
+def _find_main_file(folder: Path, kind: str) -> Path:
+    """Return the interpolation network's file in a folder; raise CheckpointError if there is none."""
+    names = tuple(
         f"{kind}_arb{perceptual}{ending}"
         # the variant trained with LPIPS is preferred if both are there
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
-    folder = path if path.is_dir() else path.parent
-    # a typed file is used whatever its name is
-    main = _find(folder, names_of_kind, kind) if path.is_dir() else path
+    main = _find_model(folder, names, kind)
     if main is None:
         raise CheckpointError(
-            f"{path}: there is no file of {kind} in this folder. Put {names_of_kind[0]} there, or give "
-            f"another folder to {OPTION} or another --mode.",
-            path,
+            f"{folder}: there is no file of {kind} in this folder. Put {names[0]} there, or give "
+            f"another folder to {MODEL_OPTION} or another --mode.",
+            folder,
         )
-    flow_names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    return main
+
+
+def _find_flow_file(main: Path, kind: str) -> Path:
+    """Return the optical flow network's file next to the main file, which may also contain that network.
+
+    Raises CheckpointError if there is none.
+    """
+    names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
     # the original's name without its suffix: other copies may begin with it
-    flow = _find(folder, flow_names, flow_names[1].partition(".")[0])
-    if flow is None:
-        if not _holds_flow(main):
-            raise CheckpointError(
-                f"{folder}: the optical flow of {kind} is not next to {main.name}. Put {flow_names[0]} "
-                "there.",
-                folder,
-            )
-        # one file may hold both networks
-        flow = main
-    settings = folder / f"{kind}_arb.yaml"
-    return ModeFiles(main, flow, settings if settings.is_file() else None)
+    flow = _find_model(main.parent, names, names[1].partition(".")[0])
+    if flow is not None:
+        return flow
+    if not _holds_flow(main):
+        raise CheckpointError(
+            f"{main.parent}: the optical flow of {kind} is not next to {main.name}. Put {names[0]} there.",
+            main.parent,
+        )
+    return main
 
 
 def _holds_flow(main: Path) -> bool:
     with open_checkpoint(main) as checkpoint:
         names = checkpoint.without_prefix("module.").tensors
-        return any(name.startswith(ESTIMATOR) for name in names)
+        return any(name.startswith(FLOW_PREFIX) for name in names)
 
 
-def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
+def _find_model(folder: Path, names: Sequence[str], start: str) -> Path | None:
     """Return a model file with one of the released `names`, else the only one that begins with `start`.
 
     Returns None if there is neither. Raises CheckpointError if several begin with `start`.
@@ -325,30 +337,34 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
     with open_checkpoint(files.main) as checkpoint:
         plan = _plan_gimm(checkpoint, kind, settings)
-        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=OPTION)
+        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=MODEL_OPTION)
     with open_checkpoint(files.flow) as checkpoint:
         if files.flow == files.main:  # the main file contains the optical flow, with a prefix
-            checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
+            checkpoint = checkpoint.without_prefix("module.").without_prefix(FLOW_PREFIX, others=("",))
         if kind == WITH_RAFT:
-            estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)
+            estimator, channels = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
-            estimator, maps = _load_flowformer(checkpoint, device)
-    # projections: (channels in, channels out) of the layers that adapt the flow network's feature maps
-    config = plan.config.synthesis
-    expected_maps = tuple(inputs for inputs, _ in config.projections)
-    if not expected_maps:
-        # without projections, the flow's feature maps are used directly
-        expected_maps = (config.quarter, config.eighth, maps.matching)
-    if maps != expected_maps:
-        raise CheckpointError(
-            f"{files.flow} does not fit {files.main.name}: it makes maps of {maps.quarter} and {maps.eighth} "
-            "channels. Give both files of one release.",
-            files.flow,
-        )
+            estimator, channels = _load_flowformer(checkpoint, device)
+    _check_match(files, plan.config.synthesis, channels)
     return InterpolationNetworks(gimm, estimator)
 
 
-class _Maps(NamedTuple):
+def _check_match(files: ModeFiles, synthesis: SynthesisConfig, channels: "_MapChannels") -> None:
+    """Raise CheckpointError if the synthesis does not take the feature maps of the optical flow network."""
+    # projections: (channels in, channels out) of the layers that adapt the feature maps; without them, the
+    # maps are used directly
+    expected = tuple(channels_in for channels_in, _ in synthesis.projections)
+    if not expected:
+        expected = (synthesis.quarter, synthesis.eighth, channels.matching)
+    if channels != expected:
+        raise CheckpointError(
+            f"{files.flow} does not fit {files.main.name}: it makes maps of {channels.quarter} and "
+            f"{channels.eighth} channels. Give both files of one release.",
+            files.flow,
+        )
+
+
+class _MapChannels(NamedTuple):
     """Channels of the feature maps in an EncodedImage."""
 
     quarter: int
@@ -358,19 +374,19 @@ class _Maps(NamedTuple):
 
 def _load_raft(
     checkpoint: Checkpoint, iterations: int, device: torch.device
-) -> tuple[Raft | FlowFormer, _Maps]:
+) -> tuple[Raft | FlowFormer, _MapChannels]:
     plan = read_raft(checkpoint)
     build = partial(Raft, iterations=iterations)
-    raft = load_planned(plan, build, device=device, dtype=torch.float32, what=OPTION)
+    raft = load_planned(plan, build, device=device, dtype=torch.float32, what=MODEL_OPTION)
     _, quarter, eighth = plan.config.stages
-    return raft, _Maps(quarter, eighth, plan.config.features)
+    return raft, _MapChannels(quarter, eighth, plan.config.features)
 
 
-def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft | FlowFormer, _Maps]:
+def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft | FlowFormer, _MapChannels]:
     plan = read_flowformer(checkpoint)
-    flowformer = load_planned(plan, FlowFormer, device=device, dtype=torch.float32, what=OPTION)
+    flowformer = load_planned(plan, FlowFormer, device=device, dtype=torch.float32, what=MODEL_OPTION)
     quarter, eighth = plan.config.context
-    return flowformer, _Maps(quarter.width, eighth.width, plan.config.matching)
+    return flowformer, _MapChannels(quarter.width, eighth.width, plan.config.matching)
 
 
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:

@@ -15,7 +15,7 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, plain_sources
 from postprocessing.interpolation import flowformer_memory
-from postprocessing.interpolation.layers import SIDE, Correlation, EncodedImage, grid_of, rows_of_part
+from postprocessing.interpolation.layers import SIDE, Correlation, EncodedImage, chunk_rows, pixel_coordinates
 from postprocessing.interpolation.raft import (
     FlowHead,
     MotionEncoder,
@@ -54,19 +54,19 @@ class SelfAffinity(nn.Module):
         super().__init__()
         self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
 
-    def forward(self, context: Tensor, keeps_table: bool) -> Callable[[Tensor], Tensor]:
+    def forward(self, context: Tensor, stores_table: bool) -> Callable[[Tensor], Tensor]:
         """Return a function that averages a feature map over similar positions.
 
         Args:
             context: Features of the first image, 1 C H W.
-            keeps_table: Whether to store the weights of all pairs of positions instead of recomputing them in
+            stores_table: Whether to store the weights of all pairs of positions, not to recompute them in
                 every call.
         """
         q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
-        if keeps_table:
+        if stores_table:
             weights = q.new_empty(len(q), len(k))
             # 8 bytes for each pair: product and softmax in float32
-            rows = rows_of_part(8 * len(k), q.device)
+            rows = chunk_rows(8 * len(k), q.device)
             scaled = q * q.shape[1] ** -0.5
             for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
                 part.copy_((queries @ k.T).softmax(dim=1))
@@ -126,7 +126,7 @@ class MemoryDecoder(nn.Module):
         self.att = SelfAffinity(config)
 
     def forward(
-        self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, keeps_table: bool
+        self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, stores_table: bool
     ) -> Tensor:
         """Refine the optical flow iteratively, and return it at full size, 1 2 8H 8W.
 
@@ -135,7 +135,7 @@ class MemoryDecoder(nn.Module):
             memory: Cost memory, N K D.
             context: Context features of the first image, 1 C H W.
             iterations: Number of refinements.
-            keeps_table: Whether the attention table of all pairs of positions is kept in memory.
+            stores_table: Whether the attention table of all pairs of positions is kept in memory.
         """
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)
@@ -143,16 +143,16 @@ class MemoryDecoder(nn.Module):
         # computed once, because it is the same in all iterations
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
-        aggregate = self.att(context, keeps_table)
+        aggregate = self.att(context, stores_table)
         keys_and_values = layer.project_tokens(memory)
-        turns = block.gru.turns(context)
-        start = positions = grid_of(context)
+        gru_directions = block.gru.apply_context(context)
+        start = positions = pixel_coordinates(context)
         for _ in range(iterations):
             nearby_costs = costs.lookup(positions)
             memory_features = self._read_memory_features(nearby_costs, positions, keys_and_values)
             motion = block.encoder(torch.cat([memory_features, nearby_costs], dim=1), positions - start)
             motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
-            hidden = block.gru(hidden, motion_and_mean, turns)
+            hidden = block.gru(hidden, motion_and_mean, gru_directions)
             positions = positions + block.flow_head(hidden)
         # 0.25: as trained
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
@@ -209,7 +209,7 @@ class FlowFormer(nn.Module):
     """FlowFormer, which estimates the optical flow between two images in float32, even under autocast.
 
     In addition to weights and features it needs memory for two tables of all pairs of positions, up to
-    TABLE_BYTES each, and for one or two parts (`rows_of_part`). Larger images have no tables: costs and
+    TABLE_BYTES each, and for one or two parts (`chunk_rows`). Larger images have no tables: costs and
     attention are recomputed in every iteration.
     """
 
@@ -240,10 +240,10 @@ class FlowFormer(nn.Module):
         """Return the optical flow from the first to the second image, 1 2 H W (x, y) in pixels."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # depends on the size only, so that an image gives the same flow on every device
-            keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
-            costs = Correlation(first.matching, second.matching, keeps, levels=1, scale=1.0)
+            stores_table = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
+            costs = Correlation(first.matching, second.matching, stores_table, levels=1, scale=1.0)
             memory = self.memory_encoder.cost_perceiver_encoder(costs, first.eighth)
-            return self.memory_decoder(costs, memory, first.eighth, self.iterations, keeps)
+            return self.memory_decoder(costs, memory, first.eighth, self.iterations, stores_table)
 
 
 def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
@@ -254,10 +254,10 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wrong_kind = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
+    wrong_kind_error = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
     if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
-        raise wrong_kind
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+        raise wrong_kind_error
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
     config = FlowFormerConfig(
         features=_read_trunk("memory_encoder.feat_encoder.svt", shape),
         context=_read_trunk("context_encoder.svt", shape),
@@ -266,7 +266,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
         decoder=_read_decoder(shape),
     )
     if not _is_possible(config):
-        raise wrong_kind
+        raise wrong_kind_error
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
 

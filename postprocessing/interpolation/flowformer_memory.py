@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from postprocessing.interpolation.layers import Correlation, in_parts, in_ranges, positions_of, rows_of_part
-from postprocessing.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
+from postprocessing.interpolation.layers import (
+    Correlation,
+    chunk_rows,
+    grid_positions,
+    map_in_chunks,
+    map_row_ranges,
+)
+from postprocessing.interpolation.twins import WINDOW, TwinsBlock, apply_in_windows, attend
 
 # Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
 HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not show it
@@ -124,7 +130,7 @@ class CostEmbed(nn.Module):
         """
         height, width = maps.shape[2:]
         x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
-        centers = positions_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
+        centers = grid_positions(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
         code = position_code(centers, x.shape[1]).expand(len(x), -1, -1, -1)
         x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
         # as matrix products: 1x1 convolutions are slower, and change the memory layout twice
@@ -159,7 +165,7 @@ class WindowContextAttention(nn.Module):
         """
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         # positions within a window, equal for all windows; `joined` is the width of tokens and context
-        code = position_code(positions_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
+        code = position_code(grid_positions(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
         width = x.shape[-1]
 
         def run(windows: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ class WindowContextAttention(nn.Module):
             # values do not include the context
             return attend(self.q(coded), self.k(coded), self.v(windows[..., :width]), HEADS)
 
-        return self.proj(in_windows(run, torch.cat([x, projected], dim=-1)))
+        return self.proj(apply_in_windows(run, torch.cat([x, projected], dim=-1)))
 
 
 class CoarseContextAttention(nn.Module):
@@ -198,14 +204,14 @@ class CoarseContextAttention(nn.Module):
         height, width = x.shape[1:3]
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         coded = torch.cat([x, projected], dim=-1)
-        positions = positions_of(height, width, x.device)
+        positions = grid_positions(height, width, x.device)
         q = self.q(coded + position_code(positions, self.joined))
         coded = coded.permute(0, 3, 1, 2)
         keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
         # values come from the tokens alone, without the context
         values = self.norm(self.sr_value(coded[:, : x.shape[3]]).permute(0, 2, 3, 1))
         rows, columns = keys.shape[1:3]
-        coarse_positions = positions_of(rows, columns, x.device) * COARSE
+        coarse_positions = grid_positions(rows, columns, x.device) * COARSE
         keys = keys + position_code(coarse_positions, x.shape[3])
         k = self.k(keys).flatten(1, 2)
         v = self.v(values).flatten(1, 2)
@@ -244,28 +250,28 @@ class CostPerceiver(nn.Module):
         self.vertical_encoder_layers = nn.ModuleList(VerticalLayer(config) for _ in range(config.layers))
         self.config = config
 
-    def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
+    def forward(self, costs: Correlation, context: Tensor, chunk_bytes: int | None = None) -> Tensor:
         """Encode the matching costs of two images into the cost memory: K tokens for each position, N K D.
 
         Args:
             costs: Costs of a pair of images.
             context: Context features of the first image, 1 C H W.
-            part_bytes: Approximate memory of one part; None for the best size for the device.
+            chunk_bytes: Approximate memory of one part; None for the best size for the device.
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
         # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
-        x = first = self._start(costs, height, width, part_bytes)
+        x = first = self._embed_costs(costs, height, width, chunk_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             # 40 and 64: bytes that the layers take for each number of a row
-            x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
+            x = map_in_chunks(across, x, 40 * x[0].numel(), chunk_bytes)
             # for the vertical layers, each of the K tokens forms an H x W map
             maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D
-            maps = in_parts(partial(vertical, context=context), maps, 64 * maps[0].numel(), part_bytes)
+            maps = map_in_chunks(partial(vertical, context=context), maps, 64 * maps[0].numel(), chunk_bytes)
             x = maps.flatten(1, 2).transpose(0, 1)
         return x + first
 
-    def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
+    def _embed_costs(self, costs: Correlation, height: int, width: int, chunk_bytes: int | None) -> Tensor:
         """Return the first memory tokens: learned tokens that attend to each position's cost map, N K D."""
         layer = self.input_layer
 
@@ -273,14 +279,18 @@ class CostPerceiver(nn.Module):
             tokens = self.patch_embed(costs.rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.project_tokens(tokens))
 
-        # the largest number of float32 bytes that one position takes at a time, for the size of a part
-        first, second, _ = self.config.costs
-        # both sides rounded up to multiples of PATCH
-        cells = (height + -height % PATCH) * (width + -width % PATCH)
-        # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
-        convolved = 2 * 16 + 4 * first + second
-        # attention, in 64ths: the map, tokens, keys, values, products before and after the softmax
-        attended = 64 + 3 * (self.config.width + HEADS * self.config.tokens)
-        bytes_of_map = cells * max(convolved // 4, attended // 16)  # 4 bytes / 16, 4 bytes / 64
-        rows = rows_of_part(bytes_of_map, self.latent_tokens.device, part_bytes)
-        return in_ranges(run, height * width, rows)
+        bytes_per_map = _estimate_map_bytes(self.config, height, width)
+        rows = chunk_rows(bytes_per_map, self.latent_tokens.device, chunk_bytes)
+        return map_row_ranges(run, height * width, rows)
+
+
+def _estimate_map_bytes(config: MemoryConfig, height: int, width: int) -> int:
+    """Return the largest number of float32 bytes that embedding the cost map of one position takes."""
+    first, second, _ = config.costs
+    # both sides rounded up to multiples of PATCH
+    cells = (height + -height % PATCH) * (width + -width % PATCH)
+    # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
+    convolved = 2 * 16 + 4 * first + second
+    # attention, in 64ths: the map, tokens, keys, values, products before and after the softmax
+    attended = 64 + 3 * (config.width + HEADS * config.tokens)
+    return cells * max(convolved // 4, attended // 16)  # 4 bytes / 16, 4 bytes / 64

@@ -42,21 +42,21 @@ CPU_BYTES = 1 << 24  # memory of a part: fits the caches, twice as fast as 256 M
 DEVICE_BYTES = 1 << 27  # large enough to keep all cores of a GPU busy
 
 
-def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
+def chunk_rows(bytes_per_row: int, device: torch.device, chunk_bytes: int | None = None) -> int:
     """Return how many rows to compute at once within the memory limit.
 
     Args:
-        bytes_each: Memory to compute one row.
+        bytes_per_row: Memory to compute one row.
         device: Device of the run.
-        part_bytes: Limit for all rows; None for the best size for the device.
+        chunk_bytes: Limit for all rows; None for the best size for the device.
     """
-    if part_bytes is None:
-        part_bytes = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
-    return max(1, part_bytes // bytes_each)
+    if chunk_bytes is None:
+        chunk_bytes = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
+    return max(1, chunk_bytes // bytes_per_row)
 
 
-def in_parts(
-    run: Callable[[Tensor], Tensor], x: Tensor, bytes_each: int, part_bytes: int | None = None
+def map_in_chunks(
+    run: Callable[[Tensor], Tensor], x: Tensor, bytes_per_row: int, chunk_bytes: int | None = None
 ) -> Tensor:
     """Return run(x), computed in parts along the first axis; `run` must treat each row separately.
 
@@ -65,14 +65,14 @@ def in_parts(
     Args:
         run: Function to apply.
         x: Rows.
-        bytes_each: Memory to compute one row.
-        part_bytes: Memory limit of a part; None for the best size for the device.
+        bytes_per_row: Memory to compute one row.
+        chunk_bytes: Memory limit of a part; None for the best size for the device.
     """
-    rows = rows_of_part(bytes_each, x.device, part_bytes)
-    return in_ranges(lambda start, end: run(x[start:end]), len(x), rows)
+    rows = chunk_rows(bytes_per_row, x.device, chunk_bytes)
+    return map_row_ranges(lambda start, end: run(x[start:end]), len(x), rows)
 
 
-def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
+def map_row_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
     """Call run(start, end) for successive ranges of rows, and return the concatenated results.
 
     The ranges cover 0 to `count` (at least 1) with at most `rows` rows each.
@@ -224,7 +224,7 @@ class Correlation:
         self,
         first: Tensor,
         second: Tensor,
-        keeps_volume: bool | None = None,
+        stores_volume: bool | None = None,
         *,
         levels: int = LEVELS,
         scale: float | None = None,
@@ -234,7 +234,7 @@ class Correlation:
         Args:
             first: Features of the first image, 1 C h w, float32.
             second: Features of the second image, 1 C h w, float32.
-            keeps_volume: Whether to store the products of all pairs of positions, instead of computing them
+            stores_volume: Whether to store the products of all pairs of positions, instead of computing them
                 when they are looked up; None decides by the size.
             levels: Number of scales to compare at.
             scale: Factor of all products; None for 1 / sqrt(C).
@@ -248,18 +248,17 @@ class Correlation:
         for _ in range(levels - 1):
             pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
         self._sizes = [features.shape[-2:] for features in pyramid]
-        if keeps_volume is None:
+        if stores_volume is None:
             # depends on the size only, so that a clip gives the same images on every device
             height, width = self._size
-            keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
-        self._keeps_volume = keeps_volume
-        if keeps_volume:
-            # each level: h*w of the first image by h*w of the scaled second image
-            self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
-        else:
-            # a row of channels for each position, zero-padded so that windows may extend beyond the edge
-            padded = [pad(features, (REACH,) * 4) for features in pyramid]
-            self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
+            stores_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
+        self._stores_volume = stores_volume
+        make_level = self._multiply_level if stores_volume else _pad_level
+        self._levels = [make_level(features) for features in pyramid]
+
+    def _multiply_level(self, features: Tensor) -> Tensor:
+        """Return the products of all positions of the first image with all of a level, h*w by h*w of it."""
+        return self._first @ features[0].flatten(1)
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Return the correlations around one position of the second image for each position of the first.
@@ -279,7 +278,7 @@ class Correlation:
 
     def rows(self, start: int, end: int) -> Tensor:
         """Return correlations n h w: positions `start` to `end` of the first image with all of the second."""
-        rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
+        rows = self._levels[0][start:end] if self._stores_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])
 
     def _look_around(self, level: int, centers: Tensor) -> Tensor:
@@ -288,7 +287,7 @@ class Correlation:
         share = centers - corner
         start = corner.long() - RADIUS
         products = (
-            self._from_volume(level, start) if self._keeps_volume else self._compute_products(level, start)
+            self._from_volume(level, start) if self._stores_volume else self._compute_products(level, start)
         )
         x, y = share[:, 0, None, None], share[:, 1, None, None]
         rows = products[:, :-1] * (1 - y) + products[:, 1:] * y  # P 9 10
@@ -325,12 +324,18 @@ class Correlation:
         window = (steps[:, None] * stride + steps).flatten()
         index = (y * stride + x)[:, None] + window  # P 100
         channels = features.shape[1]
-        chunk = rows_of_part(4 * channels * REACH**2, features.device)  # of gathered features
+        chunk = chunk_rows(4 * channels * REACH**2, features.device)  # of gathered features
         products = []
         for indices, first in zip(index.split(chunk), self._first.split(chunk), strict=True):
             features_around = features.index_select(0, indices.flatten()).view(-1, REACH**2, channels)
             products.append(features_around @ first[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
+
+
+def _pad_level(features: Tensor) -> Tensor:
+    """Return a row of channels for each position of a level, with REACH zeros around the image."""
+    padded = pad(features, (REACH,) * 4)
+    return rearrange(padded, "1 c h w -> (h w) c").contiguous()
 
 
 def _count_volume_bytes(height: int, width: int, levels: int) -> int:
@@ -339,7 +344,7 @@ def _count_volume_bytes(height: int, width: int, levels: int) -> int:
     return 4 * height * width * positions
 
 
-def positions_of(height: int, width: int, device: torch.device) -> Tensor:
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     """Return the position (x, y) of each cell of a grid, H W 2 in float32."""
     rows = torch.arange(height, device=device, dtype=torch.float32)
     columns = torch.arange(width, device=device, dtype=torch.float32)
@@ -347,7 +352,7 @@ def positions_of(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([x, y], dim=-1)
 
 
-def grid_of(features: Tensor) -> Tensor:
+def pixel_coordinates(features: Tensor) -> Tensor:
     """Return the pixel coordinates (x, y) of each position of a feature map, 1 2 h w in float32."""
     height, width = features.shape[-2:]
-    return positions_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()
+    return grid_positions(height, width, features.device).permute(2, 0, 1)[None].contiguous()

@@ -274,4 +274,4 @@ class Interpolation:
                 small, flow, first.maps, second.maps, correlations=correlations, time=time
             )
             del flow
-            yield synthesis.put_together(images, blend.enlarged(1 / self.ds_factor))
+            yield synthesis.render(images, blend.enlarged(1 / self.ds_factor))

@@ -3,9 +3,9 @@
 Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 license). Attributes are named as in raft-things.pth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,13 +15,13 @@ from torch.nn.functional import conv2d, relu, unfold
 from checkpoints.dialects import LoadPlan, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, plain_sources
 from postprocessing.contract import batch_norm
-from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, grid_of
+from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, pixel_coordinates
 
 # Letters: H W height and width of an image, h w those of the features: an eighth
 
 ITERATIONS = 20
 SCALE = 8
-IGNORED = (
+IGNORED_TENSORS = (
     "*.num_batches_tracked",
     "*.norm3.*",  # the same values as downsample.1, stored twice
 )
@@ -117,13 +117,16 @@ class MotionEncoder(nn.Module):
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
 
 
-class RecurrentTurn(NamedTuple):
-    """GRU weights for one direction, rows or columns, with the part of the context precomputed."""
+class GruDirection(NamedTuple):
+    """GRU weights for one direction, rows or columns, with the context already applied.
+
+    The gates are update, reset and candidate; the candidate sees the hidden state after the reset.
+    """
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
-    moving: Tensor  # weights of the motion for the three gates
-    recurrent: Tensor  # weights of the hidden state for the first two
-    fresh: Tensor  # weights of the reset hidden state for the third
+    motion_weight: Tensor  # weights of the motion for the three gates
+    hidden_weight: Tensor  # weights of the hidden state for update and reset
+    candidate_weight: Tensor  # weights of the reset hidden state for the candidate
 
 
 class SeparableGru(nn.Module):
@@ -142,46 +145,45 @@ class SeparableGru(nn.Module):
                 layer = nn.Conv2d(hidden + inputs, hidden, size, padding=padding)
                 setattr(self, f"conv{gate}{number}", layer)
 
-    def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
+    def apply_context(self, context: Tensor) -> tuple[GruDirection, GruDirection]:
         """Return the GRU weights for rows and columns, with the context, 1 . h w, already applied.
 
         Convolutions are linear, so the context's part is computed once for all iterations, and the motion's
         part for all three gates together.
         """
-        return self._turn("1", context), self._turn("2", context)
+        rows, columns = ([getattr(self, f"conv{gate}{number}") for gate in "zrq"] for number in (1, 2))
+        return _apply_context(rows, context), _apply_context(columns, context)
 
-    def forward(self, hidden: Tensor, motion: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn]) -> Tensor:
+    def forward(
+        self, hidden: Tensor, motion: Tensor, directions: tuple[GruDirection, GruDirection]
+    ) -> Tensor:
         """Return the hidden state after both directions of the GRU, 1 C h w."""
         width = hidden.shape[1]
-        for turn in turns:
-            inputs = turn.constant + _convolve_same_size(motion, turn.moving)
-            gates = _convolve_same_size(hidden, turn.recurrent) + inputs[:, : 2 * width]
-            share, reset = torch.sigmoid(gates).chunk(2, dim=1)
-            fresh = torch.tanh(_convolve_same_size(reset * hidden, turn.fresh) + inputs[:, 2 * width :])
-            hidden = (1 - share) * hidden + share * fresh
+        for direction in directions:
+            inputs = direction.constant + _convolve_same_size(motion, direction.motion_weight)
+            gates = _convolve_same_size(hidden, direction.hidden_weight) + inputs[:, : 2 * width]
+            update, reset = torch.sigmoid(gates).chunk(2, dim=1)
+            from_hidden = _convolve_same_size(reset * hidden, direction.candidate_weight)
+            candidate = torch.tanh(from_hidden + inputs[:, 2 * width :])
+            hidden = (1 - update) * hidden + update * candidate
         return hidden
 
-    def _turn(self, number: str, context: Tensor) -> RecurrentTurn:
-        """Join the weights of a GRU direction's three gates, and apply those of the context in advance.
 
-        The context is equal in all iterations. `number` is the direction's in the names of layers: 1 or 2.
-        """
-        update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
-        weight = torch.cat([update.weight, reset.weight, fresh.weight])
-        bias = torch.cat([update.bias, reset.bias, fresh.bias])
-        # three gates of equal width
-        width = len(bias) // 3
-        inputs = context.shape[1]
-        motion = weight.shape[1] - width - inputs
-        # input channels of a gate: hidden state, context, and motion, which changes with each iteration
-        of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
-        # the fresh gate sees the hidden state after the reset, so its weights are kept apart
-        return RecurrentTurn(
-            constant=_convolve_same_size(context, of_context, bias),
-            moving=moving.contiguous(),
-            recurrent=of_hidden[: 2 * width].contiguous(),
-            fresh=of_hidden[2 * width :].contiguous(),
-        )
+def _apply_context(gates: Sequence[Any], context: Tensor) -> GruDirection:
+    """Join the weights of update, reset and candidate gates, and apply those of the context."""
+    weight = torch.cat([gate.weight for gate in gates])
+    bias = torch.cat([gate.bias for gate in gates])
+    # input channels of a gate: hidden state, context, and motion, which changes with each iteration
+    width = gates[0].out_channels
+    context_width = context.shape[1]
+    motion_width = weight.shape[1] - width - context_width
+    hidden_weight, context_weight, motion_weight = weight.split([width, context_width, motion_width], dim=1)
+    return GruDirection(
+        constant=_convolve_same_size(context, context_weight, bias),
+        motion_weight=motion_weight.contiguous(),
+        hidden_weight=hidden_weight[: 2 * width].contiguous(),
+        candidate_weight=hidden_weight[2 * width :].contiguous(),
+    )
 
 
 def _convolve_same_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -212,14 +214,11 @@ class UpdateBlock(nn.Module):
         self.mask = upsampling_mask(config.hidden, config.mask)
 
     def forward(
-        self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
+        self, hidden: Tensor, directions: tuple[GruDirection, GruDirection], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the flow correction.
-
-        `turns` are the GRU's weights for its passes along rows and along columns, and what the context adds.
-        """
+        """Return the new hidden state and the flow correction; `directions` come from `apply_context`."""
         motion = self.encoder(correlation, flow)
-        hidden = self.gru(hidden, motion, turns)
+        hidden = self.gru(hidden, motion, directions)
         return hidden, self.flow_head(hidden)
 
 
@@ -249,12 +248,12 @@ class Raft(nn.Module):
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
-        turns = self.update_block.gru.turns(context)
-        start = grid_of(hidden)
+        gru_directions = self.update_block.gru.apply_context(context)
+        start = pixel_coordinates(hidden)
         positions = start
         for _ in range(self.iterations):
             costs = correlation.lookup(positions)
-            hidden, change = self.update_block(hidden, turns, costs, positions - start)
+            hidden, change = self.update_block(hidden, gru_directions, costs, positions - start)
             positions = positions + change
         return upsample_flow(positions - start, 0.25 * self.update_block.mask(hidden))
 
@@ -286,10 +285,10 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
-    wrong_kind = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
+    wrong_kind_error = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
     if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
-        raise wrong_kind
-    shape = shapes_of(checkpoint, sources, wrong_kind)
+        raise wrong_kind_error
+    shape = shapes_of(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
@@ -312,5 +311,5 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
         mask=out_channels("update_block.mask.0"),
     )
     if config.context <= 0:
-        raise wrong_kind
-    return LoadPlan(config, checkpoint, sources, IGNORED)
+        raise wrong_kind_error
+    return LoadPlan(config, checkpoint, sources, IGNORED_TENSORS)

@@ -25,7 +25,7 @@ from postprocessing.tiling import compile_parts, network_dtype
 logger = logging.getLogger(__name__)
 
 
-SHOWN = 5  # times of cuts in the log
+MAX_LOGGED_CUTS = 5  # times of cuts in the log
 
 
 NAME = "GIMMVFI"
@@ -42,7 +42,7 @@ def make_interpolation(options: InterpolationOptions, device: torch.device) -> S
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)
-    network = Interpolation(networks.gimm, networks.estimator, float(options.part))
+    network = Interpolation(networks.gimm, networks.estimator, float(options.motion_scale))
     return Interpolator(options, network, device)
 
 
@@ -56,7 +56,7 @@ class Interpolator:
         self._network = network
         self._device = device
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         """Return the clip with the frames that interpolation adds.
 
         Raises:
@@ -67,95 +67,101 @@ class Interpolator:
             return clip
         if clip.rate is None:  # the frame count of a file may be wrong: `run` counts
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
-        part = self._options.part  # fraction of the size at which motion is computed (--ds_factor)
+        # fraction of the size at which motion is computed (--ds_factor)
+        motion_scale = self._options.motion_scale
         # padding of the images to a multiple of `alignment`
         left, right, top, bottom = self._measure_margins(clip.height, clip.width)
-        if min(clip.height + top + bottom, clip.width + left + right) * part < MIN_SIDE:
+        if min(clip.height + top + bottom, clip.width + left + right) * motion_scale < MIN_SIDE:
             step = self._options.alignment
             # sides are padded to a multiple of `step`: the smallest side whose padded size is large enough
-            needed = (math.ceil(MIN_SIDE / part / step) - 1) * step + 1
-            at_part = f" with --ds_factor {self._options.ds_factor:g}" if part < 1 else ""
+            min_side = (math.ceil(MIN_SIDE / motion_scale / step) - 1) * step + 1
+            with_option = f" with --ds_factor {self._options.ds_factor:g}" if motion_scale < 1 else ""
             raise MediaError(
-                f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {needed} pixels in "
-                f"width and height{at_part}."
+                f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {min_side} pixels in "
+                f"width and height{with_option}."
             )
         # none are added after the last frame
         frames = None if clip.frames is None else (clip.frames - 1) * factor + 1
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
-    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
+    def run(self, frames: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield all frames, with interpolated frames between them.
 
         Raises:
             MediaError: If there is only one image.
         """
         if self._options.factor == 1:
-            yield from pictures
+            yield from frames
             return
-        cuts: list[Fraction] = []  # beginnings of new scenes
-        count = 0
+        num_frames = 0
+        num_cuts = 0
         previous = None
-        for image in pictures:
-            current = _Shown(image, self._make_frame)
+        for frame in frames:
+            current = _CachedFrame(frame, self._encode_frame)
             if previous is not None:
-                yield from self._pair(previous, current, clip.is_deep, cuts)
-            count += 1
+                has_cut = self._has_cut(previous, current)
+                num_cuts += has_cut
+                if has_cut and num_cuts <= MAX_LOGGED_CUTS:
+                    text = "A new scene begins at %s: the picture before it is repeated."
+                    logger.info(text, clock_time(frame.start))
+                yield from self._fill_gap(previous, current, clip.is_deep, repeats=has_cut)
+            num_frames += 1
             previous = current
         if previous is None:
-            return  # no images: whoever reads the file raises the error
-        if count == 1:
+            return  # no frames: whoever reads the file raises the error
+        if num_frames == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
-        last = previous.picture
-        # at a constant rate the last image lasts one step of the new rate; if it lasts longer, it is
-        # shortened by one step of the old rate at most
-        old_duration = 1 / clip.rate if clip.rate else last.seconds
-        duration = max(last.seconds / self._options.factor, last.seconds - old_duration)
-        yield replace(last, seconds=duration)
-        if len(cuts) > SHOWN:
-            logger.info("%d scenes began; at their beginnings the picture before is repeated.", len(cuts))
+        yield self._shorten_last(previous.output, clip.rate)
+        if num_cuts > MAX_LOGGED_CUTS:
+            logger.info("%d scenes began; at their beginnings the picture before is repeated.", num_cuts)
 
-    def _pair(
-        self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
+    def _fill_gap(
+        self, first: "_CachedFrame", second: "_CachedFrame", is_deep: bool, repeats: bool
     ) -> Iterator[OutputFrame]:
-        """Yield the first of two frames, then the frames interpolated between them.
+        """Yield the first of two frames, then the frames to insert before the second one.
 
-        Nothing is interpolated across a cut, or between equal images: the first image is repeated. The time
-        of a cut is added to `cuts`. `is_deep` says whether images have more than 8 bits.
+        Inserted frames are interpolated, in 16 bits if `is_deep`. With `repeats`, and between equal frames,
+        they are copies of the first frame.
         """
         factor = self._options.factor
-        start = first.picture.start
-        step = (second.picture.start - start) / factor
+        start = first.output.start
+        step = (second.output.start - start) / factor
         # each output frame lasts one step
-        yield replace(first.picture, seconds=step)
-        is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
-        is_cut = not is_same and self._is_cut(first, second)
-        if is_cut:
-            cuts.append(second.picture.start)
-            if len(cuts) <= SHOWN:
-                text = "A new scene begins at %s: the picture before it is repeated."
-                logger.info(text, clock_time(cuts[-1]))
+        yield replace(first.output, seconds=step)
         new_pixels: Iterator[Pixels]
-        if is_same or is_cut:
-            new_pixels = repeat(first.picture.pixels, factor - 1)
+        if repeats or first.equals(second):
+            new_pixels = repeat(first.output.pixels, factor - 1)
         else:
             new_pixels = self._interpolate(first, second, is_deep)
         for index, pixels in enumerate(new_pixels, start=1):
             yield OutputFrame(pixels, start + index * step, step)
 
-    def _interpolate(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
+    def _shorten_last(self, last: OutputFrame, rate: Fraction | None) -> OutputFrame:
+        """Return the last frame of a clip with `rate` images a second, with its duration in the output.
+
+        At a constant rate it lasts one step of the new rate; if it lasts longer, it is shortened by one step
+        of the old rate at most.
+        """
+        old_step = 1 / rate if rate else last.seconds
+        return replace(last, seconds=max(last.seconds / self._options.factor, last.seconds - old_step))
+
+    def _interpolate(self, first: "_CachedFrame", second: "_CachedFrame", is_deep: bool) -> Iterator[Pixels]:
         times = [number / self._options.factor for number in range(1, self._options.factor)]
         images = self._network.between(first.frame, second.frame, times)
-        return (self._make_pixels(image, first.picture, is_deep) for image in images)
+        return (self._make_pixels(image, first.output, is_deep) for image in images)
 
-    def _is_cut(self, first: "_Shown", second: "_Shown") -> bool:
+    def _has_cut(self, first: "_CachedFrame", second: "_CachedFrame") -> bool:
+        """Return whether a new scene begins with the second frame, if --scene_threshold is above 0."""
         threshold = self._options.scene_threshold
-        return threshold > 0 and threshold <= scene_distance(first.thumbnail, second.thumbnail)
+        if threshold <= 0 or first.equals(second):
+            return False
+        return threshold <= scene_distance(first.thumbnail, second.thumbnail)
 
     def _measure_margins(self, height: int, width: int) -> tuple[int, int, int, int]:
         across, down = (-side % self._options.alignment for side in (width, height))
         return across // 2, across - across // 2, down // 2, down - down // 2
 
-    def _make_frame(self, pixels: Pixels) -> Frame:
+    def _encode_frame(self, pixels: Pixels) -> Frame:
         image = to_tensor(pixels, self._device)
         return self._network.frame(pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate"))
 
@@ -175,17 +181,21 @@ class Interpolator:
         return to_pixels(image, is_deep)
 
 
-class _Shown:
+class _CachedFrame:
     """A frame of the video, whose features are computed on first use."""
 
-    def __init__(self, picture: OutputFrame, make: Callable[[Pixels], Frame]) -> None:
-        self.picture = picture
-        self._make = make
+    def __init__(self, output: OutputFrame, encode: Callable[[Pixels], Frame]) -> None:
+        self.output = output
+        self._encode = encode
+
+    def equals(self, following: "_CachedFrame") -> bool:
+        """Return whether two frames have the same pixels."""
+        return np.array_equal(self.output.pixels, following.output.pixels)
 
     @cached_property
     def frame(self) -> Frame:
-        return self._make(self.picture.pixels)
+        return self._encode(self.output.pixels)
 
     @cached_property
     def thumbnail(self) -> Thumbnail:
-        return thumbnail(self.picture.pixels)
+        return thumbnail(self.output.pixels)

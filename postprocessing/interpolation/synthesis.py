@@ -16,7 +16,7 @@ from postprocessing.interpolation.layers import (
     Correlation,
     EncodedImage,
     conv,
-    grid_of,
+    pixel_coordinates,
     resize,
     warp,
 )
@@ -266,11 +266,11 @@ class Synthesis(nn.Module):
             correlations: Correlations of the two images.
             time: Time between the images, 0..1.
         """
-        refined = self._begin(images, flow, first.eighth, second.eighth)
-        refined = self._refine(refined, correlations, time)
-        return self._end(images, refined, first.quarter, second.quarter)
+        initial = self._predict_initial(images, flow, first.eighth, second.eighth)
+        refined = self._refine(initial, correlations, time)
+        return self._predict_final(images, refined, first.quarter, second.quarter)
 
-    def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
+    def _predict_initial(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
         """Return the first estimate of flow, mask and features at a quarter of the size."""
         flow = 0.25 * resize(flow, 0.25)
         images = resize(images, 0.25)
@@ -295,7 +295,7 @@ class Synthesis(nn.Module):
         feature, change = self.amt_update4_high(wide, flow, resize(correlation, 2))
         return flow + change, mask, wide + feature
 
-    def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
+    def _predict_final(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
         """Predict the final flows, masks and colors at full size from estimates at a quarter of the size.
 
         Args:
@@ -305,17 +305,17 @@ class Synthesis(nn.Module):
             second: Features of the second image.
         """
         decoder = self.amt_final_decoder
-        flow, mask, feature = refined
+        small_flow, small_mask, small_feature = refined
         # flows are in pixels, so their values grow with the size
-        both_flows = 4 * resize(flow, 4)
-        mask = resize(mask, 4)
+        both_flows = 4 * resize(small_flow, 4)
+        mask = resize(small_mask, 4)
         flow = both_flows[0].unflatten(0, (2, 2))  # 2 2 H W
-        # input of the last decoder: features, warped features, the estimate so far, images and warped images
-        parts = [resize(feature, 4)]
-        for index, features_of_image in enumerate((first, second)):
-            parts.append(warp(decoder.upsample(features_of_image), flow[index, None]).to(self.dtype))
-        parts += [both_flows, mask, _join_channels(images), _join_channels(warp(images, flow))]
-        predicted = _apply_layers(decoder.convblock, parts, self.dtype).float()
+        # the estimate so far, with the images and their features, plain and warped
+        inputs = [resize(small_feature, 4)]
+        for index, features in enumerate((first, second)):
+            inputs.append(warp(decoder.upsample(features), flow[index, None]).to(self.dtype))
+        inputs += [both_flows, mask, _join_channels(images), _join_channels(warp(images, flow))]
+        predicted = _apply_layers(decoder.convblock, inputs, self.dtype).float()
         # number of blends: each has two flows, a mask and three colors
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
@@ -323,18 +323,18 @@ class Synthesis(nn.Module):
         repeated = _join_channels(flow.repeat(1, blends, 1, 1))
         return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 
-    def put_together(self, images: Tensor, blend: Blend) -> Tensor:
+    def render(self, images: Tensor, blend: Blend) -> Tensor:
         """Blend two images, 2 3 H W in -1..1, into the new image, 1 3 H W in 0..1."""
         blends = blend.mask.shape[1]
         flows = blend.flow[0].unflatten(0, (2, blends, 2))
         colors = blend.colors[0].unflatten(0, (blends, 3))
-        pictures = []
-        for number in range(blends):
-            first, second = warp(images, flows[:, number])
-            share = blend.mask[0, number]
-            pictures.append(share * first + (1 - share) * second + colors[number])
-        mixed = self.amt_comb_block(torch.cat(pictures)[None].to(self.dtype)).float()
-        return ((torch.stack(pictures).mean(dim=0) + mixed + 1) / 2).clamp(0, 1)
+        candidates = []
+        for index in range(blends):
+            first, second = warp(images, flows[:, index])
+            weight = blend.mask[0, index]
+            candidates.append(weight * first + (1 - weight) * second + colors[index])
+        change = self.amt_comb_block(torch.cat(candidates)[None].to(self.dtype)).float()
+        return ((torch.stack(candidates).mean(dim=0) + change + 1) / 2).clamp(0, 1)
 
 
 class PairCorrelations:
@@ -342,9 +342,9 @@ class PairCorrelations:
 
     def __init__(self, first: Maps, second: Maps) -> None:
         # few lookups: storing all products would take longer, and memory in addition to the largest layers
-        self._forward = Correlation(first.matching, second.matching, keeps_volume=False)
-        self._backward = Correlation(second.matching, first.matching, keeps_volume=False)
-        self._grid = grid_of(first.matching)
+        self._forward = Correlation(first.matching, second.matching, stores_volume=False)
+        self._backward = Correlation(second.matching, first.matching, stores_volume=False)
+        self._grid = pixel_coordinates(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
         """Return correlations, 1 648 h w, where the flow from `time` to both images points to.

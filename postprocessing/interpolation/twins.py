@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
-from postprocessing.interpolation.layers import in_parts
+from postprocessing.interpolation.layers import map_in_chunks
 
 WINDOW = 7  # side of a window in positions, as trained; tensors do not show it
 HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
@@ -36,7 +36,7 @@ class TwinsMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return features after the MLP, ... C."""
         wide = 4 * self.fc1.out_features  # bytes
-        return in_parts(self._run, x.flatten(0, -2), bytes_each=3 * wide).view(x.shape)
+        return map_in_chunks(self._run, x.flatten(0, -2), bytes_per_row=3 * wide).view(x.shape)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(x)))
@@ -79,7 +79,7 @@ class WindowAttention(nn.Module):
             q, k, v = self.qkv(windows).chunk(3, dim=-1)
             return attend(q, k, v, self.heads)
 
-        return self.proj(in_windows(run, x))
+        return self.proj(apply_in_windows(run, x))
 
 
 class CoarseAttention(nn.Module):
@@ -118,7 +118,7 @@ class TwinsPatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class Neighbors(nn.Module):
+class PositionConv(nn.Module):
     """Add a depthwise convolution, which encodes positions for the attention after it."""
 
     def __init__(self, width: int) -> None:
@@ -148,7 +148,7 @@ class Twins(nn.Module):
             )
             for stage in stages
         )
-        self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
+        self.pos_block = nn.ModuleList(PositionConv(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of each encoder stage, B C h w.
@@ -171,7 +171,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def apply_in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply attention to WINDOW x WINDOW windows of a feature map, and reassemble the map.
 
     Args:
@@ -186,7 +186,7 @@ def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     windows = x.unflatten(2, (columns, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
     windows = windows.flatten(3, 4).flatten(0, 2)  # (B rows columns) WINDOW**2 C
     # 32 bytes for each value: queries, keys, values, their copies by head, and results
-    results = in_parts(run, windows, bytes_each=32 * windows[0].numel()).view(
+    results = map_in_chunks(run, windows, bytes_per_row=32 * windows[0].numel()).view(
         batch, rows, columns, WINDOW, WINDOW, -1
     )
     return results.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]

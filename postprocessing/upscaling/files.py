@@ -1,11 +1,11 @@
 """Read upscalers from files: SwinIR, RRDBNet in three generations of names, Real-ESRGAN's compact nets."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -25,8 +25,8 @@ from modules.layers.convolution import set_memory_format
 from postprocessing.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from postprocessing.upscaling.swinir import SwinIR, SwinirConfig
 
-OPTION = "--model"
-FILES = "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth or .safetensors)"
+MODEL_OPTION = "--model"
+RELEASED_FILES = "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth or .safetensors)"
 # prefixes of all tensor names, which depend on the program that saved the file
 PREFIXES = ("module.", "params_ema.", "params.", "state_dict.", "module.", "netG_A.", "netG.", "net_g.")
 META = torch.device("meta")
@@ -95,26 +95,27 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
-        names = checkpoint.tensors
-        # the tensor that only one kind of upscaler has tells the kind; RRDB is the network of ESRGAN
-        read: Callable[[Checkpoint], LoadPlan[Any]]
-        # HAT has SwinIR's names too, and is not supported
-        if SWINIR_NAME in names and HAT_NAME not in names:
-            kind, read = SWINIR, _read_swinir
-        elif "body.0.weight" in names:
-            kind, read = COMPACT, _read_compact
-        else:
-            kind, read = RRDB, _read_rrdb
-        plan = cast("LoadPlan[Any]", read(checkpoint))
+        kind, read = _find_kind(checkpoint.tensors)
+        plan = read(checkpoint)
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
             """Return the dtype to load a tensor in: float32 for norms and attention biases."""
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
-        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
+        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=MODEL_OPTION)
     if device != META:  # on the meta device there are no values to arrange
         set_memory_format(network, device)
     return Upscaler(kind, plan.config, network)
+
+
+def _find_kind(names: Container[str]) -> tuple[UpscalerKind, Callable[[Checkpoint], LoadPlan[Any]]]:
+    """Return the kind of upscaler that has these tensor names, and the function that reads its dimensions."""
+    # HAT has SwinIR's names too, and is not supported
+    if SWINIR_NAME in names and HAT_NAME not in names:
+        return SWINIR, _read_swinir
+    if "body.0.weight" in names:
+        return COMPACT, _read_compact
+    return RRDB, _read_rrdb  # raises CheckpointError for other files
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
@@ -156,20 +157,27 @@ def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
     """
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
-        # nn.Sequential: three layers for each doubled size, then two convolutions with an activation between
-        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
-        last = max((int(layer[1]) for layer in layers if layer), default=0)
-        # 4: the last convolutions, 3: upsampling, convolution and activation
-        num_doublings = max(last - 4, 0) // 3
-        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
-        ends.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
-        ends.append((rf"model\.{3 * num_doublings + 4}\.(\w+)", r"conv_last.\1"))
-        return (*OLD_NAMES, *ends)
+        return (*OLD_NAMES, *_list_sequential_names(names))
     if "RRDB_trunk.0.RDB1.conv1.weight" in names:
         return MIDDLE_NAMES
     if "body.0.rdb1.conv1.weight" not in names:
-        raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
+        raise other_kind(checkpoint, "an upscaler", MODEL_OPTION, RELEASED_FILES)
     return ()
+
+
+def _list_sequential_names(names: Iterable[str]) -> Names:
+    """Return the patterns of the layers after the blocks, in the oldest files: `model.N` of an nn.Sequential.
+
+    There are three layers (upsampling, convolution, activation) for each doubled size, then two convolutions
+    with an activation between them.
+    """
+    layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
+    last = max((int(layer[1]) for layer in layers if layer), default=0)
+    num_doublings = max(last - 4, 0) // 3
+    patterns = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
+    patterns.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
+    patterns.append((rf"model\.{3 * num_doublings + 4}\.(\w+)", r"conv_last.\1"))
+    return tuple(patterns)
 
 
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
@@ -211,7 +219,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         # three convolutions form a sequence, whose names contain an index
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=end.upsampler,
-        ups=tuple(end.ups),
+        upsampling_factors=tuple(end.upsampling_factors),
         features=end.features,
         pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
     )
@@ -232,7 +240,7 @@ class _SwinirEnd:
     """How a SwinIR upsamples after its last block."""
 
     upsampler: str  # their kind
-    ups: Sequence[int] = ()  # factor of each enlargement
+    upsampling_factors: Sequence[int] = ()  # factor of each enlargement
     features: int = 0  # channels during upsampling
 
 
@@ -246,8 +254,8 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         # the digits are layer numbers: pixel shuffles between the convolutions have no weights
         names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
         layers = sorted(int(name.split(".")[1]) for name in names)
-        ups = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
-        return _SwinirEnd("pixelshuffle", ups, features)
+        upsampling_factors = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
+        return _SwinirEnd("pixelshuffle", upsampling_factors, features)
     if "upsample.0.weight" in sources:
         return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
@@ -290,5 +298,7 @@ class _Shapes:
     def error(self, reason: str) -> CheckpointError:
         path = self.checkpoint.path
         return CheckpointError(
-            f"{path} is an upscaler that cannot be used here: {reason}.\n  Give {FILES} to {OPTION}.", path
+            f"{path} is an upscaler that cannot be used here: {reason}.\n"
+            f"  Give {RELEASED_FILES} to {MODEL_OPTION}.",
+            path,
         )

@@ -15,7 +15,7 @@ from modules.layers.convolution import repeat_pixels
 
 COLOURS = 3
 SLOPE = 0.2  # of every leaky ReLU
-SHARE = 0.2  # factor on a block's result before it is added to the input
+RESIDUAL_SCALE = 0.2  # factor on a block's result before it is added to the input
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RrdbConfig:
         return self.unshuffle
 
     @property
-    def short(self) -> "RrdbConfig":
+    def with_one_block(self) -> "RrdbConfig":
         """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, blocks=1)
 
@@ -68,7 +68,7 @@ class DenseBlock(nn.Module):
             if self.conv1x1 is not None and number == 4:
                 output = output + features[2]
             features.append(output)
-        return x + SHARE * self.get_submodule("conv5")(torch.cat(features, dim=1))
+        return x + RESIDUAL_SCALE * self.get_submodule("conv5")(torch.cat(features, dim=1))
 
 
 class DenseResidualBlock(nn.Module):
@@ -80,7 +80,7 @@ class DenseResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input plus the scaled output (SHARE) of the three dense blocks."""
-        return x + SHARE * self.rdb3(self.rdb2(self.rdb1(x)))
+        return x + RESIDUAL_SCALE * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
 class RRDBNet(nn.Module):
@@ -99,7 +99,7 @@ class RRDBNet(nn.Module):
         self.conv_last = nn.Conv2d(features, COLOURS, 3, padding=1)
 
     @property
-    def repeated(self) -> tuple[nn.Module, ...]:
+    def repeated_blocks(self) -> tuple[nn.Module, ...]:
         """Submodules of equal shape, which share one compilation."""
         return tuple(self.body)
 
@@ -135,7 +135,7 @@ class CompactConfig:
     step: int = 1  # height and width must be multiples of this
 
     @property
-    def short(self) -> "CompactConfig":
+    def with_one_block(self) -> "CompactConfig":
         """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, depth=1)
 
@@ -154,7 +154,7 @@ class CompactNet(nn.Module):
         self.body.append(nn.Conv2d(config.features, COLOURS * config.factor**2, 3, padding=1))
 
     @property
-    def repeated(self) -> tuple[nn.Module, ...]:
+    def repeated_blocks(self) -> tuple[nn.Module, ...]:
         """All layers together, as one module to compile."""
         return (self.body,)
 

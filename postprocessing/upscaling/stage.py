@@ -18,13 +18,15 @@ from postprocessing import tiling
 from postprocessing.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from postprocessing.options import UpscalerOptions
 from postprocessing.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
-from runtime.planning.dry_run import ACCELERATOR, dry_run, largest, place
+from runtime.planning.dry_run import ACCELERATOR, dry_run, largest
+from runtime.planning.dry_run import place as allocate_empty_weights
 
 logger = logging.getLogger(__name__)
 
 
-SIZES = (32, 64)  # side of the test images
-OUTSIDE = 3 + 3 * 2  # float32 values per pixel of a result: its colors, and their copies while resizing
+PROBE_SIDES = (32, 64)  # side of the test images
+# float32 values per pixel of a result: its colors, and their copies while resizing
+VALUES_PER_RESULT_PIXEL = 3 + 3 * 2
 
 
 @lru_cache(maxsize=16)
@@ -33,31 +35,35 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network take equal memory, so only one block of each kind is run.
     """
-    sides = [round_up(side, config.step) for side in SIZES]
-    peaks = []
-    for side in sides:
-        # no memory is taken: tensors without values run through the network, and a ledger adds up their sizes
-        with META:
-            network = kind.build(config.short).to(dtype)
-        with dry_run() as ledger, torch.no_grad():
-            place(network, ledger)
-            images = torch.empty(1, 3, side, side, dtype=dtype, device=ACCELERATOR)
-            network(images.contiguous(memory_format=torch.channels_last))
-        _, peak = largest(ledger.peaks)
-        peaks.append(sum(peak.values()))
-    # the difference of two sizes: what does not grow with the image is left out
-    small, large = sides
-    small_peak, large_peak = peaks
+    small, large = (round_up(side, config.step) for side in PROBE_SIDES)
+    small_peak = _measure_peak_bytes(kind, config, dtype, small)
+    large_peak = _measure_peak_bytes(kind, config, dtype, large)
+    # the difference of two sizes leaves out what does not grow with the image
     return (large_peak - small_peak) / (large**2 - small**2)
+
+
+def _measure_peak_bytes(kind: UpscalerKind, config: Config, dtype: torch.dtype, side: int) -> int:
+    """Return the peak memory of a network with one block for a square image, without computing anything.
+
+    Tensors without values run through the network, and a ledger adds up their sizes.
+    """
+    with META:
+        network = kind.build(config.with_one_block).to(dtype)
+    with dry_run() as ledger, torch.no_grad():
+        allocate_empty_weights(network, ledger)
+        images = torch.empty(1, 3, side, side, dtype=dtype, device=ACCELERATOR)
+        network(images.contiguous(memory_format=torch.channels_last))
+    _, bytes_by_kind = largest(ledger.peaks)
+    return sum(bytes_by_kind.values())
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
     """Return the device memory of a whole upscaled image in float32, including its conversion to pixels."""
-    return 4 * OUTSIDE * width * height * config.factor**2
+    return 4 * VALUES_PER_RESULT_PIXEL * width * height * config.factor**2
 
 
-PLENTY = 1 << 16  # bytes per input pixel, more than any released network needs
-MAX_AT_ONCE = 16  # largest batch that is chosen automatically
+MAX_BYTES_PER_PIXEL = 1 << 16  # bytes per input pixel, more than any released network needs
+MAX_BATCH_SIZE = 16  # largest batch that is chosen automatically
 BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would only take memory
 
 
@@ -83,14 +89,14 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     # for the log: a network only enlarges by its own factor
     resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
     logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
-    tiling.compile_parts(options.network, upscaler.network.repeated)
+    tiling.compile_parts(options.network, upscaler.network.repeated_blocks)
 
     # used instead if results in `dtype` are not finite
-    def load_exact() -> tiling.Run:
+    def load_float32() -> tiling.Run:
         return load_upscaler(path, device, torch.float32).network
 
-    guarded = tiling.Guarded(upscaler.network, dtype, load_exact, kind)
-    return UpscalerStage(upscaler, guarded, options, device)
+    network = tiling.Float32Fallback(upscaler.network, dtype, load_float32, kind)
+    return UpscalerStage(upscaler, network, options, device)
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,13 @@ class UpscalerStage:
     """Stage that upscales each image, resizes it to the requested size, and rounds once."""
 
     upscaler: Upscaler
-    network: tiling.Guarded
+    network: tiling.Float32Fallback
     options: UpscalerOptions
     device: torch.device
-    room: Callable[[torch.device], int | None] = tiling.room_on
+    get_usable_bytes: Callable[[torch.device], int | None] = tiling.get_usable_bytes
     name: str = "upscaler"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         """Return the clip with its new size.
 
         Raises:
@@ -112,20 +118,22 @@ class UpscalerStage:
         """
         return enlarged_clip(clip, self.options.scale, "--scale")
 
-    def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
+    def run(self, frames: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
         """Yield upscaled images; only one batch is in memory at a time."""
-        result = self.result(clip)
+        result = self.plan_output(clip)
         size = (result.height, result.width)
-        fitting = self._make_fitting(clip)
-        while some := list(islice(pictures, fitting.batch)):
-            enlarged = self.enlarge([image.pixels for image in some], size, fitting)
-            for index, image in enumerate(some):
+        runner = self._make_runner(clip)
+        while batch := list(islice(frames, runner.batch)):
+            enlarged = self.enlarge([frame.pixels for frame in batch], size, runner)
+            for index, frame in enumerate(batch):
                 # not bound to a name, which would keep it alive while the next one is made
-                yield replace(image, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
-            del enlarged, some, image
+                yield replace(frame, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
+            del enlarged, batch, frame
 
     @torch.no_grad()
-    def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
+    def enlarge(
+        self, pixels: list[Pixels], size: tuple[int, int], runner: tiling.MemoryFittedRunner
+    ) -> Tensor:
         """Upscale images to (height, width): B 3 H W, about 0..1, on the device."""
         images = torch.cat([to_tensor(image, self.device) for image in pixels])
         height, width = images.shape[-2:]
@@ -136,9 +144,9 @@ class UpscalerStage:
         def finish(enlarged: Tensor) -> Tensor:
             return resize(enlarged[..., : height * factor, : width * factor], size)
 
-        return fitting(self.network, images, finish)
+        return runner(self.network, images, finish)
 
-    def _make_fitting(self, clip: Clip) -> tiling.Fitting:
+    def _make_runner(self, clip: Clip) -> tiling.MemoryFittedRunner:
         """Choose the initial batch size and tile size for a clip."""
         options = self.options
         config = self.upscaler.config
@@ -146,7 +154,7 @@ class UpscalerStage:
         if batch is None:
             # as many images as keep a GPU busy; a CPU gains nothing from a batch
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
-            batch = min(max(fits, 1), MAX_AT_ONCE)
+            batch = min(max(fits, 1), MAX_BATCH_SIZE)
         tile = options.tile
         if tile is None:
             tile = self._predict_tile(clip, batch)
@@ -154,7 +162,7 @@ class UpscalerStage:
             multiple = max(tile // config.step, 1) * config.step
             logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, multiple, config.step)
             tile = multiple
-        return tiling.Fitting(
+        return tiling.MemoryFittedRunner(
             self.device,
             batch,
             tile,
@@ -165,23 +173,24 @@ class UpscalerStage:
         )
 
     def _predict_tile(self, clip: Clip, batch: int) -> int:
-        """Return the size of the largest tiles that fit into memory; `FULL` if whole images do.
+        """Return the size of the largest tiles that fit into memory; WHOLE_IMAGE if whole images do.
 
         The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
         drivers would fall back to host memory, which is slower than tiles.
         """
-        available = self.room(self.device)  # bytes
+        usable_bytes = self.get_usable_bytes(self.device)
         config = self.upscaler.config
-        if available is None:  # unknown for this device
-            return tiling.FULL
+        if usable_bytes is None:  # unknown for this device
+            return tiling.WHOLE_IMAGE
         width = round_up(clip.width, config.step)
         height = round_up(clip.height, config.step)
-        if batch * width * height * PLENTY <= available:  # PLENTY is more than any network takes for a pixel
-            return tiling.FULL
+        if batch * width * height * MAX_BYTES_PER_PIXEL <= usable_bytes:
+            return tiling.WHOLE_IMAGE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
-        free = available - batch * result_bytes(config, width, height)  # the result is whole in any case
+        # the result is whole in any case
+        free = usable_bytes - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
-            return tiling.FULL
+            return tiling.WHOLE_IMAGE
         # a square tile, rounded down to the network's step
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
         tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))

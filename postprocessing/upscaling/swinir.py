@@ -23,7 +23,7 @@ from modules.layers.norms import Float32LayerNorm
 COLOURS = 3
 MEAN = (0.4488, 0.4371, 0.4040)  # mean color of DIV2K, as trained; not stored in files
 EPSILON = 1e-5
-APART = -100.0  # attention bias of two tokens that only share a window because of the cyclic shift
+MASKED_BIAS = -100.0  # attention bias of two tokens that only share a window because of the cyclic shift
 WINDOWS_ON_CPU = 16  # windows per thread, computed together: their features stay in the caches
 WINDOWS = 1 << 12  # windows on other devices: bounds the memory
 CUDA_WIDTH = 8  # CUDA's fused attention needs a multiple of this as head width; released models have 30
@@ -40,14 +40,14 @@ class SwinirConfig:
     hidden: int  # width inside the two linear layers of a block
     convolutions: int  # number of convolutions after each layer and at the end: 1, or 3 narrower ones
     upsampler: str  # nearest+conv, pixelshuffle, pixelshuffledirect, none
-    ups: tuple[int, ...]  # factor of each enlargement
+    upsampling_factors: tuple[int, ...]  # factor of each enlargement
     features: int  # channels while enlarging; not used by pixelshuffledirect and none
     pixel_range: float  # largest pixel value in the network: 1 or 255
 
     @property
     def factor(self) -> int:
         """Upscaling factor of width and height."""
-        return prod(self.ups)
+        return prod(self.upsampling_factors)
 
     @property
     def step(self) -> int:
@@ -55,7 +55,7 @@ class SwinirConfig:
         return self.window
 
     @property
-    def short(self) -> "SwinirConfig":
+    def with_one_block(self) -> "SwinirConfig":
         """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, heads=self.heads[:1], depths=(1,))
 
@@ -152,12 +152,12 @@ class ResidualGroup(nn.Module):
             shift = self.window // 2 if number % 2 else 0
             if shift:
                 x = torch.roll(x, (-shift, -shift), (1, 2))
-            x = self._in_windows(x, block, index, shift)
+            x = self._apply_in_windows(x, block, index, shift)
             if shift:
                 x = torch.roll(x, (shift, shift), (1, 2))
         return x
 
-    def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
+    def _apply_in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
         """Apply a block to the windows of a feature map, B H W C, a few windows at a time.
 
         Args:
@@ -175,12 +175,16 @@ class ResidualGroup(nn.Module):
         assert isinstance(attention, Attention)
         bias = attention.bias(index)
         # a mask is needed only for windows in the last row and column, where shifting joins opposite edges
-        for row_part, column_part in product(_split_windows(rows, shift), _split_windows(columns, shift)):
-            mask = apart(self.window, row_part.masked, column_part.masked, bias)
-            for piece in pieces(batch, row_part.windows, column_part.windows, max_windows):
-                piece_windows = windows[piece]
-                tokens = rearrange(piece_windows, "b h w p q c -> (b h w) (p q) c")
-                results[piece] = block(tokens, mask).reshape(piece_windows.shape)
+        row_ranges = _split_by_mask(rows, shift)
+        column_ranges = _split_by_mask(columns, shift)
+        for row_range, column_range in product(row_ranges, column_ranges):
+            masked_bias = mask_wrapped_tokens(
+                self.window, row_range.num_wrapped, column_range.num_wrapped, bias
+            )
+            for slices in split_window_grid(batch, row_range.windows, column_range.windows, max_windows):
+                some_windows = windows[slices]
+                tokens = rearrange(some_windows, "b h w p q c -> (b h w) (p q) c")
+                results[slices] = block(tokens, masked_bias).reshape(some_windows.shape)
         return out
 
     def _view_windows(self, x: Tensor) -> Tensor:
@@ -188,38 +192,40 @@ class ResidualGroup(nn.Module):
         return rearrange(x, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
 
 
-def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
+def mask_wrapped_tokens(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
     """Return the attention bias, heads N N, that masks the last rows and columns of a window.
 
     Windows are shifted cyclically, so these rows and columns come from the opposite edge of the image.
     """
     if not rows and not columns:
         return bias
-    place = torch.arange(window, device=bias.device)
-    is_below = place >= window - rows
-    is_right = place >= window - columns
+    position = torch.arange(window, device=bias.device)
+    is_below = position >= window - rows
+    is_right = position >= window - columns
     region = (is_below.long()[:, None] * 2 + is_right.long()[None]).flatten()  # N
-    return bias + APART * (region[:, None] != region[None]).to(bias.dtype)
+    return bias + MASKED_BIAS * (region[:, None] != region[None]).to(bias.dtype)
 
 
 class _WindowRange(NamedTuple):
     """A range of window rows or columns that share one attention mask."""
 
     windows: range
-    masked: int  # tokens at the end of each window that shifting has brought there
+    num_wrapped: int  # rows or columns at the end of each window that come from the opposite edge
 
 
-def _split_windows(count: int, shift: int) -> list[_WindowRange]:
+def _split_by_mask(count: int, shift: int) -> list[_WindowRange]:
     """Return the ranges of windows along an axis; with a shift, the last window is a range of its own."""
     if not shift:
         return [_WindowRange(range(count), 0)]
     return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
 
 
-def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Divide a batch of grids of windows into blocks of at most `maximum` windows; yield their slices.
+def split_window_grid(
+    batch: int, rows: range, columns: range, maximum: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Divide a batch of grids of windows into blocks of at most `maximum` windows.
 
-    `rows` and `columns` are the parts of each grid to divide. Slices are those of batch, rows and columns.
+    Yields the slices of batch, rows and columns of each block; `rows` and `columns` are the ranges to divide.
     """
     if not rows or not columns:
         return  # such as the rows before the last one, of a grid with one row
@@ -227,16 +233,17 @@ def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tu
     max_columns = min(len(columns), maximum)
     max_rows = max(1, min(len(rows), maximum // max_columns))
     max_batch = max(1, min(batch, maximum // (max_columns * max_rows)))
-    for b, row, column in product(
-        range(0, batch, max_batch),
-        range(rows.start, rows.stop, max_rows),
-        range(columns.start, columns.stop, max_columns),
-    ):
-        yield (
-            slice(b, min(b + max_batch, batch)),
-            slice(row, min(row + max_rows, rows.stop)),
-            slice(column, min(column + max_columns, columns.stop)),
-        )
+    yield from product(
+        _split_range(range(batch), max_batch),
+        _split_range(rows, max_rows),
+        _split_range(columns, max_columns),
+    )
+
+
+def _split_range(indices: range, maximum: int) -> list[slice]:
+    """Return slices of at most `maximum` indices that cover a range."""
+    starts = range(indices.start, indices.stop, maximum)
+    return [slice(start, min(start + maximum, indices.stop)) for start in starts]
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:
@@ -297,7 +304,7 @@ class SwinIR(nn.Module):
         self.norm = Float32LayerNorm(config.dim, EPSILON, affine=True)
         self.conv_after_body = convolutions(config)
         if config.upsampler == "pixelshuffledirect":
-            (factor,) = config.ups
+            (factor,) = config.upsampling_factors
             self.upsample = nn.Sequential(
                 convolution(config.dim, COLOURS * factor**2),
                 nn.PixelShuffle(factor),
@@ -314,18 +321,18 @@ class SwinIR(nn.Module):
             convolution(config.dim, features), nn.LeakyReLU(inplace=True)
         )
         if config.upsampler == "nearest+conv":
-            for number in range(1, len(config.ups) + 1):
+            for number in range(1, len(config.upsampling_factors) + 1):
                 self.add_module(f"conv_up{number}", convolution(features, features))
             self.conv_hr = convolution(features, features)
         else:
             self.upsample = nn.Sequential()
-            for factor in config.ups:
+            for factor in config.upsampling_factors:
                 self.upsample.append(convolution(features, features * factor**2))
                 self.upsample.append(nn.PixelShuffle(factor))
         self.conv_last = convolution(features, COLOURS)
 
     @property
-    def repeated(self) -> tuple[nn.Module, ...]:
+    def repeated_blocks(self) -> tuple[nn.Module, ...]:
         """Blocks of equal shape, which share one compilation."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
@@ -339,7 +346,7 @@ class SwinIR(nn.Module):
         x = (x - mean) * self.config.pixel_range
         first = self.conv_first(x)
         tokens = as_tokens(first)
-        index = distances(self.config.window, x.device)
+        index = relative_position_index(self.config.window, x.device)
         tokens = self.patch_embed["norm"](tokens).to(x.dtype)
         for layer in self.layers:
             tokens = layer(tokens, index)
@@ -358,18 +365,18 @@ class SwinIR(nn.Module):
         features = self.conv_before_upsample(features)
         if self.config.upsampler == "pixelshuffle":
             return self.conv_last(self.upsample(features))
-        for number in range(1, len(self.config.ups) + 1):
+        for number in range(1, len(self.config.upsampling_factors) + 1):
             convolve = self.get_submodule(f"conv_up{number}")
             # nested, so that the largest tensors are freed as soon as they may be
             features = leaky_relu(convolve(repeat_pixels(features, 2)), 0.2, inplace=True)
         return self.conv_last(leaky_relu(self.conv_hr(features), 0.2, inplace=True))
 
 
-def distances(window: int, device: torch.device) -> Tensor:
+def relative_position_index(window: int, device: torch.device) -> Tensor:
     """Return which row of the bias table applies to each pair of tokens in a window, N N."""
-    place = torch.arange(window, device=device)
-    rows = place.repeat_interleave(window)
-    columns = place.repeat(window)
+    positions = torch.arange(window, device=device)
+    rows = positions.repeat_interleave(window)
+    columns = positions.repeat(window)
     down = rows[:, None] - rows[None] + window - 1
     across = columns[:, None] - columns[None] + window - 1
     return down * (2 * window - 1) + across

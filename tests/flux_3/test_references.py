@@ -38,7 +38,7 @@ def test_a_single_reference_is_on_the_same_canvas(size: tuple[int, int], tmp_pat
     assert torch.equal(frames[0, 0], pixels)
     canvas = canvas_of(tmp_path / "a.png", 16)
     left, top = canvas.corner
-    width, height = canvas.picture
+    width, height = canvas.image
     assert (left, top, left + width, top + height) == kwargs["reference_crop"]
 
 
@@ -53,7 +53,7 @@ def test_large_canvases_have_the_same_sizes(size: tuple[int, int]) -> None:
 
     canvas = fit_canvas(size, 16)
 
-    assert canvas.picture == resized.size
+    assert canvas.image == resized.size
     assert canvas.size == (width, height)
 
 

@@ -14,11 +14,11 @@ from hunyuan_image.configs import LATENT
 from hunyuan_image.text_encoders import (
     AFTER,
     BEFORE,
-    DROPPED,
+    NUM_TEMPLATE_TOKENS,
     GlyphTextEncoder,
     QwenTextEncoder,
-    find_quoted,
-    glyph_text,
+    find_quoted_texts,
+    make_glyph_prompt,
 )
 from hunyuan_image.vae import HunyuanImageVae, HunyuanImageVaeConfig, compute_in_rows, load_vae, read_vae
 from modules.errors import CheckpointError
@@ -63,7 +63,7 @@ def test_states_of_the_language_model_equal_the_recorded_ones(tmp_path: Path) ->
     found = encode(encoder, *CASE["prompts"])
 
     assert f"{BEFORE}{{}}{AFTER}" == CASE["template"]
-    assert CASE["dropped_tokens"] == DROPPED
+    assert CASE["dropped_tokens"] == NUM_TEMPLATE_TOKENS
     assert encoder.state is None  # which no cache of this family names
     for one, states, mask in zip(found, TENSORS["vlm_states"], TENSORS["vlm_mask"], strict=True):
         (ours,), (real,), count = one["vlm_embed"], one["vlm_mask"], int(mask.sum())
@@ -74,8 +74,8 @@ def test_states_of_the_language_model_equal_the_recorded_ones(tmp_path: Path) ->
 
 
 def test_what_is_to_be_written_equals_the_recorded_texts() -> None:
-    assert [glyph_text(prompt) for prompt in CASE["prompts"]] == CASE["glyph_texts"]
-    assert [bool(find_quoted(prompt)) for prompt in CASE["prompts"]] == CASE["ocr_mask"]
+    assert [make_glyph_prompt(prompt) for prompt in CASE["prompts"]] == CASE["glyph_texts"]
+    assert [bool(find_quoted_texts(prompt)) for prompt in CASE["prompts"]] == CASE["ocr_mask"]
 
 
 def test_states_of_glyphs_equal_the_recorded_ones(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from encoders.autoencoder import read_autoencoder_header
 from generation.denoise import make_latents
 from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles, load_dit
-from lumina.official_options import generation_words, read_minimal
+from lumina.official_options import read_minimal, translate_to_generation_argv
 from lumina.options import EXTRAS, LuminaTrainingOptions, translate_training
 from lumina.text_encoder import GemmaTextEncoder, load_gemma
 from lumina_generate_image import DEFAULTS as SCRIPT
@@ -142,7 +142,7 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
     given += " --image_width 1000 --image_height 777 --use_sage_attn --system_prompt Draw."
     minimal = read_minimal(None, [*given.split(), "--lora_weights", f"{lora};0.5", "other"])
 
-    words = generation_words(minimal)
+    words = translate_to_generation_argv(minimal)
 
     assert {"--prompt=-x", "--seed=0", "--attn_mode=sageattn", "--system_prompt=Draw."} <= joined(words)
     assert words[words.index("--image_size") :][:3] == ["--image_size", "768", "992"]

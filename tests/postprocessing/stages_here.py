@@ -37,7 +37,7 @@ class Same:
     name: str = "same"
     change: Callable[[OutputFrame], OutputFrame] = lambda picture: picture
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         return clip
 
     def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
@@ -50,7 +50,7 @@ class Larger:
 
     name: str = "larger"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         return replace(clip, width=2 * clip.width, height=2 * clip.height)
 
     def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
@@ -65,7 +65,7 @@ class Smoother:
 
     name: str = "smoother"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         assert clip.rate is not None
         return replace(clip, rate=2 * clip.rate, frames=None if clip.frames is None else 2 * clip.frames - 1)
 
@@ -91,7 +91,7 @@ class Refusing:
     at: int | None = None
     name: str = "refusing"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         return clip
 
     def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:
@@ -109,7 +109,7 @@ class Black:
 
     name: str = "black"
 
-    def result(self, clip: Clip) -> Clip:
+    def plan_output(self, clip: Clip) -> Clip:
         return clip
 
     def run(self, pictures: Iterator[OutputFrame], clip: Clip) -> Iterator[OutputFrame]:

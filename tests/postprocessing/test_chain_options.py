@@ -45,7 +45,7 @@ def test_each_tool_has_its_own_options() -> None:
     assert isinstance(third, InterpolationOptions)
     assert (first.network.seed, second.network.seed, third.network.seed) == ("1", None, "2")
     assert (second.network.model, second.only_center, third.factor) == (Path("faces"), True, 3)
-    assert (chain.added, chain.needs_video) == ("SWINIR_GFPGAN_VFI", True)
+    assert (chain.name_suffix, chain.needs_video) == ("SWINIR_GFPGAN_VFI", True)
 
 
 @pytest.mark.parametrize(

@@ -155,10 +155,10 @@ def test_compiled_networks_compute_the_same(tmp_path: Path, write: object, forms
     images = torch.rand(1, 3, 8, 12).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         plain = network(images)
-        compile_parts(network_options(False), network.repeated, EAGER)
+        compile_parts(network_options(False), network.repeated_blocks, EAGER)
         assert torch.equal(network(images), plain)
         assert not counters["stats"]
-        compile_parts(network_options(True), network.repeated, EAGER)
+        compile_parts(network_options(True), network.repeated_blocks, EAGER)
         compiled = network(images)
 
     assert counters["stats"]["unique_graphs"] == forms

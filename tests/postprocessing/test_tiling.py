@@ -20,8 +20,16 @@ from torch.utils._pytree import tree_leaves
 from modules.errors import CheckpointError, MemoryPlanError
 from postprocessing.contract import to_pixels, to_tensor
 from postprocessing.options import ToolNetworkOptions
-from postprocessing.streaming import read_ahead, write_behind
-from postprocessing.tiling import FULL, Fitting, Guarded, cut, network_dtype, pad_to_multiple, run_in_tiles
+from postprocessing.streaming import read_in_thread, write_in_thread
+from postprocessing.tiling import (
+    WHOLE_IMAGE,
+    Float32Fallback,
+    MemoryFittedRunner,
+    network_dtype,
+    pad_to_multiple,
+    run_in_tiles,
+    split_into_tiles,
+)
 from tests.waiting import PATIENCE
 
 CPU = torch.device("cpu")
@@ -45,15 +53,15 @@ def test_tiles_of_a_network_without_surroundings_give_the_whole_to_the_bit(
 
 def test_tiles_are_of_one_size_few_and_no_larger_than_needed() -> None:
     for length, tile, overlap, step in itertools.product(range(8, 200, 8), (32, 40, 64), (0, 5, 16), (1, 8)):
-        spans = cut(length, tile, overlap, step)
+        spans = split_into_tiles(length, tile, overlap, step)
         assert spans[0][0] == 0
         assert spans[-1][1] == length
         assert {end - start for start, end in spans} == {spans[0][1]}
         assert spans[0][1] <= max(tile, 1)
         assert all(start % step == 0 for start, _ in spans)
         assert all(end - start >= overlap for (_, end), (start, _) in itertools.pairwise(spans))
-    assert cut(64, 64, 16) == [(0, 64)]
-    assert cut(100, 96, 32) == [(0, 66), (34, 100)]
+    assert split_into_tiles(64, 64, 16) == [(0, 64)]
+    assert split_into_tiles(100, 96, 32) == [(0, 66), (34, 100)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 20)])
@@ -94,16 +102,16 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
     caplog.set_level(logging.INFO)
     images = torch.rand(4, 3, 128, 160)
     network = Memory(80 * 80, error)
-    fitting = Fitting(CPU, 4, FULL, is_auto=True, overlap=16, factor=2)
+    runner = MemoryFittedRunner(CPU, 4, WHOLE_IMAGE, is_auto=True, overlap=16, factor=2)
 
-    made = fitting(network, images)
+    made = runner(network, images)
     tried = len(network.shapes)
-    fitting(network, images)
+    runner(network, images)
 
     full = Memory(1 << 30, error)(images)
     # the pool sees zeros behind each tile's edge: wrong in one pixel, which hardly counts there
     assert (made - full).abs().max() < 0.03
-    assert (fitting.batch, fitting.tile) == (1, 80)
+    assert (runner.batch, runner.tile) == (1, 80)
     assert all(height * width <= 80 * 80 for _, _, height, width in network.shapes[tried:])
     assert [record.getMessage() for record in caplog.records] == [
         "Memory is full: from now on 2 at once.",
@@ -114,13 +122,13 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
 
 @pytest.mark.parametrize("is_auto", [True, False])
 def test_what_never_fits_is_said(is_auto: bool) -> None:
-    fitting = Fitting(CPU, 1, FULL if is_auto else 96, is_auto, overlap=16)
+    runner = MemoryFittedRunner(CPU, 1, WHOLE_IMAGE if is_auto else 96, is_auto, overlap=16)
     with pytest.raises(MemoryPlanError, match=r"too little memory even for \d+ x \d+ pixels .*\n.*--tile"):
-        fitting(Memory(10, ERRORS[0]), torch.rand(1, 3, 128, 160))
+        runner(Memory(10, ERRORS[0]), torch.rand(1, 3, 128, 160))
 
 
 def test_what_follows_the_network_may_run_out_of_memory_too() -> None:
-    fitting = Fitting(CPU, 4, FULL, is_auto=True, overlap=16)
+    runner = MemoryFittedRunner(CPU, 4, WHOLE_IMAGE, is_auto=True, overlap=16)
     seen = []
 
     def finish(made: Tensor) -> Tensor:
@@ -130,7 +138,7 @@ def test_what_follows_the_network_may_run_out_of_memory_too() -> None:
         return made[..., :5]
 
     images = torch.rand(3, 3, 8, 8)
-    assert torch.equal(fitting(lambda given: given, images, finish), images[..., :5])
+    assert torch.equal(runner(lambda given: given, images, finish), images[..., :5])
     assert seen == [3, 1, 1, 1]
 
 
@@ -151,7 +159,7 @@ def test_only_pictures_that_overflow_are_computed_again(caplog: pytest.LogCaptur
         loads.append(1)
         return squared
 
-    guarded = Guarded(squared, torch.float16, exact, "SwinIR")
+    guarded = Float32Fallback(squared, torch.float16, exact, "SwinIR")
     images = torch.rand(3, 3, 4, 5)
     images[1, 0, 0, 0] = 300.0
 
@@ -166,7 +174,7 @@ def test_only_pictures_that_overflow_are_computed_again(caplog: pytest.LogCaptur
 
 
 def test_a_result_that_is_not_finite_in_float32_either_is_an_error() -> None:
-    guarded = Guarded(squared, torch.bfloat16, lambda: squared, "SwinIR")
+    guarded = Float32Fallback(squared, torch.bfloat16, lambda: squared, "SwinIR")
     with pytest.raises(CheckpointError, match="NaN or infinite, in float32 too"):
         guarded(torch.full((1, 3, 2, 2), 1e30))
 
@@ -226,7 +234,7 @@ def test_reading_ends_and_closes_its_file_when_nobody_reads() -> None:
         finally:
             closed.append(threading.current_thread().name)
 
-    with read_ahead(source()) as items:
+    with read_in_thread(source()) as items:
         assert next(items) == 1
 
     assert closed == ["reading ahead"]
@@ -238,7 +246,7 @@ def test_an_error_of_writing_ends_the_run_with_it_and_does_not_wait_for_ever() -
         next(items)
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="the disk is full"), write_behind(write) as put:
+    with pytest.raises(OSError, match="the disk is full"), write_in_thread(write) as put:
         all(put(number) is None for number in range(100))
 
     assert not threads()
@@ -249,7 +257,7 @@ def test_an_error_of_writing_at_the_very_end_is_raised_too() -> None:
         assert list(items) == [1]
         raise OSError("no room for the index")
 
-    with pytest.raises(OSError, match="no room"), write_behind(write) as put:
+    with pytest.raises(OSError, match="no room"), write_in_thread(write) as put:
         put(1)
 
 
@@ -268,7 +276,7 @@ def test_ctrl_c_while_the_last_is_written_does_not_wait_for_ever() -> None:
     started = time.monotonic()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(KeyboardInterrupt), write_behind(write, last_wait=0.2) as put:
+        with pytest.raises(KeyboardInterrupt), write_in_thread(write, last_wait=0.2) as put:
             put(1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -20,7 +20,7 @@ from tests.golden_cases import make_weights
 from tests.tiny.dit_files import write_tensors
 
 SIZE = 32  # of faces
-GFPGAN = GfpganConfig(body=(6, 8, 10, 12), decoder=(16, 12, 10, 8), style=14, steered=(6, 5, 4))
+GFPGAN = GfpganConfig(body=(6, 8, 10, 12), decoder=(16, 12, 10, 8), style=14, modulated_channels=(6, 5, 4))
 CODEFORMER = CodeFormerConfig(
     encoder=(
         CodeFormerBlock(CONV, 3, 32),

@@ -20,7 +20,7 @@ SWINIR = SwinirConfig(
     hidden=20,
     convolutions=3,
     upsampler="nearest+conv",
-    ups=(2, 2),
+    upsampling_factors=(2, 2),
     features=8,
     pixel_range=1.0,
 )

@@ -21,9 +21,9 @@ from modules.errors import CheckpointError, NothingFoundError, OptionError
 from modules.media.encoding import OutputFrame
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
-from postprocessing.blurring.stage import cover, make_blur, within
+from postprocessing.blurring.stage import clamp_boxes, cover_boxes, make_blur
 from postprocessing.blurring.tracks import Box, Tracks
-from postprocessing.chain_options import read_tool
+from postprocessing.chain_options import parse_tool
 from postprocessing.contract import Clip
 from postprocessing.faces.boxes import FoundFace
 from postprocessing.options import BlurOptions, ToolNetworkOptions
@@ -184,7 +184,7 @@ def test_onnx_detectors_blur_too(tmp_path: Path) -> None:
 
 
 def options(detector: Path, *words: str) -> BlurOptions:
-    made: BlurOptions = read_tool(["yolo_blur", "--model", str(detector), *words], "--then")[1]
+    made: BlurOptions = parse_tool(["yolo_blur", "--model", str(detector), *words], "--then")[1]
     return made
 
 
@@ -237,8 +237,8 @@ def test_a_box_that_is_no_number_covers_the_whole_picture() -> None:
         FoundFace((float("-inf"), 1, 5, float("inf")), 0.9, None),
     ]
 
-    assert within(found, 20, 30) == [(0, 0, 30, 20), (-30, 1, 5, 40)]
-    assert within([FoundFace((9, 1, 5, 5), 0.9, None)], 20, 30) == []
+    assert clamp_boxes(found, 20, 30) == [(0, 0, 30, 20), (-30, 1, 5, 40)]
+    assert clamp_boxes([FoundFace((9, 1, 5, 5), 0.9, None)], 20, 30) == []
 
 
 def test_a_file_that_is_no_detector_is_refused_before_the_video_is_read(tmp_path: Path) -> None:
@@ -259,15 +259,15 @@ def at(x: float, y: float = 50, size: float = 20) -> Box:
 
 def followed(found: Mapping[int, Sequence[Box]], pictures: int) -> tuple[list[list[Box]], Tracks]:
     """What is covered in each picture, asked for as late as the stage does."""
-    tracks, covered = Tracks(HOLD, LOOKBACK), []
+    tracks, box_to_cover = Tracks(HOLD, LOOKBACK), []
     delay = max(HOLD, LOOKBACK)
     for index in range(pictures + delay):
         if index < pictures:
-            tracks.see(index, found.get(index, []))
+            tracks.add_detections(index, found.get(index, []))
         if index >= delay:
-            covered.append(tracks.boxes(index - delay))
+            box_to_cover.append(tracks.boxes(index - delay))
             tracks.forget(index - delay)
-    return covered, tracks
+    return box_to_cover, tracks
 
 
 def holds(boxes: Sequence[Box], box: Box) -> bool:
@@ -278,47 +278,47 @@ def holds(boxes: Sequence[Box], box: Box) -> bool:
 
 
 def test_something_that_stands_still_is_covered_before_and_after_it_is_found() -> None:
-    covered, _ = followed({10: [at(50)], 11: [at(50)]}, 30)
+    box_to_cover, _ = followed({10: [at(50)], 11: [at(50)]}, 30)
 
-    held = [index for index, boxes in enumerate(covered) if boxes]
+    held = [index for index, boxes in enumerate(box_to_cover) if boxes]
     assert held == list(range(10 - LOOKBACK, 11 + HOLD + 1))
-    assert all(holds(boxes, at(50)) for boxes in covered if boxes)
+    assert all(holds(boxes, at(50)) for boxes in box_to_cover if boxes)
 
 
 def test_something_that_moves_is_expected_to_move_on() -> None:
     path = {index: at(100 + 5 * index) for index in range(30)}
 
-    covered, _ = followed({index: [path[index]] for index in range(10, 15)}, 30)
+    box_to_cover, _ = followed({index: [path[index]] for index in range(10, 15)}, 30)
 
     for index in range(10 - LOOKBACK, 15 + HOLD):
-        assert holds(covered[index], path[index])
+        assert holds(box_to_cover[index], path[index])
 
 
 def test_a_jump_without_overlap_covers_where_it_was_and_the_way_from_there() -> None:
-    covered, tracks = followed({5: [at(50)], 8: [at(75)]}, 20)
+    box_to_cover, tracks = followed({5: [at(50)], 8: [at(75)]}, 20)
 
-    assert holds(covered[6], at(50))
-    assert holds(covered[6], at(50 + 25 / 3))
-    assert holds(covered[5 + HOLD], at(50))  # it may have been another one
-    assert tracks.started == 1
+    assert holds(box_to_cover[6], at(50))
+    assert holds(box_to_cover[6], at(50 + 25 / 3))
+    assert holds(box_to_cover[5 + HOLD], at(50))  # it may have been another one
+    assert tracks.num_objects == 1
 
 
 def test_things_that_are_far_apart_are_not_one() -> None:
-    covered, tracks = followed({5: [at(50)], 7: [at(150)]}, 30)
+    box_to_cover, tracks = followed({5: [at(50)], 7: [at(150)]}, 30)
 
-    assert tracks.started == 2
+    assert tracks.num_objects == 2
     assert tracks.longest_gap == 0
-    assert holds(covered[5 + HOLD], at(50))
-    assert holds(covered[7 + HOLD], at(150))
+    assert holds(box_to_cover[5 + HOLD], at(50))
+    assert holds(box_to_cover[7 + HOLD], at(150))
 
 
 def test_what_is_covered_grows_with_the_time_since_something_was_seen() -> None:
-    covered, _ = followed({10: [at(50)]}, 30)
+    box_to_cover, _ = followed({10: [at(50)]}, 30)
 
     for index in (10 - LOOKBACK, 10 + HOLD):
         grown = 20 * (1 + 2 * 0.02 * abs(index - 10))
-        assert holds(covered[index], at(50, size=grown))
-    assert covered[10] == [at(50)]
+        assert holds(box_to_cover[index], at(50, size=grown))
+    assert box_to_cover[10] == [at(50)]
 
 
 OLD = BlurOptions(network=ToolNetworkOptions(model=Path("detector.onnx")), margin=0.0, hold=0, lookback=0)
@@ -337,7 +337,7 @@ def test_pixels_outside_are_the_same_to_the_bit(dtype: type, method: str) -> Non
     pixels = noise(80, 120, dtype)
     before = pixels.copy()
 
-    result = cover(pixels, [(30.4, 20.2, 69.5, 59.8)], dataclasses.replace(OLD, method=method))
+    result = cover_boxes(pixels, [(30.4, 20.2, 69.5, 59.8)], dataclasses.replace(OLD, method=method))
 
     assert (pixels == before).all()
     assert result.dtype == dtype
@@ -350,7 +350,7 @@ def test_pixels_outside_are_the_same_to_the_bit(dtype: type, method: str) -> Non
 def test_a_box_of_usual_size_gets_the_blur_that_was_asked_for_mixed_with_its_surroundings() -> None:
     pixels = noise(200, 200)
 
-    result = cover(pixels, [(60, 60, 140, 140)], OLD)
+    result = cover_boxes(pixels, [(60, 60, 140, 140)], OLD)
 
     expected = cv2.GaussianBlur(pixels, (51, 51), 40)
     assert (result[60:140, 60:140] == expected[60:140, 60:140]).all()
@@ -366,7 +366,7 @@ def test_detail_is_gone_whatever_the_size_of_the_box(size: int, dtype: type) -> 
     low = (side - size) // 2
     box = (low, low, low + size, low + size)
 
-    result = cover(pixels, [box], OLD)[low : low + size, low : low + size].astype(float)
+    result = cover_boxes(pixels, [box], OLD)[low : low + size, low : low + size].astype(float)
 
     assert np.ptp(result) / np.iinfo(dtype).max < (0.6 if size == 6 else 0.3)
 
@@ -374,7 +374,7 @@ def test_detail_is_gone_whatever_the_size_of_the_box(size: int, dtype: type) -> 
 def test_a_soft_edge_is_outside_of_the_box() -> None:
     pixels = np.full((100, 100, 3), 200, np.uint8)
 
-    result = cover(pixels, [(30, 30, 70, 70)], dataclasses.replace(OLD, feather=0.1, method="fill"))
+    result = cover_boxes(pixels, [(30, 30, 70, 70)], dataclasses.replace(OLD, feather=0.1, method="fill"))
 
     assert (result[30:70, 30:70] == 0).all()
     row = result[50, 25:31, 0].astype(int)
@@ -386,7 +386,7 @@ def test_a_soft_edge_is_outside_of_the_box() -> None:
 def test_an_ellipse_leaves_the_corners() -> None:
     pixels = noise(100, 100)
 
-    result = cover(pixels, [(30, 40, 70, 60)], dataclasses.replace(OLD, ellipse=True, method="fill"))
+    result = cover_boxes(pixels, [(30, 40, 70, 60)], dataclasses.replace(OLD, ellipse=True, method="fill"))
 
     touched = changed(result, pixels)
     assert touched[40:60, 30:70].mean() == pytest.approx(np.pi / 4, abs=0.03)

@@ -123,7 +123,7 @@ def test_a_yolo_that_gives_no_numbers_is_an_error_and_not_a_picture_without_a_fa
 
 
 def rows_of(layout: YoloLayout, result: np.ndarray) -> tuple[np.ndarray, ...]:
-    return YoloDetector(Path("yolo.onnx"), None, layout)._read(result.astype(np.float32), 0.5)
+    return YoloDetector(Path("yolo.onnx"), None, layout)._decode(result.astype(np.float32), 0.5)
 
 
 def test_results_of_a_yolo_are_read_in_each_way_in_which_they_are_given() -> None:

@@ -15,7 +15,7 @@ from modules.errors import CheckpointError
 from modules.media.encoding import OutputFrame, Pixels
 from modules.media.reading import video_frames
 from modules.media.writing import write_video
-from postprocessing.chain_options import read_tool
+from postprocessing.chain_options import parse_tool
 from postprocessing.contract import Clip
 from postprocessing.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import succeed_here
@@ -63,7 +63,7 @@ def _linked(folder: Path, to: Path, *absent: str) -> Path:
 
 
 def _options(model: Path, *words: object) -> Any:
-    return read_tool(["facefix", "--model", str(model), *map(str, words)], "--then")[1]
+    return parse_tool(["facefix", "--model", str(model), *map(str, words)], "--then")[1]
 
 
 def _stage(model: Path, *words: object) -> Facefix:
@@ -78,7 +78,7 @@ def _run(stage: Facefix, frames: Sequence[Pixels], is_deep: bool = False) -> lis
     clip = Clip(Path("clip.mkv"), WIDTH, HEIGHT, Fraction(10), None, is_deep)
     made = list(stage.run(_images(frames), clip))
     assert [image.start for image in made] == [Fraction(i, 10) for i in range(len(frames))]
-    size = stage.result(clip)
+    size = stage.plan_output(clip)
     assert all(image.pixels.shape == (size.height, size.width, 3) for image in made)
     return [image.pixels for image in made]
 
@@ -262,7 +262,7 @@ def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(
 
 def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:
     models = _linked(folder, tmp_path, "GFPGANv1.4.pth", "parsing_parsenet.pth")
-    config = replace(tiny.GFPGAN, body=tiny.GFPGAN.body[:2], decoder=(8, 8), steered=(4,))
+    config = replace(tiny.GFPGAN, body=tiny.GFPGAN.body[:2], decoder=(8, 8), modulated_channels=(4,))
     tiny.write_model(models / "GFPGANv1.4.pth", tiny.gfpgan_weights(config))
     tiny.write_model(models / "parsing_parsenet.pth", tiny.parsenet_weights())
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from modules.media.encoding import Pixels
 from postprocessing.faces.boxes import TEMPLATE, FoundFace, Matrix, alignment, crop, crops, restorable
-from postprocessing.faces.stage import Restored, SteadyLandmarks, enlarge, paste, soften
+from postprocessing.faces.stage import LandmarkSmoother, Restored, enlarge, paste, soften
 from tests.golden_cases import read_case
 
 SIZE = 64
@@ -141,12 +141,12 @@ def test_faces_that_overlap_are_pasted_one_above_the_other() -> None:
 
 def test_trembling_is_damped_and_movement_followed() -> None:
     eyes = float(np.hypot(*(TEMPLATE[0] - TEMPLATE[1])))
-    steady = SteadyLandmarks(0.5)
-    steady.steady([TEMPLATE])
+    smoother = LandmarkSmoother(0.5)
+    smoother.smooth([TEMPLATE])
 
-    (trembled,) = steady.steady([TEMPLATE + np.float32([0.01 * eyes, 0])])
+    (trembled,) = smoother.smooth([TEMPLATE + np.float32([0.01 * eyes, 0])])
     moved = TEMPLATE + np.float32([0.2 * eyes, 0])
-    (followed,) = steady.steady([moved])
+    (followed,) = smoother.smooth([moved])
 
     # at a tenth of the distance at which it counts as movement, nine tenths of the half are kept
     np.testing.assert_allclose(trembled - TEMPLATE, [[0.0055 * eyes, 0]] * 5, atol=1e-3)

@@ -15,7 +15,14 @@ from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from postprocessing.interpolation.files import read_gimm
 from postprocessing.interpolation.flowformer import FlowFormer, read_flowformer
-from postprocessing.interpolation.layers import Correlation, EncodedImage, FlowEstimator, grid_of, splat, warp
+from postprocessing.interpolation.layers import (
+    Correlation,
+    EncodedImage,
+    FlowEstimator,
+    pixel_coordinates,
+    splat,
+    warp,
+)
 from postprocessing.interpolation.motion import (
     GimmVfi,
     Interpolation,
@@ -203,13 +210,13 @@ def test_the_motion_between_two_flows_is_as_recorded(field: MotionField) -> None
         check(field.normal_at(motion, time), TENSORS[f"predicted_flow_normalised_t{time}"])
 
 
-@pytest.mark.parametrize("keeps_volume", [True, False])
-def test_features_are_compared_as_recorded(keeps_volume: bool) -> None:
+@pytest.mark.parametrize("stores_volume", [True, False])
+def test_features_are_compared_as_recorded(stores_volume: bool) -> None:
     first, second = TENSORS["fmap0"], TENSORS["fmap1"]
     places = TENSORS["corr_coords"]
-    forth = Correlation(first, second, keeps_volume).lookup(places)
+    forth = Correlation(first, second, stores_volume).lookup(places)
     # the case looks back from the places mirrored at each pixel
-    back = Correlation(second, first, keeps_volume).lookup(2 * grid_of(first) - places)
+    back = Correlation(second, first, stores_volume).lookup(2 * pixel_coordinates(first) - places)
     check(forth[..., ::5, ::5], TENSORS["corr_lookup_every_5th"])
     check(forth[..., ::7, ::7], TENSORS["bicorr_a_every_7th"])
     check(back[..., ::7, ::7], TENSORS["bicorr_b_every_7th"])

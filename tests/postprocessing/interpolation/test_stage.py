@@ -141,7 +141,7 @@ def test_a_factor_of_one_changes_nothing(folder: Path) -> None:
     stage = make_interpolation(options(folder, factor=1), CPU)
     images = list(stream(moving(2), [Fraction(0), Fraction(1)]))
     assert list(stage.run(iter(images), CLIP)) == images
-    assert stage.result(CLIP) is CLIP
+    assert stage.plan_output(CLIP) is CLIP
 
 
 def test_equal_neighbours_and_cuts_repeat_the_picture_before(
@@ -177,16 +177,16 @@ def test_deep_clips_get_deep_pictures_and_keep_their_own(folder: Path) -> None:
 def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
     stage = make_interpolation(options(folder), CPU)
     with pytest.raises(MediaError, match="is one picture"):
-        stage.result(replace(CLIP, rate=None))
+        stage.plan_output(replace(CLIP, rate=None))
     with pytest.raises(MediaError, match="has one picture"):
         list(stage.run(stream(moving(1), [Fraction(0)]), CLIP))
     with pytest.raises(MediaError, match="64 x 128: GIMMVFI needs at least 97 pixels"):
-        stage.result(replace(CLIP, width=64))
+        stage.plan_output(replace(CLIP, width=64))
     for part, minimum in ((0.5, 193), (0.75, 129)):
         small = make_interpolation(options(folder, ds_factor=part), CPU)
         with pytest.raises(MediaError, match=f"{minimum} pixels in width and height with --ds_factor {part}"):
-            small.result(CLIP)
-        small.result(replace(CLIP, width=minimum, height=minimum))
+            small.plan_output(CLIP)
+        small.plan_output(replace(CLIP, width=minimum, height=minimum))
 
 
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:

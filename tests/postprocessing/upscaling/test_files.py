@@ -112,7 +112,7 @@ def test_any_factor_is_read_from_the_names(
 
 
 @pytest.mark.parametrize(
-    ("upsampler", "ups", "window", "convolutions"),
+    ("upsampler", "upsampling_factors", "window", "convolutions"),
     [
         ("nearest+conv", (2,), 4, 1),
         ("nearest+conv", (2, 2), 7, 3),
@@ -123,12 +123,12 @@ def test_any_factor_is_read_from_the_names(
     ],
 )
 def test_every_form_of_swinir_is_read_from_the_shapes(
-    tmp_path: Path, upsampler: str, ups: tuple[int, ...], window: int, convolutions: int
+    tmp_path: Path, upsampler: str, upsampling_factors: tuple[int, ...], window: int, convolutions: int
 ) -> None:
     config = replace(
         SWINIR,
         upsampler=upsampler,
-        ups=ups,
+        upsampling_factors=upsampling_factors,
         window=window,
         convolutions=convolutions,
         features=8 if upsampler in {"nearest+conv", "pixelshuffle"} else 0,
@@ -180,7 +180,9 @@ def test_heads_may_be_filled_up_to_a_width_that_kernels_take() -> None:
 
 def test_windows_do_not_see_what_shifting_brought_beside_them(tmp_path: Path) -> None:
     """A change at the right edge reaches the left one through windows only, not around the picture."""
-    weights = swinir_weights(replace(SWINIR, upsampler="none", ups=(), features=0, convolutions=1))
+    weights = swinir_weights(
+        replace(SWINIR, upsampler="none", upsampling_factors=(), features=0, convolutions=1)
+    )
     # convolutions that see no neighbors
     weights = {name: each * _center(each) if each.dim() == 4 else each for name, each in weights.items()}
     path = write(tmp_path / "x.pth", weights)

@@ -45,7 +45,7 @@ def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale:
     for image, one, before in zip(made, expected, given, strict=True):
         assert np.array_equal(image.pixels, one.astype(before.pixels.dtype))
         assert (image.start, image.seconds) == (before.start, before.seconds)
-    found = stage.result(of)
+    found = stage.plan_output(of)
     assert made[0].pixels.shape == (found.height, found.width, 3) == expected.shape[1:]
     assert (found.width, found.height) == (int(WIDTH * scale), int(HEIGHT * scale))
 
@@ -85,13 +85,13 @@ def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogC
     assert isinstance(stage, UpscalerStage)
     config = stage.upscaler.config
     per_pixel = bytes_per_pixel(stage.upscaler.kind, config, torch.float32)
-    room = round(80 * 80 * per_pixel) + 100 + result_bytes(config, 100, 90)
+    get_usable_bytes = round(80 * 80 * per_pixel) + 100 + result_bytes(config, 100, 90)
     image = OutputFrame(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
     sizes = []
     stage.upscaler.network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-2:]))
 
-    for free in (room, None, 10**10):
-        run(replace(stage, room=lambda _, free=free: free), [image], clip(width=100, height=90))
+    for free in (get_usable_bytes, None, 10**10):
+        run(replace(stage, get_usable_bytes=lambda _, free=free: free), [image], clip(width=100, height=90))
 
     tiles, wholes = sizes[:-2], sizes[-2:]
     assert len(tiles) == 4
@@ -115,4 +115,4 @@ def test_the_kind_is_told_from_the_file_and_a_wrong_mode_is_said(
 def test_a_size_that_no_picture_can_have_is_refused(tmp_path: Path, scale: float) -> None:
     stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), scale=scale), CPU)
     with pytest.raises(OptionError, match=r"--scale \S+ makes \d+ x \d+ pixels of the 37 x 26 of a.mkv"):
-        stage.result(clip())
+        stage.plan_output(clip())
