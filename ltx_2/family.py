@@ -22,9 +22,9 @@ from ltx_2.audio_references import (
     warn_of_unused,
 )
 from ltx_2.blocks import LtxReferences
+from ltx_2.configs import AUDIO as AUDIO_MODALITY
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
-from ltx_2.configs import SOUND as SOUND_NAMES
-from ltx_2.configs import VIDEO as VIDEO_NAMES
+from ltx_2.configs import VIDEO as VIDEO_MODALITY
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
 from ltx_2.given import make_given_rules, put_guides_in, take_masks
 from ltx_2.given_media import (
@@ -339,10 +339,10 @@ class Ltx2(Ltx2Media):
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             overrides=overrides.rename_nag(arguments_of),
             references={
-                VIDEO_NAMES: self._make_network_references(
+                VIDEO_MODALITY: self._make_network_references(
                     references, denoised, cond.get(STRENGTHS), noisy.device
                 ),
-                SOUND_NAMES: self.audio_references.select(cond, overrides),
+                AUDIO_MODALITY: self.audio_references.select(cond, overrides),
             },
             keyframes=given.keyframe_indices,
             **arguments_of(cond),
@@ -381,9 +381,9 @@ class Ltx2(Ltx2Media):
         """
         return LtxReferences(
             references if denoised is None else denoised.noisy_like(references),
-            time=1 if self.references is None else self.references.time_factor,
-            share=0.0 if denoised is None else 1 - denoised.strength,
-            strengths=strengths[0].to(device) if isinstance(strengths, Tensor) else None,
+            frame_stride=1 if self.references is None else self.references.time_factor,
+            timestep_fraction=0.0 if denoised is None else 1 - denoised.strength,
+            attention_strengths=strengths[0].to(device) if isinstance(strengths, Tensor) else None,
         )
 
     # generation

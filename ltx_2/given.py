@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltx_2.configs import LATENT, MEL_RATE, MEL_STRIDE
 from ltx_2.given_options import Ltx2GivenParts
-from ltx_2.rope import place_latents
+from ltx_2.rope import latent_bounds
 from modules.errors import DatasetError
 from protocols.data import AUDIO_LATENTS, GUIDES, KEYFRAME_LATENTS, LATENT_GUIDE, LOSS_MASK, Batch, Conditions
 from protocols.steps import FULLY_CLEAN, CleanTokens
@@ -54,13 +54,13 @@ def cover_times(starts: Tensor, ends: Tensor, times: Times) -> Tensor:
 
 def audio_bounds(count: int) -> tuple[Tensor, Tensor]:
     """Return the start and end of each of `count` audio latents, in seconds."""
-    starts, ends = (place_latents(count, MEL_STRIDE, is_causal=True) / MEL_RATE).unbind(1)
+    starts, ends = (latent_bounds(count, MEL_STRIDE, is_causal=True) / MEL_RATE).unbind(1)
     return starts, ends
 
 
 def video_bounds(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
     """Return the start and end of each of `count` latent frames, in seconds."""
-    starts, ends = (place_latents(count, stride, is_causal=True) / fps).unbind(1)
+    starts, ends = (latent_bounds(count, stride, is_causal=True) / fps).unbind(1)
     return starts, ends
 
 

@@ -214,7 +214,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         width = gemma.dim * len(all_states(gemma.num_layers))
         check_state_width(model.option, self.path, width, self.connectors, plan.config.text_dim, model.files)
         # learned registers, repeated, fill a text up to ROWS states
-        if any(ROWS % connector.registers for connector in plan.config.streams.values()):
+        if any(ROWS % connector.num_registers for connector in plan.config.streams.values()):
             raise CheckpointError(
                 f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
                 f"Give {FILES} to {OPTION}.",

@@ -50,10 +50,10 @@ def assert_both(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor, ...], nea
 def test_velocities_of_video_and_sound_equal_those_of_diffusers(version: str, rope: str, fps: float) -> None:
     given = dit_inputs(version, fps=fps)
 
-    ours = tiny_dit(version, splits_heads=rope == "split")(**given)
+    ours = tiny_dit(version, rotates_halves=rope == "split")(**given)
 
     assert_both(ours, in_diffusers(dit_in_diffusers(version, dit_state(version), rope), given))
-    other = tiny_dit(version, splits_heads=rope == "split")(**{**given, "fps": 2 * fps})
+    other = tiny_dit(version, rotates_halves=rope == "split")(**{**given, "fps": 2 * fps})
     assert (other[0] - ours[0]).abs().max() > 1e-3
 
 

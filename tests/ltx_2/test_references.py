@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ltx2_cache_latents
 from ltx_2.references import read_factors, thin_out
-from ltx_2.rope import Places, make_table
+from ltx_2.rope import TokenPositions, make_table
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.seeds import derive_seed
@@ -352,10 +352,10 @@ def test_lines_have_no_references_where_they_are_refused(release: TinyRelease, t
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:
     """Frames 0, 1, 5, 9, ... stand where those of the target do."""
     config = dit_config("2.3")
-    full = Places(config.dim, (3, 2, 2), (24.0,))
+    full = TokenPositions(config.dim, (3, 2, 2), (24.0,))
     tables = [
         make_table(config, one, device=torch.device("cpu"))
-        for one in (full, full._replace(factors=(1, 2)), full._replace(factors=(2, 1)))
+        for one in (full, full._replace(time_factor=2), full._replace(size_factor=2))
     ]
     assert_equal(tables[1][:4], tables[0][:4], "the first latent is of one frame")
     assert (tables[1][4:] - tables[0][4:]).abs().max() > 1e-3

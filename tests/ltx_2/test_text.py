@@ -219,7 +219,7 @@ def test_published_files_fit_at_full_size(tmp_path: Path) -> None:
         assert sum(one.numel() for one in connectors.parameters()) == 3172227584
         video, audio = connectors.config.streams.values()
         assert (video.num_heads, video.num_layers, audio.num_heads, audio.dim) == (32, 8, 32, 2048)
-        assert connectors.config.longest == 4096
+        assert connectors.config.max_position == 4096
 
 
 def test_names_of_the_known_caches_are_ours() -> None:
