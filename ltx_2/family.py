@@ -26,7 +26,7 @@ from ltx_2.configs import AUDIO as AUDIO_MODALITY
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.configs import VIDEO as VIDEO_MODALITY
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
-from ltx_2.given import make_given_rules, put_guides_in, take_masks
+from ltx_2.given import insert_guides, make_clean_latent_rules, select_clean_latents_by_mask
 from ltx_2.given_media import (
     check_media,
     encode_given_audio,
@@ -857,9 +857,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
-        clean_token_rule=make_given_rules(options.given),
+        clean_token_rule=make_clean_latent_rules(options.given),
         # masks either select the given latents, or keep weighting the loss; guide images are put in anyway
-        change_conditions=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
+        change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
     strategy = options.strategy
     takes_images = strategy.takes_images and not is_alone

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ltx_2.given import audio_bounds, mark_region, video_bounds
+from ltx_2.given import audio_latent_times, make_region_mask, video_latent_times
 from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
 from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
@@ -174,7 +174,7 @@ def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor
     top = round_up(region.top, step)
     left = round_up(region.left, step)
     bounds = (top, left, region.top + region.height, region.left + region.width)
-    return mark_region(bounds, rows, columns, step)
+    return make_region_mask(bounds, rows, columns, step)
 
 
 @dataclass
@@ -182,7 +182,7 @@ class GivenImages:
     """Clean latents of the parts of the images that are given, and how much of each latent stays."""
 
     clean: Tensor  # 1 C F H W
-    shares: Tensor  # 1 1 F H W int16, from 0 to WHOLE, which stays entirely clean
+    shares: Tensor  # 1 1 F H W int16, from 0 to FULLY_CLEAN, which stays entirely clean
 
     @property
     def frames(self) -> int:
@@ -282,7 +282,7 @@ def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> 
     """
     if media.retaken is not None:
         frames = latent.shape(prepared.frames, prepared.height, prepared.width)[2]
-        starts, ends = video_bounds(frames, latent.frame_step, prepared.fps)
+        starts, ends = video_latent_times(frames, latent.frame_step, prepared.fps)
         return ~touch(starts, ends, media.retaken)[:, None, None]
     assert media.inpaint_mask is not None  # checked by the options
     size = (prepared.width, prepared.height, prepared.frames)
@@ -322,7 +322,7 @@ def encode_given_audio(
 ) -> dict[str, Tensor]:
     """Return the latents of the audio parts that a request gives, and which latents are given.
 
-    The shares are 0 or WHOLE (entirely given) in int16. Returns {} if no part is given.
+    The shares are 0 or FULLY_CLEAN (entirely given) in int16. Returns {} if no part is given.
 
     Args:
         media: Options that give audio.
@@ -361,7 +361,7 @@ def _read_kept_audio(
         seconds: Length of the clip.
         spec: Format of the audio latents.
     """
-    starts, ends = audio_bounds(count)  # seconds of each latent
+    starts, ends = audio_latent_times(count)  # seconds of each latent
     retaken = media.retaken
     if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
