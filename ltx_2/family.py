@@ -31,19 +31,19 @@ from ltx_2.given_media import (
     check_media,
     encode_given_audio,
     encode_images,
-    hold_given_parts,
-    media_of,
-    take_given,
+    fix_clean_latents,
+    pop_clean_latents,
+    with_request_values,
 )
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.keyframes import (
-    add_generated,
+    add_generated_keyframes,
     append_keyframes,
-    append_learned,
-    cut_to_shown,
+    append_training_keyframes,
+    cut_appended_frames,
     encode_keyframes,
-    take_keyframes,
+    pop_keyframes,
 )
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
@@ -322,7 +322,7 @@ class Ltx2(Ltx2Media):
         given = overrides.clean_tokens or CleanTokens()
         if given.keyframes is not None:  # only in training; a generation appends them to the noisy video
             keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
-            image, shares = append_learned(image, given, keyframes, sigmas=image_times / 1000)
+            image, shares = append_training_keyframes(image, given, keyframes, sigmas=image_times / 1000)
             overrides = replace(overrides, clean_tokens=shares)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
@@ -398,7 +398,7 @@ class Ltx2(Ltx2Media):
             self._reject_images(request)
         usable = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
-        media = media_of(self.given, request)
+        media = with_request_values(self.given, request)
         self._check_media(request, media)
         # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.whole(self.latent)
@@ -582,7 +582,7 @@ class Ltx2(Ltx2Media):
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
             "num_generated_keyframes": self.given.num_generated_keyframes,
-            **media_of(self.given, request).image_files,
+            **with_request_values(self.given, request).image_files,
             "video_path": request.source,
         }
         for name, image in images.items():
@@ -627,7 +627,7 @@ class Ltx2(Ltx2Media):
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the request has an image, a driving video or references."""
-        media = media_of(self.given, prepared.request)
+        media = with_request_values(self.given, prepared.request)
         return (
             prepared.request.image_path is not None
             or self.drive_video is not None
@@ -663,7 +663,7 @@ class Ltx2(Ltx2Media):
 
         The audio VAE is loaded only if audio is given.
         """
-        media = media_of(self.given, prepared.request)
+        media = with_request_values(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
             return vae.encode(pixels.to(vae.device)).float().cpu()
@@ -741,7 +741,7 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the sections, drawing noise for video, then audio, then references."""
-        sections = cut_to_shown(self._make_plain_sections(prepared, prompts, inputs, noise))
+        sections = cut_appended_frames(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
             sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
         return (yield from sections)
@@ -767,19 +767,19 @@ class Ltx2(Ltx2Media):
             # the frame rate is stored as an integer, in thousandths
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
-            given = take_given(conditions)
-            keyframes = take_keyframes(conditions)
+            clean_latents = pop_clean_latents(conditions)
+            keyframes = pop_keyframes(conditions)
             if number == 0:  # only the first stage generates keyframes
                 shape = self.latent.shape(stage.frames, stage.height, stage.width)
                 count = self.given.num_generated_keyframes
-                keyframes = add_generated(keyframes, count, stage.frames, shape)
+                keyframes = add_generated_keyframes(keyframes, count, stage.frames, shape)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(
                     section, clean_frames=first, overrides=Overrides(num_clean_frames=first.shape[2])
                 )
-            if given:
-                section = hold_given_parts(section, given, stage.joint)
+            if clean_latents:
+                section = fix_clean_latents(section, clean_latents, stage.joint)
             if not keyframes:
                 return section
             level = stage.sigmas[0] if stage.sigmas else 1.0
