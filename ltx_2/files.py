@@ -93,7 +93,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     @property
-    def has_sound(self) -> bool:
+    def has_audio(self) -> bool:
         """Return whether the run has audio."""
         return AUDIO in self.streams
 
@@ -125,7 +125,7 @@ class Ltx2Files(TransformerFiles):
         dit_format = FORMAT
         if not self.has_images:
             dit_format = AUDIO_ALONE
-        elif not self.has_sound:
+        elif not self.has_audio:
             dit_format = SILENT
         network: LtxModel = dit_format.load(self.dit_path, with_dtype(placement, self.dit_dtype))
         return network
@@ -175,7 +175,7 @@ class Ltx2Files(TransformerFiles):
         """Raise CheckpointError if a VAE that the run uses belongs to another model."""
         if self.has_images:
             read_once(self.vae_path, _read_video_vae)
-        if self.has_sound:
+        if self.has_audio:
             read_once(self.audio_path("audio_vae"), _read_audio_vae)
 
     def audio_path(self, part: str) -> Path:
@@ -185,7 +185,7 @@ class Ltx2Files(TransformerFiles):
     @property
     def audio(self) -> AudioSpec | None:
         """Return the latent space of audio; None if the run has no audio."""
-        if not self.has_sound:
+        if not self.has_audio:
             return None
         try:
             settings: Settings = read_once(self.audio_path("audio_vae"), _read_audio_vae)

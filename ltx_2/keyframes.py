@@ -137,9 +137,7 @@ def append_keyframes(
     )
     overrides = replace(section.overrides, clean_tokens=clean_tokens)
     if joint is not None:
-        channels, frames, rows, columns = joint.image
-        image_shape = (channels, frames + keyframes.shape[2], rows, columns)
-        overrides = replace(overrides, joint=replace(joint, image=image_shape))
+        overrides = replace(overrides, joint=_lengthen_video(joint, keyframes.shape[2]))
     return replace(
         section,
         noise=_append_frames(start, noisy, joint),
@@ -150,6 +148,12 @@ def append_keyframes(
         overrides=overrides,
         num_visible_frames=image.shape[2],
     )
+
+
+def _lengthen_video(joint: AudioVideoShapes, num_frames: int) -> AudioVideoShapes:
+    """Return the shapes of video and audio with more latent frames of the video."""
+    channels, frames, rows, columns = joint.image
+    return replace(joint, image=(channels, frames + num_frames, rows, columns))
 
 
 def _append_frames(latents: Tensor, frames: Tensor, joint: AudioVideoShapes | None) -> Tensor:

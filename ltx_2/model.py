@@ -216,7 +216,7 @@ class LtxModel(nn.Module):
         audio: Tensor | None = None,
         audio_timesteps: Tensor | None = None,
         audio_text: Tensor | None = None,
-        has_sound: Tensor | None = None,
+        has_audio: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
@@ -232,7 +232,7 @@ class LtxModel(nn.Module):
                 of the audio stream.
             audio_timesteps: B, 0 for clean audio; None: those of the video.
             audio_text: States for the audio stream, B T text_dim.
-            has_sound: B, whether each sample has audio; other samples' audio does not influence their video.
+            has_audio: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
@@ -255,7 +255,7 @@ class LtxModel(nn.Module):
             timesteps={VIDEO: timesteps, AUDIO: audio_timesteps},
             texts={VIDEO: text, AUDIO: audio_text},
             fps=fps,
-            has_sound=has_sound,
+            has_audio=has_audio,
             overrides=overrides,
             references=references,
             keyframes=keyframes,
@@ -270,7 +270,7 @@ class LtxModel(nn.Module):
         timesteps: dict[Modality, Tensor],
         texts: dict[Modality, Tensor | None],
         fps: Fps = DEFAULT_FPS,
-        has_sound: Tensor | None = None,
+        has_audio: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
@@ -306,7 +306,7 @@ class LtxModel(nn.Module):
             if has_cross_attention:
                 other_timesteps = timesteps[AUDIO if is_video else VIDEO]
                 # audio of a sample without sound must not influence its video
-                has_other = has_sound if is_video else None
+                has_other = has_audio if is_video else None
                 cross = self._embed_cross(inputs, other_timesteps, has_other, fps)
                 stream = replace(stream, cross=cross)
             streams[modality] = stream

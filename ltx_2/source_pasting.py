@@ -57,7 +57,7 @@ class SourcePasting:
     latent: LatentSpec
 
     def apply(self, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Blend chunks of decoded pixels, 1 3 F H W, with the source's frames; yield them in -1..1, float32."""
+        """Blend chunks of decoded pixels, 1 3 F H W, with the source's; yield -1..1 in float32."""
         source_frames, source_weights = self._read_frames(), self._make_weights()
         for chunk in chunks:
             count = chunk.shape[2]

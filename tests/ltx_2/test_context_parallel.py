@@ -28,7 +28,7 @@ def toward_middle(first: Tensor, second: Tensor) -> Tensor:
 
 def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     """Return by case the velocities of both streams, and the gradients of all weights, each in one tensor."""
-    given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
+    given = dit_inputs("2.3", SIZE) | {"has_audio": torch.tensor([True, False])}
     nag = NagText({"text": given["text"].flip(-1), "audio_text": given["audio_text"].flip(-1)}, toward_middle)
     cases: dict[str, Overrides] = {
         "both": Overrides(num_clean_frames=1),

@@ -160,7 +160,7 @@ def test_a_sample_without_sound_is_as_in_a_network_without_it(version: str) -> N
     given["audio"].requires_grad_()
     model, alone = tiny_dit(version), tiny_dit(version, audio=None)
 
-    video, _ = model(**given, has_sound=torch.tensor([True, False]))
+    video, _ = model(**given, has_audio=torch.tensor([True, False]))
 
     silent = alone(**{name: given[name] for name in ("noisy", "timesteps", "text", "fps")})[0]
     assert torch.equal(video[1], silent[1])
