@@ -462,7 +462,7 @@ class Ltx2(Ltx2Media):
         return prepared
 
     def _resolve_size(self, request: Request) -> tuple[int, int, int]:
-        """Return a request's width, height and frames; raise OptionError if they are not multiples of a latent."""
+        """Return a request's width, height and frames; raise OptionError if latents do not fit them."""
         # two stages need coarser steps of size and length
         latent = self.latent if self.stages is None else self.stages.with_coarser_steps(self.latent)
         width, height, frames = size_of(request, self.defaults)
@@ -490,13 +490,13 @@ class Ltx2(Ltx2Media):
             )
         if joint is None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and more "
-                "than one frame"
+                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and "
+                "more than one frame"
             )
         if media.drive_audio is not None:
             raise OptionError(
-                f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter is all of "
-                "the sound. Give one of them"
+                f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter is all "
+                "of the sound. Give one of them"
             )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
