@@ -19,12 +19,12 @@ from minimax_h3.conditions import (
     FIRST,
     LAST,
     TARGET_INDEX,
-    H3Placement,
+    PositionedConditions,
+    add_noise_to_conditions,
     control_key,
     encode_condition,
     grid_of,
-    noise_conditions,
-    place_conditions,
+    position_conditions,
     reference_key,
 )
 from minimax_h3.configs import DIT, FEW_STEPS, NOISE, RELEASE
@@ -50,7 +50,7 @@ from minimax_h3.options import (
     check_guidance,
     check_ratio,
 )
-from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.presentation import AUDIO, IMAGE, IMAGE_TAG, VIDEO
 from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE, warn_of_edges
 from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
@@ -66,11 +66,11 @@ from minimax_h3.references import (
     reference_image,
 )
 from minimax_h3.training_inputs import (
-    CLEAN,
-    Clean,
-    clean_shares,
+    CLEAN_FRACTIONS,
+    CleanFractions,
+    add_noise_to_inputs,
     media_conditions,
-    noise_inputs,
+    read_clean_fractions,
     teacher_key,
     teacher_rows,
 )
@@ -290,14 +290,14 @@ class MiniMaxH3(OneTransformer):
             batch.check_widths(
                 {teacher_key(batch.condition_set): config.text_dim}, self.files.dit_path, remedy
             )
-        return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
+        return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_clean_fractions()}
 
-    def _make_shares(self) -> Conditions:
+    def _make_clean_fractions(self) -> Conditions:
         """Return the training's fractions of clean signal as a condition; {} outside of training."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
-        return {CLEAN: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
+        return {CLEAN_FRACTIONS: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
 
     def predict(
         self,
@@ -320,32 +320,32 @@ class MiniMaxH3(OneTransformer):
         times = (1 - timesteps.double() / 1000).tolist()  # the network's time is 0 for noise, 1 for clean
         velocities = []
         for sample, (image_time, audio_time) in enumerate(times):
-            rows = slice(sample, sample + 1)
-            is_of_image = (cond[TAGS][sample] == 0).tolist()  # tag 0: a placeholder of an image part
-            placement = self._place_conditions(cond, sample, images)
+            batch_slice = slice(sample, sample + 1)
+            is_image_token = (cond[TAGS][sample] == IMAGE_TAG).tolist()
+            positioned = self._position_conditions(cond, sample, images)
             image, audio = dit(
-                images[rows],
-                audios[rows],
+                images[batch_slice],
+                audios[batch_slice],
                 (image_time, audio_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
-                shown=is_of_image if any(is_of_image) else (),
-                start=placement.start,
-                conditions=placement.conditions,
+                is_image_token=is_image_token if any(is_image_token) else (),
+                start=positioned.start_time,
+                conditions=positioned.conditions,
                 overrides=overrides,
             )
             velocities.append(-joint.join(image, audio))  # the network predicts latents - noise
         return torch.cat(velocities)
 
-    def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
-        """Return a sample's keyframes and references with their time positions, and the clip's start time."""
-        placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
-        shares = clean_shares(cond)
-        placed = []
-        for condition in placement.conditions:
-            latents = send(condition.latents, pictures.device)
-            clean = shares.audio if condition.is_sound else shares.visual
-            placed.append(replace(condition, latents=latents, clean=clean))
-        return replace(placement, conditions=tuple(placed))
+    def _position_conditions(self, cond: Conditions, sample: int, images: Tensor) -> PositionedConditions:
+        """Return a sample's keyframes and references with their positions, and the clip's start time."""
+        positioned = position_conditions(cond, sample, len(cond[KEY][sample]), grid_of(images))
+        fractions = read_clean_fractions(cond)
+        conditions = []
+        for condition in positioned.conditions:
+            latents = send(condition.latents, images.device)
+            fraction = fractions.audio if condition.is_audio else fractions.visual
+            conditions.append(replace(condition, latents=latents, clean_fraction=fraction))
+        return replace(positioned, conditions=tuple(conditions))
 
     # generation
 
@@ -549,7 +549,7 @@ class MiniMaxH3(OneTransformer):
         joint = prepared.joint
         assert joint is not None, "there is always sound"
         conditions = dict(inputs.get(0, {}))
-        conditions |= noise_conditions(conditions, noise)
+        conditions |= add_noise_to_conditions(conditions, noise)
         image = noise.draw((1, *joint.image))
         channels, sides, length = joint.audio
         tokens = noise.draw((sides * length, channels))
@@ -614,12 +614,12 @@ def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
     """Return the family for minimax_h3_train_network.py, with its noise and loss options applied."""
     loss = options.loss
-    clean = Clean(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
+    clean_fractions = CleanFractions(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
         audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to that of images
-        change_conditions=partial(noise_inputs, clean),
+        change_conditions=partial(add_noise_to_inputs, clean_fractions),
     )
     return MiniMaxH3(
         files_of(options, options.chosen_task),

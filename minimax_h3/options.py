@@ -19,7 +19,7 @@ from minimax_h3.reference_options import (
     warn_of_edges,
 )
 from minimax_h3.training_options import (
-    VIEWS,
+    CONDITION_SETS,
     H3LossOptions,
     H3RejectedOptions,
     H3TargetOptions,
@@ -142,7 +142,7 @@ class H3TextCachingOptions(Options, title=NAME):
     teacher_conditions: str | None = option(
         "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and "
         "the last frame; ref, with the clip and its audio; subject_ref, with images of its subject",
-        choices=tuple(VIEWS),
+        choices=tuple(CONDITION_SETS),
         often=True,
         known_as=("h3_teacher_conditions",),
     )

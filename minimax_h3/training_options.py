@@ -20,7 +20,7 @@ THOUSAND = 1000
 UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
 RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
-VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
+CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 LEVELS = (
     "the noise of pictures and sound follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Leave it out"
@@ -141,7 +141,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other images "
         "of its subject",
         default="first,last",
-        one_of=tuple(VIEWS),
+        one_of=tuple(CONDITION_SETS),
         needs="h3_teacher_matching",
         known_as=("teacher_conditions",),
         facts=HABIT,
@@ -425,8 +425,8 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
     shared["teacher"] = matching, "base"
     shared["teacher_weight"] = matching, 1.0
     shared["teacher_split"] = matching, True
-    if args.h3_teacher_conditions in VIEWS:  # otherwise the option's own check reports the error
-        shared["teacher_sees"] = "--h3_teacher_conditions", VIEWS[args.h3_teacher_conditions]
+    if args.h3_teacher_conditions in CONDITION_SETS:  # otherwise the option's own check reports the error
+        shared["teacher_sees"] = "--h3_teacher_conditions", CONDITION_SETS[args.h3_teacher_conditions]
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
     # weights left at their defaults stay with the shared options' defaults
