@@ -21,7 +21,7 @@ from minimax_h3.references import (
     ImageSource,
     check_references,
     check_video_length,
-    full_clip,
+    cut_to_vae_length,
     reference_clip,
     reference_image,
 )
@@ -32,19 +32,25 @@ from modules.media.samples import track_info
 from protocols.rules import ReferenceMedium
 
 
-def reference_of(medium: ReferenceMedium) -> H3Reference:
+def make_reference(reference_medium: ReferenceMedium) -> H3Reference:
     """Make a reference from a row. A clip's audio is the row's audio file, else the clip's own track.
 
     Raises MediaError if the file of a clip cannot be read.
     """
-    audio = medium.audio_path
-    has_own_audio = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
-    if audio is None and has_own_audio and track_info(medium.path) is not None:
-        audio = medium.path
-    return H3Reference(medium.kind, medium.path, audio)
+    audio = reference_medium.audio_path
+    has_own_audio = (
+        reference_medium.kind == VIDEO
+        and not reference_medium.is_silent
+        and not reference_medium.path.is_dir()
+    )
+    if audio is None and has_own_audio and track_info(reference_medium.path) is not None:
+        audio = reference_medium.path
+    return H3Reference(reference_medium.kind, reference_medium.path, audio)
 
 
-def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
+def check_row_references(
+    media: tuple[ReferenceMedium, ...], name: str, is_image: bool, any_length: bool
+) -> None:
     """Raise DatasetError if a dataset row has no references, or some that the model cannot use.
 
     Args:
@@ -59,12 +65,12 @@ def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, a
             "`references`, or move the row to a list of its own, for --task t2va"
         )
     # errors of these checks become errors that name the table
-    with _of_dataset(name):
-        check_references([reference_of(medium) for medium in media])
-        for medium in media:
-            if medium.kind == VIDEO:
-                check_video_length(medium.path, any_length)
-    if is_image and any(medium.kind == AUDIO for medium in media):
+    with _name_table_in_errors(name):
+        check_references([make_reference(reference_medium) for reference_medium in media])
+        for reference_medium in media:
+            if reference_medium.kind == VIDEO:
+                check_video_length(reference_medium.path, any_length)
+    if is_image and any(reference_medium.kind == AUDIO for reference_medium in media):
         raise DatasetError(
             f"{name}: references of sound alone last as long as the clip that is made, and a picture has no "
             "length. Leave them out"
@@ -72,7 +78,7 @@ def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, a
 
 
 @contextmanager
-def _of_dataset(name: str) -> Iterator[None]:
+def _name_table_in_errors(name: str) -> Iterator[None]:
     """Convert option and file errors in the block to errors that name a table."""
     try:
         yield
@@ -115,8 +121,8 @@ def encode_references(
     if a reference cannot be read or used.
     """
     tensors = {}
-    for index, medium in enumerate(shown):
-        reference = reference_of(medium)
+    for index, reference_medium in enumerate(shown):
+        reference = make_reference(reference_medium)
         try:
             source = sizes.source_of(reference, frames)
         except UserError as error:
@@ -130,7 +136,7 @@ def encode_references(
         if source is None:  # audio alone
             continue
         pixels = source.read()
-        clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else full_clip(pixels)
+        clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else cut_to_vae_length(pixels)
         latents = encode_condition(vae, byte_clips(clip.unsqueeze(0)))
         tensors[reference_key(index, reference.kind)] = latents[0]
     return tensors

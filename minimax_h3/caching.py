@@ -115,10 +115,10 @@ class H3Caching:
                 f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` "
                 "of the lines of video_jsonl_file"
             )
-        from minimax_h3.cached_references import check_shown  # only of ref2va
+        from minimax_h3.cached_references import check_row_references  # only of ref2va
 
         for media in table.shown:
-            check_shown(
+            check_row_references(
                 media,
                 table.name,
                 is_image=table.kind == "image",

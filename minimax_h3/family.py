@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from encoders.files import OneTransformer
 from minimax_h3.audio import H3AudioVae
-from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_probe
+from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_empty_prompt
 from minimax_h3.cached_texts import files_of_texts
 from minimax_h3.caching import H3Caching, encode_target, make_caching
 from minimax_h3.conditions import (
@@ -59,7 +59,7 @@ from minimax_h3.references import (
     H3Sources,
     ImageSource,
     check_video_length,
-    full_clip,
+    cut_to_vae_length,
     keyframe_sources,
     read_media,
     reference_clip,
@@ -256,7 +256,7 @@ class MiniMaxH3(OneTransformer):
         path = self.options.targets.h3_guidance_loss_uncond_cache
         if path is None:
             return {}
-        states, tags = read_probe(path)
+        states, tags = read_empty_prompt(path)
         width = self.files.dit_header().config.text_dim
         if states.shape[1] != width:
             raise CacheError(
@@ -509,7 +509,7 @@ class MiniMaxH3(OneTransformer):
             if source is None:  # an audio reference, encoded below
                 continue
             frames = source.read()
-            frames = frames.unsqueeze(0) if reference.kind == IMAGE else full_clip(frames)
+            frames = frames.unsqueeze(0) if reference.kind == IMAGE else cut_to_vae_length(frames)
             conditions[reference_key(index, reference.kind)] = encode_condition(
                 encoders.vae, _make_clip(frames)
             )
@@ -576,7 +576,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
         positive,
         text=positive.text.replace("\\n", "\n"),
         images=tuple(seen),
-        media_before_text=sources.shown(media.references),
+        media_before_text=sources.presented_media(media.references),
     )
     return replace(prompts, positive=positive)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
+from minimax_h3.cache_marks import TEACHER_KEYS, read_teacher_texts
 from minimax_h3.conditions import (
     CONTROL,
     CONTROL_INDICES,
@@ -89,12 +89,12 @@ def _read_tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and token tags of the teacher's text; raise CacheError if they are missing."""
-    return teacher_texts(batch, _name_option_value(batch.condition_set))
+    return read_teacher_texts(batch, _name_option_value(batch.condition_set))
 
 
 def teacher_key(condition_set: str) -> str:
     """Return the cache key of the text states of a teacher that gets these conditions."""
-    return TEACHER_ROWS[_name_option_value(condition_set)].states
+    return TEACHER_KEYS[_name_option_value(condition_set)].states
 
 
 def _name_option_value(condition_set: str) -> str:
