@@ -355,17 +355,8 @@ class MiniMaxH3(OneTransformer):
         Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
         schedule.
         """
-        # guidance is built in: refuse a scale, drop a negative prompt
-        check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
-        if request.negative_prompt:
-            logger.warning(
-                "--negative_prompt (--n) has no effect: the guidance of %s is built in, so that there is no "
-                "pass with it",
-                NAME,
-            )
-            request = replace(request, negative_prompt=None)
+        request = _without_guidance(request)
         request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
-        # sizes, from the media where the request leaves them open
         media = read_media(request)
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
@@ -376,19 +367,7 @@ class MiniMaxH3(OneTransformer):
                 "prompt line). Give 1"
             )
         check_size((width, height, frames), self.latent)
-        # schedules of images and audio
-        if request.solver not in (None, SOLVER):
-            raise OptionError(
-                "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
-                "(Euler) follows. Leave it out"
-            )
-        if request.fps not in (None, FPS) and frames > 1:
-            logger.warning(
-                "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
-                request.fps,
-                NAME,
-                FPS,
-            )
+        _check_sampling(request, frames)
         flow_shift = request.flow_shift or self.noise.base_shift
         prepared = resolve_request(
             request,
@@ -397,8 +376,7 @@ class MiniMaxH3(OneTransformer):
             flow_shift=flow_shift,
             default_negative=None,
         )
-        _, *image_shape = self.latent.shape(frames, height, width)  # without the axis of samples
-        channels, length, rows, columns = image_shape
+        _, channels, length, rows, columns = self.latent.shape(frames, height, width)
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
             warn_of_edges(self.image_edge, self.video_edge, "there are no references")
@@ -559,6 +537,35 @@ class MiniMaxH3(OneTransformer):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield pixels in playing order, clip by clip."""
         yield from encoders.vae.decode(latents)
+
+
+def _without_guidance(request: Request) -> Request:
+    """Return a request without negative prompt; raise OptionError for a guidance scale: it is built in."""
+    check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
+    if not request.negative_prompt:
+        return request
+    logger.warning(
+        "--negative_prompt (--n) has no effect: the guidance of %s is built in, so that there is no "
+        "pass with it",
+        NAME,
+    )
+    return replace(request, negative_prompt=None)
+
+
+def _check_sampling(request: Request, frames: int) -> None:
+    """Raise OptionError for solvers other than Euler; warn about another frame rate than the model's."""
+    if request.solver not in (None, SOLVER):
+        raise OptionError(
+            "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
+            "(Euler) follows. Leave it out"
+        )
+    if request.fps not in (None, FPS) and frames > 1:
+        logger.warning(
+            "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
+            request.fps,
+            NAME,
+            FPS,
+        )
 
 
 def _make_clip(frames: Tensor) -> Tensor:

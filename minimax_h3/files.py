@@ -265,7 +265,7 @@ class H3Files(LanguageModelFiles):
             stride=(config.time_stride, space, space),
             pixel_step=2 * space,  # a token covers 2 x 2 latents
             frame_step=config.time_stride,
-            clip_frames=config.clip,
+            clip_frames=config.clip_frames,
             tail_frames=config.tail,
         )
 

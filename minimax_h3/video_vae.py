@@ -97,30 +97,32 @@ class H3VideoVae(nn.Module):
         config = self.config
         frames, height, width = pixels.shape[2:]
         step = config.space_stride
-        fits = frames == 1 or frames % config.clip == config.tail
+        fits = frames == 1 or frames % config.clip_frames == config.tail
         if not fits or height % step or width % step:
             raise ValueError(
-                f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip}n + "
+                f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip_frames}n + "
                 f"{config.tail}, with sides that are multiples of {step}"
             )
         # an image is a clip by itself; a video is encoded in clips of equal length, the last one filled up
         if frames == 1:
             return self._encode_clip(pixels)
-        moments = [self._encode_clip(self._fill_up(clip)) for clip in pixels.split(config.clip, dim=2)]
+        moments = [
+            self._encode_clip(self._pad_clip(clip)) for clip in pixels.split(config.clip_frames, dim=2)
+        ]
         joined = torch.cat(moments, dim=2)
         # the last latents of a clip belong to its repeated last frame
-        return joined[:, :, : joined.shape[2] - config.dropped]
+        return joined[:, :, : joined.shape[2] - config.num_dropped_latents]
 
-    def _fill_up(self, clip: Tensor) -> Tensor:
+    def _pad_clip(self, clip: Tensor) -> Tensor:
         """Pad a clip to its full length by repeating the last frame."""
-        missing = self.config.clip - clip.shape[2]
+        missing = self.config.clip_frames - clip.shape[2]
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
     def _encode_clip(self, pixels: Tensor) -> Tensor:
         """Encode a clip to posterior moments, in tiles if it is large."""
         values = pixels.to(self.device, torch.float32)
         shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
-        mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
+        mean, std = self._per_channel(PIXEL_MEAN), self._per_channel(PIXEL_STD)
         normalized = (shares - mean) / std
 
         def encode(part: Tensor) -> Tensor:
@@ -134,26 +136,30 @@ class H3VideoVae(nn.Module):
 
         `latents` are B Z f h w, normalized, on any device. `clamps` says whether to clamp pixels to -1..1.
         """
-        mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
+        mean, std = self._per_channel(PIXEL_MEAN), self._per_channel(PIXEL_STD)
         for chunk in self._decode_clips(self.denormalize(latents.to(self.device).float())):
             pixels = (chunk * std + mean) * 2 - 1
             yield pixels.clamp_(-1, 1) if clamps else pixels
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalize latents, B Z f h w, for the transformer."""
-        return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
+        return (latents - self._per_channel(self.config.latents_mean)) / self._per_channel(
+            self.config.latents_std
+        )
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Scale latents, B Z f h w, back from model space to the VAE's space."""
-        return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
+        return latents * self._per_channel(self.config.latents_std) + self._per_channel(
+            self.config.latents_mean
+        )
 
-    def _of_channels(self, numbers: Sequence[float]) -> Tensor:
+    def _per_channel(self, numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
 
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield each clip's frames, except those that fade into the next clip."""
         config = self.config
-        if latents.shape[2] <= config.clip_latents - config.dropped:
+        if latents.shape[2] <= config.clip_latents - config.num_dropped_latents:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
         else:
             yield from self._decode_neighbors(latents)
@@ -166,10 +172,10 @@ class H3VideoVae(nn.Module):
         config = self.config
         size = config.clip_latents
         # repeat the last latent until the clips are full
-        num_repeats = -(latents.shape[2] + config.dropped) % size
+        num_repeats = -(latents.shape[2] + config.num_dropped_latents) % size
         padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
-        has_overlap = config.dropped > 0
-        clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
+        has_overlap = config.num_dropped_latents > 0
+        clips = (padded.shape[2] + config.num_dropped_latents) // size - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
         clip_frames = size * config.time_stride  # frames of a clip, including the padding in front
         previous: Tensor | None = None
