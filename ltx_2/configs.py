@@ -143,7 +143,7 @@ class Ltx2Release:
 
     release: ModelRelease
     steps: int
-    perturbed: int  # the block that guidance weakens
+    perturbed_block: int  # whose self-attention guidance skips
     crf: int  # H.264 quality to which a first image is compressed; 0: not compressed
 
 

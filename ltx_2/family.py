@@ -563,9 +563,9 @@ class Ltx2(Ltx2Media):
             self.guidance,
             scale=request.guidance_scale,
             num_blocks=num_blocks,
-            perturbed=RELEASES[self.version].perturbed,
-            is_alone=not self.files.has_images,
-            identity=self.audio_references.identity_scale if has_audio_reference else 0.0,
+            perturbed_block=RELEASES[self.version].perturbed_block,
+            audio_only=not self.files.has_images,
+            identity_scale=self.audio_references.identity_scale if has_audio_reference else 0.0,
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:

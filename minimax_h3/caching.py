@@ -218,7 +218,7 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
     `owner`, the cached item's name or a generation's seed, seeds the sample.
     """
     moments = vae.encode_moments(pixels)
-    return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
+    return vae.normalize(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
 
 
 def make_caching(options: H3LatentCachingOptions) -> H3Caching:

@@ -66,7 +66,7 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     latents = sample_posterior(moments, [generator], LOG_VARIANCES)
     rounded = latents.to(torch.float16).float()  # as the model was trained
-    normalized = vae.normalise(rounded)
+    normalized = vae.normalize(rounded)
     return normalized if normalized.is_meta else normalized.cpu()  # a rehearsal of memory use has no values
 
 

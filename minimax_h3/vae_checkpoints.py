@@ -229,13 +229,17 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
         error = f"its decoder makes patches of {patch} numbers, its encoder takes {patch_width}"
     elif not len(config.latents_mean) == len(config.latents_std) == config.latent_channels:
         error = (
-            f"{len(config.latents_mean)} means and {len(config.latents_std)} deviations for {config.latent_channels} latent "
-            "channels: other VAEs than the release need latents_mean and latents_std in a config.json"
+            f"{len(config.latents_mean)} means and {len(config.latents_std)} deviations for "
+            f"{config.latent_channels} latent channels: other VAEs than the release need "
+            "latents_mean and latents_std in a config.json"
         )
     elif (
         config.clip_frames < 1 or config.num_dropped_latents >= config.clip_latents or 0 in config.latents_std
     ):
-        error = f"clips of {config.clip_frames} frames without the last {config.num_dropped_latents} latents are not possible"
+        error = (
+            f"clips of {config.clip_frames} frames without the last {config.num_dropped_latents} latents are "
+            "not possible"
+        )
     else:
         return
     raise CheckpointError(

@@ -106,9 +106,8 @@ class H3VideoVae(nn.Module):
         # an image is a clip by itself; a video is encoded in clips of equal length, the last one filled up
         if frames == 1:
             return self._encode_clip(pixels)
-        moments = [
-            self._encode_clip(self._pad_clip(clip)) for clip in pixels.split(config.clip_frames, dim=2)
-        ]
+        clips = pixels.split(config.clip_frames, dim=2)
+        moments = [self._encode_clip(self._pad_clip(clip)) for clip in clips]
         joined = torch.cat(moments, dim=2)
         # the last latents of a clip belong to its repeated last frame
         return joined[:, :, : joined.shape[2] - config.num_dropped_latents]
@@ -141,17 +140,15 @@ class H3VideoVae(nn.Module):
             pixels = (chunk * std + mean) * 2 - 1
             yield pixels.clamp_(-1, 1) if clamps else pixels
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: Tensor) -> Tensor:
         """Normalize latents, B Z f h w, for the transformer."""
-        return (latents - self._per_channel(self.config.latents_mean)) / self._per_channel(
-            self.config.latents_std
-        )
+        mean, std = self._per_channel(self.config.latents_mean), self._per_channel(self.config.latents_std)
+        return (latents - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Scale latents, B Z f h w, back from model space to the VAE's space."""
-        return latents * self._per_channel(self.config.latents_std) + self._per_channel(
-            self.config.latents_mean
-        )
+        mean, std = self._per_channel(self.config.latents_mean), self._per_channel(self.config.latents_std)
+        return latents * std + mean
 
     def _per_channel(self, numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
@@ -225,37 +222,40 @@ class H3VideoVae(nn.Module):
         columns = cut_axis(width, self.tile, OVERLAP, step)
         if len(rows.starts) == len(columns.starts) == 1:
             return compute(x)
-        parts = []
+        tile_rows = []
         for top in rows.starts:
             row = x[..., top // pixels_in : (top + rows.size) // pixels_in, :]
             tiles = []
             for left in columns.starts:
                 tile = row[..., left // pixels_in : (left + columns.size) // pixels_in]
                 tiles.append(compute(tile))
-            parts.append(tiles)
-        shared_rows = [overlap // pixels_out for overlap in rows.overlaps]
-        shared_columns = [overlap // pixels_out for overlap in columns.overlaps]
-        return _join_tiles(parts, shared_rows, shared_columns)
+            tile_rows.append(tiles)
+        row_overlaps = [overlap // pixels_out for overlap in rows.overlaps]
+        column_overlaps = [overlap // pixels_out for overlap in columns.overlaps]
+        return _join_tiles(tile_rows, row_overlaps, column_overlaps)
 
 
-def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+def _join_tiles(
+    tile_rows: list[list[Tensor]], row_overlaps: Sequence[int], column_overlaps: Sequence[int]
+) -> Tensor:
     """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left.
 
-    `parts` are rows of tiles; `rows` and `columns` are how far neighbors overlap.
+    Each overlap is that of a row or column of tiles with the next one.
     """
     joined_rows = []
-    for row_index, tiles in enumerate(parts):
+    for row_index, tiles in enumerate(tile_rows):
         joined = []
         for index, tile in enumerate(tiles):
-            if row_index:
-                tile = _blend(parts[row_index - 1][index], tile, rows[row_index - 1], axis=-2)
-            if index:
-                tile = _blend(tiles[index - 1], tile, columns[index - 1], axis=-1)
-            if row_index < len(parts) - 1:
+            if row_index > 0:
+                tile_above = tile_rows[row_index - 1][index]
+                tile = _blend(tile_above, tile, row_overlaps[row_index - 1], axis=-2)
+            if index > 0:
+                tile = _blend(tiles[index - 1], tile, column_overlaps[index - 1], axis=-1)
+            if row_index < len(tile_rows) - 1:
                 # the next tile brings the overlap
-                tile = tile[..., : tile.shape[-2] - rows[row_index], :]
+                tile = tile[..., : tile.shape[-2] - row_overlaps[row_index], :]
             if index < len(tiles) - 1:
-                tile = tile[..., : tile.shape[-1] - columns[index]]
+                tile = tile[..., : tile.shape[-1] - column_overlaps[index]]
             joined.append(tile)
         joined_rows.append(torch.cat(joined, dim=-1))
     return torch.cat(joined_rows, dim=-2)
