@@ -641,19 +641,23 @@ class Ltx2(Ltx2Media):
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
-        # any medium that gives frames of the result
-        clip = (
+        if self.reference_strength < 1:
+            self._check_no_clean_frames(request, media)
+        return paths
+
+    def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
+        """Raise OptionError if a medium gives frames of the result, next to references that are denoised."""
+        medium = (
             request.image_path
             or self.drive_video
             or (request.source and request.source.option)
             or next(iter([*media.image_files, *media.audio_files]), None)
         )
-        if clip and self.reference_strength < 1:
+        if medium:
             raise OptionError(
-                f"--reference_strength {self.reference_strength:g} and {clip}: references that are "
+                f"--reference_strength {self.reference_strength:g} and {medium}: references that are "
                 "denoised cannot be combined with given frames. Leave one of them out"
             )
-        return paths
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the request has an image, a driving video or references."""

@@ -227,29 +227,7 @@ class Ltx2Files(TransformerFiles):
 
         Raises OptionError if options name the Gemma of another LTX version.
         """
-        # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
-        # the projections
-        connectors_path, gemma_path = self.connectors, None
-        if connectors_path is not None and read_once(
-            require_file(connectors_path, gemma_4.OPTION, ""), gemma_4.is_gemma_4
-        ):
-            if self.gemma not in (None, GEMMA):
-                raise OptionError(
-                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {connectors_path}. Leave "
-                    "--gemma_root or --gemma_safetensors out"
-                )
-            connectors_path, gemma_path = None, connectors_path
-        if gemma_path is None:
-            # without Gemma's file, the file next to it shows which Gemma it needs
-            near = connectors_path or self.checkpoint
-            is_missing = self.gemma is not None and not self.gemma.exists()
-            if is_missing and near and near.is_file() and read_once(near, gemma_4.wanted_gemma):
-                raise OptionError(
-                    f"{near} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
-                    f"{gemma_4.OPTION}"
-                )
-            folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
-            gemma_path = inside(folder, "text_encoder")
+        gemma_path, connectors_path = self._find_text_files()
         connectors = self._find_part(connectors_path, gemma_4.OPTION, "connectors", "it joins texts")
         gemma_4.check_version(connectors, gemma_path)
         return Ltx2TextEncoder(
@@ -262,6 +240,35 @@ class Ltx2Files(TransformerFiles):
             streams=self.streams,
             use=gemma_4.GEMMA_4_USE if read_once(gemma_path, gemma_4.is_gemma_4) else GEMMA_USE,
         )
+
+    def _find_text_files(self) -> tuple[Path, Path | None]:
+        """Return the path of Gemma, and that of the connectors if an option names it.
+
+        --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with the
+        projections.
+        """
+        typed = self.connectors
+        if typed is None or not read_once(require_file(typed, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+            return self._find_gemma_3(), typed
+        if self.gemma not in (None, GEMMA):
+            raise OptionError(
+                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {typed}. Leave "
+                "--gemma_root or --gemma_safetensors out"
+            )
+        return typed, None
+
+    def _find_gemma_3(self) -> Path:
+        """Return the path of --gemma_root; raise OptionError if the transformer needs Gemma 4 instead."""
+        # without Gemma's file, the file next to it shows which Gemma it needs
+        neighbor = self.connectors or self.checkpoint
+        is_missing = self.gemma is not None and not self.gemma.exists()
+        if is_missing and neighbor and neighbor.is_file() and read_once(neighbor, gemma_4.wanted_gemma):
+            raise OptionError(
+                f"{neighbor} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
+                f"{gemma_4.OPTION}"
+            )
+        folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
+        return inside(folder, "text_encoder")
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return the text encoders, whose weights are read when they are loaded."""

@@ -10,7 +10,7 @@ and has shortcuts. Any other is treated like LTX-2.3's: zeros at borders, no sho
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ STATISTICS = {  # statistics of latents: the file's name -> diffusers' and our n
 UNUSED = ("per_channel_statistics.*",)  # further statistics
 FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffusers' folder vae"
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
+Shape = Callable[..., tuple[int, ...]]  # name and number of axes of a tensor -> its shape
 ZEROS, REFLECT = "zeros", "reflect"
 DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
 # tensors of LTX-2.5's additional decoder, which has neighborhood attention
@@ -143,37 +144,29 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     return translate
 
 
-def _read_coder(
-    shape: Callable[..., tuple[int, ...]], names: Iterable[str], coder: str, rejection: CheckpointError
-) -> CoderConfig:
+def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: CheckpointError) -> CoderConfig:
     """Return the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """
     names = frozenset(names)
     is_down = coder == "encoder"
-    start = f"{coder}.{'down' if is_down else 'up'}_blocks"
+    prefix = f"{coder}.{'down' if is_down else 'up'}_blocks"
     parts: list[BlockGroup | Resampling] = []
     width_out, last_width = shape(f"{coder}.conv_out.conv.weight", 5)[:2]
     width = last_width  # channels after the current part
-    num_parts = count(names, rf"{re.escape(start)}\.\d+")
+    num_parts = count(names, rf"{re.escape(prefix)}\.\d+")
     # from the last part backward: a resampling layer's factor needs the width after it
     for index in reversed(range(num_parts)):
-        name = f"{start}.{index}"
-        if f"{name}.conv.conv.weight" in names:
-            convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
-            large, small = (width, convolved) if is_down else (convolved, width)
-            ratio, remainder = divmod(large, small)
-            if not parts or remainder or ratio not in FACTORS:
-                raise rejection
-            parts.insert(0, Resampling(width_in, width, FACTORS[ratio], is_residual=is_down))
-            width = width_in
-        else:
-            first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
-            if first not in names or shape(first, 5)[1] != width:
-                raise rejection
-            num_blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
-            parts.insert(0, BlockGroup(width, num_blocks))
+        name = f"{prefix}.{index}"
+        if f"{name}.conv.conv.weight" not in names:
+            parts.insert(0, _read_block_group(shape, names, name, width, rejection))
+        elif parts:
+            resampling = _read_resampling(shape, name, width, is_down, rejection)
+            parts.insert(0, resampling)
+            width = resampling.width_in
+        else:  # the last part is a group of blocks
+            raise rejection
     width_in, channels_in = shape(f"{coder}.conv_in.conv.weight", 5)[:2]
     if width_in != width or not parts:
         raise rejection
@@ -185,6 +178,28 @@ def _read_coder(
         width_out=width_out,
         is_causal=is_down,
     )
+
+
+def _read_block_group(
+    shape: Shape, names: Collection[str], name: str, width: int, rejection: CheckpointError
+) -> BlockGroup:
+    """Return a group of residual blocks; raise `rejection` unless they have this width."""
+    first_layer = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
+    if first_layer not in names or shape(first_layer, 5)[1] != width:
+        raise rejection
+    return BlockGroup(width, count(names, rf"{re.escape(name)}\.res_blocks\.\d+"))
+
+
+def _read_resampling(
+    shape: Shape, name: str, width_out: int, is_down: bool, rejection: CheckpointError
+) -> Resampling:
+    """Return a resampling layer, whose factors follow from the widths of its convolution and its output."""
+    convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
+    large, small = (width_out, convolved) if is_down else (convolved, width_out)
+    ratio, remainder = divmod(large, small)
+    if remainder or ratio not in FACTORS:
+        raise rejection
+    return Resampling(width_in, width_out, FACTORS[ratio], is_residual=is_down)
 
 
 def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfig) -> VideoVaeConfig:
