@@ -292,11 +292,9 @@ class Ltx2Files(TransformerFiles):
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
-        # streams as the transformer and as the connectors name them
-        widths = dict(zip(config.streams, (VIDEO, AUDIO), strict=False)) if config is not None else {}
-        for names, stream in widths.items():
-            if config is not None and stream in self.streams:
-                text_dim = config.streams[names].text_dim
+        text_dims = {} if config is None else _text_dims(config)
+        for stream, text_dim in text_dims.items():
+            if stream in self.streams:
                 width = connectors[stream].dim
                 check_state_width(RELEASED, encoder.connectors, width, self.dit, text_dim, FILES)
 
@@ -306,9 +304,16 @@ class Ltx2Files(TransformerFiles):
         Raises CacheError if texts or sound are missing, or texts are of another release.
         """
         config = self.dit_header().config
-        text_dims = [stream.text_dim for stream in config.streams.values()]
-        widths = dict(zip((VIDEO, AUDIO), text_dims, strict=False))
-        needed = {prompt_key(stream): widths[stream] for stream in self.streams}
+        text_dims = _text_dims(config)
+        needed = {prompt_key(stream): text_dims[stream] for stream in self.streams}
+        self._check_cached_streams(batch)
+        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
+        batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
+        self._check_caption_release(batch, config)
+        return tuple(needed)
+
+    def _check_cached_streams(self, batch: Batch) -> None:
+        """Raise CacheError if a batch lacks a stream, video or audio, that the run trains."""
         if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
@@ -319,8 +324,9 @@ class Ltx2Files(TransformerFiles):
                     f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
                     "or train, with the mode of the other"
                 )
-        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
-        batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
+
+    def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
+        """Raise CacheError if captions were encoded by the Gemma of another release than the transformer."""
         for cache in batch.made_by:  # caches of other tools have no records
             is_gemma_4 = "gemma4" in cache.encoder
             if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
@@ -329,7 +335,12 @@ class Ltx2Files(TransformerFiles):
                     f"{cache.path}: the caption was encoded for {release}, {self.dit_path} is of "
                     f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
                 )
-        return tuple(needed)
+
+
+def _text_dims(config: LtxConfig) -> dict[str, int]:
+    """Return the width of the text states that the transformer takes, for each stream by name."""
+    text_dims = [stream.text_dim for stream in config.streams.values()]
+    return dict(zip((VIDEO, AUDIO), text_dims, strict=False))
 
 
 def _read_video_vae(checkpoint: Checkpoint) -> VideoVaeConfig:

@@ -225,6 +225,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return {name: path for name in names if (path := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
+        # parsing raises OptionError for invalid values
         _ = (
             self.region,
             self.retake_interval,

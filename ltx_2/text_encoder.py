@@ -275,7 +275,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         num_template_tokens: int,
         images: Sequence[PatchedImages] = (),
     ) -> list[Conditions]:
-        """Return each stream's connector output, 1024 states, for each prompt's token ids, and a mask of ones.
+        """Return each stream's connector output, 1024 states, for each prompt, and a mask of ones.
 
         Other trainers cache such a mask too, although all 1024 states are used.
         """

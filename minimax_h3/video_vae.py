@@ -167,18 +167,18 @@ class H3VideoVae(nn.Module):
         A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
         """
         config = self.config
-        size = config.clip_latents
+        clip_latents = config.clip_latents
         # repeat the last latent until the clips are full
-        num_repeats = -(latents.shape[2] + config.num_dropped_latents) % size
+        num_repeats = -(latents.shape[2] + config.num_dropped_latents) % clip_latents
         padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
         has_overlap = config.num_dropped_latents > 0
-        clips = (padded.shape[2] + config.num_dropped_latents) // size - int(has_overlap)
+        num_clips = (padded.shape[2] + config.num_dropped_latents) // clip_latents - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
-        clip_frames = size * config.time_stride  # frames of a clip, including the padding in front
-        previous: Tensor | None = None
-        for index in range(clips):
-            start = index * size
-            end = start + size + config.shared_latents
+        clip_frames = clip_latents * config.time_stride  # including the padding in front
+        previous: Tensor | None = None  # frames of the previous clip that overlap with this one
+        for index in range(num_clips):
+            start = index * clip_latents
+            end = start + clip_latents + config.shared_latents
             decoded = self._decode_clip(padded[:, :, start:end])
             clip = decoded[:, :, config.first_padding : clip_frames]
             if previous is not None:
