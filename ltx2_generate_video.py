@@ -78,7 +78,7 @@ def settle(
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):
         return shared, family_options
-    from ltx_2.audio_references import resolve_positions  # with references or a LoRA
+    from ltx_2.audio_references import resolve_reference_positions  # with references or a LoRA
     from ltx_2.references import resolve_reference_factors
 
     # prompt lines may have references too
@@ -86,7 +86,7 @@ def settle(
     family_options = replace(
         family_options,
         references=resolve_reference_factors(references, loras),
-        audio_references=resolve_positions(audio, loras),
+        audio_references=resolve_reference_positions(audio, loras),
     )
     if family_options.stages.sample_two_stage and not family_options.stages.skip_stage_2:
         from ltx_2.stages import move_ic_loras_to_first_stage  # with two stages

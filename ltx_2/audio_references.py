@@ -132,7 +132,9 @@ def find_audio_reference(request: Request) -> Path | None:
     return path
 
 
-def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -> Ltx2GivenAudioReference:
+def resolve_reference_positions(
+    options: Ltx2GivenAudioReference, loras: Sequence[Path]
+) -> Ltx2GivenAudioReference:
     """Return the options with the positions of audio references (before or in the clip) that LoRAs record.
 
     Raises:

@@ -16,7 +16,7 @@ from checkpoints.opening import Checkpoint, fingerprint
 from encoders.files import TransformerFiles
 from ltx_2 import gemma_4
 from ltx_2.audio import (
-    JOINED,
+    MEL_DOWNSAMPLING,
     RATE,
     AudioVae,
     Settings,
@@ -195,7 +195,7 @@ class Ltx2Files(TransformerFiles):
         return AudioSpec(
             RATE,
             settings["in_channels"],
-            partial(audio_shape, settings["latent_channels"], settings["mel_bins"] // JOINED),
+            partial(audio_shape, settings["latent_channels"], settings["mel_bins"] // MEL_DOWNSAMPLING),
             silent_option="--ltx2_mode video",
             audio_only=not self.has_images,
         )
@@ -203,7 +203,7 @@ class Ltx2Files(TransformerFiles):
     def _check_default_audio(self) -> None:
         """Raise OptionError if the transformer takes other audio latents than the released VAEs produce."""
         stream = None if self.dit is None else self.dit_header().config.audio
-        default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // JOINED
+        default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // MEL_DOWNSAMPLING
         if stream is not None and stream.channels != default:
             raise OptionError(
                 f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "

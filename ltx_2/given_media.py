@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 IMAGE, IMAGE_WEIGHTS = "given_image", "given_image_shares"
 AUDIO, AUDIO_WEIGHTS = "given_audio", "given_audio_shares"
 MASK = "inpaint_mask"
-LONGEST = 3600  # maximum number of seconds that are read from an audio file
+MAX_SECONDS = 3600  # maximum number of seconds that are read from an audio file
 Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
 
 
@@ -434,7 +434,7 @@ def _require_samples(name: str, path: Path, start: float, seconds: float, spec: 
 
 def _measure_audio(path: Path) -> float:
     """Return the length of a file's audio in seconds; raise MediaError if it has none."""
-    track = read_beginning(path, LONGEST, 1)
+    track = read_beginning(path, MAX_SECONDS, 1)
     if track is None:
         raise MediaError(f"--audio_prefix {path}: it has no sound. Give a file with sound")
     return track.samples.shape[1] / track.rate

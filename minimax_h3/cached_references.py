@@ -32,20 +32,16 @@ from modules.media.samples import track_info
 from protocols.rules import ReferenceMedium
 
 
-def make_reference(reference_medium: ReferenceMedium) -> H3Reference:
+def make_reference(medium: ReferenceMedium) -> H3Reference:
     """Make a reference from a row. A clip's audio is the row's audio file, else the clip's own track.
 
     Raises MediaError if the file of a clip cannot be read.
     """
-    audio = reference_medium.audio_path
-    has_own_audio = (
-        reference_medium.kind == VIDEO
-        and not reference_medium.is_silent
-        and not reference_medium.path.is_dir()
-    )
-    if audio is None and has_own_audio and track_info(reference_medium.path) is not None:
-        audio = reference_medium.path
-    return H3Reference(reference_medium.kind, reference_medium.path, audio)
+    audio = medium.audio_path
+    has_own_audio = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
+    if audio is None and has_own_audio and track_info(medium.path) is not None:
+        audio = medium.path
+    return H3Reference(medium.kind, medium.path, audio)
 
 
 def check_row_references(
@@ -66,11 +62,11 @@ def check_row_references(
         )
     # errors of these checks become errors that name the table
     with _name_table_in_errors(name):
-        check_references([make_reference(reference_medium) for reference_medium in media])
-        for reference_medium in media:
-            if reference_medium.kind == VIDEO:
-                check_video_length(reference_medium.path, any_length)
-    if is_image and any(reference_medium.kind == AUDIO for reference_medium in media):
+        check_references([make_reference(medium) for medium in media])
+        for medium in media:
+            if medium.kind == VIDEO:
+                check_video_length(medium.path, any_length)
+    if is_image and any(medium.kind == AUDIO for medium in media):
         raise DatasetError(
             f"{name}: references of sound alone last as long as the clip that is made, and a picture has no "
             "length. Leave them out"
@@ -111,7 +107,7 @@ class ReferenceSizes:
 def encode_references(
     vae: H3VideoVae,
     audio_vae: H3AudioVae,
-    shown: tuple[ReferenceMedium, ...],
+    media: tuple[ReferenceMedium, ...],
     frames: int,
     sizes: ReferenceSizes,
 ) -> dict[str, Tensor]:
@@ -121,8 +117,8 @@ def encode_references(
     if a reference cannot be read or used.
     """
     tensors = {}
-    for index, reference_medium in enumerate(shown):
-        reference = make_reference(reference_medium)
+    for index, medium in enumerate(media):
+        reference = make_reference(medium)
         try:
             source = sizes.source_of(reference, frames)
         except UserError as error:

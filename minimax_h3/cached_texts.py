@@ -161,9 +161,11 @@ class H3CachingEncoder(H3TextEncoder):
                 "its row has no references, which --task ref2va makes clips from. Name them in "
                 "`references`, or move it to a list of its own, for --task t2va."
             )
-        return self._show_references(prompt.media, len(prompt.clip))
+        return self._present_references(prompt.media, len(prompt.clip))
 
-    def _show_references(self, media: Sequence[ReferenceMedium], frames: int) -> tuple[PresentedMedium, ...]:
+    def _present_references(
+        self, media: Sequence[ReferenceMedium], frames: int
+    ) -> tuple[PresentedMedium, ...]:
         """Return the references of a dataset row as they are presented for a clip of `frames` frames."""
         sizes = ReferenceSizes(*self.short_edges, LATENT.pixel_step)
         references = [make_reference(medium) for medium in media]
@@ -178,10 +180,10 @@ class H3CachingEncoder(H3TextEncoder):
         if self.teacher == FIRST_LAST:
             return replace(prompt, media_before_text=present_keyframes(_list_keyframes(prompt)))
         if self.teacher == CLIP:
-            shown = present_clip(clip[..., :3], has_audio=True)
-            return replace(prompt, text=describe_copy(prompt.text), media_before_text=(shown,))
+            presented = present_clip(clip[..., :3], has_audio=True)
+            return replace(prompt, text=describe_copy(prompt.text), media_before_text=(presented,))
         images = tuple(present_image(frame[..., :3]) for frame in prompt.image_pixels)
-        images += self._show_references(prompt.media, len(clip))
+        images += self._present_references(prompt.media, len(clip))
         if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
                 "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "

@@ -349,10 +349,10 @@ def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[st
         "--video_vae": options.vae.file.vae or Placeholder("VIDEO_VAE_FILE"),
         "--audio_vae": options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE"),
     }
-    return {**latents, **task}, {**_list_text_words(options), **task}
+    return {**latents, **task}, {**_text_encoder_options(options), **task}
 
 
-def _list_text_words(options: H3ModelOptions) -> dict[str, Any]:
+def _text_encoder_options(options: H3ModelOptions) -> dict[str, Any]:
     return {
         "--text_encoder": options.text.text_encoder or Placeholder("QWEN3_VL_FILE"),
         "--tokenizer": options.text.text_encoder_tokenizer,
@@ -366,13 +366,13 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--dit_dtype": options.dit_dtype,
         **latents,
-        **_list_text_words(options),
-        **_list_media_words(options.chosen_task, sample),
+        **_text_encoder_options(options),
+        **_media_options(options.chosen_task, sample),
         "--video_length": sample.get("frames"),
     }
 
 
-def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the generation options for the media of a task, with a sample's files or placeholders."""
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
