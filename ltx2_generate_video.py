@@ -78,20 +78,20 @@ def settle(
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):
         return shared, family_options
-    from ltx_2.audio_references import resolve_positions  # with references or a LoRA
-    from ltx_2.references import resolve_factors
+    from ltx_2.audio_references import resolve_reference_positions  # with references or a LoRA
+    from ltx_2.references import resolve_reference_factors
 
     # prompt lines may have references too
     loras = [Path(weight) for weight in shared.lora.lora_weight or ()]
     family_options = replace(
         family_options,
-        references=resolve_factors(references, loras),
-        audio_references=resolve_positions(audio, loras),
+        references=resolve_reference_factors(references, loras),
+        audio_references=resolve_reference_positions(audio, loras),
     )
     if family_options.stages.sample_two_stage and not family_options.stages.skip_stage_2:
-        from ltx_2.stages import keep_for_first_stage  # with two stages
+        from ltx_2.stages import move_ic_loras_to_first_stage  # with two stages
 
-        return keep_for_first_stage(shared, family_options)
+        return move_ic_loras_to_first_stage(shared, family_options)
     return shared, family_options
 
 

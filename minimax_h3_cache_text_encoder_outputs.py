@@ -17,11 +17,11 @@ def write_probe(options: "H3TextCachingOptions", family: Any, config: "DatasetCo
     # not for --help
     from dataset.cache.store import Stores, npz_names
     from dataset.cache_files import empty_text_name
-    from minimax_h3.cache_marks import save_probe
+    from minimax_h3.cache_marks import save_empty_prompt
 
     store = Stores(npz_names(family)).text_store(config.datasets[0])
     entry = store.read(empty_text_name(family.cache_tag))
-    save_probe(options.uncond_output, entry.tensors, options.uncond_text)
+    save_empty_prompt(options.uncond_output, entry.tensors, options.uncond_text)
 
 
 main = caching_script("minimax_h3", "texts", __doc__, finish=write_probe)

@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 RATE = 16000  # samples a second of what is encoded
 HOP = 160  # samples from one mel frame to the next
 WINDOW = 1024  # samples of a mel frame
-LEAST = 1e-5  # lower limit of magnitudes before the logarithm
+MIN_MAGNITUDE = 1e-5  # lower limit of magnitudes before the logarithm
 OUTPUT_RATE = 48000  # output rate of LTX-2.3's vocoder, in Hz; LTX-2's follows from its strides
-JOINED = 4  # mel frames of one latent frame, mel bins of one latent bin
-LEVELS = 3  # resolutions of the audio VAE: two steps that join two
+MEL_DOWNSAMPLING = 4  # mel frames of one latent frame, mel bins of one latent bin
+NUM_LEVELS = 3  # resolutions of the audio VAE: two steps that join two
 FILES = "the official file of LTX-2 or LTX-2.3, its sound alone, or diffusers' folder"
 VOCODER = (  # parts of names: official -> diffusers
     (r"\bconv_pre\b", "conv_in"),
@@ -54,7 +54,7 @@ Shape = Callable[..., tuple[int, ...]]
 
 def latent_count(frames: int, fps: float) -> int:
     """Return the number of latent frames of a clip's audio: 25 a second."""
-    return round(frames / fps * RATE / HOP / JOINED)
+    return round(frames / fps * RATE / HOP / MEL_DOWNSAMPLING)
 
 
 def fit_audio(waveform: Tensor, frames: int, fps: float) -> Tensor:
@@ -74,7 +74,7 @@ def log_mel(waveform: Tensor, bins: int) -> Tensor:
         samples.flatten(0, 1), WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True
     )
     mel = spectrum.abs().transpose(1, 2) @ _make_mel_filters(bins)  # BC T M
-    return mel.clamp_(min=LEAST).log_().unflatten(0, samples.shape[:2])
+    return mel.clamp_(min=MIN_MAGNITUDE).log_().unflatten(0, samples.shape[:2])
 
 
 @functools.cache
@@ -156,11 +156,11 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     if "encoder.mid.block_1.conv1.conv.weight" not in sources or "latents_mean" not in sources:
         raise rejection
     shape = shapes_of(checkpoint, sources, rejection)
-    base_width, sides = shape("encoder.conv_in.conv.weight")[:2]
+    base_width, num_audio_channels = shape("encoder.conv_in.conv.weight")[:2]
     num_levels = count(sources, r"encoder\.down\.\d+")
     latent_channels = shape("decoder.conv_in.conv.weight")[1]
-    (numbers,) = shape("latents_mean", 1)  # values in a latent frame: channels x mel bins
-    if num_levels != LEVELS or numbers % latent_channels:
+    (values_per_frame,) = shape("latents_mean", 1)  # values in a latent frame: channels x mel bins
+    if num_levels != NUM_LEVELS or values_per_frame % latent_channels:
         raise rejection
     multipliers = []
     for level in range(num_levels):
@@ -170,10 +170,10 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "base_channels": base_width,
         "ch_mult": tuple(multipliers),
         "num_res_blocks": count(sources, r"encoder\.down\.0\.block\.\d+"),
-        "in_channels": sides,  # audio channels
+        "in_channels": num_audio_channels,  # audio channels
         "output_channels": shape("decoder.conv_out.conv.weight")[0],
         "latent_channels": latent_channels,
-        "mel_bins": JOINED * numbers // latent_channels,
+        "mel_bins": MEL_DOWNSAMPLING * values_per_frame // latent_channels,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in sources,
         "norm_type": "pixel",
         "causality_axis": "height",  # no latent depends on later sound

@@ -12,7 +12,7 @@ from typing import Any
 from ltx_2.model_options import AUDIO, VIDEO
 from modules.options import FREE, HABIT, OF_REQUEST, OF_SAMPLES, Options, of_request, option
 
-NEGATIVE = "audio_ref_use_negative_positions"  # option, and key in the metadata of LoRAs
+NEGATIVE_POSITIONS = "audio_ref_use_negative_positions"  # option, and key in the metadata of LoRAs
 IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
 
 
@@ -76,7 +76,7 @@ class Ltx2AudioReferences(Options, title="audio references"):
     is_before: bool = _switch(
         "positions of the reference end before the audio begins; default: both begin at 0",
         False,
-        name=NEGATIVE,
+        name=NEGATIVE_POSITIONS,
         facts=HABIT,
     )
     is_hidden_from_video: bool = _switch(
@@ -108,6 +108,6 @@ class Ltx2GivenAudioReference(Options, title="audio references"):
         "positions of the reference end before the audio begins; default: as the LoRA's metadata says, else "
         "both begin at 0",
         None,
-        name=NEGATIVE,
+        name=NEGATIVE_POSITIONS,
     )
     identity_scale: float = _identity(OF_REQUEST)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ltx_2.audio_reference_options import (
-    NEGATIVE,
+    NEGATIVE_POSITIONS,
     Ltx2AudioReferences,
     Ltx2GivenAudioReference,
     ReferenceStrategy,
@@ -29,7 +29,7 @@ from protocols.requests import Request
 from protocols.steps import Overrides
 
 logger = logging.getLogger(__name__)
-OPTION = "reference_audio"  # of a generation, and in `Request.extra`
+REFERENCE_AUDIO_OPTION = "reference_audio"  # of a generation, and in `Request.extra`
 TRUE, FALSE = "true", "false"  # in the metadata of LoRAs
 
 
@@ -113,24 +113,28 @@ def find_audio_reference(request: Request) -> Path | None:
         OptionError: If there are several, or the file has no audio.
         MediaError: If the file cannot be opened.
     """
-    names = [name for name in request.extra.get(OPTION, "").split("\n") if name]
+    names = [name for name in request.extra.get(REFERENCE_AUDIO_OPTION, "").split("\n") if name]
     if not names:
         return None
     if len(names) > 1:
-        raise OptionError(f"--{OPTION}: {len(names)} files, and one is taken. Give one of them")
-    path = to_path(f"--{OPTION}", names[0])
+        raise OptionError(
+            f"--{REFERENCE_AUDIO_OPTION}: {len(names)} files, and one is taken. Give one of them"
+        )
+    path = to_path(f"--{REFERENCE_AUDIO_OPTION}", names[0])
     if not path.is_file():
-        raise OptionError(f"--{OPTION} {path}: no such file. Correct the path")
+        raise OptionError(f"--{REFERENCE_AUDIO_OPTION} {path}: no such file. Correct the path")
     try:
         info = track_info(path)
     except MediaError as error:
-        raise MediaError(f"--{OPTION} {error}") from error
+        raise MediaError(f"--{REFERENCE_AUDIO_OPTION} {error}") from error
     if info is None:
-        raise OptionError(f"--{OPTION} {path}: it has no sound. Give a file with sound")
+        raise OptionError(f"--{REFERENCE_AUDIO_OPTION} {path}: it has no sound. Give a file with sound")
     return path
 
 
-def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -> Ltx2GivenAudioReference:
+def resolve_reference_positions(
+    options: Ltx2GivenAudioReference, loras: Sequence[Path]
+) -> Ltx2GivenAudioReference:
     """Return the options with the positions of audio references (before or in the clip) that LoRAs record.
 
     Raises:
@@ -138,20 +142,20 @@ def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -
     """
     recorded: dict[str, Path] = {}
     for path, metadata in metadata_of_files(loras):
-        if NEGATIVE in metadata:
-            recorded[metadata[NEGATIVE]] = path
+        if NEGATIVE_POSITIONS in metadata:
+            recorded[metadata[NEGATIVE_POSITIONS]] = path
     if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:
         listed = " and ".join(f"{shorten(text, 20)} in {path}" for text, path in recorded.items())
         raise OptionError(
-            f"--lora_weight: {NEGATIVE} is {listed}: they do not work together, or it is not true or false. "
-            "Give one LoRA that says true or false"
+            f"--lora_weight: {NEGATIVE_POSITIONS} is {listed}: they do not work together, or it is not true "
+            "or false. Give one LoRA that says true or false"
         )
     for text, path in recorded.items():  # one value, or none
         learned = text == TRUE
         prefix = "" if learned else "no-"
-        if options.is_before is None:  # --NEGATIVE is not typed: use the LoRA's position
-            logger.info("--%s%s, as %s says", prefix, NEGATIVE, path.name)
-            return override_options(options, {NEGATIVE: learned})
+        if options.is_before is None:  # --NEGATIVE_POSITIONS is not typed: use the LoRA's position
+            logger.info("--%s%s, as %s says", prefix, NEGATIVE_POSITIONS, path.name)
+            return override_options(options, {NEGATIVE_POSITIONS: learned})
         if options.is_before != learned:
-            logger.warning("%s has learned with --%s%s", path, prefix, NEGATIVE)
+            logger.warning("%s has learned with --%s%s", path, prefix, NEGATIVE_POSITIONS)
     return options

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ltx_2.configs import EPS, SOUND, VIDEO, LtxConfig, StreamNames
+from ltx_2.configs import AUDIO, EPS, VIDEO, LtxConfig, Modality
 from modules.attention.attend import attend
 from modules.layers.half_rope import rotate_halves
 from modules.layers.modulation import add_gated, modulate, split_segments
@@ -29,9 +29,9 @@ from modules.speed_options import SDPA, AttentionChoice
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from runtime.offload.context import TokenPart
 
-Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
+ByModality = dict[Modality, Tensor]  # a tensor for each stream, such as its tokens, B L C
 gelu = partial(functional.gelu, approximate="tanh")
-UNSEEN = -1e4  # added to attention logits whose weight has to be 0
+MASKED = -1e4  # added to attention logits whose weight has to be 0
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,31 @@ class LtxReferences:
     """Reference latents of a video, whose tokens precede the video's."""
 
     latents: Sequence[Tensor] = ()  # each B Z f h w, with sides reduced by a whole factor
-    time: int = 1  # the step at which their frames were taken
-    # references' fraction of the timestep; above 0 they are noisy, and their velocity is returned too
-    share: float = 0.0
-    strengths: Tensor | None = None  # M, 0..1: how strongly the video attends to each token; None: fully
+    frame_stride: int = 1  # every n-th frame of a reference clip was taken
+    # their timestep as a fraction of the video's; above 0 they are noisy, and their velocity is returned too
+    timestep_fraction: float = 0.0
+    # M, 0..1: how strongly the video attends to each token; None: fully
+    attention_strengths: Tensor | None = None
 
     @property
-    def counts(self) -> list[int]:
+    def token_counts(self) -> list[int]:
         """Return the number of tokens of each reference."""
         return [math.prod(latents.shape[2:]) for latents in self.latents]
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens of all references."""
+        return sum(self.token_counts)
+
+    @property
+    def num_hidden_from_other(self) -> int:
+        """Return the number of tokens to which the other stream does not attend."""
+        return 0
+
+    @property
+    def num_without_text(self) -> int:
+        """Return the number of tokens that do not attend to the text."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -59,59 +75,101 @@ class LtxAudioReferences(LtxReferences):
     is_without_text: bool = False  # they do not attend to the text
 
     @property
-    def counts(self) -> list[int]:
+    def token_counts(self) -> list[int]:
         """Return the number of tokens of each reference."""
         return [latents.shape[2] for latents in self.latents]
+
+    @property
+    def num_hidden_from_other(self) -> int:
+        """Return the number of tokens to which the video does not attend."""
+        return self.num_tokens * self.is_hidden_from_video
+
+    @property
+    def num_without_text(self) -> int:
+        """Return the number of tokens that do not attend to the text."""
+        return self.num_tokens * self.is_without_text
 
 
 @dataclass(frozen=True)
 class CrossInputs:
     """Inputs of a stream's attention to the other stream."""
 
-    rotary: Tensor  # by time only, L N D/2 2
-    rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
-    gate: Tensor  # B 1 C float32, by the other stream's time
-    # B 1 1: 0 for samples in which the other stream has no influence; None: it has influence in all
-    influence: Tensor | None = None
+    rotary_emb: Tensor  # by time only, L N D/2 2
+    # B S 4 C float32, from the stream's own timestep: scale and shift toward each stream
+    modulation: Tensor
+    gate: Tensor  # B 1 C float32, from the other stream's timestep
+    # B 1 1: factor of the gate, 0 for samples without audio; None: 1 in all
+    gate_factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Inputs of the blocks for the video or the audio stream, in addition to its tokens."""
+class TokenTimesteps:
+    """A timestep for each token of a stream, as a fraction of the stream's timestep; 0 for a clean token."""
 
-    rotary: Tensor  # rotations of its tokens, L N D/2 2, or B L N D/2 2
-    texts: tuple[Tensor, ...]  # each B T C; one unless there is a second text
-    rows: Tensor  # B S R C float32: shifts, scales and gates by time, R 6 or 9
-    time: Tensor  # B S C float32, embedded
-    # B 1 2 C float32: shift and scale of the text, 0 if no time changes them; None: the text is not modulated
-    text_rows: Tensor | None
-    # if S > 1: the number of tokens in front that have the first time; or each token's index of its time, B L
-    split: int | Tensor = 0
-    fractions: Tensor | None = None  # S fractions of the timestep; None: tokens in front are clean, if any
+    fractions: Tensor  # S float32, each different
+    indices: Tensor  # B L int64: index of each token's fraction
+
+
+@dataclass(frozen=True)
+class StreamConditioning:
+    """Inputs of the blocks for the video or the audio stream, in addition to its tokens.
+
+    S timesteps occur in a stream: 1 if all tokens have the same, 2 if the leading conditioning tokens
+    (references, clean frames) have their own, or any number with `token_timesteps`.
+    """
+
+    rotary_emb: Tensor  # of its tokens, L N D/2 2, or B L N D/2 2
+    text_embeddings: tuple[Tensor, ...]  # each B T C; one unless there is a second text
+    modulation: Tensor  # B S R C float32: shifts, scales and gates of each timestep, R 6 or 9
+    embedded_timestep: Tensor  # B S C float32
+    # B 1 2 C float32: shift and scale of the text, 0 without dependence on the timestep; None: not modulated
+    text_modulation: Tensor | None
+    num_conditioning_tokens: int = 0  # leading tokens with a timestep of their own
+    token_timesteps: TokenTimesteps | None = None  # replaces `num_conditioning_tokens`
     cross: CrossInputs | None = None  # None: there is no attention to another stream
-    part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
-    # from `dim_references`, for all tokens; None: no attention is dimmed
-    dimmed: tuple[Tensor, Tensor] | None = None
-    num_hidden: int = 0  # number of tokens in front, of all, to which the other stream does not attend
-    num_without_text: int = 0  # number of tokens in front that do not attend to the text
+    token_range: "TokenPart | None" = None  # the tokens that this process has; None if it has all
+    # from `make_attention_bias`, for all tokens; None: attention has no bias
+    attention_bias: tuple[Tensor, Tensor] | None = None
+    num_hidden_from_other: int = 0  # leading tokens, of all, to which the other stream does not attend
+    num_without_text: int = 0  # leading tokens that do not attend to the text
 
     @property
     def length(self) -> int:
         """Return the number of tokens of the stream."""
-        return self.rotary.shape[-4]
+        return self.rotary_emb.shape[-4]
 
-    def cut(self, part: "TokenPart") -> "Stream":
+    @property
+    def modulation_split(self) -> int | Tensor:
+        """Return which row of a modulation B S C each token takes, as `modulate` and `add_gated` read it."""
+        if self.token_timesteps is not None:
+            return self.token_timesteps.indices
+        return self.num_conditioning_tokens
+
+    def norm_and_modulate(
+        self, x: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Normalize tokens x, B L C, and shift and scale each by the row of its timestep, B S C."""
+        return modulate(norm_tokens(x.float()), shift, scale, dtype, split=self.modulation_split)
+
+    def add_gated(self, x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
+        """Return x + gate * branch, where each token takes the gate of its timestep, B S C."""
+        return add_gated(x, gate, branch, self.modulation_split)
+
+    def cut(self, part: "TokenPart") -> "StreamConditioning":
         """Return the inputs for the tokens that one process computes."""
-        cross, split = self.cross, self.split
+        cross, token_timesteps = self.cross, self.token_timesteps
         if cross is not None:
-            cross = replace(cross, rotary=part.rows(cross.rotary))
+            cross = replace(cross, rotary_emb=part.rows(cross.rotary_emb))
+        if token_timesteps is not None:
+            token_timesteps = replace(token_timesteps, indices=part.take(token_timesteps.indices))
         return replace(
             self,
-            rotary=part.rows(self.rotary),
+            rotary_emb=part.rows(self.rotary_emb),
             cross=cross,
-            split=part.take(split) if isinstance(split, Tensor) else part.count_among_first(split),
+            num_conditioning_tokens=part.count_among_first(self.num_conditioning_tokens),
+            token_timesteps=token_timesteps,
             num_without_text=part.count_among_first(self.num_without_text),
-            part=part,
+            token_range=part,
         )
 
 
@@ -122,18 +180,19 @@ class LtxTokens:
     Built once per forward pass. The narrower stream is padded with zeros to W channels.
     """
 
-    streams: dict[StreamNames, Stream]
+    streams: dict[Modality, StreamConditioning]
     grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
     audio_grid: tuple[int, ...]  # latent audio frames and their frequency bins; empty without audio
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor] | None  # combines attentions to several texts, B L N D; None: one text
-    sees_values: bool = False  # self-attention is replaced by its values
-    keeps_references: bool = False  # whether the velocities of references are returned too
+    # combines attentions to several texts, B L N D; None: one text
+    combine_text_attention: Callable[..., Tensor] | None
+    skips_self_attention: bool = False  # self-attention returns its values unmixed
+    returns_reference_velocity: bool = False
 
     def without_self_attention(self) -> "LtxTokens":
         """Return the inputs for a pass in which self-attention returns its values unmixed."""
-        return replace(self, sees_values=True)
+        return replace(self, skips_self_attention=True)
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
@@ -143,21 +202,21 @@ class LtxTokens:
     def cut(self, *parts: "TokenPart") -> "LtxTokens":
         """Return the inputs for one process, which has a part of each stream's tokens."""
         streams = {}
-        for (names, stream), part in zip(self.streams.items(), parts, strict=True):
-            streams[names] = stream.cut(part)
+        for (modality, stream), part in zip(self.streams.items(), parts, strict=True):
+            streams[modality] = stream.cut(part)
         return replace(self, streams=streams)
 
-    def split(self, x: Tensor) -> Parts:
+    def split(self, x: Tensor) -> ByModality:
         """Split tokens x into each stream's tokens, B L C."""
         if len(self.streams) == 1:
             return dict.fromkeys(self.streams, x)
         parts = {}
         wide = x.split(self.stream_lengths, dim=1)
-        for (names, stream), tokens in zip(self.streams.items(), wide, strict=True):
-            parts[names] = tokens[..., : stream.time.shape[-1]]
+        for (modality, stream), tokens in zip(self.streams.items(), wide, strict=True):
+            parts[modality] = tokens[..., : stream.embedded_timestep.shape[-1]]
         return parts
 
-    def join(self, parts: Parts) -> Tensor:
+    def join(self, parts: ByModality) -> Tensor:
         """Concatenate the tokens of all streams, B L+M W."""
         if len(parts) == 1:
             return next(iter(parts.values()))
@@ -170,24 +229,24 @@ class LtxAttention(nn.Module):
     """Attention from one set of tokens to another; q and k are normalized over all heads together."""
 
     def __init__(
-        self, heads: int, is_gated: bool, splits_heads: bool, query_dim: int, key_dim: int, dim: int
+        self, num_heads: int, has_gates: bool, rotates_halves: bool, query_dim: int, key_dim: int, dim: int
     ) -> None:
         """Build the layers.
 
-        `dim` is the width of all heads together; `is_gated` gives each head's output a gate. With
-        `splits_heads`, rotary pairs are channels of a head's two halves, else neighbors.
+        `dim` is the width of all heads together; `has_gates` gives each head's output a gate. With
+        `rotates_halves`, rotary pairs are channels of a head's two halves, else neighbors.
         """
         super().__init__()
-        self.num_heads = heads
+        self.num_heads = num_heads
         self.to_q = nn.Linear(query_dim, dim)
         self.to_k = nn.Linear(key_dim, dim)
         self.to_v = nn.Linear(key_dim, dim)
         self.q_norm = RMSNorm(dim, EPS)
         self.k_norm = RMSNorm(dim, EPS)
         self.to_out = nn.ModuleList([nn.Linear(dim, query_dim)])
-        if is_gated:
-            self.to_gate_logits = nn.Linear(query_dim, heads)
-        self._rotate = rotate_halves if splits_heads else rotate
+        if has_gates:
+            self.to_gate_logits = nn.Linear(query_dim, num_heads)
+        self._rotate = rotate_halves if rotates_halves else rotate
 
     def queries(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return the queries of x, B L N D."""
@@ -230,11 +289,11 @@ class LtxBlock(nn.Module):
     def __init__(self, config: LtxConfig) -> None:
         """Build self-attention, text attention and feed-forward of each stream, and attention between two."""
         super().__init__()
-        attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
+        attention = partial(LtxAttention, config.num_heads, config.has_head_gates, config.rotates_halves)
         # shift, scale and gate: of self-attention, of the feed-forward, and of the attention to the text
         num_rows = 9 if config.modulates_text else 6
-        for names, stream in config.streams.items():
-            prefix = names.prefix
+        for modality, stream in config.streams.items():
+            prefix = modality.prefix
             dim = stream.dim
             setattr(self, f"{prefix}attn1", attention(dim, dim, dim))
             setattr(self, f"{prefix}attn2", attention(dim, dim, dim))
@@ -244,153 +303,170 @@ class LtxBlock(nn.Module):
                 setattr(self, f"{prefix}prompt_scale_shift_table", nn.Parameter(torch.zeros(2, dim)))
         if len(config.streams) < 2:
             return
-        for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
-            dim = config.streams[names].dim
-            setattr(self, names.cross_attn, attention(dim, config.streams[other].dim, config.cross_dim))
+        for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
+            dim = config.streams[modality].dim
+            setattr(self, modality.cross_attn, attention(dim, config.streams[other].dim, config.cross_dim))
             # scale and shift as query, scale and shift as key, and the gate
-            setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, dim)))
+            setattr(self, modality.cross_table, nn.Parameter(torch.zeros(5, dim)))
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Apply the block to tokens x, B L+M W."""
         # x: B L+M W
-        rows = {names: self._split_rows(names, stream) for names, stream in tokens.streams.items()}
-        parts = {}
-        for names, stream_x in tokens.split(x).items():
-            parts[names] = self.see_itself_and_text(names, stream_x, tokens, rows[names])
+        modulations = {}
+        hidden_states = {}
+        for modality, stream_x in tokens.split(x).items():
+            modulations[modality] = self._compute_modulation(modality, tokens.streams[modality])
+            hidden_states[modality] = self.attend_itself_and_text(
+                modality, stream_x, tokens, modulations[modality]
+            )
         if all(stream.cross is not None for stream in tokens.streams.values()):
-            parts = self.see_each_other(parts, tokens)
+            hidden_states = self.attend_each_other(hidden_states, tokens)
         # the feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
-        changed = {names: self.change(names, parts[names], tokens, rows[names]) for names in reversed(parts)}
-        return tokens.join({names: changed[names] for names in parts})
+        outputs = {}
+        for modality in reversed(hidden_states):
+            outputs[modality] = self.add_feed_forward(
+                modality, hidden_states[modality], tokens, modulations[modality]
+            )
+        return tokens.join({modality: outputs[modality] for modality in hidden_states})
 
     def modulated_input(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Return the first stream's modulated input of self-attention, B L C, from a block's input x."""
-        names, first = next(iter(tokens.split(x).items()))
-        stream = tokens.streams[names]
-        shift, scale, *_ = self._split_rows(names, stream)
-        return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.split)
+        modality, stream_x = next(iter(tokens.split(x).items()))
+        stream = tokens.streams[modality]
+        shift, scale, *_ = self._compute_modulation(modality, stream)
+        return stream.norm_and_modulate(stream_x, shift, scale, tokens.dtype)
 
-    def see_itself_and_text(
-        self, names: StreamNames, x: Tensor, tokens: LtxTokens, rows: Sequence[Tensor]
+    def attend_itself_and_text(
+        self, modality: Modality, x: Tensor, tokens: LtxTokens, modulation: Sequence[Tensor]
     ) -> Tensor:
-        """Add self-attention and cross-attention to text to a stream, B L C; `rows` are its `_split_rows`."""
-        stream = tokens.streams[names]
+        """Add self-attention and cross-attention to the text to a stream's tokens x, B L C."""
+        stream = tokens.streams[modality]
         # the last three, of the attention to the text, are not in LTX-2.0
-        shift, scale, gate, _, _, _, *text_rows = rows
-        h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.split)
-        x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.split)
+        shift, scale, gate, _, _, _, *text_attention = modulation
+        h = stream.norm_and_modulate(x, shift, scale, tokens.dtype)
+        x = stream.add_gated(x, gate, self._attend_itself(modality, h, tokens))
 
-        text_shift, text_scale, text_gate = text_rows or (None, None, None)
-        h = modulate(norm_tokens(x.float()), text_shift, text_scale, tokens.dtype, split=stream.split)
-        return add_gated(x, text_gate, self._see_text(names, h, tokens), stream.split)
+        text_shift, text_scale, text_gate = text_attention or (None, None, None)
+        h = stream.norm_and_modulate(x, text_shift, text_scale, tokens.dtype)
+        return stream.add_gated(x, text_gate, self._attend_text(modality, h, tokens))
 
-    def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
+    def attend_each_other(self, hidden_states: ByModality, tokens: LtxTokens) -> ByModality:
         """Apply cross-attention between the streams; both directions read the same input tokens."""
-        inputs = {names: self._modulate_cross_inputs(names, x, tokens) for names, x in parts.items()}
-        changed = {}
-        for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
-            cross = tokens.streams[names].cross
+        inputs = {}
+        for modality, x in hidden_states.items():
+            inputs[modality] = self._modulate_cross_inputs(modality, x, tokens)
+        outputs = {}
+        for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
+            cross = tokens.streams[modality].cross
             assert cross is not None  # there are two streams
-            gate = getattr(self, names.cross_table)[4:] + cross.gate  # float32, as the gate
-            if cross.influence is not None:
-                gate = gate * cross.influence
-            query_input, key_input = inputs[names][names], inputs[other][names]
-            branch = self._see_other(names, other, query_input, key_input, tokens=tokens)
-            changed[names] = add_gated(parts[names], gate, branch)
-        return changed
+            gate = getattr(self, modality.cross_table)[4:] + cross.gate  # float32, as the gate
+            if cross.gate_factor is not None:
+                gate = gate * cross.gate_factor
+            query_input, key_input = inputs[modality][modality], inputs[other][modality]
+            branch = self._attend_other(modality, other, query_input, key_input, tokens=tokens)
+            outputs[modality] = add_gated(hidden_states[modality], gate, branch)
+        return outputs
 
-    def _modulate_cross_inputs(
-        self, names: StreamNames, x: Tensor, tokens: LtxTokens
-    ) -> dict[StreamNames, Tensor]:
+    def _modulate_cross_inputs(self, modality: Modality, x: Tensor, tokens: LtxTokens) -> ByModality:
         """Return a stream's inputs of attention between the streams, B L C, keyed by the receiving stream."""
-        stream = tokens.streams[names]
+        stream = tokens.streams[modality]
         assert stream.cross is not None
-        table = getattr(self, names.cross_table)  # added in float32, as the rows
+        table = getattr(self, modality.cross_table)  # added in float32, as the modulation
         # scale and shift for the attention of the video, and for the attention of the audio
-        video_scale, video_shift, audio_scale, audio_shift = (table[:4] + stream.cross.rows).unbind(2)
+        video_scale, video_shift, audio_scale, audio_shift = (table[:4] + stream.cross.modulation).unbind(2)
         h = norm_tokens(x.float())
+        split = stream.modulation_split
         return {
-            VIDEO: modulate(h, video_shift, video_scale, tokens.dtype, split=stream.split),
-            SOUND: modulate(h, audio_shift, audio_scale, tokens.dtype, split=stream.split),
+            VIDEO: modulate(h, video_shift, video_scale, tokens.dtype, split=split),
+            AUDIO: modulate(h, audio_shift, audio_scale, tokens.dtype, split=split),
         }
 
-    def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens, all_rows: Sequence[Tensor]) -> Tensor:
-        """Add a stream's feed-forward branch, B L C; `all_rows` are the stream's `_split_rows`."""
-        stream = tokens.streams[names]
-        rows = all_rows[3:6]
-        layer = getattr(self, f"{names.prefix}ff")
-        if isinstance(stream.split, Tensor):  # in one piece, because the rows are per token
-            shift, scale, gate = rows
-            h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.split)
-            return add_gated(x, gate, layer(h), stream.split)
-        parts = []
-        for part, *row in split_segments(stream.split, rows, x):
+    def add_feed_forward(
+        self, modality: Modality, x: Tensor, tokens: LtxTokens, modulation: Sequence[Tensor]
+    ) -> Tensor:
+        """Add the feed-forward branch to a stream's tokens x, B L C."""
+        stream = tokens.streams[modality]
+        shift, scale, gate = modulation[3:6]
+        layer = getattr(self, f"{modality.prefix}ff")
+        if stream.token_timesteps is not None:  # in one piece, because the modulation is per token
+            h = stream.norm_and_modulate(x, shift, scale, tokens.dtype)
+            return stream.add_gated(x, gate, layer(h))
+        outputs = []
+        # conditioning tokens, if any, then the others: a segment has one shift, scale and gate
+        segments = split_segments(stream.num_conditioning_tokens, (shift, scale, gate), x)
+        for segment, *segment_modulation in segments:
             # positional: code that computes it in pieces passes arguments by position
-            parts.append(self.feed_forward(part, layer, tokens.dtype, *row))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            outputs.append(self.feed_forward(segment, layer, tokens.dtype, *segment_modulation))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def feed_forward(
         self, x: Tensor, layer: nn.Module, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        """Add a feed-forward branch to a segment x, B L C. Modulation rows are B 1 C float32 each."""
+        """Add a feed-forward branch to tokens x, B L C, that share a shift, scale and gate, B 1 C float32."""
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
-    def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+    def _attend_itself(self, modality: Modality, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Return a stream's self-attention, over the tokens of all processes."""
-        layer = getattr(self, f"{names.prefix}attn1")
-        stream = tokens.streams[names]
+        layer = getattr(self, f"{modality.prefix}attn1")
+        stream = tokens.streams[modality]
         value = layer.values(x)
-        if tokens.sees_values:
+        if tokens.skips_self_attention:
             return layer.project(x, value)
-        query, key = layer.queries(x, stream.rotary), layer.keys(x, stream.rotary)
-        attend_all = _attend if stream.dimmed is None else partial(_attend_dimmed, *stream.dimmed)
-        if stream.part is None:
-            return layer.project(x, attend_all(query, key, value, tokens))
-        query, key, value = stream.part.gather_tokens(query, key, value)
-        return layer.project(x, stream.part.gather_heads(attend_all(query, key, value, tokens)))
+        query, key = layer.queries(x, stream.rotary_emb), layer.keys(x, stream.rotary_emb)
+        if stream.token_range is not None:  # with several processes, each computes some heads for all tokens
+            query, key, value = stream.token_range.gather_tokens(query, key, value)
+        if stream.attention_bias is None:
+            attended = _attend(query, key, value, tokens)
+        else:
+            attended = _attend_with_bias(*stream.attention_bias, query, key, value, tokens)
+        if stream.token_range is not None:
+            attended = stream.token_range.gather_heads(attended)
+        return layer.project(x, attended)
 
-    def _see_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+    def _attend_text(self, modality: Modality, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Return a stream's cross-attention to its text, combined with that to a second text, if any."""
-        layer = getattr(self, f"{names.prefix}attn2")
-        stream = tokens.streams[names]
-        texts = stream.texts
-        if stream.text_rows is not None:
-            table = getattr(self, f"{names.prefix}prompt_scale_shift_table")
-            shift, scale = (table + stream.text_rows).unbind(2)
+        layer = getattr(self, f"{modality.prefix}attn2")
+        stream = tokens.streams[modality]
+        texts = stream.text_embeddings
+        if stream.text_modulation is not None:
+            table = getattr(self, f"{modality.prefix}prompt_scale_shift_table")
+            shift, scale = (table + stream.text_modulation).unbind(2)
             texts = tuple(modulate(text, shift, scale, tokens.dtype) for text in texts)
         query = layer.queries(x)
         attended = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
-        combined = attended[0] if tokens.combine is None else tokens.combine(*attended)
-        if stream.num_without_text:  # these references see no text: their attention is 0
+        combine = tokens.combine_text_attention
+        combined = attended[0] if combine is None else combine(*attended)
+        if stream.num_without_text:  # the attention of these leading references to the text is 0
             without, combined = combined.tensor_split([stream.num_without_text], dim=1)
             combined = torch.cat([torch.zeros_like(without), combined], dim=1)
         return layer.project(x, combined)
 
-    def _see_other(
-        self, names: StreamNames, other: StreamNames, x: Tensor, other_x: Tensor, tokens: LtxTokens
+    def _attend_other(
+        self, modality: Modality, other: Modality, x: Tensor, other_x: Tensor, tokens: LtxTokens
     ) -> Tensor:
-        """Return the attention of a stream's tokens x, B L W, to the tokens of the other stream."""
-        layer = getattr(self, names.cross_attn)
-        stream = tokens.streams[names]
+        """Return the attention of a stream's tokens x, B L C, to the tokens of the other stream."""
+        layer = getattr(self, modality.cross_attn)
+        stream = tokens.streams[modality]
         other_stream = tokens.streams[other]
         assert stream.cross is not None
         assert other_stream.cross is not None
-        query = layer.queries(x, stream.cross.rotary)
-        key = layer.keys(other_x, other_stream.cross.rotary)
+        query = layer.queries(x, stream.cross.rotary_emb)
+        key = layer.keys(other_x, other_stream.cross.rotary_emb)
         value = layer.values(other_x)
-        first = other_stream.num_hidden  # hidden reference tokens come first
-        if stream.part is None or other_stream.part is None:
-            return layer.project(x, _attend(query, key[:, first:], value[:, first:], tokens))
+        first_visible = other_stream.num_hidden_from_other  # hidden reference tokens come first
+        if stream.token_range is None or other_stream.token_range is None:
+            attended = _attend(query, key[:, first_visible:], value[:, first_visible:], tokens)
+            return layer.project(x, attended)
         # with several processes, each computes some heads for all tokens
-        (query,) = stream.part.gather_tokens(query)
-        key, value = other_stream.part.gather_tokens(key, value)
-        attended = _attend(query, key[:, first:], value[:, first:], tokens)
-        return layer.project(x, stream.part.gather_heads(attended))
+        (query,) = stream.token_range.gather_tokens(query)
+        key, value = other_stream.token_range.gather_tokens(key, value)
+        attended = _attend(query, key[:, first_visible:], value[:, first_visible:], tokens)
+        return layer.project(x, stream.token_range.gather_heads(attended))
 
-    def _split_rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
-        """Return the shifts, scales and gates of a stream's layers, each B S C float32."""
-        table: Tensor = getattr(self, f"{names.prefix}scale_shift_table")
-        return (table + stream.rows).unbind(2)  # the sum is float32, as the rows
+    def _compute_modulation(self, modality: Modality, stream: StreamConditioning) -> Sequence[Tensor]:
+        """Return the shifts, scales and gates of a stream's layers in this block, each B S C float32."""
+        table: Tensor = getattr(self, f"{modality.prefix}scale_shift_table")
+        return (table + stream.modulation).unbind(2)  # the sum is float32, as the modulation
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
@@ -399,49 +475,52 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Ten
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 
 
-def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return extra query and key channels, L E each, whose products add a bias to attention's logits.
+def make_attention_bias(
+    strengths: Tensor, token_counts: Sequence[int], num_video_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Return query and key channels, L E each, whose products are a bias on the logits of self-attention.
 
-    The bias weakens attention between references and video, and hides references from each other. The product
-    of a query and a key over these channels is the number to add: two channels give the logarithms between
-    video and references, and one channel for each reference R gives UNSEEN between its queries and the keys
-    of the other references. Source: the released code of LTX-2.
+    The bias of a query and a key is, over the tokens of R references followed by the video:
+
+        1. log(strength) of the reference token between a reference and the video: two channels
+        2. `MASKED` between two references: one channel for each reference
+        3. 0 within a reference and within the video
+
+    Source: the released code of LTX-2.
 
     Args:
-        strengths: M, 0..1: how strongly each reference token and the video attend to each other. The
-            logarithm is added to the logits.
-        counts: Number of tokens of each reference. These come before the video's.
+        strengths: M, 0..1: how strongly each reference token and the video attend to each other.
+        token_counts: Number of tokens of each reference. These come before the video's.
         num_video_tokens: Number of tokens of the video.
     """
     is_video = functional.pad(torch.ones_like(strengths[:1]).expand(num_video_tokens), (len(strengths), 0))
-    logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, num_video_tokens))
-    membership = torch.block_diag(*(strengths.new_ones(count, 1) for count in counts))
+    logarithms = functional.pad(strengths.log().clamp(min=MASKED), (0, num_video_tokens))
+    membership = torch.block_diag(*(strengths.new_ones(count, 1) for count in token_counts))
     membership = functional.pad(membership, (0, 0, 0, num_video_tokens))  # L R: token in reference
-    hidden = UNSEEN * (1 - membership) * (1 - is_video[:, None])  # L R: keys of the other references
-    # is_video * logarithms + logarithms * is_video + membership * hidden
+    masked = MASKED * (1 - membership) * (1 - is_video[:, None])  # L R: keys of the other references
+    # bias: is_video * logarithms + logarithms * is_video + membership * masked
     queries = torch.stack([is_video, logarithms, *membership.unbind(1)], dim=1)
-    keys = torch.stack([logarithms, is_video, *hidden.unbind(1)], dim=1)
+    keys = torch.stack([logarithms, is_video, *masked.unbind(1)], dim=1)
     padding = (0, -queries.shape[1] % 8)  # kernels need widths that are multiples of 8
     return functional.pad(queries, padding), functional.pad(keys, padding)
 
 
-def _attend_dimmed(
-    more_queries: Tensor, more_keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
+def _attend_with_bias(
+    bias_queries: Tensor, bias_keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
 ) -> Tensor:
-    """Compute attention whose logits get the bias of extra channels, which weaken attention to references.
+    """Compute attention with a bias on its logits: the product of `bias_queries` and `bias_keys`, L E each.
 
-    The channels `more_queries` and `more_keys`, L E each, are such that their product is the bias. Always in
-    torch, because 8-bit kernels are too coarse.
+    They become additional channels of queries and keys. In torch, because 8-bit kernels are too coarse.
     """
-    width = query.shape[-1]
-    num_more = more_queries.shape[-1]
-    divisor = math.sqrt(width + num_more)  # attention divides the logits by it
-    shape = (*query.shape[:3], num_more)
-    extra_query = (more_queries * divisor)[None, :, None].expand(shape)  # added to the logits undivided
-    extra_key = more_keys[None, :, None].expand(shape)
-    scaled_query = query * (divisor / math.sqrt(width))  # as if attention divided by sqrt(width)
-    query = torch.cat([scaled_query, extra_query.to(query.dtype)], dim=-1)
-    key = torch.cat([key, extra_key.to(key.dtype)], dim=-1)
-    value = functional.pad(value, (0, num_more))
-    choice = replace(tokens.attention, mode=SDPA.mode)
-    return _attend(query, key, value, replace(tokens, attention=choice))[..., :width]
+    head_dim = query.shape[-1]
+    bias_dim = bias_queries.shape[-1]
+    divisor = math.sqrt(head_dim + bias_dim)  # attention divides the logits by it
+    shape = (*query.shape[:3], bias_dim)
+    bias_query = (bias_queries * divisor)[None, :, None].expand(shape)  # added to the logits undivided
+    bias_key = bias_keys[None, :, None].expand(shape)
+    scaled_query = query * (divisor / math.sqrt(head_dim))  # as if attention divided by sqrt(head_dim)
+    query = torch.cat([scaled_query, bias_query.to(query.dtype)], dim=-1)
+    key = torch.cat([key, bias_key.to(key.dtype)], dim=-1)
+    value = functional.pad(value, (0, bias_dim))
+    torch_attention = replace(tokens.attention, mode=SDPA.mode)
+    return _attend(query, key, value, replace(tokens, attention=torch_attention))[..., :head_dim]

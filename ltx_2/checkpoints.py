@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
-from ltx_2.configs import LATENT, OF_AUDIO, OF_VIDEO, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import AUDIO, LATENT, OF_AUDIO, OF_VIDEO, VIDEO, LtxConfig, Modality, StreamConfig
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from ltx_2.options import NAME
@@ -30,7 +30,10 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"
-PROMPT_TIMES, MARKER = "prompt_adaln_single.linear.weight", "keyframes_abs_pos_embedding"
+TEXT_TIMESTEP_LAYER, SINGLE_FRAME_EMBEDDING = (
+    "prompt_adaln_single.linear.weight",
+    "keyframes_abs_pos_embedding",
+)
 DEFAULT_HEADS = 32  # number of heads in all releases, because without gates no tensor shows it
 
 
@@ -79,22 +82,26 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     """
     names = shapes.shapes
     gates = f"{BLOCK}.attn1.to_gate_logits.weight"
-    is_gated = gates in names
+    has_head_gates = gates in names
     projects_text = "caption_projection.linear_1.weight" in names
     declared_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
     # a gate per head shows the number of heads; other files declare it
-    num_heads = shapes.of(gates)[0] if is_gated else int(declared_heads)
+    num_heads = shapes.of(gates)[0] if has_head_gates else int(declared_heads)
     return LtxConfig(
         video=_read_stream(shapes, VIDEO, projects_text, settings),
-        audio=_read_stream(shapes, SOUND, projects_text, settings),
+        audio=_read_stream(shapes, AUDIO, projects_text, settings),
         num_heads=num_heads,
         num_layers=shapes.blocks("transformer_blocks"),
         cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
         projects_text=projects_text,
-        is_gated=is_gated,
+        has_head_gates=has_head_gates,
         modulates_text=f"{BLOCK}.prompt_scale_shift_table" in names,
-        times_text=_read_switch(settings, "use_prompt_adaln_single", PROMPT_TIMES in names or not is_gated),
-        marks_first=_read_switch(settings, "use_keyframes_abs_pos_embedding", MARKER in names),
+        modulates_text_by_timestep=_read_switch(
+            settings, "use_prompt_adaln_single", TEXT_TIMESTEP_LAYER in names or not has_head_gates
+        ),
+        has_single_frame_embedding=_read_switch(
+            settings, "use_keyframes_abs_pos_embedding", SINGLE_FRAME_EMBEDDING in names
+        ),
         freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
         **_read_fields(settings),
     )
@@ -109,29 +116,31 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     frames = settings.get("pos_embed_max_pos", 20)
     rows = settings.get("base_height", 2048)
     columns = settings.get("base_width", 2048)
-    longest = tuple(map(float, settings.get("positional_embedding_max_pos", (frames, rows, columns))))
+    max_positions = tuple(map(float, settings.get("positional_embedding_max_pos", (frames, rows, columns))))
     stride = tuple(map(int, settings.get("vae_scale_factors", LATENT.stride)))
-    gate_time = _read_gate_time(settings)
+    gate_timestep_scale = _read_gate_timestep_scale(settings)
     theta = settings.get("rope_theta", 10000)
     theta = float(settings.get("positional_embedding_theta", theta))
-    have_axes = len(longest) == len(stride) == 3  # frames, rows, columns
-    numbers = (gate_time, theta, *longest, *stride)
-    are_possible = all(0 < number < math.inf for number in numbers)
-    if not have_axes or not are_possible:
-        raise ValueError(f"gates {gate_time}, theta {theta}, positions {longest}, strides {stride}")
+    have_three_axes = len(max_positions) == len(stride) == 3  # frames, rows, columns
+    values = (gate_timestep_scale, theta, *max_positions, *stride)
+    are_positive = all(0 < value < math.inf for value in values)
+    if not have_three_axes or not are_positive:
+        raise ValueError(
+            f"gates {gate_timestep_scale}, theta {theta}, positions {max_positions}, strides {stride}"
+        )
     rope_type = settings.get("rope_type", "split")
     if rope_type not in ("split", "interleaved"):
         raise ValueError(f"rope_type {rope_type}")
     return {
-        "splits_heads": rope_type == "split",
-        "gate_time": gate_time,
+        "rotates_halves": rope_type == "split",
+        "gate_timestep_scale": gate_timestep_scale,
         "rope_theta": theta,
-        "longest": longest,
+        "max_positions": max_positions,
         "stride": stride,
     }
 
 
-def _read_gate_time(settings: Mapping[str, Any]) -> float:
+def _read_gate_timestep_scale(settings: Mapping[str, Any]) -> float:
     """Return the factor by which timesteps are multiplied for the gates between video and audio."""
     multiplier = settings.get("cross_attn_timestep_scale_multiplier", 1000)
     multiplier = settings.get("av_ca_timestep_scale_multiplier", multiplier)
@@ -151,7 +160,7 @@ def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _read_stream(
-    shapes: DitShapes, names: StreamNames, projects: bool, settings: Mapping[str, Any]
+    shapes: DitShapes, names: Modality, projects: bool, settings: Mapping[str, Any]
 ) -> StreamConfig:
     """Read one stream's dimensions; without a projection, its text enters the blocks unchanged."""
     block = f"{BLOCK}.{names.prefix}"
@@ -183,7 +192,7 @@ SILENT = replace(
 # without the video's
 AUDIO_ALONE = replace(
     FORMAT,
-    network=lambda config, attention: LtxModel(replace(config, shows=False), attention),
+    network=lambda config, attention: LtxModel(replace(config, has_video=False), attention),
     ignore=(*CONNECTORS, *OF_VIDEO),
 )
 identify = FORMAT.identify

@@ -10,26 +10,26 @@ from protocols.family import DitSpec, NoiseSpec
 from protocols.rules import ModelRelease
 
 
-class StreamNames(NamedTuple):
-    """Published layer names of the video stream or the audio stream."""
+class Modality(NamedTuple):
+    """The video stream or the audio stream, and the published names of its layers."""
 
     prefix: str  # before the names of its own modules and tables
-    cross_rows: str  # shifts and scales, for the entire model, of the attention between the streams
+    cross_modulation: str  # shifts and scales, for the entire model, of the attention between the streams
     cross_gate: str  # gate, for the entire model, of what the stream takes from the other one
     cross_table: str  # a block's shifts and scales of that attention
     cross_attn: str  # a block's attention from this stream to the other one
 
 
-VIDEO = StreamNames(
+VIDEO = Modality(
     prefix="",
-    cross_rows="av_ca_video_scale_shift_adaln_single",
+    cross_modulation="av_ca_video_scale_shift_adaln_single",
     cross_gate="av_ca_a2v_gate_adaln_single",
     cross_table="scale_shift_table_a2v_ca_video",
     cross_attn="audio_to_video_attn",
 )
-SOUND = StreamNames(
+AUDIO = Modality(
     prefix="audio_",
-    cross_rows="av_ca_audio_scale_shift_adaln_single",
+    cross_modulation="av_ca_audio_scale_shift_adaln_single",
     cross_gate="av_ca_v2a_gate_adaln_single",
     cross_table="scale_shift_table_a2v_ca_audio",
     cross_attn="video_to_audio_attn",
@@ -79,17 +79,18 @@ class LtxConfig:
     num_layers: int
     cross_dim: int  # width of the attention between the streams
     projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors
-    is_gated: bool  # LTX-2.3: heads have gates
+    has_head_gates: bool  # LTX-2.3: heads have gates
     modulates_text: bool  # LTX-2.3: attention to the text is modulated too
-    times_text: bool = True  # with `modulates_text`: whether the text's modulation depends on the time
-    marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
-    splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
-    # factor for the time of the gates between the streams, relative to all other layers
-    gate_time: float = 1.0
-    shows: bool = True  # whether the network has the video stream
+    modulates_text_by_timestep: bool = True  # with `modulates_text`; False: by constants
+    # LTX-2.5: a vector is added to tokens of latent frames that cover a single frame, such as the first one
+    has_single_frame_embedding: bool = False
+    rotates_halves: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
+    # factor on the timestep of the gates between the streams, relative to all other layers
+    gate_timestep_scale: float = 1.0
+    has_video: bool = True  # whether the network has the video stream
     freq_dim: int = 256
     rope_theta: float = 10000.0
-    longest: tuple[float, float, float] = (20.0, 2048.0, 2048.0)  # seconds, rows, columns of pixels
+    max_positions: tuple[float, float, float] = (20.0, 2048.0, 2048.0)  # seconds, rows, columns of pixels
     stride: tuple[int, int, int] = (8, 32, 32)  # pixels of a latent: frames, rows, columns
 
     @property
@@ -100,19 +101,19 @@ class LtxConfig:
     @property
     def kind(self) -> str:
         """Return the release with these dimensions: 2.0, 2.3 or 2.5."""
-        is_new = self.marks_first or not self.video.ff_bias
+        is_new = self.has_single_frame_embedding or not self.video.ff_bias
         if is_new:
             return "2.5"
-        return "2.3" if self.is_gated else "2.0"
+        return "2.3" if self.has_head_gates else "2.0"
 
     @property
-    def streams(self) -> dict[StreamNames, StreamConfig]:
+    def streams(self) -> dict[Modality, StreamConfig]:
         """Return the dimensions of each stream in this network."""
         streams = {}
-        if self.shows:
+        if self.has_video:
             streams[VIDEO] = self.video
         if self.audio is not None:
-            streams[SOUND] = self.audio
+            streams[AUDIO] = self.audio
         return streams
 
 
@@ -142,7 +143,7 @@ class Ltx2Release:
 
     release: ModelRelease
     steps: int
-    perturbed: int  # the block that guidance weakens
+    perturbed_block: int  # whose self-attention guidance skips
     crf: int  # H.264 quality to which a first image is compressed; 0: not compressed
 
 
@@ -195,7 +196,7 @@ _LINEARS = r"(?:to_[qkv]|to_out\.0)$"
 _VIDEO_SELF, _VIDEO_FFN = rf".*\.attn1\.{_LINEARS}", r".*\.ff\.net\."
 _ATTENTIONS, _ALL_FFN = rf".*attn\d?\.{_LINEARS}", r".*ff\.net\."
 _AUDIO = (rf".*\.audio_attn\d\.{_LINEARS}", r".*\.audio_ff\.net\.")
-_CROSS = {name: rf".*\.{name}\.{_LINEARS}" for name in (VIDEO.cross_attn, SOUND.cross_attn)}
+_CROSS = {name: rf".*\.{name}\.{_LINEARS}" for name in (VIDEO.cross_attn, AUDIO.cross_attn)}
 LORA_PRESETS: dict[str, tuple[str, ...]] = {
     "t2v": (_ATTENTIONS,),
     "video_sa": (_VIDEO_SELF,),
@@ -203,7 +204,7 @@ LORA_PRESETS: dict[str, tuple[str, ...]] = {
     "video_sa_ca_ff": (_VIDEO_SELF, rf".*\.attn2\.{_LINEARS}", _VIDEO_FFN),
     "v2v": (_VIDEO_SELF, rf".*\.attn2\.{_LINEARS}", _VIDEO_FFN),
     "audio": _AUDIO,
-    "audio_v2a": (*_AUDIO, _CROSS[SOUND.cross_attn]),
+    "audio_v2a": (*_AUDIO, _CROSS[AUDIO.cross_attn]),
     "full": (".*",),
     "audio_ref_ic": (*_AUDIO, *_CROSS.values()),
     **dict.fromkeys(("av_ic", "video_ref_only_av"), (_ATTENTIONS, _ALL_FFN)),

@@ -36,7 +36,7 @@ from ltx_2.blocks import LtxAttention, gelu, norm_tokens
 from ltx_2.configs import EPS
 from ltx_2.model_options import STREAMS, VIDEO
 from ltx_2.released import read_settings
-from ltx_2.rope import make_row_table
+from ltx_2.rope import make_text_table
 from modules.attention.attend import attend
 from modules.errors import CheckpointError
 from modules.layers.norms import NamedFeedForward
@@ -48,7 +48,7 @@ FILES = (
     "or the folder of a release in diffusers' layout"
 )
 HEAD_WIDTH = 128  # head width of LTX-2 2.0, because its tensors do not show it
-LONGEST = 4096  # number of rows that positions are divided by
+MAX_POSITION = 4096  # number of tokens that positions are divided by
 DIFFUSERS_CLASS = "LTX2TextConnectors"
 RANGE = 8  # 2.0: the states of a layer are scaled to a range of this size
 SHARED = "aggregate_embed"  # 2.0: the projection for both streams
@@ -83,8 +83,8 @@ class ConnectorConfig:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    registers: int
-    is_gated: bool  # 2.3: a gate for each head
+    num_registers: int
+    has_head_gates: bool  # 2.3: a gate for each head
     ff_bias: bool = True  # whether feed-forward layers have a bias
 
 
@@ -93,14 +93,14 @@ class ConnectorsConfig:
     """Dimensions of the projections and connectors of the loaded streams."""
 
     text_dim: int  # n * C
-    is_shared: bool  # 2.0: one projection for both streams, after scaling states to a range
+    has_shared_projection: bool  # 2.0: for both streams, after scaling states to a range
     has_bias: bool  # whether the projections have a bias
     streams: Mapping[str, ConnectorConfig]
-    longest: int  # number of rows that positions are divided by
+    max_position: int  # number of tokens that positions are divided by
 
     def projection(self, stream: str) -> str:
         """Return the name of a stream's projection."""
-        return SHARED if self.is_shared else f"{stream}_{SHARED}"
+        return SHARED if self.has_shared_projection else f"{stream}_{SHARED}"
 
 
 def open_connectors(path: Path, gemma: Path) -> Checkpoint:
@@ -140,17 +140,18 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
     connectors = {}
     for stream in streams:
         connectors[stream] = _read_connector(stream, shape, sources, settings=settings, damaged=damaged)
-    longest = _read_longest(checkpoint, settings)
     # all streams have one projection, or each its own; the first one shows the sizes
-    is_shared = f"text_embedding_projection.{SHARED}.weight" in sources
+    has_shared_projection = f"text_embedding_projection.{SHARED}.weight" in sources
     first_stream = next(iter(streams))
-    projection = f"text_embedding_projection.{SHARED if is_shared else f'{first_stream}_{SHARED}'}"
+    projection = (
+        f"text_embedding_projection.{SHARED if has_shared_projection else f'{first_stream}_{SHARED}'}"
+    )
     config = ConnectorsConfig(
         text_dim=shape(f"{projection}.weight", 2)[1],
-        is_shared=is_shared,
+        has_shared_projection=has_shared_projection,
         has_bias=f"{projection}.bias" in sources,
         streams=connectors,
-        longest=longest,
+        max_position=_read_max_position(checkpoint, settings),
     )
     unused = [f"*{stream}_*" for stream in STREAMS if stream not in streams]
     return LoadPlan(config, parts, sources, tuple(unused))
@@ -167,9 +168,9 @@ def _read_connector(
     connector = f"{stream}_embeddings_connector"
     block = f"{connector}.transformer_1d_blocks.0."
     gates = f"{block}attn1.to_gate_logits.weight"
-    registers, dim = shape(f"{connector}.learnable_registers", 2)
-    is_gated = gates in names
-    if is_gated:
+    num_registers, dim = shape(f"{connector}.learnable_registers", 2)
+    has_head_gates = gates in names
+    if has_head_gates:
         heads: Any = shape(gates, 2)[0]
     else:
         shared_heads = settings.get("connector_num_attention_heads", dim // HEAD_WIDTH)
@@ -181,31 +182,31 @@ def _read_connector(
         ffn_dim=shape(f"{block}ff.net.0.proj.weight", 2)[0],
         num_heads=heads,
         num_layers=count(names, rf"{connector}\.transformer_1d_blocks\.\d+"),
-        registers=registers,
-        is_gated=is_gated,
+        num_registers=num_registers,
+        has_head_gates=has_head_gates,
         ff_bias=f"{block}ff.net.0.proj.bias" in names,
     )
 
 
-def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
-    """Return the number of rows by which the connectors divide text positions.
+def _read_max_position(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
+    """Return the number of tokens by which the connectors divide text positions.
 
     Raises CheckpointError if the settings are of positions of another kind.
     """
     try:
-        default = settings.get("connector_rope_base_seq_len", LONGEST)
-        (longest,) = settings.get("connector_positional_embedding_max_pos", [default])
+        default = settings.get("connector_rope_base_seq_len", MAX_POSITION)
+        (max_position,) = settings.get("connector_positional_embedding_max_pos", [default])
         kind = settings.get("rope_type", "split")
         theta = settings.get("rope_theta", THETA)
-        if kind != "split" or theta != THETA or not 0 < longest < math.inf:
-            raise ValueError(f"rope_type {kind}, rope_theta {theta}, positions up to {longest}")
+        if kind != "split" or theta != THETA or not 0 < max_position < math.inf:
+            raise ValueError(f"rope_type {kind}, rope_theta {theta}, positions up to {max_position}")
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its configuration is not one of LTX-2's text connectors ({error!r}). Give "
             f"{FILES} to {OPTION}.",
             checkpoint.path,
         ) from error
-    return longest
+    return max_position
 
 
 class TextConnectors(nn.Module):
@@ -220,47 +221,50 @@ class TextConnectors(nn.Module):
             projections[config.projection(stream)] = layer
         self.text_embedding_projection = nn.ModuleDict(projections)
         for stream, connector in config.streams.items():
-            self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
+            self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.max_position))
 
-    def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
-        """Return the text rows for each stream, T S, from a prompt's states, L n C (n layers).
+    def forward(self, hidden_states: Tensor, num_tokens: int) -> dict[str, Tensor]:
+        """Return the text embeddings for each stream, T S, from a prompt's hidden states, L n C (n layers).
 
-        `rows` is T, the number of rows to fill.
+        `num_tokens` is T, to which the prompt's L tokens are padded.
         """
-        normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
-        for index, state in enumerate(states.unbind(1)):  # one by one, because float32 copies are large
-            x = state.float()
-            if self.config.is_shared:  # normalized to mean 0 and a range of 8
+        normed = torch.empty_like(hidden_states.mT)  # L C n: the order of the projections' inputs
+        for index, layer_states in enumerate(hidden_states.unbind(1)):  # singly: float32 copies are large
+            x = layer_states.float()
+            if self.config.has_shared_projection:  # normalized to mean 0 and a range of 8
                 normed[..., index] = (x - x.mean()) / (x.amax() - x.amin() + EPS) * RANGE
             else:
                 normed[..., index] = norm_tokens(x)
         normed = normed.flatten(1)
-        texts = {}
+        text_embeddings = {}
         for stream, connector in self.config.streams.items():
-            factor = 1.0 if self.config.is_shared else math.sqrt(connector.dim / states.shape[-1])
-            text = self.text_embedding_projection[self.config.projection(stream)](normed * factor)
-            texts[stream] = self.get_submodule(f"{stream}_embeddings_connector")(text, rows)
-        return texts
+            factor = 1.0
+            if not self.config.has_shared_projection:
+                factor = math.sqrt(connector.dim / hidden_states.shape[-1])
+            projected = self.text_embedding_projection[self.config.projection(stream)](normed * factor)
+            connect = self.get_submodule(f"{stream}_embeddings_connector")
+            text_embeddings[stream] = connect(projected, num_tokens)
+        return text_embeddings
 
 
 class Connector(nn.Module):
     """Transformer over a text's states, padded with learned registers."""
 
-    def __init__(self, config: ConnectorConfig, longest: int) -> None:
+    def __init__(self, config: ConnectorConfig, max_position: int) -> None:
         super().__init__()
-        self.config, self.longest = config, longest
-        self.learnable_registers = nn.Parameter(torch.empty(config.registers, config.dim))
+        self.config, self.max_position = config, max_position
+        self.learnable_registers = nn.Parameter(torch.empty(config.num_registers, config.dim))
         self.transformer_1d_blocks = nn.ModuleList(ConnectorBlock(config) for _ in range(config.num_layers))
 
-    def forward(self, text: Tensor, rows: int) -> Tensor:
-        """Transform a text, L S, to T S; `rows` is T, a multiple of the number of registers."""
-        filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
-        x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
-        rotary = make_row_table(
-            rows,
-            longest=self.longest,
-            width=self.config.dim,
-            heads=self.config.num_heads,
+    def forward(self, text: Tensor, num_tokens: int) -> Tensor:
+        """Transform a text, L S, to T S; `num_tokens` is T, a multiple of the number of registers."""
+        padding = self.learnable_registers.repeat(num_tokens // len(self.learnable_registers), 1)
+        x = torch.cat([text, padding[len(text) :].to(text.dtype)])[None]  # 1 T S
+        rotary = make_text_table(
+            num_tokens,
+            max_position=self.max_position,
+            dim=self.config.dim,
+            num_heads=self.config.num_heads,
             device=x.device,
         )
         for block in self.transformer_1d_blocks:
@@ -269,15 +273,15 @@ class Connector(nn.Module):
 
 
 class ConnectorBlock(nn.Module):
-    """Self-attention among all rows, then a feed-forward; both start with a norm without weights."""
+    """Self-attention among all tokens, then a feed-forward; both start with a norm without weights."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         dim = config.dim
         self.attn1 = LtxAttention(
             config.num_heads,
-            is_gated=config.is_gated,
-            splits_heads=True,
+            has_gates=config.has_head_gates,
+            rotates_halves=True,
             query_dim=dim,
             key_dim=dim,
             dim=dim,
@@ -285,7 +289,7 @@ class ConnectorBlock(nn.Module):
         self.ff = NamedFeedForward(dim, config.ffn_dim, gelu, config.ff_bias)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """Apply the block to text rows x, 1 T S."""
+        """Apply the block to text tokens x, 1 T S."""
         # x: 1 T S
         layer = self.attn1
         h = norm_tokens(x)

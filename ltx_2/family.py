@@ -9,10 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ltx_2.audio_reference_options import AUTO, IDENTITY_SCALE, NEGATIVE, STRATEGIES, ReferenceStrategy
+from ltx_2.audio_reference_options import (
+    AUTO,
+    IDENTITY_SCALE,
+    NEGATIVE_POSITIONS,
+    STRATEGIES,
+    ReferenceStrategy,
+)
 from ltx_2.audio_references import (
     FALSE,
-    OPTION,
+    REFERENCE_AUDIO_OPTION,
     TRUE,
     AudioReferenceRules,
     RequestReferences,
@@ -22,28 +28,28 @@ from ltx_2.audio_references import (
     warn_of_unused,
 )
 from ltx_2.blocks import LtxReferences
+from ltx_2.configs import AUDIO as AUDIO_MODALITY
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
-from ltx_2.configs import SOUND as SOUND_NAMES
-from ltx_2.configs import VIDEO as VIDEO_NAMES
+from ltx_2.configs import VIDEO as VIDEO_MODALITY
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
-from ltx_2.given import make_given_rules, put_guides_in, take_masks
+from ltx_2.given import insert_guides, make_clean_latent_rules, select_clean_latents_by_mask
 from ltx_2.given_media import (
     check_media,
     encode_given_audio,
     encode_images,
-    hold_given_parts,
-    media_of,
-    take_given,
+    fix_clean_latents,
+    pop_clean_latents,
+    with_request_values,
 )
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.keyframes import (
-    add_generated,
+    add_generated_keyframes,
     append_keyframes,
-    append_learned,
-    cut_to_shown,
+    append_training_keyframes,
+    cut_appended_frames,
     encode_keyframes,
-    take_keyframes,
+    pop_keyframes,
 )
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
@@ -59,8 +65,8 @@ from ltx_2.options import (
 )
 from ltx_2.reference_options import MAX_REFERENCES
 from ltx_2.references import (
-    STRENGTHS,
-    DenoisedReferences,
+    REFERENCE_STRENGTHS,
+    NoisyReferences,
     check_references,
     check_sides,
     factor_metadata,
@@ -69,9 +75,9 @@ from ltx_2.references import (
     read_strengths,
     reference_key,
     references_of,
+    select_reference_frames,
     split_audio,
-    split_denoised,
-    thin_out,
+    split_noisy_references,
     with_noisy_references,
 )
 from ltx_2.stages import TwoStages, stage_sections, two_stages
@@ -125,12 +131,12 @@ LINE_EXTRAS = (
     "keyframe",
     "latent_frame",
     *("inpaint_mask", "inpaint_invert", "inpaint_threshold"),
-    OPTION,
+    REFERENCE_AUDIO_OPTION,
 )
-FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
+FIRST_LATENTS = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that stays clean as a condition; "" for none
-GIVEN = {"joint": "", "a2v": rules.AUDIO_STREAM, "v2a": rules.IMAGE_STREAM}
+CLEAN_STREAMS = {"joint": "", "a2v": rules.AUDIO_STREAM, "v2a": rules.IMAGE_STREAM}
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Ltx2(Ltx2Media):
     audio_learning: rules.AudioLearning = rules.AudioLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # default width, height and number of frames
     image_crf: int | None = None  # H.264 quality to which the first image is compressed; None: the release's
-    given: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: kept parts of other media
+    input_media: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: kept parts of other media
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training run with audio are generated without it
     stages: TwoStages | None = None
@@ -238,7 +244,7 @@ class Ltx2(Ltx2Media):
             names |= factor_metadata(self.references)
         is_before = self.audio_references.is_before
         if AUDIO in self.strategy.needs or (self.strategy.takes_audio and is_before):
-            names[NEGATIVE] = TRUE if is_before else FALSE
+            names[NEGATIVE_POSITIONS] = TRUE if is_before else FALSE
         return self.metadata_of(names)
 
     # encoding
@@ -276,7 +282,9 @@ class Ltx2(Ltx2Media):
         references = media.references[: len(media.references) - len(guides)]
         for index, reference in enumerate(references):
             assert self.references is not None
-            frames[reference_key(index)] = thin_out(reference, self.references, self.latent.frame_step)
+            frames[reference_key(index)] = select_reference_frames(
+                reference, self.references, self.latent.frame_step
+            )
         frames |= dict(zip(guides, media.references[len(references) :], strict=True))
         latents = {}
         for name, clips in frames.items():
@@ -315,47 +323,59 @@ class Ltx2(Ltx2Media):
         """
         joint = overrides.joint
         image, audio = split_audio(noisy, joint)
-        image_times = audio_times = timesteps
+        image_timesteps = audio_timesteps = timesteps
         if timesteps.ndim == 2:  # a column for each stream
-            image_times, audio_times = timesteps.unbind(1)
+            image_timesteps, audio_timesteps = timesteps.unbind(1)
         num_frames = image.shape[2]
-        given = overrides.clean_tokens or CleanTokens()
-        if given.keyframes is not None:  # only in training; a generation appends them to the noisy video
-            keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
-            image, shares = append_learned(image, given, keyframes, sigmas=image_times / 1000)
-            overrides = replace(overrides, clean_tokens=shares)
+        clean_tokens = overrides.clean_tokens or CleanTokens()
+        has_training_keyframes = (
+            clean_tokens.keyframes is not None
+        )  # a generation has them in the noisy video
+        if has_training_keyframes:
+            image, overrides = self._append_keyframes(image, clean_tokens, image_timesteps, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
-        denoised = None
+        noisy_references = None
         if references and self.reference_strength != 1:
-            image, denoised = split_denoised(image, references, self.reference_strength)
-        has_sound = None if audio is None else cond.get(HAS_AUDIO)
-        arguments_of = partial(_name_texts, device=noisy.device)
+            image, noisy_references = split_noisy_references(image, references, self.reference_strength)
+        has_audio = None if audio is None else cond.get(HAS_AUDIO)
+        rename_texts = partial(_name_texts, device=noisy.device)
         velocity, audio_velocity = dit(
             image if self.files.has_images else None,
-            image_times,
+            image_timesteps,
             fps=self._list_rates(cond),
             audio=audio,
-            audio_timesteps=audio_times,
-            has_sound=has_sound if isinstance(has_sound, Tensor) else None,
-            overrides=overrides.rename_nag(arguments_of),
+            audio_timesteps=audio_timesteps,
+            has_audio=has_audio if isinstance(has_audio, Tensor) else None,
+            overrides=overrides.rename_nag(rename_texts),
             references={
-                VIDEO_NAMES: self._make_network_references(
-                    references, denoised, cond.get(STRENGTHS), noisy.device
+                VIDEO_MODALITY: self._make_network_references(
+                    references, noisy_references, cond.get(REFERENCE_STRENGTHS), noisy.device
                 ),
-                SOUND_NAMES: self.audio_references.select(cond, overrides),
+                AUDIO_MODALITY: self.audio_references.select(cond, overrides),
             },
-            keyframes=given.keyframe_indices,
-            **arguments_of(cond),
+            keyframes=clean_tokens.keyframe_indices,
+            **rename_texts(cond),
         )
         if not self.files.has_images:  # joint latents have a velocity for both streams
             velocity = torch.zeros_like(image)
-        if denoised is not None:
-            velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
-        if given.keyframes is not None:
-            velocity = velocity[:, :, :num_frames]  # without the appended keyframes
+        if noisy_references is not None:
+            velocity = noisy_references.pack_velocity(velocity, image, sigma=image_timesteps / 1000)
+        if has_training_keyframes:
+            velocity = velocity[:, :, :num_frames]
         if joint is None:
             return velocity
         return joint.join(velocity, audio_velocity)
+
+    def _append_keyframes(
+        self, image: Tensor, clean_tokens: CleanTokens, timesteps: Tensor, overrides: Overrides
+    ) -> tuple[Tensor, Overrides]:
+        """Append a training batch's keyframes to its noisy video and to the clean latents of `overrides`."""
+        assert clean_tokens.keyframes is not None
+        keyframes = self.latent.to_model(clean_tokens.keyframes.to(image.device, image.dtype))
+        image, extended_tokens = append_training_keyframes(
+            image, clean_tokens, keyframes, sigmas=timesteps / 1000
+        )
+        return image, replace(overrides, clean_tokens=extended_tokens)
 
     def _list_rates(self, cond: Conditions) -> float | list[float]:
         """Return the frames per second of each sample; the default if the conditions lack them."""
@@ -367,7 +387,7 @@ class Ltx2(Ltx2Media):
     def _make_network_references(
         self,
         references: Sequence[Tensor],
-        denoised: DenoisedReferences | None,
+        noisy_references: NoisyReferences | None,
         strengths: Any,
         device: torch.device,
     ) -> LtxReferences:
@@ -375,15 +395,15 @@ class Ltx2(Ltx2Media):
 
         Args:
             references: Clean latents.
-            denoised: The references with the noise of the step; None if they stay clean.
+            noisy_references: The references with the noise of the step; None if they stay clean.
             strengths: 1 M, of the video's attention to each of their tokens; None for full strength.
             device: Device of the result.
         """
         return LtxReferences(
-            references if denoised is None else denoised.noisy_like(references),
-            time=1 if self.references is None else self.references.time_factor,
-            share=0.0 if denoised is None else 1 - denoised.strength,
-            strengths=strengths[0].to(device) if isinstance(strengths, Tensor) else None,
+            references if noisy_references is None else noisy_references.unflatten_like(references),
+            frame_stride=1 if self.references is None else self.references.time_factor,
+            timestep_fraction=0.0 if noisy_references is None else 1 - noisy_references.strength,
+            attention_strengths=strengths[0].to(device) if isinstance(strengths, Tensor) else None,
         )
 
     # generation
@@ -398,32 +418,22 @@ class Ltx2(Ltx2Media):
             self._reject_images(request)
         usable = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
-        media = media_of(self.given, request)
+        media = with_request_values(self.input_media, request)
         self._check_media(request, media)
-        # two stages need coarser steps of size and length
-        latent = self.latent if self.stages is None else self.stages.whole(self.latent)
-        width, height, frames = size_of(request, self.defaults)
-        frames = full_frames(frames, latent)
-        check_size((width, height, frames), latent)
+        size = self._resolve_size(request)
         references = RequestReferences(
             self._resolve_references(request, media), find_audio_reference(request)
         )
-        minimum = 2 * latent.pixel_step
-        if min(width, height) < minimum and self.version == "2.0":
-            raise OptionError(
-                f"--video_size {height} {width}: version 2.0 makes {minimum} pixels a side or more"
-            )
-        defaults = self.defaults
-        flow_shift = request.flow_shift or defaults.flow_shift
+        self._check_min_size(*size)
+        flow_shift = request.flow_shift or self.defaults.flow_shift
         assert flow_shift is not None
         prepared = resolve_request(
             request,
-            defaults,
-            size=(width, height, frames),
+            self.defaults,
+            size=size,
             flow_shift=flow_shift,
             default_negative=NEGATIVE_PROMPT,
         )
-        # shapes of video and audio latents; None without audio
         joint = self._make_joint(prepared)
         if self.drive_video is not None and joint is None:
             raise OptionError(
@@ -451,22 +461,42 @@ class Ltx2(Ltx2Media):
             prepared = add_pasting(prepared, media, self.latent)
         return prepared
 
+    def _resolve_size(self, request: Request) -> tuple[int, int, int]:
+        """Return a request's width, height and frames; raise OptionError if latents do not fit them."""
+        # two stages need coarser steps of size and length
+        latent = self.latent if self.stages is None else self.stages.with_coarser_steps(self.latent)
+        width, height, frames = size_of(request, self.defaults)
+        frames = full_frames(frames, latent)
+        check_size((width, height, frames), latent)
+        return width, height, frames
+
+    def _check_min_size(self, width: int, height: int, frames: int) -> None:
+        """Raise OptionError if a side of a video of LTX-2 2.0 has fewer than two latents."""
+        latent = self.latent if self.stages is None else self.stages.with_coarser_steps(self.latent)
+        minimum = 2 * latent.pixel_step
+        if min(width, height) < minimum and self.version == "2.0":
+            raise OptionError(
+                f"--video_size {height} {width}: version 2.0 makes {minimum} pixels a side or more"
+            )
+
     def _check_audio_reference(
         self, path: Path, joint: AudioVideoShapes | None, media: Ltx2GivenMedia
     ) -> None:
         """Raise OptionError if a request's audio reference would have no effect."""
         if not self.strategy.takes_audio:
             raise OptionError(
-                f"--{OPTION} {path}: --ic_lora_strategy does not take it. Leave one of them out"
+                f"--{REFERENCE_AUDIO_OPTION} {path}: --ic_lora_strategy does not take it. "
+                "Leave one of them out"
             )
         if joint is None:
             raise OptionError(
-                f"--{OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and more than one frame"
+                f"--{REFERENCE_AUDIO_OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and "
+                "more than one frame"
             )
         if media.drive_audio is not None:
             raise OptionError(
-                f"--{OPTION} {path} and --drive_audio {media.drive_audio}: the latter is all of the sound. "
-                "Give one of them"
+                f"--{REFERENCE_AUDIO_OPTION} {path} and --drive_audio {media.drive_audio}: the latter is all "
+                "of the sound. Give one of them"
             )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
@@ -498,7 +528,7 @@ class Ltx2(Ltx2Media):
 
     def _check_generated_keyframes(self) -> None:
         """Raise OptionError if --num_generated_keyframes does not fit the network or another option."""
-        count = self.given.num_generated_keyframes
+        count = self.input_media.num_generated_keyframes
         if not count:
             return
         option = f"--num_generated_keyframes {count}"
@@ -533,9 +563,9 @@ class Ltx2(Ltx2Media):
             self.guidance,
             scale=request.guidance_scale,
             num_blocks=num_blocks,
-            perturbed=RELEASES[self.version].perturbed,
-            is_alone=not self.files.has_images,
-            identity=self.audio_references.identity_scale if has_audio_reference else 0.0,
+            perturbed_block=RELEASES[self.version].perturbed_block,
+            audio_only=not self.files.has_images,
+            identity_scale=self.audio_references.identity_scale if has_audio_reference else 0.0,
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
@@ -543,7 +573,7 @@ class Ltx2(Ltx2Media):
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
-            metadata[OPTION] = references.audio.name
+            metadata[REFERENCE_AUDIO_OPTION] = references.audio.name
             if self.audio_references.identity_scale:
                 metadata[IDENTITY_SCALE] = f"{self.audio_references.identity_scale:g}"
         if images:
@@ -581,8 +611,8 @@ class Ltx2(Ltx2Media):
             "drive_video": self.drive_video,
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
-            "num_generated_keyframes": self.given.num_generated_keyframes,
-            **media_of(self.given, request).image_files,
+            "num_generated_keyframes": self.input_media.num_generated_keyframes,
+            **with_request_values(self.input_media, request).image_files,
             "video_path": request.source,
         }
         for name, image in images.items():
@@ -593,7 +623,7 @@ class Ltx2(Ltx2Media):
 
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
-        if media.inpaint_source is not None and self.given.inpaint_source is None:
+        if media.inpaint_source is not None and self.input_media.inpaint_source is None:
             return ()  # no inpainting clip was typed: the reference itself was taken as that clip
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
@@ -611,23 +641,27 @@ class Ltx2(Ltx2Media):
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
-        # any medium that gives frames of the result
-        clip = (
+        if self.reference_strength < 1:
+            self._check_no_clean_frames(request, media)
+        return paths
+
+    def _check_no_clean_frames(self, request: Request, media: Ltx2GivenMedia) -> None:
+        """Raise OptionError if a medium gives frames of the result, next to references that are denoised."""
+        medium = (
             request.image_path
             or self.drive_video
             or (request.source and request.source.option)
             or next(iter([*media.image_files, *media.audio_files]), None)
         )
-        if clip and self.reference_strength < 1:
+        if medium:
             raise OptionError(
-                f"--reference_strength {self.reference_strength:g} and {clip}: references that are "
+                f"--reference_strength {self.reference_strength:g} and {medium}: references that are "
                 "denoised cannot be combined with given frames. Leave one of them out"
             )
-        return paths
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the request has an image, a driving video or references."""
-        media = media_of(self.given, prepared.request)
+        media = with_request_values(self.input_media, prepared.request)
         return (
             prepared.request.image_path is not None
             or self.drive_video is not None
@@ -656,14 +690,14 @@ class Ltx2(Ltx2Media):
         pixels = self._read_frames(prepared)
         if pixels is None:
             return conditions
-        return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
+        return {FIRST_LATENTS: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return latents of given images, keyframes and audio, and how much of each stays clean.
 
         The audio VAE is loaded only if audio is given.
         """
-        media = media_of(self.given, prepared.request)
+        media = with_request_values(self.input_media, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
             return vae.encode(pixels.to(vae.device)).float().cpu()
@@ -711,7 +745,7 @@ class Ltx2(Ltx2Media):
             else:
                 mask_strengths = read_strengths(mask, pixels, reference_rules, self.latent)
             num_tokens = sum(latents[0, 0].numel() for latents in conditions.values())
-            conditions[STRENGTHS] = (strength * mask_strengths).expand(1, num_tokens)
+            conditions[REFERENCE_STRENGTHS] = (strength * mask_strengths).expand(1, num_tokens)
         return conditions
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
@@ -741,7 +775,7 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the sections, drawing noise for video, then audio, then references."""
-        sections = cut_to_shown(self._make_plain_sections(prepared, prompts, inputs, noise))
+        sections = cut_appended_frames(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
             sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
         return (yield from sections)
@@ -754,40 +788,11 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield a denoising section for each stage, and return the latents; references, if any, are clean."""
-
-        def draw(stage: Prepared) -> Tensor:  # the noise that a stage starts from
-            joint = stage.joint
-            if joint is None:
-                return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
-            image = noise.draw((1, *joint.image))
-            audio = noise.draw((1, *joint.audio))
-            return joint.join(image, audio)
-
-        def begin(stage: Prepared, number: int, start: Tensor) -> Section:  # `start`: noise, or noisy latents
-            # the frame rate is stored as an integer, in thousandths
-            conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
-            first = conditions.pop(FIRST, None)
-            given = take_given(conditions)
-            keyframes = take_keyframes(conditions)
-            if number == 0:  # only the first stage generates keyframes
-                shape = self.latent.shape(stage.frames, stage.height, stage.width)
-                count = self.given.num_generated_keyframes
-                keyframes = add_generated(keyframes, count, stage.frames, shape)
-            section = prompts[0].section(start, conditions)
-            if isinstance(first, Tensor):
-                section = replace(
-                    section, clean_frames=first, overrides=Overrides(num_clean_frames=first.shape[2])
-                )
-            if given:
-                section = hold_given_parts(section, given, stage.joint)
-            if not keyframes:
-                return section
-            level = stage.sigmas[0] if stage.sigmas else 1.0
-            return append_keyframes(section, keyframes, stage.joint, noise, level)
-
+        draw_noise = partial(self._draw_noise, noise=noise)
+        make_section = partial(self._make_section, prompts=prompts[0], inputs=inputs, noise=noise)
         # without stages; a dry run that measures memory also has a single one
         if self.stages is None or not prepared.stages:
-            return (yield begin(prepared, 0, draw(prepared)))
+            return (yield make_section(prepared, 0, draw_noise(prepared)))
         enlarge_clip = partial(
             enlarge,
             upscalers=self.stages.upscalers,
@@ -796,12 +801,60 @@ class Ltx2(Ltx2Media):
         )
         sections = stage_sections(
             prepared,
-            draw=draw,
-            begin=begin,
+            draw_noise=draw_noise,
+            make_section=make_section,
             enlarge=enlarge_clip,
             noise=noise,
         )
         return (yield from sections)
+
+    def _draw_noise(self, stage: Prepared, noise: NoiseSource) -> Tensor:
+        """Draw the noise that a stage starts from: of the video, then of the audio, joined."""
+        joint = stage.joint
+        if joint is None:
+            return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
+        image = noise.draw((1, *joint.image))
+        audio = noise.draw((1, *joint.audio))
+        return joint.join(image, audio)
+
+    def _make_section(
+        self,
+        stage: Prepared,
+        index: int,
+        start: Tensor,
+        prompts: EncodedPrompts,
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Section:
+        """Return the denoising section of a stage, with its clean latents and keyframes.
+
+        Args:
+            stage: The request of the stage.
+            index: Index of the stage.
+            start: Noise, or the noisy latents that the stage starts from.
+            prompts: Embeddings of the texts.
+            inputs: Media conditions by stage, from `request_conditions`.
+            noise: Source of the noise of keyframes.
+        """
+        # the frame rate is stored as an integer, in thousandths
+        conditions = {**inputs.get(index, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
+        first_frames = conditions.pop(FIRST_LATENTS, None)
+        clean_latents = pop_clean_latents(conditions)
+        keyframes = pop_keyframes(conditions)
+        if index == 0:  # only the first stage generates keyframes
+            shape = self.latent.shape(stage.frames, stage.height, stage.width)
+            count = self.input_media.num_generated_keyframes
+            keyframes = add_generated_keyframes(keyframes, count, stage.frames, shape)
+        section = prompts.section(start, conditions)
+        if isinstance(first_frames, Tensor):
+            overrides = Overrides(num_clean_frames=first_frames.shape[2])
+            section = replace(section, clean_frames=first_frames, overrides=overrides)
+        if clean_latents:
+            section = fix_clean_latents(section, clean_latents, stage.joint)
+        if keyframes:
+            start_sigma = stage.sigmas[0] if stage.sigmas else 1.0
+            section = append_keyframes(section, keyframes, stage.joint, noise, start_sigma)
+        return section
 
 
 def _device_of(vae: Any) -> torch.device:
@@ -851,15 +904,15 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options.video_loss_weight,
         options.audio_loss_weight,
         options.independent_audio_timestep or is_alone,
-        rules.IMAGE_STREAM if is_alone else GIVEN[options.ltx2_train_direction],
+        rules.IMAGE_STREAM if is_alone else CLEAN_STREAMS[options.ltx2_train_direction],
     )
     noise = replace(
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
-        clean_token_rule=make_given_rules(options.given),
+        clean_token_rule=make_clean_latent_rules(options.given),
         # masks either select the given latents, or keep weighting the loss; guide images are put in anyway
-        change_conditions=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
+        change_conditions=select_clean_latents_by_mask if options.given.ltx2_inpaint_mask else insert_guides,
     )
     strategy = options.strategy
     takes_images = strategy.takes_images and not is_alone
@@ -898,7 +951,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         files_of(options, streams),
         options.guidance,
         image_crf=options.image_crf,
-        given=options.given,
+        input_media=options.given,
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
         references=None if options.ic_lora_strategy == "none" else make_rules(options.references),

@@ -16,7 +16,7 @@ from checkpoints.opening import Checkpoint, fingerprint
 from encoders.files import TransformerFiles
 from ltx_2 import gemma_4
 from ltx_2.audio import (
-    JOINED,
+    MEL_DOWNSAMPLING,
     RATE,
     AudioVae,
     Settings,
@@ -93,7 +93,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     @property
-    def has_sound(self) -> bool:
+    def has_audio(self) -> bool:
         """Return whether the run has audio."""
         return AUDIO in self.streams
 
@@ -125,7 +125,7 @@ class Ltx2Files(TransformerFiles):
         dit_format = FORMAT
         if not self.has_images:
             dit_format = AUDIO_ALONE
-        elif not self.has_sound:
+        elif not self.has_audio:
             dit_format = SILENT
         network: LtxModel = dit_format.load(self.dit_path, with_dtype(placement, self.dit_dtype))
         return network
@@ -175,7 +175,7 @@ class Ltx2Files(TransformerFiles):
         """Raise CheckpointError if a VAE that the run uses belongs to another model."""
         if self.has_images:
             read_once(self.vae_path, _read_video_vae)
-        if self.has_sound:
+        if self.has_audio:
             read_once(self.audio_path("audio_vae"), _read_audio_vae)
 
     def audio_path(self, part: str) -> Path:
@@ -185,7 +185,7 @@ class Ltx2Files(TransformerFiles):
     @property
     def audio(self) -> AudioSpec | None:
         """Return the latent space of audio; None if the run has no audio."""
-        if not self.has_sound:
+        if not self.has_audio:
             return None
         try:
             settings: Settings = read_once(self.audio_path("audio_vae"), _read_audio_vae)
@@ -195,7 +195,7 @@ class Ltx2Files(TransformerFiles):
         return AudioSpec(
             RATE,
             settings["in_channels"],
-            partial(audio_shape, settings["latent_channels"], settings["mel_bins"] // JOINED),
+            partial(audio_shape, settings["latent_channels"], settings["mel_bins"] // MEL_DOWNSAMPLING),
             silent_option="--ltx2_mode video",
             audio_only=not self.has_images,
         )
@@ -203,7 +203,7 @@ class Ltx2Files(TransformerFiles):
     def _check_default_audio(self) -> None:
         """Raise OptionError if the transformer takes other audio latents than the released VAEs produce."""
         stream = None if self.dit is None else self.dit_header().config.audio
-        default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // JOINED
+        default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // MEL_DOWNSAMPLING
         if stream is not None and stream.channels != default:
             raise OptionError(
                 f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "
@@ -227,29 +227,7 @@ class Ltx2Files(TransformerFiles):
 
         Raises OptionError if options name the Gemma of another LTX version.
         """
-        # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
-        # the projections
-        connectors_path, gemma_path = self.connectors, None
-        if connectors_path is not None and read_once(
-            require_file(connectors_path, gemma_4.OPTION, ""), gemma_4.is_gemma_4
-        ):
-            if self.gemma not in (None, GEMMA):
-                raise OptionError(
-                    f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {connectors_path}. Leave "
-                    "--gemma_root or --gemma_safetensors out"
-                )
-            connectors_path, gemma_path = None, connectors_path
-        if gemma_path is None:
-            # without Gemma's file, the file next to it shows which Gemma it needs
-            near = connectors_path or self.checkpoint
-            is_missing = self.gemma is not None and not self.gemma.exists()
-            if is_missing and near and near.is_file() and read_once(near, gemma_4.wanted_gemma):
-                raise OptionError(
-                    f"{near} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
-                    f"{gemma_4.OPTION}"
-                )
-            folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
-            gemma_path = inside(folder, "text_encoder")
+        gemma_path, connectors_path = self._find_text_files()
         connectors = self._find_part(connectors_path, gemma_4.OPTION, "connectors", "it joins texts")
         gemma_4.check_version(connectors, gemma_path)
         return Ltx2TextEncoder(
@@ -262,6 +240,35 @@ class Ltx2Files(TransformerFiles):
             streams=self.streams,
             use=gemma_4.GEMMA_4_USE if read_once(gemma_path, gemma_4.is_gemma_4) else GEMMA_USE,
         )
+
+    def _find_text_files(self) -> tuple[Path, Path | None]:
+        """Return the path of Gemma, and that of the connectors if an option names it.
+
+        --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with the
+        projections.
+        """
+        typed = self.connectors
+        if typed is None or not read_once(require_file(typed, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
+            return self._find_gemma_3(), typed
+        if self.gemma not in (None, GEMMA):
+            raise OptionError(
+                f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {typed}. Leave "
+                "--gemma_root or --gemma_safetensors out"
+            )
+        return typed, None
+
+    def _find_gemma_3(self) -> Path:
+        """Return the path of --gemma_root; raise OptionError if the transformer needs Gemma 4 instead."""
+        # without Gemma's file, the file next to it shows which Gemma it needs
+        neighbor = self.connectors or self.checkpoint
+        is_missing = self.gemma is not None and not self.gemma.exists()
+        if is_missing and neighbor and neighbor.is_file() and read_once(neighbor, gemma_4.wanted_gemma):
+            raise OptionError(
+                f"{neighbor} is of LTX-2.5, whose texts Gemma 4 encodes. Give {gemma_4.FILE} to "
+                f"{gemma_4.OPTION}"
+            )
+        folder = require_file(self.gemma, "--gemma_root", "Gemma 3 encodes the prompts", GEMMA)
+        return inside(folder, "text_encoder")
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return the text encoders, whose weights are read when they are loaded."""
@@ -285,11 +292,9 @@ class Ltx2Files(TransformerFiles):
             )
         with open_connectors(encoder.connectors, encoder.path) as checkpoint:
             connectors = read_connectors(checkpoint, self.streams).config.streams
-        # streams as the transformer and as the connectors name them
-        widths = dict(zip(config.streams, (VIDEO, AUDIO), strict=False)) if config is not None else {}
-        for names, stream in widths.items():
-            if config is not None and stream in self.streams:
-                text_dim = config.streams[names].text_dim
+        text_dims = {} if config is None else _text_dims(config)
+        for stream, text_dim in text_dims.items():
+            if stream in self.streams:
                 width = connectors[stream].dim
                 check_state_width(RELEASED, encoder.connectors, width, self.dit, text_dim, FILES)
 
@@ -299,9 +304,16 @@ class Ltx2Files(TransformerFiles):
         Raises CacheError if texts or sound are missing, or texts are of another release.
         """
         config = self.dit_header().config
-        text_dims = [stream.text_dim for stream in config.streams.values()]
-        widths = dict(zip((VIDEO, AUDIO), text_dims, strict=False))
-        needed = {prompt_key(stream): widths[stream] for stream in self.streams}
+        text_dims = _text_dims(config)
+        needed = {prompt_key(stream): text_dims[stream] for stream in self.streams}
+        self._check_cached_streams(batch)
+        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
+        batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
+        self._check_caption_release(batch, config)
+        return tuple(needed)
+
+    def _check_cached_streams(self, batch: Batch) -> None:
+        """Raise CacheError if a batch lacks a stream, video or audio, that the run trains."""
         if not self.has_images and AUDIO_LATENTS not in batch.tensors:
             raise CacheError(
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
@@ -312,8 +324,9 @@ class Ltx2Files(TransformerFiles):
                     f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
                     "or train, with the mode of the other"
                 )
-        batch.check(dict.fromkeys(needed, TEXTS_AGAIN), "the transformer")
-        batch.check_widths(needed, self.dit_path, f"{TEXTS_AGAIN} and its release")
+
+    def _check_caption_release(self, batch: Batch, config: LtxConfig) -> None:
+        """Raise CacheError if captions were encoded by the Gemma of another release than the transformer."""
         for cache in batch.made_by:  # caches of other tools have no records
             is_gemma_4 = "gemma4" in cache.encoder
             if cache.part == GEMMA_USE.name and is_gemma_4 != (config.kind == "2.5"):
@@ -322,7 +335,12 @@ class Ltx2Files(TransformerFiles):
                     f"{cache.path}: the caption was encoded for {release}, {self.dit_path} is of "
                     f"LTX-{config.kind}. Cache again with {TEXTS_AGAIN} and its release."
                 )
-        return tuple(needed)
+
+
+def _text_dims(config: LtxConfig) -> dict[str, int]:
+    """Return the width of the text states that the transformer takes, for each stream by name."""
+    text_dims = [stream.text_dim for stream in config.streams.values()]
+    return dict(zip((VIDEO, AUDIO), text_dims, strict=False))
 
 
 def _read_video_vae(checkpoint: Checkpoint) -> VideoVaeConfig:

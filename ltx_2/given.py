@@ -1,7 +1,7 @@
-"""Given parts of clips: select the latents that stay clean, have time 0 and are excluded from the loss.
+"""Clean parts of clips: select the latents that stay clean, have time 0 and are excluded from the loss.
 
-Training draws them for each clip (`GivenRules`); a generation takes them from its options. Positions do not
-change. Source: the released trainer of LTX-2, and the fork of musubi-tuner whose options these are.
+Training draws them for each clip (`CleanLatentRules`); a generation takes them from its options. Positions
+do not change. Source: the released trainer of LTX-2, and the fork of musubi-tuner whose options these are.
 """
 # Letters: B batch, F H W latents of a video, T latents of the audio
 
@@ -9,14 +9,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltx_2.configs import LATENT, MEL_RATE, MEL_STRIDE
 from ltx_2.given_options import Ltx2GivenParts
-from ltx_2.rope import place_latents
+from ltx_2.rope import latent_bounds
 from modules.errors import DatasetError
 from protocols.data import AUDIO_LATENTS, GUIDES, KEYFRAME_LATENTS, LATENT_GUIDE, LOSS_MASK, Batch, Conditions
 from protocols.steps import FULLY_CLEAN, CleanTokens
@@ -24,58 +24,60 @@ from protocols.steps import FULLY_CLEAN, CleanTokens
 logger = logging.getLogger(__name__)
 ROUNDING = 0.002  # rounding error of masks in caches, which are float16
 MASK = "given_mask"  # in batches: how much of each latent is white, B F H W
-Times = Sequence[tuple[float, float]]  # beginnings and ends in seconds
+# names of the options of `ClipEndRule`, after ltx2_extend_ or ltx2_audio_extend_
+_END_OPTIONS = ("prefix_frames", "suffix_frames", "p", "prefix_p", "suffix_p")
+Intervals = Sequence[tuple[float, float]]  # beginnings and ends in seconds
 
 
-def mark_ends(count: int, prefix: int, suffix: int) -> Tensor:
+def make_ends_mask(count: int, prefix: int, suffix: int) -> Tensor:
     """Return a bool mask of `count` latents, true for the first `prefix` and the last `suffix`."""
     indices = torch.arange(count)
     return (indices < prefix) | (indices >= count - suffix)
 
 
-def mark_region(region: Sequence[int], rows: int, columns: int, step: int) -> Tensor:
-    """Return the latents, H W bool, inside a region [y1, x1, y2, x2] of pixels.
+def make_region_mask(region: Sequence[int], rows: int, columns: int, step: int) -> Tensor:
+    """Return a mask of the latents, H W bool, inside a region [y1, x1, y2, x2] of pixels.
 
     Each number is divided by `step` and rounded down, as in the released trainer.
     """
     top, left, bottom, right = (number // step for number in region)
-    marked = torch.zeros(rows, columns, dtype=torch.bool)
-    marked[top:bottom, left:right] = True
-    return marked
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
-def cover_times(starts: Tensor, ends: Tensor, times: Times) -> Tensor:
-    """Return the fraction of each latent's duration, `starts` to `ends` in seconds, that `times` cover."""
+def covered_fractions(starts: Tensor, ends: Tensor, intervals: Intervals) -> Tensor:
+    """Return the fraction of each latent's duration, `starts` to `ends` in seconds, that intervals cover."""
     covered = torch.zeros_like(starts)
-    for start, end in times:
+    for start, end in intervals:
         covered += (ends.clamp(max=end) - starts.clamp(min=start)).clamp(min=0)
     return covered / (ends - starts)
 
 
-def audio_bounds(count: int) -> tuple[Tensor, Tensor]:
+def audio_latent_times(count: int) -> tuple[Tensor, Tensor]:
     """Return the start and end of each of `count` audio latents, in seconds."""
-    starts, ends = (place_latents(count, MEL_STRIDE, is_causal=True) / MEL_RATE).unbind(1)
+    starts, ends = (latent_bounds(count, MEL_STRIDE, is_causal=True) / MEL_RATE).unbind(1)
     return starts, ends
 
 
-def video_bounds(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
+def video_latent_times(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
     """Return the start and end of each of `count` latent frames, in seconds."""
-    starts, ends = (place_latents(count, stride, is_causal=True) / fps).unbind(1)
+    starts, ends = (latent_bounds(count, stride, is_causal=True) / fps).unbind(1)
     return starts, ends
 
 
 @dataclass(frozen=True)
-class Extension:
-    """How many latents at the start and the end of a stream's clips are given instead of generated."""
+class ClipEndRule:
+    """How many latents at the start and the end of clips stay clean, for a LoRA that extends clips."""
 
     prefix: int  # number of latents at the start
     suffix: int  # at the end
-    prefix_p: float  # probability, for each clip, of giving its start
+    prefix_p: float  # probability, for each clip, that its start is clean
     suffix_p: float
     is_one_draw: bool  # whether one random number decides about both ends of a clip
 
-    def mark(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
-        """Draw which first and last latents of each sample are given as clean inputs, B count bool.
+    def draw_mask(self, count: int, draws: Tensor, sample_names: Sequence[str], unit: str) -> Tensor:
+        """Draw which first and last latents of each sample stay clean, B count bool.
 
         Args:
             count: Number of latents in a row.
@@ -90,263 +92,299 @@ class Extension:
                 f"{sample_names[0]} has {count} {unit}, and {self.prefix} at its start and "
                 f"{self.suffix} at its end are given: nothing would be learned. Give fewer, or longer clips"
             )
-        is_prefix = mark_ends(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
-        is_suffix = mark_ends(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
+        is_prefix = make_ends_mask(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
+        is_suffix = make_ends_mask(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
         return is_prefix | is_suffix
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How a mask determines which latents of a clip are given to the network instead of generated."""
+    """How a mask determines which latents of a clip stay clean."""
 
     probability: float
     is_inverted: bool
-    threshold: float = 0.5  # latents with a larger mask value are given
+    threshold: float = 0.5  # latents with a larger mask value are clean
 
-    def mark(self, values: Tensor, draws: Tensor) -> Tensor:
-        """Return a bool mask of given latents.
+    def draw_mask(self, values: Tensor, draws: Tensor) -> Tensor:
+        """Return which latents stay clean, bool, in the samples to which the rule applies.
 
         `values`, B ..., is 0 to 1; `draws` has a random number per sample.
         """
-        inside = (values > self.threshold) != self.is_inverted
-        return inside & (draws < self.probability).view(-1, *[1] * (values.ndim - 1))
+        is_selected = (values > self.threshold) != self.is_inverted
+        is_drawn = (draws < self.probability).view(-1, *[1] * (values.ndim - 1))
+        return is_selected & is_drawn
 
-    def find_given(self, masks: Tensor) -> Tensor:
-        """Return which latents the masks of clips give, bool, before any random choice.
+    def find_clean(self, masks: Tensor) -> Tensor:
+        """Return which latents the masks of clips select to stay clean, bool, before any random choice.
 
-        A latent is given only if all of its frames are; otherwise the model could copy frames that it has to
+        A latent is clean only if all of its frames are; otherwise the model could copy frames that it has to
         generate. Caches only have the mean over a latent's frames. A latent of a moving mask therefore counts
-        as given if its mean is too high for any frame to be below the threshold. Masks that are equal in all
+        as clean if its mean is too high for any frame to be below the threshold. Masks that are equal in all
         frames are compared with the threshold itself.
 
         Args:
             masks: Means over the pixels and frames of each latent, 0 to 1, B F H W.
         """
         is_moving = ((masks - masks[:, :1]).abs() > ROUNDING).flatten(1).any(1)
-        frames = LATENT.frame_step
-        limit = self.threshold / frames if self.is_inverted else 1 - (1 - self.threshold) / frames
-        limits = torch.full_like(masks, self.threshold, dtype=torch.float32)
-        limits[is_moving, 1:] = limit  # the first latent has one frame
-        return (masks.float() > limits) != self.is_inverted
+        # mean at which a single frame could be at the threshold, and all other frames at 1 (inverted: at 0)
+        if self.is_inverted:
+            moving_threshold = self.threshold / LATENT.frame_step
+        else:
+            moving_threshold = 1 - (1 - self.threshold) / LATENT.frame_step
+        thresholds = torch.full_like(masks, self.threshold, dtype=torch.float32)
+        thresholds[is_moving, 1:] = moving_threshold  # the first latent has one frame
+        return (masks.float() > thresholds) != self.is_inverted
 
 
 @dataclass(frozen=True)
-class AnchorRule:
-    """Rule for giving whole latent frames: how often, how many, which ones, how clean."""
+class CleanFrameRule:
+    """Which whole latent frames of clips stay clean: how often, how many, which ones, how clean."""
 
-    probability: float  # of giving frames, for each clip
+    probability: float  # that a clip has clean frames
     strategy: str  # which frames: endpoints, random, or both ends and random ones between them
     count: int  # number of random frames
     strength: float  # fraction of a frame that is clean
 
-    def mark(self, frames: int, generator: torch.Generator, draws: Tensor) -> Tensor:
-        """Draw which latent frames of each sample are given, B F bool."""
-        ranks = torch.rand((len(draws), frames), generator=generator)
-        ends = mark_ends(frames, 1, 1)
+    def draw_mask(self, num_frames: int, generator: torch.Generator, draws: Tensor) -> Tensor:
+        """Draw which latent frames of each sample stay clean, B F bool."""
+        scores = torch.rand((len(draws), num_frames), generator=generator)
+        ends = make_ends_mask(num_frames, 1, 1)
         if self.strategy == "endpoints":
-            marked = ends.expand_as(ranks)
+            is_clean = ends.expand_as(scores)
         elif self.strategy == "random":
-            marked = _mark_lowest(ranks, self.count)
+            is_clean = _select_lowest(scores, self.count)
         else:
-            ranks[:, ends] = 2.0  # ranked last: drawn frames lie between the ends
-            marked = _mark_lowest(ranks, self.count) | ends
-        return marked & (draws < self.probability)[:, None]
+            scores[:, ends] = 2.0  # above all random numbers: drawn frames lie between the ends
+            is_clean = _select_lowest(scores, self.count) | ends
+        return is_clean & (draws < self.probability)[:, None]
 
 
-def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
+def _select_lowest(scores: Tensor, count: int) -> Tensor:
     """Return a bool mask of the `count` lowest values in each row."""
     # the second argsort turns the order of values into each value's rank
-    return ranks.argsort(1).argsort(1) < count
+    return scores.argsort(1).argsort(1) < count
 
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """Rule for latent frames that training also gives as keyframes, drawn for each clip.
+    """Which latent frames the network also gets as keyframes in training, drawn for each clip.
 
     Those between the ends are the same for all clips of a batch that have them.
     """
 
-    first: float  # probability of showing the first frame
-    last: float
-    interior: float
+    first_p: float  # probability of the first frame as a keyframe
+    last_p: float
+    interior_p: float
     max_interior: int  # maximum number of latent frames between the ends
 
-    def choose(self, samples: int, frames: int, generator: torch.Generator) -> Tensor:
-        """Draw the latent frames that each sample gets as keyframes, samples x frames bool.
-
-        `frames` is the number of latent frames of the clips.
-        """
-        first, last, interior = torch.rand((3, samples), generator=generator)
-        fraction = float(torch.rand(1, generator=generator))
+    def draw_mask(self, batch_size: int, num_frames: int, generator: torch.Generator) -> Tensor:
+        """Draw which of the clips' latent frames each sample gets as keyframes, B F bool."""
+        first, last, interior = torch.rand((3, batch_size), generator=generator)
+        count_draw = float(torch.rand(1, generator=generator))
         # the same inner frames for all samples of the batch
-        order = torch.randperm(max(frames - 2, 0), generator=generator)
-        max_between = min(self.max_interior, frames - 2)
-        num_between = 1 + int(fraction * max_between) if max_between > 0 else 0
-        is_shown = torch.zeros(samples, frames, dtype=torch.bool)
-        is_shown[:, order[:num_between] + 1] = (interior < self.interior)[:, None]
-        is_shown[:, 0] = first < self.first
-        is_shown[:, -1] = last < self.last
-        return is_shown
+        order = torch.randperm(max(num_frames - 2, 0), generator=generator)
+        max_interior = min(self.max_interior, num_frames - 2)
+        num_interior = 1 + int(count_draw * max_interior) if max_interior > 0 else 0
+        interior_frames = order[:num_interior] + 1
+        is_keyframe = torch.zeros(batch_size, num_frames, dtype=torch.bool)
+        is_keyframe[:, interior_frames] = (interior < self.interior_p)[:, None]
+        is_keyframe[:, 0] = first < self.first_p
+        is_keyframe[:, -1] = last < self.last_p
+        return is_keyframe
+
+
+class RandomDraws(NamedTuple):
+    """Uniform random numbers that decide which rules apply to each sample of a batch, B or 2 B each."""
+
+    ends: Tensor  # 2 B: for the start and the end of a clip
+    region: Tensor
+    mask: Tensor
+    frames: Tensor
+    audio_ends: Tensor  # 2 B
+    audio_intervals: Tensor
+
+    @classmethod
+    def make(cls, batch_size: int, generator: torch.Generator) -> "RandomDraws":
+        """Draw the numbers of all rules, so that a rule that is off does not shift those of the others."""
+        rows = torch.rand((8, batch_size), generator=generator)
+        return cls(rows[:2], rows[2], rows[3], rows[4], rows[5:7], rows[7])
 
 
 @dataclass(frozen=True)
-class GivenRules:
-    """Rules by which a training gives parts of clips: clean inputs at time 0, which have no loss."""
+class CleanLatentRules:
+    """Rules by which a training keeps parts of clips clean: inputs at time 0, which have no loss."""
 
-    ends: Extension | None = None
+    ends: ClipEndRule | None = None
     region: MaskRule | None = None
     mask: MaskRule | None = None
-    anchors: AnchorRule | None = None
-    audio_ends: Extension | None = None
-    audio_times: MaskRule | None = None
+    frames: CleanFrameRule | None = None
+    audio_ends: ClipEndRule | None = None
+    audio_intervals: MaskRule | None = None
     keyframes: KeyframeRule | None = None
 
-    def always(self) -> "GivenRules":
+    def always(self) -> "CleanLatentRules":
         """Return the same rules with all probabilities set to 1."""
         changes: dict[str, Any] = {}
-        for name, rule in vars(self).items():
-            if isinstance(rule, Extension):
-                changes[name] = replace(rule, prefix_p=1.0, suffix_p=1.0)
+        for field_name, rule in vars(self).items():
+            if isinstance(rule, ClipEndRule):
+                changes[field_name] = replace(rule, prefix_p=1.0, suffix_p=1.0)
             elif isinstance(rule, KeyframeRule):
-                chances = {name: math.ceil(getattr(rule, name)) for name in ("first", "last", "interior")}
-                changes[name] = replace(rule, **chances)
+                names = ("first_p", "last_p", "interior_p")
+                changes[field_name] = replace(
+                    rule, **{name: math.ceil(getattr(rule, name)) for name in names}
+                )
             elif rule is not None:
-                changes[name] = replace(rule, probability=1.0)
+                changes[field_name] = replace(rule, probability=1.0)
         return replace(self, **changes)
 
     def draw(self, batch: Batch, generator: torch.Generator) -> CleanTokens | None:
-        """Draw which latents of each clip are given as clean conditions; return None if none are.
+        """Draw which latents of each clip stay clean, and which keyframes it gets; None if there are none.
 
         Raises:
-            DatasetError: If a condition leaves nothing to learn, or its mask, region or times are missing.
+            DatasetError: If a rule leaves nothing to learn, or its mask, region or times are missing.
         """
-        # frames that the dataset's table gives, in the clip or as keyframes
         guides = read_guides(batch)
-        if self == GivenRules() and not guides:
+        if self == CleanLatentRules() and not guides:
             return None
-        # always 8 rows, so that other rules do not shift later random numbers
-        draws = torch.rand((8, len(batch)), generator=generator)
-        image = self._mark_images(batch, generator, draws)
+        draws = RandomDraws.make(len(batch), generator)
+        image = self._draw_image_weights(batch, generator, draws)
         for guide in guides:
             if not guide.is_keyframe:
-                image = _mark_guide(image, guide, batch)
-        audio = None
-        sound = batch.tensors.get(AUDIO_LATENTS)
-        if isinstance(sound, Tensor):
-            audio = self._mark_audio(batch, sound.shape[2], draws)
-        _warn_of_whole(batch.keys, image)
-        image_shares = image if image is not None and image.any() else None
-        audio_shares = audio if audio is not None and audio.any() else None
-        keyframes = [guide for guide in guides if guide.is_keyframe]
-        keyframes += self._choose_keyframes(batch.tensor("latents"), generator)
-        if image_shares is None and audio_shares is None and not keyframes:
-            return None
-        given = CleanTokens(image_shares, audio_shares)
-        if not keyframes:
-            return given
-        # keyframes are extra frames after the clip; noise is needed if one is not entirely given
-        latents = torch.cat([keyframe.latents for keyframe in keyframes], dim=2)
-        shares = torch.stack([keyframe.shares for keyframe in keyframes], dim=1)
-        noise = None
-        if shares.min() < FULLY_CLEAN:
-            noise = torch.randn(latents.shape, generator=generator)
-        return replace(
-            given,
-            keyframes=latents,
-            keyframe_indices=tuple(keyframe.index for keyframe in keyframes),
-            keyframe_strengths=shares,
-            keyframe_noise=noise,
+                image = _add_guide_weights(image, guide, batch)
+        audio = self._draw_audio_weights(batch, draws)
+        _warn_if_all_clean(batch.keys, image)
+        clean_tokens = CleanTokens(
+            image if image is not None and image.any() else None,
+            audio if audio is not None and audio.any() else None,
         )
+        keyframes = [guide for guide in guides if guide.is_keyframe]
+        keyframes += self._draw_keyframes(batch.tensor("latents"), generator)
+        if keyframes:
+            return _add_keyframes(clean_tokens, keyframes, generator)
+        has_clean_latents = clean_tokens.image is not None or clean_tokens.audio is not None
+        return clean_tokens if has_clean_latents else None
 
-    def _choose_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["BatchGuide"]:
-        """Choose latent frames of the clips as keyframes, without those that no clip attends to.
+    def _draw_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["GuideImages"]:
+        """Draw latent frames of the clips as keyframes, without those that no clip gets.
 
         `latents` are B C F H W.
         """
-        samples, _, frames = latents.shape[:3]
-        if self.keyframes is None or frames == 1:
+        batch_size, _, num_frames = latents.shape[:3]
+        if self.keyframes is None or num_frames == 1:
             return []
-        shares = (self.keyframes.choose(samples, frames, generator) * FULLY_CLEAN).short()
-        return [
-            BatchGuide(latents[:, :, index : index + 1], LATENT.frame_step * index, shares[:, index])
-            for index in shares.any(0).nonzero()[:, 0].tolist()
-        ]
+        weights = (self.keyframes.draw_mask(batch_size, num_frames, generator) * FULLY_CLEAN).short()
+        keyframes = []
+        for index in weights.any(0).nonzero()[:, 0].tolist():
+            frame = latents[:, :, index : index + 1]
+            keyframes.append(GuideImages(frame, LATENT.frame_step * index, weights[:, index]))
+        return keyframes
 
-    def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
-        """Return how much of each video latent is given clean, 0 to WHOLE, as B 1 F H W int16.
-
-        `draws` are random numbers, a row for each rule. None without rules for the video.
-        """
-        if not (self.ends or self.region or self.mask or self.anchors):
+    def _draw_image_weights(
+        self, batch: Batch, generator: torch.Generator, draws: RandomDraws
+    ) -> Tensor | None:
+        """Return how clean each video latent is, 0 to FULLY_CLEAN, as B 1 F H W int16; None without rules."""
+        if not (self.ends or self.region or self.mask or self.frames):
             return None
-        samples, _, frames, rows, columns = batch.tensor("latents").shape
-        is_given = torch.zeros(samples, frames, rows, columns, dtype=torch.bool)
-        if self.ends is not None and frames > 1:
-            ends = self.ends.mark(frames, draws[:2], batch.keys, "latent frames")
-            is_given |= ends[:, :, None, None]
+        batch_size, _, num_frames, rows, columns = batch.tensor("latents").shape
+        is_clean = torch.zeros(batch_size, num_frames, rows, columns, dtype=torch.bool)
+        if self.ends is not None and num_frames > 1:
+            ends = self.ends.draw_mask(num_frames, draws.ends, batch.keys, "latent frames")
+            is_clean |= ends[:, :, None, None]
         if self.region is not None:
-            is_given |= self._mark_regions(self.region, batch, (rows, columns), draws[2])[:, None]
+            region_masks = _make_region_masks(batch, (rows, columns))
+            is_clean |= self.region.draw_mask(region_masks, draws.region)[:, None]
         if self.mask is not None:
-            is_drawn = draws[3] < self.mask.probability
-            is_given |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
-        # anchors are frames given by a fraction; where rules overlap, the larger share counts
-        shares = is_given * FULLY_CLEAN
-        if self.anchors is not None and frames > 1:
-            marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
-            shares = torch.maximum(shares, marked * round(FULLY_CLEAN * self.anchors.strength))
-        return shares[:, None].short()
+            is_drawn = draws.mask < self.mask.probability
+            is_clean |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
+        weights = is_clean * FULLY_CLEAN
+        if self.frames is not None and num_frames > 1:
+            frame_mask = self.frames.draw_mask(num_frames, generator, draws.frames)[:, :, None, None]
+            # where rules overlap, the larger weight counts
+            weights = torch.maximum(weights, frame_mask * round(FULLY_CLEAN * self.frames.strength))
+        return weights[:, None].short()
 
-    def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
-        """Return which latents the regions in the samples' tables mark as given, B H W bool."""
-        marked = []  # for each sample, the latents inside its region
-        for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
-            if region is None:
-                raise DatasetError(
-                    f"{key}: --ltx2_spatial_crop needs spatial_crop_region = [y1, x1, y2, x2] in its table"
-                )
-            inside = mark_region(region, *grid, LATENT.pixel_step)
-            if inside.all() or not inside.any():
-                raise DatasetError(
-                    f"{key}: spatial_crop_region {list(region)} covers "
-                    f"{'all' if inside.all() else 'none'} of its {grid[0]} x {grid[1]} latents, which have "
-                    f"{LATENT.pixel_step} pixels a side"
-                )
-            marked.append(inside)
-        return rule.mark(torch.stack(marked).float(), draws)
+    def _draw_audio_weights(self, batch: Batch, draws: RandomDraws) -> Tensor | None:
+        """Return how clean each audio latent is, 0 or FULLY_CLEAN, as B 1 T 1 int16.
 
-    def _mark_audio(self, batch: Batch, count: int, draws: Tensor) -> Tensor | None:
-        """Draw which audio latents are given, B 1 T 1 int16, 0 or WHOLE; None without audio rules."""
-        if not (self.audio_ends or self.audio_times):
+        Returns None for clips without audio, and without rules for audio.
+        """
+        audio_latents = batch.tensors.get(AUDIO_LATENTS)
+        if not isinstance(audio_latents, Tensor) or not (self.audio_ends or self.audio_intervals):
             return None
-        is_given = torch.zeros(len(batch), count, dtype=torch.bool)
+        num_latents = audio_latents.shape[2]
+        is_clean = torch.zeros(len(batch), num_latents, dtype=torch.bool)
         if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not an image
-            # rows of `draws` belong to rules: 5 and 6 to both ends of the audio, 7 to its mask
-            is_given |= self.audio_ends.mark(count, draws[5:7], batch.keys, "latents of audio")
-        if self.audio_times is not None:
-            starts, ends = audio_bounds(count)
-            covered = []
-            for key, times in zip(batch.keys, batch.clean_times or (None,) * len(batch), strict=True):
-                if times is None:
-                    raise DatasetError(
-                        f"{key}: --ltx2_audio_inpaint_mask needs a file of its name, .json or .txt, in "
-                        "audio_cond_mask_directory of its table"
-                    )
-                covered.append(cover_times(starts, ends, times))
-            is_given |= self.audio_times.mark(torch.stack(covered), draws[7])
-        return (is_given * FULLY_CLEAN).short()[:, None, :, None]
+            is_clean |= self.audio_ends.draw_mask(
+                num_latents, draws.audio_ends, batch.keys, "latents of audio"
+            )
+        if self.audio_intervals is not None:
+            covered = _cover_audio_latents(batch, num_latents)
+            is_clean |= self.audio_intervals.draw_mask(covered, draws.audio_intervals)
+        return (is_clean * FULLY_CLEAN).short()[:, None, :, None]
+
+
+def _make_region_masks(batch: Batch, grid: tuple[int, int]) -> Tensor:
+    """Return which latents lie in the regions of the samples' tables, B H W float, 0 or 1."""
+    region_masks = []
+    for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
+        if region is None:
+            raise DatasetError(
+                f"{key}: --ltx2_spatial_crop needs spatial_crop_region = [y1, x1, y2, x2] in its table"
+            )
+        region_mask = make_region_mask(region, *grid, LATENT.pixel_step)
+        if region_mask.all() or not region_mask.any():
+            raise DatasetError(
+                f"{key}: spatial_crop_region {list(region)} covers "
+                f"{'all' if region_mask.all() else 'none'} of its {grid[0]} x {grid[1]} latents, which have "
+                f"{LATENT.pixel_step} pixels a side"
+            )
+        region_masks.append(region_mask)
+    return torch.stack(region_masks).float()
+
+
+def _cover_audio_latents(batch: Batch, num_latents: int) -> Tensor:
+    """Return the fraction of each audio latent that the intervals in the samples' files cover, B T."""
+    starts, ends = audio_latent_times(num_latents)
+    covered = []
+    for key, intervals in zip(batch.keys, batch.clean_times or (None,) * len(batch), strict=True):
+        if intervals is None:
+            raise DatasetError(
+                f"{key}: --ltx2_audio_inpaint_mask needs a file of its name, .json or .txt, in "
+                "audio_cond_mask_directory of its table"
+            )
+        covered.append(covered_fractions(starts, ends, intervals))
+    return torch.stack(covered)
+
+
+def _add_keyframes(
+    clean_tokens: CleanTokens, keyframes: Sequence["GuideImages"], generator: torch.Generator
+) -> CleanTokens:
+    """Add keyframes, extra frames after the clips; draw noise for them if one is not entirely clean."""
+    latents = torch.cat([keyframe.latents for keyframe in keyframes], dim=2)
+    weights = torch.stack([keyframe.clean_weights for keyframe in keyframes], dim=1)
+    noise = None
+    if weights.min() < FULLY_CLEAN:
+        noise = torch.randn(latents.shape, generator=generator)
+    return replace(
+        clean_tokens,
+        keyframes=latents,
+        keyframe_indices=tuple(keyframe.index for keyframe in keyframes),
+        keyframe_strengths=weights,
+        keyframe_noise=noise,
+    )
 
 
 @dataclass(frozen=True)
-class BatchGuide:
+class GuideImages:
     """Guide images, one for each clip of a batch: keyframes next to the clips, or latent frames of theirs."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
-    shares: Tensor  # how much of it is given to each clip, as in `CleanTokens`, B int16
+    clean_weights: Tensor  # how clean each clip's image is, as in `CleanTokens`, B int16
     is_keyframe: bool = True  # True: appended to the clip; False: replaces a latent frame
 
 
-def read_guides(batch: Batch) -> list[BatchGuide]:
+def read_guides(batch: Batch) -> list[GuideImages]:
     """Return the guide images of a batch, which are given clean; [] without any, or for single frames.
 
     A guide is a keyframe next to the clip, or replaces one of its latent frames.
@@ -360,7 +398,7 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
         return []
     guides = []
     # the table's guides are equal for all samples
-    for number, (index, share) in enumerate(batch.tensor(GUIDES)[0].tolist()):
+    for number, (index, weight) in enumerate(batch.tensor(GUIDES)[0].tolist()):
         name = f"{KEYFRAME_LATENTS}_{number}"
         is_keyframe = name in tensors
         latents = batch.tensor(name if is_keyframe else LATENT_GUIDE)
@@ -369,21 +407,21 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
                 f"{batch.keys[0]}: latent_idx_guide_frame_idx = {index}, and it has the latent frames 0 to "
                 f"{frames - 1}. Give one of these"
             )
-        shares = torch.full((len(latents),), share, dtype=torch.int16)
-        guides.append(BatchGuide(latents, index, shares, is_keyframe))
+        clean_weights = torch.full((len(latents),), weight, dtype=torch.int16)
+        guides.append(GuideImages(latents, index, clean_weights, is_keyframe))
     return guides
 
 
-def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tensor:
-    """Set a guide's share at its latent frame; return the shares of all video latents, B 1 F H W."""
-    if shares is None:
-        count, _, frames, rows, columns = batch.tensor("latents").shape
-        shares = torch.zeros(count, 1, frames, rows, columns, dtype=torch.int16)
-    shares[:, :, guide.index] = guide.shares[:, None, None, None]
-    return shares
+def _add_guide_weights(weights: Tensor | None, guide: GuideImages, batch: Batch) -> Tensor:
+    """Return the clean weights of all video latents, B 1 F H W, with a guide's at its latent frame."""
+    if weights is None:
+        batch_size, _, *grid = batch.tensor("latents").shape
+        weights = torch.zeros(batch_size, 1, *grid, dtype=torch.int16)
+    weights[:, :, guide.index] = guide.clean_weights[:, None, None, None]
+    return weights
 
 
-def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
+def insert_guides(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
     """Return the batch's tensors, with guide images put in place of the latent frames they guide."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
@@ -400,7 +438,7 @@ def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Condition
 
 
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
-    """Return which latents a batch's masks mark as given, B F H W bool.
+    """Return which latents a batch's masks select to stay clean, B F H W bool.
 
     Raises DatasetError if there are no masks, or if one gives every latent.
     """
@@ -410,78 +448,78 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
             f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Give its table mask_directory, and cache "
             "again"
         )
-    given = rule.find_given(masks)
-    for key, is_given in zip(batch.keys, given, strict=True):
-        if is_given.all():
+    is_clean = rule.find_clean(masks)
+    for key, is_sample_clean in zip(batch.keys, is_clean, strict=True):
+        if is_sample_clean.all():
             raise DatasetError(
                 f"{key}: its mask gives the whole clip, or it has no mask: nothing would be learned. Its "
                 f"mask needs {'white' if rule.is_inverted else 'black'} parts"
             )
-    return given
+    return is_clean
 
 
-def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
-    """Warn about samples whose conditions give every latent, so that nothing is learned."""
-    if shares is None:
+def _warn_if_all_clean(keys: Sequence[str], weights: Tensor | None) -> None:
+    """Warn about samples in which every latent is clean, so that nothing is learned."""
+    if weights is None:
         return
-    for key, share in zip(keys, shares, strict=True):
-        if (share > 0).all():
+    for key, sample_weights in zip(keys, weights, strict=True):
+        if (sample_weights > 0).all():
             logger.warning("%s: all of it is given in this step, from which nothing is learned", key)
 
 
-def take_masks(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:
-    """Take masks out of a batch, so that they select given latents instead of weighting the loss."""
+def select_clean_latents_by_mask(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:
+    """Rename masks in a batch, so that they select clean latents instead of weighting the loss."""
     renamed = {MASK if key == LOSS_MASK else key: value for key, value in tensors.items()}
-    return put_guides_in(renamed, name, generator)
+    return insert_guides(renamed, name, generator)
 
 
-def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
-    """Return the rules for giving parts of clips, from the options; warn about probabilities of 0."""
+def make_clean_latent_rules(options: Ltx2GivenParts) -> CleanLatentRules:
+    """Return the rules for clean parts of clips, from the options; warn about probabilities of 0."""
     for name in ("ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"):
         if getattr(options, name) and not getattr(options, f"{name}_p"):
             logger.warning("--%s has no effect with --%s_p 0, the default. Give 1, for all clips", name, name)
-    return GivenRules(
-        ends=_make_extension(options, ""),
-        region=_make_mask(
+    return CleanLatentRules(
+        ends=_make_end_rule(options, ""),
+        region=_make_mask_rule(
             options.ltx2_spatial_crop, options.ltx2_spatial_crop_p, options.ltx2_spatial_crop_invert
         ),
-        mask=_make_mask(
+        mask=_make_mask_rule(
             options.ltx2_inpaint_mask,
             options.ltx2_inpaint_mask_p,
             options.ltx2_inpaint_mask_invert,
             options.ltx2_inpaint_mask_threshold,
         ),
-        anchors=_make_anchors(options),
-        audio_ends=_make_extension(options, "audio_"),
-        audio_times=_make_mask(
+        frames=_make_frame_rule(options),
+        audio_ends=_make_end_rule(options, "audio_"),
+        audio_intervals=_make_mask_rule(
             options.ltx2_audio_inpaint_mask,
             options.ltx2_audio_inpaint_mask_p,
             options.ltx2_audio_inpaint_mask_invert,
             options.ltx2_audio_inpaint_mask_threshold,
         ),
-        keyframes=_make_keyframes(options),
+        keyframes=_make_keyframe_rule(options),
     )
 
 
-def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:
-    """Return how many frames a training gives at both ends of clips; None if neither end is used."""
-
-    def read(name: str) -> Any:
-        return getattr(options, f"ltx2_{kind}extend_{name}")
-
-    prefix, suffix, both = read("prefix_frames"), read("suffix_frames"), read("p")
-    chances = [both if chance is None else chance for chance in (read("prefix_p"), read("suffix_p"))]
-    is_one_draw = read("prefix_p") is None and read("suffix_p") is None
-    if not (prefix and chances[0]) and not (suffix and chances[1]):
+def _make_end_rule(options: Ltx2GivenParts, stream: str) -> ClipEndRule | None:
+    """Return the rule for clean ends of clips, or of their audio with "audio_"; None if both ends are off."""
+    values = {name: getattr(options, f"ltx2_{stream}extend_{name}") for name in _END_OPTIONS}
+    is_one_draw = values["prefix_p"] is None and values["suffix_p"] is None
+    prefix_p = values["p"] if values["prefix_p"] is None else values["prefix_p"]
+    suffix_p = values["p"] if values["suffix_p"] is None else values["suffix_p"]
+    prefix, suffix = values["prefix_frames"], values["suffix_frames"]
+    if not (prefix and prefix_p) and not (suffix and suffix_p):
         return None
-    return Extension(prefix, suffix, chances[0], chances[1], is_one_draw)
+    return ClipEndRule(prefix, suffix, prefix_p, suffix_p, is_one_draw)
 
 
-def _make_mask(is_on: bool, probability: float, is_inverted: bool, threshold: float = 0.5) -> MaskRule | None:
+def _make_mask_rule(
+    is_on: bool, probability: float, is_inverted: bool, threshold: float = 0.5
+) -> MaskRule | None:
     return MaskRule(probability, is_inverted, threshold) if is_on and probability else None
 
 
-def _make_keyframes(options: Ltx2GivenParts) -> KeyframeRule | None:
+def _make_keyframe_rule(options: Ltx2GivenParts) -> KeyframeRule | None:
     if not options.keyframe_endpoint_training:
         return None
     return KeyframeRule(
@@ -492,10 +530,10 @@ def _make_keyframes(options: Ltx2GivenParts) -> KeyframeRule | None:
     )
 
 
-def _make_anchors(options: Ltx2GivenParts) -> AnchorRule | None:
+def _make_frame_rule(options: Ltx2GivenParts) -> CleanFrameRule | None:
     if not options.video_anchor_training or not options.video_anchor_probability:
         return None
-    return AnchorRule(
+    return CleanFrameRule(
         options.video_anchor_probability,
         options.video_anchor_strategy,
         options.video_anchor_count,

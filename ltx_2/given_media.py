@@ -7,8 +7,8 @@ pipelines, and the fork of musubi-tuner whose options these are.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ltx_2.given import audio_bounds, mark_region, video_bounds
+from ltx_2.given import audio_latent_times, make_region_mask, video_latent_times
 from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
 from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
@@ -36,15 +36,15 @@ from protocols.rules import ReferenceRules
 from protocols.steps import FULLY_CLEAN, CleanTokens, FixedLatents, Section, clean_fraction
 
 logger = logging.getLogger(__name__)
-# names of conditions: clean latents, and the share of each latent that is kept, as in `CleanTokens`
-IMAGE, IMAGE_SHARES = "given_image", "given_image_shares"
-AUDIO, AUDIO_SHARES = "given_audio", "given_audio_shares"
+# names of conditions: clean latents, and how clean each latent is, as in `CleanTokens`
+IMAGE, IMAGE_WEIGHTS = "given_image", "given_image_shares"
+AUDIO, AUDIO_WEIGHTS = "given_audio", "given_audio_shares"
 MASK = "inpaint_mask"
-LONGEST = 3600  # maximum number of seconds that are read from an audio file
+MAX_SECONDS = 3600  # maximum number of seconds that are read from an audio file
 Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
 
 
-def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
+def with_request_values(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
     """Return the options of given clips, keyframes and masks, with a prompt line's values in their place.
 
     A mask without --inpaint_source applies to the request's only reference.
@@ -52,20 +52,9 @@ def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
     Raises:
         OptionError: If a value cannot be parsed, or a mask has no clip, or a clip no mask.
     """
-    extra = request.extra
-    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", "inpaint_mask"))
-    for name in ("keyframe", "latent_frame"):
-        if name in extra:
-            values[name] = tuple(extra[name].split("\n"))
-    if MASK in extra:
-        values[MASK] = to_path(f"--{MASK}", extra[MASK])
-    if "inpaint_invert" in extra:
-        values["inpaint_invert"] = extra["inpaint_invert"] in ("1", "True")
-    if "inpaint_threshold" in extra:
-        values["inpaint_threshold"] = float(extra["inpaint_threshold"])
-    media = override_options(media, values)
+    media = override_options(media, _read_request_values(request.extra))
     if media.inpaint_mask is not None and media.inpaint_source is None:
-        references = extra.get("reference_video", "")
+        references = request.extra.get("reference_video", "")
         if not references or "\n" in references:
             raise OptionError(
                 f"--{MASK} {media.inpaint_mask}: give --inpaint_source, the clip that it changes, or one "
@@ -84,6 +73,21 @@ def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
     return media
 
 
+def _read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of given media in a prompt line, by option; None for what the line leaves out."""
+    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", MASK))
+    for name in ("keyframe", "latent_frame"):
+        if name in extra:
+            values[name] = tuple(extra[name].split("\n"))
+    if MASK in extra:
+        values[MASK] = to_path(f"--{MASK}", extra[MASK])
+    if "inpaint_invert" in extra:
+        values["inpaint_invert"] = extra["inpaint_invert"] in ("1", "True")
+    if "inpaint_threshold" in extra:
+        values["inpaint_threshold"] = float(extra["inpaint_threshold"])
+    return values
+
+
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
     """Raise OptionError or MediaError if given media cannot be opened, or do not fit the result's frames."""
     for name, path in media.image_files.items():
@@ -95,32 +99,40 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
             f"--num_generated_keyframes {media.num_generated_keyframes}: {frames} frames have {frames - 2} "
             "between their ends. Give fewer, or make it longer"
         )
-    total = (frames - 1) // latent.frame_step + 1
+    num_latent_frames = (frames - 1) // latent.frame_step + 1
     for image in media.latent_frames:
         check_opens("latent_frame", image.path, is_image=True)
-        if not 0 <= image.index < total:
+        if not 0 <= image.index < num_latent_frames:
             raise OptionError(
-                f"--latent_frame {image.words}: the result has the latent frames 0 to {total - 1}. "
-                "Give one of them"
+                f"--latent_frame {image.option_value}: the result has the latent frames 0 to "
+                f"{num_latent_frames - 1}. Give one of them"
             )
     for name in ("outpaint_source", "inpaint_source"):
         path = getattr(media, name)
         if path is not None:
             check_frames(f"--{name}", path, frames)
-    region = media.region
-    if region is not None:
-        _check_region(region, prepared, latent)
-    ends = [count_end(media, name, latent) for name in ("extend_prefix", "extend_suffix")]
-    # latent frames; only the clip's very first latent covers a single frame, so the suffix has none
-    shown = ceil_div(ends[0], latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
-    if max(ends) and shown >= total:
+    if media.region is not None:
+        _check_region(media.region, prepared, latent)
+    _check_extensions(media, frames, latent)
+
+
+def _check_extensions(media: Ltx2GivenMedia, frames: int, latent: LatentSpec) -> None:
+    """Raise OptionError if the clips to extend fill all of the result, which has this number of frames."""
+    prefix_frames = count_extension_frames(media, "extend_prefix", latent)
+    suffix_frames = count_extension_frames(media, "extend_suffix", latent)
+    prefix_latents = ceil_div(prefix_frames, latent.frame_step)
+    # only a clip's very first latent covers a single frame, so the suffix has none
+    suffix_latents = max(suffix_frames - 1, 0) // latent.frame_step
+    num_latent_frames = (frames - 1) // latent.frame_step + 1
+    has_extension = prefix_frames > 0 or suffix_frames > 0
+    if has_extension and prefix_latents + suffix_latents >= num_latent_frames:
         raise OptionError(
             f"--video_length {frames}: --extend_prefix and --extend_suffix give all of it. Make it longer, "
             "or give --extend_prefix_frames, --extend_suffix_frames"
         )
 
 
-def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
+def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
     """Return how many frames of a clip to extend are encoded, a multiple of frame_step plus 1; 0 without it.
 
     `name` is extend_prefix or extend_suffix.
@@ -131,12 +143,12 @@ def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
     path: Path | None = getattr(media, name)
     if path is None:
         return 0
-    asked: int | None = getattr(media, f"{name}_frames")
+    requested: int | None = getattr(media, f"{name}_frames")
     # without a requested number, all frames of the clip
-    count = 1 if is_still(path) else count_frames_up_to(path, asked or 10**6)
-    if asked is not None and count < asked:
+    count = 1 if is_still(path) else count_frames_up_to(path, requested or 10**6)
+    if requested is not None and count < requested:
         raise OptionError(
-            f"--{name} {path}: it has {count} frames, --{name}_frames asks for {asked}. Give fewer"
+            f"--{name} {path}: it has {count} frames, --{name}_frames asks for {requested}. Give fewer"
         )
     count = (count - 1) // latent.frame_step * latent.frame_step + 1
     if name == "extend_suffix" and count == 1:
@@ -156,7 +168,7 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
             f"--outpaint_region {region_text}: the result has {prepared.width} x {prepared.height} pixels. "
             "Give a region inside of it"
         )
-    if not mark_inside(region, prepared.height // step, prepared.width // step, step).any():
+    if not make_inner_mask(region, prepared.height // step, prepared.width // step, step).any():
         raise OptionError(
             f"--outpaint_region {region_text}: it has no whole latent of {step} x {step} pixels. "
             f"Give multiples of {step}"
@@ -169,41 +181,27 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
         )
 
 
-def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
+def make_inner_mask(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
     """Return which latents, H W bool, lie completely inside a region of pixels."""
     top = round_up(region.top, step)
     left = round_up(region.left, step)
     bounds = (top, left, region.top + region.height, region.left + region.width)
-    return mark_region(bounds, rows, columns, step)
+    return make_region_mask(bounds, rows, columns, step)
 
 
-@dataclass
-class GivenImages:
-    """Clean latents of the parts of the images that are given, and how much of each latent stays."""
+class CleanPart(NamedTuple):
+    """Encoded frames, of which some latents stay clean in the result."""
 
-    clean: Tensor  # 1 C F H W
-    shares: Tensor  # 1 1 F H W int16, from 0 to WHOLE, which stays entirely clean
-
-    @property
-    def frames(self) -> int:
-        """Return the number of latent frames."""
-        return self.clean.shape[2]
-
-    def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = FULLY_CLEAN) -> None:
-        """Mark latents, 1 C f H W, as given with a share, from the latent frame `first` on.
-
-        Only positions where `is_kept`, broadcast to f H W, is true are marked.
-        """
-        kept_frames = slice(first, first + clean.shape[2])
-        is_kept = is_kept.expand(clean.shape[2:])
-        self.clean[:, :, kept_frames] = torch.where(is_kept, clean, self.clean[:, :, kept_frames])
-        self.shares[:, :, kept_frames].masked_fill_(is_kept, share)
+    latents: Tensor  # 1 C f H W
+    mask: Tensor | None = None  # bool, broadcast to f H W: which latents stay clean; None: all
+    first_frame: int = 0  # latent frame of the result at which they begin
+    clean_weight: int = FULLY_CLEAN  # how clean they are, up to FULLY_CLEAN
 
 
 def encode_images(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> dict[str, Tensor]:
-    """Encode all media that fix parts of the images; return latents and given shares, {} if none.
+    """Encode all media that fix parts of the images; return latents and clean weights, {} if none.
 
     Args:
         media: Options that give images or clips.
@@ -216,12 +214,27 @@ def encode_images(
     if not media.image_files.keys() - {"keyframe"}:
         return {}
     shape = latent.shape(prepared.frames, prepared.height, prepared.width)
-    given = GivenImages(torch.zeros(shape), torch.zeros(1, 1, *shape[2:], dtype=torch.int16))
+    clean = torch.zeros(shape)
+    weights = torch.zeros(1, 1, *shape[2:], dtype=torch.int16)
+    for part in _encode_parts(media, prepared, encode, latent, crf):  # later parts replace earlier ones
+        frames = slice(part.first_frame, part.first_frame + part.latents.shape[2])
+        mask = torch.tensor(True) if part.mask is None else part.mask
+        mask = mask.expand(part.latents.shape[2:])
+        clean[:, :, frames] = torch.where(mask, part.latents, clean[:, :, frames])
+        weights[:, :, frames].masked_fill_(mask, part.clean_weight)
+    return {IMAGE: clean, IMAGE_WEIGHTS: weights}
+
+
+def _encode_parts(
+    media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
+) -> Iterator[CleanPart]:
+    """Encode the media that fix parts of the images one by one; arguments are those of `encode_images`."""
     size = (prepared.width, prepared.height)
+    _, _, num_latent_frames, rows, columns = latent.shape(prepared.frames, prepared.height, prepared.width)
     region = media.region
     if media.outpaint_source is not None and region is not None:
-        pixels = _paste(media.outpaint_source, region, prepared)
-        given.keep(encode(pixels), mark_inside(region, *shape[3:], latent.pixel_step))
+        canvas = _read_on_canvas(media.outpaint_source, region, prepared)
+        yield CleanPart(encode(canvas), make_inner_mask(region, rows, columns, latent.pixel_step))
     if media.inpaint_source is not None:
         pixels = video_pixels(
             media.inpaint_source,
@@ -230,24 +243,23 @@ def encode_images(
             height=prepared.height,
             frames=prepared.frames,
         )
-        given.keep(encode(pixels), mark_kept(media, prepared, latent))
+        yield CleanPart(encode(pixels), make_unchanged_mask(media, prepared, latent))
     if media.extend_prefix is not None:
-        count = count_end(media, "extend_prefix", latent)
-        # a prefix gives its last frames
-        frames = deque(_frames_of(media.extend_prefix), maxlen=count)
-        given.keep(encode(_resize(frames, size)), torch.tensor(True))  # True: every position of these latents
+        count = count_extension_frames(media, "extend_prefix", latent)
+        last_frames = deque(_read_frames(media.extend_prefix), maxlen=count)
+        yield CleanPart(encode(_resize(last_frames, size)))
     if media.extend_suffix is not None:
-        count = count_end(media, "extend_suffix", latent)
+        count = count_extension_frames(media, "extend_suffix", latent)
+        first_frames = islice(_read_frames(media.extend_suffix), count)
         # drop the first latent, which covers one frame: latents at the end of a clip cover several
-        clean = encode(_resize(islice(_frames_of(media.extend_suffix), count), size))[:, :, 1:]
-        given.keep(clean, torch.tensor(True), given.frames - clean.shape[2])
+        latents = encode(_resize(first_frames, size))[:, :, 1:]
+        yield CleanPart(latents, first_frame=num_latent_frames - latents.shape[2])
     for image in media.latent_frames:
         pixels = image_pixels(image.path, prepared.width, prepared.height, crf=crf)
-        given.keep(encode(pixels), torch.tensor(True), image.index, image.share)
-    return {IMAGE: given.clean, IMAGE_SHARES: given.shares}
+        yield CleanPart(encode(pixels), first_frame=image.index, clean_weight=image.clean_weight)
 
 
-def _frames_of(path: Path) -> Iterable[Any]:
+def _read_frames(path: Path) -> Iterable[Any]:
     return [read_image(path)] if is_still(path) else video_frames(path)
 
 
@@ -257,8 +269,8 @@ def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
     return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
 
 
-def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
-    """Place a clip on a gray canvas of the result's size, 1 3 F H W."""
+def _read_on_canvas(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
+    """Read a clip onto a gray canvas of the result's size, 1 3 F H W."""
     clip = video_pixels(
         path,
         "--outpaint_source",
@@ -272,43 +284,49 @@ def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
     return canvas
 
 
-def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
-    """Return which latents of the clip to change stay as they are, F H W bool, or F 1 1 for whole frames.
+def make_unchanged_mask(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
+    """Return which latents of --inpaint_source stay unchanged, F H W bool, or F 1 1 for whole frames.
 
     Either a time span is generated anew, or a mask says what stays: white, or black if inverted.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
     """
-    if media.retaken is not None:
-        frames = latent.shape(prepared.frames, prepared.height, prepared.width)[2]
-        starts, ends = video_bounds(frames, latent.frame_step, prepared.fps)
-        return ~touch(starts, ends, media.retaken)[:, None, None]
+    if media.retake_interval is not None:
+        num_frames = latent.shape(prepared.frames, prepared.height, prepared.width)[2]
+        starts, ends = video_latent_times(num_frames, latent.frame_step, prepared.fps)
+        return ~overlaps(starts, ends, media.retake_interval)[:, None, None]
     assert media.inpaint_mask is not None  # checked by the options
+    white = _read_mask_frames(media.inpaint_mask, prepared, latent)
+    means = functional.avg_pool2d(white, latent.pixel_step)[0]  # frames h w
+    is_unchanged = (means > media.inpaint_threshold) != media.inpaint_invert
+    if is_unchanged.all() or not is_unchanged.any():
+        amount = "all" if is_unchanged.all() else "nothing"
+        raise OptionError(
+            f"--inpaint_mask {media.inpaint_mask}: it keeps {amount} of the clip. White is kept: "
+            "give another mask, or --inpaint_invert, which keeps black"
+        )
+    # the first latent frame covers one frame, every other one frame_step frames, all of which must stay
+    groups = is_unchanged[1:].unflatten(0, (-1, latent.frame_step)).all(1)
+    return torch.cat([is_unchanged[:1], groups])
+
+
+def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Tensor:
+    """Read --inpaint_mask as the brightness of each pixel of the result, 1 f H W in 0..1."""
     size = (prepared.width, prepared.height, prepared.frames)
-    pixels = read_pixels(media.inpaint_mask, size, ReferenceRules(1, clips=True), latent)
-    white = (pixels.mean(1) + 1) / 2  # 1 f H W
-    if is_still(media.inpaint_mask):
+    pixels = read_pixels(mask, size, ReferenceRules(1, clips=True), latent)
+    white = (pixels.mean(1) + 1) / 2
+    if is_still(mask):
         white = white.expand(-1, prepared.frames, -1, -1)
     if white.shape[1] < prepared.frames:
         raise OptionError(
-            f"--inpaint_mask {media.inpaint_mask}: it has {white.shape[1]} frames, {prepared.frames} are "
+            f"--inpaint_mask {mask}: it has {white.shape[1]} frames, {prepared.frames} are "
             "made. Give a picture, or a clip as long as the result"
         )
-    means = functional.avg_pool2d(white, latent.pixel_step)[0]  # frames h w
-    is_kept = (means > media.inpaint_threshold) != media.inpaint_invert
-    if is_kept.all() or not is_kept.any():
-        part = "all" if is_kept.all() else "nothing"
-        raise OptionError(
-            f"--inpaint_mask {media.inpaint_mask}: it keeps {part} of the clip. White is kept: "
-            "give another mask, or --inpaint_invert, which keeps black"
-        )
-    # the first latent frame covers one frame, each other one frame_step frames: kept if all of them are
-    groups = is_kept[1:].unflatten(0, (-1, latent.frame_step)).all(1)
-    return torch.cat([is_kept[:1], groups])
+    return white
 
 
-def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
+def overlaps(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
     """Return a mask of latents that overlap an interval in seconds.
 
     `starts` and `ends` are the times of each latent, in seconds.
@@ -320,9 +338,9 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the audio parts that a request gives, and which latents are given.
+    """Return the latents of the audio parts that a request gives, and which latents stay clean.
 
-    The shares are 0 or WHOLE (entirely given) in int16. Returns {} if no part is given.
+    The clean weights are 0 or FULLY_CLEAN in int16. Returns {} if no part is given.
 
     Args:
         media: Options that give audio.
@@ -333,59 +351,70 @@ def encode_given_audio(
     joint = prepared.joint
     if joint is None:
         return {}
+    _, num_latents, _ = joint.audio
     clean = torch.zeros(1, *joint.audio)
-    shares = torch.zeros(1, 1, joint.audio[1], 1, dtype=torch.int16)
-    for kept in _read_kept_audio(media, joint.audio[1], prepared.frames / prepared.fps, spec):
-        latents = encode(kept.samples, prepared.frames, prepared.fps).float().cpu()
+    weights = torch.zeros(1, 1, num_latents, 1, dtype=torch.int16)
+    for part in _read_audio_parts(media, num_latents, prepared.frames / prepared.fps, spec):
+        latents = encode(part.samples, prepared.frames, prepared.fps).float().cpu()
         # later parts overwrite earlier ones
-        clean = torch.where(kept.is_kept[:, None], latents, clean)
-        shares.masked_fill_(kept.is_kept[:, None], FULLY_CLEAN)
-    return {AUDIO: clean, AUDIO_SHARES: shares} if shares.any() else {}
+        clean = torch.where(part.is_clean[:, None], latents, clean)
+        weights.masked_fill_(part.is_clean[:, None], FULLY_CLEAN)
+    return {AUDIO: clean, AUDIO_WEIGHTS: weights} if weights.any() else {}
 
 
-class _KeptAudio(NamedTuple):
-    """Audio of a file, part of which is given."""
+class _AudioPart(NamedTuple):
+    """Audio of a file, of which some latents stay clean in the result."""
 
     samples: Tensor  # 1 channels S
-    is_kept: Tensor  # by latent step, bool
+    is_clean: Tensor  # by audio latent, bool
 
 
-def _read_kept_audio(
-    media: Ltx2GivenMedia, count: int, seconds: float, spec: AudioSpec
-) -> Iterator[_KeptAudio]:
+def _read_audio_parts(
+    media: Ltx2GivenMedia, num_latents: int, seconds: float, spec: AudioSpec
+) -> Iterator[_AudioPart]:
     """Yield the audio that options give, with the latents that it covers; later audio takes precedence.
 
     Args:
         media: Options that give audio.
-        count: Number of steps of the audio latents.
-        seconds: Length of the clip.
+        num_latents: Number of audio latents of the result.
+        seconds: Length of the result.
         spec: Format of the audio latents.
     """
-    starts, ends = audio_bounds(count)  # seconds of each latent
-    retaken = media.retaken
-    if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
+    starts, ends = audio_latent_times(num_latents)
+    retake = media.retake_interval
+    if retake is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
         if samples is not None:
             # everything but the latents that overlap the part to generate again
-            yield _KeptAudio(samples, ~touch(starts, ends, retaken))
-    if media.audio_inpaint_audio is not None and media.made_audio is not None:
+            yield _AudioPart(samples, ~overlaps(starts, ends, retake))
+    generated_interval = media.generated_audio_interval
+    if media.audio_inpaint_audio is not None and generated_interval is not None:
         samples = _require_samples("audio_inpaint_audio", media.audio_inpaint_audio, 0, seconds, spec)
-        yield _KeptAudio(samples, ~touch(starts, ends, media.made_audio))
+        yield _AudioPart(samples, ~overlaps(starts, ends, generated_interval))
     if media.audio_prefix is not None:
-        length = _measure_audio(media.audio_prefix)
-        part = min(media.audio_prefix_seconds or length, length)
-        if part >= seconds:
-            raise OptionError(
-                f"--audio_prefix {media.audio_prefix}: {part:g} of the result's {seconds:g} seconds would be "
-                "given. Give --audio_prefix_seconds, or make it longer"
-            )
-        # the end of the prefix file begins the result
-        samples = _require_samples("audio_prefix", media.audio_prefix, length - part, part, spec)
-        # tolerance for rounding
-        yield _KeptAudio(samples, ends <= part + 1e-6)
+        yield _read_audio_prefix(media.audio_prefix, media.audio_prefix_seconds, ends, seconds, spec)
     if media.drive_audio is not None:
         samples = _require_samples("drive_audio", media.drive_audio, 0, seconds, spec)
-        yield _KeptAudio(samples, torch.ones(count, dtype=torch.bool))
+        yield _AudioPart(samples, torch.ones(num_latents, dtype=torch.bool))
+
+
+def _read_audio_prefix(
+    path: Path, requested_seconds: float | None, latent_ends: Tensor, seconds: float, spec: AudioSpec
+) -> _AudioPart:
+    """Read the last seconds of --audio_prefix, which begin a result of `seconds`.
+
+    `requested_seconds` is --audio_prefix_seconds; `latent_ends` are the ends of the audio latents in seconds.
+    """
+    file_seconds = _measure_audio(path)
+    prefix_seconds = min(requested_seconds or file_seconds, file_seconds)
+    if prefix_seconds >= seconds:
+        raise OptionError(
+            f"--audio_prefix {path}: {prefix_seconds:g} of the result's {seconds:g} seconds would be "
+            "given. Give --audio_prefix_seconds, or make it longer"
+        )
+    samples = _require_samples("audio_prefix", path, file_seconds - prefix_seconds, prefix_seconds, spec)
+    # tolerance for rounding
+    return _AudioPart(samples, latent_ends <= prefix_seconds + 1e-6)
 
 
 def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor | None:
@@ -405,49 +434,49 @@ def _require_samples(name: str, path: Path, start: float, seconds: float, spec: 
 
 def _measure_audio(path: Path) -> float:
     """Return the length of a file's audio in seconds; raise MediaError if it has none."""
-    track = read_beginning(path, LONGEST, 1)
+    track = read_beginning(path, MAX_SECONDS, 1)
     if track is None:
         raise MediaError(f"--audio_prefix {path}: it has no sound. Give a file with sound")
     return track.samples.shape[1] / track.rate
 
 
-def take_given(conditions: dict[str, Any]) -> Conditions:
-    """Remove the given latents and their shares from `conditions`, and return them."""
-    names = (IMAGE, IMAGE_SHARES, AUDIO, AUDIO_SHARES)
+def pop_clean_latents(conditions: dict[str, Any]) -> Conditions:
+    """Remove the clean latents and their weights from `conditions`, and return them."""
+    names = (IMAGE, IMAGE_WEIGHTS, AUDIO, AUDIO_WEIGHTS)
     return {name: conditions.pop(name) for name in names if name in conditions}
 
 
-def hold_given_parts(section: Section, given: Conditions, joint: AudioVideoShapes | None) -> Section:
-    """Return the section with its given latents fixed, entirely or partly, at their clean values.
+def fix_clean_latents(section: Section, clean_latents: Conditions, joint: AudioVideoShapes | None) -> Section:
+    """Return the section with given latents fixed, entirely or partly, at their clean values.
 
     Args:
         section: A section that starts from noise.
-        given: Clean latents and given shares of images and audio, by condition name.
+        clean_latents: From `pop_clean_latents`: clean latents of images and audio, and their weights.
         joint: Shapes of its images and audio; None for images alone.
     """
     start = section.noise
-    image_shares, audio_shares = given.get(IMAGE_SHARES), given.get(AUDIO_SHARES)
+    image_weights, audio_weights = clean_latents.get(IMAGE_WEIGHTS), clean_latents.get(AUDIO_WEIGHTS)
     if joint is None:
-        clean, shares = _spread(given.get(IMAGE), image_shares, start)
+        clean, fractions = _expand_clean(clean_latents.get(IMAGE), image_weights, start)
     else:
-        image, audio = joint.split(start)
-        image, image_parts = _spread(given.get(IMAGE), image_shares, image)
-        audio, audio_parts = _spread(given.get(AUDIO), audio_shares, audio)
-        clean, shares = joint.join(image, audio), joint.join(image_parts, audio_parts)
-    tokens = CleanTokens(
-        image_shares if isinstance(image_shares, Tensor) else None,
-        audio_shares if isinstance(audio_shares, Tensor) else None,
+        image_start, audio_start = joint.split(start)
+        image, image_fractions = _expand_clean(clean_latents.get(IMAGE), image_weights, image_start)
+        audio, audio_fractions = _expand_clean(clean_latents.get(AUDIO), audio_weights, audio_start)
+        clean, fractions = joint.join(image, audio), joint.join(image_fractions, audio_fractions)
+    clean_tokens = CleanTokens(
+        image_weights if isinstance(image_weights, Tensor) else None,
+        audio_weights if isinstance(audio_weights, Tensor) else None,
     )
     return replace(
         section,
-        noise=shares * clean + (1 - shares) * start,
-        fixed_latents=FixedLatents(clean, shares),
-        overrides=replace(section.overrides, clean_tokens=tokens),
+        noise=fractions * clean + (1 - fractions) * start,
+        fixed_latents=FixedLatents(clean, fractions),
+        overrides=replace(section.overrides, clean_tokens=clean_tokens),
     )
 
 
-def _spread(clean: Any, shares: Any, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return clean latents and their shares, 0..1, in the shape of `start`; zeros if nothing is given."""
+def _expand_clean(clean: Any, weights: Any, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return clean latents and their clean fraction, 0..1, in the shape of `start`; zeros without any."""
     if not isinstance(clean, Tensor):
         return torch.zeros_like(start), torch.zeros_like(start)
-    return clean.to(start.device), clean_fraction(shares, start).expand_as(start)
+    return clean.to(start.device), clean_fraction(weights, start).expand_as(start)

@@ -33,12 +33,12 @@ class PlacedImage:
     strength: float  # above 0, up to 1
 
     @property
-    def share(self) -> int:
+    def clean_weight(self) -> int:
         """Return the strength in the units of `protocols.steps.CleanTokens`."""
         return round(1000 * self.strength)
 
     @property
-    def words(self) -> str:
+    def option_value(self) -> str:
         """Return the image in the form of its option's value."""
         return f"{self.index}:{self.path}:{self.strength:g}"
 
@@ -180,12 +180,12 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return tuple(read_placed_image("latent_frame", text) for text in self.latent_frame or ())
 
     @property
-    def retaken(self) -> tuple[float, float] | None:
+    def retake_interval(self) -> tuple[float, float] | None:
         """Return the start and end of --retake in seconds; None without it."""
         return read_interval("retake", self.retake)
 
     @property
-    def made_audio(self) -> tuple[float, float] | None:
+    def generated_audio_interval(self) -> tuple[float, float] | None:
         """Return the start and end of --audio_inpaint_interval in seconds; None without it."""
         return read_interval("audio_inpaint_interval", self.audio_inpaint_interval)
 
@@ -225,7 +225,14 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return {name: path for name in names if (path := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
-        _ = self.region, self.retaken, self.made_audio, self.keyframes, self.latent_frames
+        # parsing raises OptionError for invalid values
+        _ = (
+            self.region,
+            self.retake_interval,
+            self.generated_audio_interval,
+            self.keyframes,
+            self.latent_frames,
+        )
         whole = [name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None]
         if len(whole) > 1:
             raise OptionError(

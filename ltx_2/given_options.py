@@ -221,74 +221,74 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         OptionError: If the file cannot be read, or has other keys or values.
     """
-    who = f"--ltx2_conditioning_config {path}"
+    source = f"--ltx2_conditioning_config {path}"
     try:
         content = parse_toml(read_text(path))
     except (OSError, ValueError) as error:
-        raise OptionError(f"{who} cannot be read: {error}") from None
-    _check_keys(content, {"video", "audio"}, who)
+        raise OptionError(f"{source} cannot be read: {error}") from None
+    _check_keys(content, {"video", "audio"}, source)
     values: dict[str, Any] = {}
-    is_made = {}
+    is_generated = {}
     for stream in ("video", "audio"):
         table = content.get(stream)
-        # a stream without a table, or a table without a stream
-        if (table is None) == (stream in streams):
+        has_table = table is not None
+        if has_table != (stream in streams):
             raise OptionError(
-                f"{who}: [{stream}] and --ltx2_mode do not match: the mode has "
+                f"{source}: [{stream}] and --ltx2_mode do not match: the mode has "
                 f"{' and '.join(streams)}. Give the mode of the file's streams"
             )
         if table is None:
             continue
-        _check_keys(table, {"is_generated", "conditions"}, f"{who}: [{stream}]")
-        is_made[stream] = table.get("is_generated", True)
+        _check_keys(table, {"is_generated", "conditions"}, f"{source}: [{stream}]")
+        is_generated[stream] = table.get("is_generated", True)
         for condition in table.get("conditions", ()):
-            values |= _read_condition(condition, stream, f"{who}: [[{stream}.conditions]]")
+            values |= _read_condition(condition, stream, f"{source}: [[{stream}.conditions]]")
     # with one stream there is no direction to set
-    if len(is_made) == 2:
-        direction = _DIRECTIONS.get((is_made["video"], is_made["audio"]))
+    if len(is_generated) == 2:
+        direction = _DIRECTIONS.get((is_generated["video"], is_generated["audio"]))
         if direction is None:
-            raise OptionError(f"{who}: is_generated = false of both streams: nothing would be learned")
+            raise OptionError(f"{source}: is_generated = false of both streams: nothing would be learned")
         values[DIRECTION] = direction
     return values
 
 
-def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
+def _read_condition(condition: Any, stream: str, source: str) -> dict[str, Any]:
     """Return the option values of one condition in a --ltx2_conditioning_config file.
 
     `RECIPES` maps the keys of each condition type to options; its key "" names the option that switches the
     type on.
     """
     kind = condition.get("type") if isinstance(condition, dict) else None
-    names = RECIPES.get((stream, str(kind)))
-    if names is None:
+    option_names = RECIPES.get((stream, str(kind)))
+    if option_names is None:
         known = [known for known_stream, known in RECIPES if known_stream == stream]
-        raise OptionError(f"{who}: type {kind!r} is not known here, only {', '.join(known)}")
-    given = {key: value for key, value in condition.items() if key != "type"}
-    if "p" in given and "probability" in given:
-        raise OptionError(f"{who}: p and probability mean the same. Give one of them")
-    if "p" in given:
-        given["probability"] = given.pop("p")
-    _check_keys(given, set(names) - {""}, who)
+        raise OptionError(f"{source}: type {kind!r} is not known here, only {', '.join(known)}")
+    settings = {key: value for key, value in condition.items() if key != "type"}
+    if "p" in settings and "probability" in settings:
+        raise OptionError(f"{source}: p and probability mean the same. Give one of them")
+    if "p" in settings:
+        settings["probability"] = settings.pop("p")
+    _check_keys(settings, set(option_names) - {""}, source)
     # a condition of the file always applies unless it has a probability
-    given.setdefault("probability", 1.0)
-    values = {names[key]: value for key, value in given.items()}
-    if "" in names:
-        values[names[""]] = True
+    settings.setdefault("probability", 1.0)
+    values = {option_names[key]: value for key, value in settings.items()}
+    if "" in option_names:
+        values[option_names[""]] = True
     return values
 
 
-def _check_keys(table: Any, known: set[str], who: str) -> None:
+def _check_keys(table: Any, known: set[str], source: str) -> None:
     if not isinstance(table, dict):
-        raise OptionError(f"{who} has to be a table")
+        raise OptionError(f"{source} has to be a table")
     unknown = [key for key in table if key not in known]
     if unknown:
-        raise OptionError(f"{who}: unknown key {unknown[0]!r}. Keys are {', '.join(sorted(known))}")
+        raise OptionError(f"{source}: unknown key {unknown[0]!r}. Keys are {', '.join(sorted(known))}")
 
 
-def check_value(name: str, value: Any, who: str) -> Any:
+def check_value(name: str, value: Any, source: str) -> Any:
     """Check a value of the conditioning file against its option's type, and return it.
 
-    `name` is the option, `who` the start of the message.
+    `name` is the option, `source` the start of the message.
 
     Raises:
         OptionError: If the type or range is wrong.
@@ -303,5 +303,5 @@ def check_value(name: str, value: Any, who: str) -> Any:
     else:
         fits = isinstance(value, str if name == DIRECTION else bool)
     if not fits:
-        raise OptionError(f"{who}: {value!r} is not a value of --{name}")
+        raise OptionError(f"{source}: {value!r} is not a value of --{name}")
     return value

@@ -14,9 +14,9 @@ def guidance_rules(
     options: Ltx2GuidanceOptions,
     scale: float | None,
     num_blocks: int,
-    perturbed: int,
-    is_alone: bool = False,
-    identity: float = 0.0,
+    perturbed_block: int,
+    audio_only: bool = False,
+    identity_scale: float = 0.0,
 ) -> GuidanceRules:
     """Return the guidance weights of the video and audio streams, by default those of the release.
 
@@ -24,9 +24,9 @@ def guidance_rules(
         options: The options.
         scale: Guidance scale for both streams; None if not given.
         num_blocks: Number of blocks of the network.
-        perturbed: Block whose self-attention the release skips in the weakened pass.
-        is_alone: Whether audio is generated without video.
-        identity: Weight of the guidance away from a pass without the reference voice; it acts on audio only.
+        perturbed_block: Block whose self-attention the release skips in the weakened pass.
+        audio_only: Whether audio is generated without video.
+        identity_scale: Weight of the guidance away from a pass without the reference voice; for audio only.
 
     Raises:
         OptionError: If --stg_blocks names a block that does not exist.
@@ -37,22 +37,24 @@ def guidance_rules(
         text_scales[AUDIO] = 7.0  # as in the release, like the other defaults here
     modality_scales = {VIDEO: options.video_modality_scale, AUDIO: options.audio_modality_scale}
     # a network smaller than the release may lack the block
-    skipped = options.stg_blocks or (min(perturbed, num_blocks - 1),)
-    if max(skipped) >= num_blocks:
-        raise OptionError(f"--stg_blocks {max(skipped)}: the model has the blocks 0 to {num_blocks - 1}")
+    skipped_blocks = options.stg_blocks or (min(perturbed_block, num_blocks - 1),)
+    if max(skipped_blocks) >= num_blocks:
+        raise OptionError(
+            f"--stg_blocks {max(skipped_blocks)}: the model has the blocks 0 to {num_blocks - 1}"
+        )
 
     def guidance_of(stream: str) -> StreamGuidance:
         return StreamGuidance(
             text=text_scales[stream],
             perturbed=perturbed_scale if options.stg_mode in (None, "both", stream) else 0.0,
-            modality=1.0 if is_alone else _select_weight(modality_scales[stream], 3.0),
+            modality=1.0 if audio_only else _select_weight(modality_scales[stream], 3.0),
             rescale=_select_weight(options.rescaling(stream), 0.7),
         )
 
     # without video there is nothing to guide in its stream
-    image = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
-    audio = replace(guidance_of(AUDIO), identity=identity)
-    return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped))
+    image = StreamGuidance(text=1.0) if audio_only else guidance_of(VIDEO)
+    audio = replace(guidance_of(AUDIO), identity=identity_scale)
+    return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped_blocks))
 
 
 def _select_weight(typed: float | None, default: float) -> float:

@@ -25,12 +25,13 @@ from ltx_2.blocks import (
     LtxBlock,
     LtxReferences,
     LtxTokens,
-    Stream,
-    dim_references,
+    StreamConditioning,
+    TokenTimesteps,
     gelu,
+    make_attention_bias,
 )
-from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
-from ltx_2.rope import Places, make_tables
+from ltx_2.configs import AUDIO, DIT, EPS, VIDEO, LtxConfig, Modality
+from ltx_2.rope import TokenPositions, make_tables
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import (
@@ -47,94 +48,88 @@ from protocols.steps import FULLY_CLEAN, NO_OVERRIDES, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 DEFAULT_FPS = 24.0
-References = Mapping[StreamNames, LtxReferences]  # by stream; audio has `LtxAudioReferences`
+References = Mapping[Modality, LtxReferences]  # by stream; audio has `LtxAudioReferences`
 NO_REFERENCES: References = MappingProxyType({})
 Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one for each sample, on the host
 
 
-class TimeModulation(nn.Module):
+class TimestepModulation(nn.Module):
     """Embed timesteps' sinusoids, and compute shifts, scales and gates from them in float32."""
 
-    def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
+    def __init__(self, config: LtxConfig, dim: int, num_vectors: int) -> None:
         super().__init__()
-        self.rows = rows
+        self.num_vectors = num_vectors
         layers = {"linear_1": nn.Linear(config.freq_dim, dim), "linear_2": nn.Linear(dim, dim)}
         self.emb = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(layers)})
-        self.linear = nn.Linear(dim, rows * dim)
+        self.linear = nn.Linear(dim, num_vectors * dim)
 
-    def forward(self, waves: Tensor) -> tuple[Tensor, Tensor]:
-        """Return modulation rows, n R C, and time embeddings, n C, from sinusoids, n freq_dim."""
+    def forward(self, sinusoids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return modulation vectors, n R C, and embedded timesteps, n C, from sinusoids, n freq_dim."""
         layers: Any = self.emb["timestep_embedder"]
-        time = run_float32(layers["linear_2"], functional.silu(run_float32(layers["linear_1"], waves)))
-        rows = run_float32(self.linear, functional.silu(time))
-        return rows.unflatten(-1, (self.rows, -1)), time
+        hidden = functional.silu(run_float32(layers["linear_1"], sinusoids))
+        embedded_timestep = run_float32(layers["linear_2"], hidden)
+        modulation = run_float32(self.linear, functional.silu(embedded_timestep))
+        return modulation.unflatten(-1, (self.num_vectors, -1)), embedded_timestep
 
 
 @dataclass(frozen=True)
 class StreamInputs:
     """Inputs of the video or audio stream in a forward pass."""
 
-    names: StreamNames
+    modality: Modality
     latents: Tensor  # B Z F H W of video, B Z M K of audio
     timesteps: Tensor  # B
     freq_dim: int  # width of the timesteps' sinusoids
-    given_frames: int  # latent frames in front that are clean
+    num_clean_frames: int  # leading latent frames that are clean
     references: LtxReferences
-    times: "TokenTimes | None" = None  # times per token; None: only the tokens in front have their own time
-    keyframes: Sequence[int] = ()  # frame index of each image in the last latent frames
-    num_marked: int = 0  # how many of the last latent frames are marked as the first one is
+    # a timestep for each token; None: only conditioning tokens have a timestep of their own
+    token_timesteps: TokenTimesteps | None = None
+    keyframe_indices: Sequence[int] = ()  # frame index of each image in the last latent frames
+    num_generated_keyframes: int = 0  # how many of these images are denoised
 
     @cached_property
-    def waves(self) -> Tensor:
+    def sinusoids(self) -> Tensor:
         """Return the timesteps' sinusoids, B freq_dim, which several layers embed."""
-        return self.make_waves(self.timesteps)
+        return self.make_sinusoids(self.timesteps)
 
-    def make_waves(self, timesteps: Tensor) -> Tensor:
+    def make_sinusoids(self, timesteps: Tensor) -> Tensor:
         """Return timesteps' sinusoids, n to n freq_dim, with float32 angles as in training."""
         return sinusoid(timesteps, self.freq_dim, torch.float32)
 
     @property
-    def num_given(self) -> int:
-        """Return the number of reference and given tokens, which come first and have their own time."""
-        in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
-        return in_given_frames + sum(self.references.counts)
+    def num_conditioning_tokens(self) -> int:
+        """Return the number of leading tokens with a timestep of their own: references, then clean frames."""
+        in_clean_frames = self.num_clean_frames * self.latents.shape[-1] * self.latents.shape[-2]
+        return in_clean_frames + self.references.num_tokens
 
-    def dim_references(self) -> tuple[Tensor, Tensor] | None:
-        """Return extra query and key channels that weaken attention to references; None at full strength."""
-        strengths = self.references.strengths
+    def make_attention_bias(self) -> tuple[Tensor, Tensor] | None:
+        """Return query and key channels that weaken attention to references; None at full strength."""
+        strengths = self.references.attention_strengths
         if strengths is None:
             return None
-        return dim_references(strengths, self.references.counts, math.prod(self.latents.shape[2:]))
+        num_video_tokens = math.prod(self.latents.shape[2:])
+        return make_attention_bias(strengths, self.references.token_counts, num_video_tokens)
 
 
-@dataclass(frozen=True)
-class TokenTimes:
-    """Which fraction of the stream's timestep each of its tokens has; given tokens have less than all."""
-
-    fractions: Tensor  # S float32, different ones
-    indices: Tensor  # B L int64: the fraction of each token
-
-
-def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
+def find_token_timesteps(inputs: StreamInputs, clean_weights: Tensor) -> TokenTimesteps:
     """Return which fraction of the timestep each token of a stream has, references first.
 
     Args:
         inputs: Inputs of the stream.
-        given: How much of each latent is given, from 0 to WHOLE (all), B 1 ... int16, on the host.
+        clean_weights: How clean each latent is, from 0 to FULLY_CLEAN, B 1 ... int16, on the host.
     """
     latents = inputs.latents
     references = inputs.references
-    num_reference_tokens = sum(references.counts)
-    num_given_tokens = inputs.num_given - num_reference_tokens  # of completely given frames
+    num_clean_tokens = inputs.num_conditioning_tokens - references.num_tokens  # of entirely clean frames
     with disable_modes():  # `unique` needs values, also in a dry run that measures memory
-        shares = given.flatten(1).expand(len(latents), -1).clone()
-        shares[:, :num_given_tokens] = FULLY_CLEAN
-        reference_share = FULLY_CLEAN - round(FULLY_CLEAN * references.share)
-        reference_shares = shares.new_full((len(latents), num_reference_tokens), reference_share)
-        # few distinct shares: modulation is computed once for each
-        distinct, indices = torch.cat([reference_shares, shares], dim=1).unique(return_inverse=True)
+        weights = clean_weights.flatten(1).expand(len(latents), -1).clone()
+        weights[:, :num_clean_tokens] = FULLY_CLEAN
+        reference_weight = FULLY_CLEAN - round(FULLY_CLEAN * references.timestep_fraction)
+        reference_weights = weights.new_full((len(latents), references.num_tokens), reference_weight)
+        # few distinct weights: modulation is computed once for each
+        distinct, indices = torch.cat([reference_weights, weights], dim=1).unique(return_inverse=True)
     fractions = 1 - distinct.float() / FULLY_CLEAN
-    return TokenTimes(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
+    return TokenTimesteps(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
 
 
 class LtxModel(nn.Module):
@@ -143,10 +138,10 @@ class LtxModel(nn.Module):
     Simplified, without references, given frames and the code around the blocks, for each stream:
 
         x = patchify_proj(latents.flatten(2).mT)                        # B L C; audio: B M C
-        rows, time = adaln_single(timesteps)                            # B 9 C, B C
+        modulation, time = adaln_single(timesteps)                      # B 9 C, B C
         text = caption_projection(text)                                 # B T C; LTX-2.0 only
         for block in transformer_blocks:
-            x = x + gate * attn1(modulated(x), modulated(x))            # shifts, scales and gates: rows
+            x = x + gate * attn1(modulated(x), modulated(x))            # shift, scale, gate: modulation
             x = x + gate * attn2(modulated(x), text)
             x = x + gate * cross_attn(modulated(x), modulated(other_x)) # both streams at the same time
             x = x + gate * ff(modulated(x))
@@ -164,46 +159,46 @@ class LtxModel(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
-        for names in config.streams:
-            self._add_stream(names)
+        for modality in config.streams:
+            self._add_stream(modality)
         # a learned mark for tokens whose latent frame covers a single frame: the first one, and keyframes
-        if config.marks_first and config.shows:
+        if config.has_single_frame_embedding and config.has_video:
             self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
-        # rotary tables of a pass: positions of each stream, for itself and for attention to the other stream
-        make = partial(make_tables, config)
-        self._rotary = {
-            (names, by_time): GridTable[tuple[Places, ...]](make)
-            for names in (VIDEO, SOUND)
-            for by_time in (False, True)
+        # rotary embeddings of a pass: of each stream, for itself and for attention to the other stream
+        make_table = partial(make_tables, config)
+        self._rotary_tables = {
+            (modality, time_only): GridTable[tuple[TokenPositions, ...]](make_table)
+            for modality in (VIDEO, AUDIO)
+            for time_only in (False, True)
         }
 
-    def _add_stream(self, names: StreamNames) -> None:
+    def _add_stream(self, modality: Modality) -> None:
         """Add the layers of a stream that are outside the blocks."""
         config = self.config
-        stream = config.streams[names]
+        stream = config.streams[modality]
         dim = stream.dim
-        prefix = names.prefix
-        modulation = partial(TimeModulation, config, dim)
-        parts: dict[str, nn.Module | nn.Parameter] = {}  # layers by attribute, named as in released files
-        parts[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
+        prefix = modality.prefix
+        modulation = partial(TimestepModulation, config, dim)
+        layers: dict[str, nn.Module | nn.Parameter] = {}  # by attribute, named as in released files
+        layers[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
-            parts[f"{prefix}caption_projection"] = TwoLayerMlp("linear_1 linear_2", sizes, gelu)
+            layers[f"{prefix}caption_projection"] = TwoLayerMlp("linear_1 linear_2", sizes, gelu)
         # shift, scale and gate of self-attention, feed-forward and, in some releases, attention to the text
-        parts[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
-        if config.modulates_text and config.times_text:
-            parts[f"{prefix}prompt_adaln_single"] = modulation(2)
+        layers[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
+        if config.modulates_text and config.modulates_text_by_timestep:
+            layers[f"{prefix}prompt_adaln_single"] = modulation(2)
         if len(config.streams) == 2:
             # of the attention between the streams: scale and shift as query and as key, and the gate
-            parts[names.cross_rows] = modulation(4)
-            parts[names.cross_gate] = modulation(1)
+            layers[modality.cross_modulation] = modulation(4)
+            layers[modality.cross_gate] = modulation(1)
         # shift and scale of the output
-        parts[f"{prefix}scale_shift_table"] = nn.Parameter(torch.zeros(2, dim))
-        parts[f"{prefix}proj_out"] = nn.Linear(dim, stream.channels)
-        parts[f"{prefix}norm_out"] = Float32LayerNorm(dim, EPS)
-        for name, part in parts.items():
-            setattr(self, name, part)
+        layers[f"{prefix}scale_shift_table"] = nn.Parameter(torch.zeros(2, dim))
+        layers[f"{prefix}proj_out"] = nn.Linear(dim, stream.channels)
+        layers[f"{prefix}norm_out"] = Float32LayerNorm(dim, EPS)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -221,7 +216,7 @@ class LtxModel(nn.Module):
         audio: Tensor | None = None,
         audio_timesteps: Tensor | None = None,
         audio_text: Tensor | None = None,
-        has_sound: Tensor | None = None,
+        has_audio: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
@@ -237,7 +232,7 @@ class LtxModel(nn.Module):
                 of the audio stream.
             audio_timesteps: B, 0 for clean audio; None: those of the video.
             audio_text: States for the audio stream, B T text_dim.
-            has_sound: B, whether each sample has audio; other samples' audio does not influence their video.
+            has_audio: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
@@ -252,30 +247,30 @@ class LtxModel(nn.Module):
         if noisy is not None:
             latents[VIDEO] = noisy
         if audio is not None:
-            latents[SOUND] = audio
+            latents[AUDIO] = audio
         if audio_timesteps is None:
             audio_timesteps = timesteps
         hidden = self.embed(
             latents,
-            timesteps={VIDEO: timesteps, SOUND: audio_timesteps},
-            texts={VIDEO: text, SOUND: audio_text},
+            timesteps={VIDEO: timesteps, AUDIO: audio_timesteps},
+            texts={VIDEO: text, AUDIO: audio_text},
             fps=fps,
-            has_sound=has_sound,
+            has_audio=has_audio,
             overrides=overrides,
             references=references,
             keyframes=keyframes,
         )
         run_blocks(self, hidden, overrides)
         velocities = self.unembed(hidden.x, hidden.tokens)
-        return velocities.get(VIDEO), velocities.get(SOUND)
+        return velocities.get(VIDEO), velocities.get(AUDIO)
 
     def embed(
         self,
-        latents: dict[StreamNames, Tensor],
-        timesteps: dict[StreamNames, Tensor],
-        texts: dict[StreamNames, Tensor | None],
+        latents: dict[Modality, Tensor],
+        timesteps: dict[Modality, Tensor],
+        texts: dict[Modality, Tensor | None],
         fps: Fps = DEFAULT_FPS,
-        has_sound: Tensor | None = None,
+        has_audio: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
@@ -288,254 +283,286 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first_latents = next(iter(latents.values()))
         dtype = activation_dtype(first_latents.device, self.compute_dtype)
-        prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[SOUND])
-        sees_other = len(latents) == 2 and not overrides.isolate_modalities
-        parts = {}
+        prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[AUDIO])
+        has_cross_attention = len(latents) == 2 and not overrides.isolate_modalities
+        hidden_states = {}
         streams = {}
-        for names, stream_latents in latents.items():
-            is_video = names is VIDEO
+        for modality, stream_latents in latents.items():
+            is_video = modality is VIDEO
             inputs = StreamInputs(
-                names,
+                modality,
                 stream_latents,
-                timesteps=timesteps[names],
+                timesteps=timesteps[modality],
                 freq_dim=self.config.freq_dim,
-                given_frames=overrides.num_clean_frames if is_video else 0,
-                references=references.get(names, LtxReferences()),
-                keyframes=keyframes if is_video else (),
+                num_clean_frames=overrides.num_clean_frames if is_video else 0,
+                references=references.get(modality, LtxReferences()),
+                keyframe_indices=keyframes if is_video else (),
             )
-            if overrides.clean_tokens is not None:
-                if is_video:
-                    inputs = replace(inputs, num_marked=overrides.clean_tokens.num_generated)
-                given = overrides.clean_tokens.image if is_video else overrides.clean_tokens.audio
-                if given is not None:
-                    inputs = replace(inputs, times=find_token_times(inputs, given))
+            inputs = _add_clean_tokens(inputs, overrides)
             text_name = "text" if is_video else "audio_text"
-            stream_texts = self._embed_texts(names, [prompt[text_name] for prompt in prompts])
-            parts[names] = self._project(inputs, dtype)
-            stream = self._embed_stream(inputs, [text.to(dtype) for text in stream_texts], fps)
-            if sees_other:
-                other_times = timesteps[SOUND if is_video else VIDEO]
+            embedded_texts = self._embed_texts(modality, [prompt[text_name] for prompt in prompts])
+            hidden_states[modality] = self._project(inputs, dtype)
+            stream = self._embed_stream(inputs, [text.to(dtype) for text in embedded_texts], fps)
+            if has_cross_attention:
+                other_timesteps = timesteps[AUDIO if is_video else VIDEO]
                 # audio of a sample without sound must not influence its video
-                influence = has_sound if is_video else None
-                cross = self._embed_cross(inputs, other_times, influence, fps)
+                has_other = has_audio if is_video else None
+                cross = self._embed_cross(inputs, other_timesteps, has_other, fps)
                 stream = replace(stream, cross=cross)
-            streams[names] = stream
+            streams[modality] = stream
+        video_references = references.get(VIDEO, LtxReferences())
         tokens = LtxTokens(
             streams,
             grid=tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else (),
-            audio_grid=tuple(latents[SOUND].shape[2:]) if SOUND in latents else (),
+            audio_grid=tuple(latents[AUDIO].shape[2:]) if AUDIO in latents else (),
             dtype=dtype,
             attention=self.attention,
-            combine=overrides.steer,
-            keeps_references=VIDEO in streams and references.get(VIDEO, LtxReferences()).share > 0,
+            combine_text_attention=overrides.steer,
+            returns_reference_velocity=VIDEO in streams and video_references.timestep_fraction > 0,
         )
-        return Hidden(tokens.join(parts), tokens)
+        return Hidden(tokens.join(hidden_states), tokens)
 
-    def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
-        """Return what the blocks need for a single stream, without the attention to the other stream.
+    def _embed_stream(
+        self, inputs: StreamInputs, text_embeddings: Sequence[Tensor], fps: Fps
+    ) -> StreamConditioning:
+        """Return what the blocks need for a stream, except its tokens and the attention to the other stream.
 
-        `texts` are embedded, B T C each.
+        `text_embeddings` are B T C each.
         """
-        rows, time = self._embed_times(self._get_layer(inputs.names, "adaln_single"), inputs)
-        references = inputs.references
-        num_hidden, num_without_text = 0, 0  # first tokens that the video, or the text, does not reach
-        if isinstance(references, LtxAudioReferences):
-            # the mask hides either all tokens of the audio references or none
-            num_hidden = sum(references.counts) * references.is_hidden_from_video
-            num_without_text = sum(references.counts) * references.is_without_text
-        return Stream(
-            rotary=self._make_rotation(inputs, fps, by_time=False),
-            texts=tuple(texts),
-            rows=rows,
-            time=time,
-            text_rows=self._embed_text_times(inputs, rows),
-            split=inputs.num_given if inputs.times is None else inputs.times.indices,
-            fractions=None if inputs.times is None else inputs.times.fractions,
-            dimmed=inputs.dim_references(),
-            num_hidden=num_hidden,
-            num_without_text=num_without_text,
+        modulation, embedded_timestep = self._embed_timesteps(
+            self._get_layer(inputs.modality, "adaln_single"), inputs
+        )
+        return StreamConditioning(
+            rotary_emb=self._make_rotary_emb(inputs, fps, time_only=False),
+            text_embeddings=tuple(text_embeddings),
+            modulation=modulation,
+            embedded_timestep=embedded_timestep,
+            text_modulation=self._embed_text_modulation(inputs, modulation),
+            num_conditioning_tokens=inputs.num_conditioning_tokens,
+            token_timesteps=inputs.token_timesteps,
+            attention_bias=inputs.make_attention_bias(),
+            num_hidden_from_other=inputs.references.num_hidden_from_other,
+            num_without_text=inputs.references.num_without_text,
         )
 
-    def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _embed_texts(self, modality: Modality, texts: Sequence[Tensor]) -> Sequence[Tensor]:
         """Embed a stream's texts for cross-attention, B T C each."""
         if not self.config.projects_text:
             return texts
-        layer = self._get_layer(names, "caption_projection")
+        layer = self._get_layer(modality, "caption_projection")
         return [layer(text) for text in texts]
 
-    def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
-        """Return shift and scale of a stream's text, B 1 2 C; zeros if they do not depend on the time.
+    def _embed_text_modulation(self, inputs: StreamInputs, modulation: Tensor) -> Tensor | None:
+        """Return shift and scale of a stream's text, B 1 2 C; zeros if they do not depend on the timestep.
 
-        Returns None if texts are not modulated. `rows` are the stream's, for their dtype and device.
+        Returns None if texts are not modulated. `modulation` is the stream's, for its dtype and device.
         """
         if not self.config.modulates_text:
             return None
-        if not self.config.times_text:
-            return rows.new_zeros(1, 1, 2, 1)
-        text_rows, _ = self._get_layer(inputs.names, "prompt_adaln_single")(inputs.waves)
-        return text_rows.unsqueeze(1)
+        if not self.config.modulates_text_by_timestep:
+            return modulation.new_zeros(1, 1, 2, 1)
+        text_modulation, _ = self._get_layer(inputs.modality, "prompt_adaln_single")(inputs.sinusoids)
+        return text_modulation.unsqueeze(1)
 
     def _embed_cross(
-        self, inputs: StreamInputs, other_times: Tensor, influence: Tensor | None, fps: Fps
+        self, inputs: StreamInputs, other_timesteps: Tensor, has_other: Tensor | None, fps: Fps
     ) -> CrossInputs:
         """Return the inputs for a stream's attention to the other stream (video to audio, or back).
 
-        Shifts and scales depend on the stream's own times, the gate on the other stream's. `influence`, B
-        bool, states whether the other stream has an effect in each sample; None means in all samples.
+        Shifts and scales depend on the stream's own timesteps, the gate on the other stream's. `has_other`, B
+        bool, states which samples have the other stream; None means all.
         """
         # shifts and scales
-        rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
-        # times for the gate are scaled differently
-        other_waves = inputs.make_waves(other_times * self.config.gate_time)
-        gate, _ = getattr(self, inputs.names.cross_gate)(other_waves)
-        if influence is not None:
+        modulation, _ = self._embed_timesteps(getattr(self, inputs.modality.cross_modulation), inputs)
+        # timesteps for the gate are scaled differently
+        sinusoids = inputs.make_sinusoids(other_timesteps * self.config.gate_timestep_scale)
+        gate, _ = getattr(self, inputs.modality.cross_gate)(sinusoids)
+        gate_factor = None
+        if has_other is not None:
             # sent from pinned memory: a copy from pageable memory would wait for the device
-            influence = send_ahead(influence.float(), rows.device).view(-1, 1, 1)
-        rotary = self._make_rotation(inputs, fps, by_time=True)
-        return CrossInputs(rotary, rows, gate, influence)
+            gate_factor = send_ahead(has_other.float(), modulation.device).view(-1, 1, 1)
+        rotary_emb = self._make_rotary_emb(inputs, fps, time_only=True)
+        return CrossInputs(rotary_emb, modulation, gate, gate_factor)
 
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
-        """Project a stream's latents to tokens, B L W, after the tokens of its references."""
-        names, latents, references = inputs.names, inputs.latents, inputs.references
-        flat = _flatten(names, latents)
+        """Project a stream's latents to tokens, B L C, after the tokens of its references."""
+        modality, references = inputs.modality, inputs.references
+        flat = _flatten(modality, inputs.latents)
         if references.latents:
-            in_front = [_flatten(names, reference) for reference in references.latents]
-            flat = torch.cat([*in_front, flat], dim=1)
-        tokens = run_in_weight_dtype(self._get_layer(names, "patchify_proj"), flat).to(dtype)
-        if names is not VIDEO or not self.config.marks_first:
-            return tokens
-        return self._mark_single_frames(tokens, inputs)
+            flat_references = [_flatten(modality, reference) for reference in references.latents]
+            flat = torch.cat([*flat_references, flat], dim=1)
+        x = run_in_weight_dtype(self._get_layer(modality, "patchify_proj"), flat).to(dtype)
+        if modality is VIDEO and self.config.has_single_frame_embedding:
+            return self._add_single_frame_embedding(x, inputs)
+        return x
 
-    def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
+    def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[Modality, Tensor]:
         """Project tokens B L+M W to each stream's velocity, float32, in the shape of its latents."""
         velocities = {}
-        for names, stream_x in tokens.split(x).items():
-            stream = tokens.streams[names]
-            table = self._get_layer(names, "scale_shift_table").float()
-            shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
-            normed = self._get_layer(names, "norm_out")(stream_x)
-            h = modulate(normed, shift, scale, tokens.dtype, split=stream.split)
-            out = run_in_weight_dtype(self._get_layer(names, "proj_out"), h).float()
-            velocities[names] = _shape_velocity(out, names, tokens)
+        for modality, stream_x in tokens.split(x).items():
+            stream = tokens.streams[modality]
+            table = self._get_layer(modality, "scale_shift_table").float()
+            shift, scale = (table + stream.embedded_timestep.unsqueeze(2)).unbind(2)  # each B S C
+            normed = self._get_layer(modality, "norm_out")(stream_x)
+            h = modulate(normed, shift, scale, tokens.dtype, split=stream.modulation_split)
+            out = run_in_weight_dtype(self._get_layer(modality, "proj_out"), h).float()
+            velocities[modality] = _shape_velocity(out, modality, tokens)
         return velocities
 
-    def _mark_single_frames(self, x: Tensor, inputs: StreamInputs) -> Tensor:
+    def _add_single_frame_embedding(self, x: Tensor, inputs: StreamInputs) -> Tensor:
         """Add the learned embedding to tokens of x, B L C, whose latent frame covers a single pixel frame.
 
-        These are the first latent frame and generated keyframes; references and given images are not marked.
+        These are the first latent frame and generated keyframes; references and given images do not get it.
         """
-        before = sum(inputs.references.counts)
-        count = inputs.latents.shape[-1] * inputs.latents.shape[-2]  # tokens of a latent frame
-        marked = x.new_zeros(x.shape[1], 1)
-        marked[before : before + count] = 1
-        if inputs.num_marked:
-            marked[-inputs.num_marked * count :] = 1
-        mark: Tensor = self.keyframes_abs_pos_embedding.to(x.dtype)
-        return x + marked * mark
+        num_references = inputs.references.num_tokens
+        tokens_per_frame = inputs.latents.shape[-1] * inputs.latents.shape[-2]
+        is_single_frame = x.new_zeros(x.shape[1], 1)
+        is_single_frame[num_references : num_references + tokens_per_frame] = 1
+        if inputs.num_generated_keyframes:
+            is_single_frame[-inputs.num_generated_keyframes * tokens_per_frame :] = 1
+        embedding: Tensor = self.keyframes_abs_pos_embedding.to(x.dtype)
+        return x + is_single_frame * embedding
 
-    def _get_layer(self, names: StreamNames, name: str) -> Any:
-        return getattr(self, names.prefix + name)
+    def _get_layer(self, modality: Modality, name: str) -> Any:
+        return getattr(self, modality.prefix + name)
 
-    def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
-        """Return modulation rows, B S R C, and time embeddings, B S C, for the S times of a stream.
+    def _embed_timesteps(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
+        """Return modulation, B S R C, and embedded timesteps, B S C, for the S timesteps of a stream.
 
-        S counts the different times in a stream. It is 1 if all tokens have the timestep, and 2 if given
-        tokens stand in front: first their time, the references' fraction of the timestep (0 if they are
-        clean), then the timestep. With `inputs.times` each token has one of S fractions of the timestep.
+        S is the number of fractions in `inputs.token_timesteps`. Without these it is 1, or 2 with
+        conditioning tokens: first their timestep (0 if they are clean), then that of the other tokens.
         """
-        timesteps, share = inputs.timesteps, inputs.references.share
-        if inputs.times is not None:
-            times = timesteps[:, None] * inputs.times.fractions  # B S
-            rows, time = layer(inputs.make_waves(times.flatten()))
-            return rows.unflatten(0, times.shape), time.unflatten(0, times.shape)
-        if inputs.num_given == 0:
-            rows, time = layer(inputs.waves)
-            return rows.unsqueeze(1), time.unsqueeze(1)
-        given_times = timesteps * share if share else timesteps.new_zeros(1)
-        rows, time = layer(inputs.make_waves(torch.cat([timesteps, given_times])))
-        return _pair_times(rows, len(timesteps)), _pair_times(time, len(timesteps))
+        timesteps = inputs.timesteps
+        if inputs.token_timesteps is not None:
+            all_timesteps = timesteps[:, None] * inputs.token_timesteps.fractions  # B S
+            modulation, embedded = layer(inputs.make_sinusoids(all_timesteps.flatten()))
+            return modulation.unflatten(0, all_timesteps.shape), embedded.unflatten(0, all_timesteps.shape)
+        if inputs.num_conditioning_tokens == 0:
+            modulation, embedded = layer(inputs.sinusoids)
+            return modulation.unsqueeze(1), embedded.unsqueeze(1)
+        fraction = inputs.references.timestep_fraction
+        conditioning_timesteps = timesteps * fraction if fraction else timesteps.new_zeros(1)
+        sinusoids = inputs.make_sinusoids(torch.cat([timesteps, conditioning_timesteps]))
+        modulation, embedded = layer(sinusoids)
+        batch_size = len(timesteps)
+        return _pair_by_sample(modulation, batch_size), _pair_by_sample(embedded, batch_size)
 
-    def _make_rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:
-        """Return the rotations of a stream's tokens, L N D/2 2, or B L N D/2 2 if samples differ in fps.
+    def _make_rotary_emb(self, inputs: StreamInputs, fps: Fps, time_only: bool) -> Tensor:
+        """Return the rotary embedding of a stream's tokens, L N D/2 2.
 
-        With `by_time`, they are for the attention between the streams, which rotates by time alone.
+        It is B L N D/2 2 if samples differ in fps. With `time_only`, it is for the attention between the
+        streams, which has no rows and columns.
         """
-        latents = inputs.latents
-        width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
-        # places of references come first, as their tokens do
-        tables = self._rotary[inputs.names, by_time]
-        if inputs.names is SOUND:
-            references = inputs.references
-            is_before = isinstance(references, LtxAudioReferences) and references.is_before
-            grids = [
-                Places(width, (count,), by_time=by_time, is_before=is_before) for count in references.counts
-            ]
-            grids.append(Places(width, (latents.shape[2],), by_time=by_time))
-            return tables.get_table(tuple(grids), latents.device)
-        places_of = partial(Places, width, fps=_list_distinct_rates(fps), by_time=by_time)
-        places = []
-        for reference in inputs.references.latents:
-            # a smaller reference is spread over the same area as the latents
-            size_factor = latents.shape[-1] // reference.shape[-1]
-            factors = (size_factor, inputs.references.time)
-            places.append(places_of(tuple(reference.shape[2:]), factors=factors))
-        frames, *sides = latents.shape[2:]  # keyframes come after the frames
-        places.append(places_of((frames - len(inputs.keyframes), *sides)))
-        places += [places_of((1, *sides), frame=frame) for frame in inputs.keyframes]
-        return tables.get_table(tuple(places), latents.device)
+        dim = self.config.cross_dim if time_only else self.config.streams[inputs.modality].dim
+        if inputs.modality is AUDIO:
+            positions = _list_audio_positions(inputs, dim, time_only)
+        else:
+            positions = _list_video_positions(inputs, dim, fps, time_only)
+        table = self._rotary_tables[inputs.modality, time_only]
+        return table.get_table(positions, inputs.latents.device)
 
-    def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
+    def _check(self, latents: dict[Modality, Tensor], texts: dict[Modality, Tensor | None]) -> None:
         """Raise ValueError if latents or texts of a stream are missing or do not fit the network."""
         if not latents:
             raise ValueError("neither latents of a video nor of sound are given")
-        for names, stream_latents in latents.items():
-            what = "sound" if names is SOUND else "video"
-            config = self.config.streams.get(names)
+        for modality, stream_latents in latents.items():
+            title = "sound" if modality is AUDIO else "video"
+            config = self.config.streams.get(modality)
             if config is None:
-                raise ValueError(f"{what} is given, but the network was loaded without the stream for it")
-            if texts[names] is None:
-                raise ValueError(f"the text for the {what} is missing")
-            numbers = stream_latents.shape[1]
-            if names is SOUND:
-                numbers *= stream_latents.shape[3]  # an audio token joins all channels of one time
-            if numbers != config.channels:
-                raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
+                raise ValueError(f"{title} is given, but the network was loaded without the stream for it")
+            if texts[modality] is None:
+                raise ValueError(f"the text for the {title} is missing")
+            channels = stream_latents.shape[1]
+            if modality is AUDIO:
+                channels *= stream_latents.shape[3]  # an audio token joins all frequency bins of one time
+            if channels != config.channels:
+                raise ValueError(
+                    f"{channels} numbers in a token of {title}, the model takes {config.channels}"
+                )
 
 
-def _flatten(names: StreamNames, latents: Tensor) -> Tensor:
+def _add_clean_tokens(inputs: StreamInputs, overrides: Overrides) -> StreamInputs:
+    """Return a stream's inputs with the clean latents and keyframes that the overrides of a call name."""
+    clean_tokens = overrides.clean_tokens
+    if clean_tokens is None:
+        return inputs
+    is_video = inputs.modality is VIDEO
+    if is_video:
+        inputs = replace(inputs, num_generated_keyframes=clean_tokens.num_generated)
+    clean_weights = clean_tokens.image if is_video else clean_tokens.audio
+    if clean_weights is None:
+        return inputs
+    return replace(inputs, token_timesteps=find_token_timesteps(inputs, clean_weights))
+
+
+def _list_audio_positions(inputs: StreamInputs, dim: int, time_only: bool) -> tuple[TokenPositions, ...]:
+    """Return the positions of audio references, then of the audio itself; `dim` is the rotated width."""
+    references = inputs.references
+    is_before = isinstance(references, LtxAudioReferences) and references.is_before
+    positions = []
+    for count in references.token_counts:
+        positions.append(TokenPositions(dim, (count,), time_only=time_only, is_before=is_before))
+    positions.append(TokenPositions(dim, (inputs.latents.shape[2],), time_only=time_only))
+    return tuple(positions)
+
+
+def _list_video_positions(
+    inputs: StreamInputs, dim: int, fps: Fps, time_only: bool
+) -> tuple[TokenPositions, ...]:
+    """Return the positions of references, of the clip and of its keyframes; `dim` is the rotated width."""
+    positions_of = partial(TokenPositions, dim, fps=_list_distinct_rates(fps), time_only=time_only)
+    positions = []
+    for reference in inputs.references.latents:
+        # a smaller reference is spread over the same area as the latents
+        size_factor = inputs.latents.shape[-1] // reference.shape[-1]
+        frame_stride = inputs.references.frame_stride
+        positions.append(
+            positions_of(tuple(reference.shape[2:]), size_factor=size_factor, time_factor=frame_stride)
+        )
+    num_frames, *sides = inputs.latents.shape[2:]  # the last frames are keyframes
+    positions.append(positions_of((num_frames - len(inputs.keyframe_indices), *sides)))
+    for frame_index in inputs.keyframe_indices:
+        positions.append(positions_of((1, *sides), frame_index=frame_index))
+    return tuple(positions)
+
+
+def _flatten(modality: Modality, latents: Tensor) -> Tensor:
     """Flatten latents to tokens: video B Z F H W to B F*H*W Z, audio B Z M K to B M Z*K."""
-    return latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
+    return latents.flatten(2).mT if modality is VIDEO else latents.transpose(1, 2).flatten(2)
 
 
-def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
+def _shape_velocity(out: Tensor, modality: Modality, tokens: LtxTokens) -> Tensor:
     """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
-    Given tokens get velocity 0, and partly given tokens a fraction of it. Reference tokens are removed,
-    unless `keeps_references` is set; then the result stays flat, B Z L.
+    Clean tokens get velocity 0, and partly clean tokens a fraction of it. Reference tokens are removed,
+    unless `returns_reference_velocity` is set; then the result stays flat, B Z L.
     """
     # references that are denoised too need their velocities
-    if names is VIDEO and tokens.keeps_references:
+    if modality is VIDEO and tokens.returns_reference_velocity:
         return out.mT
-    stream = tokens.streams[names]
-    if isinstance(stream.split, Tensor):  # B L: the index of each token's fraction of the timestep
-        assert stream.fractions is not None
-        token_fractions = stream.fractions[stream.split]  # B L
+    stream = tokens.streams[modality]
+    num_clean = stream.num_conditioning_tokens
+    if stream.token_timesteps is not None:
+        token_fractions = stream.token_timesteps.fractions[stream.token_timesteps.indices]  # B L
         out = out * token_fractions.unsqueeze(2)
-    elif stream.split:  # the number of given tokens, which come first
-        num_given = stream.split
-        out = torch.cat([torch.zeros_like(out[:, :num_given]), out[:, num_given:]], dim=1)
-    if names is SOUND:
-        length, bins = tokens.audio_grid
-        out = out[:, -length:]  # without references
+    elif num_clean:
+        out = torch.cat([torch.zeros_like(out[:, :num_clean]), out[:, num_clean:]], dim=1)
+    if modality is AUDIO:
+        num_latents, bins = tokens.audio_grid
+        out = out[:, -num_latents:]  # without references
         return out.unflatten(2, (-1, bins)).transpose(1, 2)
     out = out[:, -math.prod(tokens.grid) :]  # without references
     return out.transpose(1, 2).unflatten(2, tokens.grid)
 
 
-def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Return each sample's row for given tokens, then that of its timestep, B 2 ...; in `rows` these lead."""
-    of_timesteps, of_given = rows[:batch], rows[batch:]
-    return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
+def _pair_by_sample(embedded: Tensor, batch_size: int) -> Tensor:
+    """Return for each sample the embedding of its conditioning tokens, then that of the others, B 2 ...
+
+    `embedded` has the embeddings of the B samples' timesteps, followed by those of the conditioning tokens:
+    B, or one for all samples.
+    """
+    of_samples, of_conditioning = embedded[:batch_size], embedded[batch_size:]
+    return torch.stack([of_conditioning.expand_as(of_samples), of_samples], dim=1)
 
 
 def _list_distinct_rates(fps: Fps) -> tuple[float, ...]:

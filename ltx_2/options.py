@@ -320,9 +320,16 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
             raise OptionError("--video_loss_weight 0 with --audio_loss_weight 0: nothing would be learned")
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
+        self._check_streams()
+        self._check_direction()
+        if self.given.ltx2_conditioning_config is not None:
+            with_recipe(self)
+
+    def _check_streams(self) -> None:
+        """Raise OptionError if options need a stream, video or audio, that --ltx2_mode leaves out."""
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
         # presets whose names begin with a need the audio stream, those with v the video stream
-        needs = {  # at least one of these streams has to be trained
+        needed_streams = {
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             self.strategy_option: {*self.strategy.streams},
             f"--ltx2_train_direction {direction}": set() if direction == "joint" else {VIDEO, AUDIO},
@@ -332,27 +339,33 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
             "given parts of images": {VIDEO} if self.given.gives_images else set(),
             "given parts of the audio": {AUDIO} if self.given.gives_audio else set(),
         }
-        for words, streams in needs.items():
-            if lacking := streams - {*self.model.streams}:
-                what = "sound" if AUDIO in lacking else "pictures"
+        for option_text, streams in needed_streams.items():
+            missing = streams - {*self.model.streams}
+            if missing:
+                title = "sound" if AUDIO in missing else "pictures"
                 raise OptionError(
-                    f"{words}: without {what} nothing would be learned or heard. Give --ltx2_mode av"
+                    f"{option_text}: without {title} nothing would be learned or heard. Give --ltx2_mode av"
                 )
-        # v2a trains audio from given images, a2v images from given audio
-        for gives, given in ((self.given.gives_images, "v2a"), (self.given.gives_audio, "a2v")):
-            if gives and direction == given:
-                what = "the images" if given == "v2a" else "the audio"
-                raise OptionError(
-                    f"--ltx2_train_direction {direction}: all of {what} is given. Leave the options of given "
-                    "parts out"
-                )
+
+    def _check_direction(self) -> None:
+        """Raise OptionError if --ltx2_train_direction keeps a stream clean that other options change."""
+        direction = self.ltx2_train_direction
+        clean_title = None
+        # v2a trains audio from clean images, a2v images from clean audio
+        if direction == "v2a" and self.given.gives_images:
+            clean_title = "the images"
+        elif direction == "a2v" and self.given.gives_audio:
+            clean_title = "the audio"
+        if clean_title is not None:
+            raise OptionError(
+                f"--ltx2_train_direction {direction}: all of {clean_title} is given. Leave the options of "
+                "given parts out"
+            )
         if AUDIO in self.strategy.needs and direction == "a2v":
             raise OptionError(
                 f"{self.strategy_option} and --ltx2_train_direction a2v: all of the audio is given, and none "
                 "is made after a reference. Leave one of them out"
             )
-        if self.given.ltx2_conditioning_config is not None:
-            with_recipe(self)
 
     @property
     def strategy(self) -> ReferenceStrategy:

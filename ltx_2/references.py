@@ -40,25 +40,26 @@ from protocols.rules import ReferenceRules
 from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
-STRENGTHS = "reference_strengths"  # condition: strength of the attention between references and video
+# condition: strength of the attention between references and video
+REFERENCE_STRENGTHS = "reference_strengths"
 # option of generation -> names of the factor in the metadata of LoRAs
-FACTOR_NAMES = {
+FACTOR_KEYS = {
     "reference_downscale": SIZE_FACTOR,
     "reference_temporal_scale": TIME_FACTOR,
     FRAMES: (FRAMES,),
 }
 
 
-def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
+def select_reference_frames(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
     """Return the frames of a reference, B F H W C, that are encoded.
 
     With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
     """
     thinned = torch.cat([frames[:, :1], frames[:, 1 :: rules.time_factor]], dim=1)
-    return thinned[:, : count_taken(frames.shape[1], rules, frame_step)]
+    return thinned[:, : count_reference_frames(frames.shape[1], rules, frame_step)]
 
 
-def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
+def count_reference_frames(frames: int, rules: ReferenceRules, frame_step: int) -> int:
     """Return how many of a reference's `frames` are encoded: every n-th, to fill whole latent frames."""
     # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
@@ -76,12 +77,12 @@ def check_references(
     """
     for path in paths:
         count = 1 if is_still(path) else count_frames_up_to(path, frames)
-        needed = count_taken(count, rules, latent.frame_step)
+        needed = count_reference_frames(count, rules, latent.frame_step)
         if mask is None or is_still(mask):
             continue
         # a mask has the frames of the result, of which a reference may have fewer
         mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
-        check_mask_length(mask, count_taken(mask_frames, rules, latent.frame_step), needed)
+        check_mask_length(mask, count_reference_frames(mask_frames, rules, latent.frame_step), needed)
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
@@ -123,14 +124,14 @@ def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class DenoisedReferences:
+class NoisyReferences:
     """Reference tokens, B C N, that are denoised together with the video and follow its frames."""
 
     clean: Tensor
     noisy: Tensor
     strength: float  # fraction of the clean reference at the start; the rest is noise
 
-    def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
+    def unflatten_like(self, references: Sequence[Tensor]) -> list[Tensor]:
         """Return the noisy reference tokens in the shapes of `references`, B C f h w each."""
         counts = [latents[0, 0].numel() for latents in references]
         parts = self.noisy.split(counts, dim=2)
@@ -164,13 +165,13 @@ def split_audio(latents: Tensor, joint: AudioVideoShapes | None) -> tuple[Tensor
     return joint.split(latents)
 
 
-def split_denoised(
+def split_noisy_references(
     packed: Tensor, references: Sequence[Tensor], strength: float
-) -> tuple[Tensor, DenoisedReferences]:
+) -> tuple[Tensor, NoisyReferences]:
     """Split packed latents into the noisy video and its noisy references; `references` are clean."""
     clean = join_tokens(references)
     image, noisy = unpack(packed, clean.shape[2])
-    return image, DenoisedReferences(clean, noisy, strength)
+    return image, NoisyReferences(clean, noisy, strength)
 
 
 def with_noisy_references(
@@ -252,7 +253,7 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
         colors = numpy.ascontiguousarray(image[..., :3])  # without an alpha channel
         frames.append(resize_cover(colors, reduced))
     clip = torch.from_numpy(numpy.stack(frames)[None])  # 1 F h w 3
-    return to_pixels(thin_out(clip, rules, latent.frame_step))
+    return to_pixels(select_reference_frames(clip, rules, latent.frame_step))
 
 
 def read_strengths(
@@ -301,7 +302,7 @@ def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
         )
 
 
-def read_factors(loras: Sequence[Path]) -> dict[str, int]:
+def read_reference_factors(loras: Sequence[Path]) -> dict[str, int]:
     """Return the reference factors and frame limit that LoRAs record, keyed by generation option.
 
     Raises OptionError if values differ, or one is not a whole number.
@@ -309,8 +310,8 @@ def read_factors(loras: Sequence[Path]) -> dict[str, int]:
     factors: dict[str, int] = {}
     sources: dict[str, Path] = {}  # the LoRA that a factor was read from first
     for path, metadata in metadata_of_files(loras):
-        for option, names in FACTOR_NAMES.items():
-            factor = _read_factor(path, metadata, names)
+        for option, names in FACTOR_KEYS.items():
+            factor = _read_reference_factor(path, metadata, names)
             if factor is None:
                 continue
             first_factor = factors.setdefault(option, factor)
@@ -324,7 +325,7 @@ def read_factors(loras: Sequence[Path]) -> dict[str, int]:
     return factors
 
 
-def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> int | None:
+def _read_reference_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> int | None:
     """Return the integer factor in a LoRA's metadata under one of `names`; None if it is missing."""
     texts = [metadata[name] for name in names if name in metadata]
     if not texts:
@@ -335,12 +336,12 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
     return int(texts[0])
 
 
-def resolve_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
+def resolve_reference_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
     """Fill in unset reference factors (how much smaller references are) from LoRAs' metadata.
 
     A typed factor stays, with a warning if a LoRA records another one.
     """
-    factors = read_factors(loras)
+    factors = read_reference_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
             "no LoRA records how much smaller its references were: --reference_downscale counts, or 1"

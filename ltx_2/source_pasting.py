@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ltx_2.given_media import mark_inside, mark_kept
+from ltx_2.given_media import make_inner_mask, make_unchanged_mask
 from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
 from modules.errors import OptionError
 from modules.media.pixels import to_pixels
@@ -57,12 +57,12 @@ class SourcePasting:
     latent: LatentSpec
 
     def apply(self, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Yield chunks of decoded pixels, 1 3 F H W in -1..1, blended with the source in float32."""
-        frames, weights = self._read_frames(), self._weigh_frames()
+        """Blend chunks of decoded pixels, 1 3 F H W, with the source's; yield -1..1 in float32."""
+        source_frames, source_weights = self._read_frames(), self._make_weights()
         for chunk in chunks:
             count = chunk.shape[2]
-            source = to_pixels(torch.from_numpy(numpy.stack(list(islice(frames, count)))[None]))
-            weight = torch.from_numpy(numpy.stack(list(islice(weights, count)))).to(chunk.device)
+            source = to_pixels(torch.from_numpy(numpy.stack(list(islice(source_frames, count)))[None]))
+            weight = torch.from_numpy(numpy.stack(list(islice(source_weights, count)))).to(chunk.device)
             decoded = chunk.float().clamp(-1, 1)
             yield weight * source.to(chunk.device) + (1 - weight) * decoded
 
@@ -76,23 +76,23 @@ class SourcePasting:
             canvas[region.top : bottom, region.left : right] = resized
             yield canvas
 
-    def _weigh_frames(self) -> Iterator[NDArray[numpy.float32]]:
+    def _make_weights(self) -> Iterator[NDArray[numpy.float32]]:
         """Yield the source's weight in each pixel of each frame, H W in 0..1."""
         feather = self.media.paste_source
         assert feather is not None  # see `media`
-        for index, is_kept in enumerate(self._mark_kept()):
-            weight = weigh(is_kept.numpy(), feather, self.latent.pixel_step)
+        for index, is_unchanged in enumerate(self._make_unchanged_mask()):
+            weight = make_blend_weights(is_unchanged.numpy(), feather, self.latent.pixel_step)
             # the first latent covers one frame
             for _ in range(self.latent.frame_step if index else 1):
                 yield weight
 
-    def _mark_kept(self) -> Tensor:
+    def _make_unchanged_mask(self) -> Tensor:
         """Return which latents of the source stay unchanged, f h w bool."""
         shape = self.latent.shape(self.prepared.frames, self.prepared.height, self.prepared.width)[2:]
         region = self.media.region
         if region is None:
-            return mark_kept(self.media, self.prepared, self.latent)
-        return mark_inside(region, *shape[1:], self.latent.pixel_step).expand(shape)
+            return make_unchanged_mask(self.media, self.prepared, self.latent)
+        return make_inner_mask(region, *shape[1:], self.latent.pixel_step).expand(shape)
 
     @property
     def _source(self) -> tuple[Path, Rectangle]:
@@ -103,18 +103,18 @@ class SourcePasting:
         return self.media.inpaint_source, Rectangle(0, 0, self.prepared.width, self.prepared.height)
 
 
-def weigh(is_kept: NDArray[numpy.bool_], feather: int, step: int) -> NDArray[numpy.float32]:
+def make_blend_weights(is_unchanged: NDArray[numpy.bool_], feather: int, step: int) -> NDArray[numpy.float32]:
     """Return the source's weight in each pixel, H W, which fades out toward the changed region.
 
     It is 0 in the changed region, and rises evenly to 1 over the next `feather` pixels, along rows, columns
     and diagonals alike. The edges of the frame do not count as edges.
 
     Args:
-        is_kept: Which latents are kept, h w.
+        is_unchanged: Which latents stay unchanged, h w.
         feather: Number of pixels whose weight is between 0 and 1.
         step: Number of pixels of a latent, in a row or column.
     """
-    pixels = is_kept.astype(numpy.uint8).repeat(step, axis=0).repeat(step, axis=1)
+    pixels = is_unchanged.astype(numpy.uint8).repeat(step, axis=0).repeat(step, axis=1)
     if pixels.all():  # OpenCV does not define distances if no pixel is 0
         return pixels.astype(numpy.float32)
     # DIST_C: the larger of the distances along rows and columns, exact with a mask of 3

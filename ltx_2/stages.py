@@ -19,9 +19,9 @@ from torch import Tensor
 
 from checkpoints.model_files import read_once, require_file
 from ltx_2.audio_references import RequestReferences
-from ltx_2.references import read_factors, split_audio
+from ltx_2.references import read_reference_factors, split_audio
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
-from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
+from ltx_2.upscaler import SPATIAL, TEMPORAL, ScaleFactors, is_upscaler, load_upscaler, read_scale_factors
 from modules.errors import OptionError
 from protocols.data import AudioVideoShapes, LatentSpec
 from protocols.family import NoiseSource
@@ -30,8 +30,8 @@ from protocols.rules import NO_GUIDANCE_RULES
 from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
-_LORA = "--lora_weight"
-LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # noise levels of the second stage, as released
+_LORA_OPTION = "--lora_weight"
+SECOND_STAGE_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)  # noise levels of the second stage, as released
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class StageLora:
 
     path: Path
     option: str  # option that names the file
-    first: float  # strength in the first stage
-    second: float
+    first_strength: float  # strength in the first stage
+    second_strength: float
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,25 @@ class TwoStages:
     upscalers: Mapping[str, Path]  # file by option, in the order in which they are applied
     steps: int  # number of steps of the second stage
     loras: tuple[StageLora, ...]
-    ends_early: bool = False  # whether the first stage's clip is the result
+    skips_second_stage: bool = False  # whether the first stage's clip is the result
 
     @property
     def metadata(self) -> dict[str, str]:
         """Return the metadata of LoRAs that only one stage uses: names and strengths."""
-        first, second = [], []
+        first_stage, second_stage = [], []
         for lora in self.loras:
-            if lora.option == _LORA:
-                first.append(f"{lora.path.name} {lora.first:g}")
-            elif not self.ends_early:
-                second.append(f"{lora.path.name} {lora.second:g}")
+            if lora.option == _LORA_OPTION:
+                first_stage.append(f"{lora.path.name} {lora.first_strength:g}")
+            elif not self.skips_second_stage:
+                second_stage.append(f"{lora.path.name} {lora.second_strength:g}")
         metadata = {}
-        if first:
-            metadata["first_stage_loras"] = ", ".join(first)
-        if second:
-            metadata["second_stage_loras"] = ", ".join(second)
+        if first_stage:
+            metadata["first_stage_loras"] = ", ".join(first_stage)
+        if second_stage:
+            metadata["second_stage_loras"] = ", ".join(second_stage)
         return metadata
 
-    def growth(self, latent: LatentSpec) -> UpscalerGrowth:
+    def scale_factors(self, latent: LatentSpec) -> ScaleFactors:
         """Return the total factors by which the upscalers multiply frames, and height and width.
 
         Raises OptionError if a LoRA is an upscaler, or an upscaler is given to the other upscaler's option,
@@ -83,18 +83,18 @@ class TwoStages:
         frames = 1
         side = Fraction(1)  # an upscaler may multiply height and width by 3/2
         for option, path in self.upscalers.items():
-            growth = factors(path, option, latent.channels)
-            frames *= growth.frames
-            side *= growth.side
-        return UpscalerGrowth(frames, side)
+            scale_factors = read_scale_factors(path, option, latent.channels)
+            frames *= scale_factors.frames
+            side *= scale_factors.side
+        return ScaleFactors(frames, side)
 
-    def whole(self, latent: LatentSpec) -> LatentSpec:
+    def with_coarser_steps(self, latent: LatentSpec) -> LatentSpec:
         """Return the latent space with size and length steps that both stages can generate."""
-        growth = self.growth(latent)
+        scale_factors = self.scale_factors(latent)
         return replace(
             latent,
-            pixel_step=latent.pixel_step * growth.side.numerator,
-            frame_step=latent.frame_step * growth.frames,
+            pixel_step=latent.pixel_step * scale_factors.side.numerator,
+            frame_step=latent.frame_step * scale_factors.frames,
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
@@ -111,35 +111,33 @@ class TwoStages:
                 "Leave one of them out"
             )
         first = self._make_first_stage(prepared, latent)
-        if self.ends_early:
+        if self.skips_second_stage:
             return first
         # resample the released noise levels to the requested number of steps
-        positions = numpy.linspace(0, len(LEVELS) - 1, self.steps + 1)
-        levels = numpy.interp(positions, range(len(LEVELS)), LEVELS)
+        positions = numpy.linspace(0, len(SECOND_STAGE_SIGMAS) - 1, self.steps + 1)
+        sigmas = numpy.interp(positions, range(len(SECOND_STAGE_SIGMAS)), SECOND_STAGE_SIGMAS)
         shape = latent.shape(first.frames, first.height, first.width)
         second = replace(
             prepared,
             request=replace(request, cfg_schedule=None, step_cache=None),
             steps=self.steps,
-            sigmas=tuple(float(level) for level in levels),
+            sigmas=tuple(float(sigma) for sigma in sigmas),
             solver="euler",
             guidance_scale=(1.0,),
             rules=NO_GUIDANCE_RULES,
             family_record=RequestReferences(),  # references are only for the first stage
-            stage_lora_strengths=tuple(
-                lora.second for lora in self.loras
-            ),  # strengths of the LoRAs in this stage
+            stage_lora_strengths=tuple(lora.second_strength for lora in self.loras),
             stage_start_networks=self._plan_upscaling(shape, dtype),
         )
         return replace(prepared, stages=(first, second))
 
     def _make_first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
         """Return the request of the small clip that the first stage generates."""
-        growth = self.growth(latent)
-        width = int(prepared.width / growth.side)
-        height = int(prepared.height / growth.side)
+        scale_factors = self.scale_factors(latent)
+        width = int(prepared.width / scale_factors.side)
+        height = int(prepared.height / scale_factors.side)
         # the first frame has a latent frame to itself, so only the others are multiplied later
-        frames = (prepared.frames - 1) // growth.frames + 1
+        frames = (prepared.frames - 1) // scale_factors.frames + 1
         joint = prepared.joint
         if joint is not None:  # later stages do not lengthen the audio
             # the clip's smaller latents, with audio of the full duration
@@ -150,11 +148,9 @@ class TwoStages:
             width=width,
             height=height,
             frames=frames,
-            fps=prepared.fps / growth.frames,  # fewer frames in the same duration
+            fps=prepared.fps / scale_factors.frames,  # fewer frames in the same duration
             joint=joint,
-            stage_lora_strengths=tuple(
-                lora.first for lora in self.loras
-            ),  # strengths of the LoRAs in this stage
+            stage_lora_strengths=tuple(lora.first_strength for lora in self.loras),
         )
 
     def _plan_upscaling(
@@ -168,10 +164,10 @@ class TwoStages:
         for option, path in self.upscalers.items():
             batch, channels, length, rows, columns = shape
             loaders.append((partial(load_upscaler, path, option, dtype), shape))
-            growth = factors(path, option, channels)
+            factors = read_scale_factors(path, option, channels)
             # the first latent frame stays single
-            length = (length - 1) * growth.frames + 1
-            shape = (batch, channels, length, int(rows * growth.side), int(columns * growth.side))
+            length = (length - 1) * factors.frames + 1
+            shape = (batch, channels, length, int(rows * factors.side), int(columns * factors.side))
         return tuple(loaders)
 
 
@@ -188,15 +184,15 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
     path, first, second = options.lora
     if path is not None and (first or second):  # a strength of 0 in both stages adds nothing
         loras.append(StageLora(path, "--distilled_lora_path", first, second))
-    ends_early = False
+    skips_second_stage = False
     if isinstance(options, Ltx2OfficialStages):
         for path, strength in options.first_loras:
-            loras.append(StageLora(path, _LORA, strength, 0.0))  # not in the second stage
-        ends_early = options.skip_stage_2
-    return TwoStages(upscalers, options.sample_stage2_steps, tuple(loras), ends_early)
+            loras.append(StageLora(path, _LORA_OPTION, strength, 0.0))  # not in the second stage
+        skips_second_stage = options.skip_stage_2
+    return TwoStages(upscalers, options.sample_stage2_steps, tuple(loras), skips_second_stage)
 
 
-def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
+def move_ic_loras_to_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     """Move IC-LoRAs (trained with references) from --lora_weight to the first stage; return both records.
 
     Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns select parts of LoRAs.
@@ -204,11 +200,10 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     both_stages: list[tuple[Path, float]] = []
     first_stage: list[tuple[Path, float]] = []
     patterns = shared.lora_patterns
-    uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
-    for path, strength in uses:
+    for path, strength in zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True):
         # an IC-LoRA records how much smaller its references are; other LoRAs record no factors
-        loras = first_stage if read_factors([path]) else both_stages
-        loras.append((path, strength))
+        is_ic_lora = bool(read_reference_factors([path]))
+        (first_stage if is_ic_lora else both_stages).append((path, strength))
     if not first_stage:
         return shared, own_options
     if patterns.include_patterns or patterns.exclude_patterns:
@@ -236,8 +231,8 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
 
 def stage_sections(
     prepared: Prepared,
-    draw: Callable[[Prepared], Tensor],
-    begin: Callable[[Prepared, int, Tensor], Section],
+    draw_noise: Callable[[Prepared], Tensor],
+    make_section: Callable[[Prepared, int, Tensor], Section],
     enlarge: Callable[[Tensor], Tensor],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
@@ -245,34 +240,34 @@ def stage_sections(
 
     Args:
         prepared: Request with its stages.
-        draw: Returns the initial noise of a clip.
-        begin: Returns the section of a stage, given its request, its index and its start.
+        draw_noise: Returns the initial noise of a clip.
+        make_section: Returns the section of a stage, given its request, its index and its start.
         enlarge: Returns the second stage's latents, given the first stage's, B C F H W.
         noise: Source of the noise.
     """
     first, second = prepared.stages
-    section = begin(first, 0, draw(first))
+    section = make_section(first, 0, draw_noise(first))
     # a yield hands the section to the sampler and returns its denoised latents
-    latents = yield _of_stage(section, first, 0)
+    latents = yield _label_stage(section, first, 0)
     image, audio = split_audio(latents, first.joint)
     image = enlarge(image)
-    level = second.sigmas[0]
-    start = _blend(image, _draw_image_tokens(noise, image), level)
+    start_sigma = second.sigmas[0]
+    start = _add_noise(image, _draw_image_tokens(noise, image), start_sigma)
     if second.joint is None or audio is None:
-        section = begin(second, 1, start)
-        return (yield _of_stage(section, second, 1))
-    audio_start = _blend(audio, _draw_audio_tokens(noise, audio), level)
+        section = make_section(second, 1, start)
+        return (yield _label_stage(section, second, 1))
+    audio_start = _add_noise(audio, _draw_audio_tokens(noise, audio), start_sigma)
     start = second.joint.join(start, audio_start)
-    section = begin(second, 1, start)
-    latents = yield _of_stage(section, second, 1)
+    section = make_section(second, 1, start)
+    latents = yield _label_stage(section, second, 1)
     # the result has the audio of the first stage; the second stage only lets it influence the images
     image, _ = second.joint.split(latents)
     return second.joint.join(image, audio)
 
 
-def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
-    """Mix clean latents with noise at a noise level, on the clean latents' device."""
-    return (1 - level) * clean + level * drawn.to(clean.device)
+def _add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Mix clean latents with noise at a noise level, on the latents' device."""
+    return (1 - sigma) * latents + sigma * noise.to(latents.device)
 
 
 def _draw_image_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
@@ -289,6 +284,6 @@ def _draw_audio_tokens(noise: NoiseSource, audio: Tensor) -> Tensor:
     return rearrange(drawn, "b t (c m) -> b c t m", c=channels)
 
 
-def _of_stage(section: Section, stage: Prepared, number: int) -> Section:
+def _label_stage(section: Section, stage: Prepared, number: int) -> Section:
     overrides = replace(section.overrides, joint=section.overrides.joint or stage.joint)
     return replace(section, overrides=overrides, stage=number, label=f"stage {number + 1} of 2")

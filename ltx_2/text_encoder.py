@@ -32,7 +32,14 @@ from encoders.language_models import (
 )
 from encoders.picture_prompts import PatchedImages
 from encoders.text_encoder import TemplatedPrompt, TextTokenizer, TokenizerSource
-from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
+from ltx_2.connectors import (
+    FILES,
+    OPTION,
+    ConnectorsConfig,
+    TextConnectors,
+    open_connectors,
+    read_connectors,
+)
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError
 from protocols.data import Conditions, weigh_tokens
@@ -201,27 +208,33 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Return what the text states depend on besides the text; reads no weights."""
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
-    def check(self) -> int:
-        """Check that Gemma's file fits the connectors, and return the bytes that the connectors take.
+    def check(self) -> None:
+        """Check that Gemma's file fits the connectors.
 
         Raises CheckpointError if a file is of another kind, or the connectors take states of another width.
         """
         model = self.use.model
         with open_checkpoint(self.path) as checkpoint:
             gemma = read_language_model(checkpoint, model, ALL_STATES).config
-        with open_connectors(self.connectors, self.path) as checkpoint:
-            plan = read_connectors(checkpoint, self.streams)
+        config = self._read_connectors_config()
         width = gemma.dim * len(all_states(gemma.num_layers))
-        check_state_width(model.option, self.path, width, self.connectors, plan.config.text_dim, model.files)
+        check_state_width(model.option, self.path, width, self.connectors, config.text_dim, model.files)
         # learned registers, repeated, fill a text up to ROWS states
-        if any(ROWS % connector.registers for connector in plan.config.streams.values()):
+        if any(ROWS % connector.num_registers for connector in config.streams.values()):
             raise CheckpointError(
                 f"{self.connectors}: its connectors have a number of registers that does not divide {ROWS}. "
                 f"Give {FILES} to {OPTION}.",
                 self.connectors,
             )
+
+    def _read_connectors_config(self) -> ConnectorsConfig:
+        with open_connectors(self.connectors, self.path) as checkpoint:
+            return read_connectors(checkpoint, self.streams).config
+
+    def _count_connector_bytes(self) -> int:
+        """Return how many bytes the loaded connectors take."""
         with on_meta_device():
-            connectors = TextConnectors(plan.config)
+            connectors = TextConnectors(self._read_connectors_config())
         num_weights = sum(weight.numel() for weight in connectors.parameters())
         return num_weights * self.dtype.itemsize
 
@@ -249,19 +262,20 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Return the connectors."""
         return self.network.get_submodule("connectors")
 
-    def waiting_bytes(self, room: int) -> int:
+    def waiting_bytes(self, free_bytes: int) -> int:
         """Return how many bytes of Gemma stay in host memory next to the connectors."""
-        return super().waiting_bytes(max(room - self.check(), 0))
+        self.check()
+        return super().waiting_bytes(max(free_bytes - self._count_connector_bytes(), 0))
 
     def compute(
         self,
         network: nn.Module,
         tokenizer: TextTokenizer,
-        rows: Sequence[list[int]],
-        dropped: int,
+        token_ids: Sequence[list[int]],
+        num_template_tokens: int,
         images: Sequence[PatchedImages] = (),
     ) -> list[Conditions]:
-        """Return each stream's connector output, 1024 states, for each row of token ids, and a mask of ones.
+        """Return each stream's connector output, 1024 states, for each prompt, and a mask of ones.
 
         Other trainers cache such a mask too, although all 1024 states are used.
         """
@@ -269,8 +283,8 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         device = next(connectors.parameters()).device
         width = network.get_parameter(self.embedding).shape[1]
         all_conditions: list[Conditions] = []
-        for row in rows:  # singly, as the states of all layers are large
-            (gemma_conditions,) = super().compute(network, tokenizer, [row], dropped)
+        for ids in token_ids:  # singly, as the states of all layers are large
+            (gemma_conditions,) = super().compute(network, tokenizer, [ids], num_template_tokens)
             (states,) = gemma_conditions[STATES]
             texts = connectors(states.to(device).unflatten(-1, (-1, width)), ROWS)  # T layers width
             conditions = {prompt_key(stream): text.cpu() for stream, text in texts.items()}

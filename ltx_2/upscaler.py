@@ -66,7 +66,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     if side is None or (side > 2 and not is_rational):
         raise rejection
     # a factor of 3 is the numerator of a fraction whose denominator no tensor shows
-    scale = _scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
+    scale = _read_rational_scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
     # these names are the arguments of the network's class
     settings = {
         "in_channels": channels,
@@ -81,7 +81,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     return LoadPlan(settings, checkpoint, sources)
 
 
-def _scale(checkpoint: Checkpoint, option: str) -> float:
+def _read_rational_scale(checkpoint: Checkpoint, option: str) -> float:
     """Return a resampler's scale, whose numerator is 3; raise CheckpointError if it is not 1.5."""
     settings = read_settings(checkpoint, "", DIFFUSERS_CLASS)
     scale = settings.get("rational_spatial_scale", settings.get("spatial_scale"))
@@ -94,14 +94,14 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
     return 1.5
 
 
-class UpscalerGrowth(NamedTuple):
+class ScaleFactors(NamedTuple):
     """Factors by which upscalers multiply a clip's frames and its height and width."""
 
     frames: int
     side: Fraction
 
 
-def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
+def read_scale_factors(path: Path, option: str, channels: int) -> ScaleFactors:
     """Return the factors by which an upscaler multiplies frames and sides of latents with `channels`.
 
     Raises CheckpointError for another file, OptionError if the upscaler belongs to the other option.
@@ -118,7 +118,7 @@ def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
         right_option = SPATIAL if is_spatial else TEMPORAL
         raise OptionError(f"{option} {path}: this upscaler is for {right_option}")
     side = Fraction(settings["rational_spatial_scale"]) if is_spatial else Fraction(1)
-    return UpscalerGrowth(1 + settings["temporal_upsample"], side)  # a temporal upscaler doubles the frames
+    return ScaleFactors(1 + settings["temporal_upsample"], side)  # a temporal upscaler doubles the frames
 
 
 @torch.no_grad()

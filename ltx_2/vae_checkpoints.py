@@ -10,7 +10,7 @@ and has shortcuts. Any other is treated like LTX-2.3's: zeros at borders, no sho
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
 from checkpoints.opening import Checkpoint, plain_sources
 from ltx_2.released import own_part, read_settings
-from ltx_2.video_vae_blocks import BlockGroup, Factors, HalfConfig, Resampling, VideoVaeConfig
+from ltx_2.video_vae_blocks import BlockGroup, CoderConfig, Factors, Resampling, VideoVaeConfig
 from modules.errors import CheckpointError
 
 STATISTICS = {  # statistics of latents: the file's name -> diffusers' and our names
@@ -28,11 +28,12 @@ STATISTICS = {  # statistics of latents: the file's name -> diffusers' and our n
 UNUSED = ("per_channel_statistics.*",)  # further statistics
 FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffusers' folder vae"
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
+Shape = Callable[..., tuple[int, ...]]  # name and number of axes of a tensor -> its shape
 ZEROS, REFLECT = "zeros", "reflect"
 DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
 # tensors of LTX-2.5's additional decoder, which has neighborhood attention
-_DIFFUSION = ("decoder.det_stages.", "decoder.diff_blocks.")
-_TIMED = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
+_DIFFUSION_DECODER_PREFIXES = ("decoder.det_stages.", "decoder.diff_blocks.")
+_TIMESTEP_TENSORS = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
 _LEVEL = re.compile(
     r"(?:en|de)coder\.(?:mid_block|(?:down|up)_blocks\.(\d+))\.(?:resnets|((?:down|up)samplers\.0))\.(.+)"
 )
@@ -55,14 +56,14 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
         raise rejection
     sources = rename_sources(sources, lambda name: STATISTICS.get(name, name))
     shape = shapes_of(checkpoint, sources, rejection)
-    encoder = _read_half(shape, sources, "encoder", rejection)
-    decoder = _read_half(shape, sources, "decoder", rejection)
+    encoder = _read_coder(shape, sources, "encoder", rejection)
+    decoder = _read_coder(shape, sources, "decoder", rejection)
     config = _with_info(checkpoint, encoder, decoder)
     # the tensors must agree with the settings
     patch_width = shape("encoder.conv_in.conv.weight", 5)[1]
     if patch_width != 3 * config.patch**2:  # 3 colors for each pixel of a patch
         raise rejection
-    if shape("decoder.conv_out.conv.weight", 5)[0] != patch_width or not _halves_fit(config):
+    if shape("decoder.conv_out.conv.weight", 5)[0] != patch_width or not _coders_fit(config):
         raise rejection
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
@@ -70,13 +71,13 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
 def _reject_other_decoders(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if the decoder is the diffusion decoder of LTX-2.5, or takes a time step."""
     names = checkpoint.tensors
-    if any(name.startswith(_DIFFUSION) for name in names):
+    if any(name.startswith(_DIFFUSION_DECODER_PREFIXES) for name in names):
         raise CheckpointError(
             f"{checkpoint.path} has the diffusion decoder of LTX-2.5, which is not supported. Give "
             "ltx-2.5-video-vae-conv-bf16.safetensors to --vae: it decodes the same latents.",
             checkpoint.path,
         )
-    if any(_TIMED.fullmatch(name) for name in names):
+    if any(_TIMESTEP_TENSORS.fullmatch(name) for name in names):
         raise CheckpointError(
             f"{checkpoint.path}: its decoder takes a time step, as LTX-Video's does, which is not supported. "
             f"Give {FILES} to --vae.",
@@ -84,7 +85,7 @@ def _reject_other_decoders(checkpoint: Checkpoint) -> None:
         )
 
 
-def _halves_fit(config: VideoVaeConfig) -> bool:
+def _coders_fit(config: VideoVaeConfig) -> bool:
     """Return whether encoder and decoder fit each other, with matching widths at each resampling."""
     encoder, decoder = config.encoder, config.decoder
     return (
@@ -98,7 +99,7 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
 class _NestedLevel(NamedTuple):
     """Position of a residual block or resampling layer in diffusers' layout, which sorts in layer order."""
 
-    half: str  # encoder or decoder
+    coder: str  # encoder or decoder
     # index of its level; the middle block is the last level of the encoder, or the first of the decoder
     number: int
     # whether it is the second part of its level: resampling in the encoder, residual blocks in the decoder
@@ -108,12 +109,12 @@ class _NestedLevel(NamedTuple):
 def _read_level(match: re.Match[str]) -> _NestedLevel:
     """Parse a match of `_LEVEL` into the level of a nested module."""
     number, resampling, _ = match.groups()
-    half = match[0][: len("encoder")]
-    is_encoder = half == "encoder"
+    coder = match[0][: len("encoder")]
+    is_encoder = coder == "encoder"
     middle = 1 << 30 if is_encoder else -1  # the middle block comes last in the encoder, first in the decoder
     is_resampling = resampling is not None
     return _NestedLevel(
-        half, middle if number is None else int(number), is_second=is_resampling == is_encoder
+        coder, middle if number is None else int(number), is_second=is_resampling == is_encoder
     )
 
 
@@ -125,8 +126,8 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """
     matches = [_LEVEL.fullmatch(name) for name in names]
     levels = sorted({_read_level(match) for match in matches if match})
-    levels_of_half = {
-        half: [level for level in levels if level.half == half] for half in ("encoder", "decoder")
+    levels_of_coder = {
+        coder: [level for level in levels if level.coder == coder] for coder in ("encoder", "decoder")
     }
 
     def translate(name: str) -> str:
@@ -135,49 +136,41 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
             return name
         _, resampling, name_end = match.groups()
         level = _read_level(match)
-        index = levels_of_half[level.half].index(level)  # in the flat list
-        direction = "down" if level.half == "encoder" else "up"
-        start = f"{level.half}.{direction}_blocks.{index}"
+        index = levels_of_coder[level.coder].index(level)  # in the flat list
+        direction = "down" if level.coder == "encoder" else "up"
+        start = f"{level.coder}.{direction}_blocks.{index}"
         return f"{start}.{name_end}" if resampling else f"{start}.res_blocks.{name_end}"
 
     return translate
 
 
-def _read_half(
-    shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
-) -> HalfConfig:
+def _read_coder(shape: Shape, names: Iterable[str], coder: str, rejection: CheckpointError) -> CoderConfig:
     """Return the layers of the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """
     names = frozenset(names)
-    is_down = half == "encoder"
-    start = f"{half}.{'down' if is_down else 'up'}_blocks"
+    is_down = coder == "encoder"
+    prefix = f"{coder}.{'down' if is_down else 'up'}_blocks"
     parts: list[BlockGroup | Resampling] = []
-    width_out, last_width = shape(f"{half}.conv_out.conv.weight", 5)[:2]
+    width_out, last_width = shape(f"{coder}.conv_out.conv.weight", 5)[:2]
     width = last_width  # channels after the current part
-    num_parts = count(names, rf"{re.escape(start)}\.\d+")
+    num_parts = count(names, rf"{re.escape(prefix)}\.\d+")
     # from the last part backward: a resampling layer's factor needs the width after it
     for index in reversed(range(num_parts)):
-        name = f"{start}.{index}"
-        if f"{name}.conv.conv.weight" in names:
-            convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
-            large, small = (width, convolved) if is_down else (convolved, width)
-            ratio, remainder = divmod(large, small)
-            if not parts or remainder or ratio not in FACTORS:
-                raise rejection
-            parts.insert(0, Resampling(width_in, width, FACTORS[ratio], is_residual=is_down))
-            width = width_in
-        else:
-            first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
-            if first not in names or shape(first, 5)[1] != width:
-                raise rejection
-            num_blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
-            parts.insert(0, BlockGroup(width, num_blocks))
-    width_in, channels_in = shape(f"{half}.conv_in.conv.weight", 5)[:2]
+        name = f"{prefix}.{index}"
+        if f"{name}.conv.conv.weight" not in names:
+            parts.insert(0, _read_block_group(shape, names, name, width, rejection))
+        elif parts:
+            resampling = _read_resampling(shape, name, width, is_down, rejection)
+            parts.insert(0, resampling)
+            width = resampling.width_in
+        else:  # the last part is a group of blocks
+            raise rejection
+    width_in, channels_in = shape(f"{coder}.conv_in.conv.weight", 5)[:2]
     if width_in != width or not parts:
         raise rejection
-    return HalfConfig(
+    return CoderConfig(
         channels_in,
         width_in=width_in,
         parts=tuple(parts),
@@ -187,7 +180,29 @@ def _read_half(
     )
 
 
-def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
+def _read_block_group(
+    shape: Shape, names: Collection[str], name: str, width: int, rejection: CheckpointError
+) -> BlockGroup:
+    """Return a group of residual blocks; raise `rejection` unless they have this width."""
+    first_layer = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
+    if first_layer not in names or shape(first_layer, 5)[1] != width:
+        raise rejection
+    return BlockGroup(width, count(names, rf"{re.escape(name)}\.res_blocks\.\d+"))
+
+
+def _read_resampling(
+    shape: Shape, name: str, width_out: int, is_down: bool, rejection: CheckpointError
+) -> Resampling:
+    """Return a resampling layer, whose factors follow from the widths of its convolution and its output."""
+    convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
+    large, small = (width_out, convolved) if is_down else (convolved, width_out)
+    ratio, remainder = divmod(large, small)
+    if remainder or ratio not in FACTORS:
+        raise rejection
+    return Resampling(width_in, width_out, FACTORS[ratio], is_residual=is_down)
+
+
+def _with_info(checkpoint: Checkpoint, encoder: CoderConfig, decoder: CoderConfig) -> VideoVaeConfig:
     """Add settings that no tensor shows; raise CheckpointError if the file's settings are invalid."""
     path = checkpoint.path
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
@@ -204,18 +219,18 @@ def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig)
 
 
 def _apply_settings(
-    settings: Mapping[str, Any], encoder: HalfConfig, decoder: HalfConfig
-) -> tuple[HalfConfig, HalfConfig]:
+    settings: Mapping[str, Any], encoder: CoderConfig, decoder: CoderConfig
+) -> tuple[CoderConfig, CoderConfig]:
     """Return the encoder's and decoder's dimensions with paddings, shortcuts and causality from the settings.
 
     Raises ValueError for invalid settings, and TypeError or the like for values of other types.
     """
-    is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     # the oldest release has three equal upsamplings
-    shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
+    is_ltx_2_0 = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
+    shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_ltx_2_0)
     encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
     # the decoder's padding has two names in files; the second one takes precedence
-    decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_first else ZEROS)
+    decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_ltx_2_0 else ZEROS)
     decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
@@ -235,14 +250,14 @@ def _apply_settings(
     return encoder, decoder
 
 
-def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
+def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_ltx_2_0: bool) -> Sequence[Any]:
     """Return whether each of the decoder's resamplings has a shortcut, from the pixels inward.
 
-    `is_first` is true for the decoder of LTX-2, which has shortcuts by default.
+    `is_ltx_2_0` is true for the decoder of LTX-2, which has shortcuts by default.
     """
     if "decoder_blocks" in settings:
         # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]
         blocks = [dict(info) for kind, info in settings["decoder_blocks"] if kind.startswith("compress")]
         return [block.get("residual", False) for block in blocks]
-    shortcuts = settings.get("upsample_residual", num_resamplings * [is_first])
+    shortcuts = settings.get("upsample_residual", num_resamplings * [is_ltx_2_0])
     return num_resamplings * [shortcuts] if isinstance(shortcuts, bool) else shortcuts

@@ -51,7 +51,7 @@ class Resampling:
 
 
 @dataclass(frozen=True)
-class HalfConfig:
+class CoderConfig:
     """Dimensions of a VAE's encoder or decoder."""
 
     channels_in: int  # number of input channels
@@ -80,8 +80,8 @@ class VideoVaeConfig:
 
     latent_channels: int
     patch: int  # rows and columns of pixels that the first layer folds into channels
-    encoder: HalfConfig
-    decoder: HalfConfig
+    encoder: CoderConfig
+    decoder: CoderConfig
 
     @property
     def stride(self) -> Factors:
@@ -129,12 +129,12 @@ class ClipConv(nn.Module):
     With `is_normed`, each pixel is first divided by its root mean square, followed by SiLU.
     """
 
-    def __init__(self, width_in: int, width_out: int, half: HalfConfig, is_normed: bool = False) -> None:
+    def __init__(self, width_in: int, width_out: int, coder: CoderConfig, is_normed: bool = False) -> None:
         super().__init__()
-        around = (0, 0, 0) if half.reflects else (0, 1, 1)
+        around = (0, 0, 0) if coder.reflects else (0, 1, 1)
         self.conv = nn.Conv3d(width_in, width_out, KERNEL, padding=around)
-        self.before = KERNEL - 1 if half.is_causal else 1  # number of earlier frames that the kernel covers
-        self.reflects = half.reflects
+        self.before = KERNEL - 1 if coder.is_causal else 1  # number of earlier frames that the kernel covers
+        self.reflects = coder.reflects
         self.is_normed = is_normed
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
@@ -203,10 +203,10 @@ def _mirror_borders(x: Tensor) -> None:
 class PixelResidualBlock(nn.Module):
     """Norm, SiLU and convolution, twice, with a shortcut."""
 
-    def __init__(self, width: int, half: HalfConfig) -> None:
+    def __init__(self, width: int, coder: CoderConfig) -> None:
         super().__init__()
-        self.conv1 = ClipConv(width, width, half, is_normed=True)
-        self.conv2 = ClipConv(width, width, half, is_normed=True)
+        self.conv1 = ClipConv(width, width, coder, is_normed=True)
+        self.conv2 = ClipConv(width, width, coder, is_normed=True)
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
         """Apply the block to the next frames x, B C T H W; None marks the end of the clip."""
@@ -219,9 +219,9 @@ class PixelResidualBlock(nn.Module):
 class PixelsToChannels(nn.Module):
     """Convolve, then move blocks of pixels to channels; the first frame is repeated to fill its block."""
 
-    def __init__(self, part: Resampling, half: HalfConfig) -> None:
+    def __init__(self, part: Resampling, coder: CoderConfig) -> None:
         super().__init__()
-        self.conv = ClipConv(part.width_in, part.width_out // prod(part.factors), half)
+        self.conv = ClipConv(part.width_in, part.width_out // prod(part.factors), coder)
         self.part = part
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
@@ -235,9 +235,9 @@ class PixelsToChannels(nn.Module):
 class ChannelsToPixels(nn.Module):
     """Convolve, then move channels to blocks of pixels; of the first block, keep only the last frame."""
 
-    def __init__(self, part: Resampling, half: HalfConfig) -> None:
+    def __init__(self, part: Resampling, coder: CoderConfig) -> None:
         super().__init__()
-        self.conv = ClipConv(part.width_in, part.width_out * prod(part.factors), half)
+        self.conv = ClipConv(part.width_in, part.width_out * prod(part.factors), coder)
         self.part = part
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
@@ -276,9 +276,9 @@ def _unfold(x: Tensor, factors: Factors) -> Tensor:
 class ResidualBlocks(nn.Module):
     """Numbered list of residual blocks, named as in the official file."""
 
-    def __init__(self, part: BlockGroup, half: HalfConfig) -> None:
+    def __init__(self, part: BlockGroup, coder: CoderConfig) -> None:
         super().__init__()
-        self.res_blocks = nn.ModuleList(PixelResidualBlock(part.width, half) for _ in range(part.count))
+        self.res_blocks = nn.ModuleList(PixelResidualBlock(part.width, coder) for _ in range(part.count))
 
 
 def _flat(groups: nn.ModuleList) -> list[nn.Module]:
@@ -293,14 +293,14 @@ class VideoVaeEncoder(nn.Module):
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()
-        half = config.encoder
+        coder = config.encoder
         self.patch = config.patch
-        self.conv_in = ClipConv(half.channels_in, half.width_in, half)
+        self.conv_in = ClipConv(coder.channels_in, coder.width_in, coder)
         self.down_blocks = nn.ModuleList(
-            ResidualBlocks(part, half) if isinstance(part, BlockGroup) else PixelsToChannels(part, half)
-            for part in half.parts
+            ResidualBlocks(part, coder) if isinstance(part, BlockGroup) else PixelsToChannels(part, coder)
+            for part in coder.parts
         )
-        self.conv_out = ClipConv(half.last_width, half.width_out, half, is_normed=True)
+        self.conv_out = ClipConv(coder.last_width, coder.width_out, coder, is_normed=True)
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
         """Encode the first frame, or whole groups of later frames: B 3 T H W to B Z+1 t h w."""
@@ -317,19 +317,19 @@ class VideoVaeDecoder(nn.Module):
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()
-        half = config.decoder
-        self.patch, self.is_causal = config.patch, half.is_causal
-        self.conv_in = ClipConv(half.channels_in, half.width_in, half)
+        coder = config.decoder
+        self.patch, self.is_causal = config.patch, coder.is_causal
+        self.conv_in = ClipConv(coder.channels_in, coder.width_in, coder)
         self.up_blocks = nn.ModuleList(
-            ResidualBlocks(part, half) if isinstance(part, BlockGroup) else ChannelsToPixels(part, half)
-            for part in half.parts
+            ResidualBlocks(part, coder) if isinstance(part, BlockGroup) else ChannelsToPixels(part, coder)
+            for part in coder.parts
         )
-        self.conv_out = ClipConv(half.last_width, half.width_out, half, is_normed=True)
+        self.conv_out = ClipConv(coder.last_width, coder.width_out, coder, is_normed=True)
 
     def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
 
-        With a decoder that looks ahead, the first frames come after about half a clip, and the last ones a
+        With a decoder that looks ahead, the first frames come after about coder a clip, and the last ones a
         frame or two at a time, as each layer in turn reaches the end of the clip. So no layer ever computes
         more frames at once than a latent frame makes.
         """

@@ -27,27 +27,31 @@ TEXTS_AGAIN = "minimax_h3_cache_text_encoder_outputs.py"
 FORMAT = "minimax-h3-text-v2"  # format of text caches, named as in musubi-tuner
 PROBE_FORMAT = "h3-uncond-probe-v1"  # format of the files of --uncond_output
 TASK, FORMAT_KEY, TEACHER = "task", "cache_format", "teacher_conditions"  # in metadata
-SHOWN, WRITTEN = 0, 1  # tags: rows of vision blocks, rows of text
+IMAGE_TAG = 0  # of tokens in vision blocks; tokens of text have 1
 
 
-class Rows(NamedTuple):
+class TextKeys(NamedTuple):
     """Keys in a cache file: the text encoder's states, and the tags of their tokens."""
 
     states: str
     tags: str
 
 
-# --teacher_conditions -> the rows that a teacher is given
-TEACHER_ROWS: Mapping[str, Rows] = {
-    "first,last": Rows("mmh3_teacher_hidden_states", "mmh3_teacher_token_tags"),
-    "ref": Rows("mmh3_teacher_ref_hidden_states", "mmh3_teacher_ref_token_tags"),
-    "subject_ref": Rows("mmh3_teacher_subject_ref_hidden_states", "mmh3_teacher_subject_ref_token_tags"),
+# --teacher_conditions -> keys of the text that a teacher is given
+TEACHER_KEYS: Mapping[str, TextKeys] = {
+    "first,last": TextKeys("mmh3_teacher_hidden_states", "mmh3_teacher_token_tags"),
+    "ref": TextKeys("mmh3_teacher_ref_hidden_states", "mmh3_teacher_ref_token_tags"),
+    "subject_ref": TextKeys("mmh3_teacher_subject_ref_hidden_states", "mmh3_teacher_subject_ref_token_tags"),
 }
 
 
-def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
-    """Return a text cache's metadata; `shown` are hashes of the media presented with the caption."""
-    presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
+def make_cache_metadata(
+    task: str, teacher: str | None, caption: str, media_hashes: Sequence[str]
+) -> dict[str, str]:
+    """Return a text cache's metadata; `media_hashes` are of the media presented with the caption."""
+    presented = json.dumps(
+        {"task": task, "teacher": teacher, "caption": caption, "shown": list(media_hashes)}
+    )
     return {
         TASK: task,
         FORMAT_KEY: FORMAT,
@@ -56,7 +60,7 @@ def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str
     }
 
 
-def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
+def check_cache_metadata(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
     """Raise CacheError if a text cache was made for another task, or in another format.
 
     A cache that records neither its task nor its format is accepted.
@@ -83,34 +87,38 @@ def check_texts(batch: Batch, task: str) -> None:
     Caches of this program and of other trainers record the task. The tags of the tokens must fit it, too.
     """
     for key, metadata in zip(batch.keys, batch.text_metadata, strict=False):
-        check_marks(key, metadata, task)
+        check_cache_metadata(key, metadata, task)
     for index, key in enumerate(batch.keys):
         if not (batch.has_empty_text and batch.has_empty_text[index]):
             _check_tags(key, batch.tensors[TAGS][index], len(batch.tensors[KEY][index]), task)
 
 
-def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
+def _check_tags(key: str, tags: Tensor, num_states: int, task: str) -> None:
     """Raise CacheError if token tags do not match the number of states, or do not fit the task."""
-    if tags.is_floating_point() or tags.shape != (rows,) or not torch.isin(tags, torch.tensor([0, 1])).all():
+    if (
+        tags.is_floating_point()
+        or tags.shape != (num_states,)
+        or not torch.isin(tags, torch.tensor([0, 1])).all()
+    ):
         raise CacheError(
-            f"{key}: {TAGS} in its cache is not a 0 or 1 for each of {rows} rows. Cache again with "
+            f"{key}: {TAGS} in its cache is not a 0 or 1 for each of {num_states} rows. Cache again with "
             f"{TEXTS_AGAIN} --task {task}."
         )
-    has_shown = bool((tags == SHOWN).any())
-    if has_shown == (task == "t2va"):
-        seen = "pictures" if has_shown else "no pictures"
+    has_images = bool((tags == IMAGE_TAG).any())
+    if has_images == (task == "t2va"):
+        seen = "pictures" if has_images else "no pictures"
         raise CacheError(
             f"{key}: the text encoder saw {seen} with the caption, and this run is of --task {task}. Cache "
             f"again with {TEXTS_AGAIN} --task {task}."
         )
 
 
-def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
+def read_teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
     """Return the cached texts that a teacher reads in place of the captions of a batch.
 
     Args:
         batch: The batch.
-        conditions: What the teacher sees besides the caption, a key of `TEACHER_ROWS` such as "first,last".
+        conditions: What the teacher sees besides the caption, a key of `TEACHER_KEYS` such as "first,last".
 
     Returns:
         The states, n C, and the tags, n, of each sample; n is the number of its tokens.
@@ -118,24 +126,25 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
     Raises:
         CacheError: If the caches do not have these texts, or if they are damaged.
     """
-    names = TEACHER_ROWS[conditions]
-    missing = [name for name in names if name not in batch.tensors]
+    keys = TEACHER_KEYS[conditions]
+    missing = [key for key in keys if key not in batch.tensors]
     if missing:
-        cached_conditions = [other for other, rows in TEACHER_ROWS.items() if rows.states in batch.tensors]
+        cached_conditions = [
+            other for other, other_keys in TEACHER_KEYS.items() if other_keys.states in batch.tensors
+        ]
         instead = f" (it has those of {cached_conditions[0]})" if cached_conditions else ""
         raise CacheError(
             f"{batch.keys[0]}: its cache has no teacher rows, {missing[0]}{instead}, which {NAME}'s teacher "
             f"matching needs. Cache again with {TEXTS_AGAIN} --task t2va --teacher_conditions {conditions}."
         )
-    states, tags = (list(batch.tensors[name]) for name in names)
-    for row_states, row_tags in zip(states, tags, strict=True):
-        _check_tags(
-            batch.keys[0], row_tags, len(row_states), "fl2va" if conditions == "first,last" else "ref2va"
-        )
+    states, tags = (list(batch.tensors[key]) for key in keys)
+    task = "fl2va" if conditions == "first,last" else "ref2va"  # the task with a text of this kind
+    for sample_states, sample_tags in zip(states, tags, strict=True):
+        _check_tags(batch.keys[0], sample_tags, len(sample_states), task)
     return states, tags
 
 
-def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
+def save_empty_prompt(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     """Write the empty prompt's states in the file format of other trainers.
 
     `tensors` are those of the cache of the prompt `text`.
@@ -146,7 +155,7 @@ def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     logger.info("states of the empty prompt %r: %s", text, path)
 
 
-def read_probe(path: Path) -> tuple[Tensor, Tensor]:
+def read_empty_prompt(path: Path) -> tuple[Tensor, Tensor]:
     """Return the states, n C, and the token tags, n, in a file that --uncond_output wrote.
 
     Raises CacheError for any other file.

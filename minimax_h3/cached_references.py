@@ -21,7 +21,7 @@ from minimax_h3.references import (
     ImageSource,
     check_references,
     check_video_length,
-    full_clip,
+    cut_to_vae_length,
     reference_clip,
     reference_image,
 )
@@ -32,7 +32,7 @@ from modules.media.samples import track_info
 from protocols.rules import ReferenceMedium
 
 
-def reference_of(medium: ReferenceMedium) -> H3Reference:
+def make_reference(medium: ReferenceMedium) -> H3Reference:
     """Make a reference from a row. A clip's audio is the row's audio file, else the clip's own track.
 
     Raises MediaError if the file of a clip cannot be read.
@@ -44,7 +44,9 @@ def reference_of(medium: ReferenceMedium) -> H3Reference:
     return H3Reference(medium.kind, medium.path, audio)
 
 
-def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
+def check_row_references(
+    media: tuple[ReferenceMedium, ...], name: str, is_image: bool, any_length: bool
+) -> None:
     """Raise DatasetError if a dataset row has no references, or some that the model cannot use.
 
     Args:
@@ -59,8 +61,8 @@ def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, a
             "`references`, or move the row to a list of its own, for --task t2va"
         )
     # errors of these checks become errors that name the table
-    with _of_dataset(name):
-        check_references([reference_of(medium) for medium in media])
+    with _name_table_in_errors(name):
+        check_references([make_reference(medium) for medium in media])
         for medium in media:
             if medium.kind == VIDEO:
                 check_video_length(medium.path, any_length)
@@ -72,7 +74,7 @@ def check_shown(media: tuple[ReferenceMedium, ...], name: str, is_image: bool, a
 
 
 @contextmanager
-def _of_dataset(name: str) -> Iterator[None]:
+def _name_table_in_errors(name: str) -> Iterator[None]:
     """Convert option and file errors in the block to errors that name a table."""
     try:
         yield
@@ -105,7 +107,7 @@ class ReferenceSizes:
 def encode_references(
     vae: H3VideoVae,
     audio_vae: H3AudioVae,
-    shown: tuple[ReferenceMedium, ...],
+    media: tuple[ReferenceMedium, ...],
     frames: int,
     sizes: ReferenceSizes,
 ) -> dict[str, Tensor]:
@@ -115,8 +117,8 @@ def encode_references(
     if a reference cannot be read or used.
     """
     tensors = {}
-    for index, medium in enumerate(shown):
-        reference = reference_of(medium)
+    for index, medium in enumerate(media):
+        reference = make_reference(medium)
         try:
             source = sizes.source_of(reference, frames)
         except UserError as error:
@@ -130,7 +132,7 @@ def encode_references(
         if source is None:  # audio alone
             continue
         pixels = source.read()
-        clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else full_clip(pixels)
+        clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else cut_to_vae_length(pixels)
         latents = encode_condition(vae, byte_clips(clip.unsqueeze(0)))
         tensors[reference_key(index, reference.kind)] = latents[0]
     return tensors

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder
-from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, make_marks
-from minimax_h3.cached_references import ReferenceSizes, reference_of
+from minimax_h3.cache_marks import KEY, TAGS, TEACHER_KEYS, check_cache_metadata, make_cache_metadata
+from minimax_h3.cached_references import ReferenceSizes, make_reference
 from minimax_h3.configs import LATENT
 from minimax_h3.files import BLANK, H3_USE, H3Files, H3TextEncoder
 from minimax_h3.options import H3TextCachingOptions
-from minimax_h3.presentation import IMAGE, Shown, present_keyframes, show_clip, show_image
+from minimax_h3.presentation import IMAGE, PresentedMedium, present_clip, present_image, present_keyframes
 from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
 from minimax_h3.references import H3Sources
 from modules.devices import dtype_name
@@ -30,7 +30,7 @@ from protocols.family import EncoderAbilities
 from protocols.requests import Prompt
 from protocols.rules import ReferenceMedium
 
-FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # values of --teacher_conditions
+FIRST_LAST, CLIP, SUBJECT = TEACHER_KEYS  # values of --teacher_conditions
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # values of --text_cache_dtype
 KEYFRAMES, REFERENCES = "fl2va", "ref2va"  # tasks whose text encoder sees media
 _COPIED = """subject_definitions:
@@ -81,9 +81,9 @@ class H3CachingEncoder(H3TextEncoder):
     """Text encoder that caches states for one task; set its fields before use."""
 
     task = "t2va"
-    teacher: str | None = None  # key of `TEACHER_ROWS` for a teacher's additional states; None without
+    teacher: str | None = None  # key of `TEACHER_KEYS` for a teacher's additional states; None without
     states_dtype: torch.dtype | None = None  # dtype of stored states; None for the compute dtype
-    edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
+    short_edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
 
     @property
     def abilities(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
@@ -103,7 +103,9 @@ class H3CachingEncoder(H3TextEncoder):
         """Return what the text states depend on besides the text: the task and the sizes of references."""
         info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
-        info["reference_edges"] = " ".join(map(str, self.edges)) if self.abilities.encodes_media else None
+        info["reference_edges"] = (
+            " ".join(map(str, self.short_edges)) if self.abilities.encodes_media else None
+        )
         named = {f"{self.name}_{fact}": value for fact, value in info.items() if value is not None}
         return {**super().identity, **named}
 
@@ -112,17 +114,17 @@ class H3CachingEncoder(H3TextEncoder):
         self.task = task
         self.teacher = teacher
         self.states_dtype = states_dtype
-        rows = () if teacher is None else TEACHER_ROWS[teacher]
+        rows = () if teacher is None else TEACHER_KEYS[teacher]
         self.keys = self.use.keys | set(rows)
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
         """Return a text cache's metadata: task, format, teacher, and a checksum of caption and media."""
-        return make_marks(self.task, self.teacher, caption, shown)
+        return make_cache_metadata(self.task, self.teacher, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Raise CacheError if a cache was made for another task."""
-        check_marks(path, metadata, self.task)
+        check_cache_metadata(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return each prompt's states, with the task's media before it, and those that a teacher reads.
@@ -134,16 +136,16 @@ class H3CachingEncoder(H3TextEncoder):
     def _encode_item(self, prompt: Prompt) -> Conditions:
         (conditions,) = super().encode([replace(prompt, media_before_text=self._present(prompt))])
         if self.teacher is not None and prompt.clip is not None:
-            (of_teacher,) = super().encode([self._as_teacher_reads(prompt, prompt.clip)])
-            rows = TEACHER_ROWS[self.teacher]
+            (of_teacher,) = super().encode([self._make_teacher_prompt(prompt, prompt.clip)])
+            rows = TEACHER_KEYS[self.teacher]
             conditions = {**conditions, rows.states: of_teacher[KEY], rows.tags: of_teacher[TAGS]}
-        return {key: [self._in_cache(rows) for rows in value] for key, value in conditions.items()}
+        return {key: [self._cast_states(rows) for rows in value] for key, value in conditions.items()}
 
-    def _in_cache(self, rows: Tensor) -> Tensor:
+    def _cast_states(self, rows: Tensor) -> Tensor:
         dtype = self.states_dtype
         return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
 
-    def _present(self, prompt: Prompt) -> tuple[Shown, ...]:
+    def _present(self, prompt: Prompt) -> tuple[PresentedMedium, ...]:
         """Return the images, clips and audio that are presented to the text encoder before a caption.
 
         Raises MediaError if the task is ref2va and the row has no references.
@@ -159,27 +161,29 @@ class H3CachingEncoder(H3TextEncoder):
                 "its row has no references, which --task ref2va makes clips from. Name them in "
                 "`references`, or move it to a list of its own, for --task t2va."
             )
-        return self._show_references(prompt.media, len(prompt.clip))
+        return self._present_references(prompt.media, len(prompt.clip))
 
-    def _show_references(self, media: Sequence[ReferenceMedium], frames: int) -> tuple[Shown, ...]:
+    def _present_references(
+        self, media: Sequence[ReferenceMedium], frames: int
+    ) -> tuple[PresentedMedium, ...]:
         """Return the references of a dataset row as they are presented for a clip of `frames` frames."""
-        sizes = ReferenceSizes(*self.edges, LATENT.pixel_step)
-        references = [reference_of(medium) for medium in media]
+        sizes = ReferenceSizes(*self.short_edges, LATENT.pixel_step)
+        references = [make_reference(medium) for medium in media]
         try:
             sources = tuple(sizes.source_of(reference, frames) for reference in references)
         except UserError as error:
             raise MediaError(str(error)) from error
-        return H3Sources(references=sources).shown(references)
+        return H3Sources(references=sources).presented_media(references)
 
-    def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
+    def _make_teacher_prompt(self, prompt: Prompt, clip: Tensor) -> Prompt:
         """Return the prompt with the text and media that --teacher_conditions shows the teacher."""
         if self.teacher == FIRST_LAST:
             return replace(prompt, media_before_text=present_keyframes(_list_keyframes(prompt)))
         if self.teacher == CLIP:
-            shown = show_clip(clip[..., :3], has_sound=True)
-            return replace(prompt, text=describe_copy(prompt.text), media_before_text=(shown,))
-        images = tuple(show_image(frame[..., :3]) for frame in prompt.image_pixels)
-        images += self._show_references(prompt.media, len(clip))
+            presented = present_clip(clip[..., :3], has_audio=True)
+            return replace(prompt, text=describe_copy(prompt.text), media_before_text=(presented,))
+        images = tuple(present_image(frame[..., :3]) for frame in prompt.image_pixels)
+        images += self._present_references(prompt.media, len(clip))
         if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
                 "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "
@@ -211,7 +215,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
 
 
 @functools.cache  # cached, because uses are compared by identity
-def _make_use(blank: str) -> LanguageEncoderSettings:
+def _make_settings(blank: str) -> LanguageEncoderSettings:
     """Return how the text encoder is used, with `blank` in place of an empty prompt."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
 
@@ -223,21 +227,21 @@ class H3CachingFiles(H3Files):
     teacher: str | None = None
     states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
     blank: str = BLANK  # replaces the empty prompt
-    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
+    short_edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 
     encoder_class = H3CachingEncoder
 
     @property
     def text_use(self) -> LanguageEncoderSettings:  # type: ignore[override]
         """Return how the text encoder is used, including the text of the empty prompt."""
-        return _make_use(self.blank)
+        return _make_settings(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
         """Return the text encoder, set up for the task."""
         encoder = super().language_model()
         assert isinstance(encoder, H3CachingEncoder)
         encoder.set_task(self.task, self.teacher, self.states_dtype)
-        encoder.edges = self.edges
+        encoder.short_edges = self.short_edges
         return encoder
 
     def check_texts(self, config: object, needed: bool) -> None:
@@ -255,6 +259,6 @@ def files_of_texts(options: H3TextCachingOptions) -> H3CachingFiles:
         teacher=options.teacher_conditions,
         states_dtype=None if dtype is None else DTYPES[dtype],
         blank=options.uncond_text,
-        edges=(options.reference_image_short_edge, options.reference_video_short_edge),
+        short_edges=(options.reference_image_short_edge, options.reference_video_short_edge),
     )
     return files.add_text(options.text)

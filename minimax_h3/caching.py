@@ -115,10 +115,10 @@ class H3Caching:
                 f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` "
                 "of the lines of video_jsonl_file"
             )
-        from minimax_h3.cached_references import check_shown  # only of ref2va
+        from minimax_h3.cached_references import check_row_references  # only of ref2va
 
         for media in table.shown:
-            check_shown(
+            check_row_references(
                 media,
                 table.name,
                 is_image=table.kind == "image",
@@ -180,36 +180,42 @@ class H3Caching:
             INNER_AUDIO: audio_vae.encode_clip(audio, num_frames, FPS)[0],
             AUDIO_PRESENT: torch.tensor(float(any(media.has_audio))),
         }
-        # conditions: control images of an image, or the keyframes or references of a clip
         if media.table.kind == "image":
-            tensors |= self._make_place_tensors(vae, media)
+            tensors |= self._encode_control_images(vae, media)
         elif self.task == KEYFRAMES:
-            for name, frame in ((FIRST, 0), (LAST, num_frames - 1)):
-                pixels = byte_clips(media.frames[:, frame : frame + 1])
-                tensors[name] = encode_condition(vae, pixels)[0]
+            tensors |= _encode_keyframes(vae, media.frames)
         if self.task == REFERENCES:
             from minimax_h3.cached_references import ReferenceSizes, encode_references  # only of ref2va
 
             image_edge, video_edge = self.edges
             sizes = ReferenceSizes(image_edge, video_edge, step)
-            (shown,) = media.row_references
-            tensors |= encode_references(vae, audio_vae, shown, frames=num_frames, sizes=sizes)
+            (references,) = media.row_references
+            tensors |= encode_references(vae, audio_vae, references, frames=num_frames, sizes=sizes)
         return tensors
 
     def _select_target_index(self, media: MediaBatch) -> int:
         """Return an image's time position, in frames at 24 per second."""
         return (media.table.target_index or 0) if self.one_frame else 0
 
-    def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
+    def _encode_control_images(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
         """Return an image's time position, and the latents and time positions of its control images."""
         tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors
         for index, control in enumerate(media.control):
             tensors[control_key(index)] = encode_condition(vae, byte_clips(control[..., :3]))[0]
-        places: Sequence[int] = media.table.clean_indices or (0,) * len(media.control)
-        tensors[CONTROL_INDICES] = torch.tensor(places)
+        indices: Sequence[int] = media.table.clean_indices or (0,) * len(media.control)
+        tensors[CONTROL_INDICES] = torch.tensor(indices)
         return tensors
+
+
+def _encode_keyframes(vae: H3VideoVae, frames: Tensor) -> dict[str, Tensor]:
+    """Encode the first and the last of the frames, 1 F H W C, each alone."""
+    last = frames.shape[1] - 1
+    tensors = {}
+    for name, index in ((FIRST, 0), (LAST, last)):
+        tensors[name] = encode_condition(vae, byte_clips(frames[:, index : index + 1]))[0]
+    return tensors
 
 
 def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
@@ -218,7 +224,7 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
     `owner`, the cached item's name or a generation's seed, seeds the sample.
     """
     moments = vae.encode_moments(pixels)
-    return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
+    return vae.normalize(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
 
 
 def make_caching(options: H3LatentCachingOptions) -> H3Caching:

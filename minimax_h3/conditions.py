@@ -23,14 +23,14 @@ from torch import Tensor
 
 from encoders.tiles import sample_posterior
 from minimax_h3.configs import PATCH
-from minimax_h3.model import IMAGES_LIE, H3Condition
+from minimax_h3.model import CLEAN_FRACTION_OF_IMAGES, H3Condition
 from minimax_h3.places import (
-    UNITS_A_FRAME,
-    AudioPlace,
+    TIME_PER_FRAME,
+    AudioPosition,
     ImageGrid,
-    ImagePlace,
-    clip_span,
-    last_frame_place,
+    ImagePosition,
+    clip_duration,
+    last_frame_time,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.video_vae import H3VideoVae
@@ -66,15 +66,17 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     latents = sample_posterior(moments, [generator], LOG_VARIANCES)
     rounded = latents.to(torch.float16).float()  # as the model was trained
-    normalized = vae.normalise(rounded)
+    normalized = vae.normalize(rounded)
     return normalized if normalized.is_meta else normalized.cpu()  # a rehearsal of memory use has no values
 
 
-def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LIE) -> Tensor:
-    """Mix the fraction `clean` of latents with noise, as the network expects of conditions."""
-    # 1 - share is rounded, as released
-    share = torch.tensor(clean, dtype=torch.float32, device=latents.device)
-    return share * latents + (1 - share) * noise
+def add_condition_noise(
+    latents: Tensor, noise: Tensor, clean_fraction: float = CLEAN_FRACTION_OF_IMAGES
+) -> Tensor:
+    """Mix a fraction of clean latents with noise, as the network expects of conditions."""
+    # 1 - fraction is rounded, as released
+    fraction = torch.tensor(clean_fraction, dtype=torch.float32, device=latents.device)
+    return fraction * latents + (1 - fraction) * noise
 
 
 def is_visual(key: str) -> bool:
@@ -85,7 +87,7 @@ def is_visual(key: str) -> bool:
     return key in (FIRST, LAST) or key.startswith(CONTROL)
 
 
-def in_order(keys: Iterable[str]) -> list[str]:
+def sort_condition_keys(keys: Iterable[str]) -> list[str]:
     """Return the condition names in order: first and last frame, controls, references by number.
 
     Other names are left out. Noise is drawn in this order. A clip's audio comes before the clip.
@@ -103,13 +105,13 @@ def _order_reference(key: str) -> tuple[int, bool]:
     return int(match[1]), match[2] != AUDIO
 
 
-def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
+def add_noise_to_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
     """Return the conditions with a little noise added to images and clips, in their order.
 
     `noise` is drawn once for all of them, in the same order.
     """
     noised = {}
-    for key in in_order(conditions):
+    for key in sort_condition_keys(conditions):
         latents = conditions[key]
         if is_visual(key):
             drawn = noise.draw(latents.shape).to(latents.device)
@@ -119,15 +121,17 @@ def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[
 
 
 @dataclass(frozen=True)
-class H3Placement:
-    """Conditions with their time positions, and the time position where the clip to denoise starts."""
+class PositionedConditions:
+    """Conditions with their positions, and the time position where the clip to denoise starts."""
 
     conditions: tuple[H3Condition, ...]
-    start: float
+    start_time: float
 
 
-def place_conditions(conditions: Conditions, sample: int, num_text: int, target: ImageGrid) -> H3Placement:
-    """Return a sample's conditions with their time positions, which start after the text.
+def position_conditions(
+    conditions: Conditions, sample: int, num_text: int, target: ImageGrid
+) -> PositionedConditions:
+    """Return a sample's conditions with their positions, whose times start after the text.
 
     Keyframes are at the times of the first and the last frame; references follow one another, and the frames
     to generate follow them.
@@ -138,50 +142,64 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
         num_text: Number of tokens of the text.
         target: Grid of the frames to generate.
     """
-    clock = float(num_text)
-    placed: list[H3Condition] = []
-    audio_latents = 0  # length of the audio that belongs to the next clip
-    control_starts = iter(_list_control_starts(conditions, sample, clock))
-    keys = in_order(conditions)
-    for key in keys:
-        latents = _of_sample(conditions, key, sample)
+    text_end = float(num_text)
+    latents_by_key = {key: _select_sample(conditions, key, sample) for key in sort_condition_keys(conditions)}
+    control_times = iter(_list_control_times(conditions, sample, text_end))
+    positioned: list[H3Condition] = []
+    for key, latents in latents_by_key.items():
         if key == FIRST:
-            placed.append(_place_image(latents, clock))
+            positioned.append(_position_image(latents, text_end))
         elif key == LAST:
-            placed.append(_place_image(latents, last_frame_place(clock, target.frames)))
+            positioned.append(_position_image(latents, last_frame_time(text_end, target.frames)))
         elif key.startswith(CONTROL):
-            placed.append(_place_image(latents, next(control_starts)))
-        elif key.endswith(AUDIO):
-            audio_latents = latents.shape[3]
-            clip = key.removesuffix(AUDIO) + VIDEO
-            if clip in keys:  # audio of a reference clip starts with the clip, at its left and right edges
-                grid = grid_of(_of_sample(conditions, clip, sample))
-                placed.append(H3Condition(latents, AudioPlace(audio_latents, clock, grid)))
-                continue
-            placed.append(H3Condition(latents, AudioPlace(audio_latents, clock, target)))
-            clock += audio_latents
-            audio_latents = 0
-        else:
-            placed.append(_place_image(latents, clock))
+            positioned.append(_position_image(latents, next(control_times)))
+    references = {key: latents for key, latents in latents_by_key.items() if key.startswith(REFERENCE)}
+    positioned_references, start_time = _position_references(references, text_end, target)
+    target_index = conditions.get(TARGET_INDEX)
+    if target_index is not None:
+        start_time += TIME_PER_FRAME * float(target_index[sample])
+    return PositionedConditions((*positioned, *positioned_references), start_time)
+
+
+def _position_references(
+    references: Mapping[str, Tensor], start_time: float, target: ImageGrid
+) -> tuple[list[H3Condition], float]:
+    """Return references, one after another from `start_time` on, and the time after the last one.
+
+    A clip and its audio, which comes first in `references`, start together.
+    """
+    time = start_time
+    positioned: list[H3Condition] = []
+    num_audio_latents = 0  # length of the audio that belongs to the next clip
+    for key, latents in references.items():
+        clip_key = key.removesuffix(AUDIO) + VIDEO
+        if not key.endswith(AUDIO):
+            positioned.append(_position_image(latents, time))
             is_image = key.endswith(IMAGE)
             # the next reference starts after both the clip and its audio
-            clock += 1.0 if is_image else max(float(audio_latents), clip_span(latents.shape[2]))
-            audio_latents = 0
-    index = conditions.get(TARGET_INDEX)
-    if index is not None:
-        clock += UNITS_A_FRAME * float(index[sample])
-    return H3Placement(tuple(placed), clock)
+            time += 1.0 if is_image else max(float(num_audio_latents), clip_duration(latents.shape[2]))
+            num_audio_latents = 0
+        elif clip_key in references:
+            # at the left and right edges of its clip
+            num_audio_latents = latents.shape[3]
+            clip_grid = grid_of(references[clip_key])
+            positioned.append(H3Condition(latents, AudioPosition(num_audio_latents, time, clip_grid)))
+        else:
+            positioned.append(H3Condition(latents, AudioPosition(latents.shape[3], time, target)))
+            time += latents.shape[3]
+            num_audio_latents = 0
+    return positioned, time
 
 
-def _list_control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
+def _list_control_times(conditions: Conditions, sample: int, text_end: float) -> list[float]:
     """Return the time positions of a single image's control images in the rotary embedding."""
     indices = conditions.get(CONTROL_INDICES)
     if indices is None:
         return []
-    return [clock + UNITS_A_FRAME * float(index) for index in indices[sample]]
+    return [text_end + TIME_PER_FRAME * float(index) for index in indices[sample]]
 
 
-def _of_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
+def _select_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
     """Return the latents of one sample from a batch, keeping the batch axis."""
     return conditions[key][sample].unsqueeze(0)
 
@@ -191,5 +209,5 @@ def grid_of(latents: Tensor) -> ImageGrid:
     return ImageGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
 
 
-def _place_image(latents: Tensor, start: float) -> H3Condition:
-    return H3Condition(latents, ImagePlace(grid_of(latents), start))
+def _position_image(latents: Tensor, start_time: float) -> H3Condition:
+    return H3Condition(latents, ImagePosition(grid_of(latents), start_time))

@@ -9,9 +9,9 @@ from protocols.few_steps import GUIDED, FewSteps, KeepingTarget
 from protocols.rules import ModelRelease
 
 PATCH = 2  # latent pixels along each side of a token
-# kinds of tokens, as indices of their modulation rows
-IMAGE, TEXT, SOUND = range(3)
-KINDS = 3
+# modalities of tokens, as indices of their modulation
+IMAGE, TEXT, AUDIO = range(3)
+NUM_MODALITIES = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ DIT = DitSpec(
     form_exclude={"int8": ("norm",)},
     lora_exclude=("adaln_proj",),
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
-    token_wise_methods=("feed",),
+    token_wise_methods=("feed_forward",),
     modulated_input="modulated_input",
     num_unswapped=2,
     keep_float32=(

@@ -18,8 +18,8 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import declared_settings
 from checkpoints.kinds import kind_by_name
 from checkpoints.opening import Checkpoint, is_sharded, plain_sources
-from minimax_h3.configs import KINDS, PATCH, H3Config
-from minimax_h3.model import ROWS, H3Model
+from minimax_h3.configs import NUM_MODALITIES, PATCH, H3Config
+from minimax_h3.model import MODULATION_VECTORS, H3Model
 from minimax_h3.options import FREQUENCIES_KEY, LAYOUT_KEY
 from modules.errors import CheckpointError
 from protocols.loading import TensorSource
@@ -168,7 +168,11 @@ def _read_config(shapes: DitShapes) -> H3Config:
     rows, _ = shapes.of("blocks.0.attn.qkv_proj.weight")
     modulation, time_dim = shapes.of("blocks.0.adaln_proj.linear.weight")
     patch = shapes.of("video_patch_proj.weight")[1]
-    fits = inner % head_width == 0 and rows == 3 * inner and modulation == KINDS * ROWS * dim
+    fits = (
+        inner % head_width == 0
+        and rows == 3 * inner
+        and modulation == NUM_MODALITIES * MODULATION_VECTORS * dim
+    )
     if not fits or patch % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries, keys and values, {inner} columns behind them, heads of "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from encoders.files import OneTransformer
 from minimax_h3.audio import H3AudioVae
-from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_probe
+from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_empty_prompt
 from minimax_h3.cached_texts import files_of_texts
 from minimax_h3.caching import H3Caching, encode_target, make_caching
 from minimax_h3.conditions import (
@@ -19,12 +19,12 @@ from minimax_h3.conditions import (
     FIRST,
     LAST,
     TARGET_INDEX,
-    H3Placement,
+    PositionedConditions,
+    add_noise_to_conditions,
     control_key,
     encode_condition,
     grid_of,
-    noise_conditions,
-    place_conditions,
+    position_conditions,
     reference_key,
 )
 from minimax_h3.configs import DIT, FEW_STEPS, NOISE, RELEASE
@@ -50,7 +50,7 @@ from minimax_h3.options import (
     check_guidance,
     check_ratio,
 )
-from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.presentation import AUDIO, IMAGE, IMAGE_TAG, VIDEO
 from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE, warn_of_edges
 from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
@@ -59,18 +59,18 @@ from minimax_h3.references import (
     H3Sources,
     ImageSource,
     check_video_length,
-    full_clip,
+    cut_to_vae_length,
     keyframe_sources,
     read_media,
     reference_clip,
     reference_image,
 )
 from minimax_h3.training_inputs import (
-    CLEAN,
-    Clean,
-    clean_shares,
+    CLEAN_FRACTIONS,
+    CleanFractions,
+    add_noise_to_inputs,
     media_conditions,
-    noise_inputs,
+    read_clean_fractions,
     teacher_key,
     teacher_rows,
 )
@@ -256,7 +256,7 @@ class MiniMaxH3(OneTransformer):
         path = self.options.targets.h3_guidance_loss_uncond_cache
         if path is None:
             return {}
-        states, tags = read_probe(path)
+        states, tags = read_empty_prompt(path)
         width = self.files.dit_header().config.text_dim
         if states.shape[1] != width:
             raise CacheError(
@@ -290,14 +290,14 @@ class MiniMaxH3(OneTransformer):
             batch.check_widths(
                 {teacher_key(batch.condition_set): config.text_dim}, self.files.dit_path, remedy
             )
-        return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
+        return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_clean_fractions()}
 
-    def _make_shares(self) -> Conditions:
+    def _make_clean_fractions(self) -> Conditions:
         """Return the training's fractions of clean signal as a condition; {} outside of training."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
-        return {CLEAN: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
+        return {CLEAN_FRACTIONS: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
 
     def predict(
         self,
@@ -320,32 +320,32 @@ class MiniMaxH3(OneTransformer):
         times = (1 - timesteps.double() / 1000).tolist()  # the network's time is 0 for noise, 1 for clean
         velocities = []
         for sample, (image_time, audio_time) in enumerate(times):
-            rows = slice(sample, sample + 1)
-            is_of_image = (cond[TAGS][sample] == 0).tolist()  # tag 0: a placeholder of an image part
-            placement = self._place_conditions(cond, sample, images)
+            batch_slice = slice(sample, sample + 1)
+            is_image_token = (cond[TAGS][sample] == IMAGE_TAG).tolist()
+            positioned = self._position_conditions(cond, sample, images)
             image, audio = dit(
-                images[rows],
-                audios[rows],
+                images[batch_slice],
+                audios[batch_slice],
                 (image_time, audio_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
-                shown=is_of_image if any(is_of_image) else (),
-                start=placement.start,
-                conditions=placement.conditions,
+                is_image_token=is_image_token if any(is_image_token) else (),
+                start=positioned.start_time,
+                conditions=positioned.conditions,
                 overrides=overrides,
             )
             velocities.append(-joint.join(image, audio))  # the network predicts latents - noise
         return torch.cat(velocities)
 
-    def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
-        """Return a sample's keyframes and references with their time positions, and the clip's start time."""
-        placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
-        shares = clean_shares(cond)
-        placed = []
-        for condition in placement.conditions:
-            latents = send(condition.latents, pictures.device)
-            clean = shares.audio if condition.is_sound else shares.visual
-            placed.append(replace(condition, latents=latents, clean=clean))
-        return replace(placement, conditions=tuple(placed))
+    def _position_conditions(self, cond: Conditions, sample: int, images: Tensor) -> PositionedConditions:
+        """Return a sample's keyframes and references with their positions, and the clip's start time."""
+        positioned = position_conditions(cond, sample, len(cond[KEY][sample]), grid_of(images))
+        fractions = read_clean_fractions(cond)
+        conditions = []
+        for condition in positioned.conditions:
+            latents = send(condition.latents, images.device)
+            fraction = fractions.audio if condition.is_audio else fractions.visual
+            conditions.append(replace(condition, latents=latents, clean_fraction=fraction))
+        return replace(positioned, conditions=tuple(conditions))
 
     # generation
 
@@ -355,17 +355,8 @@ class MiniMaxH3(OneTransformer):
         Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
         schedule.
         """
-        # guidance is built in: refuse a scale, drop a negative prompt
-        check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
-        if request.negative_prompt:
-            logger.warning(
-                "--negative_prompt (--n) has no effect: the guidance of %s is built in, so that there is no "
-                "pass with it",
-                NAME,
-            )
-            request = replace(request, negative_prompt=None)
+        request = _without_guidance(request)
         request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
-        # sizes, from the media where the request leaves them open
         media = read_media(request)
         self._check_media(request, media)
         width, height, frames = self._resolve_size(request, media)
@@ -376,19 +367,7 @@ class MiniMaxH3(OneTransformer):
                 "prompt line). Give 1"
             )
         check_size((width, height, frames), self.latent)
-        # schedules of images and audio
-        if request.solver not in (None, SOLVER):
-            raise OptionError(
-                "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
-                "(Euler) follows. Leave it out"
-            )
-        if request.fps not in (None, FPS) and frames > 1:
-            logger.warning(
-                "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
-                request.fps,
-                NAME,
-                FPS,
-            )
+        _check_sampling(request, frames)
         flow_shift = request.flow_shift or self.noise.base_shift
         prepared = resolve_request(
             request,
@@ -397,8 +376,7 @@ class MiniMaxH3(OneTransformer):
             flow_shift=flow_shift,
             default_negative=None,
         )
-        _, *image_shape = self.latent.shape(frames, height, width)  # without the axis of samples
-        channels, length, rows, columns = image_shape
+        _, channels, length, rows, columns = self.latent.shape(frames, height, width)
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
             warn_of_edges(self.image_edge, self.video_edge, "there are no references")
@@ -509,7 +487,7 @@ class MiniMaxH3(OneTransformer):
             if source is None:  # an audio reference, encoded below
                 continue
             frames = source.read()
-            frames = frames.unsqueeze(0) if reference.kind == IMAGE else full_clip(frames)
+            frames = frames.unsqueeze(0) if reference.kind == IMAGE else cut_to_vae_length(frames)
             conditions[reference_key(index, reference.kind)] = encode_condition(
                 encoders.vae, _make_clip(frames)
             )
@@ -549,7 +527,7 @@ class MiniMaxH3(OneTransformer):
         joint = prepared.joint
         assert joint is not None, "there is always sound"
         conditions = dict(inputs.get(0, {}))
-        conditions |= noise_conditions(conditions, noise)
+        conditions |= add_noise_to_conditions(conditions, noise)
         image = noise.draw((1, *joint.image))
         channels, sides, length = joint.audio
         tokens = noise.draw((sides * length, channels))
@@ -559,6 +537,35 @@ class MiniMaxH3(OneTransformer):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield pixels in playing order, clip by clip."""
         yield from encoders.vae.decode(latents)
+
+
+def _without_guidance(request: Request) -> Request:
+    """Return a request without negative prompt; raise OptionError for a guidance scale: it is built in."""
+    check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
+    if not request.negative_prompt:
+        return request
+    logger.warning(
+        "--negative_prompt (--n) has no effect: the guidance of %s is built in, so that there is no "
+        "pass with it",
+        NAME,
+    )
+    return replace(request, negative_prompt=None)
+
+
+def _check_sampling(request: Request, frames: int) -> None:
+    """Raise OptionError for solvers other than Euler; warn about another frame rate than the model's."""
+    if request.solver not in (None, SOLVER):
+        raise OptionError(
+            "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
+            "(Euler) follows. Leave it out"
+        )
+    if request.fps not in (None, FPS) and frames > 1:
+        logger.warning(
+            "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
+            request.fps,
+            NAME,
+            FPS,
+        )
 
 
 def _make_clip(frames: Tensor) -> Tensor:
@@ -576,7 +583,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
         positive,
         text=positive.text.replace("\\n", "\n"),
         images=tuple(seen),
-        media_before_text=sources.shown(media.references),
+        media_before_text=sources.presented_media(media.references),
     )
     return replace(prompts, positive=positive)
 
@@ -614,12 +621,12 @@ def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
     """Return the family for minimax_h3_train_network.py, with its noise and loss options applied."""
     loss = options.loss
-    clean = Clean(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
+    clean_fractions = CleanFractions(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
         audio_shift=loss.h3_shift_audio / loss.h3_shift_video,  # relative to that of images
-        change_conditions=partial(noise_inputs, clean),
+        change_conditions=partial(add_noise_to_inputs, clean_fractions),
     )
     return MiniMaxH3(
         files_of(options, options.chosen_task),

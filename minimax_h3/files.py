@@ -36,15 +36,15 @@ from minimax_h3.dit_checkpoints import find_task, make_format
 from minimax_h3.dit_checkpoints import identify as identify
 from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
 from minimax_h3.presentation import (
-    BEGIN,
-    END,
+    IMAGE_PAD,
+    IMAGE_PROMPT,
     IMAGE_TAG,
-    PAD,
-    PADS,
+    PLACEHOLDERS,
     TEXT_TAG,
-    USE,
-    PresentedPiece,
-    present,
+    VISION_END,
+    VISION_START,
+    PromptPiece,
+    present_media,
 )
 from minimax_h3.released import AUDIO_MEAN
 from minimax_h3.vae_checkpoints import read_video_vae
@@ -89,7 +89,7 @@ H3_USE = LanguageEncoderSettings(
     mask_key=TAGS,  # 1, the tag of texts, for each token
     blank=BLANK,
     batch_size=1,  # so that a state does not depend on other prompts
-    pictures=USE,
+    pictures=IMAGE_PROMPT,
 )
 
 
@@ -135,14 +135,18 @@ class H3TextEncoder(LanguageModelEncoder):
         """Return the states of a prompt that follows its images and clips, with a tag for each token."""
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
-        shown = present(prompt.media_before_text, network.get_submodule("visual"), self.preprocessing())
+        presentation = present_media(
+            prompt.media_before_text, network.get_submodule("visual"), self.preprocessing()
+        )
         tokens = tokenizer.read(prompt.text)
-        pads = [pad for pad in PADS if tokenizer.token_to_id(pad) in tokens.ids]
+        placeholders = [token for token in PLACEHOLDERS if tokenizer.token_to_id(token) in tokens.ids]
         # a typed placeholder would be replaced by an image
-        if pads:
-            raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
-        ids, tags = self._list_tokens(shown.pieces, tokenizer)
-        in_front = len(ids)
+        if placeholders:
+            raise MediaError(
+                f"{placeholders[0]} stands for a picture. Leave it out of the prompt: {prompt.text}"
+            )
+        ids, tags = self._tokenize_pieces(presentation.pieces, tokenizer)
+        num_media_tokens = len(ids)
         ids += tokens.ids
         tags += [TEXT_TAG] * len(tokens.ids)
         if len(ids) > self.maximum:
@@ -153,26 +157,26 @@ class H3TextEncoder(LanguageModelEncoder):
         num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
         check_ids([ids], num_rows, self.path, self.source.files.option)
         (conditions,) = self.compute(
-            network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[shown.pictures]
+            network, tokenizer, token_ids=[ids], num_template_tokens=0, images=[presentation.images]
         )
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.spans:
             return conditions
         weights = weights_of(self.write(prompt), tokens.char_spans)
-        return self.weigh(conditions, [1.0] * in_front + weights)
+        return self.weigh(conditions, [1.0] * num_media_tokens + weights)
 
-    def _list_tokens(
-        self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
+    def _tokenize_pieces(
+        self, pieces: Sequence[PromptPiece], tokenizer: TextTokenizer
     ) -> tuple[list[int], list[int]]:
         """Return the token ids of the media before a prompt, with a tag (text or image) for each."""
-        begin = self.find_token(tokenizer, BEGIN)
-        pad = self.find_token(tokenizer, PAD)
-        end = self.find_token(tokenizer, END)
+        begin = self.find_token(tokenizer, VISION_START)
+        pad = self.find_token(tokenizer, IMAGE_PAD)
+        end = self.find_token(tokenizer, VISION_END)
         ids: list[int] = []
         tags: list[int] = []
         for piece in pieces:
-            if piece.tokens:
-                block = [begin, *[pad] * piece.tokens, end]  # placeholders for image tokens
+            if piece.num_image_tokens:
+                block = [begin, *[pad] * piece.num_image_tokens, end]  # placeholders for image tokens
                 tag = IMAGE_TAG
             else:
                 block = tokenizer.read(piece.text).ids
@@ -261,7 +265,7 @@ class H3Files(LanguageModelFiles):
             stride=(config.time_stride, space, space),
             pixel_step=2 * space,  # a token covers 2 x 2 latents
             frame_step=config.time_stride,
-            clip_frames=config.clip,
+            clip_frames=config.clip_frames,
             tail_frames=config.tail,
         )
 

@@ -8,7 +8,8 @@ The release packs [text, conditions, audio, frames]. Attention sees all tokens a
 so here the noisy frames come first, then their audio, then conditions, then the text.
 """
 # Letters: B batch, L all tokens, V of the learned images, M of their sound, T of the text, C their width,
-# N heads, D head width, S segments of tokens that share time and kind, K times, E their width, Z latents
+# N heads, D head width, S segments of tokens that share timestep and modality, K timesteps, E their width,
+# Z latents
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from minimax_h3.configs import DIT, IMAGE, KINDS, PATCH, SOUND, TEXT, H3Config, spec_of
-from minimax_h3.places import AudioPlace, ImageGrid, ImagePlace, all_places
+from minimax_h3.configs import AUDIO, DIT, IMAGE, NUM_MODALITIES, PATCH, TEXT, H3Config, spec_of
+from minimax_h3.places import AudioPosition, ImageGrid, ImagePosition, token_positions
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
 from modules.devices import send_ahead
@@ -35,45 +36,54 @@ from runtime.run_blocks import Hidden, run_blocks
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from runtime.offload.context import TokenPart
 
-ROWS = 6  # modulation rows of a block: shift, scale and gate of attention and of feed-forward
-IMAGES_LIE = 0.999  # minimum time of image conditions, nearly clean
+MODULATION_VECTORS = 6  # of a block: shift, scale and gate of attention and of feed-forward
+CLEAN_FRACTION_OF_IMAGES = 0.999  # minimum time of image conditions, nearly clean
 
 
 @dataclass(frozen=True)
 class H3Condition:
-    """Latents with their time position: clean or slightly noised conditions, or the noisy latents."""
+    """Latents with their position: clean or slightly noised conditions, or the noisy latents."""
 
     latents: Tensor  # B Z F H W of images, B Z 2 A of audio
-    place: ImagePlace | AudioPlace
-    clean: float | None = None  # fraction of clean latents, which is its minimum time; None: as released
+    position: ImagePosition | AudioPosition
+    clean_fraction: float | None = None  # of the latents, which is its minimum time; None: as released
 
     @property
-    def is_sound(self) -> bool:
+    def is_audio(self) -> bool:
         """Return whether the latents are audio."""
-        return isinstance(self.place, AudioPlace)
+        return isinstance(self.position, AudioPosition)
 
     @property
-    def kind(self) -> int:
-        """Return the kind of the tokens, which selects their modulation."""
-        return SOUND if self.is_sound else IMAGE
+    def modality(self) -> int:
+        """Return the modality of the tokens, which selects their modulation."""
+        return AUDIO if self.is_audio else IMAGE
 
-    def level(self, image_time: float) -> float:
-        """Return the condition's time; images are never noisier than the denoised frames at `image_time`."""
-        if self.is_sound:
-            return 1.0 if self.clean is None else self.clean
-        return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
+    def timestep(self, image_timestep: float) -> float:
+        """Return the condition's timestep, 0 for noise to 1 for clean.
+
+        Images are never noisier than the denoised frames, which are at `image_timestep`.
+        """
+        if self.is_audio:
+            return 1.0 if self.clean_fraction is None else self.clean_fraction
+        fraction = CLEAN_FRACTION_OF_IMAGES if self.clean_fraction is None else self.clean_fraction
+        return max(image_timestep, fraction)
 
 
-FRAME_TIME = 0  # index of the frames' time among the times of a pass; text tokens have the same time
+FRAME_TIMESTEP = 0  # index of the frames' timestep among those of a pass; text tokens have the same
 
 
 @dataclass(frozen=True)
 class TokenSegment:
-    """Consecutive tokens that share a time and a kind."""
+    """Consecutive tokens that share a timestep and a modality, and so their modulation."""
 
-    tokens: int
-    time: int  # index among the times of a pass
-    kind: int
+    num_tokens: int
+    timestep_index: int  # among the timesteps of a pass
+    modality: int
+
+    @property
+    def modulation_row(self) -> int:
+        """Return the row of its modulation in a table of all timesteps and modalities, K * NUM_MODALITIES."""
+        return NUM_MODALITIES * self.timestep_index + self.modality
 
 
 @dataclass(frozen=True)
@@ -81,22 +91,22 @@ class H3Tokens:
     """Inputs of the blocks in addition to x, B L C; built once per forward pass."""
 
     grid: ImageGrid  # grid of the images to denoise, whose tokens come first
-    audio: int  # number of audio tokens to denoise, M, which follow
-    rotary: Tensor  # rotary embedding of all tokens, L 1 D/2 2
-    times: Tensor  # K E float32, embedded; every block computes its modulation from them
-    slots: tuple[int, ...]  # for each segment, its row among K * KINDS
-    starts: tuple[int, ...]  # index at which each segment after the first begins
+    num_audio_tokens: int  # number of audio tokens to denoise, M, which follow
+    rotary_emb: Tensor  # of all tokens, L 1 D/2 2
+    embedded_timesteps: Tensor  # K E float32; every block computes its modulation from them
+    modulation_rows: tuple[int, ...]  # for each segment, its row among K * NUM_MODALITIES
+    segment_starts: tuple[int, ...]  # index at which each segment after the first begins
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    token_range: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "H3Tokens":
-        """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        starts = tuple(part.count_among_first(start) for start in self.starts)
-        return replace(self, part=part, starts=starts)
+        """Return the inputs for one process's tokens; `rotary_emb` still covers all tokens."""
+        starts = tuple(part.count_among_first(start) for start in self.segment_starts)
+        return replace(self, token_range=part, segment_starts=starts)
 
     @property
-    def image(self) -> int:
+    def num_image_tokens(self) -> int:
         """Return the number of tokens V of the frames to denoise."""
         return self.grid.tokens
 
@@ -112,7 +122,7 @@ class H3Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, config.eps)
         self.out_proj = nn.Linear(config.inner_dim, config.dim, bias=False)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value heads, each B L N D; queries and keys are normalized."""
         query, key, value = (
             run_in_weight_dtype(self.qkv_proj, x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
@@ -121,19 +131,19 @@ class H3Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
         """Return the self-attention of tokens x, B L C."""
-        query, key, value = self.heads(x)
-        if tokens.part is not None:
-            query, key, value = tokens.part.gather_tokens(query, key, value)
-        query = rotate_first(query, tokens.rotary)
-        key = rotate_first(key, tokens.rotary)
+        query, key, value = self.project_heads(x)
+        if tokens.token_range is not None:
+            query, key, value = tokens.token_range.gather_tokens(query, key, value)
+        query = rotate_first(query, tokens.rotary_emb)
+        key = rotate_first(key, tokens.rotary_emb)
         attended = attend(query, key, value, tokens.attention)
-        if tokens.part is not None:
-            attended = tokens.part.gather_heads(attended)
+        if tokens.token_range is not None:
+            attended = tokens.token_range.gather_heads(attended)
         return run_in_weight_dtype(self.out_proj, attended.flatten(2))
 
-    def see_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:
+    def attend_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:
         """Return the self-attention of text tokens x, B T C, without positions."""
-        query, key, value = self.heads(x)
+        query, key, value = self.project_heads(x)
         return run_in_weight_dtype(self.out_proj, attend(query, key, value, choice).flatten(2))
 
 
@@ -168,7 +178,7 @@ class H3RefinerBlock(H3StreamBlock):
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
         """Apply the block to text tokens x, B T C."""
         # x: B T C
-        x = x + self.attn.see_text(self.norm1(x), choice)
+        x = x + self.attn.attend_text(self.norm1(x), choice)
         output: Tensor = x + self.mlp(self.norm2(x))
         return output
 
@@ -189,45 +199,48 @@ class H3TokenRefiner(nn.Module):
         return normed
 
 
-def _make_modulation(config: H3Config, rows: int) -> nn.ModuleDict:
-    """Return the layer that computes `rows` modulation vectors from a time embedding."""
-    return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
+def _make_modulation(config: H3Config, num_vectors: int) -> nn.ModuleDict:
+    """Return the layer that computes `num_vectors` modulation vectors from a time embedding."""
+    return nn.ModuleDict({"linear": nn.Linear(config.time_dim, num_vectors * config.dim)})
 
 
 class H3Block(H3StreamBlock):
-    """Block with self-attention among all tokens, modulated by their time and their kind."""
+    """Block with self-attention among all tokens, modulated by their timestep and their modality."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__(config)
-        self.adaln_proj = _make_modulation(config, KINDS * ROWS)
+        self.adaln_proj = _make_modulation(config, NUM_MODALITIES * MODULATION_VECTORS)
 
-    def rows(self, tokens: H3Tokens) -> tuple[Tensor, ...]:
+    def modulation(self, tokens: H3Tokens) -> tuple[Tensor, ...]:
         """Return shift, scale and gate for attention and for the feed-forward, each 1 S C float32."""
-        table = run_in_weight_dtype(self.adaln_proj["linear"], tokens.times).float()
-        by_slot = table.unflatten(-1, (KINDS, ROWS, -1)).flatten(0, 1)  # K*KINDS 6 C
+        projected = run_in_weight_dtype(self.adaln_proj["linear"], tokens.embedded_timesteps).float()
+        table = projected.unflatten(-1, (NUM_MODALITIES, MODULATION_VECTORS, -1)).flatten(0, 1)
         # stacking rows: indexing with a list would copy the list to the device, and the host would wait
-        chosen = torch.stack([by_slot[slot] for slot in tokens.slots])
-        return chosen.unsqueeze(0).unbind(2)
+        by_segment = torch.stack([table[row] for row in tokens.modulation_rows])  # S 6 C
+        return by_segment.unsqueeze(0).unbind(2)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
         """Apply the block to tokens x, B L C."""
         # x: B L C
-        shift, scale, gate, *feed_rows = self.rows(tokens)
-        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.starts)
-        x = add_gated(x, gate, self.attn(h, tokens), tokens.starts)
+        shift, scale, gate, *feed_forward_modulation = self.modulation(tokens)
+        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.segment_starts)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.segment_starts)
         # the feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
-        parts = []
-        for part, *rows in split_segments(tokens.starts, feed_rows, x):
+        outputs = []
+        for segment, *modulation in split_segments(tokens.segment_starts, feed_forward_modulation, x):
             # positional: code that computes it in pieces passes arguments by position
-            parts.append(self.feed(part, tokens.dtype, *rows))
-        return torch.cat(parts, dim=1)
+            outputs.append(self.feed_forward(segment, tokens.dtype, *modulation))
+        return torch.cat(outputs, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: H3Tokens) -> Tensor:
         """Return the modulated input of attention for the noisy frames, the first V tokens of x, B L C."""
-        shift, scale, *_ = self.rows(tokens)
-        return modulate(self.norm1(x[:, : tokens.starts[0]]), shift[:, :1], scale[:, :1], tokens.dtype)
+        shift, scale, *_ = self.modulation(tokens)
+        noisy_frames = x[:, : tokens.segment_starts[0]]
+        return modulate(self.norm1(noisy_frames), shift[:, :1], scale[:, :1], tokens.dtype)
 
-    def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    def feed_forward(
+        self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
+    ) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
         return add_gated(x, gate, self.mlp(modulate(self.norm2(x), shift, scale, dtype)))
 
@@ -244,10 +257,15 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Project the tokens of noisy frames and audio to outputs, B V Z*4 and B M Z', float32."""
-        table = run_in_weight_dtype(self.adaln_proj["linear"], tokens.times).float()
-        rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
-        shift, scale = rows.chunk(2, dim=-1)
-        images, audio = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.audio]
+        by_timestep = run_in_weight_dtype(
+            self.adaln_proj["linear"], tokens.embedded_timesteps
+        ).float()  # K 2C
+        # the first two segments are the noisy frames and their audio
+        timestep_indices = [row // NUM_MODALITIES for row in tokens.modulation_rows[:2]]
+        modulation = torch.stack([by_timestep[index] for index in timestep_indices]).unsqueeze(0)  # 1 2 2C
+        shift, scale = modulation.chunk(2, dim=-1)
+        num_images = tokens.num_image_tokens
+        images, audio = x[:, :num_images], x[:, num_images : num_images + tokens.num_audio_tokens]
         normed_images = modulate(self.norm(images), shift[:, :1], scale[:, :1], tokens.dtype)
         normed_audio = modulate(self.norm(audio), shift[:, 1:], scale[:, 1:], tokens.dtype)
         return run_float32(self.video_out, normed_images), run_float32(self.audio_out, normed_audio)
@@ -293,7 +311,9 @@ class H3Model(nn.Module):
         self.token_refiner = H3TokenRefiner(config)
         self.blocks = nn.ModuleList(H3Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
-        self._rotary = GridTable[tuple[tuple[ImagePlace | AudioPlace, ...], int]](self._make_table)
+        self._rotary_table = GridTable[tuple[tuple[ImagePosition | AudioPosition, ...], int]](
+            self._make_rotary_table
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -306,7 +326,7 @@ class H3Model(nn.Module):
         audio: Tensor,
         times: tuple[float, float],
         text: Tensor,
-        shown: Sequence[bool] = (),
+        is_image_token: Sequence[bool] = (),
         start: float | None = None,
         conditions: Sequence[H3Condition] = (),
         overrides: Overrides = NO_OVERRIDES,
@@ -318,7 +338,7 @@ class H3Model(nn.Module):
             audio: B Z' 2 A, two channels.
             times: Times of frames and of audio, 0 for noise, 1 for clean.
             text: States of the language model, B T text_dim, without a mask.
-            shown: Whether each text token is the placeholder of an image part; () without images.
+            is_image_token: Whether each text token is the placeholder of an image part; () without images.
             start: Time position of the first latent; None places it after the text.
             conditions: Clean images, clips and audio, in the order of their time positions.
             overrides: Changes to this call.
@@ -328,7 +348,7 @@ class H3Model(nn.Module):
             audio,
             times,
             text,
-            shown=shown,
+            is_image_token=is_image_token,
             start=start,
             conditions=conditions,
         )
@@ -341,7 +361,7 @@ class H3Model(nn.Module):
         audio: Tensor,
         times: tuple[float, float],
         text: Tensor,
-        shown: Sequence[bool] = (),
+        is_image_token: Sequence[bool] = (),
         start: float | None = None,
         conditions: Sequence[H3Condition] = (),
     ) -> Hidden:
@@ -352,7 +372,7 @@ class H3Model(nn.Module):
             audio: B Z' 2 A, two channels.
             times: Times of frames and of audio, 0 for noise, 1 for clean.
             text: States of the language model, B T text_dim, without a mask.
-            shown: Whether each text token is the placeholder of an image part; () without images.
+            is_image_token: Whether each text token is the placeholder of an image part; () without images.
             start: Time position of the first latent of `noisy` and `audio`; None places it after the text.
             conditions: Clean images, clips and audio, in the order of their time positions.
 
@@ -362,43 +382,39 @@ class H3Model(nn.Module):
         self._check_sizes(noisy, audio)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         num_text = text.shape[1]
-        first_time = float(num_text) if start is None else start
+        start_time = float(num_text) if start is None else start
         grid = ImageGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
-        learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], first_time, grid))
-        media = [H3Condition(noisy, ImagePlace(grid, first_time)), learned_audio, *conditions]
-        # tokens of each medium
-        parts = [self._embed_medium(medium) for medium in media]
-        # Tokens share a level if the same rule sets it, even if the values of two rules are equal: compiled
-        # blocks depend on which tokens share one, and both schedules begin at the same level.
-        levels: dict[object, float] = dict(enumerate(times))
-        rules = [*levels, *((condition.is_sound, condition.clean) for condition in conditions)]
-        for condition, rule in zip(conditions, rules[len(times) :], strict=True):
-            levels[rule] = condition.level(times[0])
-        ordered_rules = list(levels)  # a segment names its level by the index of the rule
+        media = [
+            H3Condition(noisy, ImagePosition(grid, start_time)),
+            H3Condition(audio, AudioPosition(audio.shape[3], start_time, grid)),
+            *conditions,
+        ]
+        embedded_media = [self._embed_medium(medium) for medium in media]
+        timesteps, timestep_indices = _index_timesteps(times, conditions)
         segments = []
-        for medium, part, rule in zip(media, parts, rules, strict=True):
-            segments.append(TokenSegment(part.shape[1], ordered_rules.index(rule), medium.kind))
+        for medium, embedded, index in zip(media, embedded_media, timestep_indices, strict=True):
+            segments.append(TokenSegment(embedded.shape[1], index, medium.modality))
+        num_audio_tokens = segments[1].num_tokens
         # text with image placeholders is split into runs of text and of image tokens
-        segments += _split_text(shown, num_text)
-        places = tuple(medium.place for medium in media)
+        segments += _split_text(is_image_token, num_text)
+        positions = tuple(medium.position for medium in media)
         tokens = H3Tokens(
             grid,
-            audio=segments[1].tokens,  # the second medium is the noisy audio
-            rotary=self._rotary.get_table((places, num_text), noisy.device),
-            times=self._embed_times(list(levels.values()), noisy.device),
-            # rows of the modulation table, which is ordered by level, then kind
-            slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
-            starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),
+            num_audio_tokens=num_audio_tokens,
+            rotary_emb=self._rotary_table.get_table((positions, num_text), noisy.device),
+            embedded_timesteps=self._embed_timesteps(timesteps, noisy.device),
+            modulation_rows=tuple(segment.modulation_row for segment in segments),
+            segment_starts=tuple(accumulate(segment.num_tokens for segment in segments[:-1])),
             dtype=dtype,
             attention=self.attention,
         )
-        embedded = [part.to(dtype) for part in parts]
-        embedded.append(self._embed_text(text.to(dtype)))
-        return Hidden(torch.cat(embedded, dim=1), tokens)
+        embedded_tokens = [embedded.to(dtype) for embedded in embedded_media]
+        embedded_tokens.append(self._embed_text(text.to(dtype)))
+        return Hidden(torch.cat(embedded_tokens, dim=1), tokens)
 
     def _embed_medium(self, medium: H3Condition) -> Tensor:
         """Embed frames or audio as tokens, B L C."""
-        if medium.is_sound:
+        if medium.is_audio:
             return self._embed_audio(medium.latents)
         return self._embed_images(medium.latents)
 
@@ -425,21 +441,21 @@ class H3Model(nn.Module):
         embedded: Tensor = self.token_refiner(run_in_weight_dtype(self.condition_proj, text), self.attention)
         return embedded
 
-    def _embed_times(self, times: Sequence[float], device: torch.device) -> Tensor:
+    def _embed_timesteps(self, timesteps: Sequence[float], device: torch.device) -> Tensor:
         """Return the time embeddings that the blocks project to their modulation, K E float32."""
-        levels = send_ahead(torch.tensor(times, dtype=torch.float32), device)
+        on_device = send_ahead(torch.tensor(timesteps, dtype=torch.float32), device)
         if self.config.table_rows:
-            return self._look_up(levels)
-        waves = sinusoid(levels, self.config.freq_dim, torch.float32)
-        hidden = functional.silu(run_float32(self.time_embedder["proj_in"], waves))
+            return self._look_up_embeddings(on_device)
+        sinusoids = sinusoid(on_device, self.config.freq_dim, torch.float32)
+        hidden = functional.silu(run_float32(self.time_embedder["proj_in"], sinusoids))
         return functional.silu(run_float32(self.time_embedder["proj_out"], hidden))
 
-    def _look_up(self, times: Tensor) -> Tensor:
-        """Interpolate the time table of a pruned file linearly at `times`, K E."""
+    def _look_up_embeddings(self, timesteps: Tensor) -> Tensor:
+        """Interpolate the table of time embeddings of a pruned file linearly at `timesteps`, K E."""
         table = self.adaln_t_table.float()
-        places = times.clamp(0, 1) * (len(table) - 1)
-        below = places.floor().long().clamp(max=len(table) - 2)
-        return table[below].lerp(table[below + 1], (places - below)[:, None])
+        positions = timesteps.clamp(0, 1) * (len(table) - 1)
+        lower = positions.floor().long().clamp(max=len(table) - 2)
+        return table[lower].lerp(table[lower + 1], (positions - lower)[:, None])
 
     def unembed(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Project tokens to the outputs of frames, B Z F H W, and audio, B Z' 2 A, in float32."""
@@ -454,30 +470,51 @@ class H3Model(nn.Module):
         )
         return images, audio.mT.unflatten(2, (2, -1))
 
-    def _make_table(
-        self, layout: tuple[tuple[ImagePlace | AudioPlace, ...], int], /, *, device: torch.device
+    def _make_rotary_table(
+        self, layout: tuple[tuple[ImagePosition | AudioPosition, ...], int], /, *, device: torch.device
     ) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs L 1 3K 2 float32, with K frequencies on each axis."""
         media, num_text = layout
-        places = all_places(media, num_text).float()
+        positions = token_positions(media, num_text).float()
         # float32, as in training
-        steps = torch.arange(0, 2 * self.config.frequencies, 2, dtype=torch.float32)
-        frequencies = 1 / self.config.rope_theta ** (steps / (2 * self.config.frequencies))
-        angles = places[:, :, None] * frequencies
+        exponents = torch.arange(0, 2 * self.config.frequencies, 2, dtype=torch.float32)
+        frequencies = 1 / self.config.rope_theta ** (exponents / (2 * self.config.frequencies))
+        angles = positions[:, :, None] * frequencies
         return cos_and_sin(angles.flatten(1)).unsqueeze(1).to(device)
 
 
-def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenSegment]:
+def _index_timesteps(
+    times: tuple[float, float], conditions: Sequence[H3Condition]
+) -> tuple[list[float], list[int]]:
+    """Return the timesteps of a pass, and for frames, audio and each condition the index of its timestep.
+
+    Conditions share a timestep if the same rule sets it, even if two rules give equal values: compiled blocks
+    depend on which tokens share one, and both schedules of `times` begin at the same value.
+    """
+    image_timestep, audio_timestep = times
+    timesteps = [image_timestep, audio_timestep]
+    indices = [FRAME_TIMESTEP, FRAME_TIMESTEP + 1]
+    index_by_rule: dict[tuple[bool, float | None], int] = {}
+    for condition in conditions:
+        rule = (condition.is_audio, condition.clean_fraction)
+        if rule not in index_by_rule:
+            index_by_rule[rule] = len(timesteps)
+            timesteps.append(condition.timestep(image_timestep))
+        indices.append(index_by_rule[rule])
+    return timesteps, indices
+
+
+def _split_text(is_image_token: Sequence[bool], num_text: int) -> list[TokenSegment]:
     """Split a text's tokens into segments of consecutive text or image tokens.
 
     Args:
-        shown: Whether each token is the placeholder of an image part; () without images.
+        is_image_token: Whether each token is the placeholder of an image part; () without images.
         num_text: Number of tokens.
     """
-    if not shown:
-        return [TokenSegment(num_text, time=FRAME_TIME, kind=TEXT)]
+    if not is_image_token:
+        return [TokenSegment(num_text, FRAME_TIMESTEP, TEXT)]
     segments: list[TokenSegment] = []
-    for is_image, run in groupby(shown):
-        kind = IMAGE if is_image else TEXT
-        segments.append(TokenSegment(len(list(run)), time=FRAME_TIME, kind=kind))
+    for is_image, run in groupby(is_image_token):
+        modality = IMAGE if is_image else TEXT
+        segments.append(TokenSegment(len(list(run)), FRAME_TIMESTEP, modality))
     return segments

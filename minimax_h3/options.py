@@ -19,7 +19,7 @@ from minimax_h3.reference_options import (
     warn_of_edges,
 )
 from minimax_h3.training_options import (
-    VIEWS,
+    CONDITION_SETS,
     H3LossOptions,
     H3RejectedOptions,
     H3TargetOptions,
@@ -142,7 +142,7 @@ class H3TextCachingOptions(Options, title=NAME):
     teacher_conditions: str | None = option(
         "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and "
         "the last frame; ref, with the clip and its audio; subject_ref, with images of its subject",
-        choices=tuple(VIEWS),
+        choices=tuple(CONDITION_SETS),
         often=True,
         known_as=("h3_teacher_conditions",),
     )
@@ -349,10 +349,10 @@ def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[st
         "--video_vae": options.vae.file.vae or Placeholder("VIDEO_VAE_FILE"),
         "--audio_vae": options.vae.audio_vae or Placeholder("AUDIO_VAE_FILE"),
     }
-    return {**latents, **task}, {**_list_text_words(options), **task}
+    return {**latents, **task}, {**_text_encoder_options(options), **task}
 
 
-def _list_text_words(options: H3ModelOptions) -> dict[str, Any]:
+def _text_encoder_options(options: H3ModelOptions) -> dict[str, Any]:
     return {
         "--text_encoder": options.text.text_encoder or Placeholder("QWEN3_VL_FILE"),
         "--tokenizer": options.text.text_encoder_tokenizer,
@@ -366,13 +366,13 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
         "--dit": options.dit or Placeholder("DIT_FILE"),
         "--dit_dtype": options.dit_dtype,
         **latents,
-        **_list_text_words(options),
-        **_list_media_words(options.chosen_task, sample),
+        **_text_encoder_options(options),
+        **_media_options(options.chosen_task, sample),
         "--video_length": sample.get("frames"),
     }
 
 
-def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+def _media_options(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the generation options for the media of a task, with a sample's files or placeholders."""
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")

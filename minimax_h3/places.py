@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-UNITS_A_FRAME = 5 / 3
-FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # frames per latent frame, a pattern that repeats
+TIME_PER_FRAME = 5 / 3
+FRAMES_PER_LATENT = (1, 4, 4, 4, 4)  # frames per latent frame, a pattern that repeats
 SIDE = 32.0  # side of a square image, in units of space
 
 
@@ -32,53 +32,54 @@ class ImageGrid(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImagePlace:
+class ImagePosition:
     """Position of an image or clip in the rotary embedding."""
 
     grid: ImageGrid
-    start: float  # time of its first latent frame on the clock
+    start_time: float  # time of its first latent frame on the clock
 
 
 @dataclass(frozen=True)
-class AudioPlace:
+class AudioPosition:
     """Time position of audio tokens: all latents of the left channel, then of the right one."""
 
-    latents: int
-    start: float
+    num_latents: int  # of each channel
+    start_time: float
     grid: ImageGrid  # grid of the images to whose left and right edges the two audio channels are placed
 
 
-def spans(frames: int) -> Tensor:
+def latent_frame_durations(frames: int) -> Tensor:
     """Return the duration of each latent frame in rotary time units, float64."""
-    pattern = [UNITS_A_FRAME * FRAMES_A_LATENT[index % len(FRAMES_A_LATENT)] for index in range(frames)]
+    pattern = [TIME_PER_FRAME * FRAMES_PER_LATENT[index % len(FRAMES_PER_LATENT)] for index in range(frames)]
     return torch.tensor(pattern, dtype=torch.float64)
 
 
-def last_frame_place(start: float, frames: int) -> float:
-    """Return the time position of a keyframe that ends a clip of `frames` latent frames from `start` on."""
-    total = float(spans(frames).numpy().sum())  # NumPy's order of summation, as in the released code
-    return start + total - UNITS_A_FRAME
+def last_frame_time(start_time: float, frames: int) -> float:
+    """Return the time position of a keyframe that ends a clip of `frames` latent frames."""
+    durations = latent_frame_durations(frames)
+    total = float(durations.numpy().sum())  # NumPy's order of summation, as in the released code
+    return start_time + total - TIME_PER_FRAME
 
 
-def clip_span(frames: int) -> float:
+def clip_duration(frames: int) -> float:
     """Return the duration of a reference clip: the sum of its latent frames' durations."""
-    return float(sum(spans(frames).tolist()))
+    return float(sum(latent_frame_durations(frames).tolist()))
 
 
-def image_places(place: ImagePlace) -> Tensor:
+def image_token_positions(position: ImagePosition) -> Tensor:
     """Return the time, height and width positions of an image's tokens, L 3 float64."""
-    grid = place.grid
-    lengths = spans(grid.frames)
-    times = place.start + torch.cat([lengths.new_zeros(1), lengths[:-1].cumsum(0)])
+    grid = position.grid
+    durations = latent_frame_durations(grid.frames)
+    times = position.start_time + torch.cat([durations.new_zeros(1), durations[:-1].cumsum(0)])
     heights, widths = _measure_edges(grid)
     axes = torch.meshgrid(times, heights, widths, indexing="ij")
     return torch.stack([axis.flatten() for axis in axes], dim=1)
 
 
-def audio_places(place: AudioPlace) -> Tensor:
+def audio_token_positions(position: AudioPosition) -> Tensor:
     """Return time, height and width of each audio token, 2 latents x 3 float64; the height is constant."""
-    times = place.start + torch.arange(place.latents, dtype=torch.float64)
-    _, widths = _measure_edges(place.grid)
+    times = position.start_time + torch.arange(position.num_latents, dtype=torch.float64)
+    _, widths = _measure_edges(position.grid)
     channels = []
     for width in (widths[0], widths[-1]):
         zeros = torch.zeros_like(times)
@@ -86,11 +87,11 @@ def audio_places(place: AudioPlace) -> Tensor:
     return torch.cat(channels)
 
 
-def text_places(tokens: int) -> Tensor:
+def text_token_positions(num_tokens: int) -> Tensor:
     """Return the time, height and width positions of a text's tokens, L 3 float64."""
-    places = torch.zeros(tokens, 3, dtype=torch.float64)
-    places[:, 0] = torch.arange(tokens)
-    return places
+    positions = torch.zeros(num_tokens, 3, dtype=torch.float64)
+    positions[:, 0] = torch.arange(num_tokens)
+    return positions
 
 
 def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
@@ -98,15 +99,18 @@ def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
     root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
     edges = []
     for size in (grid.rows, grid.columns):
-        share = size / root
+        extent = size / root  # 1 for a square image
         steps = torch.arange(size, dtype=torch.float64)
-        edges.append((steps * (share / size) + (1 - share) / 2) * SIDE)
+        edges.append((steps * (extent / size) + (1 - extent) / 2) * SIDE)
     return edges[0], edges[1]
 
 
-def all_places(media: Sequence[ImagePlace | AudioPlace], text: int) -> Tensor:
+def token_positions(media: Sequence[ImagePosition | AudioPosition], num_text: int) -> Tensor:
     """Return all tokens' positions, media first, then text, L 3 float64."""
-    parts = []
-    for place in media:
-        parts.append(image_places(place) if isinstance(place, ImagePlace) else audio_places(place))
-    return torch.cat([*parts, text_places(text)])
+    positions = []
+    for medium in media:
+        if isinstance(medium, ImagePosition):
+            positions.append(image_token_positions(medium))
+        else:
+            positions.append(audio_token_positions(medium))
+    return torch.cat([*positions, text_token_positions(num_text)])

@@ -6,7 +6,7 @@ prompt follows as it was typed. Rows of a vision block, including its two border
 all others that of texts, 1. Each text is tokenized separately. Source: the released code, as in diffusers.
 
     prompt = replace(prompt, presented=present_keyframes([first, last]))      # H W 3 uint8, on the canvas
-    prompt = replace(prompt, presented=(show_clip(frames, has_sound=True), SHOWN_AUDIO))
+    prompt = replace(prompt, presented=(present_clip(frames, has_audio=True), PRESENTED_AUDIO))
     conditions = encoder.encode([prompt])                                     # H3TextEncoder, of files.py
 """
 # Letters: F frames, H W pixels
@@ -26,21 +26,23 @@ from modules.errors import MediaError
 
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jsonl` and in caches
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
-BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-PADS = (PAD, "<|video_pad|>")  # not allowed in prompts with images
-USE = ImagePromptFormat(
-    text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, loads_tower_at_once=False
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+PLACEHOLDERS = (IMAGE_PAD, "<|video_pad|>")  # not allowed in prompts with images
+IMAGE_PROMPT = ImagePromptFormat(
+    text=f"<Picture {{number}}>: {VISION_START}{{tokens}}{VISION_END}",
+    token=IMAGE_PAD,
+    loads_tower_at_once=False,
 )
 IMAGE_TAG, TEXT_TAG = 0, 1
-SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
+ENCODER_FPS = 2.0  # frames of a clip that the encoder sees each second
 
 
 @dataclass(frozen=True)
-class Shown:
+class PresentedMedium:
     """An image, clip or audio file that is presented to the text encoder before a prompt."""
 
     kind: str  # IMAGE, VIDEO or AUDIO
-    has_sound: bool = False  # whether a clip has audio
+    has_audio: bool = False  # whether a clip has audio
     source: Hashable = None  # where the pixels come from; equal sources are encoded once
     # reads H W 3 of an image, or F H W 3 of a clip at 24 frames per second, uint8; None for audio
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
@@ -51,17 +53,17 @@ class Shown:
         return self.read()
 
 
-SHOWN_AUDIO = Shown(AUDIO)
+PRESENTED_AUDIO = PresentedMedium(AUDIO)
 
 
-def show_image(pixels: Tensor) -> Shown:
+def present_image(pixels: Tensor) -> PresentedMedium:
     """Present an image, H W 3 uint8, to the text encoder."""
-    return Shown(IMAGE, source=_hash(pixels), read=lambda: pixels)
+    return PresentedMedium(IMAGE, source=_hash(pixels), read=lambda: pixels)
 
 
-def show_clip(frames: Tensor, has_sound: bool = False) -> Shown:
+def present_clip(frames: Tensor, has_audio: bool = False) -> PresentedMedium:
     """Present a clip, F H W 3 uint8 at 24 frames per second, to the text encoder."""
-    return Shown(VIDEO, has_sound, source=_hash(frames), read=lambda: frames)
+    return PresentedMedium(VIDEO, has_audio, source=_hash(frames), read=lambda: frames)
 
 
 def _hash(pixels: Tensor) -> str:
@@ -69,83 +71,103 @@ def _hash(pixels: Tensor) -> str:
     return f"{tuple(pixels.shape)} {digest}"
 
 
-def present_keyframes(pictures: Sequence[Tensor]) -> tuple[Shown, ...]:
+def present_keyframes(pictures: Sequence[Tensor]) -> tuple[PresentedMedium, ...]:
     """Present the first and last keyframes, H W 3 uint8 each in the clip's size, to the text encoder."""
-    return tuple(show_image(image) for image in pictures)
+    return tuple(present_image(image) for image in pictures)
 
 
-class PresentedPiece(NamedTuple):
-    """A text or a block of vision tokens, in the order of presentation."""
+class PromptPiece(NamedTuple):
+    """A text, or a block of vision tokens, in the order of the prompt."""
 
     text: str = ""
-    tokens: int = 0  # number of tokens between the block's start and end tokens
+    num_image_tokens: int = 0  # between the block's start and end tokens
 
 
 @dataclass(frozen=True)
 class Presentation:
     """Texts and image patches that precede a prompt in the text encoder."""
 
-    pieces: tuple[PresentedPiece, ...]
-    pictures: PatchedImages  # images of the vision blocks, in order
+    pieces: tuple[PromptPiece, ...]
+    images: PatchedImages  # images of the vision blocks, in order
 
 
-def present(
-    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImagePromptFormat = USE
+def present_media(
+    media: Sequence[PresentedMedium],
+    vision_tower: nn.Module,
+    preprocessing: Preprocessing,
+    prompt_format: ImagePromptFormat = IMAGE_PROMPT,
 ) -> Presentation:
     """Return the text labels and image patches that present media to the text encoder, in order.
 
-    `tower` is the text encoder's loaded vision model, which defines the patches.
+    `vision_tower` is the text encoder's loaded vision model, which defines the patches.
 
     Raises MediaError if an image cannot be shown, or a clip has too few frames.
     """
-    pieces: list[PresentedPiece] = []
-    cuts: list[PatchedImages] = []
-    counts = dict.fromkeys(LABELS, 0)
+    pieces: list[PromptPiece] = []
+    all_patches: list[PatchedImages] = []
+    counts = dict.fromkeys(LABELS, 0)  # media of each kind so far
 
-    def label(kind: str) -> PresentedPiece:
+    def make_label(kind: str) -> PromptPiece:
         counts[kind] += 1
-        return PresentedPiece(f"<{LABELS[kind]} {counts[kind]}>: ")
+        return PromptPiece(f"<{LABELS[kind]} {counts[kind]}>: ")
 
     for medium in media:
         # audio is only named by its label: the encoder does not hear it
-        if medium.kind == AUDIO or medium.has_sound:
-            pieces.append(label(AUDIO))
+        if medium.kind == AUDIO or medium.has_audio:
+            pieces.append(make_label(AUDIO))
         if medium.kind == IMAGE:
-            cut = cut_image(tower, medium.pixels(), preprocessing.pictures, use)
-            pieces += [label(IMAGE), PresentedPiece(tokens=cut.counts[0])]
-            cuts.append(cut)
+            patches = cut_image(vision_tower, medium.pixels(), preprocessing.images, prompt_format)
+            pieces += [make_label(IMAGE), PromptPiece(num_image_tokens=patches.counts[0])]
+            all_patches.append(patches)
         elif medium.kind == VIDEO:
-            frames = medium.pixels()
-            # the encoder sees fewer frames, in groups that each follow the time in seconds
-            indices, seconds = sample_clip(len(frames), int(tower.config.temporal_patch_size))  # type: ignore[union-attr,arg-type]
-            cut = cut_clip(tower, frames[list(indices)], preprocessing.clips)
-            pieces.append(label(VIDEO))
-            for second, tokens in zip(seconds, cut.counts, strict=True):
-                pieces += [PresentedPiece(f"<{second:.1f} seconds>"), PresentedPiece(tokens=tokens)]
-            cuts.append(cut)
-    patch_grids = tuple(side for cut in cuts for side in cut.token_grids)
-    patches = torch.cat([cut.patches for cut in cuts]) if cuts else torch.zeros(0)
-    return Presentation(tuple(pieces), PatchedImages(patches, patch_grids))
+            pieces.append(make_label(VIDEO))
+            clip_pieces, patches = _present_clip_frames(vision_tower, medium.pixels(), preprocessing)
+            pieces += clip_pieces
+            all_patches.append(patches)
+    patch_grids = tuple(side for patches in all_patches for side in patches.token_grids)
+    joined = torch.cat([patches.patches for patches in all_patches]) if all_patches else torch.zeros(0)
+    return Presentation(tuple(pieces), PatchedImages(joined, patch_grids))
 
 
-def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the indices of the frames that the encoder sees, and the time of each frame group in seconds.
+def _present_clip_frames(
+    vision_tower: nn.Module, frames: Tensor, preprocessing: Preprocessing
+) -> tuple[list[PromptPiece], PatchedImages]:
+    """Return the time and tokens of each frame group of a clip, as pieces of the prompt, and its patches."""
+    group_size = int(vision_tower.config.temporal_patch_size)  # type: ignore[union-attr,arg-type]
+    sampled = sample_clip_frames(len(frames), group_size)
+    patches = cut_clip(vision_tower, frames[list(sampled.indices)], preprocessing.clips)
+    pieces = []
+    for seconds, num_tokens in zip(sampled.group_seconds, patches.counts, strict=True):
+        pieces += [PromptPiece(f"<{seconds:.1f} seconds>"), PromptPiece(num_image_tokens=num_tokens)]
+    return pieces, patches
 
-    `frames` is the clip's length at 24 per second, `at_once` the number of frames in a group; the clip's last
-    frame may be repeated to fill its group. Raises MediaError if the clip has fewer frames than one group.
+
+class SampledFrames(NamedTuple):
+    """The frames of a clip that the text encoder sees."""
+
+    indices: tuple[int, ...]
+    group_seconds: tuple[float, ...]  # middle time of each group of frames that are encoded together
+
+
+def sample_clip_frames(num_frames: int, group_size: int) -> SampledFrames:
+    """Select the frames of a clip that the encoder sees, `ENCODER_FPS` each second, in groups.
+
+    `num_frames` is the clip's length at 24 per second; the clip's last frame may be repeated to fill its
+    group. Raises MediaError if the clip has fewer frames than one group.
     """
-    stride = FPS / SEEN_FPS
-    indices = tuple(range(0, frames, round(stride)))
-    if len(indices) < at_once:
-        minimum = round((at_once - 1) * stride) + 1
+    stride = FPS / ENCODER_FPS
+    indices = tuple(range(0, num_frames, round(stride)))
+    if len(indices) < group_size:
+        minimum = round((group_size - 1) * stride) + 1
         raise MediaError(
-            f"a reference video of {frames} frames at {FPS:g} a second is too short for the text encoder, "
-            f"which needs {minimum}. Give a longer one."
+            f"a reference video of {num_frames} frames at {FPS:g} a second is too short for the text "
+            f"encoder, which needs {minimum}. Give a longer one."
         )
-    times = [index / SEEN_FPS for index in range(len(indices))]
-    # negative modulo: how many frames the last group lacks
-    times += [times[-1]] * (-len(times) % at_once)
-    seconds = tuple(
-        (times[first] + times[first + at_once - 1]) / 2 for first in range(0, len(times), at_once)
-    )
-    return indices, seconds
+    times = [index / ENCODER_FPS for index in range(len(indices))]
+    num_missing = -len(times) % group_size  # frames that the last group lacks
+    times += [times[-1]] * num_missing
+    group_seconds = []
+    for first in range(0, len(times), group_size):
+        last = first + group_size - 1
+        group_seconds.append((times[first] + times[last]) / 2)
+    return SampledFrames(indices, tuple(group_seconds))

@@ -49,9 +49,9 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
     # `step` more at the end, so that the last new samples are computed too
     padded = functional.pad(samples, (reach, reach + step))
     resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)
-    in_order = resampled.mT.flatten(1)  # from channels x count x S / step to channels x new samples
+    by_channel = resampled.mT.flatten(1)  # from channels x count x S / step to channels x new samples
     length = math.ceil(count * samples.shape[1] / step)
-    return in_order[:, :length].contiguous()
+    return by_channel[:, :length].contiguous()
 
 
 def _make_low_pass_filters(step: int, count: int) -> Tensor:

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from minimax_h3.options import CLIP, FPS, LAST_FRAMES, canvas, check_ratio
-from minimax_h3.presentation import AUDIO, IMAGE, SHOWN_AUDIO, VIDEO, Shown
+from minimax_h3.presentation import AUDIO, IMAGE, PRESENTED_AUDIO, VIDEO, PresentedMedium
 from minimax_h3.reference_options import (
     BY_KIND,
     CONDITION_IMAGES,
-    FIELDS,
     INDEX,
     JSONL,
     KEYFRAMES,
@@ -51,7 +50,7 @@ from protocols.requests import Request, check_opens
 logger = logging.getLogger(__name__)
 
 KINDS = (IMAGE, VIDEO, AUDIO)
-MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # maximum numbers; audio of videos counts too
+MAX_COUNTS = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # maximum numbers; audio of videos counts too
 MAX_REFERENCES = 12
 MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # limits of the length of reference videos
 MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the VAE
@@ -103,27 +102,26 @@ def read_media(request: Request) -> H3Media:
     first, last = _select_keyframes(request)
     control_names = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in control_names)
-    one_frame = request.extra.get(ONE_FRAME)
-    # frame indices of a single picture; None for a clip
-    places = None if one_frame is None else _read_places(one_frame)
-    if places is None and controls:
+    one_frame_text = request.extra.get(ONE_FRAME)
+    one_frame = None if one_frame_text is None else _read_one_frame(one_frame_text)
+    if one_frame is None and controls:
         raise OptionError(
             "--condition_image is for a single picture (--one_frame_inference). Give the frames of a clip to "
             "--first_frame and --last_frame"
         )
-    if places is not None:  # a single picture takes its keyframes as control images
+    if one_frame is not None:  # a single image takes its keyframes as control images
         controls = (*(path for path in (first, last) if path is not None), *controls)
         first = last = None
-        _check_places(places, len(controls))
+        _check_control_indices(one_frame, len(controls))
     media = H3Media(
         first=first,
         last=last,
         controls=controls,
-        one_frame=places,
+        one_frame=one_frame,
         references=tuple(_read_references(request)),
     )
     for path in media.keyframes:
-        _require("--first_frame, --last_frame, --condition_image", path, is_image=True)
+        _check_opens("--first_frame, --last_frame, --condition_image", path, is_image=True)
     if media.keyframes and media.references:
         raise OptionError(
             "keyframes and references: a clip is made from the ones or from the others, by another "
@@ -151,21 +149,23 @@ def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
     return frames[0], frames[1] if len(frames) > 1 else None
 
 
-def _read_places(text: str) -> OneFrame:
-    places = parse_one_frame(text)
-    if not (places.has_post and places.has_2x and places.has_4x):
+def _read_one_frame(text: str) -> OneFrame:
+    """Parse --one_frame_inference; raise OptionError for values of FramePack."""
+    one_frame = parse_one_frame(text)
+    if not (one_frame.has_post and one_frame.has_2x and one_frame.has_4x):
         raise OptionError(
             f"--one_frame_inference {text!r}: no_post, no_2x and no_4x are of FramePack. Leave them out"
         )
-    return places
+    return one_frame
 
 
-def _check_places(places: OneFrame, controls: int) -> None:
-    """Raise OptionError unless there are as many control images as positions for them."""
-    indices = len(places.control_indices)
-    if indices != controls and not (indices == 0 and controls == 1):
+def _check_control_indices(one_frame: OneFrame, num_controls: int) -> None:
+    """Raise OptionError unless there are as many control images as frame indices for them."""
+    num_indices = len(one_frame.control_indices)
+    has_default_index = num_indices == 0 and num_controls == 1
+    if num_indices != num_controls and not has_default_index:
         raise OptionError(
-            f"--one_frame_inference: {indices} places in control_index and {controls} pictures "
+            f"--one_frame_inference: {num_indices} places in control_index and {num_controls} pictures "
             "(--condition_image). Give one place for each, such as control_index=0;10"
         )
 
@@ -174,11 +174,13 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
     """Yield the request's references in order; raise OptionError if two kinds of options name them."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
     # options by kind count as one way
-    ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
-    if len(ways) > 1:
-        listed = " and ".join(f"--{name}" for name in ways)
-        raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")
-    if int(request.extra.get(INDEX, 0)) and JSONL not in ways:
+    used_options = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
+    if len(used_options) > 1:
+        listed = " and ".join(f"--{name}" for name in used_options)
+        raise OptionError(
+            f"{listed}: their order would be unknown. Name all references in one of these used_options"
+        )
+    if int(request.extra.get(INDEX, 0)) and JSONL not in used_options:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
     for text in _split_lines(request, REF):
         path, fields = split_ref(text)
@@ -186,91 +188,94 @@ def _read_references(request: Request) -> Iterator[H3Reference]:
     for kind, name in BY_KIND.items():
         for text in _split_lines(request, name):
             yield _make_reference(f"--{name}", text, {"type": kind})
-    if JSONL in ways:
+    if JSONL in used_options:
         yield from _read_line_references(request)
 
 
 def _read_line_references(request: Request) -> Iterator[H3Reference]:
     """Yield the references in the JSONL line that a request selects; raise OptionError without any."""
     path = to_path(f"--{JSONL}", request.extra[JSONL])
-    number = int(request.extra.get(INDEX, 0))
+    index = int(request.extra.get(INDEX, 0))
     try:
         lines = [line for line in read_text(path).split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise OptionError(f"--{JSONL} {path}: {why}.{explain_missing(path)} Give a JSONL file") from None
-    if number >= len(lines):
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"--{JSONL} {path}: {reason}.{explain_missing(path)} Give a JSONL file") from None
+    if index >= len(lines):
         raise OptionError(
-            f"--{INDEX} {number}: {path} has {len(lines)} lines. Give a number from 0 to {len(lines) - 1}"
+            f"--{INDEX} {index}: {path} has {len(lines)} lines. Give a number from 0 to {len(lines) - 1}"
         )
-    where = f"--{JSONL} {path}, line {number + 1}"
+    origin = f"--{JSONL} {path}, line {index + 1}"
+    for entry in _parse_references(lines[index], origin):
+        yield _read_reference(origin, path, entry)
+
+
+def _parse_references(line: str, origin: str) -> list[Any]:
+    """Return the entries of "references" in a JSON line; raise OptionError without any."""
     try:
-        row = parse_json(lines[number])
+        row = parse_json(line)
     except ValueError as error:
-        raise OptionError(f"{where} is no JSON ({error})") from None
-    entries = None
-    if isinstance(row, dict):
-        entries = row.get("references")
+        raise OptionError(f"{origin} is no JSON ({error})") from None
+    entries = row.get("references") if isinstance(row, dict) else None
     if not isinstance(entries, list) or not entries:
         raise OptionError(
-            f'{where} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
+            f'{origin} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
         )
-    for entry in entries:
-        yield _read_reference(where, path, entry)
+    return entries
 
 
-def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
+def _read_reference(origin: str, file: Path, entry: Any) -> H3Reference:
     """Return one reference from a JSON line of a dataset; a null audio_path mutes the reference video.
 
-    `where` names the line in messages.
+    `origin` names the line in messages.
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
-        raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
+        raise OptionError(f'{origin}: each of "references" needs a file. Give it as "path"')
     audio = entry.get("audio_path", "")
     kind = entry.get("type", "")
     is_audio_path = audio is None or isinstance(audio, str)
     if not isinstance(kind, str) or not is_audio_path:
-        raise OptionError(f'{where}: "type" or "audio_path" is no text. Give texts, or leave them out')
+        raise OptionError(f'{origin}: "type" or "audio_path" is no text. Give texts, or leave them out')
     fields: dict[str, str] = {}
     if kind:
         fields["type"] = kind
     if audio:
         fields["audio"] = audio
-    reference = _make_reference(where, entry["path"], fields)
+    reference = _make_reference(origin, entry["path"], fields)
     # null, unlike a missing key: without the video's own audio track
     if audio is None and reference.kind == VIDEO:
         return H3Reference(VIDEO, reference.path)
     return reference
 
 
-def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
+def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Reference:
     """Return a reference from a path and the fields of --ref; raise OptionError for unusable files.
 
-    `where` names the option or line in messages.
+    `origin` names the option or line in messages.
     """
-    path = to_path(where, text)
+    path = to_path(origin, text)
     # fields: the kind, by default from the suffix, and a video's audio file
-    kind = fields.get(FIELDS[0]) or _find_kind(path)
+    kind = fields.get("type") or _find_kind(path)
     if kind not in KINDS:
-        raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
-    audio = fields.get(FIELDS[1])
+        raise OptionError(f"{origin}: type {kind!r} is unknown. Give image, video or audio")
+    audio = fields.get("audio")
     if audio is not None and kind != VIDEO:
         raise OptionError(
-            f"{where}: an audio file belongs to a video, and {path} is of type {kind}. Leave it out"
+            f"{origin}: an audio file belongs to a video, and {path} is of type {kind}. Leave it out"
         )
     if kind == AUDIO:
-        _require_audio(where, path)
+        _check_has_audio(origin, path)
         return H3Reference(AUDIO, path)
-    _require(where, path, is_image=kind == IMAGE)
+    _check_opens(origin, path, is_image=kind == IMAGE)
     if kind == IMAGE:
         return H3Reference(IMAGE, path)
     if audio is not None:
-        audio_path = to_path(where, audio)
-        _require_audio(where, audio_path)
+        audio_path = to_path(origin, audio)
+        _check_has_audio(origin, audio_path)
         return H3Reference(VIDEO, path, audio_path)
     # by default the video's own audio track; a folder of frames has none
-    has_sound = not path.is_dir() and track_info(path) is not None
-    return H3Reference(VIDEO, path, path if has_sound else None)
+    has_audio = not path.is_dir() and track_info(path) is not None
+    return H3Reference(VIDEO, path, path if has_audio else None)
 
 
 def _find_kind(path: Path) -> str:
@@ -279,23 +284,23 @@ def _find_kind(path: Path) -> str:
     return IMAGE if is_still(path) else VIDEO
 
 
-def _require(where: str, path: Path, is_image: bool) -> None:
+def _check_opens(origin: str, path: Path, is_image: bool) -> None:
     """Raise OptionError if an image or a video cannot be opened."""
     if not path.exists():
-        raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
-    check_opens(where.removeprefix("--"), path, is_image=is_image)
+        raise OptionError(f"{origin}: {path}: no such file.{explain_missing(path)} Correct the path")
+    check_opens(origin.removeprefix("--"), path, is_image=is_image)
 
 
-def _require_audio(where: str, path: Path) -> None:
+def _check_has_audio(origin: str, path: Path) -> None:
     """Raise OptionError if a file does not exist or has no audio."""
     if not path.is_file():
-        raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
+        raise OptionError(f"{origin}: {path}: no such file.{explain_missing(path)} Correct the path")
     try:
         info = track_info(path)
     except MediaError as error:
-        raise OptionError(f"{where}: {str(error).rstrip('.')}. Give a file with sound") from None
+        raise OptionError(f"{origin}: {str(error).rstrip('.')}. Give a file with sound") from None
     if info is None:
-        raise OptionError(f"{where}: {path} has no sound. Give a file with sound")
+        raise OptionError(f"{origin}: {path} has no sound. Give a file with sound")
 
 
 def check_references(references: Sequence[H3Reference]) -> None:
@@ -309,9 +314,9 @@ def check_references(references: Sequence[H3Reference]) -> None:
     }
     names = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "references with sound"}
     for kind, count in counts.items():
-        if count > MAX_OF[kind]:
+        if count > MAX_COUNTS[kind]:
             raise OptionError(
-                f"{count} {names[kind]}: the model takes at most {MAX_OF[kind]}. Leave some out"
+                f"{count} {names[kind]}: the model takes at most {MAX_COUNTS[kind]}. Leave some out"
             )
     if len(references) > MAX_REFERENCES:
         raise OptionError(
@@ -355,16 +360,18 @@ class ImageSource:
 
     def _resize(self, frame: Frame) -> Frame:
         width, height = self.size
-        sides = frame.shape[1], frame.shape[0]
-        if sides == self.size:
+        frame_width, frame_height = frame.shape[1], frame.shape[0]
+        if (frame_width, frame_height) == self.size:
             return frame
         if not self.crops:
             return resize_frame(frame, self.size, "lanczos")
-        scale = max(width / sides[0], height / sides[1])
-        covering = max(width, round(sides[0] * scale)), max(height, round(sides[1] * scale))
-        left = (covering[0] - width) // 2
-        top = (covering[1] - height) // 2
-        return resize_frame(frame, covering, "lanczos")[top : top + height, left : left + width]
+        scale = max(width / frame_width, height / frame_height)
+        covering_width = max(width, round(frame_width * scale))
+        covering_height = max(height, round(frame_height * scale))
+        left = (covering_width - width) // 2
+        top = (covering_height - height) // 2
+        covering = resize_frame(frame, (covering_width, covering_height), "lanczos")
+        return covering[top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
@@ -373,22 +380,21 @@ class ClipSource:
 
     path: Path
     size: Size
-    maximum: int
+    max_frames: int
 
     def read(self) -> Tensor:
         """Read the clip's frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
         for index, frame in enumerate(video_frames(self.path)):
-            if len(frames) >= self.maximum:
+            if len(frames) >= self.max_frames:
                 break
-            end = _find_slot(index + 1, fps)
-            if end > _find_slot(index, fps):
-                resized = self._resize(frame)
-                frames += [resized] * (end - _find_slot(index, fps))
+            num_repeats = _find_start_frame(index + 1, fps) - _find_start_frame(index, fps)
+            if num_repeats > 0:
+                frames += [self._resize(frame)] * num_repeats
         if not frames:
             raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Give a longer video")
-        return torch.from_numpy(np.stack(frames[: self.maximum]))
+        return torch.from_numpy(np.stack(frames[: self.max_frames]))
 
     def _resize(self, frame: Frame) -> Frame:
         colors = frame[..., :3]
@@ -397,9 +403,9 @@ class ClipSource:
         return resize_frame(np.ascontiguousarray(colors), self.size, "lanczos")
 
 
-def _find_slot(number: int, fps: float) -> int:
-    """Return the frame index at 24 frames per second at which a frame of a video starts."""
-    return math.floor(number * (FPS / fps) + 0.5)
+def _find_start_frame(index: int, fps: float) -> int:
+    """Return the index at 24 frames per second at which a frame of a video with `fps` starts."""
+    return math.floor(index * (FPS / fps) + 0.5)
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
@@ -430,7 +436,7 @@ def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipS
     return ClipSource(path, (width, height), frames)
 
 
-def full_clip(frames: Tensor) -> Tensor:
+def cut_to_vae_length(frames: Tensor) -> Tensor:
     """Cut a reference video to a length that the VAE takes: F H W 3 with F = 17n + 5, at least 22.
 
     Raises MediaError if there are fewer.
@@ -451,14 +457,13 @@ class H3Sources:
     keyframes: tuple[ImageSource, ...] = ()
     references: tuple[ImageSource | ClipSource | None, ...] = ()  # None for audio
 
-    def shown(self, references: Sequence[H3Reference]) -> tuple[Shown, ...]:
+    def presented_media(self, references: Sequence[H3Reference]) -> tuple[PresentedMedium, ...]:
         """Return the media that the text encoder sees: keyframes first, then references."""
-        presented = [_show(IMAGE, source) for source in self.keyframes]
+        presented = [PresentedMedium(IMAGE, source=source, read=source.read) for source in self.keyframes]
         for reference, source in zip(references, self.references, strict=True):
-            has_sound = reference.audio is not None
-            presented.append(SHOWN_AUDIO if source is None else _show(reference.kind, source, has_sound))
+            if source is None:
+                presented.append(PRESENTED_AUDIO)
+                continue
+            has_audio = reference.audio is not None
+            presented.append(PresentedMedium(reference.kind, has_audio, source=source, read=source.read))
         return tuple(presented)
-
-
-def _show(kind: str, source: ImageSource | ClipSource, has_sound: bool = False) -> Shown:
-    return Shown(kind, has_sound, source=source, read=source.read)

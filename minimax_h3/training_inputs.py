@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
+from minimax_h3.cache_marks import TEACHER_KEYS, read_teacher_texts
 from minimax_h3.conditions import (
     CONTROL,
     CONTROL_INDICES,
@@ -17,62 +17,67 @@ from minimax_h3.conditions import (
     REFERENCE,
     TARGET_INDEX,
     add_condition_noise,
-    in_order,
     is_visual,
     reference_key,
+    sort_condition_keys,
 )
 from minimax_h3.configs import PATCH
-from minimax_h3.model import IMAGES_LIE
+from minimax_h3.model import CLEAN_FRACTION_OF_IMAGES
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.training_options import VIEWS
+from minimax_h3.training_options import CONDITION_SETS
 from modules.errors import CacheError
 from protocols.data import AUDIO_LATENTS, HAS_AUDIO, Batch, Conditions
 from protocols.inputs import CLIP, FIRST_LAST, SUBJECT
 
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 # keys of the clip itself, as the reference of its teacher
-TAUGHT, TAUGHT_AUDIO = "taught_latents", "taught_sound"
+CLIP_AS_REFERENCE, AUDIO_AS_REFERENCE = "taught_latents", "taught_sound"
 
 
-CLEAN = "clean_shares"  # in conditions of a training run: `Clean`, 2 float32 on the host
+CLEAN_FRACTIONS = "clean_shares"  # in conditions of a training run: `CleanFractions`, 2 float32 on the host
 
 
-class Clean(NamedTuple):
+class CleanFractions(NamedTuple):
     """Fraction of clean signal in conditions on images and on audio; noise makes up the rest."""
 
-    visual: float  # noise level of images and clips
+    visual: float  # of images and clips
     audio: float
 
 
-def clean_shares(cond: Conditions) -> Clean:
+def read_clean_fractions(cond: Conditions) -> CleanFractions:
     """Return the fractions of clean signal in a pass's conditions; by default the released ones."""
-    shares = cond.get(CLEAN)
-    if not isinstance(shares, Tensor):
-        return Clean(IMAGES_LIE, 1.0)
+    fractions = cond.get(CLEAN_FRACTIONS)
+    if not isinstance(fractions, Tensor):
+        return CleanFractions(CLEAN_FRACTION_OF_IMAGES, 1.0)
     # float32 stores 0.999 as 0.99900001
-    visual, audio = (round(share, 6) for share in shares.tolist())
-    return Clean(visual, audio)
+    visual, audio = (round(fraction, 6) for fraction in fractions.tolist())
+    return CleanFractions(visual, audio)
 
 
-def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.Generator) -> Conditions:
-    """Add noise to a batch's keyframes and references, for `NoiseSpec.change_conditions`."""
+def add_noise_to_inputs(
+    clean_fractions: CleanFractions, tensors: Conditions, condition_set: str, generator: torch.Generator
+) -> Conditions:
+    """Add noise to a batch's keyframes and references, for `NoiseSpec.change_conditions`.
+
+    For a teacher that gets the clip itself (CLIP), also add the noised clip and its audio as references.
+    """
     noised = dict(tensors)
-    for key in in_order(tensors):
-        noised[key] = _add_noise(
-            _read_tensor(tensors, key), clean.visual if is_visual(key) else clean.audio, generator
-        )
-    if view == CLIP:
-        noised[TAUGHT] = _add_noise(_read_tensor(tensors, "latents"), clean.visual, generator)
-        noised[TAUGHT_AUDIO] = _add_noise(_read_tensor(tensors, AUDIO_LATENTS), clean.audio, generator)
+    for key in sort_condition_keys(tensors):
+        fraction = clean_fractions.visual if is_visual(key) else clean_fractions.audio
+        noised[key] = _add_noise(_read_tensor(tensors, key), fraction, generator)
+    if condition_set == CLIP:
+        clip, audio = _read_tensor(tensors, "latents"), _read_tensor(tensors, AUDIO_LATENTS)
+        noised[CLIP_AS_REFERENCE] = _add_noise(clip, clean_fractions.visual, generator)
+        noised[AUDIO_AS_REFERENCE] = _add_noise(audio, clean_fractions.audio, generator)
     return noised
 
 
-def _add_noise(latents: Tensor, clean: float, generator: torch.Generator) -> Tensor:
+def _add_noise(latents: Tensor, clean_fraction: float, generator: torch.Generator) -> Tensor:
     latents = latents.float()
-    if clean == 1:
+    if clean_fraction == 1:
         return latents
     noise = torch.randn(latents.shape, generator=generator)
-    return add_condition_noise(latents, noise, clean)
+    return add_condition_noise(latents, noise, clean_fraction)
 
 
 def _read_tensor(tensors: Conditions, key: str) -> Tensor:
@@ -84,17 +89,17 @@ def _read_tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and token tags of the teacher's text; raise CacheError if they are missing."""
-    return teacher_texts(batch, _name_conditions(batch.condition_set))
+    return read_teacher_texts(batch, _name_option_value(batch.condition_set))
 
 
-def teacher_key(view: str) -> str:
-    """Return the cache key of the text states that a teacher reads; `view` names what the teacher sees."""
-    return TEACHER_ROWS[_name_conditions(view)].states
+def teacher_key(condition_set: str) -> str:
+    """Return the cache key of the text states of a teacher that gets these conditions."""
+    return TEACHER_KEYS[_name_option_value(condition_set)].states
 
 
-def _name_conditions(view: str) -> str:
-    """Return the value of --h3_teacher_conditions for a view, the name of what a teacher sees."""
-    return next(name for name, known in VIEWS.items() if known == view)
+def _name_option_value(condition_set: str) -> str:
+    """Return the value of --h3_teacher_conditions that gives a teacher these conditions."""
+    return next(value for value, known_set in CONDITION_SETS.items() if known_set == condition_set)
 
 
 def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
@@ -109,36 +114,36 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
-    # the view names what a teacher sees in place of the task's media; empty in an ordinary pass
+    # names what a teacher sees in place of the task's media; empty in an ordinary pass
     if batch.condition_set == CLIP:
-        return {**_show_full_clip(tensors, latents), **_read_places(tensors)}
+        return {**_use_clip_as_reference(tensors, latents), **_read_time_indices(tensors)}
     keys: list[str] = []
     if batch.condition_set == FIRST_LAST or (not batch.condition_set and task == "fl2va"):
-        keys = [key for key in in_order(tensors) if not key.startswith(REFERENCE)]
-        _require(batch, task, keys, (FIRST, LAST))
+        keys = [key for key in sort_condition_keys(tensors) if not key.startswith(REFERENCE)]
+        _require_conditions(batch, task, keys, (FIRST, LAST))
     if batch.condition_set == SUBJECT or (not batch.condition_set and task == "ref2va"):
-        keys = [key for key in in_order(tensors) if key.startswith(REFERENCE)]
-        _require(batch, task, keys, ("latents_ref_000_...",))
+        keys = [key for key in sort_condition_keys(tensors) if key.startswith(REFERENCE)]
+        _require_conditions(batch, task, keys, ("latents_ref_000_...",))
     media: dict[str, Tensor] = {}
     for key in keys:
         media[key] = _read_tensor(tensors, key)
         _check_shape(batch, key, media[key], latents)
-    return {**media, **_read_places(tensors)}
+    return {**media, **_read_time_indices(tensors)}
 
 
-def _read_places(tensors: Conditions) -> dict[str, Tensor]:
+def _read_time_indices(tensors: Conditions) -> dict[str, Tensor]:
     """Return the time positions of an image and its control images; {} if the cache has none."""
     return {key: _read_tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
-def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
+def _require_conditions(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
     """Raise CacheError if a batch has no cached conditions, or lacks a teacher's keyframe."""
     missing = [name for name in names if name not in keys]
     has_enough = any(key.startswith((CONTROL, REFERENCE)) for key in keys)
     if not has_enough and missing and (batch.condition_set or not keys):
         taker = f"--task {task}"
         if batch.condition_set:
-            taker = f"teacher matching with {_name_conditions(batch.condition_set)}"
+            taker = f"teacher matching with {_name_option_value(batch.condition_set)}"
         task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
@@ -148,16 +153,16 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
 
 def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> None:
     """Raise CacheError if a cached condition does not have the shape that the network takes."""
-    is_sound = not is_visual(key)
+    is_audio = not is_visual(key)
     clip_audio = batch.tensors.get(AUDIO_LATENTS)
-    channels = clip_audio.shape[1] if is_sound and isinstance(clip_audio, Tensor) else latents.shape[1]
+    channels = clip_audio.shape[1] if is_audio and isinstance(clip_audio, Tensor) else latents.shape[1]
     # audio is B Z 2 A, images and clips are B Z F H W
     fits = (
-        condition.ndim == (4 if is_sound else 5)
+        condition.ndim == (4 if is_audio else 5)
         and condition.shape[1] == channels
         and condition.is_floating_point()
     )
-    if fits and is_sound:
+    if fits and is_audio:
         fits = condition.shape[2] == 2
     elif fits:
         fits = not (condition.shape[3] % PATCH or condition.shape[4] % PATCH)
@@ -168,15 +173,15 @@ def _check_shape(batch: Batch, key: str, condition: Tensor, latents: Tensor) -> 
         )
 
 
-def _show_full_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
+def _use_clip_as_reference(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
     """Return a clip, with its audio if it has any, as a reference to itself."""
-    clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
+    clip = tensors.get(CLIP_AS_REFERENCE, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:
         return {reference_key(0, IMAGE): clip}
     media = {reference_key(0, VIDEO): clip}
     if bool(_read_tensor(tensors, HAS_AUDIO).all()):
         media[reference_key(0, AUDIO)] = _read_tensor(
-            tensors, TAUGHT_AUDIO if TAUGHT in tensors else AUDIO_LATENTS
+            tensors, AUDIO_AS_REFERENCE if CLIP_AS_REFERENCE in tensors else AUDIO_LATENTS
         )
     return media

@@ -20,7 +20,7 @@ THOUSAND = 1000
 UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
 RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
-VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
+CONDITION_SETS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 LEVELS = (
     "the noise of pictures and sound follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Leave it out"
@@ -141,7 +141,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other images "
         "of its subject",
         default="first,last",
-        one_of=tuple(VIEWS),
+        one_of=tuple(CONDITION_SETS),
         needs="h3_teacher_matching",
         known_as=("teacher_conditions",),
         facts=HABIT,
@@ -306,11 +306,7 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
-    # name of a shared option -> the other trainer's option that was given, and the value for the shared one
-    shared: dict[str, tuple[str, Any]] = {}
-    _translate_guidance(args, shared)
-    _translate_teacher(args, shared)
-    _translate_focus(args, shared)
+    shared = {**_translate_guidance(args), **_translate_teacher(args), **_translate_focus(args)}
     if args.max_validation_items is not None:
         shared["max_validation_steps"] = "--max_validation_items", args.max_validation_items
     if args.h3_convrot_int8:
@@ -381,14 +377,13 @@ def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> N
     setattr(args, name, value)
 
 
+# name of a shared option -> the other trainer's option that was given, and the value for the shared one
 Shared = dict[str, tuple[str, Any]]
 
 
-def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the trainer's options of the guidance loss to the shared options of --guided_target.
-
-    `shared` takes, by the shared option's name, the name that the user typed and the value.
-    """
+def _translate_guidance(args: argparse.Namespace) -> Shared:
+    """Translate the trainer's options of the guidance loss to the shared options of --guided_target."""
+    shared: Shared = {}
     scale = args.h3_guidance_loss_scale
     if scale:
         shared["guided_target"] = "--h3_guidance_loss_scale", scale
@@ -406,27 +401,27 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
             f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it is for "
             "--h3_guidance_loss_scale (or --guided_target, --blank_prior_weight). Give that, or leave it out"
         )
+    return shared
 
 
-def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
-    """Translate the own trainer's options of teacher matching to the shared options.
-
-    `shared` takes, by the shared option's name, the name that the user typed and the value.
-    """
+def _translate_teacher(args: argparse.Namespace) -> Shared:
+    """Translate the trainer's options of teacher matching to the shared options of --teacher."""
+    if not args.h3_teacher_matching:
+        return {}
     defaults = H3TargetOptions.usual()
     weight_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",
         "h3_teacher_loss_mag_weight": "teacher_size_weight",
         "h3_teacher_preservation_weight": "teacher_anchor_weight",
     }
-    if not args.h3_teacher_matching:
-        return
     matching = "--h3_teacher_matching"
-    shared["teacher"] = matching, "base"
-    shared["teacher_weight"] = matching, 1.0
-    shared["teacher_split"] = matching, True
-    if args.h3_teacher_conditions in VIEWS:  # otherwise the option's own check reports the error
-        shared["teacher_sees"] = "--h3_teacher_conditions", VIEWS[args.h3_teacher_conditions]
+    shared: Shared = {
+        "teacher": (matching, "base"),
+        "teacher_weight": (matching, 1.0),
+        "teacher_split": (matching, True),
+    }
+    if args.h3_teacher_conditions in CONDITION_SETS:  # otherwise the option's own check reports the error
+        shared["teacher_sees"] = "--h3_teacher_conditions", CONDITION_SETS[args.h3_teacher_conditions]
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
     # weights left at their defaults stay with the shared options' defaults
@@ -438,19 +433,21 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
             "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher knows "
             "more at all levels, so that nothing is preserved. Leave one of the two out"
         )
+    return shared
 
 
-def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
+def _translate_focus(args: argparse.Namespace) -> Shared:
     """Translate the trainer's options for drawing some noise levels more often to --timestep_focus."""
-    low, high = args.h3_timestep_focus_min, args.h3_timestep_focus_max
     if not args.h3_timestep_focus_prob:
-        return
-    shared["timestep_focus"] = "--h3_timestep_focus_prob", args.h3_timestep_focus_prob
-    ends = (
-        in_thousandths("--h3_timestep_focus_min", low),
-        in_thousandths("--h3_timestep_focus_max", high),
+        return {}
+    focus_range = (
+        in_thousandths("--h3_timestep_focus_min", args.h3_timestep_focus_min),
+        in_thousandths("--h3_timestep_focus_max", args.h3_timestep_focus_max),
     )
-    shared["timestep_focus_range"] = "--h3_timestep_focus_min", ends
+    return {
+        "timestep_focus": ("--h3_timestep_focus_prob", args.h3_timestep_focus_prob),
+        "timestep_focus_range": ("--h3_timestep_focus_min", focus_range),
+    }
 
 
 def _read_bounds(args: argparse.Namespace) -> None:

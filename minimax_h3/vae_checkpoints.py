@@ -98,11 +98,11 @@ class _DeclaredInfo:
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()
     head_width: int = 64
-    rotary_share: float = 0.75
-    clip: int = 17
-    dropped: int = 3
-    mean: tuple[float, ...] = LATENTS_MEAN
-    std: tuple[float, ...] = LATENTS_STD
+    rotary_fraction: float = 0.75
+    clip_frames: int = 17
+    num_dropped_latents: int = 3
+    latents_mean: tuple[float, ...] = LATENTS_MEAN
+    latents_std: tuple[float, ...] = LATENTS_STD
 
 
 # key of config.json -> our field, and the type of its numbers
@@ -110,11 +110,11 @@ _KEYS: Mapping[str, tuple[str, type]] = {
     "temporal_downsample_factors": ("time_strides", int),
     "spatial_downsample_factors": ("space_strides", int),
     "decoder_attention_head_dim": ("head_width", int),
-    "decoder_rope_dim_ratio": ("rotary_share", float),
-    "clip_length": ("clip", int),
-    "token_drop": ("dropped", int),
-    "latents_mean": ("mean", float),
-    "latents_std": ("std", float),
+    "decoder_rope_dim_ratio": ("rotary_fraction", float),
+    "clip_length": ("clip_frames", int),
+    "token_drop": ("num_dropped_latents", int),
+    "latents_mean": ("latents_mean", float),
+    "latents_std": ("latents_std", float),
 }
 
 
@@ -142,74 +142,76 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _read_config(
-    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _DeclaredInfo
+    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], declared: _DeclaredInfo
 ) -> H3VideoVaeConfig:
     """Return the VAE's dimensions; raise CheckpointError if they do not match each other.
 
-    `facts` are the settings that no tensor shows, from config.json.
+    `declared` are the settings that no tensor shows, from config.json.
     """
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.of("decoder.x_embedder.weight")
-    levels = _read_levels(shapes, facts)
+    levels = _read_levels(shapes, declared)
     groups = declared_groups(checkpoint, {DIFFUSERS_CLASS}) or GROUPS
     check_groups(checkpoint, [level.width for level in levels], groups)
     config = H3VideoVaeConfig(
         levels=levels,
         latent_channels=latent_channels,
         dim=dim,
-        head_width=facts.head_width,
+        head_width=declared.head_width,
         ffn_dim=shapes.of("decoder.transformer_blocks.0.ff.w2.weight")[1],
         num_layers=shapes.blocks("decoder.transformer_blocks"),
-        registers=shapes.of("decoder.register_tokens", axes=3)[1],
+        num_registers=shapes.of("decoder.register_tokens", axes=3)[1],
         groups=groups,
-        rotary_share=facts.rotary_share,
-        clip=facts.clip,
-        dropped=facts.dropped,
-        mean=facts.mean,
-        std=facts.std,
+        rotary_fraction=declared.rotary_fraction,
+        clip_frames=declared.clip_frames,
+        num_dropped_latents=declared.num_dropped_latents,
+        latents_mean=declared.latents_mean,
+        latents_std=declared.latents_std,
     )
     _check(checkpoint, config, channels, shapes.of("decoder.proj_out.weight")[0])
     return config
 
 
-def _read_levels(shapes: DitShapes, facts: _DeclaredInfo) -> tuple[H3VaeLevel, ...]:
+def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel, ...]:
     """Return the levels of the encoder, with strides from config.json or else from the tensor shapes.
 
     Without config.json each resampling halves height and width. All but the first one also halve time, until
     the patches of the decoder have as many frames.
     """
-    starts = [f"encoder.down.{number}" for number in range(shapes.blocks("encoder.down"))]
-    resamples = [f"{start}.downsample.conv.weight" in shapes.shapes for start in starts]
-    space_strides = facts.space_strides or tuple(2 if has else 1 for has in resamples)
-    time_strides = facts.time_strides
-    # without config.json
+    prefixes = [f"encoder.down.{index}" for index in range(shapes.blocks("encoder.down"))]
+    has_downsample = [f"{prefix}.downsample.conv.weight" in shapes.shapes for prefix in prefixes]
+    space_strides = declared.space_strides or tuple(2 if has else 1 for has in has_downsample)
+    time_strides = declared.time_strides
     if not time_strides:
-        side = math.prod(space_strides)
+        patch_side = math.prod(space_strides)
         # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
-        frames = shapes.of("decoder.proj_out.weight")[0] // (3 * side**2)
-        time_strides = _list_time_strides(resamples, frames)
-    if not len(space_strides) == len(time_strides) == len(starts):
+        patch_frames = shapes.of("decoder.proj_out.weight")[0] // (3 * patch_side**2)
+        time_strides = _list_time_strides(has_downsample, patch_frames)
+    if not len(space_strides) == len(time_strides) == len(prefixes):
         raise CheckpointError(
             f"{shapes.path}: its config.json has strides of {len(space_strides)} and {len(time_strides)} "
-            f"levels, its encoder has {len(starts)}. Copy the folder again.",
+            f"levels, its encoder has {len(prefixes)}. Copy the folder again.",
             shapes.path,
         )
     levels = []
-    for start, time_stride, space_stride in zip(starts, time_strides, space_strides, strict=True):
-        width = shapes.of(f"{start}.block.0.conv2.weight", axes=5)[0]
-        levels.append(H3VaeLevel(width, shapes.blocks(f"{start}.block"), time_stride, space_stride))
+    for prefix, time_stride, space_stride in zip(prefixes, time_strides, space_strides, strict=True):
+        width = shapes.of(f"{prefix}.block.0.conv2.weight", axes=5)[0]
+        levels.append(H3VaeLevel(width, shapes.blocks(f"{prefix}.block"), time_stride, space_stride))
     return tuple(levels)
 
 
-def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
-    """Return the strides in time: 2 at each resampling except the first, until their product is `frames`."""
+def _list_time_strides(has_downsample: Sequence[bool], patch_frames: int) -> tuple[int, ...]:
+    """Return each level's stride in time, whose product is the number of frames in a patch.
+
+    It is 2 at each downsampling except the first one, until the product is reached.
+    """
     strides: list[int] = []
-    has_first = False
-    for has in resamples:
-        halves = has and has_first and math.prod(strides) < frames
-        strides.append(2 if halves else 1)
-        has_first = has_first or has
+    is_after_first = False
+    for has in has_downsample:
+        halves_time = has and is_after_first and math.prod(strides) < patch_frames
+        strides.append(2 if halves_time else 1)
+        is_after_first = is_after_first or has
     return tuple(strides)
 
 
@@ -225,13 +227,19 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
         error = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
     elif patch != patch_width:
         error = f"its decoder makes patches of {patch} numbers, its encoder takes {patch_width}"
-    elif not len(config.mean) == len(config.std) == config.latent_channels:
+    elif not len(config.latents_mean) == len(config.latents_std) == config.latent_channels:
         error = (
-            f"{len(config.mean)} means and {len(config.std)} deviations for {config.latent_channels} latent "
-            "channels: other VAEs than the release need latents_mean and latents_std in a config.json"
+            f"{len(config.latents_mean)} means and {len(config.latents_std)} deviations for "
+            f"{config.latent_channels} latent channels: other VAEs than the release need "
+            "latents_mean and latents_std in a config.json"
         )
-    elif config.clip < 1 or config.dropped >= config.clip_latents or 0 in config.std:
-        error = f"clips of {config.clip} frames without the last {config.dropped} latents are not possible"
+    elif (
+        config.clip_frames < 1 or config.num_dropped_latents >= config.clip_latents or 0 in config.latents_std
+    ):
+        error = (
+            f"clips of {config.clip_frames} frames without the last {config.num_dropped_latents} latents are "
+            "not possible"
+        )
     else:
         return
     raise CheckpointError(

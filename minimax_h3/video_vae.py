@@ -97,30 +97,31 @@ class H3VideoVae(nn.Module):
         config = self.config
         frames, height, width = pixels.shape[2:]
         step = config.space_stride
-        fits = frames == 1 or frames % config.clip == config.tail
+        fits = frames == 1 or frames % config.clip_frames == config.tail
         if not fits or height % step or width % step:
             raise ValueError(
-                f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip}n + "
+                f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip_frames}n + "
                 f"{config.tail}, with sides that are multiples of {step}"
             )
         # an image is a clip by itself; a video is encoded in clips of equal length, the last one filled up
         if frames == 1:
             return self._encode_clip(pixels)
-        moments = [self._encode_clip(self._fill_up(clip)) for clip in pixels.split(config.clip, dim=2)]
+        clips = pixels.split(config.clip_frames, dim=2)
+        moments = [self._encode_clip(self._pad_clip(clip)) for clip in clips]
         joined = torch.cat(moments, dim=2)
         # the last latents of a clip belong to its repeated last frame
-        return joined[:, :, : joined.shape[2] - config.dropped]
+        return joined[:, :, : joined.shape[2] - config.num_dropped_latents]
 
-    def _fill_up(self, clip: Tensor) -> Tensor:
+    def _pad_clip(self, clip: Tensor) -> Tensor:
         """Pad a clip to its full length by repeating the last frame."""
-        missing = self.config.clip - clip.shape[2]
+        missing = self.config.clip_frames - clip.shape[2]
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
     def _encode_clip(self, pixels: Tensor) -> Tensor:
         """Encode a clip to posterior moments, in tiles if it is large."""
         values = pixels.to(self.device, torch.float32)
         shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
-        mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
+        mean, std = self._per_channel(PIXEL_MEAN), self._per_channel(PIXEL_STD)
         normalized = (shares - mean) / std
 
         def encode(part: Tensor) -> Tensor:
@@ -134,26 +135,28 @@ class H3VideoVae(nn.Module):
 
         `latents` are B Z f h w, normalized, on any device. `clamps` says whether to clamp pixels to -1..1.
         """
-        mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
+        mean, std = self._per_channel(PIXEL_MEAN), self._per_channel(PIXEL_STD)
         for chunk in self._decode_clips(self.denormalize(latents.to(self.device).float())):
             pixels = (chunk * std + mean) * 2 - 1
             yield pixels.clamp_(-1, 1) if clamps else pixels
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: Tensor) -> Tensor:
         """Normalize latents, B Z f h w, for the transformer."""
-        return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
+        mean, std = self._per_channel(self.config.latents_mean), self._per_channel(self.config.latents_std)
+        return (latents - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Scale latents, B Z f h w, back from model space to the VAE's space."""
-        return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
+        mean, std = self._per_channel(self.config.latents_mean), self._per_channel(self.config.latents_std)
+        return latents * std + mean
 
-    def _of_channels(self, numbers: Sequence[float]) -> Tensor:
+    def _per_channel(self, numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
 
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield each clip's frames, except those that fade into the next clip."""
         config = self.config
-        if latents.shape[2] <= config.clip_latents - config.dropped:
+        if latents.shape[2] <= config.clip_latents - config.num_dropped_latents:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
         else:
             yield from self._decode_neighbors(latents)
@@ -164,18 +167,18 @@ class H3VideoVae(nn.Module):
         A clip is decoded with the first latents of the next one, if the VAE's clips overlap.
         """
         config = self.config
-        size = config.clip_latents
+        clip_latents = config.clip_latents
         # repeat the last latent until the clips are full
-        num_repeats = -(latents.shape[2] + config.dropped) % size
+        num_repeats = -(latents.shape[2] + config.num_dropped_latents) % clip_latents
         padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
-        has_overlap = config.dropped > 0
-        clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
+        has_overlap = config.num_dropped_latents > 0
+        num_clips = (padded.shape[2] + config.num_dropped_latents) // clip_latents - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
-        clip_frames = size * config.time_stride  # frames of a clip, including the padding in front
-        previous: Tensor | None = None
-        for index in range(clips):
-            start = index * size
-            end = start + size + config.shared_latents
+        clip_frames = clip_latents * config.time_stride  # including the padding in front
+        previous: Tensor | None = None  # frames of the previous clip that overlap with this one
+        for index in range(num_clips):
+            start = index * clip_latents
+            end = start + clip_latents + config.shared_latents
             decoded = self._decode_clip(padded[:, :, start:end])
             clip = decoded[:, :, config.first_padding : clip_frames]
             if previous is not None:
@@ -219,37 +222,40 @@ class H3VideoVae(nn.Module):
         columns = cut_axis(width, self.tile, OVERLAP, step)
         if len(rows.starts) == len(columns.starts) == 1:
             return compute(x)
-        parts = []
+        tile_rows = []
         for top in rows.starts:
             row = x[..., top // pixels_in : (top + rows.size) // pixels_in, :]
             tiles = []
             for left in columns.starts:
                 tile = row[..., left // pixels_in : (left + columns.size) // pixels_in]
                 tiles.append(compute(tile))
-            parts.append(tiles)
-        shared_rows = [overlap // pixels_out for overlap in rows.overlaps]
-        shared_columns = [overlap // pixels_out for overlap in columns.overlaps]
-        return _join_tiles(parts, shared_rows, shared_columns)
+            tile_rows.append(tiles)
+        row_overlaps = [overlap // pixels_out for overlap in rows.overlaps]
+        column_overlaps = [overlap // pixels_out for overlap in columns.overlaps]
+        return _join_tiles(tile_rows, row_overlaps, column_overlaps)
 
 
-def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+def _join_tiles(
+    tile_rows: list[list[Tensor]], row_overlaps: Sequence[int], column_overlaps: Sequence[int]
+) -> Tensor:
     """Join overlapping decoded tiles, each cross-faded with the original tiles above it and to its left.
 
-    `parts` are rows of tiles; `rows` and `columns` are how far neighbors overlap.
+    Each overlap is that of a row or column of tiles with the next one.
     """
     joined_rows = []
-    for row_index, tiles in enumerate(parts):
+    for row_index, tiles in enumerate(tile_rows):
         joined = []
         for index, tile in enumerate(tiles):
-            if row_index:
-                tile = _blend(parts[row_index - 1][index], tile, rows[row_index - 1], axis=-2)
-            if index:
-                tile = _blend(tiles[index - 1], tile, columns[index - 1], axis=-1)
-            if row_index < len(parts) - 1:
+            if row_index > 0:
+                tile_above = tile_rows[row_index - 1][index]
+                tile = _blend(tile_above, tile, row_overlaps[row_index - 1], axis=-2)
+            if index > 0:
+                tile = _blend(tiles[index - 1], tile, column_overlaps[index - 1], axis=-1)
+            if row_index < len(tile_rows) - 1:
                 # the next tile brings the overlap
-                tile = tile[..., : tile.shape[-2] - rows[row_index], :]
+                tile = tile[..., : tile.shape[-2] - row_overlaps[row_index], :]
             if index < len(tiles) - 1:
-                tile = tile[..., : tile.shape[-1] - columns[index]]
+                tile = tile[..., : tile.shape[-1] - column_overlaps[index]]
             joined.append(tile)
         joined_rows.append(torch.cat(joined, dim=-1))
     return torch.cat(joined_rows, dim=-2)

@@ -48,13 +48,13 @@ class H3VideoVaeConfig:
     head_width: int = 64
     ffn_dim: int = 8192
     num_layers: int = 36
-    registers: int = 4  # number of learned tokens after those of the latents
+    num_registers: int = 4  # number of learned tokens after those of the latents
     groups: int = GROUPS
-    rotary_share: float = 0.75  # fraction of a head's channels that is rotated
-    clip: int = 17  # number of frames that are encoded together
-    dropped: int = 3  # number of latent frames that are dropped at the end of a video
-    mean: tuple[float, ...] = ()  # mean of each latent channel
-    std: tuple[float, ...] = ()
+    rotary_fraction: float = 0.75  # fraction of a head's channels that is rotated
+    clip_frames: int = 17  # number of frames that are encoded together
+    num_dropped_latents: int = 3  # latent frames that are dropped at the end of a video
+    latents_mean: tuple[float, ...] = ()  # of each latent channel
+    latents_std: tuple[float, ...] = ()
 
     @property
     def time_stride(self) -> int:
@@ -69,22 +69,22 @@ class H3VideoVaeConfig:
     @property
     def first_padding(self) -> int:
         """Return how many frames a clip lacks to fill its first latent frame."""
-        return -self.clip % self.time_stride
+        return -self.clip_frames % self.time_stride
 
     @property
     def tail(self) -> int:
         """Return how many frames a video has after its last whole clip."""
-        return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
+        return (self.clip_latents - self.num_dropped_latents) * self.time_stride - self.first_padding
 
     @property
     def clip_latents(self) -> int:
         """Return the number of latent frames of a clip."""
-        return math.ceil(self.clip / self.time_stride)
+        return math.ceil(self.clip_frames / self.time_stride)
 
     @property
     def shared_latents(self) -> int:
         """Return how many of the next clip's latent frames are decoded together with a clip."""
-        return -self.dropped % self.clip_latents
+        return -self.num_dropped_latents % self.clip_latents
 
     @property
     def shared_frames(self) -> int:
@@ -267,7 +267,7 @@ class H3VideoDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.x_embedder = nn.Linear(config.latent_channels, config.dim)
-        self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, config.dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, config.dim))
         self.transformer_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.norm_out = nn.LayerNorm(config.dim, eps=DECODER_EPS)
         self.proj_out = nn.Linear(config.dim, 3 * config.time_stride * config.space_stride**2)
@@ -291,17 +291,17 @@ class H3VideoDecoder(nn.Module):
         # merge each grid axis with its axis of the patch: f t, h s, w s
         return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
 
-    def _make_rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:
+    def _make_rotation(self, grid: tuple[int, ...], num_others: int, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L 1 K 2.
 
-        The centers of a clip's tokens are spread over -1..1 along each axis. `others` is the number of
+        The centers of a clip's tokens are spread over -1..1 along each axis. `num_others` is the number of
         additional tokens, at 0.
         """
-        width = int(self.config.head_width * self.config.rotary_share)
-        exponents = torch.arange(0, 1, 6 / width, device=device)
+        rotated_width = int(self.config.head_width * self.config.rotary_fraction)
+        exponents = torch.arange(0, 1, 6 / rotated_width, device=device)
         frequencies = 1 / THETA**exponents
         axes = [2 * (torch.arange(0.5, size, device=device) / size) - 1 for size in grid]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
-        places = torch.cat([places, places.new_zeros(others, 3)])
-        angles = 2 * math.pi * places[:, :, None] * frequencies
+        positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+        positions = torch.cat([positions, positions.new_zeros(num_others, 3)])
+        angles = 2 * math.pi * positions[:, :, None] * frequencies
         return cos_and_sin(angles.flatten(1)).unsqueeze(1)

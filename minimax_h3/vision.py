@@ -23,7 +23,7 @@ from modules.text_files import parse_json, read_text
 IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 BOTH_FILE = "processor_config.json"  # written by transformers 5, with settings for images and for clips
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
-COLOURS = ("image_mean", "image_std")
+COLOR_SETTINGS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # largest valid limit in a preprocessor file
 MAX_ENLARGED = 1 << 24  # largest valid size in a preprocessor file to which small images are enlarged
 
@@ -32,22 +32,22 @@ MAX_ENLARGED = 1 << 24  # largest valid size in a preprocessor file to which sma
 class Limits:
     """Limits for resizing and normalizing images, or clips, for the vision tower."""
 
-    fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
-    maximum: int  # larger ones are reduced
+    min_pixels: int  # of an image, or of all frames of a clip; smaller ones are enlarged
+    max_pixels: int  # larger ones are reduced
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
-    tokens_of_frame: int = 0  # maximum number of tokens per frame; 0 if only the entire clip is limited
+    max_tokens_per_frame: int = 0  # 0 if only the entire clip is limited
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Size limits for the images and the clips that the text encoder sees."""
 
-    pictures: Limits
+    images: Limits
     clips: Limits
 
 
 # preprocessor_config.json and video_preprocessor_config.json of the release
-RELEASED = Preprocessing(pictures=Limits(65536, 16777216), clips=Limits(4096, 25165824))
+RELEASED = Preprocessing(images=Limits(65536, 16777216), clips=Limits(4096, 25165824))
 
 
 def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
@@ -57,7 +57,7 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
     """
     looked_in = tuple(folders)
     return Preprocessing(
-        pictures=_read_limits(_read_settings(looked_in, IMAGE_FILE), RELEASED.pictures),
+        images=_read_limits(_read_settings(looked_in, IMAGE_FILE), RELEASED.images),
         clips=_read_limits(_read_settings(looked_in, CLIP_FILE), RELEASED.clips),
     )
 
@@ -92,24 +92,26 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
         raise _make_error(file, '"size" is no object')
-    fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
-    maximum = sizes.get("longest_edge", settings.get("max_pixels", released.maximum))
-    are_integers = type(fewest) is int and type(maximum) is int
-    if not are_integers or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
-        raise _make_error(file, f"sizes of {fewest} to {maximum} pixels")
+    min_pixels = sizes.get("shortest_edge", settings.get("min_pixels", released.min_pixels))
+    max_pixels = sizes.get("longest_edge", settings.get("max_pixels", released.max_pixels))
+    are_integers = type(min_pixels) is int and type(max_pixels) is int
+    if not are_integers or not 0 < min_pixels <= max_pixels <= MAX_PIXELS or min_pixels > MAX_ENLARGED:
+        raise _make_error(file, f"sizes of {min_pixels} to {max_pixels} pixels")
     # 768: the released processor's default
     # 0: no limit for the tokens of a frame
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
-    colors = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
+    colors = {name: settings[name] for name in COLOR_SETTINGS if settings.get(name) is not None}
     for name, values in colors.items():
-        if not _are_colors(values, above=0 if name == "image_std" else -math.inf):
+        if not _are_channel_values(values, above=0 if name == "image_std" else -math.inf):
             raise _make_error(file, f'"{name}" is {values!r}')
-    return replace(released, fewest=fewest, maximum=maximum, colors=colors, tokens_of_frame=tokens)
+    return replace(
+        released, min_pixels=min_pixels, max_pixels=max_pixels, colors=colors, max_tokens_per_frame=tokens
+    )
 
 
-def _are_colors(numbers: Any, above: float) -> bool:
+def _are_channel_values(numbers: Any, above: float) -> bool:
     is_row = isinstance(numbers, list) and len(numbers) == 3
     return is_row and all(type(value) in (int, float) and above < value < math.inf for value in numbers)
 
@@ -120,7 +122,7 @@ def _make_error(file: Path, why: str) -> CheckpointError:
 
 def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImagePromptFormat) -> PatchedImages:
     """Cut an image, H W 3 uint8, into patches; raise MediaError if its aspect ratio is too extreme."""
-    use = replace(use, min_pixels=limits.fewest, max_pixels=limits.maximum)
+    use = replace(use, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
     return read_images(tower, [picture], use, limits.colors)
 
 
@@ -131,33 +133,39 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> PatchedImages:
     Raises MediaError if frames are too long and narrow.
     """
     config: Any = tower.config
-    merge = config.spatial_merge_size
-    step = config.patch_size * merge
-    patch_frames = config.temporal_patch_size
+    merge_size = config.spatial_merge_size
+    token_size = config.patch_size * merge_size
+    group_size = config.temporal_patch_size
     size = (frames.shape[1], frames.shape[2])
-    height, width = resized_sides(len(frames), size, limits=limits, step=step, at_once=patch_frames)
+    height, width = resized_sides(
+        len(frames), size, limits=limits, token_size=token_size, group_size=group_size
+    )
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
-    colors = {**_read_tower_colors(tower), **limits.colors}
-    by_channel = [torch.tensor(colors[name], dtype=torch.float32) for name in COLOURS]
-    mean, std = (values.view(3, 1, 1) for values in by_channel)
-    normalized = (pixels.float() - mean * 255) / (std * 255)
+    normalized = _normalize_colors(pixels, {**_read_tower_colors(tower), **limits.colors})
     # the last frame is repeated until the last patch is complete
-    missing = -len(normalized) % patch_frames
-    normalized = torch.cat([normalized, normalized[-1:].expand(missing, -1, -1, -1)])
+    num_missing = -len(normalized) % group_size
+    normalized = torch.cat([normalized, normalized[-1:].expand(num_missing, -1, -1, -1)])
     patches = rearrange(
         normalized,
         "(t ft) c (h mh ph) (w mw pw) -> (t h w mh mw) (c ft ph pw)",
-        ft=patch_frames,
-        mh=merge,
-        mw=merge,
+        ft=group_size,
+        mh=merge_size,
+        mw=merge_size,
         ph=config.patch_size,
         pw=config.patch_size,
     )
-    num_images = len(normalized) // patch_frames
-    sides = (height // step, width // step)
-    return PatchedImages(patches, (sides,) * num_images)
+    num_images = len(normalized) // group_size
+    token_grid = (height // token_size, width // token_size)
+    return PatchedImages(patches, (token_grid,) * num_images)
+
+
+def _normalize_colors(pixels: Tensor, colors: Mapping[str, Sequence[float]]) -> Tensor:
+    """Normalize pixels 0..255, F 3 H W, with a mean and a standard deviation of colors in 0..1."""
+    by_channel = [torch.tensor(colors[name], dtype=torch.float32) for name in COLOR_SETTINGS]
+    mean, std = (values.view(3, 1, 1) for values in by_channel)
+    return (pixels.float() - mean * 255) / (std * 255)
 
 
 def _read_tower_colors(tower: nn.Module) -> Mapping[str, Sequence[float]]:
@@ -166,45 +174,50 @@ def _read_tower_colors(tower: nn.Module) -> Mapping[str, Sequence[float]]:
 
 
 def resized_sides(
-    frames: int, sides: tuple[int, int], limits: Limits, step: int, at_once: int
+    num_frames: int, sides: tuple[int, int], limits: Limits, token_size: int, group_size: int
 ) -> tuple[int, int]:
-    """Return the height and width to which frames are resized for the vision tower, in multiples of `step`.
+    """Return the height and width to which frames are resized for the vision tower.
 
-    `frames` and `sides` (height, width) are the clip's. `at_once` frames are merged into one token, and the
-    number of frames is rounded to a multiple of it. Raises MediaError if the sides differ too much.
+    1. The sides are rounded to multiples of `token_size`, the frames to multiples of `group_size`, the number
+       of frames in a token.
+    2. If this is more or less than the limits, the original sides are scaled to the limit instead.
+    3. Scaled sides are rounded to multiples of `token_size`, down from the maximum, up from the minimum.
+
+    `num_frames` and `sides` (height, width) are the clip's. Raises MediaError if the sides differ too much.
     """
     height, width = sides
     # enlarge clips that are smaller than one token
-    if min(sides) < step:
-        scale = max(step / height, step / width)
+    if min(sides) < token_size:
+        scale = max(token_size / height, token_size / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_RATIO * min(height, width):
         raise MediaError(
             f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
         )
-
-    # the limits are numbers of pixels of the whole clip
-    max_pixels = limits.maximum
-    if limits.tokens_of_frame:
-        pixels_of_frame = min(limits.tokens_of_frame * step**2, limits.maximum // frames)
-        # the released processor keeps the upper limit 5 % above the lower one
-        pixels_of_frame = max(pixels_of_frame, int(limits.fewest * 1.05))
-        max_pixels = pixels_of_frame * frames
-
-    # the rounded sides are compared with the limits, but the scale is computed from the original sides
-    rounded_frames = round(frames / at_once) * at_once
-    rounded_height = round(height / step) * step
-    rounded_width = round(width / step) * step
+    max_pixels = _limit_pixels(num_frames, limits, token_size)
+    pixels = num_frames * height * width
+    rounded_frames = round(num_frames / group_size) * group_size
+    rounded_height = round(height / token_size) * token_size
+    rounded_width = round(width / token_size) * token_size
     rounded_pixels = rounded_frames * rounded_height * rounded_width
-    pixels = frames * height * width
     if rounded_pixels > max_pixels:
         scale = math.sqrt(pixels / max_pixels)
-        lower_height = math.floor(height / scale / step) * step
-        lower_width = math.floor(width / scale / step) * step
-        return max(step, lower_height), max(step, lower_width)
-    if rounded_pixels < limits.fewest:
-        scale = math.sqrt(limits.fewest / pixels)
-        upper_height = math.ceil(height * scale / step) * step
-        upper_width = math.ceil(width * scale / step) * step
+        lower_height = math.floor(height / scale / token_size) * token_size
+        lower_width = math.floor(width / scale / token_size) * token_size
+        return max(token_size, lower_height), max(token_size, lower_width)
+    if rounded_pixels < limits.min_pixels:
+        scale = math.sqrt(limits.min_pixels / pixels)
+        upper_height = math.ceil(height * scale / token_size) * token_size
+        upper_width = math.ceil(width * scale / token_size) * token_size
         return upper_height, upper_width
     return rounded_height, rounded_width
+
+
+def _limit_pixels(num_frames: int, limits: Limits, token_size: int) -> int:
+    """Return the maximum number of pixels of a whole clip, also if the limits are for single frames."""
+    if not limits.max_tokens_per_frame:
+        return limits.max_pixels
+    pixels_per_frame = min(limits.max_tokens_per_frame * token_size**2, limits.max_pixels // num_frames)
+    # the released processor keeps the upper limit 5 % above the lower one
+    pixels_per_frame = max(pixels_per_frame, int(limits.min_pixels * 1.05))
+    return pixels_per_frame * num_frames

@@ -140,7 +140,9 @@ def test_a_pass_of_qwen_image_takes_as_many_operations_as_torch_counts() -> None
 def test_a_pass_of_ltx_takes_as_many_operations_as_torch_counts() -> None:
     """The gates of heads, a number each, are left out."""
     stream = StreamConfig(dim=256, ffn_dim=1024, channels=128, text_dim=256)
-    config = LtxConfig(stream, None, 4, 2, 128, projects_text=False, is_gated=False, modulates_text=False)
+    config = LtxConfig(
+        stream, None, 4, 2, 128, projects_text=False, has_head_gates=False, modulates_text=False
+    )
     model = LtxModel(config)
     noisy, text = torch.zeros(1, 128, 2, 4, 4), torch.zeros(1, 20, 256)
 

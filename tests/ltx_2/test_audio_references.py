@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltx_2.audio import AudioVae
 from ltx_2.audio_reference_options import Ltx2GivenAudioReference
-from ltx_2.audio_references import resolve_positions
+from ltx_2.audio_references import resolve_reference_positions
 from modules.errors import OptionError
 from modules.media.samples import read_track
 from protocols.data import AUDIO_LATENTS
@@ -614,13 +614,13 @@ def test_positions_come_from_loras_and_contradictions_are_told(
         for text in ("true", "false", "2")
     )
     default = Ltx2GivenAudioReference.usual()
-    assert resolve_positions(default, [before]).is_before is True
-    assert resolve_positions(default, [beside]).is_before is False
-    assert resolve_positions(default, []).is_before is None
+    assert resolve_reference_positions(default, [before]).is_before is True
+    assert resolve_reference_positions(default, [beside]).is_before is False
+    assert resolve_reference_positions(default, []).is_before is None
     typed = Ltx2GivenAudioReference(is_before=False)
-    assert resolve_positions(typed, [before]).is_before is False
+    assert resolve_reference_positions(typed, [before]).is_before is False
     assert "has learned with --audio_ref_use_negative_positions" in caplog.text
     with pytest.raises(OptionError, match="do not work together"):
-        resolve_positions(default, [before, beside])
+        resolve_reference_positions(default, [before, beside])
     with pytest.raises(OptionError, match="true or false"):
-        resolve_positions(default, [odd])
+        resolve_reference_positions(default, [odd])

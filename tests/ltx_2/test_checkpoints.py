@@ -71,9 +71,9 @@ def test_settings_that_no_tensor_shows_are_read(tmp_path: Path) -> None:
 
     first, second = (read_once(path, FORMAT.read_header).config for path in (official, other))
 
-    expected = replace(DIT_CONFIGS["2.0"], splits_heads=False)
-    assert first == replace(expected, gate_time=0.001, longest=(10.0, 1024.0, 1024.0))
-    assert second == replace(expected, longest=(20.0, 1024.0, 2048.0), gate_time=1.0)
+    expected = replace(DIT_CONFIGS["2.0"], rotates_halves=False)
+    assert first == replace(expected, gate_timestep_scale=0.001, max_positions=(10.0, 1024.0, 1024.0))
+    assert second == replace(expected, max_positions=(20.0, 1024.0, 2048.0), gate_timestep_scale=1.0)
 
 
 @pytest.mark.parametrize(

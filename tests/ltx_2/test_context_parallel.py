@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from ltx_2.blocks import LtxAudioReferences, LtxReferences
-from ltx_2.configs import SOUND, VIDEO
+from ltx_2.configs import AUDIO, VIDEO
 from ltx_2.model import NO_REFERENCES
 from protocols.steps import CleanTokens, NagText, Overrides
 from runtime.offload.context import ProcessGrid
@@ -28,7 +28,7 @@ def toward_middle(first: Tensor, second: Tensor) -> Tensor:
 
 def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     """Return by case the velocities of both streams, and the gradients of all weights, each in one tensor."""
-    given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
+    given = dit_inputs("2.3", SIZE) | {"has_audio": torch.tensor([True, False])}
     nag = NagText({"text": given["text"].flip(-1), "audio_text": given["audio_text"].flip(-1)}, toward_middle)
     cases: dict[str, Overrides] = {
         "both": Overrides(num_clean_frames=1),
@@ -47,12 +47,12 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
     more = {
         "references": {VIDEO: LtxReferences([drawn, drawn[:, :, :1]])},
-        "noisy references": {VIDEO: LtxReferences([drawn], share=0.5)},
+        "noisy references": {VIDEO: LtxReferences([drawn], timestep_fraction=0.5)},
         "dimmed references": {
-            VIDEO: LtxReferences([drawn, drawn[:, :, :1]], strengths=torch.linspace(0, 1, 45))
+            VIDEO: LtxReferences([drawn, drawn[:, :, :1]], attention_strengths=torch.linspace(0, 1, 45))
         },
         "hidden audio": {
-            SOUND: LtxAudioReferences(
+            AUDIO: LtxAudioReferences(
                 [0.5 * audio[:, :, :5]], is_before=True, is_hidden_from_video=True, is_without_text=True
             )
         },

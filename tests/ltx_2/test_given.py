@@ -19,7 +19,15 @@ from torch import Tensor
 
 from dataset.sources.frames import shrink_mask
 from ltx_2.configs import LATENT
-from ltx_2.given import AnchorRule, Extension, GivenRules, KeyframeRule, MaskRule, audio_bounds, cover_times
+from ltx_2.given import (
+    CleanFrameRule,
+    CleanLatentRules,
+    ClipEndRule,
+    KeyframeRule,
+    MaskRule,
+    audio_latent_times,
+    covered_fractions,
+)
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.options import Ltx2TrainingOptions, with_recipe
 from modules.errors import DatasetError, OptionError
@@ -285,7 +293,7 @@ def test_a_training_that_is_resumed_draws_the_same_parts(project: Project) -> No
 
 def test_keyframes_are_ends_and_random_frames_between_them() -> None:
     batch = batch_of(6)
-    rules = GivenRules(keyframes=KeyframeRule(0.7, 0.7, 0.7, 3))
+    rules = CleanLatentRules(keyframes=KeyframeRule(0.7, 0.7, 0.7, 3))
     drawn = [rules.draw(batch, torch.Generator().manual_seed(seed)) for seed in range(200)]
     always = rules.always().draw(batch, torch.Generator())
 
@@ -324,7 +332,7 @@ def batch_of(frames: int = 4, rows: int = 2, columns: int = 3, length: int = 0, 
     return Batch({**tensors, **more.pop("tensors", {})}, ("",) * 2, ("a", "b"), **more)
 
 
-def draw_image(rules: GivenRules, batch: Batch, seed: int = 0) -> Tensor:
+def draw_image(rules: CleanLatentRules, batch: Batch, seed: int = 0) -> Tensor:
     given = rules.draw(batch, torch.Generator().manual_seed(seed))
     assert given is not None
     assert given.image is not None
@@ -338,7 +346,7 @@ def draw_image(rules: GivenRules, batch: Batch, seed: int = 0) -> Tensor:
 def test_anchors_are_ends_or_random_frames_with_their_strength(
     strategy: str, count: int, is_end: bool | None, between: int | None
 ) -> None:
-    found = draw_image(GivenRules(anchors=AnchorRule(1, strategy, count, 0.7)), batch_of(6))
+    found = draw_image(CleanLatentRules(frames=CleanFrameRule(1, strategy, count, 0.7)), batch_of(6))
 
     assert found.unique().tolist() == pytest.approx([0, 0.7])
     frames = found[:, :, 0, 0] > 0
@@ -352,10 +360,12 @@ def test_anchors_are_ends_or_random_frames_with_their_strength(
 
 def test_one_draw_is_for_both_ends_unless_one_has_its_own() -> None:
     both = [
-        draw_image(GivenRules(ends=Extension(1, 1, 0.5, 0.5, True)), batch_of(), seed) for seed in (0, 1, 2)
+        draw_image(CleanLatentRules(ends=ClipEndRule(1, 1, 0.5, 0.5, True)), batch_of(), seed)
+        for seed in (0, 1, 2)
     ]
     apart = [
-        draw_image(GivenRules(ends=Extension(1, 1, 0.5, 0.5, False)), batch_of(), seed) for seed in (0, 2)
+        draw_image(CleanLatentRules(ends=ClipEndRule(1, 1, 0.5, 0.5, False)), batch_of(), seed)
+        for seed in (0, 2)
     ]
 
     assert all(torch.equal(one[:, 0], one[:, -1]) for one in both)
@@ -365,42 +375,52 @@ def test_one_draw_is_for_both_ends_unless_one_has_its_own() -> None:
 @pytest.mark.parametrize(
     ("rules", "more", "words"),
     [
-        (GivenRules(ends=Extension(2, 2, 1, 1, True)), {}, "a has 4 latent frames, and 2 at its start"),
-        (GivenRules(region=MaskRule(1, False)), {}, "needs spatial_crop_region"),
         (
-            GivenRules(region=MaskRule(1, False)),
+            CleanLatentRules(ends=ClipEndRule(2, 2, 1, 1, True)),
+            {},
+            "a has 4 latent frames, and 2 at its start",
+        ),
+        (CleanLatentRules(region=MaskRule(1, False)), {}, "needs spatial_crop_region"),
+        (
+            CleanLatentRules(region=MaskRule(1, False)),
             {"crop_regions": ((0, 0, 31, 96),) * 2},
             "covers none of its",
         ),
-        (GivenRules(region=MaskRule(1, False)), {"crop_regions": ((0, 0, 64, 96),) * 2}, "covers all of its"),
-        (GivenRules(mask=MaskRule(1, False)), {}, "needs masks"),
         (
-            GivenRules(mask=MaskRule(1, False)),
+            CleanLatentRules(region=MaskRule(1, False)),
+            {"crop_regions": ((0, 0, 64, 96),) * 2},
+            "covers all of its",
+        ),
+        (CleanLatentRules(mask=MaskRule(1, False)), {}, "needs masks"),
+        (
+            CleanLatentRules(mask=MaskRule(1, False)),
             {"tensors": {"given_mask": torch.ones(2, 4, 2, 3)}},
             "a: its mask gives the whole clip",
         ),
-        (GivenRules(audio_times=MaskRule(1, False)), {"length": 9}, "needs a file of its name"),
-        (GivenRules(audio_ends=Extension(9, 0, 1, 1, True)), {"length": 9}, "9 latents of audio"),
+        (CleanLatentRules(audio_intervals=MaskRule(1, False)), {"length": 9}, "needs a file of its name"),
+        (CleanLatentRules(audio_ends=ClipEndRule(9, 0, 1, 1, True)), {"length": 9}, "9 latents of audio"),
     ],
 )
 def test_what_leaves_nothing_to_learn_or_is_missing_is_refused(
-    rules: GivenRules, more: dict[str, Any], words: str
+    rules: CleanLatentRules, more: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(DatasetError, match=re.escape(words)):
         rules.draw(batch_of(**more), torch.Generator())
 
 
 def test_a_single_image_has_no_ends_and_clips_without_audio_no_times() -> None:
-    rules = GivenRules(ends=Extension(1, 1, 1, 1, True), audio_times=MaskRule(1, False))
+    rules = CleanLatentRules(ends=ClipEndRule(1, 1, 1, 1, True), audio_intervals=MaskRule(1, False))
 
     assert rules.draw(batch_of(1), torch.Generator()) is None
 
 
 def test_times_cover_latents_by_the_seconds_of_each() -> None:
-    starts, ends = audio_bounds(4)
+    starts, ends = audio_latent_times(4)
 
     assert starts.tolist() == pytest.approx([0, 0.01, 0.05, 0.09])
-    assert cover_times(starts, ends, [(0.03, 0.06)]).tolist() == pytest.approx([0, 0.5, 0.25, 0], abs=1e-6)
+    assert covered_fractions(starts, ends, [(0.03, 0.06)]).tolist() == pytest.approx(
+        [0, 0.5, 0.25, 0], abs=1e-6
+    )
 
 
 RECIPE = """
@@ -504,7 +524,7 @@ def test_a_mask_that_moves_gives_a_latent_only_in_all_of_its_frames(is_inverted:
         frames = 1 - frames
     means = shrink_mask((255 * frames).byte(), LATENT.stride)[None]
 
-    given = MaskRule(1, is_inverted).find_given(means)[0]
+    given = MaskRule(1, is_inverted).find_clean(means)[0]
 
     per_frame = functional.avg_pool2d(frames, 32)
     inside = (per_frame > 0.5) != is_inverted
@@ -513,5 +533,5 @@ def test_a_mask_that_moves_gives_a_latent_only_in_all_of_its_frames(is_inverted:
     assert torch.equal(given[..., :2], exact[..., :2])
     assert given[0, 0].tolist() == [True, True, True]
     assert given[2, 0].tolist() == [True, False, False]
-    still = MaskRule(1, is_inverted).find_given(means[:, :1].expand(-1, 3, -1, -1))[0]
+    still = MaskRule(1, is_inverted).find_clean(means[:, :1].expand(-1, 3, -1, -1))[0]
     assert torch.equal(still, inside[:1].expand(3, -1, -1))

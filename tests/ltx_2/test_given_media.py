@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ltx2_generate_video
-from ltx_2.keyframes import place_generated
+from ltx_2.keyframes import space_generated_keyframes
 from modules.media.reading import resize_cover
 from modules.media.writing import write_png
 from protocols.data import AUDIO_LATENTS
@@ -281,8 +281,8 @@ def test_generated_keyframes_equal_those_of_diffusers(tmp_path: Path) -> None:
     made = generate(release, tmp_path / "a", *words, "--num_generated_keyframes", 2, frames=FRAMES)
     other = generate(release, tmp_path / "b", *words, frames=FRAMES)
 
-    assert place_generated(2, FRAMES) == [5, 11]
-    assert place_generated(1, 10) == [4]  # 4.5, to the even number, as in the official code
+    assert space_generated_keyframes(2, FRAMES) == [5, 11]
+    assert space_generated_keyframes(1, 10) == [4]  # 4.5, to the even number, as in the official code
     assert_equal(made["latent"], expect_generated(condition_pipe(release), [5, 11]), "latents")
     assert (made["latent"] - other["latent"]).abs().max() > 1e-3
 

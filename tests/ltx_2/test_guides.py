@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataset.batches.given_parts import add_clean_conditions
 from dataset.config import load_dataset_config
-from ltx_2.given import Extension, GivenRules, put_guides_in
+from ltx_2.given import CleanLatentRules, ClipEndRule, insert_guides
 from modules.errors import DatasetError
 from tests.faults.messages import run_here
 from tests.ltx_2.test_given import COLUMNS, FRAMES, ROWS, Guided, Shares, batch_of, check_steps
@@ -91,9 +91,9 @@ def test_guides_are_given_in_their_shares_at_their_frames() -> None:
     tensors = {name: torch.full((2, 8, 1, 2, 3), number + 1.0) for number, name in enumerate(names)}
     tensors["guides"] = torch.tensor([[-1, 1000], [5, 700], [2, 400]]).expand(2, -1, -1)
     batch = batch_of(tensors=tensors)
-    batch = replace(batch, tensors=put_guides_in(batch.tensors, "", torch.Generator()))
+    batch = replace(batch, tensors=insert_guides(batch.tensors, "", torch.Generator()))
 
-    given = GivenRules(ends=Extension(1, 1, 1, 1, True)).draw(batch, torch.Generator())
+    given = CleanLatentRules(ends=ClipEndRule(1, 1, 1, 1, True)).draw(batch, torch.Generator())
 
     assert batch.tensor("latents")[0, 0, :, 0, 0].tolist() == [0, 0, 3, 0]
     assert given is not None
@@ -107,7 +107,7 @@ def test_guides_are_given_in_their_shares_at_their_frames() -> None:
     assert given.keyframe_noise is not None
     behind = {**tensors, "guides": torch.tensor([[[-1, 1000], [5, 700], [4, 400]]])}
     with pytest.raises(DatasetError, match="has the latent frames 0 to 3"):
-        GivenRules().draw(batch_of(tensors=behind), torch.Generator())
+        CleanLatentRules().draw(batch_of(tensors=behind), torch.Generator())
 
 
 def test_clips_and_caches_without_guides_are_named(project: Project, tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def assert_both(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor, ...], nea
 def test_velocities_of_video_and_sound_equal_those_of_diffusers(version: str, rope: str, fps: float) -> None:
     given = dit_inputs(version, fps=fps)
 
-    ours = tiny_dit(version, splits_heads=rope == "split")(**given)
+    ours = tiny_dit(version, rotates_halves=rope == "split")(**given)
 
     assert_both(ours, in_diffusers(dit_in_diffusers(version, dit_state(version), rope), given))
-    other = tiny_dit(version, splits_heads=rope == "split")(**{**given, "fps": 2 * fps})
+    other = tiny_dit(version, rotates_halves=rope == "split")(**{**given, "fps": 2 * fps})
     assert (other[0] - ours[0]).abs().max() > 1e-3
 
 
@@ -160,7 +160,7 @@ def test_a_sample_without_sound_is_as_in_a_network_without_it(version: str) -> N
     given["audio"].requires_grad_()
     model, alone = tiny_dit(version), tiny_dit(version, audio=None)
 
-    video, _ = model(**given, has_sound=torch.tensor([True, False]))
+    video, _ = model(**given, has_audio=torch.tensor([True, False]))
 
     silent = alone(**{name: given[name] for name in ("noisy", "timesteps", "text", "fps")})[0]
     assert torch.equal(video[1], silent[1])

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_cache_latents
-from ltx_2.references import read_factors, thin_out
-from ltx_2.rope import Places, make_table
+from ltx_2.references import read_reference_factors, select_reference_frames
+from ltx_2.rope import TokenPositions, make_table
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.seeds import derive_seed
@@ -287,11 +287,11 @@ def test_references_with_sound_do_not_depend_on_where_weights_are(
 
 def test_a_loras_frames_are_taken_and_wild_factors_refused(tmp_path: Path) -> None:
     good = write_lora(tmp_path / "good.safetensors", reference_frames="1", reference_downscale_factor="2")
-    assert read_factors([good]) == {"reference_frames": 1, "reference_downscale": 2}
+    assert read_reference_factors([good]) == {"reference_frames": 1, "reference_downscale": 2}
     for number, text in enumerate(("9" * 5000, "0", "2.0", "two", "")):
         lora = write_lora(tmp_path / f"{number}.safetensors", reference_downscale_factor=text)
         with pytest.raises(OptionError, match="reference_downscale_factor"):
-            read_factors([lora])
+            read_reference_factors([lora])
 
 
 def test_loras_of_other_factors_do_not_work_together(release: TinyRelease, tmp_path: Path) -> None:
@@ -352,17 +352,20 @@ def test_lines_have_no_references_where_they_are_refused(release: TinyRelease, t
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:
     """Frames 0, 1, 5, 9, ... stand where those of the target do."""
     config = dit_config("2.3")
-    full = Places(config.dim, (3, 2, 2), (24.0,))
+    full = TokenPositions(config.dim, (3, 2, 2), (24.0,))
     tables = [
         make_table(config, one, device=torch.device("cpu"))
-        for one in (full, full._replace(factors=(1, 2)), full._replace(factors=(2, 1)))
+        for one in (full, full._replace(time_factor=2), full._replace(size_factor=2))
     ]
     assert_equal(tables[1][:4], tables[0][:4], "the first latent is of one frame")
     assert (tables[1][4:] - tables[0][4:]).abs().max() > 1e-3
     assert (tables[2] - tables[0]).abs().max() > 1e-3
     frames = torch.arange(33)[None, :, None, None, None]
-    assert thin_out(frames, ReferenceRules(1, time_factor=4), 8).flatten().tolist() == [0, *range(1, 33, 4)]
-    assert thin_out(frames, ReferenceRules(1, max_frames=10), 8).shape[1] == 9
+    assert select_reference_frames(frames, ReferenceRules(1, time_factor=4), 8).flatten().tolist() == [
+        0,
+        *range(1, 33, 4),
+    ]
+    assert select_reference_frames(frames, ReferenceRules(1, max_frames=10), 8).shape[1] == 9
 
 
 @pytest.fixture(scope="module")

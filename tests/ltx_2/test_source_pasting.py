@@ -13,7 +13,7 @@ from safetensors import safe_open
 import ltx2_generate_video
 from ltx_2.configs import LATENT
 from ltx_2.given_media_options import Ltx2GivenMedia
-from ltx_2.source_pasting import SourcePasting, weigh
+from ltx_2.source_pasting import SourcePasting, make_blend_weights
 from modules.media.reading import resize_cover
 from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here
@@ -79,7 +79,7 @@ def blend(weight: numpy.ndarray, source: Frames, made: Frames) -> numpy.ndarray:
 def test_the_weight_rises_from_the_edge_of_what_is_kept_and_not_from_that_of_the_frame() -> None:
     is_kept = numpy.array([[False, True], [True, True]])
 
-    weights = weigh(is_kept, 4, 8)
+    weights = make_blend_weights(is_kept, 4, 8)
 
     expected = numpy.array(
         [
@@ -92,9 +92,9 @@ def test_the_weight_rises_from_the_edge_of_what_is_kept_and_not_from_that_of_the
         ]
     )
     numpy.testing.assert_allclose(weights, expected, rtol=1e-6)
-    assert numpy.array_equal(weigh(is_kept, 0, 8), expected > 0)
-    assert (weigh(numpy.ones((2, 2), bool), 4, 8) == 1).all()
-    assert (weigh(numpy.zeros((2, 2), bool), 4, 8) == 0).all()
+    assert numpy.array_equal(make_blend_weights(is_kept, 0, 8), expected > 0)
+    assert (make_blend_weights(numpy.ones((2, 2), bool), 4, 8) == 1).all()
+    assert (make_blend_weights(numpy.zeros((2, 2), bool), 4, 8) == 0).all()
 
 
 @pytest.mark.slow

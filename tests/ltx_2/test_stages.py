@@ -20,7 +20,7 @@ import ltx2_generate_video
 from blissful_tuner.taehv import TaehvConfig
 from ltx_2.stage_options import Ltx2OfficialStages
 from ltx_2.stages import two_stages
-from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, factors
+from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, read_scale_factors
 from modules.errors import UserError
 from modules.media.pixels import image_pixels
 from modules.media.reading import read_image, video_frames
@@ -74,7 +74,7 @@ def test_latents_are_enlarged_as_in_diffusers(
 
     expected = (theirs(latents * std + mean) - mean) / std
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)  # float32, the same operations
-    frames, side = factors(path, option, 16)
+    frames, side = read_scale_factors(path, option, 16)
     assert made.shape[2:] == ((3 - 1) * frames + 1, 4 * side, 6 * side)
 
 

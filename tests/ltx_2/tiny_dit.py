@@ -18,21 +18,23 @@ from tests.tiny.dit_files import draw, write_dialect
 
 _VIDEO, _AUDIO = StreamConfig(56, 224, 8, 20), StreamConfig(32, 128, 32, 20)
 DIT_CONFIGS = {
-    "2.0": LtxConfig(_VIDEO, _AUDIO, 4, 2, 32, projects_text=True, is_gated=False, modulates_text=False),
+    "2.0": LtxConfig(
+        _VIDEO, _AUDIO, 4, 2, 32, projects_text=True, has_head_gates=False, modulates_text=False
+    ),
     "2.3": LtxConfig(
         replace(_VIDEO, text_dim=56),
         replace(_AUDIO, text_dim=32),
         *(4, 2, 32),
         projects_text=False,
-        is_gated=True,
+        has_head_gates=True,
         modulates_text=True,
     ),
 }
 DIT_CONFIGS["2.5"] = replace(
     DIT_CONFIGS["2.3"],
     video=replace(DIT_CONFIGS["2.3"].video, ff_bias=False),
-    times_text=False,
-    marks_first=True,
+    modulates_text_by_timestep=False,
+    has_single_frame_embedding=True,
 )
 
 
@@ -80,7 +82,7 @@ def dit_in_diffusers(
 
     config = config or DIT_CONFIGS[version]
     assert config.audio is not None
-    is_new = config.is_gated
+    is_new = config.has_head_gates
     model = LTX2VideoTransformer3DModel(
         in_channels=config.video.channels,
         out_channels=config.video.channels,
@@ -103,8 +105,8 @@ def dit_in_diffusers(
         perturbed_attn=True,
         ff_bias=config.video.ff_bias,
         audio_ff_bias=config.audio.ff_bias,
-        use_prompt_adaln_single=config.times_text,
-        use_keyframes_abs_pos_embedding=config.marks_first,
+        use_prompt_adaln_single=config.modulates_text_by_timestep,
+        use_keyframes_abs_pos_embedding=config.has_single_frame_embedding,
     )
     model.load_state_dict(dit_diffusers_state(state))
     model.register_forward_pre_hook(_mark_first, with_kwargs=True)

@@ -16,14 +16,14 @@ from minimax_h3.conditions import (
     FIRST,
     LAST,
     TARGET_INDEX,
+    add_noise_to_conditions,
     control_key,
     encode_condition,
-    in_order,
-    noise_conditions,
-    place_conditions,
+    position_conditions,
     reference_key,
+    sort_condition_keys,
 )
-from minimax_h3.places import UNITS_A_FRAME, AudioPlace, ImageGrid, ImagePlace
+from minimax_h3.places import TIME_PER_FRAME, AudioPosition, ImageGrid, ImagePosition
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.reference_sound import read_reference_audio, resample
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
@@ -82,7 +82,7 @@ def test_pictures_and_clips_are_noised_in_order_and_sound_is_not() -> None:
     }
     noise = Drawn()
 
-    noised = noise_conditions(conditions, noise)
+    noised = add_noise_to_conditions(conditions, noise)
 
     assert [*noised] == [reference_key(0, IMAGE), reference_key(1, AUDIO), reference_key(1, VIDEO)]
     assert noise.shapes == [tuple(image.shape), tuple(clip.shape)]
@@ -97,19 +97,19 @@ def test_pictures_and_clips_are_noised_in_order_and_sound_is_not() -> None:
 def test_order_is_by_number() -> None:
     keys = ["mmh3_hidden_states", *(reference_key(number, IMAGE) for number in (10, 2, 0)), LAST, FIRST]
     expected = [FIRST, LAST, *(reference_key(number, IMAGE) for number in (0, 2, 10))]
-    assert in_order(keys) == expected
+    assert sort_condition_keys(keys) == expected
 
 
 def test_keyframes_stand_at_first_and_last_frame() -> None:
     frames = {key: random(1, 24, 1, 6, 8) for key in (LAST, FIRST)}
 
-    placement = place_conditions(frames, 0, num_text=11, target=GRID)
+    placement = position_conditions(frames, 0, num_text=11, target=GRID)
 
     spans = 1 + 4 * 4 + 1 + 4  # of seven latent frames
-    places = [condition.place for condition in placement.conditions]
+    places = [condition.position for condition in placement.conditions]
     one = ImageGrid(1, 3, 4)
-    assert places == [ImagePlace(one, 11.0), ImagePlace(one, pytest.approx(11 + (spans - 1) * 5 / 3))]
-    assert placement.start == 11
+    assert places == [ImagePosition(one, 11.0), ImagePosition(one, pytest.approx(11 + (spans - 1) * 5 / 3))]
+    assert placement.start_time == 11
 
 
 def test_references_follow_one_another() -> None:
@@ -122,17 +122,17 @@ def test_references_follow_one_another() -> None:
         reference_key(3, VIDEO): random(1, 24, 2, 6, 6),
     }
 
-    placement = place_conditions(conditions, 0, num_text=11, target=GRID)
+    placement = position_conditions(conditions, 0, num_text=11, target=GRID)
 
     own = ImageGrid(2, 3, 3)
-    assert [condition.place for condition in placement.conditions] == [
-        ImagePlace(ImageGrid(1, 2, 3), 11.0),
-        AudioPlace(5, 12.0, GRID),
-        AudioPlace(12, 17.0, own),
-        ImagePlace(own, 17.0),
-        ImagePlace(own, 29.0),
+    assert [condition.position for condition in placement.conditions] == [
+        ImagePosition(ImageGrid(1, 2, 3), 11.0),
+        AudioPosition(5, 12.0, GRID),
+        AudioPosition(12, 17.0, own),
+        ImagePosition(own, 17.0),
+        ImagePosition(own, 29.0),
     ]
-    assert placement.start == pytest.approx(29 + 5 * 5 / 3)
+    assert placement.start_time == pytest.approx(29 + 5 * 5 / 3)
 
 
 def test_a_single_picture_stands_where_its_index_says() -> None:
@@ -142,11 +142,11 @@ def test_a_single_picture_stands_where_its_index_says() -> None:
         TARGET_INDEX: torch.tensor([4]),
     }
 
-    placement = place_conditions(conditions, 0, num_text=11, target=ImageGrid(1, 3, 4))
+    placement = position_conditions(conditions, 0, num_text=11, target=ImageGrid(1, 3, 4))
 
-    starts = [condition.place.start for condition in placement.conditions]
-    assert starts == [11, 11 + 10 * UNITS_A_FRAME]
-    assert placement.start == 11 + 4 * UNITS_A_FRAME
+    starts = [condition.position.start_time for condition in placement.conditions]
+    assert starts == [11, 11 + 10 * TIME_PER_FRAME]
+    assert placement.start_time == 11 + 4 * TIME_PER_FRAME
 
 
 def test_sound_is_resampled_by_a_windowed_sinc() -> None:

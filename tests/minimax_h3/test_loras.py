@@ -16,7 +16,7 @@ from torch import Tensor
 import convert_lora
 from checkpoints.opening import open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
-from minimax_h3.configs import SOUND
+from minimax_h3.configs import AUDIO
 from minimax_h3.dit_checkpoints import load_dit
 from protocols.loading import Placement
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -149,7 +149,7 @@ def predict_there(load: Callable[[Any], None] = lambda dit: None) -> Tensor:
         5,
         (1, 2, 2),
         2,
-        audio_tag=SOUND,
+        audio_tag=AUDIO,
         video_tag=0,
         keyframe_anchors=(),
     )
@@ -159,7 +159,7 @@ def predict_there(load: Callable[[Any], None] = lambda dit: None) -> Tensor:
             audio_hidden_states=rows_of_audio(HEARD)[None],
             encoder_hidden_states=TEXT,
             timestep=torch.tensor([0.3, 0.6]),
-            timestep_indices=(tags == SOUND).long(),
+            timestep_indices=(tags == AUDIO).long(),
             token_tags=tags,
             position_ids=places,
             video_indices=video,

@@ -14,10 +14,10 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimax_h3.configs import SOUND
+from minimax_h3.configs import AUDIO
 from minimax_h3.dit_checkpoints import load_dit, make_format
 from minimax_h3.model import H3Condition, H3Model
-from minimax_h3.places import AudioPlace, ImageGrid, ImagePlace, last_frame_place
+from minimax_h3.places import AudioPosition, ImageGrid, ImagePosition, last_frame_time
 from protocols.loading import Placement
 from tests.manifests import tensor_list, write_hollow
 from tests.minimax_h3.tiny_dit import released, their_dit
@@ -75,7 +75,7 @@ def theirs(
 
 def layout_of(shown: list[int], anchors: tuple[str, ...] = ()) -> tuple[Any, ...]:
     return MiniMaxH3PrepareLayoutStep.build_packed_sequence(
-        torch.tensor(shown), 7, 6, 8, 9, (1, 2, 2), 2, audio_tag=SOUND, video_tag=0, keyframe_anchors=anchors
+        torch.tensor(shown), 7, 6, 8, 9, (1, 2, 2), 2, audio_tag=AUDIO, video_tag=0, keyframe_anchors=anchors
     )
 
 
@@ -92,7 +92,7 @@ def row_times(layout: tuple[Any, ...], conditions: int = 0) -> Tensor:
     """0 of pictures and text, 1 of sound, 2 of the first rows of pictures: conditions."""
     _, tags, video, *_ = layout
     indices = torch.zeros(len(tags), dtype=torch.long)
-    indices[tags == SOUND] = 1
+    indices[tags == AUDIO] = 1
     indices[video[:conditions]] = 2
     return indices
 
@@ -137,9 +137,10 @@ def test_first_and_last_frame_stand_where_diffusers_has_them(tmp_path: Path) -> 
     layout = layout_of(shown, ("first", "last"))
     expected = theirs(layout, [*frames, VIDEO], [HEARD], [0.3, 0.6, 0.999], row_times(layout, conditions=24))
     grid = ImageGrid(1, 3, 4)
-    starts = (11.0, last_frame_place(11.0, 7))
+    starts = (11.0, last_frame_time(11.0, 7))
     conditions = [
-        H3Condition(latents, ImagePlace(grid, start)) for latents, start in zip(frames, starts, strict=True)
+        H3Condition(latents, ImagePosition(grid, start))
+        for latents, start in zip(frames, starts, strict=True)
     ]
 
     with torch.no_grad():
@@ -148,7 +149,7 @@ def test_first_and_last_frame_stand_where_diffusers_has_them(tmp_path: Path) -> 
             HEARD,
             (0.3, 0.6),
             TEXT,
-            shown=[tag == 0 for tag in shown],
+            is_image_token=[tag == 0 for tag in shown],
             conditions=conditions,
         )
 
@@ -178,7 +179,7 @@ def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
         num_audio_latents=9,
         patch_size=(1, 2, 2),
         audio_channels=2,
-        audio_tag=SOUND,
+        audio_tag=AUDIO,
         video_tag=0,
     )
     _, _, video, audio, *_ = layout
@@ -187,10 +188,10 @@ def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
     expected = theirs(layout, [image, clip, VIDEO], [alone, of_clip, HEARD], [0.3, 0.6, 0.999, 1.0], indices)
     target, own = ImageGrid(7, 3, 4), ImageGrid(2, 3, 3)
     conditions = [
-        H3Condition(image, ImagePlace(ImageGrid(1, 2, 3), 11.0)),
-        H3Condition(alone, AudioPlace(5, 12.0, target)),
-        H3Condition(of_clip, AudioPlace(12, 17.0, own)),
-        H3Condition(clip, ImagePlace(own, 17.0)),
+        H3Condition(image, ImagePosition(ImageGrid(1, 2, 3), 11.0)),
+        H3Condition(alone, AudioPosition(5, 12.0, target)),
+        H3Condition(of_clip, AudioPosition(12, 17.0, own)),
+        H3Condition(clip, ImagePosition(own, 17.0)),
     ]
 
     with torch.no_grad():
@@ -204,7 +205,7 @@ def test_a_pruned_file_reads_its_times_from_a_table(tmp_path: Path) -> None:
     full = load(tmp_path)
     tensors = released(their_dit().state_dict())
     times = torch.linspace(0, 1, 5)
-    tensors["adaln_t_table"] = full._embed_times(times.tolist(), CPU)
+    tensors["adaln_t_table"] = full._embed_timesteps(times.tolist(), CPU)
     for name in list(tensors):
         if name.startswith("time_embedder."):
             del tensors[name]
@@ -214,7 +215,7 @@ def test_a_pruned_file_reads_its_times_from_a_table(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = full(VIDEO, HEARD, (0.25, 0.75), TEXT)
         found = pruned(VIDEO, HEARD, (0.25, 0.75), TEXT)
-        between = pruned._embed_times([0.625], CPU)
+        between = pruned._embed_timesteps([0.625], CPU)
 
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=EXACT, rtol=EXACT)

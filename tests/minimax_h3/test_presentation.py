@@ -23,7 +23,13 @@ from torch import Tensor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from minimax_h3.files import H3_USE, KEY, TAGS, H3TextEncoder
-from minimax_h3.presentation import SHOWN_AUDIO, present_keyframes, sample_clip, show_clip, show_image
+from minimax_h3.presentation import (
+    PRESENTED_AUDIO,
+    present_clip,
+    present_image,
+    present_keyframes,
+    sample_clip_frames,
+)
 from minimax_h3.vision import RELEASED, Limits, read_preprocessing, resized_sides
 from modules.errors import CheckpointError, MediaError
 from protocols.requests import Prompt
@@ -96,7 +102,12 @@ def test_references_are_presented_as_by_diffusers(files: TinyH3, encoder: H3Text
         MiniMaxH3VideoReference(silent.numpy()),
     ]
     expected = theirs(MiniMaxH3Ref2VATextEncoderStep(), files, normalized_references=references)
-    presented = (show_image(picture), SHOWN_AUDIO, show_clip(clip, has_sound=True), show_clip(silent))
+    presented = (
+        present_image(picture),
+        PRESENTED_AUDIO,
+        present_clip(clip, has_audio=True),
+        present_clip(silent),
+    )
 
     conditions, plain = encoder.encode([Prompt(PROMPT, media_before_text=presented), Prompt(PROMPT)])
 
@@ -107,16 +118,18 @@ def test_references_are_presented_as_by_diffusers(files: TinyH3, encoder: H3Text
 
 def test_times_are_means_of_pairs() -> None:
     """29 frames at 24 a second: three at 2 a second, of which the last is repeated."""
-    assert sample_clip(29, 2) == ((0, 12, 24), (0.25, 1.0))
+    assert sample_clip_frames(29, 2) == ((0, 12, 24), (0.25, 1.0))
     with pytest.raises(MediaError, match="needs 13"):
-        sample_clip(12, 2)
+        sample_clip_frames(12, 2)
 
 
 @pytest.mark.parametrize("frames", [2, 3, 30])
 @pytest.mark.parametrize("sides", [(768, 1344), (32, 32), (20, 70), (2048, 32)])
 def test_frames_are_resized_as_by_transformers(frames: int, sides: tuple[int, int]) -> None:
     limits = RELEASED.clips
-    expected = smart_resize(frames, *sides, factor=32, min_pixels=limits.fewest, max_pixels=limits.maximum)
+    expected = smart_resize(
+        frames, *sides, factor=32, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
+    )
     assert resized_sides(frames, sides, limits, 32, 2) == expected
 
 
@@ -129,8 +142,8 @@ def test_preprocessor_files_are_obeyed(tmp_path: Path) -> None:
 
     found = read_preprocessing([tmp_path / "none", tmp_path])
 
-    assert found.pictures == Limits(1024, 4096, {"image_mean": [0.1] * 3})
-    assert found.clips == Limits(9, RELEASED.clips.maximum, tokens_of_frame=5)
+    assert found.images == Limits(1024, 4096, {"image_mean": [0.1] * 3})
+    assert found.clips == Limits(9, RELEASED.clips.max_pixels, max_tokens_per_frame=5)
     assert read_preprocessing([]) == RELEASED
 
 
@@ -153,7 +166,7 @@ def test_the_file_next_to_the_tokenizer_counts(files: TinyH3, tmp_path: Path) ->
     (folder / "tokenizer.json").write_bytes((files.tokenizer / "tokenizer.json").read_bytes())
     (folder / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 1024}}')
     encoder = H3TextEncoder(H3_USE, files.text_encoder, torch.float32, folder)
-    assert encoder.preprocessing().pictures.fewest == 1024
+    assert encoder.preprocessing().images.min_pixels == 1024
 
 
 def test_a_prompt_may_not_hold_the_token_of_a_picture(encoder: H3TextEncoder) -> None:
@@ -171,8 +184,8 @@ def test_too_many_tokens_are_refused(encoder: H3TextEncoder) -> None:
 
 def test_equal_pictures_are_equal_prompts() -> None:
     first, second = pixels(32, 32), pixels(32, 32, seed=1)
-    assert show_image(first) == show_image(first.clone()) != show_image(second)
-    assert show_clip(first[None]) != show_clip(first[None], has_sound=True)
+    assert present_image(first) == present_image(first.clone()) != present_image(second)
+    assert present_clip(first[None]) != present_clip(first[None], has_audio=True)
 
 
 def test_weights_count_for_the_prompt_alone(encoder: H3TextEncoder) -> None:

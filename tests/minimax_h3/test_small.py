@@ -69,7 +69,7 @@ def round_file(path: Path) -> Path:
 def prune(tensors: dict[str, Tensor], whole: H3Model) -> dict[str, Tensor]:
     """Put a table of 1025 times, 8 wide, in place of the network that embeds them."""
     pruned = {name: tensor for name, tensor in tensors.items() if not name.startswith("time_embedder.")}
-    times = whole._embed_times(torch.linspace(0, 1, 1025).tolist(), CPU)
+    times = whole._embed_timesteps(torch.linspace(0, 1, 1025).tolist(), CPU)
     generator = torch.Generator().manual_seed(2)
     for name, tensor in pruned.items():
         if name.endswith("adaln_proj.linear.weight"):

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints.stored.int8 import FEW_TOKENS
-from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_probe
+from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_empty_prompt
 from minimax_h3.cached_texts import H3CachingEncoder, describe_copy, describe_subjects
 from minimax_h3.files import H3_USE, LAYERS, H3TextEncoder
-from minimax_h3.presentation import present_keyframes, show_clip, show_image
+from minimax_h3.presentation import present_clip, present_image, present_keyframes
 from modules.errors import CacheError
 from modules.media.writing import write_png, write_video
 from protocols.requests import Prompt
@@ -124,7 +124,7 @@ def test_the_probe_is_a_space_in_the_format_of_the_known_tuner(project: Path, fi
     assert (metadata["cache_format"], metadata["text"]) == ("h3-uncond-probe-v1", " ")
     empty = load_file(project / "cache" / "mmh3_te.empty.safetensors")
     torch.testing.assert_close(empty[STATES], made["hidden_states"], atol=0, rtol=0)
-    states, tags = read_probe(project / "probes" / "empty.safetensors")
+    states, tags = read_empty_prompt(project / "probes" / "empty.safetensors")
     assert torch.equal(states, made["hidden_states"])
     assert torch.equal(tags, made["token_tags"])
     assert said.index("no rights in the USA") < said.index("Caching texts")
@@ -141,15 +141,15 @@ def test_other_spellings_cache_the_probe_with_the_texts(project: Path, files: Ti
 
 def test_a_file_that_is_no_probe_is_refused(tmp_path: Path, files: TinyH3) -> None:
     with pytest.raises(CacheError, match="--uncond_output"):
-        read_probe(files.dit)
+        read_empty_prompt(files.dit)
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(CacheError, match="--uncond_output"):
-        read_probe(tmp_path / "broken.safetensors")
+        read_empty_prompt(tmp_path / "broken.safetensors")
     for states in (torch.zeros(2, 3, 4), torch.zeros(0, 4), torch.zeros(2, 4, dtype=torch.int64)):
         tensors = {"hidden_states": states, "token_tags": torch.ones(len(states), dtype=torch.int64)}
         save_file(tensors, tmp_path / "odd.safetensors", {"cache_format": "h3-uncond-probe-v1"})
         with pytest.raises(CacheError, match="not a state for each token"):
-            read_probe(tmp_path / "odd.safetensors")
+            read_empty_prompt(tmp_path / "odd.safetensors")
 
 
 def test_states_are_kept_in_the_dtype_of_the_caches(project: Path, files: TinyH3) -> None:
@@ -367,7 +367,7 @@ def test_a_teacher_reads_the_clip_itself_with_its_sound(files: TinyH3) -> None:
     with torch.no_grad():
         (made,) = encoder.encode([Prompt("a cat", clip=clip)])
 
-    states, tags = presented(files, describe_copy("a cat"), show_clip(clip, has_sound=True))
+    states, tags = presented(files, describe_copy("a cat"), present_clip(clip, has_audio=True))
     torch.testing.assert_close(made["mmh3_teacher_ref_hidden_states"][0], states, atol=1e-4, rtol=1e-4)
     assert made["mmh3_teacher_ref_token_tags"][0].tolist() == tags
     assert made[TAGS][0].tolist() == [1] * len(made[KEY][0])
@@ -384,7 +384,7 @@ def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
         )
 
     text = describe_subjects("a cat", 2, is_still=True)
-    states, tags = presented(files, text, *map(show_image, images))
+    states, tags = presented(files, text, *map(present_image, images))
     torch.testing.assert_close(
         made["mmh3_teacher_subject_ref_hidden_states"][0], states, atol=1e-4, rtol=1e-4
     )
@@ -416,7 +416,7 @@ def test_a_row_says_what_the_teacher_of_subjects_reads(large_project: Path, file
 
     (cached,) = (large_project / "cache").glob("*_mmh3_te.safetensors")
     made = load_file(cached)
-    states, tags = presented(files, SPOKEN, show_image(subject))
+    states, tags = presented(files, SPOKEN, present_image(subject))
     name = "varlen_mmh3_teacher_subject_ref_hidden_states_float32"
     torch.testing.assert_close(made[name], states, atol=1e-4, rtol=1e-4)
     assert made["varlen_mmh3_teacher_subject_ref_token_tags_int64"].tolist() == tags
@@ -451,7 +451,7 @@ def test_references_of_a_row_are_presented_in_their_order(large_project: Path, f
 
     cache(large_project, files, "--task", "ref2va", *edges)
 
-    states, tags = presented(files, CAPTIONS[0], show_image(style))
+    states, tags = presented(files, CAPTIONS[0], present_image(style))
     torch.testing.assert_close(text_cache(large_project)[STATES], states, atol=1e-4, rtol=1e-4)
     assert text_cache(large_project)[TAG_ROWS].tolist() == tags
     with_clip = text_cache(large_project, 1)[TAG_ROWS].tolist()

@@ -19,7 +19,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minimax_h3.configs import SOUND
+from minimax_h3.configs import AUDIO
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.caches import Clip, random_clip, write_caches, write_empty_text
 from tests.minimax_h3.test_model import Reference, rows_of_audio
@@ -129,7 +129,7 @@ def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], audios: list
             latents,
             PATCH,
             2,
-            audio_tag=SOUND,
+            audio_tag=AUDIO,
             video_tag=0,
             keyframe_anchors=("first", "last")[: len(sight.frames)],
         )
@@ -144,7 +144,7 @@ def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], audios: list
         num_audio_latents=latents,
         patch_size=PATCH,
         audio_channels=2,
-        audio_tag=SOUND,
+        audio_tag=AUDIO,
         video_tag=0,
     )
 
@@ -164,7 +164,7 @@ def predict(
     times = [1 - level for level in sample.levels]
     times += [max(0.999, times[0]), 1.0]
     of_time = torch.zeros(len(tags), dtype=torch.long)
-    of_time[tags == SOUND] = 1
+    of_time[tags == AUDIO] = 1
     conditions, given_audios = rows_in(images[:-1], 4), rows_in(audios[:-1], 1)
     of_time[video[:conditions]] = 2
     of_time[audio[:given_audios]] = 3

@@ -135,7 +135,7 @@ def test_a_folder_of_diffusers_is_the_same_vae(tmp_path: Path, frames: int) -> N
 
     torch.testing.assert_close(ours.encode_moments(pixels), expected, atol=EXACT, rtol=EXACT)
     if frames > 1:
-        latents = ours.normalise(expected[:, :24])
+        latents = ours.normalize(expected[:, :24])
         pixels = joined(ours.decode(latents, clamps=False))
         torch.testing.assert_close(pixels, their_pixels(theirs, latents), atol=5 * EXACT, rtol=EXACT)
 
@@ -162,7 +162,7 @@ def test_tiles_are_those_of_diffusers(
     moments = ours.encode_moments(pixels)
 
     torch.testing.assert_close(moments, expected, atol=EXACT, rtol=EXACT)
-    latents = ours.normalise(moments[:, :24])
+    latents = ours.normalize(moments[:, :24])
     found = joined(ours.decode(latents, clamps=False))
     torch.testing.assert_close(found, their_pixels(theirs, latents), atol=5 * EXACT, rtol=EXACT)
 
