@@ -32,14 +32,14 @@ from modules.option_values import Placeholder, option_argv
 from protocols.data import CONTROL_PIXELS, Conditions
 from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 
-CALLED = "ControlNet-LLLite"
+DISPLAY_NAME = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it
-WHAT = "a ControlNet-LLLite for Anima"
+MODEL_KIND = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 # of a control image for inpainting: red, green, blue and the mask
 MASKED_CHANNELS = 4
 HIDES_MASKED = "lllite.inpaint_masked_input"  # in metadata
-GIVE = "a file of anima_train_control_net_lllite.py"
+LLLITE_FILES = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
 # maximum dilation of the trunk's convolutions; the largest control images are 256 positions wide there
 MAX_DILATION = 64
@@ -111,7 +111,7 @@ class AttachedLllite(AnimaLllite):
                 has = "has no such layer" if layer is None else f"takes {layer.in_features} there"
                 raise CheckpointError(
                     f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
-                    f"inputs of {width} numbers, and the model {has}. Give {GIVE} for this model.",
+                    f"inputs of {width} numbers, and the model {has}. Give {LLLITE_FILES} for this model.",
                     path,
                 )
             layer.register_forward_pre_hook(partial(self._change_input, module))
@@ -142,23 +142,24 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     if any(name.startswith("lllite_modules.") for name in names):
         raise CheckpointError(
             f"{option} {checkpoint.path} is an older form of ControlNet-LLLite for Anima (lllite_modules.*). "
-            f"Give {GIVE}, or train it again.",
+            f"Give {LLLITE_FILES}, or train it again.",
             checkpoint.path,
         )
     if any(name.startswith("lllite_unet_") for name in names):
         raise CheckpointError(
-            f"{option} {checkpoint.path} is a ControlNet-LLLite for Stable Diffusion XL. Give {GIVE}.",
+            f"{option} {checkpoint.path} is a ControlNet-LLLite for Stable Diffusion XL. "
+            f"Give {LLLITE_FILES}.",
             checkpoint.path,
         )
     if f"{TRUNK}.out_norm.weight" not in names or not any(name.startswith(PREFIX) for name in names):
-        raise other_kind(checkpoint, WHAT, option, GIVE)
+        raise other_kind(checkpoint, MODEL_KIND, option, LLLITE_FILES)
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         info = names.get(name)
         if info is None or len(info.shape) != axes or 0 in info.shape:
             raise CheckpointError(
-                f"{checkpoint.path} is not {WHAT} as known: {name} is missing or has another shape. Copy or "
-                "download it again.",
+                f"{checkpoint.path} is not {MODEL_KIND} as known: {name} is missing or has another shape. "
+                "Copy or download it again.",
                 checkpoint.path,
             )
         return info.shape
@@ -199,7 +200,7 @@ def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
         return dilations
     raise CheckpointError(
-        f"{checkpoint.path} is not {WHAT} as known: lllite.aspp_dilations of its metadata is "
+        f"{checkpoint.path} is not {MODEL_KIND} as known: lllite.aspp_dilations of its metadata is "
         f"{shorten(stored, 60)!r}. Copy or download it again.",
         checkpoint.path,
     )
@@ -213,7 +214,7 @@ def load_lllite(
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
         build = partial(AttachedLllite, scale=multiplier)
-        attached = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
+        attached = load_planned(plan, build, device=device, dtype=dtype, what=MODEL_KIND)
     attached.attach_to(dit, path)
     return attached
 
@@ -226,7 +227,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         build = partial(AttachedLllite, scale=1.0)
-        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
+        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=MODEL_KIND)
     return plan.config
 
 
@@ -256,10 +257,12 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     """Return a ControlNet-LLLite for the training loop: functions to make and check it, and metadata."""
-    config = _start_config(options)
+    config = _initial_config(options)
     return CustomNetwork(
-        label=CALLED,
-        description=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
+        label=DISPLAY_NAME,
+        description=describe_start(
+            DISPLAY_NAME, f" at {options.lllite_target_layers}", options.network_weights
+        ),
         architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
@@ -282,7 +285,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     )
 
 
-def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
+def _config_from_options(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     """Return the dimensions that the options set."""
     targets = read_targets(options.lllite_target_layers)
     return LlliteConfig(
@@ -297,15 +300,15 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     )
 
 
-def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
+def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     """Return the dimensions in --network_weights, or else those that the options set."""
     path = options.network_weights
     if path is None:
-        return _config_of(options)
+        return _config_from_options(options)
     try:
         return check_file(path, WEIGHTS).config
     except (UserError, OSError):  # the check of the training says what is wrong with it
-        return _config_of(options)
+        return _config_from_options(options)
 
 
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
@@ -321,9 +324,9 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
             _check_blocks(plan.config, path, dit)
-            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
+            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=MODEL_KIND)
     else:
-        config = _start_config(options)
+        config = _initial_config(options)
         num_layers: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
         widths = {}
         for _, layer_path in list_layers(config.layers, 1):
@@ -340,7 +343,7 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
     path = options.network_weights
     if path is None:
         return
-    stored, asked = check_file(path, WEIGHTS).config, _config_of(options)
+    stored, asked = check_file(path, WEIGHTS).config, _config_from_options(options)
     sizes = {
         "cond_emb_dim": (asked.cond_emb_dim, stored.cond_emb_dim),
         "lllite_cond_dim": (asked.cond_dim, stored.cond_dim),

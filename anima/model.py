@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from anima.adapter import AnimaAdapter, read_texts
+from anima.adapter import AnimaAdapter, embed_prompts
 from anima.configs import DIT, PATCH, TEXT_ROWS, AnimaConfig
 from modules.attention.attend import attend
 from modules.devices import send_ahead
@@ -315,7 +315,7 @@ class AnimaModel(BlockNetwork):
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return a text's rows from the LLM adapter, B T context_dim, and repetitions of the padding row."""
-        rows = read_texts(
+        rows = embed_prompts(
             self.llm_adapter,
             states,
             count_real(states_mask),

@@ -133,11 +133,11 @@ class ModelRecipe:
         task = self._task
         if task is None:
             return name == "references" or not _is_needed_by_another(self.script, name)
-        from_image = task.takes_image or task.keeps_image
+        from_image = task.requires_image or task.takes_clean_first_frame
         is_vace = bool(getattr(task, "kind", "") == "vace")
         takes = {
             "start": from_image,
-            "end": task.takes_image,
+            "end": task.requires_image,
             "control": task.has_control or is_vace,
             "references": is_vace,
         }

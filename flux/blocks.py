@@ -17,7 +17,7 @@ from hunyuan_model.blocks import (
     Heads,
     HunyuanModulation,
     HunyuanTokens,
-    attend_turned,
+    rotate_and_attend,
     split_heads,
 )
 from hunyuan_model.joining import gelu, join_gelu
@@ -133,7 +133,7 @@ class SingleBlock(nn.Module):
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
-        attended = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        attended = rotate_and_attend(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
         return add_gated(
             x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
         )

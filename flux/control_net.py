@@ -31,8 +31,10 @@ from modules.text_files import parse_json, read_text
 logger = logging.getLogger(__name__)
 
 FILES = ("config.json", "diffusion_pytorch_model*")  # files of a repository on the hub
-GIVE = "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
-_MARK = "controlnet_x_embedder.weight"
+FITTING_FILES = (
+    "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
+)
+CONTROL_EMBEDDER = "controlnet_x_embedder.weight"
 TIMESTEPS = 1000  # diffusers' class takes 0..1
 
 
@@ -67,7 +69,7 @@ class FluxControl(nn.Module):
             control: Latents of the control image in model space, B Z 1 H W.
             strength: Factor of all additions.
         """
-        return compute_additions(
+        return compute_block_residuals(
             self.network,
             self._blocks,
             noisy=noisy,
@@ -80,7 +82,7 @@ class FluxControl(nn.Module):
         )
 
 
-def compute_additions(
+def compute_block_residuals(
     network: FluxControlNetModel,
     blocks: tuple[int, int],
     *,
@@ -129,11 +131,11 @@ def compute_additions(
     additions: list[Tensor | None] = []
     # each output serves several neighboring blocks: the ControlNet has fewer blocks
     for output, num_blocks in zip(outputs, blocks, strict=True):
-        additions += _spread(output, num_blocks)
+        additions += repeat_over_blocks(output, num_blocks)
     return additions
 
 
-def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
+def repeat_over_blocks(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
     """Return the tensor to add after each block; one output serves several consecutive blocks.
 
     A ControlNet without blocks of a kind has no output for that kind, and nothing is added.
@@ -201,15 +203,15 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     if hint is not None:
         raise CheckpointError(
             f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches hold latents of "
-            f"control pictures.\n  Give one that sees latents: {GIVE}.",
+            f"control pictures.\n  Give one that sees latents: {FITTING_FILES}.",
             path,
         )
-    if _MARK not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
-        raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
+    if CONTROL_EMBEDDER not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
+        raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, FITTING_FILES)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
             f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
-            f"which datasets do not state.\n  Give one of a single kind, or without modes: {GIVE}.",
+            f"which datasets do not state.\n  Give one of a single kind, or without modes: {FITTING_FILES}.",
             path,
         )
 
@@ -219,8 +221,8 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
 
     # dimension -> its size in the ControlNet and in the transformer
     sizes = {
-        "width": (names[_MARK].shape[0], config.dim),
-        "numbers of a token": (names[_MARK].shape[1], config.token_dim),
+        "width": (names[CONTROL_EMBEDDER].shape[0], config.dim),
+        "numbers of a token": (names[CONTROL_EMBEDDER].shape[1], config.token_dim),
         "text": (takes("context_embedder.weight"), config.text_dim),
         "pooled text": (takes("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }
@@ -233,10 +235,10 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             "fit dev and schnell, not Chroma",
             path,
         )
-    return _settings_of_file(path, checkpoint, config)
+    return _read_or_infer_settings(path, checkpoint, config)
 
 
-def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
+def make_control_net_settings(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
     """Return diffusers' settings for a ControlNet with this many blocks of a FLUX.1 transformer."""
     head = config.dim // config.num_heads
     return {
@@ -277,7 +279,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {name: value for name, value in settings.items() if name in parameters}
 
 
-def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
+def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
     """Return a ControlNet's settings from config.json, or else those that follow from its tensors."""
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
@@ -294,6 +296,6 @@ def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) ->
     double_blocks = count(names, r"transformer_blocks\.\d+")
     single_blocks = count(names, r"single_transformer_blocks\.\d+")
     # other dimensions are the transformer's
-    settings = settings_of(config, double_blocks, single_blocks)
+    settings = make_control_net_settings(config, double_blocks, single_blocks)
     has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
     return {**settings, "guidance_embeds": has_guidance}

@@ -20,10 +20,10 @@ from checkpoints.writing import stream_tensors
 from flux.configs import CHROMA, FluxConfig
 from flux.control_net import (
     build_network,
-    compute_additions,
+    compute_block_residuals,
     load_network,
+    make_control_net_settings,
     read_settings,
-    settings_of,
 )
 from flux.files import DIALECTS, FluxFiles
 from flux.model import FluxModel
@@ -33,9 +33,9 @@ from modules.option_values import Placeholder, option_argv
 from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
 
-CALLED = "ControlNet"
+DISPLAY_NAME = "ControlNet"
 MODULE = "diffusers.FluxControlNetModel"
-OWN_PARTS = "controlnet_"  # names begin so where a transformer has no such part
+ZERO_INITIALIZED = "controlnet_"  # names begin so where a transformer has no such part
 
 
 class TrainedFluxControl(nn.Module):
@@ -70,7 +70,7 @@ class TrainedFluxControl(nn.Module):
         strength *= self.multiplier
         if strength == 0:
             return []
-        return compute_additions(
+        return compute_block_residuals(
             self.network,
             self._blocks,
             noisy=noisy,
@@ -88,8 +88,8 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
-        label=CALLED,
-        description=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
+        label=DISPLAY_NAME,
+        description=f"{DISPLAY_NAME}, {copied if path is None else f'from {path.name}'}",
         architecture_suffix="controlnet",
         make=partial(make_control_net, options),
         check=partial(_check, options, files),
@@ -115,7 +115,7 @@ def make_control_net(
         # trained in float32
         network = load_network(path, dit.config, device, torch.float32)
     else:
-        settings = settings_of(dit.config, options.double_blocks, options.single_blocks)
+        settings = make_control_net_settings(dit.config, options.double_blocks, options.single_blocks)
         with on_meta_device():
             network = build_network(settings)
         if with_values:
@@ -138,7 +138,7 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
     # diffusers splits some of our weights by rows: names of the parts by index, for each weight of ours
     parts_of: dict[str, dict[int, str]] = {}
     for name, shape in shapes.items():
-        if name.startswith(OWN_PARTS):
+        if name.startswith(ZERO_INITIALIZED):
             weights[name] = torch.zeros(shape)
         else:
             # "block.qkv#1" is the second block of rows of our weight block.qkv

@@ -32,7 +32,7 @@ from protocols.family import TextEncoder
 from protocols.loading import TensorSource
 
 logger = logging.getLogger(__name__)
-WHAT = "a FLUX.1 or Chroma transformer"
+MODEL_KIND = "a FLUX.1 or Chroma transformer"
 NAMES = {
     DEV: "a FLUX.1 dev transformer",
     SCHNELL: "a FLUX.1 schnell transformer",
@@ -42,7 +42,7 @@ FILES = (
     "flux1-dev.safetensors, flux1-schnell.safetensors, Chroma1-HD.safetensors, or the folder transformer of "
     "a diffusers pipeline"
 )
-OPTION = "--dit (--pretrained_model_name_or_path)"
+DIT_OPTION = "--dit (--pretrained_model_name_or_path)"
 # dialect -> a tensor that only it has, its names
 DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_blocks.0.img_attn.qkv.weight", ()),
@@ -51,7 +51,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
 APPROXIMATOR = "distilled_guidance_layer"
 # tensors of related models, whose blocks have the same names in one of the layouts
-OTHERS = (
+RELATED_MODEL_TENSORS = (
     "txt_in.individual_token_refiner.blocks.0.norm1.weight",
     "context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
     "byt5_in.fc1.weight",
@@ -76,11 +76,11 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     mark, table = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
     file_shapes = joined_shapes(stored_shapes, table)
-    is_related_model = any(name in names for name in OTHERS)
+    is_related_model = any(name in names for name in RELATED_MODEL_TENSORS)
     # FLUX.1 embeds flattened patches by a matrix; related models use a convolution, which has more axes
     has_matrix = len(file_shapes.get("img_in.weight", ())) == 2
     if mark not in names or not has_matrix or is_related_model:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     shapes = DitShapes(checkpoint.path, file_shapes, "FLUX.1")
     dim, token_dim = shapes.of("img_in.weight")
     (head_width,) = shapes.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
@@ -130,7 +130,7 @@ FORMAT = DitFormat(
     lambda header: NAMES[header.config.kind],
     network=FluxModel,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
@@ -147,7 +147,7 @@ class FluxFiles(AutoencoderFiles):
     The transformer's file shows whether it is dev, schnell or Chroma.
     """
 
-    dit_option: str = OPTION
+    dit_option: str = DIT_OPTION
     says_chroma: bool = False  # --model_type chroma
     clip_l: Path | None = None
     t5xxl: Path | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, make_modulation
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, activate, join_tokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, apply_silu, join_tokens
 from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
 from modules.attention.attend import SampleLengths, make_lengths
 from modules.layers.norms import ScaleNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
@@ -185,7 +185,7 @@ class FluxModel(BlockNetwork):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
             vector = chroma_modulation
             if vector is None:
-                vector = activate(self._embed_vector(timesteps, prompt["pooled"], scale), dtype)
+                vector = apply_silu(self._embed_vector(timesteps, prompt["pooled"], scale), dtype)
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,

@@ -29,7 +29,14 @@ from frame_pack.options import (
     FramePackTrainingOptions,
 )
 from frame_pack.requests import FramePackRequest, prepare_request, warn_of_unused_paddings
-from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
+from frame_pack.sections import (
+    ANTI_DRIFTING,
+    F1,
+    GenerationOrder,
+    count_sections,
+    parse_paddings,
+    video_frames,
+)
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS
@@ -80,7 +87,9 @@ class FramePack(OneTransformer):
     paddings: tuple[int, ...] = ()  # --latent_paddings
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
-    takes_shape: bool = False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    matches_control_shape: bool = (
+        False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    )
     rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
     rope_factor: float = 1.0  # factor on positions along rows and columns
     trained_guidance: float = 1.0  # embedded guidance in training
@@ -95,7 +104,7 @@ class FramePack(OneTransformer):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
 
     @property
-    def order(self) -> Order:
+    def order(self) -> GenerationOrder:
         """Return the order in which sections are generated."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
@@ -189,7 +198,7 @@ class FramePack(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, and scale its text tokens by --te_multiplier."""
-        return self.files.multiply_text(super().load_dit(placement, expert))
+        return self.files.scale_text_tokens(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
@@ -269,7 +278,7 @@ class FramePack(OneTransformer):
             LATENT,
             window=self.window,
             is_f1=self.is_f1,
-            takes_shape=self.takes_shape,  # an image gets the aspect ratio of its control image
+            matches_control_shape=self.matches_control_shape,
         )
         if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
             warn_of_unused_paddings(self.paddings, prepared.family_record)
@@ -385,7 +394,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         paddings=() if options.latent_paddings is None else parse_paddings(options.latent_paddings),
-        takes_shape=options.one_frame_auto_resize,
+        matches_control_shape=options.one_frame_auto_resize,
         rope_threshold=options.rope_scaling_timestep_threshold,
         rope_factor=options.rope_scaling_factor,
     )

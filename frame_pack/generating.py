@@ -11,8 +11,8 @@ from torch import Tensor
 
 from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import (
+    GenerationOrder,
     Indices,
-    Order,
     blend_overlaps,
     count_window_sections,
     decoding_slices,
@@ -35,7 +35,7 @@ def video_sections(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
     guidance: Tensor,
-    order: Order,
+    order: GenerationOrder,
     window: int,
     paddings: Sequence[int],
 ) -> Sections:
@@ -54,12 +54,12 @@ def video_sections(
         paddings: --latent_paddings.
     """
     # sections in the order of generation, with their frame indices
-    plan = order.plan(len(inputs), window, paddings)
+    plan = order.plan_sections(len(inputs), window, paddings)
     end = inputs[0].get("end_latents")
     assert end is None or isinstance(end, Tensor)
     start = _tensor(inputs[plan[0].index], "start_latents")
     # the history contains the images given for both ends
-    history = order.begin(start, end)
+    history = order.start_history(start, end)
     piece = None
     device = CPU  # that of the denoised sections, to which the video is moved at the end
     for number, section in enumerate(plan):
@@ -81,13 +81,13 @@ def video_sections(
             count=len(plan),
         )
         device = latents.device
-        history = order.extend(history, latents.to(CPU))
-        piece = _take_newest(order, history, window, number)
+        history = order.add_to_history(history, latents.to(CPU))
+        piece = _make_preview_piece(order, history, window, number)
     first_image = _tensor(inputs[0], "start_latents")
-    return order.video(first_image, history, len(plan) * window).to(device)
+    return order.join_video(first_image, history, len(plan) * window).to(device)
 
 
-def _take_newest(order: Order, history: Tensor, window: int, number: int) -> PreviewPiece:
+def _make_preview_piece(order: GenerationOrder, history: Tensor, window: int, number: int) -> PreviewPiece:
     """Return the newest section with its neighbor's latents, so that a preview has the final transition.
 
     `history` is all that has been generated, in playing order; the newest section is at its front if

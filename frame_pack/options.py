@@ -20,11 +20,11 @@ from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, of_request, option
 
 SEPARATOR = ";;;"
-_PLACES = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
+_SECTION_RANGE = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
 MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
-def parse_entries(text: str, option: str) -> dict[int, str]:
+def parse_section_texts(text: str, option: str) -> dict[int, str]:
     """Parse a text with a part for each section; return the parts by section number, 0 included.
 
     Negative numbers count from the end. A missing entry 0 gets the text of the lowest number that is not
@@ -46,7 +46,7 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
     """Yield (section, text) for each section of a piece such as `1-2: a cat`; section 0 if unnumbered."""
     head, colon, text = piece.partition(":")
-    numbers = _PLACES.fullmatch(head.strip())
+    numbers = _SECTION_RANGE.fullmatch(head.strip())
     if not colon or numbers is None:
         yield 0, piece.strip()
         return
@@ -159,7 +159,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
     )
 
     def __post_init__(self) -> None:
-        parse_entries(self.image_path or "", "--image_path")
+        parse_section_texts(self.image_path or "", "--image_path")
         if self.video_sections is not None and self.video_seconds != DEFAULT_SECONDS:
             logger.warning(
                 "--video_seconds %g is ignored because --video_sections is given", self.video_seconds

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frame_pack.options import FRAMES_PER_SECOND, MAX_SECTIONS, parse_entries
+from frame_pack.options import FRAMES_PER_SECOND, MAX_SECTIONS, parse_section_texts
 from frame_pack.sections import (
     LATENT_STRIDE,
     compute_flow_shift,
@@ -46,11 +46,11 @@ class FramePackRequest:
 
 def prepare_request(
     request: requests.Request,
-    usual: SamplingDefaults,
+    defaults: SamplingDefaults,
     latent: LatentSpec,
     window: int,
     is_f1: bool,
-    takes_shape: bool = False,
+    matches_control_shape: bool = False,
 ) -> requests.Prepared:
     """Resolve a request's size and sections, and check its images.
 
@@ -58,11 +58,12 @@ def prepare_request(
 
     Args:
         request: The request.
-        usual: Defaults of the family.
+        defaults: Defaults of the family.
         latent: Latent space of the model.
         window: Latent frames of a section.
         is_f1: Whether sections are generated in playing order.
-        takes_shape: Give a single image the aspect ratio of its first control image, else of its start image.
+        matches_control_shape: Give a single image the aspect ratio of its first control image, else of its
+            start image.
 
     Raises:
         OptionError: For invalid settings.
@@ -75,8 +76,8 @@ def prepare_request(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
         )
     request = _with_media(request, is_f1, is_image)
-    sections = _count_sections(request, usual, window, is_image)
-    width, height, _ = requests.size_of(request, usual)
+    sections = _count_sections(request, defaults, window, is_image)
+    width, height, _ = requests.size_of(request, defaults)
     frames = 1 if is_image else video_frames(sections, window)
     # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
@@ -88,10 +89,10 @@ def prepare_request(
         _read_paths(request.extra, "control_image_mask_path"),
     )
     # --one_frame_auto_resize
-    if takes_shape and is_image:
+    if matches_control_shape and is_image:
         images = (*settings.controls, *settings.images)
         width, height = _select_bucket(images, width, height, latent.pixel_step)
-    elif takes_shape:
+    elif matches_control_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
     if flow_shift is None:
@@ -99,7 +100,7 @@ def prepare_request(
         # the released schedule depends on the number of tokens that are denoised together
         flow_shift = compute_flow_shift(count_tokens(1 if is_image else window, rows, columns))
     prepared = requests.resolve_request(
-        request, usual, (width, height, frames), flow_shift, default_negative=""
+        request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
     # metadata of saved files, by the names of options
     metadata = dict(request.extra)
@@ -168,7 +169,9 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
     return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
-def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_image: bool) -> int:
+def _count_sections(
+    request: requests.Request, defaults: SamplingDefaults, window: int, is_image: bool
+) -> int:
     """Return a request's number of sections, from --video_sections, --video_seconds or its frames."""
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
@@ -186,7 +189,7 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
             )
         return sections
     # --video_length, rounded down to whole sections
-    frames = request.frames or usual.frames
+    frames = request.frames or defaults.frames
     sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
@@ -248,7 +251,7 @@ def _list_images(request: requests.Request, sections: int, is_image: bool) -> tu
 
 def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tuple[str, ...]:
     """Return each section's entry of a text, in playing order; warn about entries for other sections."""
-    entries = parse_entries(text, option)
+    entries = parse_section_texts(text, option)
     used = (
         (entries[0],)
         if is_image

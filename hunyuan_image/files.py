@@ -49,7 +49,7 @@ DISTILLED = (
     "guidance_in.in_layer.weight",
     "time_guidance_embed.guidance_embedder.linear_1.weight",
 )
-DIMENSIONS = hunyuan.DIMENSIONS  # blocks and refiner have the same names as in HunyuanVideo
+DIMENSIONS = hunyuan.CONFIG_TENSORS  # blocks and refiner have the same names as in HunyuanVideo
 
 
 def identify(path: Path) -> str | None:

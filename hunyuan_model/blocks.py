@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
+from hunyuan_model.joining import gelu, join_gelu, rotate_and_join, rotate_first
 from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayerMlp, run_in_weight_dtype
@@ -99,13 +99,13 @@ class HunyuanTokens:
         """Join normalized heads of video and text to query, key and value, B L+T N D; rotate the video's."""
         video_query, video_key, video_value = video
         text_query, text_key, text_value = text
-        query = turn_and_join(video_query, text_query, self.rotary)
-        key = turn_and_join(video_key, text_key, self.rotary)
+        query = rotate_and_join(video_query, text_query, self.rotary)
+        key = rotate_and_join(video_key, text_key, self.rotary)
         return query, key, torch.cat([video_value, text_value], dim=1)
 
 
 @dataclass(frozen=True)
-class TokensWithTurnedText(HunyuanTokens):
+class TokensWithRotatedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
     # its first L rows, sliced outside of compiled code, where lengths may vary
@@ -128,7 +128,7 @@ class TokensWithTurnedText(HunyuanTokens):
     def join(self, video: Heads, text: Heads) -> Heads:
         """Join normalized heads of video and text to query, key and value, B L+T N D; rotate all."""
         query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
-        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
+        return rotate_first(query, self.rotary), rotate_first(key, self.rotary), value
 
 
 class EmbeddedText(NamedTuple):
@@ -166,7 +166,7 @@ def join_tokens(
     return Hidden(x, replace(tokens, second=second))
 
 
-def activate(vector: Tensor, dtype: torch.dtype) -> Tensor:
+def apply_silu(vector: Tensor, dtype: torch.dtype) -> Tensor:
     """Return SiLU of the embedded time, once for all blocks.
 
     Args:
@@ -331,7 +331,7 @@ class MMSingleStreamBlock(nn.Module):
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
-        attended = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
+        attended = rotate_and_attend(self.q_norm(q), self.k_norm(k), v, tokens)
         return add_gated(
             x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
         )
@@ -381,7 +381,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
     return part.combine(first_attended, second_attended, second).flatten(2)
 
 
-def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
+def rotate_and_attend(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Rotate the video tokens of normalized heads, B L+T N D, and compute `attend_jointly`."""
-    query, key = turn_first(query, tokens.rotary), turn_first(key, tokens.rotary)
+    query, key = rotate_first(query, tokens.rotary), rotate_first(key, tokens.rotary)
     return attend_jointly(query, key, value, tokens)

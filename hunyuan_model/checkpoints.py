@@ -36,7 +36,7 @@ FROM_DIFFUSERS: Names = (
 )
 # tensors in which diffusers stores scale before shift
 SWAPPED = swapped_tensors(HUNYUAN_VIDEO)
-DIMENSIONS = {  # for `read_dimensions`
+CONFIG_TENSORS = {  # for `read_dimensions`
     "in_dim": "img_in.proj.weight",
     "num_heads": "double_blocks.0.img_attn_q_norm.weight",
     "ffn_dim": "double_blocks.0.img_mlp.fc1.weight",
@@ -59,7 +59,7 @@ def identify(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)
-            related = _name_relative(bare)
+            related = _name_related_model(bare)
             if related is not None:
                 return f"it looks like {related}"
             return f"it is {_name_model(_read_header(bare).config)} (--dit)"
@@ -69,7 +69,7 @@ def identify(path: Path) -> str | None:
 
 def describe(checkpoint: Checkpoint) -> str | None:
     """Return the name of the model in an opened checkpoint, for another family's error message."""
-    relative = _name_relative(checkpoint)
+    relative = _name_related_model(checkpoint)
     if relative is not None:
         return relative
     try:
@@ -91,7 +91,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
     path = checkpoint.path
     names = checkpoint.tensors
-    related = _name_relative(checkpoint)
+    related = _name_related_model(checkpoint)
     if related is not None:
         raise CheckpointError(
             f"{path} is {related}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
@@ -110,7 +110,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     mark, table = DIALECTS[dialect]  # a tensor that only this dialect has, and its names -> ours
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
     shapes = DitShapes(path, file_shapes, "HunyuanVideo")
-    dimensions = read_dimensions(shapes, DIT, DIMENSIONS)
+    dimensions = read_dimensions(shapes, DIT, CONFIG_TENSORS)
     has_guidance = "guidance_in.mlp.0.weight" in file_shapes
     config = HunyuanVideoConfig(**dimensions, has_guidance=has_guidance)
     # text-to-video, or the latents of an image behind the noisy ones
@@ -191,7 +191,7 @@ def _has_refiner(names: Iterable[str]) -> bool:
     )
 
 
-def _name_relative(checkpoint: Checkpoint) -> str | None:
+def _name_related_model(checkpoint: Checkpoint) -> str | None:
     """Return the name of a related model with the same block names but other inputs; None for others."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")

@@ -153,7 +153,7 @@ class HunyuanVideo(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, with the factors of --te_multiplier on its text tokens."""
-        return self.files.multiply_text(super().load_dit(placement, expert))
+        return self.files.scale_text_tokens(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions of a training batch: text, guidance (B), `condition_latents` (B C F H W).

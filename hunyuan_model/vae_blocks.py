@@ -45,7 +45,7 @@ DOWN: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
-def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
+def frame_ranges(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of groups of `chunk` frames, or of as many frames as fit into STEP_ELEMENTS.
 
     `values` is the number of values in a frame.
@@ -84,7 +84,7 @@ class ClipNorm(nn.GroupNorm):
         """
         piece_means, piece_variances, shares = [], [], []
         # pieces of frames, because a copy of the whole clip in float32 would be large
-        for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
+        for start, stop in frame_ranges(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
             piece_mean = piece.mean(dim=(2, 3, 4), keepdim=True)
             piece_variances.append((piece - piece_mean).square_().mean(dim=(2, 3, 4)))
@@ -125,7 +125,7 @@ class HunyuanCausalConv(nn.Module):
         self.enlarge = enlarge
 
     def forward(
-        self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None
+        self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, accumulator: Tensor | None = None
     ) -> Tensor:
         """Convolve x, B C T H W to B C' T' H' W'.
 
@@ -133,13 +133,13 @@ class HunyuanCausalConv(nn.Module):
             x: The clip.
             chunk: Number of frames to compute at a time.
             norm: Norm to apply first, followed by SiLU.
-            onto: Tensor to add the result to in place, and to return.
+            accumulator: Tensor to add the result to in place, and to return.
         """
         factors = None if norm is None else norm.factors(x, chunk)
         frames, height, width = self._sizes(x)
         channels = max(self.conv.in_channels, self.conv.out_channels)
-        out = onto
-        for start, stop in steps(frames, channels * height * width, chunk):
+        out = accumulator
+        for start, stop in frame_ranges(frames, channels * height * width, chunk):
             piece = self._convolve(self._pad(x, start, stop, factors))
             if out is None:
                 if stop - start == frames:  # the only piece
@@ -149,7 +149,7 @@ class HunyuanCausalConv(nn.Module):
                 out = empty_clip(x, *size)
             part = out[:, :, start:stop]
             # the result is a tensor of its own: each piece is written, otherwise added
-            if onto is None:
+            if accumulator is None:
                 part.copy_(piece)
             else:
                 part += piece
@@ -238,7 +238,7 @@ class HunyuanResidualBlock(nn.Module):
         """Apply the block to x, B C T H W to B C' T H W, `chunk` frames at a time."""
         h = self.conv1(x, chunk, self.norm1)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, chunk)
-        return self.conv2(h, chunk, self.norm2, onto=shortcut)
+        return self.conv2(h, chunk, self.norm2, accumulator=shortcut)
 
 
 class HunyuanFrameAttention(nn.Module):

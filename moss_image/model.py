@@ -5,7 +5,7 @@ ports of the released pipeline. The embedding of time, modulation, norms and rot
 References of an edit come first, then the image, then the text; the ports have another order. Attention does
 not depend on the order, only on positions. References that attend only to each other, at time 0, are the same
 in all steps of a generation: their keys and values are computed once for each text and set of skipped blocks
-(`MossImageModel.remember`).
+(`MossImageModel.compute_keys_values`).
 """
 # Letters: B batch, R tokens of references, L of the image, T of text, N heads, D head width, C = N * D, F
 # width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the image's
@@ -32,7 +32,7 @@ from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, sinusoi
 from modules.speed_options import SDPA, AttentionChoice
 from moss_image.configs import AXES, DIT, MossImageConfig
 from protocols.steps import NO_OVERRIDES, Overrides
-from runtime.kv_cache import remember, remembering
+from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
 ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
@@ -125,7 +125,7 @@ class MossImageBlock(GroupedAttention):
         self.proj["ffn_up_gate"] = nn.Linear(dim, 2 * config.ffn_dim, bias=False)  # values, then their gates
         self.proj["ffn_down"] = nn.Linear(config.ffn_dim, dim, bias=False)
         # keys and values of the references in front, B R N D; see `runtime/kv_cache.py`
-        self.remembered: Sequence[Tensor] = ()
+        self.cached_keys_values: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return heads of modulated tokens B L C: query, key, value, each B L N D; q and k normalized."""
@@ -174,8 +174,8 @@ class MossImageLayout(NamedTuple):
     """Sizes of images and texts, which determine a rotary table."""
 
     grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
-    references: tuple[Grid, ...]
-    texts: int  # tokens of each text, with padding
+    reference_grids: tuple[Grid, ...]
+    num_text_tokens: int  # tokens of each text, with padding
     # real tokens of each text, which are the clock of its image and references; one number if all are alike
     clocks: tuple[int, ...]
 
@@ -278,12 +278,12 @@ class MossImageModel(BlockNetwork):
         if pass_name not in cache:
             # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)
-            cache[pass_name] = self.remember(references, named_inputs["text_mask"], skips)
+            cache[pass_name] = self.compute_keys_values(references, named_inputs["text_mask"], skips)
         # the attentions use the stored keys and values, so that the call gets no references
-        with remembering(cache[pass_name], self.attentions()):
+        with use_keys_values(cache[pass_name], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
-    def remember(
+    def compute_keys_values(
         self, references: Sequence[Tensor], text_mask: Tensor, overrides: Overrides = NO_OVERRIDES
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
         """Return each block's keys and values of clean references, computed without image and text.
@@ -298,7 +298,9 @@ class MossImageModel(BlockNetwork):
         _, counts = real_tokens(text_mask)
         clocks = RefinedText(x, counts).clocks  # depends only on `counts`
         # no image and no text: the keys and values are those of references alone
-        layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
+        layout = MossImageLayout(
+            (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, clocks=clocks
+        )
         tokens = MossImageTokens(
             layout.grid,
             rotary=self._rotary.get_table(layout, device),
@@ -306,9 +308,9 @@ class MossImageModel(BlockNetwork):
             time=self.embed_time(times)[:, :, None],
             dtype=dtype,
             attention=self.attention,
-            remembers=True,
+            stores_keys_values=True,
         )
-        return remember(self, Hidden(x, tokens), self.attentions(), overrides)
+        return compute_keys_values(self, Hidden(x, tokens), self.attentions(), overrides)
 
     def attentions(self) -> list[MossImageBlock]:
         """Return the blocks, which are attention layers themselves."""
@@ -361,9 +363,9 @@ class MossImageModel(BlockNetwork):
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
-            references=num_references,
+            num_references=num_references,
             split=num_references,
-            isolated=num_isolated,
+            num_isolated=num_isolated,
         )
         for second in seconds:  # at most one
             assert overrides.steer is not None  # it comes with a second text
@@ -425,7 +427,7 @@ class MossImageModel(BlockNetwork):
     def unembed(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        image = x[:, tokens.references : tokens.references + tokens.image]
+        image = x[:, tokens.num_references : tokens.num_references + tokens.image]
         shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
         h = modulate(self.final_norm_video(image), shift, scale, tokens.dtype)
         pixels = run_in_weight_dtype(self.final_linear_video, h).float()
@@ -445,12 +447,12 @@ class MossImageModel(BlockNetwork):
     def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
         """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `clock` is its text's length."""
         tables = []
-        grids = [*enumerate(layout.references, 1), (0, layout.grid)]
+        grids = [*enumerate(layout.reference_grids, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
             place = torch.tensor([number, clock], dtype=torch.float64)
             positions = (*place.split(1), _center(rows), _center(columns))
             tables.append(self._make_turns(positions, device))
-        tables.append(self._make_text_table(layout.texts, device=device))
+        tables.append(self._make_text_table(layout.num_text_tokens, device=device))
         return torch.cat(tables)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:

@@ -52,7 +52,14 @@ from qwen_image.options import (
     QwenImageTextCachingOptions,
     QwenImageTrainingOptions,
 )
-from qwen_image.references import AS_TRAINED, add_images, fill_size, find_area, read_anchor, read_reference
+from qwen_image.references import (
+    AS_TRAINED,
+    add_reference_images,
+    fill_size,
+    find_area,
+    read_anchor,
+    read_reference,
+)
 
 if TYPE_CHECKING:
     from protocols.workflows import ComfyModel
@@ -191,7 +198,9 @@ class QwenImage(ModelOfImages):
             text = "--%s %s (--f in a prompt line) is ignored because %s makes no layers"
             logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
         prepared = self.resolve_image(fill_size(request), 1.0, NEGATIVE)
-        prepared = add_images(replace(prepared, rules=GuidanceRules(norm_patch_size=PATCH)), self.edit)
+        prepared = add_reference_images(
+            replace(prepared, rules=GuidanceRules(norm_patch_size=PATCH)), self.edit
+        )
         if request.flow_shift is not None:
             return prepared
         # the release's own noise levels, between those for few and for many tokens
@@ -257,7 +266,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
     return QwenImageLayered(
         files,
         options,
-        layers_alone=options.remove_first_image_from_target,
+        omits_first_image=options.remove_first_image_from_target,
         noise=replace(NOISE, first_frame_probability=probability),
     )
 
@@ -277,7 +286,7 @@ def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | Q
         return QwenImageLayered(
             files,
             edit=references,
-            layers_alone=options.layers.remove_first_image_from_target,
+            omits_first_image=options.layers.remove_first_image_from_target,
             keeps_norms=options.layers.cfg_norm,
         )
     return QwenImage(files, version, edit=references)

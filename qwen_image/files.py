@@ -70,24 +70,24 @@ PLUS_USE = replace(
 )
 
 
-WHAT = f"a {NAME} transformer"
-OPTION = "--dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION = "--dit"
 FILES = (
     "qwen_image_bf16.safetensors, qwen_image_2512_bf16.safetensors, or the folder transformer of "
     "Qwen/Qwen-Image"
 )
-MARK = "transformer_blocks.0.img_mod.1.weight"
-LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+IDENTIFYING_TENSOR = "transformer_blocks.0.img_mod.1.weight"
+LAYER_TENSOR = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     names = checkpoint.tensors
-    if MARK not in names:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if IDENTIFYING_TENSOR not in names:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, file_shapes, NAME)
-    return DitHeader(_read_config(shapes, LAYER_MARK in names), "released", names[QUERY].dtype)
+    return DitHeader(_read_config(shapes, LAYER_TENSOR in names), "released", names[QUERY_WEIGHT].dtype)
 
 
 def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
@@ -98,10 +98,10 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of {token_dim} numbers are not "
-            f"those of {WHAT}. Copy the file again.",
+            f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    shapes.of(QUERY)  # raises if it is missing
+    shapes.of(QUERY_WEIGHT)  # raises if it is missing
     return QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
@@ -114,7 +114,9 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     )
 
 
-FORMAT = DitFormat(_read_header, lambda _: WHAT, network=QwenImageModel, sources=own_names, option=OPTION)
+FORMAT = DitFormat(
+    _read_header, lambda _: MODEL_KIND, network=QwenImageModel, sources=own_names, option=DIT_OPTION
+)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -217,8 +219,8 @@ class QwenImageReleaseFiles(QwenImageFiles):
             )
         if self.version.has_layers and not header.config.has_layers:
             raise CheckpointError(
-                f"{self.dit_path} has no {LAYER_MARK}, so it is not the transformer of {NAME}-Layered. Give "
-                "qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
+                f"{self.dit_path} has no {LAYER_TENSOR}, so it is not the transformer of {NAME}-Layered. "
+                "Give qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
                 self.dit_path,
             )
         return header

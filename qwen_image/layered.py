@@ -47,7 +47,7 @@ from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles
 from qwen_image.names import LORA
 from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageReferenceOptions
-from qwen_image.references import official_size, read_reference, taken_size
+from qwen_image.references import official_size, read_reference, reference_size
 
 VERSION = VERSIONS[LAYERED]
 SIDE = 640  # an image is made as large as the square of this side. Source: the released pipeline
@@ -57,7 +57,7 @@ FEW_TOKENS = 256  # number of tokens up to which noise levels are not shifted. S
 DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
 
 
-class TakenImage(NamedTuple):
+class ReferenceResize(NamedTuple):
     """How the input image is resized: to `target`, else to about `area` pixels; None keeps its size."""
 
     area: int | None
@@ -71,7 +71,7 @@ class QwenImageLayered(ModelOfImages):
     files: QwenImageFiles
     options: Any = NO_OPTIONS  # set for trainings only
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
-    layers_alone: bool = False  # the image in front of the layers is not generated anew
+    omits_first_image: bool = False  # the image in front of the layers is not generated anew
     keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -87,7 +87,7 @@ class QwenImageLayered(ModelOfImages):
     @property
     def latent(self) -> LatentSpec:
         """Return the latent space of the layers, with or without the composite image before them."""
-        return replace(LATENT_OF_LAYERS, has_full=not self.layers_alone)
+        return replace(LATENT_OF_LAYERS, has_full=not self.omits_first_image)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -179,8 +179,10 @@ class QwenImageLayered(ModelOfImages):
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
         # how the image is resized before it is encoded
-        seen_image = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
-        source_width, source_height = taken_size(source_size, seen_image.area, seen_image.target)
+        seen_image = ReferenceResize(
+            area, (width, height) if self.edit.resize_control_to_image_size else None
+        )
+        source_width, source_height = reference_size(source_size, seen_image.area, seen_image.target)
         tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
         prepared = resolve_request(
@@ -214,7 +216,7 @@ class QwenImageLayered(ModelOfImages):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the input image as its posterior mean, 1 C 1 h w, for section 0, the only one."""
         (path,) = prepared.request.control_images
-        taken: TakenImage = prepared.family_record
+        taken: ReferenceResize = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
         return {0: {CONTROL: encoders.vae.encode(_to_pixels(frame[None, None]))}}
 

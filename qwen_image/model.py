@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
-from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
+from hunyuan_model.model import check_sizes, count_real_tokens, from_patches, rotary_widths
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import (
@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 
 @dataclass(frozen=True)
-class QwenTokens(blocks.TokensWithTurnedText):
+class QwenTokens(blocks.TokensWithRotatedText):
     """Inputs of the blocks; `vector` has a second row for clean references, if there are any."""
 
     # the rows of `rotary` of clean references; compiled code leaves their number open
@@ -152,7 +152,7 @@ class LastNorm(nn.Module):
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
+    def forward(self, x: Tensor, tokens: blocks.TokensWithRotatedText) -> Tensor:
         """Return the modulated norm of tokens x, B L C."""
         rows = run_in_weight_dtype(self.linear, tokens.vector[:, :1]).float()
         scale, shift = rows.chunk(2, dim=-1)
@@ -233,10 +233,10 @@ class QwenImageModel(BlockNetwork):
         if has_clean:
             # two modulations side by side: one for the image's time, one for time 0
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
-        vector = blocks.activate(vector, dtype)
+        vector = blocks.apply_silu(vector, dtype)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)
+            longest, _, lengths = count_real_tokens(prompt["text_mask"], num_images, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
@@ -268,7 +268,7 @@ class QwenImageModel(BlockNetwork):
             grids += [(first + frame, rows, columns) for frame in range(latents.shape[2])]
         return grids
 
-    def unembed(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
+    def unembed(self, x: Tensor, tokens: blocks.TokensWithRotatedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z F H W in float32."""
         num_tokens = math.prod(tokens.grid)
         patches = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, :num_tokens], tokens)).float()

@@ -42,7 +42,7 @@ from qwen_image_21.configs import DIT, FEW_STEPS, LATENT, NOISE, QWEN_IMAGE_21, 
 from qwen_image_21.files import KEY, MAX_REFERENCES, TEXT_USE, QwenImage21Files, find_turbo
 from qwen_image_21.names import LORA
 from qwen_image_21.options import NAME, SIDE, STEPS
-from qwen_image_21.references import add_images, read_anchor, read_reference
+from qwen_image_21.references import add_reference_images, read_anchor, read_reference
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class QwenImage21(pictures.ModelOfImages):
         prepared = self.resolve_image(fill_size(request), 1.0)
         if prepared.request.control_images and self.files.text_encoder is not None:
             self.files.check_tower()
-        prepared = add_images(prepared, self.edit)
+        prepared = add_reference_images(prepared, self.edit)
         tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
         shift = size_shift(tokens, FEW, MANY) if request.flow_shift is None else request.flow_shift
         # Turbo, recognized by its file, has noise levels of its own

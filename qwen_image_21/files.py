@@ -78,16 +78,16 @@ TEXT_USE = LanguageEncoderSettings(
     image_hashes_key=SEEN_HASHES,
 )
 MAX_REFERENCES = 10  # references
-WHAT = f"a {NAME} transformer"
-OPTION = "--dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION = "--dit"
 FILES = (
     "qwen_image_2.1_bf16.safetensors of Comfy-Org, or the folder transformer of Qwen/Qwen-Image-2.1 or "
     "Qwen/Qwen-Image-2.1-Turbo"
 )
 CLASSES = ("QwenImage21Transformer2DModel",)  # in a config.json
-MARK = "txt_in.text_norm.weight"
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
-CUTS = joined_tensors(QWEN_IMAGE_21)
+IDENTIFYING_TENSOR = "txt_in.text_norm.weight"
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+FUSED_LAYERS = joined_tensors(QWEN_IMAGE_21)
 # noise levels of Turbo before the shift, if no model_index.json states them. Source: that of the release
 TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
 MAX_LEVELS = 1000
@@ -103,8 +103,8 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
     names = checkpoint.tensors
     # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
-    if MARK not in names or not has_modulation:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if IDENTIFYING_TENSOR not in names or not has_modulation:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     controls = [name for name in names if name.startswith("control_")]
     if controls:
         raise CheckpointError(
@@ -113,13 +113,13 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
             checkpoint.path,
         )
     file_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, FUSED_LAYERS), NAME)
     if config_json is None:
         source, settings = declared_settings(checkpoint, CLASSES)
     else:
         source, settings = config_json, _read_config_json(config_json)
     dialect = "comfy" if "transformer_blocks.0.img_mlp.gate_up.weight" in names else "diffusers"
-    return DitHeader(_read_config(shapes, source, settings), dialect, names[QUERY].dtype)
+    return DitHeader(_read_config(shapes, source, settings), dialect, names[QUERY_WEIGHT].dtype)
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
@@ -132,7 +132,7 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(settings, dict) or settings.get("_class_name", CLASSES[0]) not in CLASSES:
         raise CheckpointError(
-            f"--dit_config {path} is not the configuration of {WHAT}. Give config.json of its folder "
+            f"--dit_config {path} is not the configuration of {MODEL_KIND}. Give config.json of its folder "
             "transformer, or leave the option out.",
             path,
         )
@@ -147,11 +147,11 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     """
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    rows, columns = shapes.of(QUERY)
+    rows, columns = shapes.of(QUERY_WEIGHT)
     if rows != dim or columns != dim or dim % width or width % 2:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {width} are not "
-            f"those of {WHAT}. Copy the file again.",
+            f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     # settings that the tensors do not show; the network supports only the released values
@@ -216,7 +216,7 @@ def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[i
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping[str, TensorSource]:
-    return cut_parts(plain_sources(checkpoint), CUTS)
+    return cut_parts(plain_sources(checkpoint), FUSED_LAYERS)
 
 
 @functools.cache  # so that headers that were read are found again
@@ -224,10 +224,10 @@ def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenIm
     """Return the format of transformer files; `config_json` is the path from --dit_config."""
     return DitFormat(
         functools.partial(_read_header, config_json=config_json),
-        lambda _: WHAT,
+        lambda _: MODEL_KIND,
         network=QwenImage21Model,
         sources=_make_sources,
-        option=OPTION,
+        option=DIT_OPTION,
     )
 
 

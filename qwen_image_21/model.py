@@ -7,7 +7,7 @@ The released model has one sequence: the text, with the tokens of each reference
 it, and then the generated image. A text token sees the tokens before it; a token of an image also sees its
 whole image. So nothing except the generated image depends on that image or on the time: text and references,
 the prefix, are modulated with time 0. Their keys and values are computed once for all steps of a generation
-(`QwenImage21Model.remember`).
+(`QwenImage21Model.compute_keys_values`).
 
 Here the image comes first, as in all models, and the prefix after it: attention depends on positions and on
 what a token may see, not on the order in memory.
@@ -48,7 +48,7 @@ from modules.layers.rope import (
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image_21.configs import DIT, QwenImage21Config
-from runtime.kv_cache import remember, remembering
+from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -117,7 +117,7 @@ class QwenImage21Tokens:
     time: Tensor  # B 1 C float32, the embedded time of the image
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
+    stores_keys_values: bool = False  # there is a prefix alone, whose keys and values the blocks keep
     second: SecondText | None = None
     second_segments: tuple[tuple[Segment, ...], ...] = ()
     second_rotary: Tensor | None = None  # as `rotary`, of the image and the second prefix
@@ -153,7 +153,7 @@ class QwenImage21Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
         # keys and values of the prefix, B P N D; see `runtime/kv_cache.py`
-        self.remembered: Sequence[Tensor] = ()
+        self.cached_keys_values: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Return the attention of tokens x, B L+P C."""
@@ -202,12 +202,12 @@ class QwenImage21Attention(nn.Module):
         query = rotate(query, rotary)
         key = rotate(key, rotary)
         # a pass over the prefix alone stores its keys and values; later passes of the image reuse them
-        if tokens.remembers:
-            self.remembered = key, value
-        elif self.remembered:
-            remembered_key, remembered_value = self.remembered
-            key = torch.cat([key, remembered_key], dim=1)
-            value = torch.cat([value, remembered_value], dim=1)
+        if tokens.stores_keys_values:
+            self.cached_keys_values = key, value
+        elif self.cached_keys_values:
+            cached_key, cached_value = self.cached_keys_values
+            key = torch.cat([key, cached_key], dim=1)
+            value = torch.cat([value, cached_value], dim=1)
         if len(segments) == 1:  # all samples have the same layout
             return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
@@ -219,7 +219,7 @@ def attend_segments(
 ) -> Tensor:
     """Attend in samples with equal segments: images see all tokens, text is causal; padding gives zeros.
 
-    `query` is B L+P N D, or B L N D if the keys and values of the prefix were remembered. `key` and `value`
+    `query` is B L+P N D, or B L N D if the keys and values of the prefix are cached. `key` and `value`
     are B L+P N D.
     """
     choice = tokens.attention
@@ -228,7 +228,7 @@ def attend_segments(
     outputs = []
     if start:  # no image tokens while the prefix alone is computed
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
-    if query.shape[1] > start:  # the queries of the prefix are computed too, not remembered
+    if query.shape[1] > start:  # the queries of the prefix are computed too, not cached
         for segment in segments:
             # a segment sees all earlier ones and itself
             queries = query[:, start + segment.start : start + segment.end]
@@ -392,21 +392,21 @@ class QwenImage21Model(BlockNetwork):
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict the velocity from `embed`'s arguments; with a section cache, keep each pass's prefix."""
-        memory = overrides.section_cache
+        kv_cache = overrides.section_cache
         if (
-            memory is None
+            kv_cache is None
             or overrides.step_position is None
             or overrides.nag is not None
             or overrides.is_perturbed
         ):
             return super().forward(*inputs, overrides=overrides, **named_inputs)
         which = overrides.step_position.pass_key
-        if which not in memory:
-            memory[which] = self.remember(*inputs, **named_inputs)
-        with remembering(memory[which], self.attentions()):
-            return super().forward(*inputs, overrides=overrides, is_remembered=True, **named_inputs)
+        if which not in kv_cache:
+            kv_cache[which] = self.compute_keys_values(*inputs, **named_inputs)
+        with use_keys_values(kv_cache[which], self.attentions()):
+            return super().forward(*inputs, overrides=overrides, is_prefix_cached=True, **named_inputs)
 
-    def remember(
+    def compute_keys_values(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
     ) -> dict[QwenImage21Attention, Sequence[Tensor]]:
         """Return each block's keys and values of the prefix (text, references), computed once for all steps.
@@ -429,9 +429,9 @@ class QwenImage21Model(BlockNetwork):
             time=times,
             dtype=dtype,
             attention=self.attention,
-            remembers=True,
+            stores_keys_values=True,
         )
-        return remember(self, Hidden(embedded.x, tokens), self.attentions())
+        return compute_keys_values(self, Hidden(embedded.x, tokens), self.attentions())
 
     def attentions(self) -> list[QwenImage21Attention]:
         """Return the attention layer of each block."""
@@ -446,7 +446,7 @@ class QwenImage21Model(BlockNetwork):
         slots: Tensor,
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
-        is_remembered: bool = False,
+        is_prefix_cached: bool = False,
     ) -> Hidden:
         """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
 
@@ -460,7 +460,7 @@ class QwenImage21Model(BlockNetwork):
             slots: B n ascending, on the host: the text token before which each reference is inserted.
             overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
-            is_remembered: Leave out the prefix, because the blocks have stored its keys and values.
+            is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
 
         Raises:
             ValueError: If sizes do not match.
@@ -472,7 +472,7 @@ class QwenImage21Model(BlockNetwork):
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
         prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
-        if is_remembered:  # the blocks still need the positions of the prefix
+        if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
             embedded = []
@@ -483,7 +483,7 @@ class QwenImage21Model(BlockNetwork):
             x = torch.cat([x, *(prefix.x for prefix in embedded)], dim=1)
             prefixes = embedded[0].prefixes
             times = torch.cat([time, self.time_text_embed(torch.zeros_like(timesteps))[:, None]], dim=1)
-        layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_remembered)
+        layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_prefix_cached)
         tokens = QwenImage21Tokens(
             grid=grid,
             num_image=num_image,

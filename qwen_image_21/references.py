@@ -64,7 +64,7 @@ def read_shown(path: Path, target: Size | None = None) -> Tensor:
     return lay_on_white(read_reference(path, target))
 
 
-def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
+def add_reference_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
     """Add the request's reference images to all prompts, and check its mask.
 
     Raises OptionError if there are too many, if the result cannot be held to the first one, or if the mask

@@ -153,7 +153,7 @@ class WanFiles(TransformerFiles):
         if self.dit or self.dit_high_noise or "dit" in needed:
             self.check_dits()
         super().check(needed)
-        if self.clip is not None or ("clip" in needed and self.task.has_features):
+        if self.clip is not None or ("clip" in needed and self.task.uses_clip_features):
             from wan.clip import read_clip  # only for images
 
             read_once(self.clip_path, read_clip)
@@ -182,8 +182,8 @@ OFFICIAL_DIT = (
 PIPELINE_INDEX = "model_index.json"
 PIPELINE = {"vae": "vae", "t5": "text_encoder", "clip": "image_encoder", "t5_tokenizer": "tokenizer"}
 PIPELINE_DIT = {"dit": "transformer"}
-_OPTIONS = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
-PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
+_OPTION_OF_EXPERT = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
+PIPELINE_EXPERTS = {_OPTION_OF_EXPERT[expert]: folder for folder, expert in WAN.experts}
 
 
 class WanRelease(NamedTuple):
@@ -258,7 +258,7 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
     return replace(files, **added)
 
 
-def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
+def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """Compare the names of the transformer files with their options.
 
     A name is only a hint: if one of the two contradicts its option, a warning is logged.
@@ -283,7 +283,7 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
         is_alone = use == LOW_NOISE and dit_high_noise is None
         logger.warning(
             "--%s %s is used for %s, but its name says that it is for %s noise",
-            _OPTIONS[use],
+            _OPTION_OF_EXPERT[use],
             files[use],
             "all noise levels" if is_alone else f"{_name_noise(use)} noise",
             _name_noise(name),
@@ -300,14 +300,14 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
 
 
-def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
+def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     """Return the files of the options that the task uses.
 
     Raises OptionError if file names show that the two transformers were swapped.
     """
     text = options.text
     high = options.experts.dit_high_noise
-    check_names(options.dit, high)
+    check_expert_file_names(options.dit, high)
     clip = options.clip
     if clip is not None and TASKS[options.task].version != "2.1":
         logger.warning("--clip %s is ignored because --task %s takes no image features", clip, options.task)
@@ -333,7 +333,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 
     Raises OptionError if the transformer for low noise is missing.
     """
-    files = files_of(options)
+    files = select_files(options)
     task = TASKS[options.task]
     boundary = None
     if options.ckpt_dir is not None:
@@ -383,22 +383,24 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     that do not apply to those latents.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    image_kind = _select_image_kind(options)
+    condition_kind = _select_image_kind(options)
     release = None
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
-        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
+        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.description)
     if release is not WAN_2_2:
-        return replace(files, task=TASKS["t2v-14B"]), image_kind
-    if image_kind == VACE:
-        raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
-    if image_kind is not None:
+        return replace(files, task=TASKS["t2v-14B"]), condition_kind
+    if condition_kind == VACE:
+        raise OptionError(
+            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE has that of Wan2.1"
+        )
+    if condition_kind is not None:
         switch = "--clip" if options.clip is not None else "--i2v"
         switches = f"{switch} and --flf2v" if options.flf2v else switch
         raise OptionError(
-            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
-            f"latents of the clip itself, so nothing else is cached. Leave out {switches}."
+            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.description}. That model starts from an image by "
+            f"the latents of the clip itself, so nothing else is cached. Leave out {switches}."
         )
     return replace(files, task=TASKS["ti2v-5B"]), None
 

@@ -112,7 +112,7 @@ class WanAttentionBlock(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Apply the block to video tokens x, B L C float32."""
         # x: B L C float32, also between the branches
-        dtype, split = tokens.dtype, tokens.num_given
+        dtype, split = tokens.dtype, tokens.num_clean_tokens
         table = self.modulation.to(tokens.modulation.dtype)
         shift, scale, gate, *feed_rows = (table + tokens.modulation).unbind(2)
         h = modulate(self.norm1(x), shift, scale, dtype, split=split)
@@ -127,7 +127,7 @@ class WanAttentionBlock(nn.Module):
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the block's input x, B L C, normalized and modulated as self-attention takes it."""
         shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
-        return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_given)
+        return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_clean_tokens)
 
     def feed_forward(
         self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
@@ -151,7 +151,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the patches of the velocity for tokens x, B L C to B L out_dim*4 float32."""
         shift, scale = (self.modulation.float() + tokens.time.unsqueeze(2)).unbind(2)  # each B S C
-        h = modulate(self.norm(x), shift, scale, torch.float32, split=tokens.num_given)
+        h = modulate(self.norm(x), shift, scale, torch.float32, split=tokens.num_clean_tokens)
         return run_float32(self.head, h)
 
 
@@ -260,7 +260,7 @@ class WanModel(BlockNetwork):
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
-        places: tuple[int, ...] = (),
+        frame_positions: tuple[int, ...] = (),
     ) -> Hidden:
         """Return the video tokens, B L C float32, and the other inputs of the blocks.
 
@@ -273,7 +273,7 @@ class WanModel(BlockNetwork):
                 stand for no image.
             overrides: Changes to this call: a second text for guidance in the attention (NAG), named "text",
                 and clean frames at the beginning, whose time and velocity are 0.
-            places: Positions in time of frames that are not consecutive.
+            frame_positions: Positions in time of frames that are not consecutive.
 
         Raises:
             ValueError: If sizes do not match.
@@ -300,13 +300,13 @@ class WanModel(BlockNetwork):
         tokens = WanTokens(
             grid,
             rotary=self._rotary.get_table(
-                TokenGrid(grid, overrides.slow_frames, frame_positions=places), noisy.device
+                TokenGrid(grid, overrides.slow_frames, frame_positions=frame_positions), noisy.device
             ),
             texts=tuple(embedded),
             image=image_tokens,
             time=time,
             modulation=modulation,
-            num_given=given_patches * rows * columns,
+            num_clean_tokens=given_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
             combine=overrides.steer,
@@ -355,9 +355,9 @@ class WanModel(BlockNetwork):
             ph=ph,
             pw=pw,
         )
-        if not tokens.num_given:
+        if not tokens.num_clean_tokens:
             return velocity
-        given_frames = tokens.num_given // (rows * columns) * pf  # clean frames, which are first
+        given_frames = tokens.num_clean_tokens // (rows * columns) * pf  # clean frames, which are first
         clean = torch.zeros_like(velocity[:, :, :given_frames])
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 

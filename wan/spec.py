@@ -113,7 +113,7 @@ class WanTokens:
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
     modulation: Tensor  # B S 6 C in the model's `precision`
-    num_given: int  # number of tokens of clean frames, which come first; S is 2 if there are any
+    num_clean_tokens: int  # number of tokens of clean frames, which come first; S is 2 if there are any
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # combines attentions to several texts, B L N D; None: one text
@@ -124,7 +124,7 @@ class WanTokens:
         return replace(
             self,
             rotary=part.rows(self.rotary),
-            num_given=part.count_among_first(self.num_given),
+            num_clean_tokens=part.count_among_first(self.num_clean_tokens),
             part=part,
         )
 

@@ -52,7 +52,7 @@ _OFFICIAL_FIRST = {  # the encoder's first layer: of Wan2.1, and of Wan2.2, wher
 }
 _Layer = tuple[str, int, int]  # down or up, level, index in it
 _RESAMPLER = 1 << 30  # index of the resampler: after all residual blocks
-_HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
+_LAYER_LISTS = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 
 def read_vae(
@@ -116,7 +116,9 @@ def check_latents(
     release = RELEASES[latent.channels]
     has_alpha = config.colors == 4
     if config.latent_channels != latent.channels:
-        difference = f"is {RELEASES[config.latent_channels].about}; {needed_by} needs {release.about}"
+        difference = (
+            f"is {RELEASES[config.latent_channels].description}; {needed_by} needs {release.description}"
+        )
     elif has_alpha and not latent.has_alpha:
         difference = f"is a VAE of pixels with alpha; {needed_by} needs one of pixels without"
     elif latent.has_alpha and not has_alpha:
@@ -153,7 +155,7 @@ def _read_layer(match: re.Match[str]) -> _Layer:
 def _translate(name: str, number: Callable[[_Layer], str]) -> str:
     match = _LAYER.fullmatch(name)
     if match is not None:
-        name = f"{_HALVES[match[1]]}.{number(_read_layer(match))}.{match[4]}"
+        name = f"{_LAYER_LISTS[match[1]]}.{number(_read_layer(match))}.{match[4]}"
     return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
 
 
@@ -219,7 +221,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
 
 def _make_vae_error(path: Path, difference: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: this VAE {difference}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
+        f"{path}: this VAE {difference}; known are {WAN_2_1.description} and {WAN_2_2.description}.\n"
         f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
         path,
     )
