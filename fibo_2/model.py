@@ -32,7 +32,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 from z_image.model import ZImageAttention
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 
@@ -64,18 +64,20 @@ class Fibo2Tokens(LuminaTokens):
 
     texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
     bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `texts`; empty: nothing
-    split: int = 0  # where the clean tokens begin, among those that this process has
+    modulation_split: int = 0  # where the clean tokens begin, among those that this process has
 
-    def cut(self, part: "TokenPart") -> "Fibo2Tokens":
+    def cut(self, shard: "TokenShard") -> "Fibo2Tokens":
         """Return the inputs for the tokens that one process computes."""
-        return replace(super().cut(part), split=part.count_among_first(self.split))
+        return replace(super().cut(shard), modulation_split=shard.count_among_first(self.modulation_split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
         """Return the block inputs for the tokens at the ascending indices `kept`, B K.
 
         Only image tokens are dropped, so the clean tokens after them begin `num_left_out` earlier.
         """
-        return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
+        return replace(
+            super().select(kept, num_left_out), modulation_split=self.modulation_split - num_left_out
+        )
 
     def combine(self, attended: Sequence[Tensor]) -> Tensor:
         """Merge the attention outputs for the two texts, B L' ... each, into one output.
@@ -83,17 +85,17 @@ class Fibo2Tokens(LuminaTokens):
         The image steers away from the second text; each text's gist tokens keep the output for their own
         text.
         """
-        if self.second is None:
+        if self.second_text is None:
             return attended[0]
         first, other = attended
         # in order: the image, clean tokens (references, the first text's gist), the second text's gist
-        num_image = self.second.num_image_tokens
-        num_second_gist = self.second.num_text_tokens
-        if self.part is not None:  # of these, the tokens that this process has
-            num_image = self.part.count_among_first(num_image)
-            num_second_gist = self.part.count_among_last(num_second_gist)
+        num_image = self.second_text.num_image_tokens
+        num_second_gist = self.second_text.num_text_tokens
+        if self.shard is not None:  # of these, the tokens that this process has
+            num_image = self.shard.count_among_first(num_image)
+            num_second_gist = self.shard.count_among_last(num_second_gist)
         second_start = first.shape[1] - num_second_gist
-        steered = self.second.combine_attention(first[:, :num_image], other[:, :num_image])
+        steered = self.second_text.combine_attention(first[:, :num_image], other[:, :num_image])
         return torch.cat([steered, first[:, num_image:second_start], other[:, second_start:]], dim=1)
 
 
@@ -214,13 +216,13 @@ class Fibo2Block(JointTransformerBlock):
         """Apply the block to tokens x, B L+R+G C."""
         # x: B L+R+G C
         scale1, gate1, *feed_rows = self.modulation(tokens.time)
-        h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.split)
-        x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.split)
+        h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.modulation_split)
+        x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.modulation_split)
         if tokens.bundles:
             x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.read(x, tokens)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, scale, gate in split_segments(tokens.split, feed_rows, x):
+        for part, scale, gate in split_segments(tokens.modulation_split, feed_rows, x):
             parts.append(self.feed(part, scale, gate, tokens.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -345,7 +347,7 @@ class Fibo2Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             texts=tuple(texts),
-            split=math.prod(grids[0]),
+            modulation_split=math.prod(grids[0]),
         )
         image = self._refine(image, tokens)
         for second in gists[1:]:  # at most one
@@ -353,7 +355,7 @@ class Fibo2Model(BlockNetwork):
             num_gist = second.tokens.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
+                second_text=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
                 second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),
             )
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
@@ -377,7 +379,7 @@ class Fibo2Model(BlockNetwork):
         """Apply the noise refiner: self-attention among tokens of image and references, B L+R C."""
         count = image.shape[1]
         alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
-        if count == tokens.split:  # no references: one row of modulation serves all
+        if count == tokens.modulation_split:  # no references: one row of modulation serves all
             alone = replace(alone, time=tokens.time[:, :1])
         for block in self.noise_refiner:
             image = block(image, alone)

@@ -129,11 +129,11 @@ class SingleBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
         attended = rotate_and_attend(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
         return add_gated(
-            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
+            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.modulation_split
         )

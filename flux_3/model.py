@@ -39,7 +39,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 IMAGE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
 CONTENT = (IMAGE, REFERENCES)
@@ -65,9 +65,9 @@ class Flux3Tokens:
     attention: AttentionChoice
     lengths: SampleLengths | None  # how many of the L+R+T tokens are real; None: all
     text_lengths: SampleLengths | None  # how many of the T tokens of the text are real; None: all
-    second: SecondText | None = None
+    second_text: SecondText | None = None
     second_lengths: SampleLengths | None = None  # real tokens of the second text alone
-    parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
+    parts: tuple["TokenShard", ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
@@ -84,10 +84,12 @@ class Flux3Tokens:
         """Return the indices at which the second and the third modality begin."""
         return tuple(accumulate(self.counts[:-1]))
 
-    def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
+    def cut(self, *parts: "TokenShard") -> "Flux3Tokens":
         """Return the inputs for one process, which has a part of each modality's tokens."""
         tables = self.rotary.split(self.counts, dim=-4)
-        rotary = torch.cat([part.rows(table) for part, table in zip(parts, tables, strict=True)], dim=-4)
+        rotary = torch.cat(
+            [part.slice_rotary(table) for part, table in zip(parts, tables, strict=True)], dim=-4
+        )
         counts = tuple(part.count_among_first(part.length) for part in parts)
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
@@ -196,11 +198,11 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, mode_index: int
         heads = token_part.gather_tokens(*heads)
     if tokens.modes[mode_index] != TEXT:
         attended = _attend(heads, tokens, None)
-    elif tokens.second is None:
+    elif tokens.second_text is None:
         attended = _attend(heads, tokens, tokens.text_lengths)
     else:
         # the tokens of a second text come last; the two texts do not see each other
-        num_second = tokens.second.num_text_tokens
+        num_second = tokens.second_text.num_text_tokens
         firsts = [tensor[:, :-num_second] for tensor in heads]
         seconds = [tensor[:, -num_second:] for tensor in heads]
         attended_first = _attend(firsts, tokens, tokens.text_lengths)
@@ -220,7 +222,7 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
     With several processes (`parts`), each computes some heads for all tokens.
     """
-    second, parts = tokens.second, tokens.parts
+    second, parts = tokens.second_text, tokens.parts
     if parts:
         heads = _gather_streams(heads, tokens)
     if second is None:
@@ -244,18 +246,18 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:
     """All-to-all of heads: give each process all tokens, B L+R+T n D, for its share of the heads."""
     streams = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
-    gathered = [part.gather_tokens(*stream) for part, stream in zip(tokens.parts, streams, strict=True)]
+    gathered = [shard.gather_tokens(*stream) for shard, stream in zip(tokens.parts, streams, strict=True)]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
 
 
-def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
+def _give_back(attended: Tensor, parts: Sequence["TokenShard"]) -> Tensor:
     """Exchange all tokens of this process's heads for all heads of its tokens, stream by stream.
 
     Undoes `_gather_streams` after attention, in sequence parallelism.
     """
     streams = attended.split([part.length for part in parts], dim=1)
     pairs = zip(parts, streams, strict=True)
-    return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
+    return torch.cat([shard.gather_heads(stream) for shard, stream in pairs], dim=1)
 
 
 class Flux3Layout(NamedTuple):
@@ -401,7 +403,7 @@ class Flux3Model(BlockNetwork):
             second_text = SecondText(
                 num_images, second.states.shape[1], second.lengths(num_images), overrides.steer
             )
-            tokens = replace(tokens, second=second_text, second_lengths=second.lengths(0))
+            tokens = replace(tokens, second_text=second_text, second_lengths=second.lengths(0))
         return Hidden(x, tokens)
 
     def _embed_image(self, mode: str, latents: Tensor) -> Tensor:

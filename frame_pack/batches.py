@@ -78,8 +78,8 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
     has_integers = not stored.dtype.is_floating_point
     if not has_integers or stored.shape != (len(target), frames) or area != list(target.shape[3:]):
         raise CacheError(
-            f"{batch.keys[0]}: {indices} of shape {_join_sides(stored)} ({stored.dtype}) and {latents} "
-            f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "
+            f"{batch.keys[0]}: {indices} of shape {_format_shape(stored)} ({stored.dtype}) and {latents} "
+            f"of {_format_shape(tensors[latents])} do not fit latents of {_format_shape(target)}. Cache "
             f"again with {LATENTS_AGAIN}."
         )
 
@@ -136,5 +136,5 @@ def _note_clips() -> None:
     )
 
 
-def _join_sides(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, torch.Size(tensor.shape[1:])))

@@ -119,9 +119,9 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.norm(tokens.vector)
-        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         joined = join_gelu(self.attn(h, tokens), run_in_weight_dtype(self.proj_mlp, h))
-        return add_gated(x, gate, run_in_weight_dtype(self.proj_out, joined), tokens.split)
+        return add_gated(x, gate, run_in_weight_dtype(self.proj_out, joined), tokens.modulation_split)
 
 
 class FramePackRefinerBlock(nn.Module):

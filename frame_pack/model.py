@@ -138,7 +138,7 @@ class FramePackTokens(HunyuanTokens):
     @property
     def first_image(self) -> int:
         """Return the index of the first token of the noisy latents."""
-        return self.video - math.prod(self.grid)
+        return self.num_video_tokens - math.prod(self.grid)
 
 
 class ConditionEmbedding(nn.Module):
@@ -371,7 +371,8 @@ class FramePackModel(BlockNetwork):
         """Project tokens B L+T C to the velocity of the noisy latents, B out_dim F H W float32."""
         frames, rows, columns = tokens.grid
         scale, shift = self.norm_out(tokens.vector[:, :1])
-        noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
+        end = tokens.num_video_tokens  # the noisy latents are the last of the video
+        noisy = self.layer_norm(x[:, end - frames * rows * columns : end])
         return from_patches(
             run_float32(self.proj_out, modulate(noisy, shift, scale, torch.float32)),
             tokens.grid,

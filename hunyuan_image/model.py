@@ -165,7 +165,7 @@ class HunyuanImageModel(BlockNetwork):
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Project tokens B L+J C to the velocity, B out_dim H W float32."""
-        pixels = self.final_layer(x[:, : tokens.video], tokens).float()
+        pixels = self.final_layer(x[:, : tokens.num_video_tokens], tokens).float()
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
 
 

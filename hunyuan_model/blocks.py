@@ -25,7 +25,7 @@ from modules.speed_options import AttentionChoice
 from runtime.run_blocks import Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # an index after all tokens
@@ -46,12 +46,12 @@ class HunyuanTokens:
     vector: Tensor
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    second: SecondText | None = None
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    second_text: SecondText | None = None
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process."""
-        return replace(self, rotary=part.rows(self.rotary), part=part)
+        return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
     def first_image(self) -> int:
@@ -67,32 +67,32 @@ class HunyuanTokens:
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
-    def video(self) -> int:
+    def num_video_tokens(self) -> int:
         """Number of video tokens, L."""
         return self.rotary.shape[-4]
 
     @property
-    def split(self) -> int:
+    def modulation_split(self) -> int:
         """Negative index where the second text begins in x and in the texts; 0 if there is none."""
-        if self.second is None:
+        if self.second_text is None:
             return 0
-        if self.part is None:
-            return -self.second.num_text_tokens
-        return -self.part.count_among_last(self.second.num_text_tokens) or NOWHERE
+        if self.shard is None:
+            return -self.second_text.num_text_tokens
+        return -self.shard.count_among_last(self.second_text.num_text_tokens) or NOWHERE
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def modulation_vectors(self) -> tuple[Tensor, Tensor]:
         """The modulation vectors of video tokens and of text tokens, each B S C."""
         return self.vector[:, :1], self.vector
 
     @property
-    def clean(self) -> int:
+    def video_modulation_split(self) -> int:
         """Negative index where the video tokens with a second modulation vector begin; 0: none."""
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split x, B L+T ..., into video and text, in one operator so that its gradient is written once."""
-        video, text = x.split((self.video, x.shape[1] - self.video), dim=1)
+        video, text = x.split((self.num_video_tokens, x.shape[1] - self.num_video_tokens), dim=1)
         return video, text
 
     def join(self, video: Heads, text: Heads) -> Heads:
@@ -111,9 +111,9 @@ class TokensWithRotatedText(HunyuanTokens):
     # its first L rows, sliced outside of compiled code, where lengths may vary
     rotary_of_image: Tensor = field(kw_only=True)
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
-        return replace(super().cut(part), rotary_of_image=part.rows(self.rotary_of_image))
+        return replace(super().cut(shard), rotary_of_image=shard.slice_rotary(self.rotary_of_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for the tokens at the ascending positions `kept`, B K, and their rotary rows."""
@@ -121,7 +121,7 @@ class TokensWithRotatedText(HunyuanTokens):
         return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
 
     @property
-    def video(self) -> int:
+    def num_video_tokens(self) -> int:
         """Number of video tokens, L."""
         return self.rotary_of_image.shape[-4]
 
@@ -162,8 +162,8 @@ def join_tokens(
     tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
         return Hidden(x, tokens)
-    second = SecondText(tokens.video, texts[1].tokens.shape[1], texts[1].lengths, steer)
-    return Hidden(x, replace(tokens, second=second))
+    second = SecondText(tokens.num_video_tokens, texts[1].tokens.shape[1], texts[1].lengths, steer)
+    return Hidden(x, replace(tokens, second_text=second))
 
 
 def apply_silu(vector: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,50 +213,46 @@ class DoubleStreamBlock(nn.Module):
         # x: B L+T C
         video, text = tokens.split_video(x)
         # conditioning vectors of video and text, from which modulations are computed
-        video_vector, text_vector = tokens.rows
-        video_modulation, video_project, video_mlp = self.layers(False)
-        text_modulation, text_project, text_mlp = self.layers(True)
-        # shift, scale and gate of attention, then of the feed-forward layers. `tokens.clean` and
-        # `tokens.split` are the indices where tokens with a second modulation vector begin; 0: none
+        video_vector, text_vector = tokens.modulation_vectors
+        video_modulation, video_project, video_mlp = self.layers(is_text=False)
+        text_modulation, text_project, text_mlp = self.layers(is_text=True)
+        # each six tensors: shift, scale and gate of attention, then those of the feed-forward layers
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
+        # where the tokens with a second modulation vector begin; 0: none
+        video_split, text_split = tokens.video_modulation_split, tokens.modulation_split
 
-        video_heads = self._modulate_heads(video, video_rows, tokens, is_text=False)
-        text_heads = self._modulate_heads(text, text_rows, tokens, is_text=True)
+        shift, scale, *_ = video_rows
+        video_heads = self._modulate_heads(video, shift, scale, video_split, tokens.dtype, is_text=False)
+        shift, scale, *_ = text_rows
+        text_heads = self._modulate_heads(text, shift, scale, text_split, tokens.dtype, is_text=True)
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
-        video = add_gated(
-            video, video_rows[2], run_in_weight_dtype(video_project, video_branch), tokens.clean
-        )
-        text = add_gated(text, text_rows[2], run_in_weight_dtype(text_project, text_branch), tokens.split)
+        video = add_gated(video, video_rows[2], run_in_weight_dtype(video_project, video_branch), video_split)
+        text = add_gated(text, text_rows[2], run_in_weight_dtype(text_project, text_branch), text_split)
 
         # positional: code that computes it in pieces passes arguments by position
-        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows[3:])
+        text = self.feed_forward(text, text_mlp, tokens.dtype, text_split, *text_rows[3:])
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         parts = []
-        for part, *rows in split_segments(tokens.clean, video_rows[3:], video):
+        for part, *rows in split_segments(video_split, video_rows[3:], video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
 
     def _modulate_heads(
-        self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
+        self, x: Tensor, shift: Tensor, scale: Tensor, split: int, dtype: torch.dtype, is_text: bool
     ) -> Heads:
-        """Return query, key and value of tokens of video or text, B L C.
-
-        `rows` begins with the shift and the scale that modulate them.
-        """
-        shift, scale, *_ = rows
-        split = tokens.split if is_text else tokens.clean
-        return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)
+        """Return query, key and value of tokens of video or text, B L C, normalized and modulated."""
+        return self.heads(modulate(self.norm(x), shift, scale, dtype, split=split), is_text)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the input of attention for the video tokens of x, B L+T C to B L C."""
-        modulation, *_ = self.layers(False)
-        vector, _ = tokens.rows
+        modulation, *_ = self.layers(is_text=False)
+        vector, _ = tokens.modulation_vectors
         shift, scale, *_ = modulation(vector)
-        video = self.norm(x[:, : tokens.video])
-        return modulate(video, shift, scale, tokens.dtype, split=tokens.clean)
+        video = self.norm(x[:, : tokens.num_video_tokens])
+        return modulate(video, shift, scale, tokens.dtype, split=tokens.video_modulation_split)
 
     def feed_forward(
         self,
@@ -327,13 +323,13 @@ class MMSingleStreamBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
         attended = rotate_and_attend(self.q_norm(q), self.k_norm(k), v, tokens)
         return add_gated(
-            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
+            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.modulation_split
         )
 
 
@@ -354,14 +350,14 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
-    second = tokens.second  # a second text, which the video attends to separately
-    part = tokens.part  # this process's part of the tokens
+    second = tokens.second_text  # a second text, which the video attends to separately
+    shard = tokens.shard  # this process's shard of the tokens
     choice = tokens.attention
-    if part is not None:  # from all heads of this part to all tokens of some heads
-        query, key, value = part.gather_tokens(query, key, value)
+    if shard is not None:  # from all heads of this shard to all tokens of some heads
+        query, key, value = shard.gather_tokens(query, key, value)
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)
-        return (attended if part is None else part.gather_heads(attended)).flatten(2)
+        return (attended if shard is None else shard.gather_heads(attended)).flatten(2)
     first_attended = attend(
         second.drop_second_text(query),
         second.drop_second_text(key),
@@ -376,9 +372,9 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
         choice,
         lengths=second.lengths,
     )
-    if part is None:
+    if shard is None:
         return second.combine(first_attended, second_attended).flatten(2)
-    return part.combine(first_attended, second_attended, second).flatten(2)
+    return shard.combine(first_attended, second_attended, second).flatten(2)
 
 
 def rotate_and_attend(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:

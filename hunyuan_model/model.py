@@ -158,7 +158,9 @@ class HunyuanVideoModel(BlockNetwork):
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
         return from_patches(
-            self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size
+            self.final_layer(x[:, : tokens.num_video_tokens], tokens).float(),
+            tokens.grid,
+            self.config.patch_size,
         )
 
 

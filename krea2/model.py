@@ -34,7 +34,7 @@ from runtime.kv_cache import CachesKeysValues, compute_keys_values, use_keys_val
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
@@ -49,11 +49,12 @@ class Krea2Tokens(LuminaTokens):
     num_references: int = 0  # R
     num_isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
     stores_keys_values: bool = False  # there are references alone, whose keys and values the blocks keep
-    split: int = 0  # index of the first token after references, among the tokens that this process has
+    # index of the first token after references, among the tokens that this process has
+    modulation_split: int = 0
 
-    def cut(self, part: "TokenPart") -> "Krea2Tokens":
+    def cut(self, shard: "TokenShard") -> "Krea2Tokens":
         """Return the inputs for the tokens that one process computes."""
-        return replace(super().cut(part), split=part.count_among_first(self.num_references))
+        return replace(super().cut(shard), modulation_split=shard.count_among_first(self.num_references))
 
     @property
     def first_image(self) -> int:
@@ -232,11 +233,11 @@ class Krea2Block(StreamBlock):
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         scale, shift, gate, *feed_rows = self.rows(tokens)
-        h = modulate(self.prenorm.in_float32(x), shift, scale, tokens.dtype, split=tokens.split)
-        x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
+        h = modulate(self.prenorm.in_float32(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -244,7 +245,7 @@ class Krea2Block(StreamBlock):
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
-        image = x[:, tokens.split : tokens.split + tokens.image]
+        image = x[:, tokens.modulation_split : tokens.modulation_split + tokens.image]
         return modulate(self.prenorm.in_float32(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
@@ -434,7 +435,7 @@ class Krea2Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             num_references=num_references,
-            split=num_references,
+            modulation_split=num_references,
             num_isolated=num_isolated,
         )
         for second in seconds:  # at most one: the negative text of attention
@@ -442,7 +443,7 @@ class Krea2Model(BlockNetwork):
             count = second.states.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(num_images, count, second.lengths, overrides.steer),
+                second_text=SecondText(num_images, count, second.lengths, overrides.steer),
                 second_rotary=rotary[: num_images + count],
             )
         return Hidden(x, tokens)

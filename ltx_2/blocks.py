@@ -27,7 +27,7 @@ from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
 gelu = partial(functional.gelu, approximate="tanh")
@@ -89,7 +89,7 @@ class Stream:
     split: int | Tensor = 0
     fractions: Tensor | None = None  # S fractions of the timestep; None: tokens in front are clean, if any
     cross: CrossInputs | None = None  # None: there is no attention to another stream
-    part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
+    shard: "TokenShard | None" = None  # the tokens that this process has; None if it has all
     # from `dim_references`, for all tokens; None: no attention is dimmed
     dimmed: tuple[Tensor, Tensor] | None = None
     num_hidden: int = 0  # number of tokens in front, of all, to which the other stream does not attend
@@ -100,18 +100,18 @@ class Stream:
         """Return the number of tokens of the stream."""
         return self.rotary.shape[-4]
 
-    def cut(self, part: "TokenPart") -> "Stream":
+    def cut(self, shard: "TokenShard") -> "Stream":
         """Return the inputs for the tokens that one process computes."""
         cross, split = self.cross, self.split
         if cross is not None:
-            cross = replace(cross, rotary=part.rows(cross.rotary))
+            cross = replace(cross, rotary=shard.slice_rotary(cross.rotary))
         return replace(
             self,
-            rotary=part.rows(self.rotary),
+            rotary=shard.slice_rotary(self.rotary),
             cross=cross,
-            split=part.take(split) if isinstance(split, Tensor) else part.count_among_first(split),
-            num_without_text=part.count_among_first(self.num_without_text),
-            part=part,
+            split=shard.take(split) if isinstance(split, Tensor) else shard.count_among_first(split),
+            num_without_text=shard.count_among_first(self.num_without_text),
+            shard=shard,
         )
 
 
@@ -140,11 +140,11 @@ class LtxTokens:
         """Return each stream's number of tokens."""
         return tuple(stream.length for stream in self.streams.values())
 
-    def cut(self, *parts: "TokenPart") -> "LtxTokens":
+    def cut(self, *parts: "TokenShard") -> "LtxTokens":
         """Return the inputs for one process, which has a part of each stream's tokens."""
         streams = {}
-        for (names, stream), part in zip(self.streams.items(), parts, strict=True):
-            streams[names] = stream.cut(part)
+        for (names, stream), shard in zip(self.streams.items(), parts, strict=True):
+            streams[names] = stream.cut(shard)
         return replace(self, streams=streams)
 
     def split(self, x: Tensor) -> Parts:
@@ -344,10 +344,10 @@ class LtxBlock(nn.Module):
             return layer.project(x, value)
         query, key = layer.queries(x, stream.rotary), layer.keys(x, stream.rotary)
         attend_all = _attend if stream.dimmed is None else partial(_attend_dimmed, *stream.dimmed)
-        if stream.part is None:
+        if stream.shard is None:
             return layer.project(x, attend_all(query, key, value, tokens))
-        query, key, value = stream.part.gather_tokens(query, key, value)
-        return layer.project(x, stream.part.gather_heads(attend_all(query, key, value, tokens)))
+        query, key, value = stream.shard.gather_tokens(query, key, value)
+        return layer.project(x, stream.shard.gather_heads(attend_all(query, key, value, tokens)))
 
     def _see_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Return a stream's cross-attention to its text, combined with that to a second text, if any."""
@@ -379,13 +379,13 @@ class LtxBlock(nn.Module):
         key = layer.keys(other_x, other_stream.cross.rotary)
         value = layer.values(other_x)
         first = other_stream.num_hidden  # hidden reference tokens come first
-        if stream.part is None or other_stream.part is None:
+        if stream.shard is None or other_stream.shard is None:
             return layer.project(x, _attend(query, key[:, first:], value[:, first:], tokens))
         # with several processes, each computes some heads for all tokens
-        (query,) = stream.part.gather_tokens(query)
-        key, value = other_stream.part.gather_tokens(key, value)
+        (query,) = stream.shard.gather_tokens(query)
+        key, value = other_stream.shard.gather_tokens(key, value)
         attended = _attend(query, key[:, first:], value[:, first:], tokens)
-        return layer.project(x, stream.part.gather_heads(attended))
+        return layer.project(x, stream.shard.gather_heads(attended))
 
     def _split_rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
         """Return the shifts, scales and gates of a stream's layers, each B S C float32."""

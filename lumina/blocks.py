@@ -23,7 +23,7 @@ from modules.layers.rope import rotate, select_rotations, sinusoid
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -43,13 +43,13 @@ class LuminaTokens:
     time: Tensor  # B time_dim float32, from which every block computes its modulation
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    second: SecondText | None = None
+    second_text: SecondText | None = None
     second_rotary: Tensor | None = None  # as `rotary`, of image and second caption
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process; `rotary` still covers all tokens."""
-        return replace(self, part=part)
+        return replace(self, shard=shard)
 
     @property
     def first_image(self) -> int:
@@ -122,15 +122,15 @@ class GroupedAttention(nn.Module):
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the self-attention of tokens x, B L C, with the heads concatenated."""
         heads: tuple[Tensor, ...] = self.heads(x)
-        # a second text, for negative attention; this process's part of the tokens
-        second, part = tokens.second, tokens.part
-        if part is not None:
+        # a second text, for negative attention; this process's shard of the tokens
+        second, shard = tokens.second_text, tokens.shard
+        if shard is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
-            heads = part.gather_tokens(heads[0], *serve(*heads))
+            heads = shard.gather_tokens(heads[0], *serve(*heads))
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.lengths)
-            if part is not None:
-                attended = part.gather_heads(attended)  # all heads of this process's tokens again
+            if shard is not None:
+                attended = shard.gather_heads(attended)  # all heads of this process's tokens again
             return attended.flatten(2)
         assert tokens.second_rotary is not None
         # the image attends with each text separately; then both results are combined
@@ -140,9 +140,9 @@ class GroupedAttention(nn.Module):
         second_attended = self.attend_heads(
             map(second.drop_first_text, heads), tokens.second_rotary, tokens, second.lengths
         )
-        if part is None:
+        if shard is None:
             return second.combine(attended, second_attended).flatten(2)
-        return part.combine(attended, second_attended, second).flatten(2)
+        return shard.combine(attended, second_attended, second).flatten(2)
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""

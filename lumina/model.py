@@ -141,7 +141,7 @@ class LuminaModel(BlockNetwork):
             second_tokens.lengths,
             overrides.steer,
         )
-        tokens = replace(tokens, second=second, second_rotary=second_tokens.rotary)
+        tokens = replace(tokens, second_text=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
     def _check_sizes(self, noisy: Tensor, caption: Tensor, caption_mask: Tensor) -> None:

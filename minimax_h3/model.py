@@ -33,7 +33,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 ROWS = 6  # modulation rows of a block: shift, scale and gate of attention and of feed-forward
 IMAGES_LIE = 0.999  # minimum time of image conditions, nearly clean
@@ -88,12 +88,12 @@ class H3Tokens:
     starts: tuple[int, ...]  # index at which each segment after the first begins
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> "H3Tokens":
+    def cut(self, shard: "TokenShard") -> "H3Tokens":
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        starts = tuple(part.count_among_first(start) for start in self.starts)
-        return replace(self, part=part, starts=starts)
+        starts = tuple(shard.count_among_first(start) for start in self.starts)
+        return replace(self, shard=shard, starts=starts)
 
     @property
     def image(self) -> int:
@@ -122,13 +122,13 @@ class H3Attention(nn.Module):
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
         """Return the self-attention of tokens x, B L C."""
         query, key, value = self.heads(x)
-        if tokens.part is not None:
-            query, key, value = tokens.part.gather_tokens(query, key, value)
+        if tokens.shard is not None:
+            query, key, value = tokens.shard.gather_tokens(query, key, value)
         query = rotate_first(query, tokens.rotary)
         key = rotate_first(key, tokens.rotary)
         attended = attend(query, key, value, tokens.attention)
-        if tokens.part is not None:
-            attended = tokens.part.gather_heads(attended)
+        if tokens.shard is not None:
+            attended = tokens.shard.gather_heads(attended)
         return run_in_weight_dtype(self.out_proj, attended.flatten(2))
 
     def see_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:

@@ -147,12 +147,12 @@ class MossImageBlock(GroupedAttention):
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
-        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         branch = run_in_weight_dtype(self.proj["o"], self.attend_tokens(h, tokens))
-        x = add_gated(x, gate, branch, tokens.split)
+        x = add_gated(x, gate, branch, tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -160,7 +160,7 @@ class MossImageBlock(GroupedAttention):
     def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
-        image = x[:, tokens.split : tokens.split + tokens.image]
+        image = x[:, tokens.modulation_split : tokens.modulation_split + tokens.image]
         return modulate(self.norm1(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ class MossImageModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             num_references=num_references,
-            split=num_references,
+            modulation_split=num_references,
             num_isolated=num_isolated,
         )
         for second in seconds:  # at most one
@@ -372,7 +372,7 @@ class MossImageModel(BlockNetwork):
             lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
-                second=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
+                second_text=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
                 second_rotary=self._make_table(
                     MossImageLayout(grid, reference_grids, second.states.shape[1], second.clocks),
                     device=x.device,

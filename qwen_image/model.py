@@ -37,7 +37,7 @@ from qwen_image.configs import DIT, PATCH, QwenImageConfig
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,20 @@ class QwenTokens(blocks.TokensWithRotatedText):
     # the rows of `rotary` of clean references; compiled code leaves their number open
     rotary_of_clean: Tensor = field(kw_only=True)
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for one process's tokens, with only their rotary rows of clean references."""
-        of_clean = part.rows(self.rotary_of_clean, self.video - self.rotary_of_clean.shape[-4])
-        return replace(super().cut(part), rotary_of_clean=of_clean)
+        of_clean = shard.slice_rotary(
+            self.rotary_of_clean, self.num_video_tokens - self.rotary_of_clean.shape[-4]
+        )
+        return replace(super().cut(shard), rotary_of_clean=of_clean)
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def modulation_vectors(self) -> tuple[Tensor, Tensor]:
         """Return the modulation of image tokens, with a row for clean references, and of text tokens."""
         return self.vector, self.vector[:, :1]
 
     @property
-    def clean(self) -> int:
+    def video_modulation_split(self) -> int:
         """Negative index, among the image tokens, of the first clean reference token; NOWHERE without any."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 

@@ -52,7 +52,7 @@ from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 ROWS = 4  # that modulate a block: scale and gate of attention, then of feed-forward
 LARGEST = 65504.0  # in float16
@@ -108,38 +108,40 @@ class QwenImage21Tokens:
     """Inputs of the blocks in addition to x, B L+P C, or B L+P+P' C with a second text."""
 
     grid: Grid  # rows and columns of the image's tokens
-    num_image: int  # number of tokens of the image, L; 0 while a prefix alone is computed
-    split: int  # where the prefix begins, among the tokens that this process has
+    num_image_tokens: int  # number of tokens of the image, L; 0 while a prefix alone is computed
+    modulation_split: int  # where the prefix begins, among the tokens that this process has
     # one list for each sample, or a single one if all are alike; numbers, so that compiled code accepts any
     segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
-    rows: Tensor  # B S 4C float32: scales and gates of all blocks
+    modulation: Tensor  # B S 4C float32: scales and gates of all blocks
     time: Tensor  # B 1 C float32, the embedded time of the image
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     stores_keys_values: bool = False  # there is a prefix alone, whose keys and values the blocks keep
-    second: SecondText | None = None
+    second_text: SecondText | None = None
     second_segments: tuple[tuple[Segment, ...], ...] = ()
     second_rotary: Tensor | None = None  # as `rotary`, of the image and the second prefix
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
     @property
     def first_image(self) -> int:
         """Return the index of the generated image's first token, which is always 0."""
         return 0
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        return replace(self, part=part, split=part.count_among_first(self.num_image))
+        return replace(self, shard=shard, modulation_split=shard.count_among_first(self.num_image_tokens))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
         `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
-        num_image = self.num_image - num_left_out
+        num_image_tokens = self.num_image_tokens - num_left_out
         rotary = select_rotations(self.rotary, kept, num_left_out)
-        return replace(self, num_image=num_image, split=num_image, rotary=rotary)
+        return replace(
+            self, num_image_tokens=num_image_tokens, modulation_split=num_image_tokens, rotary=rotary
+        )
 
 
 class QwenImage21Attention(nn.Module):
@@ -167,14 +169,14 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        # a second text, for negative attention; this process's part of the tokens
-        second, part = tokens.second, tokens.part
-        if part is not None:
+        # a second text, for negative attention; this process's shard of the tokens
+        second, shard = tokens.second_text, tokens.shard
+        if shard is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
-            heads = part.gather_tokens(*heads)
+            heads = shard.gather_tokens(*heads)
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
-            return attended if part is None else part.gather_heads(attended)
+            return attended if shard is None else shard.gather_heads(attended)
         assert tokens.second_rotary is not None
         # the image attends with each text separately; then both results are combined
         first_heads = tuple(map(second.drop_second_text, heads))
@@ -183,9 +185,9 @@ class QwenImage21Attention(nn.Module):
         second_attended = self.attend_heads(
             second_heads, tokens.second_rotary, tokens, tokens.second_segments
         )
-        if part is None:
+        if shard is None:
             return second.combine(attended, second_attended)
-        return part.combine(attended, second_attended, second)
+        return shard.combine(attended, second_attended, second)
 
     def attend_heads(
         self,
@@ -223,7 +225,7 @@ def attend_segments(
     are B L+P N D.
     """
     choice = tokens.attention
-    start = tokens.num_image  # the prefix follows the image
+    start = tokens.num_image_tokens  # the prefix follows the image
     end = start + segments[-1].end
     outputs = []
     if start:  # no image tokens while the prefix alone is computed
@@ -270,12 +272,12 @@ class QwenImage21Block(nn.Module):
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Apply the block to tokens x, B L+P C."""
         # x: B L+P C
-        scale, gate, *feed_rows = tokens.rows.chunk(ROWS, dim=-1)  # each B S C
-        h = modulate(self.img_norm1(x), None, scale, tokens.dtype, split=tokens.split)
-        x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
+        scale, gate, *feed_rows = tokens.modulation.chunk(ROWS, dim=-1)  # each B S C
+        h = modulate(self.img_norm1(x), None, scale, tokens.dtype, split=tokens.modulation_split)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -283,8 +285,8 @@ class QwenImage21Block(nn.Module):
 
     def modulated_input(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B L+P C to B L C."""
-        scale = tokens.rows[:, :1].chunk(ROWS, dim=-1)[0]
-        return modulate(self.img_norm1(x[:, : tokens.split]), None, scale, tokens.dtype)
+        scale = tokens.modulation[:, :1].chunk(ROWS, dim=-1)[0]
+        return modulate(self.img_norm1(x[:, : tokens.modulation_split]), None, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
@@ -421,11 +423,11 @@ class QwenImage21Model(BlockNetwork):
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),
-            num_image=0,
-            split=0,
+            num_image_tokens=0,
+            modulation_split=0,
             segments=list_segments(embedded.prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
-            rows=self.modulation_rows(times),
+            modulation=self.modulation_rows(times),
             time=times,
             dtype=dtype,
             attention=self.attention,
@@ -468,7 +470,7 @@ class QwenImage21Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = self.grid_of(noisy)
         x = self.embed_image(noisy).to(dtype)
-        num_image = x.shape[1]
+        num_image_tokens = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
         prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
@@ -486,11 +488,11 @@ class QwenImage21Model(BlockNetwork):
         layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_prefix_cached)
         tokens = QwenImage21Tokens(
             grid=grid,
-            num_image=num_image,
-            split=num_image,
+            num_image_tokens=num_image_tokens,
+            modulation_split=num_image_tokens,
             segments=list_segments(prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
-            rows=self.modulation_rows(times),
+            modulation=self.modulation_rows(times),
             time=time,
             dtype=dtype,
             attention=self.attention,
@@ -499,7 +501,7 @@ class QwenImage21Model(BlockNetwork):
             _, second = embedded  # it comes with a second text
             tokens = replace(
                 tokens,
-                second=SecondText(num_image, second.x.shape[1], None, overrides.steer),
+                second_text=SecondText(num_image_tokens, second.x.shape[1], None, overrides.steer),
                 second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
@@ -558,8 +560,9 @@ class QwenImage21Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Turn tokens B L+P C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        numbers = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, : tokens.num_image], tokens)).float()
-        return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
+        normed = self.norm_out(x[:, : tokens.num_image_tokens], tokens)
+        patches = run_in_weight_dtype(self.proj_out, normed).float()
+        return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs L+P 1 D/2 2 float32, or B L+P 1 D/2 2.

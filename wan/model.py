@@ -48,11 +48,11 @@ class SelfAttention(nn.Module):
         q = rotate(self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
         k = rotate(self.norm_k(run_in_weight_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
         v = run_in_weight_dtype(self.v, x).unflatten(-1, heads)
-        part = tokens.part
-        if part is not None:
-            q, k, v = part.gather_tokens(q, k, v)
+        shard = tokens.shard
+        if shard is not None:
+            q, k, v = shard.gather_tokens(q, k, v)
         attended = _attend(q, k, v, tokens)  # B L N D
-        attended = attended if part is None else part.gather_heads(attended)
+        attended = attended if shard is None else shard.gather_heads(attended)
         return run_in_weight_dtype(self.o, attended.flatten(2))
 
 
@@ -74,16 +74,18 @@ class CrossAttention(SelfAttention):
         heads = (self.num_heads, -1)
         q = self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads)
         attended_texts = []
-        for text, repeats in tokens.texts:  # repeats: how many equal padding rows a row stands for
+        for text, repeats in tokens.text_tokens:  # repeats: how many equal padding rows a row stands for
             k = self.norm_k(run_in_weight_dtype(self.k, text)).unflatten(-1, heads)
             v = run_in_weight_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
         # a second text, for guidance in the attention (NAG), is combined with the first
-        attended = attended_texts[0] if tokens.combine is None else tokens.combine(*attended_texts)
+        attended = attended_texts[0]
+        if tokens.combine_attention is not None:
+            attended = tokens.combine_attention(*attended_texts)
         del attended_texts, k, v  # large: not held while the image is seen and `o` computes
-        if tokens.image is not None:
-            k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
-            v = run_in_weight_dtype(self.v_img, tokens.image).unflatten(-1, heads)
+        if tokens.image_tokens is not None:
+            k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image_tokens)).unflatten(-1, heads)
+            v = run_in_weight_dtype(self.v_img, tokens.image_tokens).unflatten(-1, heads)
             attended = attended + _attend(q, k, v, tokens)
         return run_in_weight_dtype(self.o, attended.flatten(2))
 
@@ -302,14 +304,14 @@ class WanModel(BlockNetwork):
             rotary=self._rotary.get_table(
                 TokenGrid(grid, overrides.slow_frames, frame_positions=frame_positions), noisy.device
             ),
-            texts=tuple(embedded),
-            image=image_tokens,
+            text_tokens=tuple(embedded),
+            image_tokens=image_tokens,
             time=time,
             modulation=modulation,
             num_clean_tokens=given_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
-            combine=overrides.steer,
+            combine_attention=overrides.steer,
         )
         return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
 
