@@ -55,6 +55,11 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         raise DatasetError(
             f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
         )
+    _check_clip_lengths(table)
+
+
+def _check_clip_lengths(table: MediaTable) -> None:
+    """Raise DatasetError if clips are shorter than a section; warn if their last frames do not fill one."""
     minimum = _count_least_frames(table)
     if table.max_frames is not None and table.max_frames < minimum:
         raise DatasetError(
@@ -190,15 +195,15 @@ def image_entries(
     indices = one_frame_indices(settings, len(media.control), table.window)
     target, *controls = _encode(encoders, media.keys, [media.frames, *media.control])
     target = apply_masks(target, media.alpha)
-    frames_before = []
+    clean_frames = []
     for latents, frames in zip(controls, media.control, strict=True):
         # frames are B F H W C; a fourth channel is the alpha of the control image
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
-        frames_before.append(apply_masks(latents, alpha))
+        clean_frames.append(apply_masks(latents, alpha))
     # the remaining indices are those of black frames, whose latents are 0
-    num_black = len(indices.clean) - len(frames_before)
-    frames_before += [torch.zeros_like(target)] * num_black
-    clean = torch.cat(frames_before, dim=2)
+    num_black = len(indices.clean) - len(clean_frames)
+    clean_frames += [torch.zeros_like(target)] * num_black
+    clean = torch.cat(clean_frames, dim=2)
     features = _encode_features(encoders, media.control[0])  # of the first control image only
     entries = []
     for item in range(len(media.keys)):

@@ -218,8 +218,7 @@ class FramePack(OneTransformer):
         """Predict the velocity, B C F H W float32.
 
         Timesteps are rounded to the dtype of the guidance: generation rounds both to the model's compute
-        dtype, as the released code does; training rounds neither. Earlier frames (history) with indices but
-        without latents are black.
+        dtype, as the released code does; training rounds neither.
 
         Args:
             dit: The transformer.
@@ -229,35 +228,22 @@ class FramePack(OneTransformer):
             overrides: Changes to this call.
         """
         device = noisy.device
-        history: dict[str, Tensor] = {}
-        for name, (argument, indices) in HISTORY.items():
-            if indices not in cond:
-                continue
-            positions = data.send_tensor(cond, indices, device)
-            if name in cond:
-                history[argument] = data.send_tensor(cond, name, device).to(noisy.dtype)
-            else:
-                black = (*noisy.shape[:2], positions.shape[1], *noisy.shape[3:])
-                history[argument] = noisy.new_zeros(black)
-            history[indices] = positions
         guidance = data.send_tensor(cond, "guidance", device)
-        # the timestep sets how far rotary positions are scaled; that of `turn` is on the host, which need
-        # not wait for the device
-        on_host = (
-            timesteps if overrides.step_position is None else torch.tensor([overrides.step_position.timestep])
-        )
-        # round to the dtype of the guidance
-        timesteps = timesteps.to(guidance.dtype).float()
-        scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
+        # the timestep sets how far rotary positions are scaled; reading that of `step_position`, on the host,
+        # does not wait for the device
+        scaling_timestep = timesteps
+        if overrides.step_position is not None:
+            scaling_timestep = torch.tensor([overrides.step_position.timestep])
+        scaling_timestep = scaling_timestep.to(guidance.dtype).float()
         return dit(
             noisy,
-            timesteps,
+            timesteps.to(guidance.dtype).float(),
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
             image_embeddings=data.send_tensor(cond, "image_embeddings", device),
             latent_indices=data.send_tensor(cond, "latent_indices", device),
-            **history,
-            position_scale=scale,
+            **_history_arguments(cond, noisy),
+            position_scale=position_scale(scaling_timestep, self.rope_threshold, self.rope_factor),
             overrides=overrides.rename_nag(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
@@ -349,6 +335,25 @@ class FramePack(OneTransformer):
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
             if is_on
         )
+
+
+def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor]:
+    """Return latents of earlier frames and their indices by the network's arguments.
+
+    Frames that have indices but no latents in the conditions are black.
+    """
+    arguments: dict[str, Tensor] = {}
+    for name, history in HISTORY.items():
+        if history.indices not in cond:
+            continue
+        indices = data.send_tensor(cond, history.indices, noisy.device)
+        if name in cond:
+            latents = data.send_tensor(cond, name, noisy.device).to(noisy.dtype)
+        else:
+            latents = noisy.new_zeros(*noisy.shape[:2], indices.shape[1], *noisy.shape[3:])
+        arguments[history.argument] = latents
+        arguments[history.indices] = indices
+    return arguments
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:

@@ -345,17 +345,16 @@ class FramePackModel(BlockNetwork):
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
         rotary = self._rotary.get_table(_make_layout(groups, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
-        guided = guidance if overrides.embedded_guidance else None
-        before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
+        guidance_input = guidance if overrides.embedded_guidance else None
+        num_before_text = rotary.shape[-4] + image.shape[1]
         texts = []
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
-            longest, counts, lengths = count_real_tokens(prompt["llama_mask"], before, noisy.device)
+            longest, counts, lengths = count_real_tokens(prompt["llama_mask"], num_before_text, noisy.device)
             states = prompt["llama"][:, :longest]
-            text = self.context_embedder(
-                states, timesteps, counts, dtype=image.dtype, attention=self.attention
-            )
-            vector = self.time_text_embed(timesteps, prompt["clip_l"], guided).unsqueeze(1)
-            texts.append(EmbeddedText(torch.cat([image, text], dim=1), lengths, apply_silu(vector, dtype)))
+            text = self.context_embedder(states, timesteps, counts, dtype=dtype, attention=self.attention)
+            vector = self.time_text_embed(timesteps, prompt["clip_l"], guidance_input).unsqueeze(1)
+            image_and_text = torch.cat([image, text], dim=1)  # the image's tokens are part of the text
+            texts.append(EmbeddedText(image_and_text, lengths, apply_silu(vector, dtype)))
         return join_tokens(
             video,
             texts,
@@ -382,7 +381,7 @@ class FramePackModel(BlockNetwork):
     def _check(self, groups: Sequence[IndexedLatents], llama: Tensor, llama_mask: Tensor) -> None:
         """Raise ValueError for shapes that do not fit the model or each other.
 
-        `kinds` are the latents with their frame indices: history, and last the noisy ones.
+        `groups` are the latents with their frame indices: history, and last the noisy ones.
         """
         noisy = groups[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
