@@ -88,10 +88,10 @@ def video_sections(
 
 
 def _make_preview_piece(order: GenerationOrder, history: Tensor, window: int, number: int) -> PreviewPiece:
-    """Return the newest section and its neighbor, so that a preview has the final transition.
+    """Return the newest section and its neighbor in time, so that a preview shows the final transition.
 
     `history` is all that has been generated, in playing order; the newest section is at its front if
-    """Return the newest section and its neighbor in time, so that a preview shows the final transition.
+    `order.prepends_sections`, else at its end. `number` counts sections from 0 in the order of generation.
     """
     is_first_section = number == 0
     num_generated = (number + 1) * window
@@ -151,8 +151,8 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, in_one_pass: boo
     """Decode latents, 1 C F h w in model space, to pixels 1 3 F H W in -1..1, in playing order.
 
     Sections of `window` latent frames are decoded in overlapping pairs and blended, on the CPU. With
-    """Decode the latents of a `PreviewPiece` at once to pixels, 1 3 F H W, that may lie outside of -1..1."""
-    seams and takes more memory.
+    `in_one_pass`, or if the latents are not a whole number of sections, all are decoded together, which
+    has no seams and takes more memory.
     """
     sections = count_window_sections(latents.shape[2], window)
     if in_one_pass or sections < 2 or video_latents(sections, window) != latents.shape[2]:
