@@ -266,7 +266,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
         architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
-        generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),
+        generate=partial(_make_generation_command, config.cond_in_channels == MASKED_CHANNELS),
         # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
@@ -374,12 +374,12 @@ def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Condit
     return {**inputs, CONTROL_MASK: torch.stack(masks).unsqueeze(1).to(torch.uint8)}
 
 
-def _say_generation(
-    takes_mask: bool, file: Path, sample: Mapping[str, Any], usual: Sequence[str]
+def _make_generation_command(
+    takes_mask: bool, file: Path, sample: Mapping[str, Any], base_command: Sequence[str]
 ) -> list[str]:
     """Return the command that generates with a trained file; `usual` is the command without the file."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     further = {"--lllite_weights": file, "--control_image": control}
     if takes_mask:
         further["--mask_image"] = sample.get("mask_path") or Placeholder("MASK")
-    return [*usual, *option_argv(further)]
+    return [*base_command, *option_argv(further)]

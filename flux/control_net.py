@@ -27,6 +27,7 @@ from flux.options import CONTROL_NET
 from hunyuan_model.model import rotary_widths
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
+from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +129,11 @@ def compute_block_residuals(
         txt_ids=torch.zeros(t5.shape[1], 3, device=device),  # text tokens are all at the origin
         return_dict=False,
     )
-    additions: list[Tensor | None] = []
+    residuals: list[Tensor | None] = []
     # each output serves several neighboring blocks: the ControlNet has fewer blocks
     for output, num_blocks in zip(outputs, blocks, strict=True):
-        additions += repeat_over_blocks(output, num_blocks)
-    return additions
+        residuals += repeat_over_blocks(output, num_blocks)
+    return residuals
 
 
 def repeat_over_blocks(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
@@ -214,17 +215,22 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             f"which datasets do not state.\n  Give one of a single kind, or without modes: {FITTING_FILES}.",
             path,
         )
+    _check_dimensions(path, names, config)
+    return _read_or_infer_settings(path, checkpoint, config)
 
-    def takes(layer: str) -> int:
-        """Return a layer's number of inputs; 0 if the file lacks the layer."""
-        return names[layer].shape[1] if layer in names else 0
+
+def _check_dimensions(path: Path, tensors: Mapping[str, TensorInfo], config: FluxConfig) -> None:
+    """Raise CheckpointError if a ControlNet's dimensions are not those of the transformer."""
+
+    def count_inputs(layer: str) -> int:
+        return tensors[layer].shape[1] if layer in tensors else 0
 
     # dimension -> its size in the ControlNet and in the transformer
     sizes = {
-        "width": (names[CONTROL_EMBEDDER].shape[0], config.dim),
-        "numbers of a token": (names[CONTROL_EMBEDDER].shape[1], config.token_dim),
-        "text": (takes("context_embedder.weight"), config.text_dim),
-        "pooled text": (takes("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
+        "width": (tensors[CONTROL_EMBEDDER].shape[0], config.dim),
+        "numbers of a token": (tensors[CONTROL_EMBEDDER].shape[1], config.token_dim),
+        "text": (count_inputs("context_embedder.weight"), config.text_dim),
+        "pooled text": (count_inputs("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }
     misfits = [
         f"{dimension} {size} and {needed}" for dimension, (size, needed) in sizes.items() if size != needed
@@ -235,7 +241,6 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             "fit dev and schnell, not Chroma",
             path,
         )
-    return _read_or_infer_settings(path, checkpoint, config)
 
 
 def make_control_net_settings(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:

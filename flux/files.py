@@ -4,7 +4,7 @@ Transformers are as published, or as diffusers writes them.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +43,7 @@ FILES = (
     "a diffusers pipeline"
 )
 DIT_OPTION = "--dit (--pretrained_model_name_or_path)"
-# dialect -> a tensor that only it has, its names
+# dialect -> its first weight of queries, its tensor names
 DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_blocks.0.img_attn.qkv.weight", ()),
     "diffusers": ("transformer_blocks.0.attn.to_q.weight", tensor_patterns(FLUX)),
@@ -67,21 +67,30 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
 
     Raises CheckpointError for another model.
     """
-    names = checkpoint.tensors
-    dialect = "official"  # if no mark is found, the check below refuses the file
-    for name, (mark, _) in DIALECTS.items():
-        if mark in names:
-            dialect = name
-            break
-    mark, table = DIALECTS[dialect]
-    stored_shapes = {name: info.shape for name, info in names.items()}
-    file_shapes = joined_shapes(stored_shapes, table)
-    is_related_model = any(name in names for name in RELATED_MODEL_TENSORS)
+    tensors = checkpoint.tensors
+    dialect = _find_dialect(tensors)
+    if dialect is None:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+    query_weight, names = DIALECTS[dialect]
+    file_shapes = joined_shapes({name: info.shape for name, info in tensors.items()}, names)
     # FLUX.1 embeds flattened patches by a matrix; related models use a convolution, which has more axes
     has_matrix = len(file_shapes.get("img_in.weight", ())) == 2
-    if mark not in names or not has_matrix or is_related_model:
+    if not has_matrix or any(name in tensors for name in RELATED_MODEL_TENSORS):
         raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
-    shapes = DitShapes(checkpoint.path, file_shapes, "FLUX.1")
+    config = _read_config(DitShapes(checkpoint.path, file_shapes, "FLUX.1"))
+    return DitHeader(config, dialect, tensors[query_weight].dtype)
+
+
+def _find_dialect(tensor_names: Collection[str]) -> str | None:
+    """Return the naming whose weight of queries a file has; None for other files."""
+    for dialect, (query_weight, _) in DIALECTS.items():
+        if query_weight in tensor_names:
+            return dialect
+    return None
+
+
+def _read_config(shapes: DitShapes) -> FluxConfig:
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, token_dim = shapes.of("img_in.weight")
     (head_width,) = shapes.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
@@ -99,13 +108,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
         "token_dim": token_dim,
         "text_dim": shapes.of("txt_in.weight")[1],
     }
-    if f"{APPROXIMATOR}.in_proj.weight" in file_shapes:  # Chroma
+    if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
         sizes["approximator"] = _read_approximator(shapes)
     else:
         sizes["pooled_dim"] = shapes.of("vector_in.in_layer.weight")[1]
         sizes["freq_dim"] = shapes.of("time_in.in_layer.weight")[1]
-        sizes["has_guidance"] = "guidance_in.in_layer.weight" in file_shapes
-    return DitHeader(FluxConfig(**sizes), dialect, names[mark].dtype)
+        sizes["has_guidance"] = "guidance_in.in_layer.weight" in shapes.shapes
+    return FluxConfig(**sizes)
 
 
 def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:

@@ -215,7 +215,7 @@ TYPED = {
 }
 
 
-def generation_words(options: OfficialOptions) -> list[str]:
+def generation_argv(options: OfficialOptions) -> list[str]:
     """Translate the released command line to the options of hv_generate_video.py."""
     video = options.video
     model = options.model
@@ -244,11 +244,11 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--apply_final_norm": model.apply_final_norm,
         "--reproduce": model.reproduce,
     }
-    words = option_argv(values)
+    argv = option_argv(values)
     # at scale 1, a negative prompt has no effect
     if video.cfg_scale != 1:
         negative = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt
-        words.append(f"--negative_prompt={negative}")
+        argv.append(f"--negative_prompt={negative}")
     for text in options.post or ():
-        words.append(f"--post={text}")
-    return words
+        argv.append(f"--post={text}")
+    return argv
