@@ -154,28 +154,14 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
             f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    # settings that the tensors do not show; the network supports only the released values
-    for name, value in (("patch_size", 1), ("causal_condition", True)):
-        if settings.get(name, value) != value:
-            raise CheckpointError(
-                f"{source}: {name} is {settings[name]}, and {NAME} was released with {value}: other networks "
-                "are not supported.",
-                source,
-            )
     num_layers = shapes.blocks("transformer_blocks")
-    declared = {
+    dimensions = {
         "num_layers": num_layers,
         "attention_head_dim": width,
         "num_attention_heads": dim // width,
         "in_channels": channels,
     }
-    for name, value in declared.items():
-        if settings.get(name, value) != value:
-            raise CheckpointError(
-                f"{source}: {name} is {settings[name]}, and {shapes.path} has {value}. The configuration is "
-                "that of another file: give its own, or copy the file again.",
-                source,
-            )
+    _check_settings(settings, source, dimensions, shapes.path)
     released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))  # blocks that the release of this width has
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
@@ -197,6 +183,30 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
         eps=eps,
     )
+
+
+def _check_settings(
+    settings: Mapping[str, Any], source: Path, dimensions: Mapping[str, int], path: Path
+) -> None:
+    """Raise CheckpointError if a config.json, `source`, is for another network or another file.
+
+    `dimensions` are those of the tensors in the file `path`, by the names of settings.
+    """
+    # settings that the tensors do not show; the network supports only the released values
+    for name, value in (("patch_size", 1), ("causal_condition", True)):
+        if settings.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: {name} is {settings[name]}, and {NAME} was released with {value}: other networks "
+                "are not supported.",
+                source,
+            )
+    for name, value in dimensions.items():
+        if settings.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: {name} is {settings[name]}, and {path} has {value}. The configuration is "
+                "that of another file: give its own, or copy the file again.",
+                source,
+            )
 
 
 def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[int, int, int]:

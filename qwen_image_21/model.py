@@ -74,25 +74,25 @@ class Segment(NamedTuple):
 class Prefix:
     """Order of texts and references in the prefix of a sample."""
 
-    texts: int  # real tokens of its text
-    slots: tuple[int, ...]  # rising: how many tokens of the text stand before each reference
-    grids: tuple[Grid, ...]  # grid of each reference
+    num_text_tokens: int  # real tokens of its text
+    reference_slots: tuple[int, ...]  # rising: how many tokens of the text stand before each reference
+    reference_grids: tuple[Grid, ...]
 
     @property
     def segments(self) -> list[Segment]:
         """Return the consecutive texts and references of the prefix, in order."""
         segments: list[Segment] = []
         start = 0  # of the next segment, in the prefix
-        num_placed = 0  # text tokens that are in a segment already
-        for slot, (rows, columns) in zip(self.slots, self.grids, strict=True):
-            num_text = slot - num_placed  # `slot` counts the text tokens before this reference
+        text_start = 0  # of the next run of text, in the text alone
+        for text_end, (rows, columns) in zip(self.reference_slots, self.reference_grids, strict=True):
+            num_text = text_end - text_start
             if num_text > 0:
                 segments.append(Segment(start, start + num_text, is_text=True))
                 start += num_text
-                num_placed = slot
+                text_start = text_end
             segments.append(Segment(start, start + rows * columns, is_text=False))
             start += rows * columns
-        num_text = self.texts - num_placed  # after the last reference
+        num_text = self.num_text_tokens - text_start  # after the last reference
         if num_text > 0:
             segments.append(Segment(start, start + num_text, is_text=True))
         return segments
@@ -100,7 +100,7 @@ class Prefix:
     @property
     def length(self) -> int:
         """Return the number of tokens in the prefix, including references."""
-        return self.texts + sum(rows * columns for rows, columns in self.grids)
+        return self.num_text_tokens + sum(rows * columns for rows, columns in self.reference_grids)
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,11 @@ class QwenImage21Attention(nn.Module):
             value = torch.cat([value, cached_value], dim=1)
         if len(segments) == 1:  # all samples have the same layout
             return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
+        attended = []
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
-        return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
+        for sample_query, sample_key, sample_value, sample_segments in samples:
+            attended.append(attend_segments(sample_query, sample_key, sample_value, tokens, sample_segments))
+        return torch.cat(attended)
 
 
 def attend_segments(
@@ -394,18 +397,13 @@ class QwenImage21Model(BlockNetwork):
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict the velocity from `embed`'s arguments; with a section cache, keep each pass's prefix."""
-        kv_cache = overrides.section_cache
-        if (
-            kv_cache is None
-            or overrides.step_position is None
-            or overrides.nag is not None
-            or overrides.is_perturbed
-        ):
+        kv_cache, position = overrides.section_cache, overrides.step_position
+        changes_prefix = overrides.nag is not None or overrides.is_perturbed
+        if kv_cache is None or position is None or changes_prefix:
             return super().forward(*inputs, overrides=overrides, **named_inputs)
-        which = overrides.step_position.pass_key
-        if which not in kv_cache:
-            kv_cache[which] = self.compute_keys_values(*inputs, **named_inputs)
-        with use_keys_values(kv_cache[which], self.attentions()):
+        if position.pass_key not in kv_cache:
+            kv_cache[position.pass_key] = self.compute_keys_values(*inputs, **named_inputs)
+        with use_keys_values(kv_cache[position.pass_key], self.attentions()):
             return super().forward(*inputs, overrides=overrides, is_prefix_cached=True, **named_inputs)
 
     def compute_keys_values(
@@ -523,18 +521,18 @@ class QwenImage21Model(BlockNetwork):
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
             self.grid_of(latents)  # raises ValueError for latents of another model
-        longest = max(prefix.texts for prefix in prefixes)
+        longest = max(prefix.num_text_tokens for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
         images = [self.embed_image(latents).to(dtype) for latents in references]
         samples = []
         for sample, prefix in enumerate(prefixes):
-            tokens = texts[sample, : prefix.texts]
+            text_tokens = texts[sample, : prefix.num_text_tokens]
             pieces = []
-            start = 0
-            for slot, image in zip(prefix.slots, images, strict=True):
-                pieces += [tokens[start:slot], image[sample]]
-                start = slot
-            pieces.append(tokens[start:])
+            text_start = 0
+            for slot, image in zip(prefix.reference_slots, images, strict=True):
+                pieces += [text_tokens[text_start:slot], image[sample]]
+                text_start = slot
+            pieces.append(text_tokens[text_start:])
             samples.append(torch.cat(pieces))
         return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
@@ -579,37 +577,44 @@ class QwenImage21Model(BlockNetwork):
 
     def _make_sample_table(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
         """Return the rotary (cosine, sine) pairs of a sample's tokens, image first, L+P 1 D/2 2."""
-        widths = self.config.axes
-
-        def axis(first: int, size: int, width: int) -> Tensor:  # consecutive positions on one axis
-            positions = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
-            return send_ahead(pairs.float(), device)
-
-        def picture(grid: Grid, time: int) -> Tensor:  # rows and columns are counted from the middle
-            rows, columns = grid
-            time_width, row_width, column_width = widths
-            along_rows = axis(rows // 2 - rows, rows, row_width)
-            along_columns = axis(columns // 2 - columns, columns, column_width)
-            return spread_over_grid([axis(time, 1, time_width), along_rows, along_columns])
-
         # a text token advances the position by one, an image by its longer edge
         position = 0
-        texts_before = 0  # text tokens so far
+        text_start = 0  # text tokens so far
         tables = []
-        for slot, grid in zip(prefix.slots, prefix.grids, strict=True):
-            tables.append(torch.cat([axis(position, slot - texts_before, width) for width in widths], dim=1))
-            position += slot - texts_before
-            texts_before = slot
-            tables.append(picture(grid, position))
+        for slot, grid in zip(prefix.reference_slots, prefix.reference_grids, strict=True):
+            num_text = slot - text_start
+            tables.append(self._text_rotations(position, num_text, device))
+            position += num_text
+            text_start = slot
+            tables.append(self._image_rotations(grid, position, device))
             position += max(grid)
-        num_left = prefix.texts - texts_before
-        tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
+        num_text = prefix.num_text_tokens - text_start
+        tables.append(self._text_rotations(position, num_text, device))
         # the generated image comes after the prefix in time, but first in the sequence
-        target = picture(layout.grid, position + num_left)
+        target = self._image_rotations(layout.grid, position + num_text, device)
         if not layout.has_prefix:  # its keys and values are stored
             tables = []
         return torch.cat([target, *tables]).unsqueeze(1)
+
+    def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
+        """Return rotary pairs, size width/2 2, for consecutive positions on one axis."""
+        positions = torch.arange(first, first + size, dtype=torch.float64)
+        pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
+        return send_ahead(pairs.float(), device)
+
+    def _text_rotations(self, first: int, size: int, device: torch.device) -> Tensor:
+        """Return rotary pairs of consecutive text tokens, whose position is equal on all axes."""
+        axes = [self._axis_rotations(first, size, width, device) for width in self.config.axes]
+        return torch.cat(axes, dim=1)
+
+    def _image_rotations(self, grid: Grid, time: int, device: torch.device) -> Tensor:
+        """Return rotary pairs of an image's tokens, with rows and columns counted from the middle."""
+        rows, columns = grid
+        time_width, row_width, column_width = self.config.axes
+        along_time = self._axis_rotations(time, 1, time_width, device)
+        along_rows = self._axis_rotations(rows // 2 - rows, rows, row_width, device)
+        along_columns = self._axis_rotations(columns // 2 - columns, columns, column_width, device)
+        return spread_over_grid([along_time, along_rows, along_columns])
 
 
 def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
