@@ -62,7 +62,7 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
     """Return dimensions, tensor names and dtype of an Anima file; raise CheckpointError for another model."""
     names = checkpoint.tensors
-    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
         raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     path = checkpoint.path

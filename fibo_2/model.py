@@ -79,7 +79,7 @@ class Fibo2Tokens(LuminaTokens):
             super().select(kept, num_left_out), modulation_split=self.modulation_split - num_left_out
         )
 
-    def combine(self, attended: Sequence[Tensor]) -> Tensor:
+    def merge_attention(self, attended: Sequence[Tensor]) -> Tensor:
         """Merge the attention outputs for the two texts, B L' ... each, into one output.
 
         The image steers away from the second text; each text's gist tokens keep the output for their own
@@ -233,7 +233,7 @@ class Fibo2Block(JointTransformerBlock):
             self.cross_attention.attend_text(h, bundle, tokens.attention) for bundle in tokens.bundles
         ]
         output: Tensor = self.cross_attn_norm2(
-            self.cross_attention.project(tokens.combine(attended).flatten(2))
+            self.cross_attention.project(tokens.merge_attention(attended).flatten(2))
         )
         return output
 
@@ -259,7 +259,7 @@ class Fibo2Layout(NamedTuple):
     """Image sizes, reference sizes and number of gist tokens, which determine a rotary table."""
 
     grids: tuple[Grid, ...]  # grid of the image, then of each image to edit
-    gist: int
+    num_gist_tokens: int
 
 
 class Fibo2Model(BlockNetwork):
@@ -350,8 +350,8 @@ class Fibo2Model(BlockNetwork):
             modulation_split=math.prod(grids[0]),
         )
         image = self._refine(image, tokens)
-        for second in gists[1:]:  # at most one
-            assert overrides.steer is not None  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = gists[1]
             num_gist = second.tokens.shape[1]
             tokens = replace(
                 tokens,
@@ -385,14 +385,15 @@ class Fibo2Model(BlockNetwork):
             image = block(image, alone)
         return image
 
-    def _make_gist(self, text: TextStates, before: int, dtype: torch.dtype) -> "Gist":
-        """Return the gist tokens of texts, with lengths that include the `before` tokens in front of them."""
+    def _make_gist(self, text: TextStates, num_image_tokens: int, dtype: torch.dtype) -> "Gist":
+        """Return the gist tokens of texts, with lengths that include the image tokens in front of them."""
         counts = [self.config.count_gist(count) for count in text.counts]
         device = text.states.device
-        are_equal = len(set(counts)) == 1
-        own_lengths = None if are_equal else make_lengths(counts, device)
-        lengths = None if are_equal else make_lengths([before + count for count in counts], device)
-        tokens = self.perceiver(text, max(counts), own_lengths, self.attention, dtype)
+        gist_lengths = lengths = None
+        if len(set(counts)) > 1:  # else there is no padding
+            gist_lengths = make_lengths(counts, device)
+            lengths = make_lengths([num_image_tokens + count for count in counts], device)
+        tokens = self.perceiver(text, max(counts), gist_lengths, self.attention, dtype)
         return Gist(tokens, lengths)
 
     def unembed(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
@@ -409,21 +410,21 @@ class Fibo2Model(BlockNetwork):
         image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as
         trained.
         """
-        theta = self.config.rope_theta
-
-        def axis(positions: range, width: int) -> Tensor:
-            angles = rotation_angles(torch.tensor([*positions], dtype=torch.float64), width, theta)
-            return send_ahead(cos_and_sin(angles.float()), device)
-
-        def grid(planes: range, rows: int, columns: int) -> Tensor:
-            sides = zip((planes, range(rows), range(columns)), self.config.rotary_widths, strict=True)
-            return spread_over_grid([axis(positions, width) for positions, width in sides])
-
         tables = []
         for plane, (rows, columns) in enumerate(layout.grids, self.config.max_gist + 1):
-            tables.append(grid(range(plane, plane + 1), rows, columns))
-        tables.append(grid(range(1, 1 + layout.gist), 1, 1))
+            tables.append(self._grid_rotations(range(plane, plane + 1), range(rows), range(columns), device))
+        gist_positions = range(1, 1 + layout.num_gist_tokens)
+        tables.append(self._grid_rotations(gist_positions, range(1), range(1), device))
         return torch.cat(tables).unsqueeze(-3)
+
+    def _grid_rotations(self, planes: range, rows: range, columns: range, device: torch.device) -> Tensor:
+        """Return rotary pairs, n D/2 2 float32, of tokens on a grid with these positions along its axes."""
+        axes = []
+        for positions, width in zip((planes, rows, columns), self.config.rotary_widths, strict=True):
+            positions_float64 = torch.tensor([*positions], dtype=torch.float64)
+            angles = rotation_angles(positions_float64, width, self.config.rope_theta)
+            axes.append(send_ahead(cos_and_sin(angles.float()), device))
+        return spread_over_grid(axes)
 
 
 class Gist(NamedTuple):

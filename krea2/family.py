@@ -277,7 +277,9 @@ class Krea2(pictures.ModelOfImages):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the only section; it caches keys and values of references that do not see the image."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        return (yield replace(section, overrides=Overrides(section_cache={})) if self.isolated else section)
+        if self.isolated:
+            section = replace(section, overrides=Overrides(section_cache={}))
+        return (yield section)
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:

@@ -101,7 +101,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     Raises CheckpointError for another model.
     """
     names = checkpoint.tensors
-    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
         raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}

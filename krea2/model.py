@@ -425,7 +425,7 @@ class Krea2Model(BlockNetwork):
         x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
         rotary = self._rotary.get_table(layout, noisy.device)
-        first, *seconds = texts
+        first = texts[0]
         tokens = Krea2Tokens(
             grid,
             # the table is for the longer of the two texts
@@ -438,8 +438,8 @@ class Krea2Model(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        for second in seconds:  # at most one: the negative text of attention
-            assert overrides.steer is not None  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = texts[1]
             count = second.states.shape[1]
             tokens = replace(
                 tokens,
@@ -448,17 +448,19 @@ class Krea2Model(BlockNetwork):
             )
         return Hidden(x, tokens)
 
-    def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
+    def _embed_prompt(
+        self, arguments: Mapping[str, Any], num_image_tokens: int, dtype: torch.dtype
+    ) -> Krea2Text:
         """Embed a text; `arguments` are its states `text`, and `text_mask`, true for real tokens.
 
-        `before` counts the tokens in front of the text that attend to all.
+        `num_image_tokens` counts the tokens in front of the text that attend to all.
         """
         longest, counts = real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text_lengths = lengths = None
         if len(set(counts)) > 1:  # else there is no padding, and attention gets no mask
             text_lengths = make_lengths(counts, states.device)
-            lengths = make_lengths([before + count for count in counts], states.device)
+            lengths = make_lengths([num_image_tokens + count for count in counts], states.device)
         return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:

@@ -188,15 +188,17 @@ class MossImage(pictures.ModelOfImages):
     def _select_skips(self, request: Request) -> NegativeSkips:
         """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
-        count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
-        missing = sorted(block for block in blocks if count is not None and block >= count)
+        missing: list[int] = []
         # the default is for the released model: of a smaller one, blocks that it lacks are left out silently
         is_default = blocks == own.read_blocks(own.SKIPPED)
-        if missing and not is_default:
-            raise OptionError(
-                f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the blocks "
-                f"0 to {(count or 1) - 1}"
-            )
+        if self.files.dit is not None:
+            num_layers = self.files.dit_header().config.num_layers
+            missing = sorted(block for block in blocks if block >= num_layers)
+            if missing and not is_default:
+                raise OptionError(
+                    f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the "
+                    f"blocks 0 to {num_layers - 1}"
+                )
         start, end = self.skips.start, self.skips.end
         # the option is named in warnings only if the user changed it
         is_asked = blocks and not (is_default and (start, end) == (0, 1))
@@ -221,8 +223,9 @@ class MossImage(pictures.ModelOfImages):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the only section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        has_references = self.isolated and bool(prepared.request.control_images)
-        return (yield replace(section, overrides=Overrides(section_cache={})) if has_references else section)
+        if self.isolated and prepared.request.control_images:
+            section = replace(section, overrides=Overrides(section_cache={}))
+        return (yield section)
 
 
 def family_for_latent_caching(options: own.MossImageLatentCachingOptions) -> MossImage:

@@ -177,7 +177,7 @@ class MossImageLayout(NamedTuple):
     reference_grids: tuple[Grid, ...]
     num_text_tokens: int  # tokens of each text, with padding
     # real tokens of each text, which are the clock of its image and references; one number if all are alike
-    clocks: tuple[int, ...]
+    text_lengths: tuple[int, ...]
 
 
 class RefinedText(NamedTuple):
@@ -187,13 +187,13 @@ class RefinedText(NamedTuple):
     counts: tuple[int, ...]  # real tokens of each sample
 
     @property
-    def clocks(self) -> tuple[int, ...]:
+    def text_lengths(self) -> tuple[int, ...]:
         """Return the text lengths, which set the images' time positions; one length if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> SampleLengths | None:
         """Return sequence lengths: each sample's real tokens plus `before`; None if all tokens are real."""
-        if len(self.clocks) == 1:  # attention gets no mask
+        if len(self.text_lengths) == 1:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
 
@@ -296,10 +296,10 @@ class MossImageModel(BlockNetwork):
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = real_tokens(text_mask)
-        clocks = RefinedText(x, counts).clocks  # depends only on `counts`
+        text_lengths = RefinedText(x, counts).text_lengths  # depends only on `counts`
         # no image and no text: the keys and values are those of references alone
         layout = MossImageLayout(
-            (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, clocks=clocks
+            (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, text_lengths=text_lengths
         )
         tokens = MossImageTokens(
             layout.grid,
@@ -355,7 +355,7 @@ class MossImageModel(BlockNetwork):
         num_references = sum(math.prod(sides) for sides in reference_grids)
         num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
-        first, *seconds = texts
+        first = texts[0]
         tokens = MossImageTokens(
             grid,
             rotary=self._find_rotary(grid, reference_grids, first),
@@ -367,21 +367,21 @@ class MossImageModel(BlockNetwork):
             modulation_split=num_references,
             num_isolated=num_isolated,
         )
-        for second in seconds:  # at most one
-            assert overrides.steer is not None  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = texts[1]
             lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
                 second_text=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
                 second_rotary=self._make_table(
-                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.clocks),
+                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.text_lengths),
                     device=x.device,
                 ),
             )
         return Hidden(x, tokens)
 
     def _find_rotary(self, grid: Grid, references: tuple[Grid, ...], text: RefinedText) -> Tensor:
-        layout = MossImageLayout(grid, references, text.states.shape[1], text.clocks)
+        layout = MossImageLayout(grid, references, text.states.shape[1], text.text_lengths)
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
@@ -436,31 +436,34 @@ class MossImageModel(BlockNetwork):
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
 
-        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for tokens of
-        reference k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and
-        columns are counted from the middle of their image.
+        Positions are (0, text length, row, column) for image tokens, (k, text length, row, column) for tokens
+        of reference k (from 1), and (0, index, 0, 0) for the text. Rows and columns are counted from the
+        middle of their image.
         """
-        tables = {clock: self._make_sample_table(layout, clock, device) for clock in set(layout.clocks)}
-        samples = [tables[clock] for clock in layout.clocks]
+        tables = {
+            text_length: self._make_sample_table(layout, text_length, device)
+            for text_length in set(layout.text_lengths)
+        }
+        samples = [tables[text_length] for text_length in layout.text_lengths]
         return samples[0] if len(samples) == 1 else torch.stack(samples)
 
-    def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
-        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `clock` is its text's length."""
+    def _make_sample_table(self, layout: MossImageLayout, text_length: int, device: torch.device) -> Tensor:
+        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `text_length` counts its real text tokens."""
         tables = []
         grids = [*enumerate(layout.reference_grids, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
-            place = torch.tensor([number, clock], dtype=torch.float64)
-            positions = (*place.split(1), _center(rows), _center(columns))
-            tables.append(self._make_turns(positions, device))
+            number_and_time = torch.tensor([number, text_length], dtype=torch.float64)
+            positions = (*number_and_time.split(1), _centered_positions(rows), _centered_positions(columns))
+            tables.append(self._grid_rotations(positions, device))
         tables.append(self._make_text_table(layout.num_text_tokens, device=device))
         return torch.cat(tables)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
         """Return the rotary pairs of a text's tokens, T 1 D/2 2."""
         zero = torch.zeros(1, dtype=torch.float64)
-        return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
+        return self._grid_rotations((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
-    def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+    def _grid_rotations(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return a grid's rotary pairs, n 1 D/2 2 float32, from float64 positions along each axis."""
         width = self.config.head_width // AXES
         pairs = []
@@ -475,6 +478,6 @@ def select_stream(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _center(size: int) -> Tensor:
+def _centered_positions(size: int) -> Tensor:
     """Return coordinates along an axis relative to its middle, in half steps if `size` is even."""
     return torch.arange(size, dtype=torch.float64) - (size - 1) / 2

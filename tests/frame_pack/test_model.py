@@ -218,7 +218,7 @@ def test_samples_of_another_kind_than_the_caches_are_warned_of(
     """neighbor: the place of the frame next in time; that of the target is 1."""
     batches._warn_of_caches_without_f1.cache_clear()
     batches._warn_of_caches_with_f1.cache_clear()
-    batches._note_clips.cache_clear()
+    batches._warn_of_cached_clips.cache_clear()
 
     predicted(replace(family, **settings), batch(clean_latent_indices=torch.full((2, 2), neighbor)))
 

@@ -209,14 +209,14 @@ def test_what_hardly_differs_is_set_back_before_a_step_and_what_a_mask_keeps_beh
     kept = restore_unchanged_regions(
         section(rules=ConsistencyRules(0.1, kernel_size=1)), latents, schedule, 1
     )
-    masked = restore_outside_mask(section(changed=mask), latents, schedule, 1)
+    masked = restore_outside_mask(section(changed_mask=mask), latents, schedule, 1)
 
     assert torch.allclose(kept[..., 1:, :], held[..., 1:, :])
     assert torch.equal(kept[..., 0, 0], latents[..., 0, 0])
     assert torch.equal(masked[..., 3], latents[..., 3])
     assert torch.allclose(masked[..., :3], held[..., :3])
     assert torch.equal(
-        restore_outside_mask(section(changed=mask), latents, schedule, 4)[..., :3], clean[..., :3]
+        restore_outside_mask(section(changed_mask=mask), latents, schedule, 4)[..., :3], clean[..., :3]
     )
     assert restore_unchanged_regions(Section(noise, {}), latents, schedule, 1) is latents
 
