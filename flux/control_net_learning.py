@@ -227,6 +227,6 @@ def _write_control_net(
 
 
 def _make_generation_command(file: Path, sample: Mapping[str, Any], base_command: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without it."""
+    """Return the command that generates with a trained file; `base_command` is the command without it."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     return [*base_command, *option_argv({CONTROL_NET: file, "--control_image": control})]

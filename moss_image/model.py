@@ -448,7 +448,7 @@ class MossImageModel(BlockNetwork):
         return samples[0] if len(samples) == 1 else torch.stack(samples)
 
     def _make_sample_table(self, layout: MossImageLayout, text_length: int, device: torch.device) -> Tensor:
-        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `text_length` counts its real text tokens."""
+        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; its text has `text_length` tokens."""
         tables = []
         grids = [*enumerate(layout.reference_grids, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
