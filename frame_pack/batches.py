@@ -30,7 +30,7 @@ HISTORY = {
     "latents_clean_2x": HistoryInput("clean_latents_2x", "clean_latent_2x_indices"),
     "latents_clean_4x": HistoryInput("clean_latents_4x", "clean_latent_4x_indices"),
 }
-TEXT_KEYS = FramePackLlama.usual.keys | FRAMEPACK_CLIP.keys
+TEXT_KEYS = FramePackLlama.default_settings.keys | FRAMEPACK_CLIP.keys
 LATENTS_AGAIN = "fpack_cache_latents.py"
 TEXTS_AGAIN = "fpack_cache_text_encoder_outputs.py"
 _NEEDED = ("latent_indices", "image_embeddings")

@@ -36,7 +36,9 @@ TEXT_ROWS = 512  # number of rows of the language model's states; those after th
 class FramePackLlama(LlavaTextEncoder):
     """LLaMA of HunyuanVideo as FramePack's first text encoder, limited to 256 tokens of a prompt."""
 
-    usual = replace(LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask")
+    default_settings = replace(
+        LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask"
+    )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.

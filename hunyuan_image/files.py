@@ -146,7 +146,7 @@ class HunyuanImageFiles(TransformerFiles):
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    usual: ClassVar[torch.dtype] = torch.float16
+    default_text_dtype: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
         """Return a copy of these files with the VAE's options added."""

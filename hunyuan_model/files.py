@@ -44,7 +44,7 @@ class HunyuanFiles(TransformerFiles):
     encoders: ClassVar[tuple[type[LlavaTextEncoder], type[PooledClip]]] = (LlavaTextEncoder, HunyuanClip)
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    usual: ClassVar[torch.dtype] = torch.float16
+    default_text_dtype: ClassVar[torch.dtype] = torch.float16
 
     @property
     def text_encoder1_path(self) -> Path:

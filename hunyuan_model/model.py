@@ -194,14 +194,17 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 
 
 def count_real_tokens(
-    mask: Tensor, before: int, device: torch.device
+    mask: Tensor, num_tokens_before: int, device: torch.device
 ) -> tuple[int, list[int] | None, SampleLengths | None]:
     """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
 
-    The last two are None if all texts are equally long. A sequence has `before` tokens in front of the text.
+    The last two are None if all texts are equally long. A sequence has `num_tokens_before` tokens in front
+    of the text.
     """
     longest, counts = real_tokens(mask)
-    return longest, counts, None if counts is None else make_lengths([before + n for n in counts], device)
+    if counts is None:
+        return longest, None, None
+    return longest, counts, make_lengths([num_tokens_before + count for count in counts], device)
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:

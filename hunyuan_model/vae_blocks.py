@@ -64,7 +64,7 @@ class ClipNorm(nn.GroupNorm):
     def __init__(self, groups: int, width: int) -> None:
         super().__init__(groups, width, eps=EPS)
 
-    def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+    def scale_and_offset(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
         """Return factor and offset, B C 1 1 1 float32, such that x * factor + offset is the normalized clip.
 
         `x` is B C T H W, processed in chunks of `chunk` frames.
@@ -135,26 +135,23 @@ class HunyuanCausalConv(nn.Module):
             norm: Norm to apply first, followed by SiLU.
             accumulator: Tensor to add the result to in place, and to return.
         """
-        factors = None if norm is None else norm.factors(x, chunk)
+        scale_and_offset = None if norm is None else norm.scale_and_offset(x, chunk)
         frames, height, width = self._sizes(x)
         channels = max(self.conv.in_channels, self.conv.out_channels)
-        out = accumulator
+        output = None
         for start, stop in frame_ranges(frames, channels * height * width, chunk):
-            piece = self._convolve(self._pad(x, start, stop, factors))
-            if out is None:
-                if stop - start == frames:  # the only piece
-                    return piece
-                # the first piece shows batch and channels
-                size = (*piece.shape[:2], frames, height, width)
-                out = empty_clip(x, *size)
-            part = out[:, :, start:stop]
-            # the result is a tensor of its own: each piece is written, otherwise added
-            if accumulator is None:
-                part.copy_(piece)
-            else:
-                part += piece
-        assert out is not None
-        return out
+            piece = self._convolve(self._pad(x, start, stop, scale_and_offset))
+            if accumulator is not None:
+                accumulator[:, :, start:stop].add_(piece)
+                continue
+            if stop - start == frames:  # the only piece
+                return piece
+            if output is None:  # the first piece shows batch and channels
+                output = empty_clip(x, *piece.shape[:2], frames, height, width)
+            output[:, :, start:stop].copy_(piece)
+        result = output if accumulator is None else accumulator
+        assert result is not None
+        return result
 
     def _sizes(self, x: Tensor) -> list[int]:
         """Return frames, height and width of the result; the first frame is never repeated in time."""
@@ -166,7 +163,9 @@ class HunyuanCausalConv(nn.Module):
             sizes.append((size - 1) // step + 1)
         return sizes
 
-    def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _pad(
+        self, x: Tensor, start: int, stop: int, scale_and_offset: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """Return the padded input for result frames `start` to `stop`, B C T H+2 W+2; T is 1 for an image."""
         # a convolution of single pixels needs no padding
         if self.conv.kernel_size[0] == 1:
@@ -182,19 +181,19 @@ class HunyuanCausalConv(nn.Module):
                 padded[:, :, index] = padded[:, :, index - 1]
             else:
                 frame = x[:, :, source : source + 1]
-                self._write(frame, padded[:, :, index : index + 1], factors)
+                self._write(frame, padded[:, :, index : index + 1], scale_and_offset)
         return padded
 
-    def _write(self, frame: Tensor, place: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Write a frame, B C 1 H W, into `place`: normed, enlarged and with its border repeated."""
-        if factors is not None:
-            factor, offset = factors
+    def _write(self, frame: Tensor, out: Tensor, scale_and_offset: tuple[Tensor, Tensor] | None) -> None:
+        """Write a frame, B C 1 H W, into `out`: normed, enlarged and with its border repeated."""
+        if scale_and_offset is not None:
+            factor, offset = scale_and_offset
             frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)
         _, rows, columns = self.enlarge
         height, width = frame.shape[3:]
-        inside = place[..., 1:-1, 1:-1].unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
+        inside = out[..., 1:-1, 1:-1].unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
         inside.copy_(frame[..., :, None, :, None])
-        _repeat_borders(place.squeeze(2))
+        _repeat_borders(out.squeeze(2))
 
     def _list_source_frames(self, start: int, stop: int) -> list[int]:
         """Return the input frames for results `start` to `stop`; the first frame also pads the start."""
@@ -254,7 +253,7 @@ class HunyuanFrameAttention(nn.Module):
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         """Add the attention to x, B C T H W, in place, and return x."""
-        factor, offset = self.group_norm.factors(x, chunk)
+        factor, offset = self.group_norm.scale_and_offset(x, chunk)
         normed = torch.addcmul(offset, x.float(), factor).to(x.dtype)
         tokens = normed.permute(0, 2, 3, 4, 1).flatten(2, 3)  # B T H*W C
         q, k, v = (layer(tokens).unsqueeze(3) for layer in (self.to_q, self.to_k, self.to_v))  # B T H*W 1 C

@@ -118,7 +118,7 @@ class WanFiles(TransformerFiles):
 
     def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         """Return `chosen`, else the transformer's dtype, else `usual` or the default of the files."""
-        return chosen or self.compute_dtype() or usual or self.usual
+        return chosen or self.compute_dtype() or usual or self.default_text_dtype
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return umT5, whose weights are read when it is loaded."""
