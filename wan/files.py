@@ -116,9 +116,9 @@ class WanFiles(TransformerFiles):
         dit = self.dit or self.dit_high_noise
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
-    def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return `chosen`, else the transformer's dtype, else `usual` or the default of the files."""
-        return chosen or self.compute_dtype() or usual or self.default_text_dtype
+    def encoder_dtype(self, chosen: torch.dtype | None, default: torch.dtype | None = None) -> torch.dtype:
+        """Return `chosen`, else the transformer's dtype, else `default` or that of the files."""
+        return chosen or self.compute_dtype() or default or self.default_text_dtype
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return umT5, whose weights are read when it is loaded."""
@@ -268,25 +268,25 @@ def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> No
     """
     files = {LOW_NOISE: dit, HIGH_NOISE: dit_high_noise}
     experts = dict(WAN.experts)
-    # expert for which a file is given -> the one that its name suggests, if that is another
+    # expert for which a file is given -> the other one, which its name suggests
     misnamed: dict[str, str] = {}
-    for use, path in files.items():
-        name = None if path is None else expert_of_file(path, experts)
-        if name not in (None, use):
-            misnamed[use] = name
+    for expert, path in files.items():
+        named_expert = None if path is None else expert_of_file(path, experts)
+        if named_expert not in (None, expert):
+            misnamed[expert] = named_expert
     if len(misnamed) > 1:
         raise OptionError(
             f"--dit {dit} is named as the transformer for much noise, and --dit_high_noise {dit_high_noise} "
             "as the one for little noise: swap the two"
         )
-    for use, name in misnamed.items():
-        is_alone = use == LOW_NOISE and dit_high_noise is None
+    for expert, named_expert in misnamed.items():
+        is_alone = expert == LOW_NOISE and dit_high_noise is None
         logger.warning(
             "--%s %s is used for %s, but its name says that it is for %s noise",
-            _OPTION_OF_EXPERT[use],
-            files[use],
-            "all noise levels" if is_alone else f"{_name_noise(use)} noise",
-            _name_noise(name),
+            _OPTION_OF_EXPERT[expert],
+            files[expert],
+            "all noise levels" if is_alone else f"{_name_noise(expert)} noise",
+            _name_noise(named_expert),
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)

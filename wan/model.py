@@ -287,10 +287,10 @@ class WanModel(BlockNetwork):
         grid = (frames, rows, columns)
         time, modulation = self._embed_times(timesteps, overrides.num_clean_frames > 0)
         text_is_image = self.config.has_image and image_embeds is None
-        # equal padding rows are merged, unless the first rows of the text stand for the image
-        merges = None if text_is_image else self.attention
+        # equal rows of padding may be merged, unless the first rows of the text stand for the image
+        padding_attention = None if text_is_image else self.attention
         texts = [text] if overrides.nag is None else [text, overrides.nag.text["text"]]
-        embedded = [self._embed_text(prompt, noisy, merges, dtype) for prompt in texts]
+        embedded = [self._embed_text(prompt, noisy, padding_attention, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
@@ -298,7 +298,7 @@ class WanModel(BlockNetwork):
             first, _ = embedded[0]
             image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
             embedded = [(text_rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for text_rows, repeats in embedded]
-        given_patches = overrides.num_clean_frames // self.config.patch_size[0]
+        num_clean_patches = overrides.num_clean_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
             rotary=self._rotary.get_table(
@@ -308,7 +308,7 @@ class WanModel(BlockNetwork):
             image_tokens=image_tokens,
             time=time,
             modulation=modulation,
-            num_clean_tokens=given_patches * rows * columns,
+            num_clean_tokens=num_clean_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
             combine_attention=overrides.steer,
@@ -329,15 +329,15 @@ class WanModel(BlockNetwork):
         self,
         text: Sequence[Tensor] | Tensor,
         noisy: Tensor,
-        merges: AttentionChoice | None,
+        padding_attention: AttentionChoice | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """Return text tokens, B T C, and how many equal rows each of them represents, T; None: one each.
 
-        `merges` is the attention, if it can weigh repeated keys; None if every row is needed.
+        `padding_attention` is the attention that may merge equal rows of padding; None if all are needed.
         """
         samples = [rows.to(noisy.device) for rows in text]
-        rows, repeats = pad_texts(samples, self.config.text_len, merges)
+        rows, repeats = pad_texts(samples, self.config.text_len, padding_attention)
         first, gelu, second = self.text_embedding
         embedded = run_in_weight_dtype(second, gelu(run_in_weight_dtype(first, rows))).to(dtype)
         # one text may serve all samples

@@ -95,9 +95,9 @@ def prepare(
     Raises OptionError if an image or an index is missing or not valid.
     """
     check_one_frame(task)
-    where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
-    request = _take_images(task, request, where)
-    order = _read_order(request, where)
+    option = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
+    request = _take_images(task, request, option)
+    order = _read_order(request, option)
     width, height, frames = size_of(request, defaults)
     if frames not in (1, defaults.frames):
         logger.warning("--video_length %d is ignored because a single picture is made", frames)
@@ -116,29 +116,29 @@ def prepare(
     return replace(prepared, family_record=order, extra_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
 
 
-def _read_order(request: Request, where: str) -> FrameOrder:
+def _read_order(request: Request, option: str) -> FrameOrder:
     """Read the indices of the target and of the control images from --one_frame_inference."""
     settings = parse_one_frame(request.extra[ONE_FRAME])
     images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):
         logger.warning(
-            "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", where
+            "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", option
         )
     if len(settings.control_indices or (DEFAULT_CONTROL,)) != len(images):
         raise OptionError(
-            f"{where}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
+            f"{option}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
         )
     try:
         return order_frames(settings.control_indices, settings.target_index)
     except ValueError as error:
-        raise OptionError(f"{where}: {error}") from None
+        raise OptionError(f"{option}: {error}") from None
 
 
-def _take_images(task: WanTask, request: Request, where: str) -> Request:
+def _take_images(task: WanTask, request: Request, option: str) -> Request:
     """Return the request with only the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} and {where}: a single picture is made from "
+            f"--{request.source.option} {request.source.path} and {option}: a single picture is made from "
             "--control_image_path. Leave one of them out"
         )
     usable = {
@@ -151,13 +151,13 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
-            f"{where}: give the images that the picture is made from to --control_image_path{hint}"
+            f"{option}: give the images that the picture is made from to --control_image_path{hint}"
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_list_feature_images(request)) != MAX_FEATURES:
         raise OptionError(
-            f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
+            f"{option}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
             "control images and neither of these"
         )
     return request
@@ -189,11 +189,11 @@ def encode_request(
     if task.uses_clip_features:
         conditions["clip"] = encode_features(encoders, _list_feature_images(request))
     conditions[FRAME_INDICES] = torch.tensor([order.frame_positions])
-    conditions["condition_latents"] = _make_condition(order, controls, gray)
+    conditions["condition_latents"] = _make_channel_condition(order, controls, gray)
     return conditions
 
 
-def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
+def _make_channel_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
     """Return mask and latents, B 20 F h w, from latents of single images, B 16 1 h w each."""
     frames = [*controls, grey]  # index -1, the target image, is the last: gray
     mask = grey[:, :FRAMES_PER_LATENT]
@@ -234,14 +234,14 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     table = media.table
     order = order_frames(table.clean_indices, table.target_index)  # which image is at which time
     controls = [to_pixels(frames.to(vae.device)) for frames in media.control]
-    picture = to_pixels(media.frames.to(vae.device))
+    target = to_pixels(media.frames.to(vae.device))
     control_latents = [vae.encode(image) for image in controls]
-    latents = [*control_latents, vae.encode(picture)]
+    latents = [*control_latents, vae.encode(target)]
     gray = vae.encode(torch.zeros_like(controls[0]))  # the condition where no control image is
     tensors = {
         # `latents` ends with the target, so that its index -1 in `order.image_indices` selects it
         "latents": torch.cat([latents[image] for image in order.image_indices], dim=2).to(store),
-        "latents_image": _make_condition(order, control_latents, gray).to(store),
+        "latents_image": _make_channel_condition(order, control_latents, gray).to(store),
     }
     if encoders.image_encoder is not None:
         features = [encoders.image_encoder.encode(image[:, :, 0]) for image in controls]

@@ -147,18 +147,18 @@ def pad_texts(
 ) -> tuple[Tensor, Tensor | None]:
     """Pad texts with zeros and stack them to B T text_dim; the padding is not masked, as in training.
 
-    On a CPU, if `attention` can repeat keys, the rows that are zero in every sample are merged into one, and
-    T numbers say how many rows each row stands for. The layers before attention treat each row separately, so
-    the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost next to nothing,
-    and kernels take the weights of keys in 16 bits, which cannot distinguish 505 rows from 508.
+    On a CPU, if `attention` can weigh repeated keys, the rows that are zero in every sample are merged into
+    one, and T numbers say how many rows each row stands for. The layers before attention treat each row
+    separately, so the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost
+    next to nothing, and kernels take the weights of keys in 16 bits, which cannot distinguish 505 rows from
+    508.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:
         raise ValueError(f"a text has {longest} tokens, the model takes {length}")
-    on_cpu = text[0].device.type == "cpu"
-    can_repeat = attention is not None and attention.mode == SDPA.mode
+    can_merge = attention is not None and attention.mode == SDPA.mode
     num_rows = length
-    if on_cpu and can_repeat:
+    if can_merge and text[0].device.type == "cpu":
         num_rows = min(longest + 1, length)  # one more row, which stands for all padding
     padded = [functional.pad(rows, (0, 0, 0, num_rows - len(rows))) for rows in text]
     # autocast in float16 rejects cached texts in bfloat16 here, and has nothing to add to equal dtypes

@@ -78,23 +78,9 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
 
     `layers` is the number of VACE's blocks. Raises OptionError if a file is missing or unused.
     """
-    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
-    for option, path in unusable.items():
-        if path is not None:
-            raise OptionError(
-                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
-                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
-                "elsewhere; to show what something looks like, give the image to --src_ref_images"
-            )
+    _refuse_images(request)
     references = split_comma_paths(request.control_images)  # one option may name several, with commas
-    mask = None
-    if request.extra.get(MASK):
-        mask = to_path("--src_mask", request.extra[MASK])
-    if mask is not None and request.control_path is None:
-        raise OptionError(
-            f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
-            "Give --src_video"
-        )
+    mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
         raise OptionError(f"{len(references)} reference pictures: give at most {MAX_REFERENCES}")
     if references and request.source is not None:
@@ -113,6 +99,31 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
         )
     settings = VaceRequest(mask, read_scales(scale, layers))
     return replace(request, control_images=references), settings
+
+
+def _refuse_images(request: Request) -> None:
+    """Raise OptionError if a start or end image is given, which VACE does not take."""
+    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
+    for option, path in unusable.items():
+        if path is not None:
+            raise OptionError(
+                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
+                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
+                "elsewhere; to show what something looks like, give the image to --src_ref_images"
+            )
+
+
+def _read_mask_path(request: Request) -> Path | None:
+    """Return the path of --src_mask; raise OptionError if it is given without a video."""
+    if not request.extra.get(MASK):
+        return None
+    mask = to_path("--src_mask", request.extra[MASK])
+    if request.control_path is None:
+        raise OptionError(
+            f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
+            "Give --src_video"
+        )
+    return mask
 
 
 def _check_images(mask: Path | None, references: Sequence[Path]) -> None:

@@ -76,16 +76,16 @@ def read_vae(
     convolution = names.get("quant_conv.weight")
     # convolutions of Qwen-Image-2.1's VAE have no time axis
     is_of_clips = convolution is not None and len(convolution.shape) != 4
+    # related VAEs, whose layers have the same names
+    is_unsupported = any(tensor in names for tensor, _ in UNSUPPORTED_MODELS)
     translate: Callable[[str], str] | None = None
-    if any(mark in names for mark, _ in UNSUPPORTED_MODELS):
-        pass  # a related VAE, whose layers have the same names: `other_kind` below names that model
-    elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
+    if convolution is not None and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _translate_flat_names(names)
     elif is_of_clips and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
         translate = _translate_staged_names(names)
     elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
-    if translate is None:
+    if translate is None or is_unsupported:
         of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
         raise other_kind(checkpoint, model, "--vae", files or of_wan)
     sources = rename_sources(sources, translate)
