@@ -198,7 +198,7 @@ class AnimaFiles(QwenImageFiles):
     adapter: Path | None = None
     t5_tokenizer: Path | None = None
     t5_max_tokens: int = MAX_TOKENS
-    text_use: LanguageEncoderSettings = make_use(MAX_TOKENS)
+    encoder_settings: LanguageEncoderSettings = make_use(MAX_TOKENS)
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     called: ClassVar[str] = NAME
@@ -211,7 +211,7 @@ class AnimaFiles(QwenImageFiles):
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             t5_tokenizer=options.t5_tokenizer_path,
             t5_max_tokens=options.t5_max_token_length,
-            text_use=make_use(options.qwen3_max_token_length),
+            encoder_settings=make_use(options.qwen3_max_token_length),
             text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
@@ -238,7 +238,7 @@ class AnimaFiles(QwenImageFiles):
     def language_model(self) -> AnimaTextEncoder:
         """Return the text encoder, whose weights are read when it is loaded."""
         return AnimaTextEncoder(
-            self.text_use,
+            self.encoder_settings,
             self.text_encoder_path,
             dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.text_encoder_tokenizer,

@@ -17,7 +17,7 @@ from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
 from fibo_2.files import OF_SAMPLES, Fibo2Files
 from fibo_2.names import LORA
 from fibo_2.options import MASK, NAME, SIDE
-from fibo_2.texts import KEY, TEXT_USE
+from fibo_2.texts import ENCODER_SETTINGS, KEY
 from flux_2.configs import count_latents
 from flux_2.versions import VERSIONS
 from modules.errors import CacheError, OptionError
@@ -133,8 +133,8 @@ class Fibo2(pictures.ModelOfImages):
                     f"{len(STATES)} states of each token. Cache again with {remedy}."
                 )
         for cache in batch.made_by:
-            fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
-            if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
+            fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
+            if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )

@@ -29,7 +29,7 @@ from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
 from fibo_2.names import FIBO_2
 from fibo_2.options import NAME
-from fibo_2.texts import TEXT_USE, Fibo2TextEncoder
+from fibo_2.texts import ENCODER_SETTINGS, Fibo2TextEncoder
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from networks.names.layouts import joined_tensors, tensor_patterns
@@ -136,7 +136,7 @@ class Fibo2Files(LanguageModelFiles):
     encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    text_use: ClassVar[LanguageEncoderSettings] = TEXT_USE
+    encoder_settings: ClassVar[LanguageEncoderSettings] = ENCODER_SETTINGS
 
     @property
     def dit_path(self) -> Path:

@@ -41,7 +41,7 @@ _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct"
 _SEEN = '"image{name}":"<|vision_start|>{{tokens}}<|vision_end|>",'
 
 
-TEXT_USE = LanguageEncoderSettings(
+ENCODER_SETTINGS = LanguageEncoderSettings(
     name="qwen3_vl",
     states_key=KEY,
     model=QWEN3_VL,

@@ -167,8 +167,8 @@ class FluxFiles(AutoencoderFiles):
     masks_text: bool = False  # --apply_t5_attn_mask; always so for Chroma
 
     format: ClassVar = FORMAT
-    clip_use: ClassVar = CLIP_L  # how options, messages and caches call the text encoders
-    t5_use: ClassVar = USE
+    clip_settings: ClassVar = CLIP_L  # how options, messages and caches call the text encoders
+    t5_settings: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
         """Return a copy of these files with the text encoders' options added."""
@@ -187,12 +187,12 @@ class FluxFiles(AutoencoderFiles):
     @property
     def clip_l_path(self) -> Path:
         """Return CLIP-L's path; raise OptionError if its option is missing."""
-        return require_file(self.clip_l, self.clip_use.option, "CLIP-L encodes the prompts")
+        return require_file(self.clip_l, self.clip_settings.option, "CLIP-L encodes the prompts")
 
     @property
     def t5xxl_path(self) -> Path:
         """Return T5's path; raise OptionError if its option is missing."""
-        return require_file(self.t5xxl, self.t5_use.kind.option, "T5 encodes the prompts")
+        return require_file(self.t5xxl, self.t5_settings.kind.option, "T5 encodes the prompts")
 
     def dit_header(self) -> DitHeader[FluxConfig]:
         """Read dimensions, dialect and dtype of the transformer file.
@@ -241,7 +241,7 @@ class FluxFiles(AutoencoderFiles):
             max_length=self.t5_tokens,
             uses_mask=self.uses_mask,
             form=self.t5_form,
-            naming=self.t5_use,
+            naming=self.t5_settings,
         )
         return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 
@@ -252,7 +252,7 @@ class FluxFiles(AutoencoderFiles):
         """
         pooled_dim = None if config is None else config.pooled_dim or None
         text_dim = None if config is None else config.text_dim
-        clip, t5 = self.clip_use, self.t5_use
+        clip, t5 = self.clip_settings, self.t5_settings
         if self.clip_l is not None or (needed and self.has_pooled):
             path = self._make_clip().path
             check_state_width(
@@ -279,4 +279,4 @@ class FluxFiles(AutoencoderFiles):
             t5.tokenizer.check_option_value(self.t5xxl_tokenizer)
 
     def _make_clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
-        return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_use)
+        return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_settings)

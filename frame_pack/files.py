@@ -23,7 +23,7 @@ from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.image_encoder import ENCODER_OPTION, FILES, read_siglip
 from frame_pack.model import FramePackModel
 from hunyuan_model.files import HunyuanFiles
-from hunyuan_model.text_encoders import CLIP, LLAVA_USE, LlavaTextEncoder
+from hunyuan_model.text_encoders import CLIP, LLAVA_SETTINGS, LlavaTextEncoder
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER
 from modules.errors import CheckpointError, OptionError
 from protocols.data import Conditions
@@ -37,7 +37,7 @@ class FramePackLlama(LlavaTextEncoder):
     """LLaMA of HunyuanVideo as FramePack's first text encoder, limited to 256 tokens of a prompt."""
 
     default_settings = replace(
-        LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask"
+        LLAVA_SETTINGS, name="llama", states_key="llama_vec", mask_key="llama_attention_mask"
     )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

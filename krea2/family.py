@@ -14,12 +14,12 @@ from encoders.language_encoder import LanguageEncoderSettings
 from krea2 import options as own
 from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
 from krea2.files import (
-    EDIT_USE,
+    EDIT_SETTINGS,
     KEY,
-    KREA_2_USE,
+    KREA_2_SETTINGS,
     MAX_REFERENCES,
     MEGAPIXEL,
-    MIXED_USE,
+    MIXED_SETTINGS,
     Krea2Files,
     Krea2Release,
     find_release,
@@ -74,7 +74,7 @@ class Krea2(pictures.ModelOfImages):
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=KREA_2, init=False)
-    text_keys: frozenset[str] = field(default=KREA_2_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=KREA_2_SETTINGS.keys, init=False)
     called: str = field(default=NAME, init=False)
 
     @property
@@ -180,10 +180,10 @@ class Krea2(pictures.ModelOfImages):
 
     def _check_template(self, batch: Batch) -> None:
         """Raise CacheError unless captions and training agree on whether there are images to edit."""
-        use = self.files.text_use
+        encoder_settings = self.files.encoder_settings
         for cache in batch.made_by:
-            fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
-            if cache.part == use.name and fingerprint != use.fingerprint:
+            fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
+            if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
                 how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
                 raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
 
@@ -289,14 +289,15 @@ def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
     """Describe the family for krea2_cache_text_encoder_outputs.py, which needs only the text encoder."""
-    files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
+    encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
+    files = Krea2Files(encoder_settings=encoder_settings).add_text(options.text)
     return Krea2(files, references=_make_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
     """Describe the family for training; `dit` is a transformer in place of the trained one."""
-    use = EDIT_USE if options.edit else KREA_2_USE
-    files = _make_files(options, use, dit)
+    encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
+    files = _make_files(options, encoder_settings, dit)
     return Krea2(files, options, references=_make_rules(options, options.edit), isolated=options.kv_cache)
 
 
@@ -320,7 +321,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
     """Describe the family for krea2_generate_image.py."""
     return Krea2(
-        _make_files(options, MIXED_USE), references=_make_rules(options, None), isolated=options.kv_cache
+        _make_files(options, MIXED_SETTINGS), references=_make_rules(options, None), isolated=options.kv_cache
     )
 
 
@@ -338,9 +339,9 @@ def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
 
 
 def _make_files(
-    options: own.Krea2ModelOptions, use: LanguageEncoderSettings, dit: Path | None = None
+    options: own.Krea2ModelOptions, encoder_settings: LanguageEncoderSettings, dit: Path | None = None
 ) -> Krea2Files:
-    files = Krea2Files(text_use=use).add_dit(dit or options.dit, options.dit_dtype)
+    files = Krea2Files(encoder_settings=encoder_settings).add_dit(dit or options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 
 

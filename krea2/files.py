@@ -26,17 +26,17 @@ from modules.errors import CheckpointError
 from modules.text_files import metadata_of_files, parse_json, read_text
 from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
-from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
+from qwen_image.files import QWEN_SETTINGS, TOKENIZER, QwenImageFiles
 
 KEY = "krea2_vl_embed"
 BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
 FROM = replace(TOKENIZER, repository="Qwen/Qwen3-VL-4B-Instruct", folders=BESIDE)
 # the template is Qwen-Image's
-KREA_2_USE = replace(
-    QWEN_USE,
+KREA_2_SETTINGS = replace(
+    QWEN_SETTINGS,
     states_key=KEY,
     model=QWEN3_VL,
-    source=replace(QWEN_USE.source, files=FROM),
+    source=replace(QWEN_SETTINGS.source, files=FROM),
     maximum=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
     keeps_after=True,
     stacked=STATES,
@@ -47,9 +47,9 @@ SHOWN = ImagePromptFormat(
     read=partial(read_within, area=SHOWN_AREA),
     min_pixels=256 * 256,
 )
-EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
+EDIT_SETTINGS = replace(KREA_2_SETTINGS, pictures=SHOWN)
 # of a generation, most of which show none
-MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, loads_tower_at_once=False))
+MIXED_SETTINGS = replace(KREA_2_SETTINGS, pictures=replace(SHOWN, loads_tower_at_once=False))
 MAX_REFERENCES = 10  # references
 MODEL_KIND = f"a {NAME} transformer"
 DIT_OPTION = "--dit"
@@ -189,7 +189,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
 class Krea2Files(QwenImageFiles):
     """Files of a run with Qwen-Image's VAE and Qwen3-VL's language model."""
 
-    text_use: LanguageEncoderSettings = KREA_2_USE
+    encoder_settings: LanguageEncoderSettings = KREA_2_SETTINGS
 
     format: ClassVar = FORMAT
     called: ClassVar[str] = NAME

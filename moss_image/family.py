@@ -18,7 +18,7 @@ from modules.options import NO_OPTIONS
 from modules.text_files import looks_like_object
 from moss_image import options as own
 from moss_image.configs import DIT, LATENT, NOISE, RELEASE
-from moss_image.files import KEY, TEXT_USE, MossImageFiles, find_sft
+from moss_image.files import ENCODER_SETTINGS, KEY, MossImageFiles, find_sft
 from moss_image.layouts import find_layout_errors, fit_layout
 from moss_image.names import LORA
 from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
@@ -122,8 +122,8 @@ class MossImage(pictures.ModelOfImages):
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
         # a cache that records no template is accepted
         for cache in batch.made_by:
-            fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
-            if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
+            fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
+            if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )

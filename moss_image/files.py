@@ -41,7 +41,7 @@ MAX_TOKENS = 4096  # maximum length of a prompt with its template; the rest is c
 RELEASE = re.compile(r"(?<![a-z])(sft|base)(?![a-z])")  # in the name of a file or folder
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "OpenMOSS-Team/MOSS-Image-Base")
-TEXT_USE = LanguageEncoderSettings(
+ENCODER_SETTINGS = LanguageEncoderSettings(
     name="qwen3_5",
     states_key=KEY,
     model=QWEN35,
@@ -155,7 +155,7 @@ class MossImageFiles(LanguageModelFiles):
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
     vae_default: ClassVar = torch.float32
-    text_use: ClassVar[LanguageEncoderSettings] = TEXT_USE
+    encoder_settings: ClassVar[LanguageEncoderSettings] = ENCODER_SETTINGS
 
     @property
     def dit_path(self) -> Path:

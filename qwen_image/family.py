@@ -40,7 +40,15 @@ from protocols.rules import (
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
-from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, QwenImageReleaseFiles, Version, files_of
+from qwen_image.files import (
+    KEY,
+    QWEN_SETTINGS,
+    VERSIONS,
+    QwenImageFiles,
+    QwenImageReleaseFiles,
+    Version,
+    files_of,
+)
 from qwen_image.layered import QwenImageLayered
 from qwen_image.names import LORA
 from qwen_image.options import (
@@ -57,7 +65,7 @@ from qwen_image.references import (
     add_reference_images,
     fill_size,
     find_area,
-    read_anchor,
+    read_edit_reference,
     read_reference,
 )
 
@@ -88,7 +96,7 @@ class QwenImage(ModelOfImages):
     noise: family.NoiseSpec = field(default=NOISE, init=False)
     dit: family.DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=QWEN_SETTINGS.keys, init=False)
 
     @property
     def name(self) -> str:
@@ -108,7 +116,7 @@ class QwenImage(ModelOfImages):
     @property
     def called(self) -> str:
         """Return the release's name for messages."""
-        return self.version.called
+        return self.version.display_name
 
     @property
     def release(self) -> ModelRelease:
@@ -237,7 +245,7 @@ class QwenImage(ModelOfImages):
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
-            section = replace(section, edit_reference=read_anchor(prepared, first, self.edit))
+            section = replace(section, edit_reference=read_edit_reference(prepared, first, self.edit))
         return (yield section)
 
 
@@ -251,14 +259,16 @@ def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenIm
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
     """Describe the family for qwen_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
     version = VERSIONS[options.version.name]
-    files = QwenImageReleaseFiles(text_use=version.use, version=version).add_text(options.text)
+    files = QwenImageReleaseFiles(encoder_settings=version.encoder_settings, version=version).add_text(
+        options.text
+    )
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
     """Describe the family for qwen_image_train_network.py and qwen_image_train.py."""
     version = VERSIONS[options.version.name]
-    files = files_of(options, version, version.use)
+    files = files_of(options, version, version.encoder_settings)
     if not version.has_layers:
         return QwenImage(files, version, options)
     # each batch then has the clean image in front of its layers
@@ -275,11 +285,13 @@ def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | Q
     """Return the family for qwen_image_generate_image.py: Qwen-Image, or Layered for its release."""
     version = VERSIONS[options.version.name]
     references = options.references
-    use = version.use
-    if use.pictures is not None and not references.resize_control_to_official_size:
+    encoder_settings = version.encoder_settings
+    if encoder_settings.pictures is not None and not references.resize_control_to_official_size:
         # the text encoder is shown the images in their own sizes, as `request_conditions` encodes them
-        use = replace(use, pictures=replace(use.pictures, read=read_reference))
-    files = files_of(options, version, use)
+        encoder_settings = replace(
+            encoder_settings, pictures=replace(encoder_settings.pictures, read=read_reference)
+        )
+    files = files_of(options, version, encoder_settings)
     if options.vae_enable_tiling and files.vae_tile is None:
         files = replace(files, vae_tile=VAE_TILE)
     if version.has_layers:

@@ -44,7 +44,7 @@ from protocols.rules import NO_GUIDANCE_RULES, GuidanceRules, ModelRelease, Sour
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
-from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles
+from qwen_image.files import KEY, QWEN_SETTINGS, VERSIONS, QwenImageFiles
 from qwen_image.names import LORA
 from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageReferenceOptions
 from qwen_image.references import official_size, read_reference, reference_size
@@ -78,10 +78,10 @@ class QwenImageLayered(ModelOfImages):
     noise: NoiseSpec = field(default=NOISE, kw_only=True)
     dit: DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=QWEN_SETTINGS.keys, init=False)
     name: str = field(default=VERSION.name, init=False)
     cache_tag: str = field(default=VERSION.cache_tag, init=False)
-    called: str = field(default=VERSION.called, init=False)
+    called: str = field(default=VERSION.display_name, init=False)
     release: ModelRelease = field(default=VERSION.release, init=False)
 
     @property

@@ -151,7 +151,7 @@ def check_mask(path: Path, has_image: bool) -> None:
     check_opens(MASK, path, is_image=True)
 
 
-def read_anchor(
+def read_edit_reference(
     prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions
 ) -> EditReference | None:
     """Return what holds the result close to the first control image: a mask, or rules by a threshold.

@@ -26,7 +26,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
 from protocols.loading import TensorSource
-from qwen_image.files import QWEN_USE, TOKENIZER
+from qwen_image.files import QWEN_SETTINGS, TOKENIZER
 from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_images
 from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
@@ -38,7 +38,7 @@ from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 KEY = "vl_embed"  # key in musubi-tuner's caches
 MAX_TOKENS = 8192  # maximum length of a prompt, up to which positions are trained
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
-TEXT_USE = LanguageEncoderSettings(
+ENCODER_SETTINGS = LanguageEncoderSettings(
     name="vl",
     states_key=KEY,
     model=replace(
@@ -47,7 +47,7 @@ TEXT_USE = LanguageEncoderSettings(
         files="qwen3vl_8b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-8B-Instruct,",
     ),
     source=replace(
-        QWEN_USE.source,
+        QWEN_SETTINGS.source,
         files=replace(
             TOKENIZER,
             repository="Qwen/Qwen3-VL-8B-Instruct",
@@ -301,7 +301,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
 class QwenImage21Files(LanguageModelFiles):
     """Files of a run with the model's own VAE and Qwen3-VL's language model."""
 
-    text_use: LanguageEncoderSettings = TEXT_USE
+    encoder_settings: LanguageEncoderSettings = ENCODER_SETTINGS
     dit_config: Path | None = None
 
     vae_folder: ClassVar[str] = "vae"

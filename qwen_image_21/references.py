@@ -85,7 +85,7 @@ def add_reference_images(prepared: Prepared, options: QwenImage21ReferenceOption
     return replace(show_references(prepared, target), extra_metadata=metadata)
 
 
-def read_anchor(prepared: Prepared, latents: Tensor) -> EditReference | None:
+def read_edit_reference(prepared: Prepared, latents: Tensor) -> EditReference | None:
     """Return the anchor that keeps the result equal to the first image outside the mask; None without a mask.
 
     `latents` are those of the first image, 1 C 1 h w.

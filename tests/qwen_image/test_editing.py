@@ -22,7 +22,7 @@ from protocols.requests import Prepared, Request
 from protocols.rules import ConsistencyRules
 from protocols.steps import EditReference, Section
 from qwen_image.family import QwenImage, family_for_generation
-from qwen_image.files import EDIT_USE, PLUS_USE, QWEN_USE
+from qwen_image.files import EDIT_SETTINGS, PLUS_SETTINGS, QWEN_SETTINGS
 from qwen_image.options import (
     LAYERED,
     VERSIONS,
@@ -112,12 +112,12 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
 
 def test_templates_are_those_of_the_releases() -> None:
     """Their tokens before the prompt, counted by the released tokenizer: 34 and 64."""
-    assert (QWEN_USE.dropped, EDIT_USE.dropped, PLUS_USE.dropped) == (34, 64, 64)
-    assert EDIT_USE.pictures is not None
-    assert PLUS_USE.pictures is not None
-    assert EDIT_USE.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert PLUS_USE.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
-    assert len({use.fingerprint for use in (QWEN_USE, EDIT_USE, PLUS_USE)}) == 3
+    assert (QWEN_SETTINGS.dropped, EDIT_SETTINGS.dropped, PLUS_SETTINGS.dropped) == (34, 64, 64)
+    assert EDIT_SETTINGS.pictures is not None
+    assert PLUS_SETTINGS.pictures is not None
+    assert EDIT_SETTINGS.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    assert PLUS_SETTINGS.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
+    assert len({use.fingerprint for use in (QWEN_SETTINGS, EDIT_SETTINGS, PLUS_SETTINGS)}) == 3
 
 
 @pytest.mark.parametrize(
