@@ -204,7 +204,7 @@ class Fibo2Block(JointTransformerBlock):
             self.cross_attn_norm2 = RMSNorm(config.dim, config.eps)
             self.cross_attn_gate = nn.Parameter(torch.zeros(1))
             # before `forward`, which may be compiled: with the number in it, each block would be compiled
-            self.register_forward_pre_hook(_pass_bundles)
+            self.register_forward_pre_hook(_add_bundles_of_block)
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Return scale and gate for attention and for the feed-forward, each B S C float32."""
@@ -219,14 +219,14 @@ class Fibo2Block(JointTransformerBlock):
         h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.modulation_split)
         x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.modulation_split)
         if tokens.bundles:
-            x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.read(x, tokens)
+            x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.attend_bundles(x, tokens)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
         for part, scale, gate in split_segments(tokens.modulation_split, feed_rows, x):
             parts.append(self.feed(part, scale, gate, tokens.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
+    def attend_bundles(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
         """Attend from tokens x to this block's bundle of text states, and normalize the result: B L' C."""
         h = self.cross_attn_norm1(x)
         attended = [
@@ -243,7 +243,7 @@ class Fibo2Block(JointTransformerBlock):
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
 
-def _pass_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
+def _add_bundles_of_block(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
     """Add the text states that a block reads, one bundle of layers of each text, to its inputs.
 
     It is a forward pre-hook: what it returns replaces the block's inputs.

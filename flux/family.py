@@ -384,16 +384,8 @@ class Flux(ModelOfImages):
         if request.second_prompt is not None and not self.files.has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         default = self.defaults
-        guidance = request.embedded_guidance
-        if guidance not in (None, default.embedded_guidance, DEFAULT_GUIDANCE) and kind != configs.DEV:
-            reason = "is made for 0" if kind == configs.CHROMA else "has no input for it"
-            logger.warning(
-                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
-                guidance,
-                self.files.dit_path,
-                reason,
-            )
         if kind != configs.DEV:
+            self._warn_of_unused_guidance(request.embedded_guidance)
             request = replace(request, embedded_guidance=None)
         width, height, _ = requests.size_of(request, default)
         size = (width, height, 1)
@@ -403,6 +395,17 @@ class Flux(ModelOfImages):
             flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         negative = "" if self.negative_is_empty else None
         return requests.resolve_request(request, default, size, flow_shift, default_negative=negative)
+
+    def _warn_of_unused_guidance(self, guidance: float | None) -> None:
+        """Warn if --embedded_cfg_scale is given to a model that does not use it."""
+        if guidance not in (None, self.defaults.embedded_guidance, DEFAULT_GUIDANCE):
+            reason = "is made for 0" if self.files.kind == configs.CHROMA else "has no input for it"
+            logger.warning(
+                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
+                guidance,
+                self.files.dit_path,
+                reason,
+            )
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""

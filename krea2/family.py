@@ -226,9 +226,10 @@ class Krea2(pictures.ModelOfImages):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        levels = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
-        for name, level in levels.items():
-            check_mu(level, f"--{name}")
+        # values of --mu, --y1 and --y2, from which the noise levels follow
+        mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
+        for name, mu in mu_values.items():
+            check_mu(mu, f"--{name}")
         # a guidance scale of 1 is no guidance
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
@@ -237,23 +238,22 @@ class Krea2(pictures.ModelOfImages):
                 self.files.dit,
                 DEFAULTS.guidance_scale,
             )
-        check_levels(levels, request.flow_shift is not None)
-        # check_levels refuses level options together with a flow shift
-        if request.flow_shift is not None:  # then `levels` is empty
+        check_levels(mu_values, request.flow_shift is not None)  # refuses them together with a flow shift
+        if request.flow_shift is not None:
             return prepared
-        if "mu" in levels and len(levels) > 1:
-            unused = " ".join(f"--{name}" for name in levels if name != "mu")
-            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, levels["mu"])
-        flow_shift = self._compute_flow_shift(levels, prepared.height, prepared.width)
+        if "mu" in mu_values and len(mu_values) > 1:
+            unused = " ".join(f"--{name}" for name in mu_values if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, mu_values["mu"])
+        flow_shift = self._compute_flow_shift(mu_values, prepared.height, prepared.width)
         return replace(prepared, flow_shift=flow_shift)
 
-    def _compute_flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
-        """Return an image's flow shift; `levels` are the request's values of mu, y1 and y2."""
-        if "mu" in levels:
-            return math.exp(levels["mu"])
-        if self.is_turbo and not levels:
+    def _compute_flow_shift(self, mu_values: Mapping[str, float], height: int, width: int) -> float:
+        """Return an image's flow shift; `mu_values` are the request's values of mu, y1 and y2."""
+        if "mu" in mu_values:
+            return math.exp(mu_values["mu"])
+        if self.is_turbo and not mu_values:
             return math.exp(own.MU_OF_TURBO)
-        few, many = levels.get("y1", own.MU_OF_FEW), levels.get("y2", own.MU_OF_MANY)
+        few, many = mu_values.get("y1", own.MU_OF_FEW), mu_values.get("y2", own.MU_OF_MANY)
         tokens = count_image_tokens(LATENT.shape(1, height, width))
         return size_shift(tokens, (FEW, few), (MANY, many))
 

@@ -148,15 +148,17 @@ class QwenImageLayered(ModelOfImages):
         is given (`Overrides.num_clean_frames`), it is the input image: the network does not see it among the
         noisy frames, and its velocity is 0.
         """
-        given = overrides.num_clean_frames
+        num_input_frames = overrides.num_clean_frames
         velocity: Tensor = dit(
-            noisy[:, :, given:],
+            noisy[:, :, num_input_frames:],
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
         )
-        return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2) if given else velocity
+        if num_input_frames:
+            velocity = torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2)
+        return velocity
 
     # generation
 
@@ -179,18 +181,17 @@ class QwenImageLayered(ModelOfImages):
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
         # how the image is resized before it is encoded
-        seen_image = ReferenceResize(
-            area, (width, height) if self.edit.resize_control_to_image_size else None
-        )
-        source_width, source_height = reference_size(source_size, seen_image.area, seen_image.target)
-        tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))
+        target = (width, height) if self.edit.resize_control_to_image_size else None
+        resize = ReferenceResize(area, target)
+        resized_width, resized_height = reference_size(source_size, resize.area, resize.target)
+        tokens = count_image_tokens(self.latent.shape(1, resized_height, resized_width))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
         prepared = resolve_request(
             request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE
         )
         rules = GuidanceRules(norm_patch_size=PATCH) if self.keeps_norms else NO_GUIDANCE_RULES
         name_suffix = f"_{path.stem}" if self.edit.append_original_name else ""
-        return replace(prepared, rules=rules, output_suffix=name_suffix, family_record=seen_image)
+        return replace(prepared, rules=rules, output_suffix=name_suffix, family_record=resize)
 
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about dropped media."""

@@ -69,8 +69,8 @@ class QwenLayout(NamedTuple):
     """Sizes of images and texts, which determine a rotary table."""
 
     # index, rows and columns of each image's tokens, the ones to make first
-    pictures: tuple[tuple[int, int, int], ...]
-    texts: tuple[int, ...]  # tokens of each text
+    image_grids: tuple[tuple[int, int, int], ...]
+    text_lengths: tuple[int, ...]  # tokens of each text
 
 
 class QwenAttention(nn.Module):
@@ -228,17 +228,17 @@ class QwenImageModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = [run_in_weight_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
         grids = self._place_images(noisy, references)
-        num_target = embedded[0].shape[1]
-        num_images = sum(tokens.shape[1] for tokens in embedded)
-        has_clean = clean_references and len(images) > 1
+        num_image_tokens = sum(tokens.shape[1] for tokens in embedded)
         vector = self.time_text_embed(timesteps)
-        if has_clean:
+        first_clean = num_image_tokens  # index of the first token with a second modulation
+        if clean_references and references:
             # two modulations side by side: one for the image's time, one for time 0
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
+            first_clean = embedded[0].shape[1]  # references follow the image
         vector = blocks.apply_silu(vector, dtype)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real_tokens(prompt["text_mask"], num_images, noisy.device)
+            longest, _, lengths = count_real_tokens(prompt["text_mask"], num_image_tokens, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
@@ -253,9 +253,8 @@ class QwenImageModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_image=rotary[:num_images],
-            # references follow the target image; empty if they share its modulation
-            rotary_of_clean=rotary[num_target if has_clean else num_images : num_images],
+            rotary_of_image=rotary[:num_image_tokens],
+            rotary_of_clean=rotary[first_clean:num_image_tokens],
         )
 
     def _place_images(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
@@ -285,27 +284,26 @@ class QwenImageModel(BlockNetwork):
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         index_width, row_width, column_width = widths  # channels of each axis
-
-        def axis(first: int, size: int, width: int) -> Tensor:
-            """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
-            positions = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
-            return send_ahead(pairs.float(), device)
-
         tables = []
-        for index, rows, columns in layout.pictures:
-            image = axis(index, 1, index_width)
+        for index, rows, columns in layout.image_grids:
+            image = self._axis_rotations(index, 1, index_width, device)
             # rows and columns are counted from the middle of the image
-            along_rows = axis(rows // 2 - rows, rows, row_width)
-            along_columns = axis(columns // 2 - columns, columns, column_width)
+            along_rows = self._axis_rotations(rows // 2 - rows, rows, row_width, device)
+            along_columns = self._axis_rotations(columns // 2 - columns, columns, column_width, device)
             tables.append(spread_over_grid([image, along_rows, along_columns]))
-        start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.pictures)
+        start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.image_grids)
         if self.config.has_layers:
-            start = max(start, *(index + 1 for index, _, _ in layout.pictures))
-        for count in layout.texts:
-            axes = [axis(start, count, width) for width in widths]
+            start = max(start, *(index + 1 for index, _, _ in layout.image_grids))
+        for count in layout.text_lengths:
+            axes = [self._axis_rotations(start, count, width, device) for width in widths]
             tables.append(torch.cat(axes, dim=1))
         return torch.cat(tables).unsqueeze(1)
+
+    def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
+        """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
+        positions = torch.arange(first, first + size, dtype=torch.float64)
+        pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
+        return send_ahead(pairs.float(), device)
 
 
 def cut_patches(latents: Tensor) -> Tensor:

@@ -154,11 +154,9 @@ def check_mask(path: Path, has_image: bool) -> None:
 def read_edit_reference(
     prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions
 ) -> EditReference | None:
-    """Return what holds the result close to the first control image: a mask, or rules by a threshold.
+    """Return the first control image with --mask_path or --rcm_threshold, which reset unchanged parts to it.
 
-    None without either.
-
-    `latents` are those of the first image, 1 C 1 h w.
+    None without either option. `latents` are those of the image, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold
