@@ -44,7 +44,8 @@ from protocols.steps import NO_OVERRIDES, Overrides
 
 TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
 MAX_REFERENCES = 4  # as released
-FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of images, and mu of their noise levels
+# tokens of images, and mu of their noise levels
+SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (4096, 1.15)
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
 DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
@@ -176,11 +177,14 @@ class Fibo2(pictures.ModelOfImages):
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
         # called only to reject invalid JSON before anything is computed; the result is not used
-        (write_edit if edited else write_caption)(request.prompt)
+        if edited:
+            write_edit(request.prompt)
+        else:
+            write_caption(request.prompt)
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
-        # interpolated between the released shifts for FEW and for MANY tokens
-        shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
+        tokens = count_latents(LATENT.shape(1, height, width))
+        shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
         prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:
             self.files.check_tower()

@@ -81,7 +81,7 @@ def prepare_request(
     frames = 1 if is_single_image else video_frames(sections, window)
     # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
-    request = _check_controls(request)
+    request = _keep_used_controls(request)
     settings = FramePackRequest(
         _list_images(request, sections, is_single_image),
         one_frame,
@@ -215,7 +215,7 @@ def _count_sections_of_frames(frames: int, window: int) -> int:
     return sections
 
 
-def _check_controls(request: requests.Request) -> requests.Request:
+def _keep_used_controls(request: requests.Request) -> requests.Request:
     """Return the request without control images and masks if it is not for one-frame inference.
 
     Raises OptionError if a used file is missing.

@@ -142,8 +142,8 @@ class EmbeddedText(NamedTuple):
 def join_tokens(
     video: Sequence[Tensor],
     texts: Sequence[EmbeddedText],
-    steer: CombineAttention | None,
-    record: type[HunyuanTokens] = HunyuanTokens,
+    combine_attention: CombineAttention | None,
+    tokens_class: type[HunyuanTokens] = HunyuanTokens,
     /,
     **inputs: Any,
 ) -> Hidden:
@@ -151,19 +151,22 @@ def join_tokens(
 
     Args:
         video: Tokens of the video, in parts.
-        texts: The prompt and, if `steer` is given, a second text.
-        steer: How the second text changes the attention; None without a second text.
-        record: Class of the returned inputs.
+        texts: The prompt and, if `combine_attention` is given, a second text.
+        combine_attention: Merges the attentions to both texts; None without a second text.
+        tokens_class: Class of the returned inputs.
         **inputs: Further fields of that class.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # two texts may share one vector
-    # the lengths of the second text are in `second` below
-    tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
-    if steer is None:
-        return Hidden(x, tokens)
-    second = SecondText(tokens.num_video_tokens, texts[1].tokens.shape[1], texts[1].lengths, steer)
-    return Hidden(x, replace(tokens, second_text=second))
+    vector = torch.cat([*vectors.values()], dim=1)
+    tokens = tokens_class(lengths=texts[0].lengths, vector=vector, **inputs)
+    if combine_attention is not None:
+        _, second = texts
+        second_text = SecondText(
+            tokens.num_video_tokens, second.tokens.shape[1], second.lengths, combine_attention
+        )
+        tokens = replace(tokens, second_text=second_text)
+    return Hidden(x, tokens)
 
 
 def apply_silu(vector: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
-FEW, MANY = 256, 6400  # numbers of image tokens for which mu is defined
+FEW_TOKENS, MANY_TOKENS = 256, 6400  # numbers of image tokens for which mu is defined
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Krea2(pictures.ModelOfImages):
             return math.exp(own.MU_OF_TURBO)
         few, many = mu_values.get("y1", own.MU_OF_FEW), mu_values.get("y2", own.MU_OF_MANY)
         tokens = count_image_tokens(LATENT.shape(1, height, width))
-        return size_shift(tokens, (FEW, few), (MANY, many))
+        return size_shift(tokens, (FEW_TOKENS, few), (MANY_TOKENS, many))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""

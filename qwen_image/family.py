@@ -79,7 +79,7 @@ SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(25, 4.0, 1328)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
-FEW, MANY = (256, 0.5), (8192, 0.9)
+SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ class QwenImage(ModelOfImages):
         # the release's own noise levels, between those for few and for many tokens
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
-        return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
+        flow_shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
+        return replace(prepared, flow_shift=flow_shift, solver=solver)
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""

@@ -51,7 +51,7 @@ TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
 DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
-FEW, MANY = (256, 0.5), (8192, 0.9)
+SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)
 REFERENCES = ReferenceRules(
     MAX_REFERENCES, step=LATENT.pixel_step, seen_by_text=True, text_sees_vae_input=True
 )
@@ -174,8 +174,10 @@ class QwenImage21(pictures.ModelOfImages):
         if prepared.request.control_images and self.files.text_encoder is not None:
             self.files.check_tower()
         prepared = add_reference_images(prepared, self.edit)
-        tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
-        shift = size_shift(tokens, FEW, MANY) if request.flow_shift is None else request.flow_shift
+        shift = request.flow_shift
+        if shift is None:
+            tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
+            shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
         # Turbo, recognized by its file, has noise levels of its own
         turbo = find_turbo(self.files.dit)
         if turbo is not None and prepared.steps == len(turbo.levels):

@@ -471,12 +471,11 @@ class QwenImage21Model(BlockNetwork):
         num_image_tokens = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
-        prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
+        embedded: list[PrefixTokens] = []  # of the text, and of a second text
         if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
-            embedded = []
-            for prompt in prompts:
+            for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots):
                 if prompt["slots"] is None:  # a second text has its references where the first one has them
                     prompt["slots"] = slots
                 embedded.append(self.embed_prefix(dtype, **prompt, references=references))
@@ -495,8 +494,8 @@ class QwenImage21Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        if overrides.steer is not None:
-            _, second = embedded  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = embedded[1]
             tokens = replace(
                 tokens,
                 second_text=SecondText(num_image_tokens, second.x.shape[1], None, overrides.steer),
