@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-from flux.official_options import LINE_CHARACTERS, TYPED, generation_words, is_fp8, read_minimal
+from flux.official_options import LINE_CHARACTERS, TYPED, generation_argv, is_fp8, read_minimal
 from flux_generate_image import main as generate_image
 from generation.prompt_lines import NO_TEXT, LineOption
 from modules.command import command_line, name_as_typed
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         generate(family, options)
 
     with name_as_typed(TYPED):
-        generate_image(generation_words(minimal), make)
+        generate_image(generation_argv(minimal), make)
 
 
 if __name__ == "__main__":

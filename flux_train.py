@@ -1,7 +1,7 @@
 """Fine-tune the whole transformer of FLUX.1 or Chroma."""
 
 import modules.interpreter  # noqa: F401
-from flux.options import TRAINER, join_swapped
+from flux.options import TRAINER, translate_older_options
 from training.image_options import ImageTrainerDefaults
 from training.scripts import training_script
 
@@ -10,7 +10,7 @@ main = training_script(
     __doc__,
     full_dit=True,
     kind="FullTraining",
-    images=ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}),
+    images=ImageTrainerDefaults(**{**TRAINER, "translate": translate_older_options}),
 )
 
 

@@ -1,13 +1,15 @@
 """Train a ControlNet for FLUX.1."""
 
 import modules.interpreter  # noqa: F401
-from flux.options import CONTROL_NET_REJECTED, TRAINER, join_swapped
+from flux.options import CONTROL_NET_REJECTED, TRAINER, translate_older_options
 from training.image_options import FOREIGN, ImageTrainerDefaults, OfManyWeights, control_net_trainer
 from training.scripts import training_script
 
 DEFAULTS = control_net_trainer(
     "a ControlNet",
-    ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}, foreign=(*FOREIGN, OfManyWeights)),
+    ImageTrainerDefaults(
+        **{**TRAINER, "translate": translate_older_options}, foreign=(*FOREIGN, OfManyWeights)
+    ),
     refused=CONTROL_NET_REJECTED,
 )
 main = training_script(

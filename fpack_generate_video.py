@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from frame_pack.options import FramePackGenerationOptions, parse_entries
+from frame_pack.options import FramePackGenerationOptions, parse_section_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults
@@ -33,11 +33,11 @@ def settle(
     """Check the texts of sections, and take the window that given latents were made with."""
     if not options.prompts.draws:  # else it may be drawn for which sections a text is
         for name in ("prompt", "prompt_2"):  # raises OptionError if one cannot be parsed
-            parse_entries(getattr(options.request, name) or "", f"--{name}")
+            parse_section_texts(getattr(options.request, name) or "", f"--{name}")
 
-    from frame_pack.files import saved_window
+    from frame_pack.files import read_window_size
 
-    window = saved_window(options.latent_path or (), family_options.latent_window_size)
+    window = read_window_size(options.latent_path or (), family_options.latent_window_size)
     return options, replace(family_options, latent_window_size=window)
 
 

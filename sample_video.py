@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-from hunyuan_model.official_options import TYPED, generation_words, read_official
+from hunyuan_model.official_options import TYPED, generation_argv, read_official
 from hv_generate_video import main as generate_video
 from modules.command import command_line, name_as_typed
 from protocols.families import identify
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         generate(replace(family, files=replace(family.files, dit_dtype=dtype)), options)
 
     with name_as_typed(TYPED):
-        generate_video(generation_words(official), make)
+        generate_video(generation_argv(official), make)
 
 
 if __name__ == "__main__":

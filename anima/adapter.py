@@ -105,7 +105,7 @@ class AnimaAdapter(nn.Module):
         return self.norm(run_in_weight_dtype(self.out_proj, x))
 
 
-def read_texts(
+def embed_prompts(
     adapter: AnimaAdapter,
     states: Tensor,
     counts: list[int],

@@ -187,11 +187,11 @@ class Anima(ModelOfImages):
 
         The conditions are prompt_embeds B S D, attn_mask B S, t5_input_ids B T and t5_attn_mask B T.
         """
-        # a ControlNet-LLLite, attached to the transformer as `beside`, reads its images before the call
-        beside = getattr(dit, "beside", None)
-        if beside is not None:
+        # a ControlNet-LLLite, attached to the transformer, embeds its images before the call
+        attached = getattr(dit, "attached_control", None)
+        if attached is not None:
             controls, strength = control_pictures.control_in(cond, noisy.device, torch.float32)
-            beside.lllite.see(controls, strength, control_pictures.mask_in(cond, noisy.device))
+            attached.lllite.embed_control(controls, strength, control_pictures.mask_in(cond, noisy.device))
         velocity: Tensor = dit(
             noisy,
             timesteps.float() / UNIT,
@@ -212,26 +212,31 @@ class Anima(ModelOfImages):
 
         Training samples take them from their request, a generation from its options.
         """
-        size = prepared.width, prepared.height
         if self.custom_network is not None:
-            controls = control_pictures.sample_controls(prepared)
-            mask = prepared.request.extra.get(control_pictures.MASK_PATH)
-            if controls and mask is not None and self.takes_mask:
-                controls |= control_pictures.read_control_mask(Path(mask), *size)
-            elif controls and self.takes_mask:
-                logger.info(
-                    "%r has no mask (%s): its seed draws one",
-                    shorten(prepared.request.prompt, 60),
-                    control_pictures.MASK,
-                )
-                controls |= control_pictures.draw_control_mask(*size, seed=prepared.seed)
-            return {0: controls}
+            return {0: self._read_sample_controls(prepared)}
         if not isinstance(self.options, AnimaGenerationOptions) or self.options.control_image is None:
             return {0: {}}
+        size = prepared.width, prepared.height
         controls = control_pictures.read_control(self.options.control_image, *size, strength=1.0)
         if self.options.mask_image is not None:
             controls |= control_pictures.read_control_mask(self.options.mask_image, *size)
         return {0: controls}
+
+    def _read_sample_controls(self, prepared: Prepared) -> dict[str, Tensor]:
+        """Return a training sample's control image, and its mask, drawn from its seed if it has none."""
+        controls = control_pictures.sample_controls(prepared)
+        if not controls or not self.takes_mask:
+            return controls
+        size = prepared.width, prepared.height
+        mask = prepared.request.extra.get(control_pictures.MASK_PATH)
+        if mask is not None:
+            return controls | control_pictures.read_control_mask(Path(mask), *size)
+        logger.info(
+            "%r has no mask (%s): its seed draws one",
+            shorten(prepared.request.prompt, 60),
+            control_pictures.MASK,
+        )
+        return controls | control_pictures.draw_control_mask(*size, seed=prepared.seed)
 
     def prepare(self, request: Request) -> Prepared:
         """Fill in a request's size, flow shift and guidance."""

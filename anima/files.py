@@ -25,22 +25,22 @@ from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
 from qwen_image.files import QwenImageFiles
 
-WHAT = f"an {NAME} transformer"
-OPTION = "--pretrained_model_name_or_path"
+MODEL_KIND = f"an {NAME} transformer"
+DIT_OPTION = "--pretrained_model_name_or_path"
 ADAPTER_OPTION = "--llm_adapter_path"
 FILES = "anima-base-v1.0.safetensors, or the folder transformer of a diffusers release"
 ADAPTER_FILES = "the folder text_conditioner of a diffusers release, or a file with Anima's adapter"
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "x_embedder.proj.1.weight", "diffusers": "patch_embed.proj.weight"}
-QUERIES = {
+QUERY_WEIGHTS = {
     "released": "blocks.0.self_attn.q_proj.weight",
     "diffusers": "transformer_blocks.0.attn1.to_q.weight",
 }
-PATTERNS = {"released": (), "diffusers": tensor_patterns(ANIMA)}
-ADAPTER_START = f"{ADAPTER}."
-ADAPTER_MARK = "out_proj.weight"
+NAME_RULES = {"released": (), "diffusers": tensor_patterns(ANIMA)}
+ADAPTER_PREFIX = f"{ADAPTER}."
+ADAPTER_NORM = "out_proj.weight"
 CONNECTOR = "anima_v2_connector."  # prefix in a community format that replaces the adapter by another network
-LARGE = 5120  # width of Cosmos-Predict2 14B
+COSMOS_14B_WIDTH = 5120  # width of Cosmos-Predict2 14B
 
 
 def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
@@ -49,22 +49,22 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     Raises CheckpointError if the second file has no adapter.
     """
     bare = bare_names(adapter)
-    if any(name.startswith(ADAPTER_START) for name in bare.tensors):
-        renamed = bare.select_by_prefix(ADAPTER_START)
-    elif ADAPTER_MARK in bare.tensors:
-        renamed = bare.rename(lambda name: ADAPTER_START + name)
+    if any(name.startswith(ADAPTER_PREFIX) for name in bare.tensors):
+        renamed = bare.select_by_prefix(ADAPTER_PREFIX)
+    elif ADAPTER_NORM in bare.tensors:
+        renamed = bare.rename(lambda name: ADAPTER_PREFIX + name)
     else:
         raise other_kind(adapter, f"{NAME}'s adapter", ADAPTER_OPTION, ADAPTER_FILES)
-    alone = transformer.rename(lambda name: "" if name.startswith(ADAPTER_START) else name)
+    alone = transformer.rename(lambda name: "" if name.startswith(ADAPTER_PREFIX) else name)
     return alone.join(renamed)
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
     """Return dimensions, tensor names and dtype of an Anima file; raise CheckpointError for another model."""
     names = checkpoint.tensors
-    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     path = checkpoint.path
     if any(name.startswith(CONNECTOR) for name in names):
         raise CheckpointError(
@@ -73,8 +73,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
             path,
         )
     stored_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(path, joined_shapes(stored_shapes, PATTERNS[dialect]), NAME)
-    return DitHeader(_read_config(shapes), dialect, names[QUERIES[dialect]].dtype)
+    shapes = DitShapes(path, joined_shapes(stored_shapes, NAME_RULES[dialect]), NAME)
+    return DitHeader(_read_config(shapes), dialect, names[QUERY_WEIGHTS[dialect]].dtype)
 
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
@@ -88,7 +88,7 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
             f"which is not supported. Give {FILES}.",
             shapes.path,
         )
-    if dim == LARGE:
+    if dim == COSMOS_14B_WIDTH:
         raise CheckpointError(
             f"{shapes.path} is {dim} wide: it is Cosmos-Predict2 14B, and {NAME} was made from its 2B. Give "
             f"{FILES}.",
@@ -103,7 +103,7 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
     if not has_heads or not has_patches:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} and "
-            f"{patch_width} numbers are not those of {WHAT}. Copy the file again.",
+            f"{patch_width} numbers are not those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return AnimaConfig(
@@ -123,10 +123,10 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
 
     Raises CheckpointError if they do not fit the transformer.
     """
-    if f"{ADAPTER_START}{ADAPTER_MARK}" not in shapes.shapes:
+    if f"{ADAPTER_PREFIX}{ADAPTER_NORM}" not in shapes.shapes:
         return None
-    start = f"{ADAPTER_START}blocks.0."
-    vocabulary, dim = shapes.of(f"{ADAPTER_START}embed.weight")
+    start = f"{ADAPTER_PREFIX}blocks.0."
+    vocabulary, dim = shapes.of(f"{ADAPTER_PREFIX}embed.weight")
     (width,) = shapes.of(f"{start}cross_attn.q_norm.weight", axes=1)
     text_width = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
     if dim % width or width % 2 or dim != text_width:
@@ -140,19 +140,19 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         text_dim=shapes.of(f"{start}cross_attn.k_proj.weight")[1],
         ffn_dim=shapes.of(f"{start}mlp.0.weight")[0],
         num_heads=dim // width,
-        num_layers=shapes.blocks(f"{ADAPTER_START}blocks"),
+        num_layers=shapes.blocks(f"{ADAPTER_PREFIX}blocks"),
         vocabulary=vocabulary,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[AnimaConfig]) -> Mapping[str, TensorSource]:
-    return join_parts(plain_sources(checkpoint), PATTERNS[header.dialect])
+    return join_parts(plain_sources(checkpoint), NAME_RULES[header.dialect])
 
 
 def _describe(header: DitHeader[AnimaConfig]) -> str:
     if header.config.adapter is None:
         return "a transformer of Cosmos-Predict2 or Anima, without Anima's adapter"
-    return WHAT
+    return MODEL_KIND
 
 
 FORMAT = DitFormat(
@@ -160,7 +160,7 @@ FORMAT = DitFormat(
     _describe,
     network=AnimaModel,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
     # buffers of the training code
     ignore=("pos_embedder.*", "*_extra_state", "accum_*"),
     add_second=join_adapter,
@@ -182,7 +182,7 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
             header = FORMAT.read_header(join_adapter(bare_names(checkpoint), second))
     if header.config.adapter is None:
         raise CheckpointError(
-            f"{checkpoint.path} has no adapter ({ADAPTER_START}*), with which {NAME} reads texts: it is "
+            f"{checkpoint.path} has no adapter ({ADAPTER_PREFIX}*), with which {NAME} reads texts: it is "
             f"Cosmos-Predict2's transformer, or that of a diffusers release.\n  Give {FILES}; of a diffusers "
             f"release, give its folder text_conditioner to {ADAPTER_OPTION} too.",
             checkpoint.path,
@@ -194,11 +194,11 @@ def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitH
 class AnimaFiles(QwenImageFiles):
     """Files of a run with Qwen-Image's VAE, Qwen3 and T5's tokenizer."""
 
-    dit_option: str = OPTION
+    dit_option: str = DIT_OPTION
     adapter: Path | None = None
     t5_tokenizer: Path | None = None
     t5_max_tokens: int = MAX_TOKENS
-    text_use: LanguageEncoderSettings = make_use(MAX_TOKENS)
+    encoder_settings: LanguageEncoderSettings = make_use(MAX_TOKENS)
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     called: ClassVar[str] = NAME
@@ -211,7 +211,7 @@ class AnimaFiles(QwenImageFiles):
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             t5_tokenizer=options.t5_tokenizer_path,
             t5_max_tokens=options.t5_max_token_length,
-            text_use=make_use(options.qwen3_max_token_length),
+            encoder_settings=make_use(options.qwen3_max_token_length),
             text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
@@ -238,7 +238,7 @@ class AnimaFiles(QwenImageFiles):
     def language_model(self) -> AnimaTextEncoder:
         """Return the text encoder, whose weights are read when it is loaded."""
         return AnimaTextEncoder(
-            self.text_use,
+            self.encoder_settings,
             self.text_encoder_path,
             dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.text_encoder_tokenizer,

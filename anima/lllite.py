@@ -32,14 +32,14 @@ from modules.option_values import Placeholder, option_argv
 from protocols.data import CONTROL_PIXELS, Conditions
 from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 
-CALLED = "ControlNet-LLLite"
+DISPLAY_NAME = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it
-WHAT = "a ControlNet-LLLite for Anima"
+MODEL_KIND = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 # of a control image for inpainting: red, green, blue and the mask
 MASKED_CHANNELS = 4
 HIDES_MASKED = "lllite.inpaint_masked_input"  # in metadata
-GIVE = "a file of anima_train_control_net_lllite.py"
+LLLITE_FILES = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
 # maximum dilation of the trunk's convolutions; the largest control images are 256 positions wide there
 MAX_DILATION = 64
@@ -50,8 +50,8 @@ class LllitePlan:
     """Dimensions and target layers of a ControlNet-LLLite file."""
 
     config: LlliteConfig
-    blocks: int
-    widths: dict[str, int]  # input width of each layer of a block
+    num_blocks: int
+    input_widths: dict[str, int]  # input width of each layer of a block
 
 
 class AttachedLllite(AnimaLllite):
@@ -59,7 +59,7 @@ class AttachedLllite(AnimaLllite):
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
         """Build the modules; `scale` multiplies their outputs, in training too."""
-        super().__init__(plan.config, plan.blocks, plan.widths, dropout)
+        super().__init__(plan.config, plan.num_blocks, plan.input_widths, dropout)
         self.scale = scale
         self.takes_mask = plan.config.cond_in_channels == MASKED_CHANNELS
         self.hides_masked = plan.config.hides_masked
@@ -73,7 +73,7 @@ class AttachedLllite(AnimaLllite):
         """Set the factor by which the modules' outputs are multiplied."""
         self.multiplier = multiplier
 
-    def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
+    def embed_control(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
         """Embed the control images for the transformer's next call.
 
         Args:
@@ -103,20 +103,12 @@ class AttachedLllite(AnimaLllite):
             PREFIX + module_path.replace(".", "_"): layer for module_path, layer in dit.named_modules()
         }
         for name, module in self.named_children():
-            if not isinstance(module, AnimaLlliteModule):
-                continue
-            layer: Any = by_name.get(name)
-            width = module.down.in_features
-            if layer is None or layer.in_features != width:
-                has = "has no such layer" if layer is None else f"takes {layer.in_features} there"
-                raise CheckpointError(
-                    f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
-                    f"inputs of {width} numbers, and the model {has}. Give {GIVE} for this model.",
-                    path,
-                )
-            layer.register_forward_pre_hook(partial(self._change_input, module))
+            if isinstance(module, AnimaLlliteModule):
+                layer: Any = by_name.get(name)
+                _check_layer(name, layer, module.down.in_features, path)
+                layer.register_forward_pre_hook(partial(self._change_input, module))
         # `predict` passes the control images through this attribute
-        dit.beside = Beside(self)  # type: ignore[assignment]
+        dit.attached_control = UnregisteredModule(self)  # type: ignore[assignment]
 
     def _change_input(
         self, module: AnimaLlliteModule, _: nn.Module, inputs: tuple[Any, ...]
@@ -129,8 +121,19 @@ class AttachedLllite(AnimaLllite):
         return x + self.scale * self.multiplier * self.strength * change.to(x.dtype), *others
 
 
+def _check_layer(name: str, layer: Any, width: int, path: Path | None) -> None:
+    """Raise CheckpointError unless a transformer's layer exists and has inputs of this width."""
+    if layer is None or layer.in_features != width:
+        has = "has no such layer" if layer is None else f"takes {layer.in_features} there"
+        raise CheckpointError(
+            f"{path} does not fit the transformer: it is made for {name.removeprefix(PREFIX)} with "
+            f"inputs of {width} numbers, and the model {has}. Give {LLLITE_FILES} for this model.",
+            path,
+        )
+
+
 @dataclass(frozen=True)
-class Beside:
+class UnregisteredModule:
     """Holds a network so that the module with this attribute does not count it among its submodules."""
 
     lllite: AttachedLllite
@@ -138,40 +141,18 @@ class Beside:
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     """Plan how to load the ControlNet-LLLite that `option` names; raise CheckpointError for another file."""
+    _check_kind(checkpoint, option)
     names = checkpoint.tensors
-    if any(name.startswith("lllite_modules.") for name in names):
-        raise CheckpointError(
-            f"{option} {checkpoint.path} is an older form of ControlNet-LLLite for Anima (lllite_modules.*). "
-            f"Give {GIVE}, or train it again.",
-            checkpoint.path,
-        )
-    if any(name.startswith("lllite_unet_") for name in names):
-        raise CheckpointError(
-            f"{option} {checkpoint.path} is a ControlNet-LLLite for Stable Diffusion XL. Give {GIVE}.",
-            checkpoint.path,
-        )
-    if f"{TRUNK}.out_norm.weight" not in names or not any(name.startswith(PREFIX) for name in names):
-        raise other_kind(checkpoint, WHAT, option, GIVE)
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        info = names.get(name)
-        if info is None or len(info.shape) != axes or 0 in info.shape:
-            raise CheckpointError(
-                f"{checkpoint.path} is not {WHAT} as known: {name} is missing or has another shape. Copy or "
-                "download it again.",
-                checkpoint.path,
-            )
-        return info.shape
-
-    layers = {}  # name of a layer in its block -> input width
+    input_widths = {}  # by the name of a layer in its block
     num_blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
         if match is not None:
-            layers[f"{match[2]}.{match[3]}"] = shape(name, 2)[1]
-            num_blocks = max(num_blocks, int(match[1]) + 1)
+            block, part, layer = match.groups()
+            input_widths[f"{part}.{layer}"] = _shape_of(checkpoint, name, 2)[1]
+            num_blocks = max(num_blocks, int(block) + 1)
     first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
-    channels = shape(f"{TRUNK}.conv1.weight", 4)[1]
+    channels = _shape_of(checkpoint, f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
             f"{option} {checkpoint.path} takes control images of {channels} channels; known are 3, and "
@@ -181,15 +162,46 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     config = LlliteConfig(
         cond_in_channels=channels,
         hides_masked=checkpoint.metadata.get(HIDES_MASKED) == "true",
-        cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
-        cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
+        cond_emb_dim=_shape_of(checkpoint, f"{TRUNK}.out_norm.weight", 1)[0],
+        cond_dim=_shape_of(checkpoint, f"{TRUNK}.conv3.weight", 4)[0],
         resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
-        mlp_dim=shape(first_down, 2)[0],
+        mlp_dim=_shape_of(checkpoint, first_down, 2)[0],
         use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
         dilations=_read_dilations(checkpoint),
-        layers=tuple(layers),
+        layers=tuple(input_widths),
     )
-    return LoadPlan(LllitePlan(config, num_blocks, layers), checkpoint, plain_sources(checkpoint))
+    return LoadPlan(LllitePlan(config, num_blocks, input_widths), checkpoint, plain_sources(checkpoint))
+
+
+def _check_kind(checkpoint: Checkpoint, option: str) -> None:
+    """Raise CheckpointError unless a file is a ControlNet-LLLite for Anima in the present form."""
+    names = checkpoint.tensors
+    if any(name.startswith("lllite_modules.") for name in names):
+        raise CheckpointError(
+            f"{option} {checkpoint.path} is an older form of ControlNet-LLLite for Anima (lllite_modules.*). "
+            f"Give {LLLITE_FILES}, or train it again.",
+            checkpoint.path,
+        )
+    if any(name.startswith("lllite_unet_") for name in names):
+        raise CheckpointError(
+            f"{option} {checkpoint.path} is a ControlNet-LLLite for Stable Diffusion XL. "
+            f"Give {LLLITE_FILES}.",
+            checkpoint.path,
+        )
+    if f"{TRUNK}.out_norm.weight" not in names or not any(name.startswith(PREFIX) for name in names):
+        raise other_kind(checkpoint, MODEL_KIND, option, LLLITE_FILES)
+
+
+def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
+    """Return a tensor's shape. Raises CheckpointError if it is missing or has not this number of axes."""
+    info = checkpoint.tensors.get(name)
+    if info is None or len(info.shape) != axes or 0 in info.shape:
+        raise CheckpointError(
+            f"{checkpoint.path} is not {MODEL_KIND} as known: {name} is missing or has another shape. "
+            "Copy or download it again.",
+            checkpoint.path,
+        )
+    return info.shape
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -199,7 +211,7 @@ def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
     if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
         return dilations
     raise CheckpointError(
-        f"{checkpoint.path} is not {WHAT} as known: lllite.aspp_dilations of its metadata is "
+        f"{checkpoint.path} is not {MODEL_KIND} as known: lllite.aspp_dilations of its metadata is "
         f"{shorten(stored, 60)!r}. Copy or download it again.",
         checkpoint.path,
     )
@@ -213,7 +225,7 @@ def load_lllite(
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
         build = partial(AttachedLllite, scale=multiplier)
-        attached = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
+        attached = load_planned(plan, build, device=device, dtype=dtype, what=MODEL_KIND)
     attached.attach_to(dit, path)
     return attached
 
@@ -226,7 +238,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         build = partial(AttachedLllite, scale=1.0)
-        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
+        load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=MODEL_KIND)
     return plan.config
 
 
@@ -243,10 +255,10 @@ def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
 def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
     """Raise CheckpointError if the file was made for a transformer with another number of blocks."""
     depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
-    if plan.blocks != depth:
+    if plan.num_blocks != depth:
         raise CheckpointError(
-            f"{path} is made for {plan.blocks} blocks, the transformer has {depth}: each module has learned "
-            "its place. Give the model that it was trained with, or another file.",
+            f"{path} is made for {plan.num_blocks} blocks, the transformer has {depth}: "
+            "each module has learned its place. Give the model that it was trained with, or another file.",
             path,
         )
 
@@ -256,14 +268,16 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 
 def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     """Return a ControlNet-LLLite for the training loop: functions to make and check it, and metadata."""
-    config = _start_config(options)
+    config = _initial_config(options)
     return CustomNetwork(
-        label=CALLED,
-        description=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
+        label=DISPLAY_NAME,
+        description=describe_start(
+            DISPLAY_NAME, f" at {options.lllite_target_layers}", options.network_weights
+        ),
         architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
-        generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),
+        generate=partial(_make_generation_command, config.cond_in_channels == MASKED_CHANNELS),
         # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
@@ -282,7 +296,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     )
 
 
-def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
+def _config_from_options(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     """Return the dimensions that the options set."""
     targets = read_targets(options.lllite_target_layers)
     return LlliteConfig(
@@ -297,15 +311,15 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     )
 
 
-def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
+def _initial_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
     """Return the dimensions in --network_weights, or else those that the options set."""
     path = options.network_weights
     if path is None:
-        return _config_of(options)
+        return _config_from_options(options)
     try:
         return check_file(path, WEIGHTS).config
     except (UserError, OSError):  # the check of the training says what is wrong with it
-        return _config_of(options)
+        return _config_from_options(options)
 
 
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
@@ -321,18 +335,22 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
             _check_blocks(plan.config, path, dit)
-            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
+            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=MODEL_KIND)
     else:
-        config = _start_config(options)
-        num_layers: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
-        widths = {}
-        for _, layer_path in list_layers(config.layers, 1):
-            layer: Any = dit.get_submodule(layer_path)
-            # the path inside the block, without the list of blocks and the index
-            widths[layer_path.split(".", 2)[2]] = layer.in_features
-        attached = build(LllitePlan(config, num_layers, widths))
+        attached = build(_plan_for(dit, _initial_config(options)))
     attached.attach_to(dit, path)
     return attached
+
+
+def _plan_for(dit: nn.Module, config: LlliteConfig) -> LllitePlan:
+    """Return the plan of a new ControlNet-LLLite for each block of a transformer."""
+    num_blocks: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
+    input_widths = {}
+    for _, layer_path in list_layers(config.layers, 1):
+        layer: Any = dit.get_submodule(layer_path)
+        # the path inside the block, without the list of blocks and the index
+        input_widths[layer_path.split(".", 2)[2]] = layer.in_features
+    return LllitePlan(config, num_blocks, input_widths)
 
 
 def _check_start(options: AnimaLlliteTrainingOptions) -> None:
@@ -340,7 +358,7 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
     path = options.network_weights
     if path is None:
         return
-    stored, asked = check_file(path, WEIGHTS).config, _config_of(options)
+    stored, asked = check_file(path, WEIGHTS).config, _config_from_options(options)
     sizes = {
         "cond_emb_dim": (asked.cond_emb_dim, stored.cond_emb_dim),
         "lllite_cond_dim": (asked.cond_dim, stored.cond_dim),
@@ -371,12 +389,12 @@ def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Condit
     return {**inputs, CONTROL_MASK: torch.stack(masks).unsqueeze(1).to(torch.uint8)}
 
 
-def _say_generation(
-    takes_mask: bool, file: Path, sample: Mapping[str, Any], usual: Sequence[str]
+def _make_generation_command(
+    takes_mask: bool, file: Path, sample: Mapping[str, Any], base_command: Sequence[str]
 ) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without the file."""
+    """Return the command that generates with a trained file; `base_command` is the command without it."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
     further = {"--lllite_weights": file, "--control_image": control}
     if takes_mask:
         further["--mask_image"] = sample.get("mask_path") or Placeholder("MASK")
-    return [*usual, *option_argv(further)]
+    return [*base_command, *option_argv(further)]

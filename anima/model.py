@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from anima.adapter import AnimaAdapter, read_texts
+from anima.adapter import AnimaAdapter, embed_prompts
 from anima.configs import DIT, PATCH, TEXT_ROWS, AnimaConfig
 from modules.attention.attend import attend
 from modules.devices import send_ahead
@@ -37,7 +37,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 from wan.spec import pad_texts
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,18 @@ class AnimaTokens:
     grid: tuple[int, int]  # image tokens along rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2, or B L 1 D/2 2
     # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
-    texts: tuple[tuple[Tensor, Tensor | None], ...]
+    text_tokens: tuple[tuple[Tensor, Tensor | None], ...]
     time: Tensor  # B C float32, behind its activation
     shifts: Tensor  # B 3C float32, added to the shift, scale and gate of every branch
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    # merges the attentions to two texts, B L N D each; None: there is one text
+    combine_attention: Callable[..., Tensor] | None
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs restricted to one process's tokens."""
-        return replace(self, rotary=part.rows(self.rotary), part=part)
+        return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
     def first_image(self) -> int:
@@ -108,22 +109,22 @@ class AnimaAttention(nn.Module):
         key, value = self.key_and_value(x)
         query = rotate_halves(self.query(x), tokens.rotary)
         key = rotate_halves(key, tokens.rotary)
-        part = tokens.part
-        if part is not None:
-            query, key, value = part.gather_tokens(query, key, value)
+        shard = tokens.shard
+        if shard is not None:
+            query, key, value = shard.gather_tokens(query, key, value)
         attended = attend(query, key, value, tokens.attention)
-        if part is not None:
-            attended = part.gather_heads(attended)
+        if shard is not None:
+            attended = shard.gather_heads(attended)
         return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the cross-attention, B L C, of image tokens to all text rows, including rows of zeros."""
         query = self.query(x)
         of_texts = []
-        for text, repeats in tokens.texts:
+        for text, repeats in tokens.text_tokens:
             key, value = self.key_and_value(text)
             of_texts.append(attend(query, key, value, tokens.attention, repeats=repeats))
-        attended = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
+        attended = of_texts[0] if tokens.combine_attention is None else tokens.combine_attention(*of_texts)
         return run_in_weight_dtype(self.output_proj, attended.flatten(2))
 
 
@@ -290,12 +291,12 @@ class AnimaModel(BlockNetwork):
         tokens = AnimaTokens(
             grid,
             rotary=self._rotary.get_table(grid, noisy.device),
-            texts=tuple(self._read_text(dtype, **prompt) for prompt in prompts),
+            text_tokens=tuple(self._read_text(dtype, **prompt) for prompt in prompts),
             time=functional.silu(time.float()),
             shifts=self.t_embedder[1](waves),
             dtype=dtype,
             attention=self.attention,
-            combine=overrides.steer,
+            combine_attention=overrides.steer,
         )
         # the residual stream of the released weights leaves float16's range (ComfyUI, pull request 12249)
         stream_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -315,7 +316,7 @@ class AnimaModel(BlockNetwork):
         self, dtype: torch.dtype, states: Tensor, states_mask: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return a text's rows from the LLM adapter, B T context_dim, and repetitions of the padding row."""
-        rows = read_texts(
+        rows = embed_prompts(
             self.llm_adapter,
             states,
             count_real(states_mask),

@@ -75,12 +75,12 @@ def _llama(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, 
     from encoders.language_models import LLAMA, load_language_model
     from encoders.language_states import language_states
     from hunyuan_model.options import SKIP_LAYERS
-    from hunyuan_model.text_encoders import LLAVA_USE, VIDEO_TEMPLATE
+    from hunyuan_model.text_encoders import LLAVA_SETTINGS, VIDEO_TEMPLATE
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     llama: Any = load_language_model(path, LLAMA, device, dtype, (-1 - SKIP_LAYERS,))
     start = VIDEO_TEMPLATE.crop_start or 0
-    shape = (LLAVA_USE.batch_size, start + length)
+    shape = (LLAVA_SETTINGS.batch_size, start + length)
     ids, mask = (
         torch.randint(1, llama.embed_tokens.num_embeddings, shape),
         torch.ones(shape, dtype=torch.int64),

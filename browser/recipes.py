@@ -138,9 +138,9 @@ class ModelRecipe:
         is_vace = bool(getattr(task, "kind", "") == "vace")
         match name:
             case "start":
-                return bool(task.takes_image or task.keeps_image)
+                return bool(task.requires_image or task.takes_clean_first_frame)
             case "end":
-                return bool(task.takes_image)
+                return bool(task.requires_image)
             case "control":
                 return bool(task.has_control or is_vace)
             case _:  # references

@@ -64,8 +64,8 @@ class TransformerFiles(ABC):
     format: ClassVar[DitFormat[Any, Any]]  # format of the transformer's file
     vae_option: ClassVar[str] = "--vae"
     vae_folder: ClassVar[str] = ""  # subfolder of the VAE in a release; "": releases have none
-    usual: ClassVar[torch.dtype] = torch.bfloat16  # dtype of the released encoders
-    vae_default: ClassVar[torch.dtype | None] = None  # dtype of the released VAE; None: `usual`
+    default_text_dtype: ClassVar[torch.dtype] = torch.bfloat16  # dtype of the released encoders
+    vae_default: ClassVar[torch.dtype | None] = None  # dtype of the released VAE; None: `default_text_dtype`
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
         """Return a copy with the options of the transformer; `dtype` is the value of --dit_dtype."""
@@ -108,7 +108,7 @@ class TransformerFiles(ABC):
         is_float32 = self.compute_dtype() == torch.float32
         if chosen:
             return chosen
-        return torch.float32 if is_float32 else default or self.usual
+        return torch.float32 if is_float32 else default or self.default_text_dtype
 
     @abstractmethod
     def load_vae(self, device: torch.device) -> Any:

@@ -627,7 +627,7 @@ class LanguageModelFiles(TransformerFiles):
 
     @property
     @abstractmethod
-    def text_use(self) -> LanguageEncoderSettings:
+    def encoder_settings(self) -> LanguageEncoderSettings:
         """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
@@ -644,13 +644,13 @@ class LanguageModelFiles(TransformerFiles):
     @property
     def text_encoder_path(self) -> Path:
         """Path of the language model; raises an error if it is missing."""
-        model = self.text_use.model
+        model = self.encoder_settings.model
         return require_file(self.text_encoder, model.option, f"{model.what} encodes the prompts")
 
     def language_model(self) -> LanguageModelEncoder:
         """Return the language model; its file is opened when it is loaded."""
         return self.encoder_class(
-            self.text_use,
+            self.encoder_settings,
             self.text_encoder_path,
             dtype=self.encoder_dtype(self.text_dtype),
             tokenizer=self.text_encoder_tokenizer,
@@ -664,7 +664,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def text_width(self) -> int:
         """Return the width of a token's states: concatenated, or of a single state if they are stacked."""
-        return read_once(self.language_model().path, _measure_states, self.text_use)
+        return read_once(self.language_model().path, _measure_states, self.encoder_settings)
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the language model's files and that its states have the width that the transformer takes.
@@ -673,7 +673,7 @@ class LanguageModelFiles(TransformerFiles):
             config: Dimensions of the transformer; None if its option is not set.
             needed: Whether the option of the language model must be set.
         """
-        use = self.text_use
+        use = self.encoder_settings
         model = use.model
         if self.text_encoder is not None or needed:
             check_state_width(
@@ -691,7 +691,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def check_tower(self) -> None:
         """Raise CheckpointError if the language model has no vision tower, or that of another model."""
-        read_once(self.language_model().path, _read_tower, self.text_use)
+        read_once(self.language_model().path, _read_tower, self.encoder_settings)
 
 
 def _read_all_images(

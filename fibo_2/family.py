@@ -17,7 +17,7 @@ from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
 from fibo_2.files import OF_SAMPLES, Fibo2Files
 from fibo_2.names import LORA
 from fibo_2.options import MASK, NAME, SIDE
-from fibo_2.texts import KEY, TEXT_USE
+from fibo_2.texts import ENCODER_SETTINGS, KEY
 from flux_2.configs import count_latents
 from flux_2.versions import VERSIONS
 from modules.errors import CacheError, OptionError
@@ -44,7 +44,8 @@ from protocols.steps import NO_OVERRIDES, Overrides
 
 TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
 MAX_REFERENCES = 4  # as released
-FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of images, and mu of their noise levels
+# tokens of images, and mu of their noise levels
+SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (4096, 1.15)
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
 DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
@@ -133,8 +134,8 @@ class Fibo2(pictures.ModelOfImages):
                     f"{len(STATES)} states of each token. Cache again with {remedy}."
                 )
         for cache in batch.made_by:
-            fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
-            if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
+            fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
+            if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )
@@ -176,11 +177,14 @@ class Fibo2(pictures.ModelOfImages):
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
         # called only to reject invalid JSON before anything is computed; the result is not used
-        (write_edit if edited else write_caption)(request.prompt)
+        if edited:
+            write_edit(request.prompt)
+        else:
+            write_caption(request.prompt)
         width, height, _ = size_of(request, self.defaults)
         width, height = full_patches(width, height, LATENT)
-        # interpolated between the released shifts for FEW and for MANY tokens
-        shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
+        tokens = count_latents(LATENT.shape(1, height, width))
+        shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
         prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:
             self.files.check_tower()

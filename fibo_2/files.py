@@ -29,18 +29,18 @@ from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
 from fibo_2.names import FIBO_2
 from fibo_2.options import NAME
-from fibo_2.texts import TEXT_USE, Fibo2TextEncoder
+from fibo_2.texts import ENCODER_SETTINGS, Fibo2TextEncoder
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from networks.names.layouts import joined_tensors, tensor_patterns
 from protocols.loading import TensorSource
 
-WHAT = f"a {NAME} transformer"
-OPTION, OF_SAMPLES = "--dit", "--distilled_dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION, OF_SAMPLES = "--dit", "--distilled_dit"
 FILES = "fibo2_dev_bf16.safetensors of Comfy-Org, or the folder transformer of briaai/Fibo-2.0-dev"
-MARK = "perceiver.latent_queries"
-STACKED = "layers.0.attention.qkv.weight"
-CUTS = joined_tensors(FIBO_2)
+IDENTIFYING_TENSOR = "perceiver.latent_queries"
+STACKED_QKV_WEIGHT = "layers.0.attention.qkv.weight"
+FUSED_LAYERS = joined_tensors(FIBO_2)
 # names in early files, from the release's own code
 _EARLY = (
     (r"all_x_embedder\.2-1\.(.+)", r"x_embedder.\1"),
@@ -65,13 +65,13 @@ def _our_name(name: str) -> str:
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
     names = checkpoint.tensors
-    if MARK not in names:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    dialect = "comfy" if STACKED in names else "released"
+    if IDENTIFYING_TENSOR not in names:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+    dialect = "comfy" if STACKED_QKV_WEIGHT in names else "released"
     file_shapes = {_our_name(name): info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, FUSED_LAYERS), NAME)
     config = _read_config(shapes)
-    query = STACKED if dialect == "comfy" else "layers.0.attention.to_q.weight"
+    query = STACKED_QKV_WEIGHT if dialect == "comfy" else "layers.0.attention.to_q.weight"
     return DitHeader(config, dialect, names[query].dtype)
 
 
@@ -80,7 +80,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     dim, channels = shapes.of("x_embedder.weight")
     (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
-    max_gist, gist_dim = shapes.of(MARK)
+    max_gist, gist_dim = shapes.of(IDENTIFYING_TENSOR)
     text_dim = shapes.of("perceiver.layers.0.cross_attention.to_k.weight")[1]
     blocks = (match for match in map(_INJECTION.fullmatch, shapes.shapes) if match)
     injections = tuple(sorted(int(match[1]) for match in blocks))
@@ -97,7 +97,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     if not fits:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {width}, {max_gist} gist tokens and {len(injections)} "
-            f"blocks that read the text are not those of {WHAT}. Copy the file again.",
+            f"blocks that read the text are not those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return Fibo2Config(
@@ -120,10 +120,12 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[Fibo2Config]) -> Mapping[str, TensorSource]:
-    return cut_parts(rename_sources(plain_sources(checkpoint), _our_name), CUTS)
+    return cut_parts(rename_sources(plain_sources(checkpoint), _our_name), FUSED_LAYERS)
 
 
-FORMAT = DitFormat(_read_header, lambda _: WHAT, network=Fibo2Model, sources=_make_sources, option=OPTION)
+FORMAT = DitFormat(
+    _read_header, lambda _: MODEL_KIND, network=Fibo2Model, sources=_make_sources, option=DIT_OPTION
+)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -134,7 +136,7 @@ class Fibo2Files(LanguageModelFiles):
     encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    text_use: ClassVar[LanguageEncoderSettings] = TEXT_USE
+    encoder_settings: ClassVar[LanguageEncoderSettings] = ENCODER_SETTINGS
 
     @property
     def dit_path(self) -> Path:

@@ -32,7 +32,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 from z_image.model import ZImageAttention
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 
@@ -64,36 +64,38 @@ class Fibo2Tokens(LuminaTokens):
 
     texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
     bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `texts`; empty: nothing
-    split: int = 0  # where the clean tokens begin, among those that this process has
+    modulation_split: int = 0  # where the clean tokens begin, among those that this process has
 
-    def cut(self, part: "TokenPart") -> "Fibo2Tokens":
+    def cut(self, shard: "TokenShard") -> "Fibo2Tokens":
         """Return the inputs for the tokens that one process computes."""
-        return replace(super().cut(part), split=part.count_among_first(self.split))
+        return replace(super().cut(shard), modulation_split=shard.count_among_first(self.modulation_split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
         """Return the block inputs for the tokens at the ascending indices `kept`, B K.
 
         Only image tokens are dropped, so the clean tokens after them begin `num_left_out` earlier.
         """
-        return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
+        return replace(
+            super().select(kept, num_left_out), modulation_split=self.modulation_split - num_left_out
+        )
 
-    def combine(self, attended: Sequence[Tensor]) -> Tensor:
+    def merge_attention(self, attended: Sequence[Tensor]) -> Tensor:
         """Merge the attention outputs for the two texts, B L' ... each, into one output.
 
         The image steers away from the second text; each text's gist tokens keep the output for their own
         text.
         """
-        if self.second is None:
+        if self.second_text is None:
             return attended[0]
         first, other = attended
         # in order: the image, clean tokens (references, the first text's gist), the second text's gist
-        num_image = self.second.num_image_tokens
-        num_second_gist = self.second.num_text_tokens
-        if self.part is not None:  # of these, the tokens that this process has
-            num_image = self.part.count_among_first(num_image)
-            num_second_gist = self.part.count_among_last(num_second_gist)
+        num_image = self.second_text.num_image_tokens
+        num_second_gist = self.second_text.num_text_tokens
+        if self.shard is not None:  # of these, the tokens that this process has
+            num_image = self.shard.count_among_first(num_image)
+            num_second_gist = self.shard.count_among_last(num_second_gist)
         second_start = first.shape[1] - num_second_gist
-        steered = self.second.combine_attention(first[:, :num_image], other[:, :num_image])
+        steered = self.second_text.combine_attention(first[:, :num_image], other[:, :num_image])
         return torch.cat([steered, first[:, num_image:second_start], other[:, second_start:]], dim=1)
 
 
@@ -202,7 +204,7 @@ class Fibo2Block(JointTransformerBlock):
             self.cross_attn_norm2 = RMSNorm(config.dim, config.eps)
             self.cross_attn_gate = nn.Parameter(torch.zeros(1))
             # before `forward`, which may be compiled: with the number in it, each block would be compiled
-            self.register_forward_pre_hook(_pass_bundles)
+            self.register_forward_pre_hook(_add_bundles_of_block)
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Return scale and gate for attention and for the feed-forward, each B S C float32."""
@@ -214,24 +216,24 @@ class Fibo2Block(JointTransformerBlock):
         """Apply the block to tokens x, B L+R+G C."""
         # x: B L+R+G C
         scale1, gate1, *feed_rows = self.modulation(tokens.time)
-        h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.split)
-        x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.split)
+        h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.modulation_split)
+        x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.modulation_split)
         if tokens.bundles:
-            x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.read(x, tokens)
+            x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.attend_bundles(x, tokens)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, scale, gate in split_segments(tokens.split, feed_rows, x):
+        for part, scale, gate in split_segments(tokens.modulation_split, feed_rows, x):
             parts.append(self.feed(part, scale, gate, tokens.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
+    def attend_bundles(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
         """Attend from tokens x to this block's bundle of text states, and normalize the result: B L' C."""
         h = self.cross_attn_norm1(x)
         attended = [
             self.cross_attention.attend_text(h, bundle, tokens.attention) for bundle in tokens.bundles
         ]
         output: Tensor = self.cross_attn_norm2(
-            self.cross_attention.project(tokens.combine(attended).flatten(2))
+            self.cross_attention.project(tokens.merge_attention(attended).flatten(2))
         )
         return output
 
@@ -241,7 +243,7 @@ class Fibo2Block(JointTransformerBlock):
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
 
-def _pass_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
+def _add_bundles_of_block(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
     """Add the text states that a block reads, one bundle of layers of each text, to its inputs.
 
     It is a forward pre-hook: what it returns replaces the block's inputs.
@@ -257,7 +259,7 @@ class Fibo2Layout(NamedTuple):
     """Image sizes, reference sizes and number of gist tokens, which determine a rotary table."""
 
     grids: tuple[Grid, ...]  # grid of the image, then of each image to edit
-    gist: int
+    num_gist_tokens: int
 
 
 class Fibo2Model(BlockNetwork):
@@ -345,15 +347,15 @@ class Fibo2Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             texts=tuple(texts),
-            split=math.prod(grids[0]),
+            modulation_split=math.prod(grids[0]),
         )
         image = self._refine(image, tokens)
-        for second in gists[1:]:  # at most one
-            assert overrides.steer is not None  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = gists[1]
             num_gist = second.tokens.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
+                second_text=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
                 second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),
             )
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
@@ -377,20 +379,21 @@ class Fibo2Model(BlockNetwork):
         """Apply the noise refiner: self-attention among tokens of image and references, B L+R C."""
         count = image.shape[1]
         alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
-        if count == tokens.split:  # no references: one row of modulation serves all
+        if count == tokens.modulation_split:  # no references: one row of modulation serves all
             alone = replace(alone, time=tokens.time[:, :1])
         for block in self.noise_refiner:
             image = block(image, alone)
         return image
 
-    def _make_gist(self, text: TextStates, before: int, dtype: torch.dtype) -> "Gist":
-        """Return the gist tokens of texts, with lengths that include the `before` tokens in front of them."""
+    def _make_gist(self, text: TextStates, num_image_tokens: int, dtype: torch.dtype) -> "Gist":
+        """Return the gist tokens of texts, with lengths that include the image tokens in front of them."""
         counts = [self.config.count_gist(count) for count in text.counts]
         device = text.states.device
-        are_equal = len(set(counts)) == 1
-        own_lengths = None if are_equal else make_lengths(counts, device)
-        lengths = None if are_equal else make_lengths([before + count for count in counts], device)
-        tokens = self.perceiver(text, max(counts), own_lengths, self.attention, dtype)
+        gist_lengths = lengths = None
+        if len(set(counts)) > 1:  # else there is no padding
+            gist_lengths = make_lengths(counts, device)
+            lengths = make_lengths([num_image_tokens + count for count in counts], device)
+        tokens = self.perceiver(text, max(counts), gist_lengths, self.attention, dtype)
         return Gist(tokens, lengths)
 
     def unembed(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
@@ -407,21 +410,21 @@ class Fibo2Model(BlockNetwork):
         image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as
         trained.
         """
-        theta = self.config.rope_theta
-
-        def axis(positions: range, width: int) -> Tensor:
-            angles = rotation_angles(torch.tensor([*positions], dtype=torch.float64), width, theta)
-            return send_ahead(cos_and_sin(angles.float()), device)
-
-        def grid(planes: range, rows: int, columns: int) -> Tensor:
-            sides = zip((planes, range(rows), range(columns)), self.config.rotary_widths, strict=True)
-            return spread_over_grid([axis(positions, width) for positions, width in sides])
-
         tables = []
         for plane, (rows, columns) in enumerate(layout.grids, self.config.max_gist + 1):
-            tables.append(grid(range(plane, plane + 1), rows, columns))
-        tables.append(grid(range(1, 1 + layout.gist), 1, 1))
+            tables.append(self._grid_rotations(range(plane, plane + 1), range(rows), range(columns), device))
+        gist_positions = range(1, 1 + layout.num_gist_tokens)
+        tables.append(self._grid_rotations(gist_positions, range(1), range(1), device))
         return torch.cat(tables).unsqueeze(-3)
+
+    def _grid_rotations(self, planes: range, rows: range, columns: range, device: torch.device) -> Tensor:
+        """Return rotary pairs, n D/2 2 float32, of tokens on a grid with these positions along its axes."""
+        axes = []
+        for positions, width in zip((planes, rows, columns), self.config.rotary_widths, strict=True):
+            positions_float64 = torch.tensor([*positions], dtype=torch.float64)
+            angles = rotation_angles(positions_float64, width, self.config.rope_theta)
+            axes.append(send_ahead(cos_and_sin(angles.float()), device))
+        return spread_over_grid(axes)
 
 
 class Gist(NamedTuple):

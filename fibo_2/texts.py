@@ -41,7 +41,7 @@ _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct"
 _SEEN = '"image{name}":"<|vision_start|>{{tokens}}<|vision_end|>",'
 
 
-TEXT_USE = LanguageEncoderSettings(
+ENCODER_SETTINGS = LanguageEncoderSettings(
     name="qwen3_vl",
     states_key=KEY,
     model=QWEN3_VL,
@@ -72,9 +72,9 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         self, use: LanguageEncoderSettings, path: Path, *settings: Any, **named_settings: Any
     ) -> None:
         super().__init__(use, path, *settings, **named_settings)
-        self._has_told = False  # how plain texts are encoded
+        self._has_logged_plain_text = False  # whether it was logged how plain texts are encoded
         self._has_warned = False  # whether a warning about texts that are not drawn has been logged
-        self._told_errors: set[str] = set()  # in keys of captions
+        self._logged_errors: set[str] = set()  # in keys of captions
 
     def write(self, prompt: Prompt) -> TemplatedPrompt:
         """Insert a caption or prompt as JSON into the template; a negative prompt is not turned into JSON.
@@ -102,23 +102,27 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         """Return each prompt's states; log plain texts, and JSON keys that the model does not know."""
         for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their images
             if not prompt.is_negative:
-                self._tell_reading(prompt)
+                self._log_how_read(prompt)
         return super().encode(prompts)
 
-    def _tell_reading(self, prompt: Prompt) -> None:
+    def _log_how_read(self, prompt: Prompt) -> None:
         """Log once whether a text is read as the JSON of the model's training data, or how it differs."""
         text, is_edit = prompt.text, bool(prompt.images)
         if looks_like_object(text):
-            new = [error for error in _list_oddities(text, is_edit) if error not in self._told_errors]
-            self._told_errors.update(new)
-            if new:
-                told = "%s, which is not as the captions of the model's training: %s"
-                logger.warning(told, shorten(text, 60), "; ".join(new))
-        elif text.strip() and not self._has_told:
-            self._has_told = True
+            self._warn_of_oddities(text, is_edit)
+        elif text.strip() and not self._has_logged_plain_text:
+            self._has_logged_plain_text = True
             written = f"{{{write_edit(text).text}" if is_edit else write_caption(text).text
-            told = "plain texts are encoded as JSON, which the model was trained on, such as %s"
-            logger.info(told, shorten(written, 120))
+            message = "plain texts are encoded as JSON, which the model was trained on, such as %s"
+            logger.info(message, shorten(written, 120))
+
+    def _warn_of_oddities(self, text: str, is_edit: bool) -> None:
+        """Warn of a JSON prompt's unusual keys and parts without effect, once for each of them."""
+        new = [error for error in _list_oddities(text, is_edit) if error not in self._logged_errors]
+        self._logged_errors.update(new)
+        if new:
+            message = "%s, which is not as the captions of the model's training: %s"
+            logger.warning(message, shorten(text, 60), "; ".join(new))
 
     def _warn_of_texts(self, text: str) -> None:
         if not self._has_warned:
@@ -168,9 +172,11 @@ def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
             shorten(prompt.text, 60),
         )
         return ()
-
-    def moved(position: int) -> int:
-        # escaping in JSON lengthens the text, so measure the written prefix
-        return len(caption.before) + len(write_json(prompt.text[:position])) - 2  # without the quotes
-
-    return tuple((moved(first), moved(last), weight) for first, last, weight in prompt.spans)
+    moved_spans = []
+    for start, end, weight in prompt.spans:
+        # escaping in JSON lengthens the text, so measure the written prefix, without its two quotes
+        new_start, new_end = (
+            len(caption.before) + len(write_json(prompt.text[:position])) - 2 for position in (start, end)
+        )
+        moved_spans.append((new_start, new_end, weight))
+    return tuple(moved_spans)

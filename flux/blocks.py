@@ -17,7 +17,7 @@ from hunyuan_model.blocks import (
     Heads,
     HunyuanModulation,
     HunyuanTokens,
-    attend_turned,
+    rotate_and_attend,
     split_heads,
 )
 from hunyuan_model.joining import gelu, join_gelu
@@ -33,23 +33,23 @@ class ModulationRows(nn.Module):
         super().__init__()
         # a tensor: with a number for each block, each block would be compiled by itself. Not on the meta
         # device, on which networks are built
-        self.rows = torch.arange(first, first + count, device="cpu")
+        self.row_indices = torch.arange(first, first + count, device="cpu")
 
-    def place(self, device: torch.device) -> None:
+    def move_indices_to(self, device: torch.device) -> None:
         """Copy the row indices to the vectors' device once, without synchronizing."""
-        if self.rows.device != device:
-            self.rows = send_ahead(self.rows, device)
+        if self.row_indices.device != device:
+            self.row_indices = send_ahead(self.row_indices, device)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Select this block's modulation rows, each B S C, from the rows of all blocks, B S M C float32."""
         # vector: B S M C float32 -> count tensors B S C
-        return vector.index_select(2, self.rows).unbind(2)
+        return vector.index_select(2, self.row_indices).unbind(2)
 
 
 def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return a block's modulation module: its own layer, or rows of Chroma's approximator output.
 
-    `kind` is single, image or text (both in double blocks), or final; the approximator's rows follow this
+    `kind` is single, picture or text (both in double blocks), or final; the approximator's rows follow this
     order, block by block. Source: the released code of Chroma.
     """
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
@@ -129,11 +129,11 @@ class SingleBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
-        attended = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        attended = rotate_and_attend(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
         return add_gated(
-            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
+            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.modulation_split
         )

@@ -27,12 +27,15 @@ from flux.options import CONTROL_NET
 from hunyuan_model.model import rotary_widths
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
+from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
 FILES = ("config.json", "diffusion_pytorch_model*")  # files of a repository on the hub
-GIVE = "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
-_MARK = "controlnet_x_embedder.weight"
+FITTING_FILES = (
+    "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
+)
+CONTROL_EMBEDDER = "controlnet_x_embedder.weight"
 TIMESTEPS = 1000  # diffusers' class takes 0..1
 
 
@@ -67,7 +70,7 @@ class FluxControl(nn.Module):
             control: Latents of the control image in model space, B Z 1 H W.
             strength: Factor of all additions.
         """
-        return compute_additions(
+        return compute_block_residuals(
             self.network,
             self._blocks,
             noisy=noisy,
@@ -80,7 +83,7 @@ class FluxControl(nn.Module):
         )
 
 
-def compute_additions(
+def compute_block_residuals(
     network: FluxControlNetModel,
     blocks: tuple[int, int],
     *,
@@ -126,14 +129,14 @@ def compute_additions(
         txt_ids=torch.zeros(t5.shape[1], 3, device=device),  # text tokens are all at the origin
         return_dict=False,
     )
-    additions: list[Tensor | None] = []
+    residuals: list[Tensor | None] = []
     # each output serves several neighboring blocks: the ControlNet has fewer blocks
     for output, num_blocks in zip(outputs, blocks, strict=True):
-        additions += _spread(output, num_blocks)
-    return additions
+        residuals += repeat_over_blocks(output, num_blocks)
+    return residuals
 
 
-def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
+def repeat_over_blocks(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
     """Return the tensor to add after each block; one output serves several consecutive blocks.
 
     A ControlNet without blocks of a kind has no output for that kind, and nothing is added.
@@ -201,28 +204,33 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
     if hint is not None:
         raise CheckpointError(
             f"{CONTROL_NET} {path} sees pixels ({hint}), as those of XLabs do; caches hold latents of "
-            f"control pictures.\n  Give one that sees latents: {GIVE}.",
+            f"control pictures.\n  Give one that sees latents: {FITTING_FILES}.",
             path,
         )
-    if _MARK not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
-        raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
+    if CONTROL_EMBEDDER not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
+        raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, FITTING_FILES)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
             f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
-            f"which datasets do not state.\n  Give one of a single kind, or without modes: {GIVE}.",
+            f"which datasets do not state.\n  Give one of a single kind, or without modes: {FITTING_FILES}.",
             path,
         )
+    _check_dimensions(path, names, config)
+    return _read_or_infer_settings(path, checkpoint, config)
 
-    def takes(layer: str) -> int:
-        """Return a layer's number of inputs; 0 if the file lacks the layer."""
-        return names[layer].shape[1] if layer in names else 0
+
+def _check_dimensions(path: Path, tensors: Mapping[str, TensorInfo], config: FluxConfig) -> None:
+    """Raise CheckpointError if a ControlNet's dimensions are not those of the transformer."""
+
+    def count_inputs(layer: str) -> int:
+        return tensors[layer].shape[1] if layer in tensors else 0
 
     # dimension -> its size in the ControlNet and in the transformer
     sizes = {
-        "width": (names[_MARK].shape[0], config.dim),
-        "numbers of a token": (names[_MARK].shape[1], config.token_dim),
-        "text": (takes("context_embedder.weight"), config.text_dim),
-        "pooled text": (takes("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
+        "width": (tensors[CONTROL_EMBEDDER].shape[0], config.dim),
+        "numbers of a token": (tensors[CONTROL_EMBEDDER].shape[1], config.token_dim),
+        "text": (count_inputs("context_embedder.weight"), config.text_dim),
+        "pooled text": (count_inputs("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }
     misfits = [
         f"{dimension} {size} and {needed}" for dimension, (size, needed) in sizes.items() if size != needed
@@ -233,10 +241,9 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             "fit dev and schnell, not Chroma",
             path,
         )
-    return _settings_of_file(path, checkpoint, config)
 
 
-def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
+def make_control_net_settings(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
     """Return diffusers' settings for a ControlNet with this many blocks of a FLUX.1 transformer."""
     head = config.dim // config.num_heads
     return {
@@ -277,7 +284,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {name: value for name, value in settings.items() if name in parameters}
 
 
-def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
+def _read_or_infer_settings(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
     """Return a ControlNet's settings from config.json, or else those that follow from its tensors."""
     names = checkpoint.tensors
     settings = _read_config(path, checkpoint)
@@ -294,6 +301,6 @@ def _settings_of_file(path: Path, checkpoint: Checkpoint, config: FluxConfig) ->
     double_blocks = count(names, r"transformer_blocks\.\d+")
     single_blocks = count(names, r"single_transformer_blocks\.\d+")
     # other dimensions are the transformer's
-    settings = settings_of(config, double_blocks, single_blocks)
+    settings = make_control_net_settings(config, double_blocks, single_blocks)
     has_guidance = "time_text_embed.guidance_embedder.linear_1.weight" in names
     return {**settings, "guidance_embeds": has_guidance}

@@ -5,7 +5,7 @@ It sees the control image as latents. The network is diffusers' `FluxControlNetM
 """
 # Letters: B batch, L image tokens, Z latent channels, C width
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from checkpoints.writing import stream_tensors
 from flux.configs import CHROMA, FluxConfig
 from flux.control_net import (
     build_network,
-    compute_additions,
+    compute_block_residuals,
     load_network,
+    make_control_net_settings,
     read_settings,
-    settings_of,
 )
 from flux.files import DIALECTS, FluxFiles
 from flux.model import FluxModel
@@ -33,9 +33,9 @@ from modules.option_values import Placeholder, option_argv
 from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
 
-CALLED = "ControlNet"
+DISPLAY_NAME = "ControlNet"
 MODULE = "diffusers.FluxControlNetModel"
-OWN_PARTS = "controlnet_"  # names begin so where a transformer has no such part
+ZERO_INITIALIZED = "controlnet_"  # names begin so where a transformer has no such part
 
 
 class TrainedFluxControl(nn.Module):
@@ -70,7 +70,7 @@ class TrainedFluxControl(nn.Module):
         strength *= self.multiplier
         if strength == 0:
             return []
-        return compute_additions(
+        return compute_block_residuals(
             self.network,
             self._blocks,
             noisy=noisy,
@@ -88,14 +88,14 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
     return CustomNetwork(
-        label=CALLED,
-        description=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
+        label=DISPLAY_NAME,
+        description=f"{DISPLAY_NAME}, {copied if path is None else f'from {path.name}'}",
         architecture_suffix="controlnet",
         make=partial(make_control_net, options),
-        check=partial(_check, options, files),
-        generate=_say_generation,
+        check=partial(_check_can_train, options, files),
+        generate=_make_generation_command,
         default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # the lowest, a typical and the highest one
-        write=_write,
+        write=_write_control_net,
         start_option=CONTROL_NET.removeprefix("--"),
     )
 
@@ -115,7 +115,7 @@ def make_control_net(
         # trained in float32
         network = load_network(path, dit.config, device, torch.float32)
     else:
-        settings = settings_of(dit.config, options.double_blocks, options.single_blocks)
+        settings = make_control_net_settings(dit.config, options.double_blocks, options.single_blocks)
         with on_meta_device():
             network = build_network(settings)
         if with_values:
@@ -132,58 +132,78 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
 
     `network` is on the meta device; the result is float32 on the CPU.
     """
-    _, table = DIALECTS["diffusers"]
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    weights = {}
-    # diffusers splits some of our weights by rows: names of the parts by index, for each weight of ours
-    parts_of: dict[str, dict[int, str]] = {}
-    for name, shape in shapes.items():
-        if name.startswith(OWN_PARTS):
-            weights[name] = torch.zeros(shape)
-        else:
-            # "block.qkv#1" is the second block of rows of our weight block.qkv
-            our_name, _, index = translate_name(name, table).partition("#")
-            parts_of.setdefault(our_name, {})[int(index or 0)] = name
+    weights = {
+        name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith(ZERO_INITIALIZED)
+    }
+    copied = [name for name in shapes if not name.startswith(ZERO_INITIALIZED)]
     state = dit.state_dict()
-    for our_name, parts in parts_of.items():
-        names = [parts[index] for index in sorted(parts)]
+    for our_name, names in _group_by_our_weight(copied).items():
         stacked = state[our_name].to("cpu", torch.float32)
         rows = stacked.split([shapes[name][0] for name in names])
         weights |= {name: tensor.clone() for name, tensor in zip(names, rows, strict=True)}
     return weights
 
 
-def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
+def _group_by_our_weight(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group diffusers' weights by our weight, of which each is a block of rows, in the order of the rows."""
+    _, table = DIALECTS["diffusers"]
+    by_row_block: dict[str, dict[int, str]] = {}
+    for name in names:
+        # "block.qkv#1" is the second block of rows of our weight block.qkv
+        our_name, _, index = translate_name(name, table).partition("#")
+        by_row_block.setdefault(our_name, {})[int(index or 0)] = name
+    return {
+        our_name: [blocks[index] for index in sorted(blocks)] for our_name, blocks in by_row_block.items()
+    }
+
+
+def _check_can_train(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
     """Check that a ControlNet can be trained with the transformer; only headers of files are read.
 
     Raises OptionError for options that do not fit the files, and CheckpointError for a file that training
     cannot start from.
     """
     config = files.dit_header().config
-    # checks: first the model, then either a new ControlNet or the file to start from
     if config.kind == CHROMA:
         raise OptionError(
             f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
             "text, which Chroma does not have. Give FLUX.1 dev or schnell"
         )
-    if options.controlnet is None:  # a new ControlNet, copied from the transformer's first blocks
-        if files.dit_header().block_dtype.itemsize == 1:
+    if options.controlnet is None:
+        _check_can_copy_blocks(options, files)
+    else:
+        _check_options_fit_file(options, options.controlnet, config)
+
+
+def _check_can_copy_blocks(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
+    """Raise OptionError unless a new ControlNet can copy the transformer's first blocks."""
+    header = files.dit_header()
+    if header.block_dtype.itemsize == 1:
+        raise OptionError(
+            f"{files.dit_path} is rounded to 8 bits or fewer, and a ControlNet begins as a copy of its "
+            f"weights. Give the file in 16 bits, or a ControlNet to start from to {CONTROL_NET}"
+        )
+    sizes = {
+        "num_double_layers": (options.double_blocks, header.config.double_blocks),
+        "num_single_layers": (options.single_blocks, header.config.single_blocks),
+    }
+    for name, (asked, maximum) in sizes.items():
+        if asked > maximum:
             raise OptionError(
-                f"{files.dit_path} is rounded to 8 bits or fewer, and a ControlNet begins as a copy of its "
-                f"weights. Give the file in 16 bits, or a ControlNet to start from to {CONTROL_NET}"
+                f"--{name} {asked}: a ControlNet copies the first blocks, and {files.dit_path} has "
+                f"{maximum} of them. Give fewer"
             )
-        sizes = {
-            "num_double_layers": (options.double_blocks, config.double_blocks),
-            "num_single_layers": (options.single_blocks, config.single_blocks),
-        }
-        for name, (asked, maximum) in sizes.items():
-            if asked > maximum:
-                raise OptionError(
-                    f"--{name} {asked}: a ControlNet copies the first blocks, and {files.dit_path} has "
-                    f"{maximum} of them. Give fewer"
-                )
-        return
-    settings = read_settings(options.controlnet, config)
+
+
+def _check_options_fit_file(
+    options: FluxControlNetTrainingOptions, controlnet: Path, config: FluxConfig
+) -> None:
+    """Raise OptionError if typed numbers of blocks differ from those of the ControlNet to start from.
+
+    `config` are the transformer's dimensions. Raises CheckpointError if the ControlNet does not fit them.
+    """
+    settings = read_settings(controlnet, config)
     typed = {
         "num_double_layers": (options.num_double_layers, settings["num_layers"]),
         "num_single_layers": (options.num_single_layers, settings["num_single_layers"]),
@@ -191,12 +211,14 @@ def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
     for name, (number, stored) in typed.items():
         if number is not None and number != stored:
             raise OptionError(
-                f"--{name} is {number}, {options.controlnet} has {stored}, with which it is trained on. "
+                f"--{name} is {number}, {controlnet} has {stored}, with which it is trained on. "
                 "Leave the option out"
             )
 
 
-def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+def _write_control_net(
+    module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
     """Write a ControlNet's weights under diffusers' names."""
     assert isinstance(module, TrainedFluxControl)
     tensors = {name: tensor.detach() for name, tensor in module.network.state_dict().items()}
@@ -204,7 +226,7 @@ def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: M
     stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
 
 
-def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without it."""
+def _make_generation_command(file: Path, sample: Mapping[str, Any], base_command: Sequence[str]) -> list[str]:
+    """Return the command that generates with a trained file; `base_command` is the command without it."""
     control = sample.get("control_path") or Placeholder("CONTROL_PICTURE")
-    return [*usual, *option_argv({CONTROL_NET: file, "--control_image": control})]
+    return [*base_command, *option_argv({CONTROL_NET: file, "--control_image": control})]

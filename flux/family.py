@@ -276,22 +276,8 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if cached T5 states do not fit this training.
-
-        Padding may have been masked differently, mask and states may differ in length, or a text may be too
-        long.
-        """
-        uses_mask = self.files.uses_mask
-        for record in batch.made_by:
-            mask = record.encoder.get("t5_mask")
-            if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
-                option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
-                own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
-                raise CacheError(
-                    f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
-                    f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
-                    "--apply_t5_attn_mask."
-                )
+        """Raise CacheError if cached T5 states were masked differently, misfit their mask or are too long."""
+        self._check_t5_masking(batch)
         batch_size, length = batch.tensor(STATES).shape[:2]
         if batch.tensor(MASK).shape != (batch_size, length):
             raise CacheError(
@@ -305,6 +291,20 @@ class Flux(ModelOfImages):
                 f"with {maximum}. Cache again with {TEXTS_AGAIN} --t5xxl_max_token_length {maximum}, or "
                 f"train with --t5xxl_max_token_length {length}."
             )
+
+    def _check_t5_masking(self, batch: Batch) -> None:
+        """Raise CacheError if caches and this training differ in whether the padding of T5 is masked."""
+        uses_mask = self.files.uses_mask
+        for record in batch.made_by:
+            mask = record.encoder.get("t5_mask")
+            if mask not in (None, "used" if uses_mask else "not used"):  # None: cached by another program
+                option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
+                own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
+                raise CacheError(
+                    f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
+                    f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
+                    "--apply_t5_attn_mask."
+                )
 
     def predict(
         self,
@@ -384,16 +384,8 @@ class Flux(ModelOfImages):
         if request.second_prompt is not None and not self.files.has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         default = self.defaults
-        guidance = request.embedded_guidance
-        if guidance not in (None, default.embedded_guidance, DEFAULT_GUIDANCE) and kind != configs.DEV:
-            reason = "is made for 0" if kind == configs.CHROMA else "has no input for it"
-            logger.warning(
-                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
-                guidance,
-                self.files.dit_path,
-                reason,
-            )
         if kind != configs.DEV:
+            self._warn_of_unused_guidance(request.embedded_guidance)
             request = replace(request, embedded_guidance=None)
         width, height, _ = requests.size_of(request, default)
         size = (width, height, 1)
@@ -403,6 +395,17 @@ class Flux(ModelOfImages):
             flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         negative = "" if self.negative_is_empty else None
         return requests.resolve_request(request, default, size, flow_shift, default_negative=negative)
+
+    def _warn_of_unused_guidance(self, guidance: float | None) -> None:
+        """Warn if --embedded_cfg_scale is given to a model that does not use it."""
+        if guidance not in (None, self.defaults.embedded_guidance, DEFAULT_GUIDANCE):
+            reason = "is made for 0" if self.files.kind == configs.CHROMA else "has no input for it"
+            logger.warning(
+                "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
+                guidance,
+                self.files.dit_path,
+                reason,
+            )
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""

@@ -4,7 +4,7 @@ Transformers are as published, or as diffusers writes them.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from protocols.family import TextEncoder
 from protocols.loading import TensorSource
 
 logger = logging.getLogger(__name__)
-WHAT = "a FLUX.1 or Chroma transformer"
+MODEL_KIND = "a FLUX.1 or Chroma transformer"
 NAMES = {
     DEV: "a FLUX.1 dev transformer",
     SCHNELL: "a FLUX.1 schnell transformer",
@@ -42,8 +42,8 @@ FILES = (
     "flux1-dev.safetensors, flux1-schnell.safetensors, Chroma1-HD.safetensors, or the folder transformer of "
     "a diffusers pipeline"
 )
-OPTION = "--dit (--pretrained_model_name_or_path)"
-# dialect -> a tensor that only it has, its names
+DIT_OPTION = "--dit (--pretrained_model_name_or_path)"
+# dialect -> its first weight of queries, its tensor names
 DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("double_blocks.0.img_attn.qkv.weight", ()),
     "diffusers": ("transformer_blocks.0.attn.to_q.weight", tensor_patterns(FLUX)),
@@ -51,7 +51,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
 APPROXIMATOR = "distilled_guidance_layer"
 # tensors of related models, whose blocks have the same names in one of the layouts
-OTHERS = (
+RELATED_MODEL_TENSORS = (
     "txt_in.individual_token_refiner.blocks.0.norm1.weight",
     "context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
     "byt5_in.fc1.weight",
@@ -67,21 +67,30 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
 
     Raises CheckpointError for another model.
     """
-    names = checkpoint.tensors
-    dialect = "official"  # if no mark is found, the check below refuses the file
-    for name, (mark, _) in DIALECTS.items():
-        if mark in names:
-            dialect = name
-            break
-    mark, table = DIALECTS[dialect]
-    stored_shapes = {name: info.shape for name, info in names.items()}
-    file_shapes = joined_shapes(stored_shapes, table)
-    is_related_model = any(name in names for name in OTHERS)
+    tensors = checkpoint.tensors
+    dialect = _find_dialect(tensors)
+    if dialect is None:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+    query_weight, names = DIALECTS[dialect]
+    file_shapes = joined_shapes({name: info.shape for name, info in tensors.items()}, names)
     # FLUX.1 embeds flattened patches by a matrix; related models use a convolution, which has more axes
     has_matrix = len(file_shapes.get("img_in.weight", ())) == 2
-    if mark not in names or not has_matrix or is_related_model:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    shapes = DitShapes(checkpoint.path, file_shapes, "FLUX.1")
+    if not has_matrix or any(name in tensors for name in RELATED_MODEL_TENSORS):
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+    config = _read_config(DitShapes(checkpoint.path, file_shapes, "FLUX.1"))
+    return DitHeader(config, dialect, tensors[query_weight].dtype)
+
+
+def _find_dialect(tensor_names: Collection[str]) -> str | None:
+    """Return the naming whose weight of queries a file has; None for other files."""
+    for dialect, (query_weight, _) in DIALECTS.items():
+        if query_weight in tensor_names:
+            return dialect
+    return None
+
+
+def _read_config(shapes: DitShapes) -> FluxConfig:
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, token_dim = shapes.of("img_in.weight")
     (head_width,) = shapes.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
@@ -99,13 +108,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
         "token_dim": token_dim,
         "text_dim": shapes.of("txt_in.weight")[1],
     }
-    if f"{APPROXIMATOR}.in_proj.weight" in file_shapes:  # Chroma
+    if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
         sizes["approximator"] = _read_approximator(shapes)
     else:
         sizes["pooled_dim"] = shapes.of("vector_in.in_layer.weight")[1]
         sizes["freq_dim"] = shapes.of("time_in.in_layer.weight")[1]
-        sizes["has_guidance"] = "guidance_in.in_layer.weight" in file_shapes
-    return DitHeader(FluxConfig(**sizes), dialect, names[mark].dtype)
+        sizes["has_guidance"] = "guidance_in.in_layer.weight" in shapes.shapes
+    return FluxConfig(**sizes)
 
 
 def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:
@@ -130,7 +139,7 @@ FORMAT = DitFormat(
     lambda header: NAMES[header.config.kind],
     network=FluxModel,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
@@ -147,7 +156,7 @@ class FluxFiles(AutoencoderFiles):
     The transformer's file shows whether it is dev, schnell or Chroma.
     """
 
-    dit_option: str = OPTION
+    dit_option: str = DIT_OPTION
     says_chroma: bool = False  # --model_type chroma
     clip_l: Path | None = None
     t5xxl: Path | None = None
@@ -158,8 +167,8 @@ class FluxFiles(AutoencoderFiles):
     masks_text: bool = False  # --apply_t5_attn_mask; always so for Chroma
 
     format: ClassVar = FORMAT
-    clip_use: ClassVar = CLIP_L  # how options, messages and caches call the text encoders
-    t5_use: ClassVar = USE
+    clip_settings: ClassVar = CLIP_L  # how options, messages and caches call the text encoders
+    t5_settings: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
         """Return a copy of these files with the text encoders' options added."""
@@ -178,12 +187,12 @@ class FluxFiles(AutoencoderFiles):
     @property
     def clip_l_path(self) -> Path:
         """Return CLIP-L's path; raise OptionError if its option is missing."""
-        return require_file(self.clip_l, self.clip_use.option, "CLIP-L encodes the prompts")
+        return require_file(self.clip_l, self.clip_settings.option, "CLIP-L encodes the prompts")
 
     @property
     def t5xxl_path(self) -> Path:
         """Return T5's path; raise OptionError if its option is missing."""
-        return require_file(self.t5xxl, self.t5_use.kind.option, "T5 encodes the prompts")
+        return require_file(self.t5xxl, self.t5_settings.kind.option, "T5 encodes the prompts")
 
     def dit_header(self) -> DitHeader[FluxConfig]:
         """Read dimensions, dialect and dtype of the transformer file.
@@ -232,7 +241,7 @@ class FluxFiles(AutoencoderFiles):
             max_length=self.t5_tokens,
             uses_mask=self.uses_mask,
             form=self.t5_form,
-            naming=self.t5_use,
+            naming=self.t5_settings,
         )
         return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 
@@ -243,7 +252,7 @@ class FluxFiles(AutoencoderFiles):
         """
         pooled_dim = None if config is None else config.pooled_dim or None
         text_dim = None if config is None else config.text_dim
-        clip, t5 = self.clip_use, self.t5_use
+        clip, t5 = self.clip_settings, self.t5_settings
         if self.clip_l is not None or (needed and self.has_pooled):
             path = self._make_clip().path
             check_state_width(
@@ -270,4 +279,4 @@ class FluxFiles(AutoencoderFiles):
             t5.tokenizer.check_option_value(self.t5xxl_tokenizer)
 
     def _make_clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
-        return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_use)
+        return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_settings)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, make_modulation
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, activate, join_tokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, apply_silu, join_tokens
 from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
 from modules.attention.attend import SampleLengths, make_lengths
 from modules.layers.norms import ScaleNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
@@ -30,7 +30,7 @@ class Approximator(nn.Module):
     def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
         """Build the network for M = `rows` modulations of C = `out_dim` channels each."""
         super().__init__()
-        self.config, self.rows = config, rows
+        self.config, self.num_rows = config, rows
         self.in_proj = nn.Linear(config.in_dim, config.dim)
         sizes = (config.dim,) * 3
         self.layers = nn.ModuleList(TwoLayerMlp(TWO_LAYERS, sizes) for _ in range(config.layers))
@@ -47,14 +47,19 @@ class Approximator(nn.Module):
         """Return the modulation rows of all blocks, B M D, from timestep, guidance and each row's number."""
         in_dim = self.config.in_dim
         batch = len(timesteps)
-        number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
-        numbered = sinusoid(GUIDANCE_UNIT * number, in_dim // 2, torch.float32)  # M in/2
-        times = sinusoid(timesteps, in_dim // 4, torch.float32)
-        guided = sinusoid(GUIDANCE_UNIT * guidance, in_dim // 4, torch.float32)
-        shared = torch.cat([times, guided], dim=1)  # B in/2
-        shared_rows = shared.unsqueeze(1).expand(batch, self.rows, -1)
-        numbered_rows = numbered.unsqueeze(0).expand(batch, -1, -1)
-        x = torch.cat([shared_rows, numbered_rows], dim=2)
+        row_index = torch.arange(self.num_rows, dtype=torch.float32, device=timesteps.device)
+        index_embedding = sinusoid(GUIDANCE_UNIT * row_index, in_dim // 2, torch.float32)  # M in/2
+        time_embedding = sinusoid(timesteps, in_dim // 4, torch.float32)
+        guidance_embedding = sinusoid(GUIDANCE_UNIT * guidance, in_dim // 4, torch.float32)
+        sample_embedding = torch.cat([time_embedding, guidance_embedding], dim=1)  # B in/2
+        # each row of each sample: the sample's embedding, then the row's, B M in
+        x = torch.cat(
+            [
+                sample_embedding.unsqueeze(1).expand(batch, self.num_rows, -1),
+                index_embedding.unsqueeze(0).expand(batch, -1, -1),
+            ],
+            dim=2,
+        )
         x = run_in_weight_dtype(self.in_proj, x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
@@ -170,22 +175,19 @@ class FluxModel(BlockNetwork):
         # the index of the image or reference is its position on the first axis of the rotary embedding
         grids = [TokenGrid(grid_of(image), first_position=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
-        # the approximator of Chroma takes a guidance input too, always 0 if not given
-        scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
+        scale = torch.zeros_like(timesteps) if guidance is None else guidance
         # Chroma computes the modulation of all blocks at once; other models compute it from a vector below
         chroma_modulation = None
         if self.config.approximator is not None:
-            for modulation_rows in self._modulation_rows:
-                modulation_rows.place(timesteps.device)
-            chroma_modulation = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
-        elif not self.config.has_guidance or not overrides.embedded_guidance:
-            scale = None
+            chroma_modulation = self._compute_chroma_modulation(timesteps, scale)
+        takes_guidance = self.config.has_guidance and overrides.embedded_guidance
         texts = []
         for prompt in overrides.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
             vector = chroma_modulation
             if vector is None:
-                vector = activate(self._embed_vector(timesteps, prompt["pooled"], scale), dtype)
+                embedded = self._embed_vector(timesteps, prompt["pooled"], scale if takes_guidance else None)
+                vector = apply_silu(embedded, dtype)
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,
@@ -214,6 +216,13 @@ class FluxModel(BlockNetwork):
         _, rows, columns = tokens.grid
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
+    def _compute_chroma_modulation(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
+        """Return the modulation rows of all blocks of Chroma, B 1 M C float32."""
+        for modulation_rows in self._modulation_rows:
+            modulation_rows.move_indices_to(timesteps.device)
+        modulation: Tensor = self.distilled_guidance_layer(timesteps, guidance).unsqueeze(1)
+        return modulation
+
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
         """Embed timestep, pooled text and guidance as one vector, B 1 C float32; `guidance` may be None."""
         if pooled is None:
@@ -227,9 +236,9 @@ class FluxModel(BlockNetwork):
         return vector.unsqueeze(1)
 
     def _embed_text(
-        self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
+        self, t5: Tensor, mask: Tensor | None, num_image_tokens: int, dtype: torch.dtype
     ) -> tuple[Tensor, SampleLengths | None]:
-        """Return text tokens, B T C, and sequence lengths including the `before` tokens in front."""
+        """Return text tokens, B T C, and sequence lengths including the image tokens in front."""
         if mask is None:
             return run_in_weight_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
@@ -237,7 +246,9 @@ class FluxModel(BlockNetwork):
             maximum = mask.shape[1]
             counts = None if counts is None else [min(count + 1, maximum) for count in counts]
             longest = min(longest + 1, maximum)
-        lengths = None if counts is None else make_lengths([before + count for count in counts], t5.device)
+        lengths = None
+        if counts is not None:
+            lengths = make_lengths([num_image_tokens + count for count in counts], t5.device)
         return run_in_weight_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
     def _check(self, pictures: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:

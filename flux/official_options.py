@@ -123,7 +123,7 @@ TYPED = {
 }
 
 
-def generation_words(options: FluxMinimalOptions) -> list[str]:
+def generation_argv(options: FluxMinimalOptions) -> list[str]:
     """Return the command line of flux_generate_image.py that equals one of the image guides' script."""
     model, image = options.model, options.picture
     values = {

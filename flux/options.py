@@ -149,7 +149,7 @@ class FluxTrainingOptions(FluxLearningOptions, title=NAME):
 
 
 class OlderSwappingOptions(Options):
-    """Older options of FLUX's trainers, whose values `join_swapped` adds up to --blocks_to_swap."""
+    """Older options of FLUX's trainers, whose values `translate_older_options` adds to --blocks_to_swap."""
 
     double_blocks_to_swap: int | None = option(
         "added to --blocks_to_swap, which replaces it", minimum=0, facts=FREE
@@ -257,7 +257,7 @@ class FluxGenerationOptions(Options, title=NAME):
     )
 
 
-def join_swapped(args: argparse.Namespace) -> None:
+def translate_older_options(args: argparse.Namespace) -> None:
     """Move the values of older options to --blocks_to_swap and --vae.
 
     Raises OptionError if both are given.

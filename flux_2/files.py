@@ -121,7 +121,7 @@ class Flux2Files(LanguageModelFiles):
         return VERSIONS[self.model_version]
 
     @property
-    def text_use(self) -> LanguageEncoderSettings:
+    def encoder_settings(self) -> LanguageEncoderSettings:
         """Return how the release uses its language model."""
         return self.version.use
 
@@ -132,7 +132,7 @@ class Flux2Files(LanguageModelFiles):
             width = self.text_width()
             fit = [name for name, release in VERSIONS.items() if release.text_dim == width]
             if fit and self.model_version not in fit:
-                model = self.text_use.model
+                model = self.encoder_settings.model
                 raise OptionError(
                     f"{model.option} {self.text_encoder} is the text encoder of --model_version "
                     f"{' and '.join(fit)}, not of {self.model_version}. Give {model.files} or that version"

@@ -142,13 +142,13 @@ class Flux2SingleBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.rows(tokens.vector)
-        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
-        attended = blocks.attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        attended = blocks.rotate_and_attend(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
         branch = run_in_weight_dtype(self.linear2, torch.cat([attended, gate_half(hidden)], dim=-1))
-        return add_gated(x, gate, branch, tokens.split)
+        return add_gated(x, gate, branch, tokens.modulation_split)
 
 
 class PixelFinalLayer(nn.Module):
@@ -263,7 +263,7 @@ class Flux2Model(BlockNetwork):
             image_tokens,
             texts,
             overrides.steer,
-            blocks.TokensWithTurnedText,
+            blocks.TokensWithRotatedText,
             grid=(1, *noisy.shape[-2:]),
             dtype=dtype,
             attention=self.attention,

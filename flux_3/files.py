@@ -144,7 +144,7 @@ class Flux3Files(LanguageModelFiles):
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    text_use: ClassVar[LanguageEncoderSettings] = FLUX_3_USE
+    encoder_settings: ClassVar[LanguageEncoderSettings] = FLUX_3_USE
 
     @property
     def dit_path(self) -> Path:

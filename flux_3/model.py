@@ -39,7 +39,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 IMAGE, REFERENCES, TEXT = MODALITIES = ("image", "image_cond", "txt")
 IMAGE_MODALITIES = (IMAGE, REFERENCES)
@@ -67,9 +67,9 @@ class Flux3Tokens:
     attention: AttentionChoice
     lengths: SampleLengths | None  # how many of the L+R+T tokens are real; None: all
     text_lengths: SampleLengths | None  # how many of the T tokens of the text are real; None: all
-    second: SecondText | None = None
+    second_text: SecondText | None = None
     second_lengths: SampleLengths | None = None  # real tokens of the second text alone
-    parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
+    parts: tuple["TokenShard", ...] = ()  # the tokens of each kind that this process has; (): all
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
@@ -86,10 +86,12 @@ class Flux3Tokens:
         """Return the indices at which the second and the third modality begin."""
         return tuple(accumulate(self.counts[:-1]))
 
-    def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
+    def cut(self, *parts: "TokenShard") -> "Flux3Tokens":
         """Return the inputs for one process, which has a part of each modality's tokens."""
         tables = self.rotary.split(self.counts, dim=-4)
-        rotary = torch.cat([part.rows(table) for part, table in zip(parts, tables, strict=True)], dim=-4)
+        rotary = torch.cat(
+            [part.slice_rotary(table) for part, table in zip(parts, tables, strict=True)], dim=-4
+        )
         counts = tuple(part.count_among_first(part.length) for part in parts)
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
@@ -206,9 +208,9 @@ def _attend_unpadded(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
 def _attend_within_texts(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     """Return the attention within each text; with two texts, the second one's tokens are at the end."""
-    if tokens.second is None:
+    if tokens.second_text is None:
         return _attend(heads, tokens, tokens.text_lengths)
-    num_second = tokens.second.num_text_tokens
+    num_second = tokens.second_text.num_text_tokens
     first_heads = [tensor[:, :-num_second] for tensor in heads]
     second_heads = [tensor[:, -num_second:] for tensor in heads]
     first = _attend(first_heads, tokens, tokens.text_lengths)
@@ -230,8 +232,8 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     parts = tokens.parts
     if parts:
         heads = _gather_tokens(heads, tokens)
-    if tokens.second is not None:
-        return _attend_with_two_texts(heads, tokens, tokens.second)
+    if tokens.second_text is not None:
+        return _attend_with_two_texts(heads, tokens, tokens.second_text)
     attended = _attend(heads, tokens, tokens.lengths)
     return _return_tokens(attended, parts) if parts else attended
 
@@ -266,7 +268,7 @@ def _gather_tokens(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
 
 
-def _return_tokens(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
+def _return_tokens(attended: Tensor, parts: Sequence["TokenShard"]) -> Tensor:
     """Exchange all tokens of this process's heads for all heads of its tokens, modality by modality.
 
     Undoes `_gather_tokens` after attention, in sequence parallelism.
@@ -498,7 +500,7 @@ def _add_second_text(
 ) -> Flux3Tokens:
     """Return the block inputs with a second text, for negative attention, whose tokens come last."""
     second = SecondText(num_images, text.states.shape[1], text.lengths_after(num_images), combine_attention)
-    return replace(tokens, second=second, second_lengths=text.lengths_after(0))
+    return replace(tokens, second_text=second, second_lengths=text.lengths_after(0))
 
 
 def _make_modality_blocks(config: Flux3Config, modality: str) -> nn.ModuleList:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,21 @@ from protocols.data import Batch, Conditions
 
 logger = logging.getLogger(__name__)
 
-# finished latents by resolution: their name in caches, the transformer's argument, and their indices
+
+class HistoryInput(NamedTuple):
+    """Names of what belongs to cached latents of earlier frames."""
+
+    argument: str  # argument of the transformer for the latents
+    indices: str  # cache key, and argument, of their frame indices
+
+
+# cache key of latents of earlier frames, in three resolutions
 HISTORY = {
-    "latents_clean": ("clean_latents", "clean_latent_indices"),
-    "latents_clean_2x": ("clean_latents_2x", "clean_latent_2x_indices"),
-    "latents_clean_4x": ("clean_latents_4x", "clean_latent_4x_indices"),
+    "latents_clean": HistoryInput("clean_latents", "clean_latent_indices"),
+    "latents_clean_2x": HistoryInput("clean_latents_2x", "clean_latent_2x_indices"),
+    "latents_clean_4x": HistoryInput("clean_latents_4x", "clean_latent_4x_indices"),
 }
-TEXT_KEYS = FramePackLlama.usual.keys | FRAMEPACK_CLIP.keys
+TEXT_KEYS = FramePackLlama.default_settings.keys | FRAMEPACK_CLIP.keys
 LATENTS_AGAIN = "fpack_cache_latents.py"
 TEXTS_AGAIN = "fpack_cache_text_encoder_outputs.py"
 _NEEDED = ("latent_indices", "image_embeddings")
@@ -52,13 +61,13 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
         f"{LATENTS_AGAIN} and the SigLIP image encoder of FramePack",
     )
     names = ["latents", *sorted(TEXT_KEYS), *_NEEDED]
-    for latents, (_, indices) in HISTORY.items():
-        names += [name for name in (latents, indices) if name in batch.tensors]
+    for latents, history in HISTORY.items():
+        names += [name for name in (latents, history.indices) if name in batch.tensors]
     tensors = {name: batch.tensor(name) for name in names}
     _check_indices(batch, tensors, "latents", "latent_indices")
-    for latents, (_, indices) in HISTORY.items():
+    for latents, history in HISTORY.items():
         if latents in tensors:
-            _check_indices(batch, tensors, latents, indices)
+            _check_indices(batch, tensors, latents, history.indices)
     del tensors["latents"]  # needed only for the checks
     return tensors
 
@@ -75,11 +84,12 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
     target = tensors["latents"]
     stored = tensors[indices]
     _, _, frames, *area = tensors[latents].shape
-    has_integers = not stored.dtype.is_floating_point
-    if not has_integers or stored.shape != (len(target), frames) or area != list(target.shape[3:]):
+    has_index_of_each_frame = stored.shape == (len(target), frames)
+    has_size_of_target = area == list(target.shape[3:])
+    if stored.dtype.is_floating_point or not has_index_of_each_frame or not has_size_of_target:
         raise CacheError(
-            f"{batch.keys[0]}: {indices} of shape {_join_sides(stored)} ({stored.dtype}) and {latents} "
-            f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "
+            f"{batch.keys[0]}: {indices} of shape {_format_shape(stored)} ({stored.dtype}) and {latents} "
+            f"of {_format_shape(tensors[latents])} do not fit latents of {_format_shape(target)}. Cache "
             f"again with {LATENTS_AGAIN}."
         )
 
@@ -96,38 +106,43 @@ def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
         one_frame: Whether samples use --one_frame.
     """
     if one_frame and batch.tensor("latents").shape[2] > 1:
-        _note_clips()
+        _warn_of_cached_clips()
         return
     # without coarse history, the batch is of images
     if not {"latents_clean_2x", "clean_latent_indices"} <= batch.tensors.keys():
         return
     # the last clean index is that of the neighboring frame
     is_before = batch.tensor("clean_latent_indices")[:, -1] < batch.tensor("latent_indices")[:, 0]
-    if bool((is_before != is_f1).any()):
-        _note_other_order(is_f1)
-
-
-@lru_cache  # warn once for each, not with every batch
-def _note_other_order(is_f1: bool) -> None:
-    """Warn that caches have another order of sections than samples; `is_f1` is that of the samples."""
+    if bool((is_before == is_f1).all()):
+        return
     if is_f1:
-        logger.warning(
-            "--f1 is given, but the sections in the caches are not for FramePack-F1: the model would learn "
-            "an order in which it does not generate. Cache again with %s --f1, or leave --f1 out if --dit is "
-            "FramePack.",
-            LATENTS_AGAIN,
-        )
+        _warn_of_caches_without_f1()
     else:
-        logger.warning(
-            "the sections in the caches are for FramePack-F1 (%s --f1), but --f1 is not given: samples are "
-            "generated in another order than the model learns. Give --f1, or cache again without it if --dit "
-            "is not F1.",
-            LATENTS_AGAIN,
-        )
+        _warn_of_caches_with_f1()
+
+
+@lru_cache  # once, not with every batch
+def _warn_of_caches_without_f1() -> None:
+    logger.warning(
+        "--f1 is given, but the sections in the caches are not for FramePack-F1: the model would learn "
+        "an order in which it does not generate. Cache again with %s --f1, or leave --f1 out if --dit is "
+        "FramePack.",
+        LATENTS_AGAIN,
+    )
 
 
 @lru_cache
-def _note_clips() -> None:
+def _warn_of_caches_with_f1() -> None:
+    logger.warning(
+        "the sections in the caches are for FramePack-F1 (%s --f1), but --f1 is not given: samples are "
+        "generated in another order than the model learns. Give --f1, or cache again without it if --dit "
+        "is not F1.",
+        LATENTS_AGAIN,
+    )
+
+
+@lru_cache
+def _warn_of_cached_clips() -> None:
     logger.warning(
         "--one_frame is given, but the caches hold sections of clips: the model learns videos, and samples "
         "are images. Give the --dataset_config whose caches were made with %s --one_frame, or leave "
@@ -136,5 +151,5 @@ def _note_clips() -> None:
     )
 
 
-def _join_sides(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, torch.Size(tensor.shape[1:])))

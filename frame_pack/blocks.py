@@ -8,7 +8,7 @@ used here. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanModulation, HunyuanTokens, attend_turned
+from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanModulation, HunyuanTokens, rotate_and_attend
 from hunyuan_model.joining import gelu, join_gelu
 from modules.attention.attend import SampleLengths, attend
 from modules.layers.modulation import add_gated, modulate
@@ -33,7 +33,7 @@ class SingleAttention(nn.Module):
         # x: B L+T C
         q = self.norm_q(heads(self.to_q, x, self.num_heads))
         k = self.norm_k(heads(self.to_k, x, self.num_heads))
-        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
+        return rotate_and_attend(q, k, heads(self.to_v, x, self.num_heads), tokens)
 
 
 class FramePackAttention(SingleAttention):
@@ -119,9 +119,9 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.norm(tokens.vector)
-        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         joined = join_gelu(self.attn(h, tokens), run_in_weight_dtype(self.proj_mlp, h))
-        return add_gated(x, gate, run_in_weight_dtype(self.proj_out, joined), tokens.split)
+        return add_gated(x, gate, run_in_weight_dtype(self.proj_out, joined), tokens.modulation_split)
 
 
 class FramePackRefinerBlock(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 from encoders.tiles import posterior_generator
 from frame_pack.inputs import apply_masks
 from frame_pack.one_frame import one_frame_indices
-from frame_pack.sections import LATENT_STRIDE, Indices, Order, count_window_sections, video_frames
+from frame_pack.sections import LATENT_STRIDE, GenerationOrder, Indices, count_window_sections, video_frames
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips, to_pixels
@@ -55,6 +55,11 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         raise DatasetError(
             f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
         )
+    _check_clip_lengths(table)
+
+
+def _check_clip_lengths(table: MediaTable) -> None:
+    """Raise DatasetError if clips are shorter than a section; warn if their last frames do not fill one."""
     minimum = _count_least_frames(table)
     if table.max_frames is not None and table.max_frames < minimum:
         raise DatasetError(
@@ -124,7 +129,9 @@ def _count_least_frames(table: MediaTable) -> int:
 # Clips
 
 
-def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
+def clip_entries(
+    encoders: MediaEncoders, media: MediaBatch, order: GenerationOrder
+) -> list[list[CacheEntry]]:
     """Return one cache entry for each section of each clip, with its number as `section`.
 
     Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
@@ -140,7 +147,7 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
     return entries
 
 
-def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
+def clip_sections(latents: Tensor, features: Tensor, order: GenerationOrder, window: int) -> list[CacheEntry]:
     """Return the cache entries of one clip's sections, each with the earlier sections as its history.
 
     Args:
@@ -151,9 +158,9 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
     """
     start = latents[:, :, :1]
     targets = latents[:, :, 1:].split(window, dim=2)
-    history = order.begin(start, None)  # what precedes a section in the order of generation
+    history = order.start_history(start, None)  # what precedes a section in the order of generation
     entries = []
-    for plan in order.plan(len(targets), window, ()):
+    for plan in order.plan_sections(len(targets), window, ()):
         target = targets[plan.index]
         clean = order.clean_latents(start, history)
         batched = {"latents": target, **clean.by_name()}
@@ -162,23 +169,25 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
         entry = _make_entry(tensors, plan.indices, features, section=plan.index)
         # the section's first latent frame in the clip, whose start image comes before all sections
         entries.append(replace(entry, start=start.shape[2] + plan.index * window))
-        history = order.extend(history, target)
+        history = order.add_to_history(history, target)
     return entries
 
 
 # Images
 
 
-def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
+def image_entries(
+    encoders: MediaEncoders, media: MediaBatch, black_frames: OneFrame
+) -> list[list[CacheEntry]]:
     """Return one entry for every image: its latents as the target, with those of its control images.
 
-    Each image is encoded alone. Latents are 0 where their image is transparent. `switches` sets which black
-    frames are added to the clean ones; the frame indices of all images come from the dataset's table.
+    Each image is encoded alone. Latents are 0 where their image is transparent. `black_frames` sets which
+    black frames are added to the clean ones; the frame indices of all images come from the dataset's table.
     """
     table = media.table
     # the run sets which black frames are added, the dataset's table everything else
     settings = replace(
-        switches,
+        black_frames,
         target_index=table.target_index,
         control_indices=table.clean_indices,
         has_post=table.has_post,
@@ -186,15 +195,15 @@ def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame
     indices = one_frame_indices(settings, len(media.control), table.window)
     target, *controls = _encode(encoders, media.keys, [media.frames, *media.control])
     target = apply_masks(target, media.alpha)
-    frames_before = []
+    clean_frames = []
     for latents, frames in zip(controls, media.control, strict=True):
         # frames are B F H W C; a fourth channel is the alpha of the control image
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
-        frames_before.append(apply_masks(latents, alpha))
+        clean_frames.append(apply_masks(latents, alpha))
     # the remaining indices are those of black frames, whose latents are 0
-    num_black = len(indices.clean) - len(frames_before)
-    frames_before += [torch.zeros_like(target)] * num_black
-    clean = torch.cat(frames_before, dim=2)
+    num_black = len(indices.clean) - len(clean_frames)
+    clean_frames += [torch.zeros_like(target)] * num_black
+    clean = torch.cat(clean_frames, dim=2)
     features = _encode_features(encoders, media.control[0])  # of the first control image only
     entries = []
     for item in range(len(media.keys)):

@@ -29,7 +29,14 @@ from frame_pack.options import (
     FramePackTrainingOptions,
 )
 from frame_pack.requests import FramePackRequest, prepare_request, warn_of_unused_paddings
-from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
+from frame_pack.sections import (
+    ANTI_DRIFTING,
+    F1,
+    GenerationOrder,
+    count_sections,
+    parse_paddings,
+    video_frames,
+)
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS
@@ -80,7 +87,9 @@ class FramePack(OneTransformer):
     paddings: tuple[int, ...] = ()  # --latent_paddings
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
-    takes_shape: bool = False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    matches_control_shape: bool = (
+        False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    )
     rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
     rope_factor: float = 1.0  # factor on positions along rows and columns
     trained_guidance: float = 1.0  # embedded guidance in training
@@ -95,7 +104,7 @@ class FramePack(OneTransformer):
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
 
     @property
-    def order(self) -> Order:
+    def order(self) -> GenerationOrder:
         """Return the order in which sections are generated."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
@@ -189,7 +198,7 @@ class FramePack(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, and scale its text tokens by --te_multiplier."""
-        return self.files.multiply_text(super().load_dit(placement, expert))
+        return self.files.scale_text_tokens(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return a batch's conditions: all cached tensors except the target, and guidance (B)."""
@@ -209,8 +218,7 @@ class FramePack(OneTransformer):
         """Predict the velocity, B C F H W float32.
 
         Timesteps are rounded to the dtype of the guidance: generation rounds both to the model's compute
-        dtype, as the released code does; training rounds neither. Earlier frames (history) with indices but
-        without latents are black.
+        dtype, as the released code does; training rounds neither.
 
         Args:
             dit: The transformer.
@@ -220,35 +228,22 @@ class FramePack(OneTransformer):
             overrides: Changes to this call.
         """
         device = noisy.device
-        history: dict[str, Tensor] = {}
-        for name, (argument, indices) in HISTORY.items():
-            if indices not in cond:
-                continue
-            positions = data.send_tensor(cond, indices, device)
-            if name in cond:
-                history[argument] = data.send_tensor(cond, name, device).to(noisy.dtype)
-            else:
-                black = (*noisy.shape[:2], positions.shape[1], *noisy.shape[3:])
-                history[argument] = noisy.new_zeros(black)
-            history[indices] = positions
         guidance = data.send_tensor(cond, "guidance", device)
-        # the timestep sets how far rotary positions are scaled; that of `turn` is on the host, which need
-        # not wait for the device
-        on_host = (
-            timesteps if overrides.step_position is None else torch.tensor([overrides.step_position.timestep])
-        )
-        # round to the dtype of the guidance
-        timesteps = timesteps.to(guidance.dtype).float()
-        scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
+        # the timestep sets how far rotary positions are scaled; reading that of `step_position`, on the host,
+        # does not wait for the device
+        scaling_timestep = timesteps
+        if overrides.step_position is not None:
+            scaling_timestep = torch.tensor([overrides.step_position.timestep])
+        scaling_timestep = scaling_timestep.to(guidance.dtype).float()
         return dit(
             noisy,
-            timesteps,
+            timesteps.to(guidance.dtype).float(),
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
             image_embeddings=data.send_tensor(cond, "image_embeddings", device),
             latent_indices=data.send_tensor(cond, "latent_indices", device),
-            **history,
-            position_scale=scale,
+            **_history_arguments(cond, noisy),
+            position_scale=position_scale(scaling_timestep, self.rope_threshold, self.rope_factor),
             overrides=overrides.rename_nag(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
@@ -269,7 +264,7 @@ class FramePack(OneTransformer):
             LATENT,
             window=self.window,
             is_f1=self.is_f1,
-            takes_shape=self.takes_shape,  # an image gets the aspect ratio of its control image
+            matches_control_shape=self.matches_control_shape,
         )
         if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
             warn_of_unused_paddings(self.paddings, prepared.family_record)
@@ -342,6 +337,25 @@ class FramePack(OneTransformer):
         )
 
 
+def _history_arguments(cond: data.Conditions, noisy: Tensor) -> dict[str, Tensor]:
+    """Return latents of earlier frames and their indices by the network's arguments.
+
+    Frames that have indices but no latents in the conditions are black.
+    """
+    arguments: dict[str, Tensor] = {}
+    for name, history in HISTORY.items():
+        if history.indices not in cond:
+            continue
+        indices = data.send_tensor(cond, history.indices, noisy.device)
+        if name in cond:
+            latents = data.send_tensor(cond, name, noisy.device).to(noisy.dtype)
+        else:
+            latents = noisy.new_zeros(*noisy.shape[:2], indices.shape[1], *noisy.shape[3:])
+        arguments[history.argument] = latents
+        arguments[history.indices] = indices
+    return arguments
+
+
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_latents.py, which needs the VAE and the image encoder."""
     files = _tile_vae(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
@@ -385,7 +399,7 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         paddings=() if options.latent_paddings is None else parse_paddings(options.latent_paddings),
-        takes_shape=options.one_frame_auto_resize,
+        matches_control_shape=options.one_frame_auto_resize,
         rope_threshold=options.rope_scaling_timestep_threshold,
         rope_factor=options.rope_scaling_factor,
     )

@@ -20,10 +20,10 @@ from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint
 from encoders.clip_l import PooledClip
 from frame_pack.configs import DIT, FramePackConfig
-from frame_pack.image_encoder import FILES, OPTION, read_siglip
+from frame_pack.image_encoder import ENCODER_OPTION, FILES, read_siglip
 from frame_pack.model import FramePackModel
 from hunyuan_model.files import HunyuanFiles
-from hunyuan_model.text_encoders import CLIP, LLAVA_USE, LlavaTextEncoder
+from hunyuan_model.text_encoders import CLIP, LLAVA_SETTINGS, LlavaTextEncoder
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER
 from modules.errors import CheckpointError, OptionError
 from protocols.data import Conditions
@@ -36,7 +36,9 @@ TEXT_ROWS = 512  # number of rows of the language model's states; those after th
 class FramePackLlama(LlavaTextEncoder):
     """LLaMA of HunyuanVideo as FramePack's first text encoder, limited to 256 tokens of a prompt."""
 
-    usual = replace(LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask")
+    default_settings = replace(
+        LLAVA_SETTINGS, name="llama", states_key="llama_vec", mask_key="llama_attention_mask"
+    )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
@@ -72,9 +74,9 @@ class FramePackClip(PooledClip):
 
 
 # FramePack and FramePack-F1 have the same tensors, so their files cannot be told apart
-WHAT = "a FramePack transformer"
+MODEL_KIND = "a FramePack transformer"
 FEED_FORWARD = "transformer_blocks.0.ff.net.0.proj.weight"
-DIMENSIONS = {  # for `hunyuan.read_dimensions`
+CONFIG_TENSORS = {  # for `hunyuan.read_dimensions`
     "in_dim": "x_embedder.proj.weight",
     "num_heads": "transformer_blocks.0.attn.norm_q.weight",
     "ffn_dim": FEED_FORWARD,
@@ -85,7 +87,10 @@ DIMENSIONS = {  # for `hunyuan.read_dimensions`
     "freq_dim": "time_text_embed.timestep_embedder.linear_1.weight",
     "out_dim": "proj_out.weight",
 }
-MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # tensors that HunyuanVideo lacks
+FRAMEPACK_TENSORS = (
+    "clean_x_embedder.proj.weight",
+    "image_projection.up.weight",
+)
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
@@ -94,25 +99,25 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
     Raises CheckpointError for another model.
     """
     path, names = checkpoint.path, checkpoint.tensors
-    if not any(mark in names for mark in MARKS):
+    if not any(mark in names for mark in FRAMEPACK_TENSORS):
         files = (
             "the transformer's checkpoint, such as the folder of FramePackI2V_HY or "
             "FramePackI2V_HY_bf16.safetensors,"
         )
         related = hunyuan.describe(checkpoint)  # names the model that the file probably is
         if related is None:
-            raise other_kind(checkpoint, WHAT, "--dit", files)
+            raise other_kind(checkpoint, MODEL_KIND, "--dit", files)
         raise CheckpointError(
-            f"{path} is not {WHAT}; it looks like {related}.\n  Give {files} to --dit.", path
+            f"{path} is not {MODEL_KIND}; it looks like {related}.\n  Give {files} to --dit.", path
         )
     shapes = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
-    shared = hunyuan.read_dimensions(shapes, DIT, DIMENSIONS)
+    shared = hunyuan.read_dimensions(shapes, DIT, CONFIG_TENSORS)
     image_hidden_dim, image_dim = shapes.of("image_projection.up.weight")
     config = FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 
 
-FORMAT = DitFormat(_read_header, lambda _: WHAT, FramePackModel, own_names)
+FORMAT = DitFormat(_read_header, lambda _: MODEL_KIND, FramePackModel, own_names)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -130,7 +135,7 @@ class FramePackFiles(HunyuanFiles):
     def image_encoder_path(self) -> Path:
         """Return SigLIP's path; raise OptionError if --image_encoder is missing."""
         return inside(
-            require_file(self.image_encoder, OPTION, "FramePack encodes its start image with SigLIP"),
+            require_file(self.image_encoder, ENCODER_OPTION, "FramePack encodes its start image with SigLIP"),
             "image_encoder",
         )
 
@@ -141,11 +146,13 @@ class FramePackFiles(HunyuanFiles):
             path, takes = self.image_encoder_path, None
             if self.dit is not None:
                 takes = self.dit_header().config.image_dim
-            check_state_width(OPTION, path, read_once(path, _read_siglip_width), self.dit, takes, FILES)
+            check_state_width(
+                ENCODER_OPTION, path, read_once(path, _read_siglip_width), self.dit, takes, FILES
+            )
 
 
-def saved_window(paths: Sequence[Path], otherwise: int) -> int:
-    """Return the latent frames per section recorded in files of latents; `otherwise` if none is recorded.
+def read_window_size(paths: Sequence[Path], default: int) -> int:
+    """Return the latent frames per section recorded in files of latents; `default` if none is recorded.
 
     Raises:
         OptionError: If the files differ.
@@ -158,14 +165,14 @@ def saved_window(paths: Sequence[Path], otherwise: int) -> int:
             with open_checkpoint(path) as file:
                 # the first name is written by this program, the second by others
                 text = file.metadata.get("bt_latent_window_size", file.metadata.get("latent_window_size", ""))
-        windows[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else otherwise
+        windows[path] = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else default
     if len(set(windows.values())) > 1:
         listed = ", ".join(f"{path}: {window}" for path, window in windows.items())
         raise OptionError(
             f"--latent_path: sections of different lengths ({listed} latent frames). Decode them in "
             "separate runs."
         )
-    return next(iter(windows.values()), otherwise)
+    return next(iter(windows.values()), default)
 
 
 def _read_siglip_width(checkpoint: Checkpoint) -> int:

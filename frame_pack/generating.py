@@ -3,7 +3,7 @@
 Source: the released code; Zhang and Agrawala 2025, arXiv 2504.12626.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import (
+    GenerationOrder,
     Indices,
-    Order,
     blend_overlaps,
     count_window_sections,
     decoding_slices,
@@ -35,7 +35,7 @@ def video_sections(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
     guidance: Tensor,
-    order: Order,
+    order: GenerationOrder,
     window: int,
     paddings: Sequence[int],
 ) -> Sections:
@@ -54,21 +54,21 @@ def video_sections(
         paddings: --latent_paddings.
     """
     # sections in the order of generation, with their frame indices
-    plan = order.plan(len(inputs), window, paddings)
+    plan = order.plan_sections(len(inputs), window, paddings)
     end = inputs[0].get("end_latents")
     assert end is None or isinstance(end, Tensor)
-    start = _tensor(inputs[plan[0].index], "start_latents")
+    start = _get_tensor(inputs[plan[0].index], "start_latents")
     # the history contains the images given for both ends
-    history = order.begin(start, end)
+    history = order.start_history(start, end)
     piece = None
     device = CPU  # that of the denoised sections, to which the video is moved at the end
     for number, section in enumerate(plan):
         section_inputs = inputs[section.index]
-        start = _tensor(section_inputs, "start_latents")
+        start = _get_tensor(section_inputs, "start_latents")
         conditions = {
             "image_embeddings": section_inputs["image_embeddings"],
             "guidance": guidance,
-            **_index_tensors(section.indices),
+            **_stack_indices(section.indices),
             **order.clean_latents(start, history).by_name(),
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))  # only the target is denoised
@@ -81,29 +81,32 @@ def video_sections(
             count=len(plan),
         )
         device = latents.device
-        history = order.extend(history, latents.to(CPU))
-        piece = _take_newest(order, history, window, number)
-    first_image = _tensor(inputs[0], "start_latents")
-    return order.video(first_image, history, len(plan) * window).to(device)
+        history = order.add_to_history(history, latents.to(CPU))
+        piece = _make_preview_piece(order, history, window, number)
+    first_image = _get_tensor(inputs[0], "start_latents")
+    return order.join_video(first_image, history, len(plan) * window).to(device)
 
 
-def _take_newest(order: Order, history: Tensor, window: int, number: int) -> PreviewPiece:
-    """Return the newest section with its neighbor's latents, so that a preview has the final transition.
+def _make_preview_piece(order: GenerationOrder, history: Tensor, window: int, number: int) -> PreviewPiece:
+    """Return the newest section and its neighbor in time, so that a preview shows the final transition.
 
     `history` is all that has been generated, in playing order; the newest section is at its front if
-    `order.in_front`, otherwise at its end. `number` counts sections from 0 in the order of generation.
+    `order.prepends_sections`, else at its end. `number` counts sections from 0 in the order of generation.
     """
-    # played forwards, the first section also has the latent frame of the start image
-    first = window if order.in_front else window + 1
-    length = 2 * window if number else first
-    latents = history[:, :, :length] if order.in_front else history[:, :, -length:]
-    # forwards, the start image adds a latent frame
-    frames = (number + 1) * window
-    so_far = history[:, :, :frames] if order.in_front else history[:, :, -(frames + 1) :]
+    is_first_section = number == 0
+    num_generated = (number + 1) * window
+    num_newest = window if is_first_section else 2 * window  # the newest section and its neighbor
+    if order.prepends_sections:
+        newest = history[:, :, :num_newest]
+        so_far = history[:, :, :num_generated]
+    else:
+        # the latent frame of the start image precedes the first section
+        newest = history[:, :, -(num_newest + is_first_section) :]
+        so_far = history[:, :, -(num_generated + 1) :]
     return PreviewPiece(
-        latents,
-        overlap=section_frames(window) if number else 0,
-        is_prepended=order.in_front,
+        newest,
+        overlap=0 if is_first_section else section_frames(window),
+        is_prepended=order.prepends_sections,
         decode=decode_part,
         previous_latents=so_far,
     )
@@ -138,32 +141,33 @@ def one_frame_section(
     conditions = {
         "image_embeddings": inputs["image_embeddings"],
         "guidance": guidance,
-        **_index_tensors(indices),
+        **_stack_indices(indices),
         "latents_clean": clean,
     }
     return (yield prompts.section(noise.draw(shape), conditions))
 
 
-def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
+def decode_video(vae: HunyuanVae, latents: Tensor, window: int, in_one_pass: bool) -> Iterator[Tensor]:
     """Decode latents, 1 C F h w in model space, to pixels 1 3 F H W in -1..1, in playing order.
 
     Sections of `window` latent frames are decoded in overlapping pairs and blended, on the CPU. With
-    `at_once`, or if the latents are not a whole number of sections, all are decoded together, which has no
-    seams and takes more memory.
+    `in_one_pass`, or if the latents are not a whole number of sections, all are decoded together, which
+    has no seams and takes more memory.
     """
     sections = count_window_sections(latents.shape[2], window)
-    if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
+    if in_one_pass or sections < 2 or video_latents(sections, window) != latents.shape[2]:
         yield from vae.decode(latents / VAE_LATENT.scale)
         return
-
-    def clips() -> Iterator[Tensor]:
-        for part in decoding_slices(sections, window):  # scaled in parts: no copy of a long video
-            # unclamped, because sections are blended first
-            chunks = vae.decode_unclamped(latents[:, :, part] / VAE_LATENT.scale)
-            yield torch.cat([chunk.cpu() for chunk in chunks], dim=2)
-
-    for chunk in blend_overlaps(clips(), section_frames(window)):
+    overlapping_clips = _decode_overlapping(vae, latents, decoding_slices(sections, window))
+    for chunk in blend_overlaps(overlapping_clips, section_frames(window)):
         yield chunk.clamp_(-1, 1)  # after blending, as in the released code
+
+
+def _decode_overlapping(vae: HunyuanVae, latents: Tensor, slices: Iterable[slice]) -> Iterator[Tensor]:
+    """Decode overlapping slices of latent frames one by one to pixels on the CPU, not clamped to -1..1."""
+    for frames in slices:  # each is scaled alone: no copy of a long video
+        chunks = vae.decode_unclamped(latents[:, :, frames] / VAE_LATENT.scale)
+        yield torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
 
 def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
@@ -171,12 +175,12 @@ def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
-def _index_tensors(indices: Indices) -> dict[str, Tensor]:
+def _stack_indices(indices: Indices) -> dict[str, Tensor]:
     """Return the frame indices by cache key, with a batch dimension."""
     return {name: torch.tensor([numbers]) for name, numbers in indices.by_name().items()}
 
 
-def _tensor(conditions: Conditions, name: str) -> Tensor:
+def _get_tensor(conditions: Conditions, name: str) -> Tensor:
     value = conditions[name]
     assert isinstance(value, Tensor)
     return value

@@ -22,7 +22,7 @@ from modules.devices import dtype_name, replace_slow_float16
 from modules.errors import CheckpointError
 from modules.media.pixels import to_pixels
 
-OPTION = "--image_encoder"
+ENCODER_OPTION = "--image_encoder"
 FILES = (
     "the folder image_encoder of flux_redux_bfl, its model.safetensors or "
     "sigclip_vision_patch14_384.safetensors"
@@ -68,7 +68,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         _OTHER_TOWER,
     )
     if tower is None:
-        raise other_kind(checkpoint, "a SigLIP image encoder", OPTION, FILES)
+        raise other_kind(checkpoint, "a SigLIP image encoder", ENCODER_OPTION, FILES)
     sources = plain_sources(tower)
     shape = shapes_of(tower, sources)
     patches = shape("embeddings.patch_embedding.weight")
@@ -77,7 +77,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         raise CheckpointError(
             f"{checkpoint.path}: the patch embedding has shape {list(patches)}, but a SigLIP for images of "
             "one size has "
-            f"[width, 3, side, side]. Give {FILES} to {OPTION}.",
+            f"[width, 3, side, side]. Give {FILES} to {ENCODER_OPTION}.",
             checkpoint.path,
         )
     dim, patch = patches[0], patches[2]
@@ -172,6 +172,8 @@ def load_siglip(path: Path, device: torch.device, dtype: torch.dtype = torch.flo
     with open_checkpoint(path) as checkpoint:
         plan = read_siglip(checkpoint)
         check_activation(plan.config, path, f"SigLIP has {SiglipConfig.activation}")
-        siglip = load_planned(plan, SiglipVision, device, dtype, what=f"the SigLIP image encoder ({OPTION})")
+        siglip = load_planned(
+            plan, SiglipVision, device, dtype, what=f"the SigLIP image encoder ({ENCODER_OPTION})"
+        )
     logger.info("SigLIP: %s, computing in %s", path, dtype_name(dtype))
     return siglip

@@ -4,6 +4,7 @@ Every latent is a sample of the VAE's posterior, seeded by the request alone, so
 does not depend on the other files. Source: the released code; masks as in kisekaeichi.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy
@@ -68,7 +69,6 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     """
     settings: FramePackRequest = prepared.family_record
     (image,) = settings.images
-    masks = settings.masks
     conditions: dict[str, Tensor | list[Tensor]] = {
         "image_embeddings": _encode_embeddings(encoders, image, prepared, on_white=False)
     }
@@ -78,10 +78,11 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     for path in dict.fromkeys(settings.controls):  # each file once, even if it is given twice
         latents[path] = _encode_latents(encoders, path, prepared, on_white=False)
     masked = []
-    for index, path in enumerate(settings.controls):
+    # masks belong to the first controls; the alpha channel replaces a missing one
+    for path, mask_path in itertools.zip_longest(settings.controls, settings.masks[: len(settings.controls)]):
         *_, height, width = latents[path].shape
         size = (width, height)
-        mask = read_mask(masks[index], size) if index < len(masks) else read_alpha(path, size)
+        mask = read_alpha(path, size) if mask_path is None else read_mask(mask_path, size)
         masked.append(latents[path] if mask is None else latents[path] * mask)
     conditions["control_latents"] = torch.cat(masked, dim=2)
     return {0: conditions}

@@ -23,8 +23,8 @@ from frame_pack.blocks import (
     HunyuanVideoTransformerBlock,
 )
 from frame_pack.configs import DIT, FramePackConfig
-from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, activate, join_tokens
-from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
+from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, apply_silu, join_tokens
+from hunyuan_model.model import check_sizes, count_real_tokens, from_patches, rotary_widths
 from hunyuan_model.token_refiner import mean_text, refine_tokens
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
@@ -42,19 +42,19 @@ from runtime.run_blocks import BlockNetwork, Hidden
 
 
 @dataclass(frozen=True)
-class Stretch:
+class LatentGroup:
     """Consecutive latents of the sequence with one patch size."""
 
     # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
-    coarseness: int  # number of patches that one token covers along each axis
+    downsampling: int  # number of patches that one token covers along each axis
 
 
 @dataclass(frozen=True)
 class WindowLayout:
     """Frame indices and grid on which a sequence's rotary table depends, as a cache key."""
 
-    stretches: tuple[Stretch, ...]  # front to back
+    latent_groups: tuple[LatentGroup, ...]  # front to back
     rows: int  # patches, before any are joined into coarse tokens
     columns: int
     scale: float  # factor for positions along rows and columns
@@ -87,16 +87,16 @@ def rotary_table(
         theta: Base of the frequencies.
         device: Device of the result.
     """
-    batch = len(layout.stretches[0].indices)
+    batch = len(layout.latent_groups[0].indices)
     # often equal in all samples, so equal ones are computed once
-    samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
+    samples = [tuple(group.indices[sample] for group in layout.latent_groups) for sample in range(batch)]
     tables = {}
     for indices in set(samples):
-        tables[indices] = _table(layout, indices, widths, theta=theta, device=device)
+        tables[indices] = _make_sample_table(layout, indices, widths, theta=theta, device=device)
     return tables[samples[0]] if len(tables) == 1 else torch.stack([tables[indices] for indices in samples])
 
 
-def _table(
+def _make_sample_table(
     layout: WindowLayout,
     indices: Sequence[Sequence[int]],
     widths: Sequence[int],
@@ -110,15 +110,15 @@ def _table(
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     parts = []
-    for stretch, frames in zip(layout.stretches, indices, strict=True):
+    for group, frames in zip(layout.latent_groups, indices, strict=True):
         axes = []
         for positions, width in zip((torch.tensor(frames), rows, columns), widths, strict=True):
-            axes.append(send_ahead(_average_turns(positions, width, theta, stretch.coarseness), device))
+            axes.append(send_ahead(_average_turns(positions, width, theta, group.downsampling), device))
         parts.append(spread_over_grid(axes))
     return torch.cat(parts).unsqueeze(1)
 
 
-def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
+def _average_turns(positions: Tensor, width: int, theta: float, downsampling: int) -> Tensor:
     """Average the rotations along one axis over cells: ceil(n / coarseness) x width/2 x 2 float32.
 
     Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
@@ -126,9 +126,9 @@ def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int)
     depend on the other axes.
     """
     pairs = cos_and_sin(rotation_angles(positions.double(), width, theta))
-    missing = -len(pairs) % coarseness
+    missing = -len(pairs) % downsampling
     pairs = torch.cat([pairs, pairs[-1:].expand(missing, -1, -1)])
-    return pairs.unflatten(0, (-1, coarseness)).mean(dim=1).float()
+    return pairs.unflatten(0, (-1, downsampling)).mean(dim=1).float()
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class FramePackTokens(HunyuanTokens):
     @property
     def first_image(self) -> int:
         """Return the index of the first token of the noisy latents."""
-        return self.video - math.prod(self.grid)
+        return self.num_video_tokens - math.prod(self.grid)
 
 
 class ConditionEmbedding(nn.Module):
@@ -207,19 +207,19 @@ class CleanEmbedding(nn.Module):
     def __init__(self, config: FramePackConfig) -> None:
         super().__init__()
 
-        def patches(times: int) -> nn.Conv3d:
+        def patches(downsampling: int) -> nn.Conv3d:
             frames, rows, columns = config.patch_size
-            size = (times * frames, times * rows, times * columns)
+            size = (downsampling * frames, downsampling * rows, downsampling * columns)
             return nn.Conv3d(config.in_dim, config.dim, size, size)
 
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
-    def forward(self, latents: Tensor, times: int) -> Tensor:
+    def forward(self, latents: Tensor, downsampling: int) -> Tensor:
         """Embed latents, B in_dim F H W, as tokens, B l C; `times` (1, 2 or 4) is the coarseness.
 
         Incomplete patches are padded with the border's values.
         """
-        layer = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[times]
+        layer = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[downsampling]
         frames, rows, columns = (
             -size % patch for size, patch in zip(latents.shape[2:], layer.kernel_size, strict=True)
         )
@@ -228,13 +228,13 @@ class CleanEmbedding(nn.Module):
 
 
 @dataclass(frozen=True)
-class Given:
+class IndexedLatents:
     """Clean or noisy latents, B in_dim F H W, with their frame indices, B F."""
 
     name: str  # name of the argument of `FramePackModel.embed`
     latents: Tensor
     indices: Tensor
-    times: int  # number of patches of the noisy latents that one token covers along each axis
+    downsampling: int  # number of patches of the noisy latents that one token covers along each axis
 
 
 class FramePackModel(BlockNetwork):
@@ -328,34 +328,33 @@ class FramePackModel(BlockNetwork):
             ValueError: If sizes do not match.
         """
         history = [
-            _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
-            _describe_given("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
-            _describe_given("clean_latents", clean_latents, clean_latent_indices, 1),
+            _pair_with_indices("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),
+            _pair_with_indices("clean_latents_2x", clean_latents_2x, clean_latent_2x_indices, 2),
+            _pair_with_indices("clean_latents", clean_latents, clean_latent_indices, 1),
         ]
         # in the order of the sequence: coarse history first, noisy latents last
-        clean = [kind for kind in history if kind is not None]
-        kinds = [*clean, Given("noisy", noisy, latent_indices, 1)]
-        self._check(kinds, llama, llama_mask)
+        clean = [group for group in history if group is not None]
+        groups = [*clean, IndexedLatents("noisy", noisy, latent_indices, 1)]
+        self._check(groups, llama, llama_mask)
         if overrides.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = run_in_weight_dtype(self.x_embedder["proj"], noisy)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        video = [self.clean_x_embedder(kind.latents, kind.times).to(dtype) for kind in clean]
+        video = [self.clean_x_embedder(group.latents, group.downsampling).to(dtype) for group in clean]
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
-        rotary = self._rotary.get_table(_make_layout(kinds, grid, position_scale), noisy.device)
+        rotary = self._rotary.get_table(_make_layout(groups, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
-        guided = guidance if overrides.embedded_guidance else None
-        before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
+        guidance_input = guidance if overrides.embedded_guidance else None
+        num_before_text = rotary.shape[-4] + image.shape[1]
         texts = []
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
-            longest, counts, lengths = count_real(prompt["llama_mask"], before, noisy.device)
+            longest, counts, lengths = count_real_tokens(prompt["llama_mask"], num_before_text, noisy.device)
             states = prompt["llama"][:, :longest]
-            text = self.context_embedder(
-                states, timesteps, counts, dtype=image.dtype, attention=self.attention
-            )
-            vector = self.time_text_embed(timesteps, prompt["clip_l"], guided).unsqueeze(1)
-            texts.append(EmbeddedText(torch.cat([image, text], dim=1), lengths, activate(vector, dtype)))
+            text = self.context_embedder(states, timesteps, counts, dtype=dtype, attention=self.attention)
+            vector = self.time_text_embed(timesteps, prompt["clip_l"], guidance_input).unsqueeze(1)
+            image_and_text = torch.cat([image, text], dim=1)  # the image's tokens are part of the text
+            texts.append(EmbeddedText(image_and_text, lengths, apply_silu(vector, dtype)))
         return join_tokens(
             video,
             texts,
@@ -371,52 +370,57 @@ class FramePackModel(BlockNetwork):
         """Project tokens B L+T C to the velocity of the noisy latents, B out_dim F H W float32."""
         frames, rows, columns = tokens.grid
         scale, shift = self.norm_out(tokens.vector[:, :1])
-        noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
+        end = tokens.num_video_tokens  # the noisy latents are the last of the video
+        noisy = self.layer_norm(x[:, end - frames * rows * columns : end])
         return from_patches(
             run_float32(self.proj_out, modulate(noisy, shift, scale, torch.float32)),
             tokens.grid,
             self.config.patch_size,
         )
 
-    def _check(self, kinds: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
+    def _check(self, groups: Sequence[IndexedLatents], llama: Tensor, llama_mask: Tensor) -> None:
         """Raise ValueError for shapes that do not fit the model or each other.
 
-        `kinds` are the latents with their frame indices: history, and last the noisy ones.
+        `groups` are the latents with their frame indices: history, and last the noisy ones.
         """
-        noisy = kinds[-1].latents
+        noisy = groups[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
-        for kind in kinds:
-            batch, channels, frames, *area = kind.latents.shape
+        for group in groups:
+            batch, channels, frames, *area = group.latents.shape
             if channels != self.config.in_dim:
                 raise ValueError(
-                    f"{kind.name} with {channels} channels, the model takes {self.config.in_dim}"
+                    f"{group.name} with {channels} channels, the model takes {self.config.in_dim}"
                 )
             if batch != len(noisy) or area != list(noisy.shape[3:]):
                 raise ValueError(
-                    f"{kind.name} of {tuple(kind.latents.shape)} beside noisy latents of {tuple(noisy.shape)}"
+                    f"{group.name} of {tuple(group.latents.shape)} "
+                    f"beside noisy latents of {tuple(noisy.shape)}"
                 )
-            if kind.indices.shape != (batch, frames):
+            if group.indices.shape != (batch, frames):
                 raise ValueError(
-                    f"indices of {tuple(kind.indices.shape)} for {kind.name} of {tuple(kind.latents.shape)}"
+                    f"indices of {tuple(group.indices.shape)} "
+                    f"for {group.name} of {tuple(group.latents.shape)}"
                 )
 
 
-def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, times: int) -> Given | None:
+def _pair_with_indices(
+    name: str, latents: Tensor | None, indices: Tensor | None, downsampling: int
+) -> IndexedLatents | None:
     if latents is not None and indices is not None:
-        return Given(name, latents, indices, times)
+        return IndexedLatents(name, latents, indices, downsampling)
     if latents is None and indices is None:
         return None
     raise ValueError(f"{name} and their indices must be given together")
 
 
-def _make_layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
+def _make_layout(groups: Sequence[IndexedLatents], grid: tuple[int, int, int], scale: float) -> WindowLayout:
     """Return all frame indices on the host, as a key for the rotary table."""
     # indices on the device would make the host wait for it; this waits once for all kinds
-    rows: list[list[int]] = torch.cat([kind.indices for kind in kinds], dim=1).tolist()
-    stretches = []
+    rows: list[list[int]] = torch.cat([group.indices for group in groups], dim=1).tolist()
+    latent_groups = []
     start = 0
-    for kind in kinds:
-        end = start + kind.indices.shape[1]
-        stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), kind.times))
+    for group in groups:
+        end = start + group.indices.shape[1]
+        latent_groups.append(LatentGroup(tuple(tuple(row[start:end]) for row in rows), group.downsampling))
         start = end
-    return WindowLayout(tuple(stretches), grid[1], grid[2], scale)
+    return WindowLayout(tuple(latent_groups), grid[1], grid[2], scale)

@@ -7,7 +7,7 @@ consecutive ones).
 
 import logging
 
-from frame_pack.sections import Indices, later_indices
+from frame_pack.sections import Indices, history_indices_after
 from protocols.one_frame import OneFrame
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices
     typed = settings.control_indices[:controls]
     control_indices = (*typed, *[0] * (controls - len(typed)))
     # black frames are at the indices of history behind a section that starts at index 1
-    black = later_indices(1 + window)
+    black = history_indices_after(1 + window)
     return Indices(
         clean=(*control_indices, *black.clean) if settings.has_post else control_indices,
         clean_2x=black.clean_2x if settings.has_2x else (),

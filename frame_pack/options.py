@@ -20,11 +20,11 @@ from modules.option_values import Placeholder
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, of_request, option
 
 SEPARATOR = ";;;"
-_PLACES = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
+_SECTION_RANGE = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
 MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
-def parse_entries(text: str, option: str) -> dict[int, str]:
+def parse_section_texts(text: str, option: str) -> dict[int, str]:
     """Parse a text with a part for each section; return the parts by section number, 0 included.
 
     Negative numbers count from the end. A missing entry 0 gets the text of the lowest number that is not
@@ -46,7 +46,7 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
     """Yield (section, text) for each section of a piece such as `1-2: a cat`; section 0 if unnumbered."""
     head, colon, text = piece.partition(":")
-    numbers = _PLACES.fullmatch(head.strip())
+    numbers = _SECTION_RANGE.fullmatch(head.strip())
     if not colon or numbers is None:
         yield 0, piece.strip()
         return
@@ -159,7 +159,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
     )
 
     def __post_init__(self) -> None:
-        parse_entries(self.image_path or "", "--image_path")
+        parse_section_texts(self.image_path or "", "--image_path")
         if self.video_sections is not None and self.video_seconds != DEFAULT_SECONDS:
             logger.warning(
                 "--video_seconds %g is ignored because --video_sections is given", self.video_seconds
@@ -223,21 +223,21 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     `sample` has the settings of a sample by name. A value of None leaves its option out.
     """
     window = options.latent_window_size
-    extra = sample.get("extra") or {}
     frames = sample.get("frames")
     example = sample.get("example")
-    image = sample.get("image_path")
-    controls = sample.get("control_images") or ()
     one_frame = options.one_frame
-    # the sample repeats a dataset item: use its images and cached settings
-    if example is not None:
-        # one-frame items cache clean latents, but not the doubled ones of clips
+    if example is None:
+        image = sample.get("image_path")
+        controls = sample.get("control_images") or ()
+        one_frame_settings = (sample.get("extra") or {}).get("one_frame", "default")
+    else:
+        # the sample repeats a dataset item: use its images and cached settings. One-frame items cache clean
+        # latents, but not the doubled ones of clips
         one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
         controls = example.controls
         image = next(iter(controls), None) if one_frame else example.picture
-        cached_with = sample.get("cached_with") or {}
-        extra = {"one_frame": _join_places(example.places, cached_with)}
-    words = {
+        one_frame_settings = _join_places(example.places, sample.get("cached_with") or {})
+    values = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or Placeholder("IMAGE_ENCODER_FILE"),
         "--image_path": image or Placeholder("IMAGE_FILE"),
@@ -245,12 +245,12 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         "--latent_window_size": None if window == WINDOW else window,
     }
     if one_frame:
-        return words | {
-            "--one_frame_inference": extra.get("one_frame", "default"),
+        return values | {
+            "--one_frame_inference": one_frame_settings,
             "--control_image_path": controls,
         }
     seconds = f"{frames / FRAMES_PER_SECOND:.4g}" if frames else None
-    return words | {"--f1": options.f1, "--video_seconds": seconds}
+    return values | {"--f1": options.f1, "--video_seconds": seconds}
 
 
 def _join_places(places: str, cached_with: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frame_pack.options import FRAMES_PER_SECOND, MAX_SECTIONS, parse_entries
+from frame_pack.options import FRAMES_PER_SECOND, MAX_SECTIONS, parse_section_texts
 from frame_pack.sections import (
     LATENT_STRIDE,
     compute_flow_shift,
@@ -46,11 +46,11 @@ class FramePackRequest:
 
 def prepare_request(
     request: requests.Request,
-    usual: SamplingDefaults,
+    defaults: SamplingDefaults,
     latent: LatentSpec,
     window: int,
     is_f1: bool,
-    takes_shape: bool = False,
+    matches_control_shape: bool = False,
 ) -> requests.Prepared:
     """Resolve a request's size and sections, and check its images.
 
@@ -58,65 +58,68 @@ def prepare_request(
 
     Args:
         request: The request.
-        usual: Defaults of the family.
+        defaults: Defaults of the family.
         latent: Latent space of the model.
         window: Latent frames of a section.
         is_f1: Whether sections are generated in playing order.
-        takes_shape: Give a single image the aspect ratio of its first control image, else of its start image.
+        matches_control_shape: Give a single image the aspect ratio of its first control image, else of its
+            start image.
 
     Raises:
         OptionError: For invalid settings.
     """
     typed_settings = request.extra.get("one_frame")
-    is_image = typed_settings is not None
+    is_single_image = typed_settings is not None
     one_frame = None if typed_settings is None else parse_one_frame(typed_settings)
-    if is_image and is_f1:
+    if is_single_image and is_f1:
         raise OptionError(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
         )
-    request = _with_media(request, is_f1, is_image)
-    sections = _count_sections(request, usual, window, is_image)
-    width, height, _ = requests.size_of(request, usual)
-    frames = 1 if is_image else video_frames(sections, window)
+    request = _drop_unusable_media(request, is_f1, is_single_image)
+    sections = _count_sections(request, defaults, window, is_single_image)
+    width, height, _ = requests.size_of(request, defaults)
+    frames = 1 if is_single_image else video_frames(sections, window)
     # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
-    request = _with_controls(request)
+    request = _keep_used_controls(request)
     settings = FramePackRequest(
-        _list_images(request, sections, is_image),
+        _list_images(request, sections, is_single_image),
         one_frame,
         request.control_images,
         _read_paths(request.extra, "control_image_mask_path"),
     )
     # --one_frame_auto_resize
-    if takes_shape and is_image:
+    if matches_control_shape and is_single_image:
         images = (*settings.controls, *settings.images)
         width, height = _select_bucket(images, width, height, latent.pixel_step)
-    elif takes_shape:
+    elif matches_control_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
         # the released schedule depends on the number of tokens that are denoised together
-        flow_shift = compute_flow_shift(count_tokens(1 if is_image else window, rows, columns))
+        flow_shift = compute_flow_shift(count_tokens(1 if is_single_image else window, rows, columns))
     prepared = requests.resolve_request(
-        request, usual, (width, height, frames), flow_shift, default_negative=""
+        request, defaults, (width, height, frames), flow_shift, default_negative=""
     )
-    # metadata of saved files, by the names of options
-    metadata = dict(request.extra)
-    metadata.pop("video_seconds", None)  # the typed length, replaced by that of whole sections below
-    metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if not is_image:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
+    metadata = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
+    if not is_single_image:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
-    for index, prompt in enumerate(_read_prompts(request, sections, is_image)):
+    for index, prompt in enumerate(_read_prompts(request, sections, is_single_image)):
         prompts[index] = replace(prepared.prompts[0], positive=prompt)
     return replace(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts=prompts,
         family_record=settings,
-        extra_metadata=metadata,
+        extra_metadata=_without_typed_seconds(request.extra) | metadata,  # by the names of options
     )
+
+
+def _without_typed_seconds(extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the typed settings without --video_seconds, which is rounded to whole sections."""
+    return {name: value for name, value in extra.items() if name != "video_seconds"}
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
@@ -143,24 +146,27 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
         )
 
 
-def _read_prompts(request: requests.Request, sections: int, is_image: bool) -> list[requests.Prompt]:
-    texts = _read_entries(request.prompt, "--prompt", sections, is_image)
+def _read_prompts(request: requests.Request, sections: int, is_single_image: bool) -> list[requests.Prompt]:
+    """Return the prompt of each section, in playing order, with its text for CLIP if --prompt_2 is given."""
+    texts = _texts_by_section(request.prompt, "--prompt", sections, is_single_image)
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
-    second = _read_entries(request.second_prompt, "--prompt_2", sections, is_image)
+    second = _texts_by_section(request.second_prompt, "--prompt_2", sections, is_single_image)
     return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
-def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> requests.Request:
+def _drop_unusable_media(request: requests.Request, is_f1: bool, is_single_image: bool) -> requests.Request:
     """Drop media that FramePack cannot use from the request, with a warning.
 
     Raises OptionError if a file cannot be opened.
     """
     reason = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_image}, reason)
+    request = requests.keep_usable_media(
+        request, {"end_image_path": not is_f1 and not is_single_image}, reason
+    )
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
-    if is_image and request.source is not None:
+    if is_single_image and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
             "made from --image_path and --control_image_path. Leave one of them out"
@@ -168,11 +174,13 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
     return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
-def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_image: bool) -> int:
+def _count_sections(
+    request: requests.Request, defaults: SamplingDefaults, window: int, is_single_image: bool
+) -> int:
     """Return a request's number of sections, from --video_sections, --video_seconds or its frames."""
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
-    if is_image:
+    if is_single_image:
         if typed_sections not in (None, "1"):
             logger.warning("--video_sections %s is ignored because a single picture is made", typed_sections)
         return 1
@@ -185,8 +193,14 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
                 "--video_sections."
             )
         return sections
-    # --video_length, rounded down to whole sections
-    frames = request.frames or usual.frames
+    return _count_sections_of_frames(request.frames or defaults.frames, window)
+
+
+def _count_sections_of_frames(frames: int, window: int) -> int:
+    """Return the number of whole sections in --video_length; warn if frames are left over.
+
+    Raises OptionError if the frames do not fill one section.
+    """
     sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
     full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
@@ -201,7 +215,7 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
     return sections
 
 
-def _with_controls(request: requests.Request) -> requests.Request:
+def _keep_used_controls(request: requests.Request) -> requests.Request:
     """Return the request without control images and masks if it is not for one-frame inference.
 
     Raises OptionError if a used file is missing.
@@ -212,8 +226,9 @@ def _with_controls(request: requests.Request) -> requests.Request:
     named = {"control_image_path": images, "control_image_mask_path": masks}
     # only one-frame inference uses control images
     if "one_frame" not in extra:
-        for name in (name for name, paths in named.items() if paths):
-            logger.warning("--%s is ignored because it is for --one_frame_inference", name)
+        for name, paths in named.items():
+            if paths:
+                logger.warning("--%s is ignored because it is for --one_frame_inference", name)
         extra.pop("control_image_mask_path", None)
         return replace(request, control_images=(), extra=extra)
     for name, paths in named.items():
@@ -229,16 +244,16 @@ def _with_controls(request: requests.Request) -> requests.Request:
     return request
 
 
-def _list_images(request: requests.Request, sections: int, is_image: bool) -> tuple[Path, ...]:
+def _list_images(request: requests.Request, sections: int, is_single_image: bool) -> tuple[Path, ...]:
     """Return each section's start image; raise OptionError if one is missing or cannot be read."""
-    typed_paths = request.extra.get("image_path") or (
-        None if request.image_path is None else str(request.image_path)
-    )
+    typed_paths = request.extra.get("image_path") or None
+    if typed_paths is None and request.image_path is not None:
+        typed_paths = str(request.image_path)
     # with a source video and no image, its first frame is the start image
     if typed_paths is None and request.first_image is not None:
         return (request.first_image,) * sections
-    entries = _read_entries(
-        require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image
+    entries = _texts_by_section(
+        require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_single_image
     )
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):  # sections share images: check each once
@@ -246,14 +261,12 @@ def _list_images(request: requests.Request, sections: int, is_image: bool) -> tu
     return paths
 
 
-def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tuple[str, ...]:
-    """Return each section's entry of a text, in playing order; warn about entries for other sections."""
-    entries = parse_entries(text, option)
-    used = (
-        (entries[0],)
-        if is_image
-        else tuple(select_entry(entries, index, sections) for index in range(sections))
-    )
+def _texts_by_section(text: str, option: str, sections: int, is_single_image: bool) -> tuple[str, ...]:
+    """Return the part of a text for each section, in playing order; warn of parts for other sections."""
+    entries = parse_section_texts(text, option)
+    used: tuple[str, ...] = (entries[0],)
+    if not is_single_image:
+        used = tuple(select_entry(entries, index, sections) for index in range(sections))
     unused: dict[str, int] = {}
     for index, entry in entries.items():
         if entry not in used:

@@ -152,11 +152,11 @@ def section_indices(padding: int, window: int) -> Indices:
     `padding` windows are left out between the start image and the target.
     """
     target = 1 + padding * window
-    later = later_indices(target + window)
+    later = history_indices_after(target + window)
     return replace(later, clean=(0, *later.clean), target=_list_indices(target, window))
 
 
-def later_indices(first: int) -> Indices:
+def history_indices_after(first: int) -> Indices:
     """Return the frame indices of clean latents that follow a target, starting at `first`.
 
     One frame is at full resolution, two at half and sixteen at quarter resolution.
@@ -213,7 +213,7 @@ class CleanLatents:
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationOrder:
     """Order in which sections are generated, for a loop over them.
 
     The history holds the finished latents, B C F H W in playing order, and always at least 19 frames: black
@@ -221,11 +221,11 @@ class Order:
     inputs.
     """
 
-    in_front: bool  # whether each section is played before the sections generated earlier
+    prepends_sections: bool  # whether each section is played before the sections generated earlier
 
-    def plan(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
+    def plan_sections(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
         """Plan the sections in the order of generation; F1 ignores `paddings` (--latent_paddings)."""
-        if not self.in_front:
+        if not self.prepends_sections:
             return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
         further_paddings = default_paddings(sections)[len(paddings) :]
         all_paddings = (*paddings, *further_paddings)
@@ -235,10 +235,10 @@ class Order:
             plans.append(SectionPlan(sections - 1 - number, padding, indices))
         return tuple(plans)
 
-    def begin(self, start: Tensor, end: Tensor | None) -> Tensor:
+    def start_history(self, start: Tensor, end: Tensor | None) -> Tensor:
         """Return the history before the first section; images are B C 1 H W, and F1 ignores the end image."""
         history = start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
-        if not self.in_front:
+        if not self.prepends_sections:
             return torch.cat([history, start], dim=2)
         if end is not None:
             history[:, :, :1] = end
@@ -246,25 +246,25 @@ class Order:
 
     def clean_latents(self, start: Tensor, history: Tensor) -> CleanLatents:
         """Return the clean latents on which the next section is conditioned."""
-        if self.in_front:
+        if self.prepends_sections:
             near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
         else:
             quarter, half, near = history[:, :, -HISTORY:].split([FRAMES_4X, FRAMES_2X, 1], dim=2)
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
-    def extend(self, history: Tensor, section: Tensor) -> Tensor:
+    def add_to_history(self, history: Tensor, section: Tensor) -> Tensor:
         """Return the history with a new section added at its end, or at its front for reversed order."""
-        return torch.cat([section, history] if self.in_front else [history, section], dim=2)
+        return torch.cat([section, history] if self.prepends_sections else [history, section], dim=2)
 
-    def video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
+    def join_video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
         """Return the start image followed by `frames` latent frames of history, in playing order."""
-        if self.in_front:
+        if self.prepends_sections:
             return torch.cat([start, history[:, :, :frames]], dim=2)
         return history[:, :, -(frames + 1) :]  # this includes the start image
 
 
-ANTI_DRIFTING = Order(in_front=True)
-F1 = Order(in_front=False)
+ANTI_DRIFTING = GenerationOrder(prepends_sections=True)
+F1 = GenerationOrder(prepends_sections=False)
 
 
 # The flow shift

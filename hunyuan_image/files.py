@@ -51,7 +51,7 @@ DISTILLED_TENSORS = (
     "guidance_in.in_layer.weight",
     "time_guidance_embed.guidance_embedder.linear_1.weight",
 )
-DIMENSIONS = hunyuan_video.DIMENSIONS  # blocks and refiner have the same names as in HunyuanVideo
+DIMENSIONS = hunyuan_video.CONFIG_TENSORS  # blocks and refiner have the same names as in HunyuanVideo
 
 
 def identify(path: Path) -> str | None:
@@ -163,7 +163,7 @@ class HunyuanImageFiles(TransformerFiles):
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    usual: ClassVar[torch.dtype] = torch.float16
+    default_text_dtype: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
         """Return a copy of these files with the VAE's options added."""

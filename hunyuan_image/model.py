@@ -19,11 +19,11 @@ from hunyuan_model.blocks import (
     HunyuanTokens,
     MMDoubleStreamBlock,
     MMSingleStreamBlock,
-    activate,
+    apply_silu,
     join_tokens,
 )
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
-from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
+from hunyuan_model.token_refiner import ScalarEmbedding, TokenRefiner
 from modules.attention.attend import make_lengths
 from modules.layers.norms import Float32LayerNorm, activation_dtype, run_in_weight_dtype
 from modules.layers.rope import GridTable, TokenGrid, bind_rotary_table, rotary_table
@@ -81,7 +81,7 @@ class HunyuanImageModel(BlockNetwork):
         self.byt5_in = GlyphEmbedding(config)
         self.img_in = nn.ModuleDict({"proj": nn.Conv2d(config.in_dim, dim, 1)})
         self.txt_in = TokenRefiner(config)
-        self.time_in = NumberEmbedding(config.freq_dim, dim)
+        self.time_in = ScalarEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
@@ -123,7 +123,7 @@ class HunyuanImageModel(BlockNetwork):
         rows, columns = pixels.shape[2:]
         num_pixels = rows * columns
         rotary = self._rotary.get_table(TokenGrid((rows, columns)), noisy.device)
-        vector = activate(self.time_in(timesteps).unsqueeze(1), dtype)
+        vector = apply_silu(self.time_in(timesteps).unsqueeze(1), dtype)
         texts = []
         for prompt in overrides.texts(
             len(noisy), text=text, text_mask=text_mask, glyphs=glyphs, glyph_mask=glyph_mask
@@ -171,7 +171,7 @@ class HunyuanImageModel(BlockNetwork):
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Project tokens B L+J C to the velocity, B out_dim H W float32."""
-        pixels = self.final_layer(x[:, : tokens.video], tokens).float()
+        pixels = self.final_layer(x[:, : tokens.num_video_tokens], tokens).float()
         return rearrange(pixels, "b (h w) c -> b c h w", h=tokens.grid[1])
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
+from hunyuan_model.joining import gelu, join_gelu, rotate_and_join, rotate_first
 from modules.attention.attend import CombineAttention, SampleLengths, SecondText, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayerMlp, run_in_weight_dtype
@@ -25,7 +25,7 @@ from modules.speed_options import AttentionChoice
 from runtime.run_blocks import Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # an index after all tokens
@@ -46,12 +46,12 @@ class HunyuanTokens:
     vector: Tensor
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    second: SecondText | None = None
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    second_text: SecondText | None = None
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process."""
-        return replace(self, rotary=part.rows(self.rotary), part=part)
+        return replace(self, rotary=shard.slice_rotary(self.rotary), shard=shard)
 
     @property
     def first_image(self) -> int:
@@ -67,53 +67,53 @@ class HunyuanTokens:
         return replace(self, rotary=select_rotations(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
-    def video(self) -> int:
+    def num_video_tokens(self) -> int:
         """Number of video tokens, L."""
         return self.rotary.shape[-4]
 
     @property
-    def split(self) -> int:
+    def modulation_split(self) -> int:
         """Negative index where the second text begins in x and in the texts; 0 if there is none."""
-        if self.second is None:
+        if self.second_text is None:
             return 0
-        if self.part is None:
-            return -self.second.num_text_tokens
-        return -self.part.count_among_last(self.second.num_text_tokens) or NOWHERE
+        if self.shard is None:
+            return -self.second_text.num_text_tokens
+        return -self.shard.count_among_last(self.second_text.num_text_tokens) or NOWHERE
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def modulation_vectors(self) -> tuple[Tensor, Tensor]:
         """The modulation vectors of video tokens and of text tokens, each B S C."""
         return self.vector[:, :1], self.vector
 
     @property
-    def clean(self) -> int:
+    def video_modulation_split(self) -> int:
         """Negative index where the video tokens with a second modulation vector begin; 0: none."""
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split x, B L+T ..., into video and text, in one operator so that its gradient is written once."""
-        video, text = x.split((self.video, x.shape[1] - self.video), dim=1)
+        video, text = x.split((self.num_video_tokens, x.shape[1] - self.num_video_tokens), dim=1)
         return video, text
 
     def join(self, video: Heads, text: Heads) -> Heads:
         """Join normalized heads of video and text to query, key and value, B L+T N D; rotate the video's."""
         video_query, video_key, video_value = video
         text_query, text_key, text_value = text
-        query = turn_and_join(video_query, text_query, self.rotary)
-        key = turn_and_join(video_key, text_key, self.rotary)
+        query = rotate_and_join(video_query, text_query, self.rotary)
+        key = rotate_and_join(video_key, text_key, self.rotary)
         return query, key, torch.cat([video_value, text_value], dim=1)
 
 
 @dataclass(frozen=True)
-class TokensWithTurnedText(HunyuanTokens):
+class TokensWithRotatedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
     # its first L rows, sliced outside of compiled code, where lengths may vary
     rotary_of_image: Tensor = field(kw_only=True)
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
-        return replace(super().cut(part), rotary_of_image=part.rows(self.rotary_of_image))
+        return replace(super().cut(shard), rotary_of_image=shard.slice_rotary(self.rotary_of_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for the tokens at the ascending positions `kept`, B K, and their rotary rows."""
@@ -121,14 +121,14 @@ class TokensWithTurnedText(HunyuanTokens):
         return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
 
     @property
-    def video(self) -> int:
+    def num_video_tokens(self) -> int:
         """Number of video tokens, L."""
         return self.rotary_of_image.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
         """Join normalized heads of video and text to query, key and value, B L+T N D; rotate all."""
         query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
-        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
+        return rotate_first(query, self.rotary), rotate_first(key, self.rotary), value
 
 
 class EmbeddedText(NamedTuple):
@@ -142,8 +142,8 @@ class EmbeddedText(NamedTuple):
 def join_tokens(
     video: Sequence[Tensor],
     texts: Sequence[EmbeddedText],
-    steer: CombineAttention | None,
-    record: type[HunyuanTokens] = HunyuanTokens,
+    combine_attention: CombineAttention | None,
+    tokens_class: type[HunyuanTokens] = HunyuanTokens,
     /,
     **inputs: Any,
 ) -> Hidden:
@@ -151,22 +151,25 @@ def join_tokens(
 
     Args:
         video: Tokens of the video, in parts.
-        texts: The prompt and, if `steer` is given, a second text.
-        steer: How the second text changes the attention; None without a second text.
-        record: Class of the returned inputs.
+        texts: The prompt and, if `combine_attention` is given, a second text.
+        combine_attention: Merges the attentions to both texts; None without a second text.
+        tokens_class: Class of the returned inputs.
         **inputs: Further fields of that class.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # two texts may share one vector
-    # the lengths of the second text are in `second` below
-    tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
-    if steer is None:
-        return Hidden(x, tokens)
-    second = SecondText(tokens.video, texts[1].tokens.shape[1], texts[1].lengths, steer)
-    return Hidden(x, replace(tokens, second=second))
+    vector = torch.cat([*vectors.values()], dim=1)
+    tokens = tokens_class(lengths=texts[0].lengths, vector=vector, **inputs)
+    if combine_attention is not None:
+        _, second = texts
+        second_text = SecondText(
+            tokens.num_video_tokens, second.tokens.shape[1], second.lengths, combine_attention
+        )
+        tokens = replace(tokens, second_text=second_text)
+    return Hidden(x, tokens)
 
 
-def activate(vector: Tensor, dtype: torch.dtype) -> Tensor:
+def apply_silu(vector: Tensor, dtype: torch.dtype) -> Tensor:
     """Return SiLU of the embedded time, once for all blocks.
 
     Args:
@@ -213,50 +216,46 @@ class DoubleStreamBlock(nn.Module):
         # x: B L+T C
         video, text = tokens.split_video(x)
         # conditioning vectors of video and text, from which modulations are computed
-        video_vector, text_vector = tokens.rows
-        video_modulation, video_project, video_mlp = self.layers(False)
-        text_modulation, text_project, text_mlp = self.layers(True)
-        # shift, scale and gate of attention, then of the feed-forward layers. `tokens.clean` and
-        # `tokens.split` are the indices where tokens with a second modulation vector begin; 0: none
+        video_vector, text_vector = tokens.modulation_vectors
+        video_modulation, video_project, video_mlp = self.layers(is_text=False)
+        text_modulation, text_project, text_mlp = self.layers(is_text=True)
+        # each six tensors: shift, scale and gate of attention, then those of the feed-forward layers
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
+        # where the tokens with a second modulation vector begin; 0: none
+        video_split, text_split = tokens.video_modulation_split, tokens.modulation_split
 
-        video_heads = self._modulate_heads(video, video_rows, tokens, is_text=False)
-        text_heads = self._modulate_heads(text, text_rows, tokens, is_text=True)
+        shift, scale, *_ = video_rows
+        video_heads = self._modulate_heads(video, shift, scale, video_split, tokens.dtype, is_text=False)
+        shift, scale, *_ = text_rows
+        text_heads = self._modulate_heads(text, shift, scale, text_split, tokens.dtype, is_text=True)
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
-        video = add_gated(
-            video, video_rows[2], run_in_weight_dtype(video_project, video_branch), tokens.clean
-        )
-        text = add_gated(text, text_rows[2], run_in_weight_dtype(text_project, text_branch), tokens.split)
+        video = add_gated(video, video_rows[2], run_in_weight_dtype(video_project, video_branch), video_split)
+        text = add_gated(text, text_rows[2], run_in_weight_dtype(text_project, text_branch), text_split)
 
         # positional: code that computes it in pieces passes arguments by position
-        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows[3:])
+        text = self.feed_forward(text, text_mlp, tokens.dtype, text_split, *text_rows[3:])
         # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         parts = []
-        for part, *rows in split_segments(tokens.clean, video_rows[3:], video):
+        for part, *rows in split_segments(video_split, video_rows[3:], video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
 
     def _modulate_heads(
-        self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
+        self, x: Tensor, shift: Tensor, scale: Tensor, split: int, dtype: torch.dtype, is_text: bool
     ) -> Heads:
-        """Return query, key and value of tokens of video or text, B L C.
-
-        `rows` begins with the shift and the scale that modulate them.
-        """
-        shift, scale, *_ = rows
-        split = tokens.split if is_text else tokens.clean
-        return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)
+        """Return query, key and value of tokens of video or text, B L C, normalized and modulated."""
+        return self.heads(modulate(self.norm(x), shift, scale, dtype, split=split), is_text)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return the input of attention for the video tokens of x, B L+T C to B L C."""
-        modulation, *_ = self.layers(False)
-        vector, _ = tokens.rows
+        modulation, *_ = self.layers(is_text=False)
+        vector, _ = tokens.modulation_vectors
         shift, scale, *_ = modulation(vector)
-        video = self.norm(x[:, : tokens.video])
-        return modulate(video, shift, scale, tokens.dtype, split=tokens.clean)
+        video = self.norm(x[:, : tokens.num_video_tokens])
+        return modulate(video, shift, scale, tokens.dtype, split=tokens.video_modulation_split)
 
     def feed_forward(
         self,
@@ -327,13 +326,13 @@ class MMSingleStreamBlock(nn.Module):
         """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
-        h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         # in one split, so that its gradient is written once
         *qkv, hidden = run_in_weight_dtype(self.linear1, h).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv)
-        attended = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
+        attended = rotate_and_attend(self.q_norm(q), self.k_norm(k), v, tokens)
         return add_gated(
-            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.split
+            x, gate, run_in_weight_dtype(self.linear2, join_gelu(attended, hidden)), tokens.modulation_split
         )
 
 
@@ -354,14 +353,14 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
-    second = tokens.second  # a second text, which the video attends to separately
-    part = tokens.part  # this process's part of the tokens
+    second = tokens.second_text  # a second text, which the video attends to separately
+    shard = tokens.shard  # this process's shard of the tokens
     choice = tokens.attention
-    if part is not None:  # from all heads of this part to all tokens of some heads
-        query, key, value = part.gather_tokens(query, key, value)
+    if shard is not None:  # from all heads of this shard to all tokens of some heads
+        query, key, value = shard.gather_tokens(query, key, value)
     if second is None:
         attended = attend(query, key, value, choice, lengths=tokens.lengths)
-        return (attended if part is None else part.gather_heads(attended)).flatten(2)
+        return (attended if shard is None else shard.gather_heads(attended)).flatten(2)
     first_attended = attend(
         second.drop_second_text(query),
         second.drop_second_text(key),
@@ -376,12 +375,12 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
         choice,
         lengths=second.lengths,
     )
-    if part is None:
+    if shard is None:
         return second.combine(first_attended, second_attended).flatten(2)
-    return part.combine(first_attended, second_attended, second).flatten(2)
+    return shard.combine(first_attended, second_attended, second).flatten(2)
 
 
-def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
+def rotate_and_attend(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Rotate the video tokens of normalized heads, B L+T N D, and compute `attend_jointly`."""
-    query, key = turn_first(query, tokens.rotary), turn_first(key, tokens.rotary)
+    query, key = rotate_first(query, tokens.rotary), rotate_first(key, tokens.rotary)
     return attend_jointly(query, key, value, tokens)

@@ -1,7 +1,7 @@
 """Checkpoints of the HunyuanVideo and SkyReels V1 transformers: their dialects, their kinds, and loading."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ FROM_DIFFUSERS: Names = (
 )
 # tensors in which diffusers stores scale before shift
 SWAPPED = swapped_tensors(HUNYUAN_VIDEO)
-DIMENSIONS = {  # for `read_dimensions`
+CONFIG_TENSORS = {  # for `read_dimensions`
     "in_dim": "img_in.proj.weight",
     "num_heads": "double_blocks.0.img_attn_q_norm.weight",
     "ffn_dim": "double_blocks.0.img_mlp.fc1.weight",
@@ -47,10 +47,21 @@ DIMENSIONS = {  # for `read_dimensions`
     "freq_dim": "time_in.mlp.0.weight",
     "out_dim": "final_layer.linear.weight",
 }
-DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only it has, its names
+DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> its first weight of queries, its tensor names
     "official": ("double_blocks.0.img_attn_qkv.weight", ()),
     "ComfyUI": ("double_blocks.0.img_attn.qkv.weight", COMFYUI_TENSORS),
     "diffusers": ("transformer_blocks.0.attn.add_q_proj.weight", FROM_DIFFUSERS),
+}
+
+
+# tensor that only this model has -> its name
+RELATED_MODELS = {
+    "clean_x_embedder.proj.weight": "a FramePack transformer",
+    "image_projection.up.weight": "a FramePack transformer",
+    "distilled_guidance_layer.in_proj.weight": "a Chroma transformer",
+    "vision_in.proj.0.weight": "a HunyuanVideo 1.5 transformer",
+    "byt5_in.fc1.weight": "a HunyuanImage 2.1 transformer",
+    "time_r_in.mlp.0.weight": "a HunyuanImage 2.1 transformer",
 }
 
 
@@ -59,7 +70,7 @@ def identify(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as checkpoint:
             bare = bare_names(checkpoint)
-            related = _name_relative(bare)
+            related = _name_related_model(bare)
             if related is not None:
                 return f"it looks like {related}"
             return f"it is {_name_model(_read_header(bare).config)} (--dit)"
@@ -69,7 +80,7 @@ def identify(path: Path) -> str | None:
 
 def describe(checkpoint: Checkpoint) -> str | None:
     """Return the name of the model in an opened checkpoint, for another family's error message."""
-    relative = _name_relative(checkpoint)
+    relative = _name_related_model(checkpoint)
     if relative is not None:
         return relative
     try:
@@ -91,29 +102,41 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
     path = checkpoint.path
     names = checkpoint.tensors
-    related = _name_relative(checkpoint)
+    related = _name_related_model(checkpoint)
     if related is not None:
         raise CheckpointError(
             f"{path} is {related}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
             "checkpoint to --dit.",
             path,
         )
-    dialect = None
-    if _has_refiner(names):
-        dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    dialect = _find_dialect(names)
     if dialect is None:
         files = (
             "the transformer's checkpoint, such as mp_rank_00_model_states.pt or "
             "skyreels_hunyuan_i2v_bf16.safetensors,"
         )
         raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
-    mark, table = DIALECTS[dialect]  # a tensor that only this dialect has, and its names -> ours
+    query_weight, table = DIALECTS[dialect]
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
     shapes = DitShapes(path, file_shapes, "HunyuanVideo")
-    dimensions = read_dimensions(shapes, DIT, DIMENSIONS)
+    dimensions = read_dimensions(shapes, DIT, CONFIG_TENSORS)
     has_guidance = "guidance_in.mlp.0.weight" in file_shapes
     config = HunyuanVideoConfig(**dimensions, has_guidance=has_guidance)
-    # text-to-video, or the latents of an image behind the noisy ones
+    _check_input_channels(config, path)
+    return DitHeader(config, dialect, names[query_weight].dtype)
+
+
+def _find_dialect(names: Collection[str]) -> str | None:
+    """Return the naming whose first weight of queries a file with a token refiner has; None for others."""
+    if _has_refiner(names):
+        for dialect, (query_weight, _) in DIALECTS.items():
+            if query_weight in names:
+                return dialect
+    return None
+
+
+def _check_input_channels(config: HunyuanVideoConfig, path: Path) -> None:
+    """Raise CheckpointError unless a model takes noisy latents, alone or followed by those of an image."""
     if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
         # HunyuanVideo-I2V has an image and a mask of one channel
         is_i2v = config.in_dim == 2 * config.out_dim + 1
@@ -123,47 +146,46 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             "  Give a HunyuanVideo T2V or SkyReels V1 checkpoint to --dit.",
             path,
         )
-    return DitHeader(config, dialect, names[mark].dtype)
 
 
-def read_dimensions(shapes: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
+def read_dimensions(shapes: DitShapes, spec: DitSpec, config_tensors: Mapping[str, str]) -> dict[str, Any]:
     """Read the dimensions that the configs of HunyuanVideo and FramePack share.
 
     Args:
         shapes: Shapes of the file's tensors.
         spec: Names inside the transformer.
-        names: Tensor or list of blocks that shows each field of the config.
+        config_tensors: Tensor or list of blocks that shows each field of the config.
 
     Raises:
         CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
-    dim, in_dim, patch_size = shapes.patches(names["in_dim"])
+    dim, in_dim, patch_size = shapes.patches(config_tensors["in_dim"])
     return {
         "dim": dim,
-        **read_block_dimensions(shapes, spec, names, dim),
+        **read_block_dimensions(shapes, spec, config_tensors, dim),
         "in_dim": in_dim,
-        "out_dim": shapes.of(names["out_dim"])[0] // math.prod(patch_size),
-        "pooled_dim": shapes.of(names["pooled_dim"])[1],
+        "out_dim": shapes.of(config_tensors["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": shapes.of(config_tensors["pooled_dim"])[1],
         "patch_size": patch_size,
     }
 
 
 def read_block_dimensions(
-    shapes: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
+    shapes: DitShapes, spec: DitSpec, config_tensors: Mapping[str, str], dim: int
 ) -> dict[str, int]:
     """Read the dimensions of the blocks and the token refiner, by field of the config.
 
     Args:
         shapes: Shapes of the file's tensors.
         spec: Names inside the transformer.
-        names: Tensor or list of blocks that shows each field of the config.
+        config_tensors: Tensor or list of blocks that shows each field of the config.
         dim: Width of the model.
 
     Raises:
         CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
     # the tensor is the norm of one head's queries or keys
-    (head_width,) = shapes.of(names["num_heads"], axes=1)
+    (head_width,) = shapes.of(config_tensors["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
             f"{shapes.path}: width {dim} with heads of {head_width} is not a {shapes.model} transformer. The "
@@ -173,13 +195,13 @@ def read_block_dimensions(
     double_blocks, single_blocks = spec.block_lists
     return {
         "num_heads": dim // head_width,
-        "ffn_dim": shapes.of(names["ffn_dim"])[0],
+        "ffn_dim": shapes.of(config_tensors["ffn_dim"])[0],
         "double_blocks": shapes.blocks(double_blocks),
         "single_blocks": shapes.blocks(single_blocks),
-        "refiner_blocks": shapes.blocks(names["refiner_blocks"]),
-        "refiner_ffn_dim": shapes.of(names["refiner_ffn_dim"])[0],
-        "text_dim": shapes.of(names["text_dim"])[1],
-        "freq_dim": shapes.of(names["freq_dim"])[1],
+        "refiner_blocks": shapes.blocks(config_tensors["refiner_blocks"]),
+        "refiner_ffn_dim": shapes.of(config_tensors["refiner_ffn_dim"])[0],
+        "text_dim": shapes.of(config_tensors["text_dim"])[1],
+        "freq_dim": shapes.of(config_tensors["freq_dim"])[1],
     }
 
 
@@ -191,21 +213,13 @@ def _has_refiner(names: Iterable[str]) -> bool:
     )
 
 
-def _name_relative(checkpoint: Checkpoint) -> str | None:
+def _name_related_model(checkpoint: Checkpoint) -> str | None:
     """Return the name of a related model with the same block names but other inputs; None for others."""
     names = checkpoint.tensors
+    for tensor, model in RELATED_MODELS.items():
+        if tensor in names:
+            return model
     patches = names.get("img_in.proj.weight")
-    # tensors that only this model has
-    for mark, name in (
-        ("clean_x_embedder.proj.weight", "a FramePack transformer"),
-        ("image_projection.up.weight", "a FramePack transformer"),
-        ("distilled_guidance_layer.in_proj.weight", "a Chroma transformer"),
-        ("vision_in.proj.0.weight", "a HunyuanVideo 1.5 transformer"),
-        ("byt5_in.fc1.weight", "a HunyuanImage 2.1 transformer"),
-        ("time_r_in.mlp.0.weight", "a HunyuanImage 2.1 transformer"),
-    ):
-        if mark in names:
-            return name
     if patches is not None and len(patches.shape) == 4 and "double_blocks.0.img_mlp.fc1.weight" in names:
         return "a HunyuanImage 2.1 transformer"
     if "double_blocks.0.img_attn.qkv.weight" in names and not _has_refiner(names):
@@ -228,15 +242,31 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     Raises CheckpointError if the map of scales is missing or invalid.
     """
     sources = plain_sources(checkpoint)
-    plain_fp8 = []
+    # only the released .pt file has its scales in a second file; safetensors without scales are plain casts
+    if checkpoint.path.suffix != ".pt" or header.dialect != "official":
+        return sources
+    unscaled = []  # fp8 without a `build`, which would multiply by a scale in the same file
     for name, source in sources.items():
-        # fp8 without a `build`, which would multiply by a scale in the same file
         if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
-            plain_fp8.append(name)
-    path = checkpoint.path
-    # only the released .pt file has its scales in a second file
-    if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
-        return sources  # safetensors files without scales are plain casts
+            unscaled.append(name)
+    if unscaled:
+        scales_path, scales = _read_scales_of(checkpoint.path)
+        for name in unscaled:
+            scale = scales.get(name.removesuffix(".weight"))
+            if scale is None:
+                raise CheckpointError(
+                    f"{scales_path} has no scale for {name}: it does not belong to {checkpoint.path}.",
+                    checkpoint.path,
+                )
+            sources[name] = _scale_source(name, scale)
+    return sources
+
+
+def _read_scales_of(path: Path) -> tuple[Path, dict[str, float]]:
+    """Return the file with the scales of a released fp8 file, and its scales by module path.
+
+    Raises CheckpointError if it is missing or invalid.
+    """
     scales_path = path.with_name(f"{path.stem}_map.pt")
     if not scales_path.is_file():
         raise CheckpointError(
@@ -244,15 +274,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
             "  Download that file too, or give the bf16 checkpoint to --dit.",
             path,
         )
-    scales = _read_scales(scales_path)
-    for name in plain_fp8:
-        scale = scales.get(name.removesuffix(".weight"))
-        if scale is None:
-            raise CheckpointError(
-                f"{scales_path} has no scale for {name}: it does not belong to {path}.", path
-            )
-        sources[name] = _scale_source(name, scale)
-    return sources
+    return scales_path, _read_scales(scales_path)
 
 
 def _read_scales(path: Path) -> dict[str, float]:

@@ -20,7 +20,7 @@ from hunyuan_model.options import (
     HunyuanTrainingOptions,
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
-from hunyuan_model.text_encoders import CLIP, LLAVA_USE
+from hunyuan_model.text_encoders import CLIP, LLAVA_SETTINGS
 from hunyuan_model.vae import (
     encode_latents,
     find_first_frame,
@@ -41,7 +41,7 @@ from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 
-TEXT_KEYS = LLAVA_USE.keys | CLIP.keys
+TEXT_KEYS = LLAVA_SETTINGS.keys | CLIP.keys
 # argument of the network, in their order -> name in caches
 TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # default
@@ -153,7 +153,7 @@ class HunyuanVideo(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer, with the factors of --te_multiplier on its text tokens."""
-        return self.files.multiply_text(super().load_dit(placement, expert))
+        return self.files.scale_text_tokens(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions of a training batch: text, guidance (B), `condition_latents` (B C F H W).

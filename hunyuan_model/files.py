@@ -19,7 +19,7 @@ from hunyuan_model.checkpoints import FORMAT
 from hunyuan_model.checkpoints import identify as identify  # files.py has it in every family's folder
 from hunyuan_model.options import AS_TRAINED, HunyuanTextOptions, HunyuanVaeOptions, TextReadingOptions
 from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, select_template
-from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
+from hunyuan_model.token_refiner import HUNYUAN_REFINER, scale_text_tokens
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.devices import select_compute_dtype
@@ -44,7 +44,7 @@ class HunyuanFiles(TransformerFiles):
     encoders: ClassVar[tuple[type[LlavaTextEncoder], type[PooledClip]]] = (LlavaTextEncoder, HunyuanClip)
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    usual: ClassVar[torch.dtype] = torch.float16
+    default_text_dtype: ClassVar[torch.dtype] = torch.float16
 
     @property
     def text_encoder1_path(self) -> Path:
@@ -94,10 +94,10 @@ class HunyuanFiles(TransformerFiles):
         )
         return [llava, clip_class(self.text_encoder2_path, dtype, self.text_encoder2_tokenizer)]
 
-    def multiply_text(self, dit: nn.Module) -> nn.Module:
+    def scale_text_tokens(self, dit: nn.Module) -> nn.Module:
         """Scale the text tokens of a loaded transformer by --te_multiplier, and return the transformer."""
         if self.reading.text_multipliers is not None:
-            multiply_text(dit, self.refiner, *self.reading.text_multipliers)
+            scale_text_tokens(dit, self.refiner, *self.reading.text_multipliers)
         return dit
 
     def load_vae(self, device: torch.device) -> HunyuanVae:

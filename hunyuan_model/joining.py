@@ -49,20 +49,20 @@ class _JoinGelu(torch.autograd.Function):
         return of_attended, torch.ops.aten.gelu_backward(of_gelu, hidden, approximate="tanh")
 
 
-def turn_first(x: Tensor, table: Tensor) -> Tensor:
+def rotate_first(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the first L tokens of x, B L+T N D, by `table`, the cosines and sines of L positions."""
     length = table.shape[-4]
     if _is_plain(x, table):
         return torch.cat([rotate(x[:, :length], table), x[:, length:]], dim=1)
-    rotated: Tensor = _Turn.apply(x, None, table)
+    rotated: Tensor = _Rotate.apply(x, None, table)
     return rotated
 
 
-def turn_and_join(video: Tensor, text: Tensor, table: Tensor) -> Tensor:
+def rotate_and_join(video: Tensor, text: Tensor, table: Tensor) -> Tensor:
     """Rotate video tokens, B L N D, by their positions, and append text tokens, B T N D."""
     if _is_plain(video, table) or video.dtype != text.dtype:
         return torch.cat([rotate(video, table), text], dim=1)
-    joined: Tensor = _Turn.apply(video, text, table)
+    joined: Tensor = _Rotate.apply(video, text, table)
     return joined
 
 
@@ -70,7 +70,7 @@ def _is_plain(x: Tensor, table: Tensor) -> bool:
     return torch.compiler.is_compiling() or table.dtype != torch.float32 or x.dtype.itemsize > 4
 
 
-class _Turn(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     """Rotate the first tokens of x by a rotary table and append the text tokens, or the rest of x."""
 
     @staticmethod
@@ -82,7 +82,7 @@ class _Turn(torch.autograd.Function):
         length = table.shape[-4]
         unrotated = x[:, length:] if text is None else text
         joined = x.new_empty(len(x), length + unrotated.shape[1], *x.shape[2:])
-        _turn(x[:, :length], torch.view_as_complex(table), joined[:, :length])
+        _rotate(x[:, :length], torch.view_as_complex(table), joined[:, :length])
         joined[:, length:] = unrotated
         return joined
 
@@ -94,14 +94,14 @@ class _Turn(torch.autograd.Function):
         grad_rotated = gradient[:, :length]
         grad_unrotated = gradient[:, length:]
         grad_x = gradient.new_empty(grad_rotated.shape if ctx.has_text else gradient.shape)
-        _turn(grad_rotated, torch.view_as_complex(ctx.table).conj(), grad_x[:, :length])
+        _rotate(grad_rotated, torch.view_as_complex(ctx.table).conj(), grad_x[:, :length])
         if ctx.has_text:
             return grad_x, grad_unrotated, None
         grad_x[:, length:] = grad_unrotated
         return grad_x, None, None
 
 
-def _turn(x: Tensor, table: Tensor, out: Tensor) -> None:
+def _rotate(x: Tensor, table: Tensor, out: Tensor) -> None:
     """Write x, B L N D, rotated by a complex table, L 1 D/2, into `out`."""
     if x.dtype == torch.float32:
         x = x if x.stride(-1) == 1 else x.contiguous()

@@ -17,12 +17,12 @@ from hunyuan_model.blocks import (
     HunyuanTokens,
     MMDoubleStreamBlock,
     MMSingleStreamBlock,
-    activate,
+    apply_silu,
     join_tokens,
 )
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
-from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
+from hunyuan_model.token_refiner import ScalarEmbedding, TokenRefiner
 from modules.attention.attend import SampleLengths, make_lengths
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayerMlp, activation_dtype, run_in_weight_dtype
@@ -84,11 +84,11 @@ class HunyuanVideoModel(BlockNetwork):
         patches = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.img_in = nn.ModuleDict({"proj": patches})
         self.txt_in = TokenRefiner(config)
-        self.time_in = NumberEmbedding(config.freq_dim, dim)
+        self.time_in = ScalarEmbedding(config.freq_dim, dim)
         # takes one vector per sample, the pooled output of the CLIP text encoder
         self.vector_in = TwoLayerMlp(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
         if config.has_guidance:
-            self.guidance_in = NumberEmbedding(config.freq_dim, dim)
+            self.guidance_in = ScalarEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
@@ -137,13 +137,13 @@ class HunyuanVideoModel(BlockNetwork):
         embedded_texts = []  # of the prompt and, if `overrides` have one, of the second text
         for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             # longest text of the batch, real tokens of each text, and of video and text together
-            longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
+            longest, counts, lengths = count_real_tokens(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]
             text = self.txt_in(states, timesteps, counts, dtype=dtype, attention=self.attention)
             vector = self.time_in(timesteps) + self.vector_in(prompt["clip_l"])
             if guided is not None:
                 vector = vector + self.guidance_in(guided)
-            embedded_texts.append(EmbeddedText(text, lengths, activate(vector.unsqueeze(1), dtype)))
+            embedded_texts.append(EmbeddedText(text, lengths, apply_silu(vector.unsqueeze(1), dtype)))
         video = rearrange(patches, "b c f h w -> b (f h w) c")
         return join_tokens(
             [video],
@@ -158,7 +158,9 @@ class HunyuanVideoModel(BlockNetwork):
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
         return from_patches(
-            self.final_layer(x[:, : tokens.video], tokens).float(), tokens.grid, self.config.patch_size
+            self.final_layer(x[:, : tokens.num_video_tokens], tokens).float(),
+            tokens.grid,
+            self.config.patch_size,
         )
 
 
@@ -191,15 +193,18 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
     )
 
 
-def count_real(
-    mask: Tensor, before: int, device: torch.device
+def count_real_tokens(
+    mask: Tensor, num_tokens_before: int, device: torch.device
 ) -> tuple[int, list[int] | None, SampleLengths | None]:
     """Return the tokens of the longest text, those of each sample, and the lengths of whole sequences.
 
-    The last two are None if all texts are equally long. A sequence has `before` tokens in front of the text.
+    The last two are None if all texts are equally long. A sequence has `num_tokens_before` tokens in front
+    of the text.
     """
     longest, counts = real_tokens(mask)
-    return longest, counts, None if counts is None else make_lengths([before + n for n in counts], device)
+    if counts is None:
+        return longest, None, None
+    return longest, counts, make_lengths([num_tokens_before + count for count in counts], device)
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:

@@ -169,16 +169,20 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     options: OfficialOptions
     (options,) = parse_options(description, argv, OfficialOptions, defaults={"model-base": base})
     video = options.video
-    resolution = options.model.model_resolution
-    height, width = video.size
     if video.neg_prompt is not None and video.cfg_scale == 1:
         logger.warning("--neg-prompt is ignored because --cfg-scale is 1, which means no guidance")
-    # warn of a size that the model, or the release of this resolution, was not trained for
+    _warn_of_untrained_size(video.size, options.model.model_resolution)
+    return options
+
+
+def _warn_of_untrained_size(size: tuple[int, int], resolution: str | None) -> None:
+    """Warn of a size (height, width) that the model, or the release of `resolution`, was not trained for."""
+    height, width = size
     trained = [size for sizes in SIZES.values() for size in sizes]
     if (height, width) not in trained:
         # nearest by the sum of both differences
         nearest_height, nearest_width = min(
-            trained, key=lambda size: abs(size[0] - height) + abs(size[1] - width)
+            trained, key=lambda other: abs(other[0] - height) + abs(other[1] - width)
         )
         logger.warning(
             "--video-size %d %d (height width) is none of the sizes that the model was trained for. Nearest: "
@@ -197,7 +201,6 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
             other_resolution,
             resolution,
         )
-    return options
 
 
 # options of hv_generate_video.py -> spelling in this script
@@ -215,7 +218,7 @@ TYPED = {
 }
 
 
-def generation_words(options: OfficialOptions) -> list[str]:
+def generation_argv(options: OfficialOptions) -> list[str]:
     """Translate the released command line to the options of hv_generate_video.py."""
     video = options.video
     model = options.model
@@ -244,11 +247,11 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--apply_final_norm": model.apply_final_norm,
         "--reproduce": model.reproduce,
     }
-    words = option_argv(values)
+    argv = option_argv(values)
     # at scale 1, a negative prompt has no effect
     if video.cfg_scale != 1:
         negative = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt
-        words.append(f"--negative_prompt={negative}")
+        argv.append(f"--negative_prompt={negative}")
     for text in options.post or ():
-        words.append(f"--post={text}")
-    return words
+        argv.append(f"--post={text}")
+    return argv

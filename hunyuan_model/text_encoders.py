@@ -93,7 +93,7 @@ def select_template(system: str | None) -> PromptTemplate:
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
-LLAVA_USE = LanguageEncoderSettings(
+LLAVA_SETTINGS = LanguageEncoderSettings(
     name="llm",
     states_key="llm",
     mask_key="llm_mask",
@@ -109,7 +109,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
     """Text encoder 1: the Llama 3 of LLaVA. Each prompt gives 256 states; those after its end are masked."""
 
     what = "text encoder 1"
-    usual: ClassVar[LanguageEncoderSettings] = LLAVA_USE
+    default_settings: ClassVar[LanguageEncoderSettings] = LLAVA_SETTINGS
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         use = replace(
-            self.usual,
+            self.default_settings,
             before=template.before,
             after=template.after,
             dropped=template.crop_start,

@@ -21,7 +21,7 @@ from modules.layers.rope import sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 
 
-class NumberEmbedding(nn.Module):
+class ScalarEmbedding(nn.Module):
     """Embeds one number per sample, such as the timestep, as B C float32."""
 
     def __init__(self, freq_dim: int, dim: int) -> None:
@@ -80,7 +80,7 @@ class TokenRefiner(nn.Module):
     def __init__(self, config: JointConfig) -> None:
         super().__init__()
         self.input_embedder = nn.Linear(config.text_dim, config.dim)
-        self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)
+        self.t_embedder = ScalarEmbedding(config.freq_dim, config.dim)
         sizes = (config.text_dim, config.dim, config.dim)
         self.c_embedder = TwoLayerMlp("linear_1 linear_2", sizes, in_float32=True)
         self.individual_token_refiner = IndividualTokenRefiner(config)
@@ -146,7 +146,7 @@ FRAMEPACK_REFINER = (
 )
 
 
-def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
+def scale_text_tokens(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
     """Scale the outputs of a transformer's token refiner from now on.
 
     Args:

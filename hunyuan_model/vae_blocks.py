@@ -45,7 +45,7 @@ DOWN: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
-def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
+def frame_ranges(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of groups of `chunk` frames, or of as many frames as fit into STEP_ELEMENTS.
 
     `values` is the number of values in a frame.
@@ -64,7 +64,7 @@ class ClipNorm(nn.GroupNorm):
     def __init__(self, groups: int, width: int) -> None:
         super().__init__(groups, width, eps=EPS)
 
-    def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+    def scale_and_offset(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
         """Return factor and offset, B C 1 1 1 float32, such that x * factor + offset is the normalized clip.
 
         `x` is B C T H W, processed in chunks of `chunk` frames.
@@ -84,7 +84,7 @@ class ClipNorm(nn.GroupNorm):
         """
         piece_means, piece_variances, shares = [], [], []
         # pieces of frames, because a copy of the whole clip in float32 would be large
-        for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
+        for start, stop in frame_ranges(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
             piece_mean = piece.mean(dim=(2, 3, 4), keepdim=True)
             piece_variances.append((piece - piece_mean).square_().mean(dim=(2, 3, 4)))
@@ -125,7 +125,7 @@ class HunyuanCausalConv(nn.Module):
         self.enlarge = enlarge
 
     def forward(
-        self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None
+        self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, accumulator: Tensor | None = None
     ) -> Tensor:
         """Convolve x, B C T H W to B C' T' H' W'.
 
@@ -133,28 +133,25 @@ class HunyuanCausalConv(nn.Module):
             x: The clip.
             chunk: Number of frames to compute at a time.
             norm: Norm to apply first, followed by SiLU.
-            onto: Tensor to add the result to in place, and to return.
+            accumulator: Tensor to add the result to in place, and to return.
         """
-        factors = None if norm is None else norm.factors(x, chunk)
+        scale_and_offset = None if norm is None else norm.scale_and_offset(x, chunk)
         frames, height, width = self._sizes(x)
         channels = max(self.conv.in_channels, self.conv.out_channels)
-        out = onto
-        for start, stop in steps(frames, channels * height * width, chunk):
-            piece = self._convolve(self._pad(x, start, stop, factors))
-            if out is None:
-                if stop - start == frames:  # the only piece
-                    return piece
-                # the first piece shows batch and channels
-                size = (*piece.shape[:2], frames, height, width)
-                out = empty_clip(x, *size)
-            part = out[:, :, start:stop]
-            # the result is a tensor of its own: each piece is written, otherwise added
-            if onto is None:
-                part.copy_(piece)
-            else:
-                part += piece
-        assert out is not None
-        return out
+        output = None
+        for start, stop in frame_ranges(frames, channels * height * width, chunk):
+            piece = self._convolve(self._pad(x, start, stop, scale_and_offset))
+            if accumulator is not None:
+                accumulator[:, :, start:stop].add_(piece)
+                continue
+            if stop - start == frames:  # the only piece
+                return piece
+            if output is None:  # the first piece shows batch and channels
+                output = empty_clip(x, *piece.shape[:2], frames, height, width)
+            output[:, :, start:stop].copy_(piece)
+        result = output if accumulator is None else accumulator
+        assert result is not None
+        return result
 
     def _sizes(self, x: Tensor) -> list[int]:
         """Return frames, height and width of the result; the first frame is never repeated in time."""
@@ -166,7 +163,9 @@ class HunyuanCausalConv(nn.Module):
             sizes.append((size - 1) // step + 1)
         return sizes
 
-    def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _pad(
+        self, x: Tensor, start: int, stop: int, scale_and_offset: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """Return the padded input for result frames `start` to `stop`, B C T H+2 W+2; T is 1 for an image."""
         # a convolution of single pixels needs no padding
         if self.conv.kernel_size[0] == 1:
@@ -182,19 +181,19 @@ class HunyuanCausalConv(nn.Module):
                 padded[:, :, index] = padded[:, :, index - 1]
             else:
                 frame = x[:, :, source : source + 1]
-                self._write(frame, padded[:, :, index : index + 1], factors)
+                self._write(frame, padded[:, :, index : index + 1], scale_and_offset)
         return padded
 
-    def _write(self, frame: Tensor, place: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Write a frame, B C 1 H W, into `place`: normed, enlarged and with its border repeated."""
-        if factors is not None:
-            factor, offset = factors
+    def _write(self, frame: Tensor, out: Tensor, scale_and_offset: tuple[Tensor, Tensor] | None) -> None:
+        """Write a frame, B C 1 H W, into `out`: normed, enlarged and with its border repeated."""
+        if scale_and_offset is not None:
+            factor, offset = scale_and_offset
             frame = functional.silu(torch.addcmul(offset, frame.float(), factor), inplace=True)
         _, rows, columns = self.enlarge
         height, width = frame.shape[3:]
-        inside = place[..., 1:-1, 1:-1].unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
+        inside = out[..., 1:-1, 1:-1].unflatten(-1, (width, columns)).unflatten(-3, (height, rows))
         inside.copy_(frame[..., :, None, :, None])
-        _repeat_borders(place.squeeze(2))
+        _repeat_borders(out.squeeze(2))
 
     def _list_source_frames(self, start: int, stop: int) -> list[int]:
         """Return the input frames for results `start` to `stop`; the first frame also pads the start."""
@@ -238,7 +237,7 @@ class HunyuanResidualBlock(nn.Module):
         """Apply the block to x, B C T H W to B C' T H W, `chunk` frames at a time."""
         h = self.conv1(x, chunk, self.norm1)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, chunk)
-        return self.conv2(h, chunk, self.norm2, onto=shortcut)
+        return self.conv2(h, chunk, self.norm2, accumulator=shortcut)
 
 
 class HunyuanFrameAttention(nn.Module):
@@ -254,7 +253,7 @@ class HunyuanFrameAttention(nn.Module):
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
         """Add the attention to x, B C T H W, in place, and return x."""
-        factor, offset = self.group_norm.factors(x, chunk)
+        factor, offset = self.group_norm.scale_and_offset(x, chunk)
         normed = torch.addcmul(offset, x.float(), factor).to(x.dtype)
         tokens = normed.permute(0, 2, 3, 4, 1).flatten(2, 3)  # B T H*W C
         q, k, v = (layer(tokens).unsqueeze(3) for layer in (self.to_q, self.to_k, self.to_v))  # B T H*W 1 C

@@ -14,12 +14,12 @@ from encoders.language_encoder import LanguageEncoderSettings
 from krea2 import options as own
 from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
 from krea2.files import (
-    EDIT_USE,
+    EDIT_SETTINGS,
     KEY,
-    KREA_2_USE,
+    KREA_2_SETTINGS,
     MAX_REFERENCES,
     MEGAPIXEL,
-    MIXED_USE,
+    MIXED_SETTINGS,
     Krea2Files,
     Krea2Release,
     find_release,
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
-FEW, MANY = 256, 6400  # numbers of image tokens for which mu is defined
+FEW_TOKENS, MANY_TOKENS = 256, 6400  # numbers of image tokens for which mu is defined
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Krea2(pictures.ModelOfImages):
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=KREA_2, init=False)
-    text_keys: frozenset[str] = field(default=KREA_2_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=KREA_2_SETTINGS.keys, init=False)
     called: str = field(default=NAME, init=False)
 
     @property
@@ -180,10 +180,10 @@ class Krea2(pictures.ModelOfImages):
 
     def _check_template(self, batch: Batch) -> None:
         """Raise CacheError unless captions and training agree on whether there are images to edit."""
-        use = self.files.text_use
+        encoder_settings = self.files.encoder_settings
         for cache in batch.made_by:
-            fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
-            if cache.part == use.name and fingerprint != use.fingerprint:
+            fingerprint = cache.encoder.get(encoder_settings.template_key, encoder_settings.fingerprint)
+            if cache.part == encoder_settings.name and fingerprint != encoder_settings.fingerprint:
                 how, words = ("without pictures", " with --edit") if self.edits else ("for edits", "")
                 raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
 
@@ -226,9 +226,10 @@ class Krea2(pictures.ModelOfImages):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        levels = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
-        for name, level in levels.items():
-            check_mu(level, f"--{name}")
+        # values of --mu, --y1 and --y2, from which the noise levels follow
+        mu_values = {name: float(text) for name, text in request.extra.items() if name in EXTRAS}
+        for name, mu in mu_values.items():
+            check_mu(mu, f"--{name}")
         # a guidance scale of 1 is no guidance
         if prepared.guidance_scale == (1.0,) and self._says_raw():
             logger.warning(
@@ -237,25 +238,24 @@ class Krea2(pictures.ModelOfImages):
                 self.files.dit,
                 DEFAULTS.guidance_scale,
             )
-        check_levels(levels, request.flow_shift is not None)
-        # check_levels refuses level options together with a flow shift
-        if request.flow_shift is not None:  # then `levels` is empty
+        check_levels(mu_values, request.flow_shift is not None)  # refuses them together with a flow shift
+        if request.flow_shift is not None:
             return prepared
-        if "mu" in levels and len(levels) > 1:
-            unused = " ".join(f"--{name}" for name in levels if name != "mu")
-            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, levels["mu"])
-        flow_shift = self._compute_flow_shift(levels, prepared.height, prepared.width)
+        if "mu" in mu_values and len(mu_values) > 1:
+            unused = " ".join(f"--{name}" for name in mu_values if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, mu_values["mu"])
+        flow_shift = self._compute_flow_shift(mu_values, prepared.height, prepared.width)
         return replace(prepared, flow_shift=flow_shift)
 
-    def _compute_flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
-        """Return an image's flow shift; `levels` are the request's values of mu, y1 and y2."""
-        if "mu" in levels:
-            return math.exp(levels["mu"])
-        if self.is_turbo and not levels:
+    def _compute_flow_shift(self, mu_values: Mapping[str, float], height: int, width: int) -> float:
+        """Return an image's flow shift; `mu_values` are the request's values of mu, y1 and y2."""
+        if "mu" in mu_values:
+            return math.exp(mu_values["mu"])
+        if self.is_turbo and not mu_values:
             return math.exp(own.MU_OF_TURBO)
-        few, many = levels.get("y1", own.MU_OF_FEW), levels.get("y2", own.MU_OF_MANY)
+        few, many = mu_values.get("y1", own.MU_OF_FEW), mu_values.get("y2", own.MU_OF_MANY)
         tokens = count_image_tokens(LATENT.shape(1, height, width))
-        return size_shift(tokens, (FEW, few), (MANY, many))
+        return size_shift(tokens, (FEW_TOKENS, few), (MANY_TOKENS, many))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as posterior means `latents_control_0`, ..., each 1 C 1 h w."""
@@ -277,7 +277,9 @@ class Krea2(pictures.ModelOfImages):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the only section; it caches keys and values of references that do not see the image."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        return (yield replace(section, overrides=Overrides(section_cache={})) if self.isolated else section)
+        if self.isolated:
+            section = replace(section, overrides=Overrides(section_cache={}))
+        return (yield section)
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
@@ -287,14 +289,15 @@ def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
     """Describe the family for krea2_cache_text_encoder_outputs.py, which needs only the text encoder."""
-    files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
+    encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
+    files = Krea2Files(encoder_settings=encoder_settings).add_text(options.text)
     return Krea2(files, references=_make_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
     """Describe the family for training; `dit` is a transformer in place of the trained one."""
-    use = EDIT_USE if options.edit else KREA_2_USE
-    files = _make_files(options, use, dit)
+    encoder_settings = EDIT_SETTINGS if options.edit else KREA_2_SETTINGS
+    files = _make_files(options, encoder_settings, dit)
     return Krea2(files, options, references=_make_rules(options, options.edit), isolated=options.kv_cache)
 
 
@@ -318,7 +321,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
     """Describe the family for krea2_generate_image.py."""
     return Krea2(
-        _make_files(options, MIXED_USE), references=_make_rules(options, None), isolated=options.kv_cache
+        _make_files(options, MIXED_SETTINGS), references=_make_rules(options, None), isolated=options.kv_cache
     )
 
 
@@ -336,9 +339,9 @@ def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
 
 
 def _make_files(
-    options: own.Krea2ModelOptions, use: LanguageEncoderSettings, dit: Path | None = None
+    options: own.Krea2ModelOptions, encoder_settings: LanguageEncoderSettings, dit: Path | None = None
 ) -> Krea2Files:
-    files = Krea2Files(text_use=use).add_dit(dit or options.dit, options.dit_dtype)
+    files = Krea2Files(encoder_settings=encoder_settings).add_dit(dit or options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
 
 

@@ -26,17 +26,17 @@ from modules.errors import CheckpointError
 from modules.text_files import metadata_of_files, parse_json, read_text
 from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
-from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
+from qwen_image.files import QWEN_SETTINGS, TOKENIZER, QwenImageFiles
 
 KEY = "krea2_vl_embed"
 BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
 FROM = replace(TOKENIZER, repository="Qwen/Qwen3-VL-4B-Instruct", folders=BESIDE)
 # the template is Qwen-Image's
-KREA_2_USE = replace(
-    QWEN_USE,
+KREA_2_SETTINGS = replace(
+    QWEN_SETTINGS,
     states_key=KEY,
     model=QWEN3_VL,
-    source=replace(QWEN_USE.source, files=FROM),
+    source=replace(QWEN_SETTINGS.source, files=FROM),
     maximum=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
     keeps_after=True,
     stacked=STATES,
@@ -47,12 +47,12 @@ SHOWN = ImagePromptFormat(
     read=partial(read_within, area=SHOWN_AREA),
     min_pixels=256 * 256,
 )
-EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
+EDIT_SETTINGS = replace(KREA_2_SETTINGS, pictures=SHOWN)
 # of a generation, most of which show none
-MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, loads_tower_at_once=False))
+MIXED_SETTINGS = replace(KREA_2_SETTINGS, pictures=replace(SHOWN, loads_tower_at_once=False))
 MAX_REFERENCES = 10  # references
-WHAT = f"a {NAME} transformer"
-OPTION = "--dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION = "--dit"
 FILES = (
     "raw.safetensors of krea/Krea-2-Raw, turbo.safetensors of krea/Krea-2-Turbo, the folder transformer of "
     "either, or krea2_raw_bf16.safetensors of Comfy-Org"
@@ -60,7 +60,7 @@ FILES = (
 # dialect -> a tensor that only it has
 DIALECTS = {"released": "txtfusion.projector.weight", "diffusers": "text_fusion.projector.weight"}
 TEXT_BLOCKS = tuple((f"txtfusion.{name}_blocks", 2) for name in ("layerwise", "refiner"))
-PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
+NAME_RULES = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
 def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
@@ -75,7 +75,8 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     if not has_heads or not has_kv_heads or heads % kv_heads:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
-            f"heads of {head_width} are not those of {WHAT}. Copy the file again.",
+            f"heads of {head_width} are not those of {MODEL_KIND}. "
+            "Copy the file again.",
             shapes.path,
         )
     ffn_dim = shapes.of(f"{start}.0.mlp.gate.weight")[0]
@@ -100,17 +101,18 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     Raises CheckpointError for another model.
     """
     names = checkpoint.tensors
-    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
+    dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, PATTERNS[dialect]), NAME)
+    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, NAME_RULES[dialect]), NAME)
     blocks = _read_stream(shapes, "blocks")
     text = _read_stream(shapes, "txtfusion.layerwise_blocks")
     patch_width = shapes.of("first.weight")[1]
     if patch_width % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: patches of {patch_width} numbers are not those of {WHAT}. Copy the file again.",
+            f"{shapes.path}: patches of {patch_width} numbers are not those of {MODEL_KIND}. "
+            "Copy the file again.",
             shapes.path,
         )
     # blocks that the release has: a file that lacks some of them is refused
@@ -133,7 +135,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[str, TensorSource]:
-    sources = join_parts(plain_sources(checkpoint), PATTERNS[header.dialect])
+    sources = join_parts(plain_sources(checkpoint), NAME_RULES[header.dialect])
     flat = [name for name in sources if re.fullmatch(r"blocks\.\d+\.mod\.lin", name)]
     # diffusers has a row for each of what modulates a block
     return sources | {name: sources[name].with_step(lambda rows: rows.flatten()) for name in flat}
@@ -142,10 +144,10 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Map
 # the last two are in files of the first days; no tool uses them
 FORMAT = DitFormat(
     _read_header,
-    lambda _: WHAT,
+    lambda _: MODEL_KIND,
     network=Krea2Model,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
     ignore=("last.down.weight", "last.up.weight"),
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
@@ -187,7 +189,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
 class Krea2Files(QwenImageFiles):
     """Files of a run with Qwen-Image's VAE and Qwen3-VL's language model."""
 
-    text_use: LanguageEncoderSettings = KREA_2_USE
+    encoder_settings: LanguageEncoderSettings = KREA_2_SETTINGS
 
     format: ClassVar = FORMAT
     called: ClassVar[str] = NAME

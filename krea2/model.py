@@ -5,7 +5,7 @@ modulation, norms and rotary angles are always float32. Attention is Lumina's, g
 come first, then the image, then the text. Attention does not depend on the order, only on positions: those of
 all texts are 0, those of references on the first axis 1, 2, ... Source of edits: ai-toolkit's `edit: true`.
 References that attend only to each other, at time 0, are the same in all passes of a generation: their keys
-and values are computed once (`Krea2Model.remember`).
+and values are computed once (`Krea2Model.compute_keys_values`).
 """
 # Letters: B batch, R tokens of references, L of the image, T of text, n states of each, N heads, D head
 # width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the image's
@@ -30,11 +30,11 @@ from modules.layers.norms import CenteredNorm, activation_dtype, run_float32, ru
 from modules.layers.rope import GridTable, TokenGrid, rotary_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
-from runtime.kv_cache import Remembers, remember, remembering
+from runtime.kv_cache import CachesKeysValues, compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
@@ -46,19 +46,20 @@ gelu = partial(functional.gelu, approximate="tanh")  # as trained
 class Krea2Tokens(LuminaTokens):
     """Inputs of the blocks besides x, B R+L+T C; `time`, B 7 S C, is six block rows and a final row."""
 
-    references: int = 0  # R
-    isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
-    remembers: bool = False  # there are references alone, whose keys and values the blocks keep
-    split: int = 0  # index of the first token after references, among the tokens that this process has
+    num_references: int = 0  # R
+    num_isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
+    stores_keys_values: bool = False  # there are references alone, whose keys and values the blocks keep
+    # index of the first token after references, among the tokens that this process has
+    modulation_split: int = 0
 
-    def cut(self, part: "TokenPart") -> "Krea2Tokens":
+    def cut(self, shard: "TokenShard") -> "Krea2Tokens":
         """Return the inputs for the tokens that one process computes."""
-        return replace(super().cut(part), split=part.count_among_first(self.references))
+        return replace(super().cut(shard), modulation_split=shard.count_among_first(self.num_references))
 
     @property
     def first_image(self) -> int:
         """Return the index of the image's first token, which follows the references."""
-        return self.references
+        return self.num_references
 
 
 class QueryKeyScales(nn.Module):
@@ -85,7 +86,7 @@ class GatedAttention(GroupedAttention):
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
         # keys and values of the references in front, 1 R K D; see `runtime/kv_cache.py`
-        self.remembered: Sequence[Tensor] = ()
+        self.cached_keys_values: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return queries (B L N D), keys and values (B L K D) of tokens B L C; the first two normalized."""
@@ -118,7 +119,7 @@ class GatedAttention(GroupedAttention):
 
 
 def attend_rotated(
-    attention: Remembers, heads: Heads, tokens: Krea2Tokens, lengths: SampleLengths | None
+    attention: CachesKeysValues, heads: Heads, tokens: Krea2Tokens, lengths: SampleLengths | None
 ) -> Tensor:
     """Return the attention of tokens, B L N D, in which isolated references attend only to each other.
 
@@ -129,14 +130,14 @@ def attend_rotated(
         lengths: Numbers of real tokens, not counting isolated references.
     """
     query, key, value = heads
-    if tokens.remembers:
-        attention.remembered = key, value
-    elif attention.remembered:
-        remembered_key, remembered_value = attention.remembered
-        key = _put_in_front(remembered_key, key)
-        value = _put_in_front(remembered_value, value)
+    if tokens.stores_keys_values:
+        attention.cached_keys_values = key, value
+    elif attention.cached_keys_values:
+        cached_key, cached_value = attention.cached_keys_values
+        key = _put_in_front(cached_key, key)
+        value = _put_in_front(cached_value, value)
     key, value = repeat_kv_heads(query, key, value)
-    isolated = tokens.isolated
+    isolated = tokens.num_isolated
     choice = tokens.attention
     attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
     if not isolated:
@@ -232,11 +233,11 @@ class Krea2Block(StreamBlock):
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         scale, shift, gate, *feed_rows = self.rows(tokens)
-        h = modulate(self.prenorm.in_float32(x), shift, scale, tokens.dtype, split=tokens.split)
-        x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
+        h = modulate(self.prenorm.in_float32(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -244,7 +245,7 @@ class Krea2Block(StreamBlock):
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
-        image = x[:, tokens.split : tokens.split + tokens.image]
+        image = x[:, tokens.modulation_split : tokens.modulation_split + tokens.image]
         return modulate(self.prenorm.in_float32(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
@@ -272,8 +273,8 @@ class Krea2Layout(NamedTuple):
     """Grid and text lengths that determine a rotary table."""
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
-    texts: int  # tokens of the texts
-    references: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
+    num_text_tokens: int  # tokens of the texts
+    reference_grids: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
 
 
 class Krea2Text(NamedTuple):
@@ -337,17 +338,17 @@ class Krea2Model(BlockNetwork):
         With `overrides.section_cache`, isolated references are computed once for all steps.
         """
         # only isolated references do not depend on the image, so only they can be cached
-        memory = overrides.section_cache if isolated and references else None
-        if memory is not None and not memory:
+        kv_cache = overrides.section_cache if isolated and references else None
+        if kv_cache is not None and not kv_cache:
             # the first pass fills the cache; references are equal for all samples
-            memory.update(self.remember([latents[:1] for latents in references]))
+            kv_cache.update(self.compute_keys_values([latents[:1] for latents in references]))
         # a pass that leaves references out takes none from the cache
-        if memory is None or overrides.is_perturbed:
-            memory = {}
+        if kv_cache is None or overrides.is_perturbed:
+            kv_cache = {}
         else:
             # the cached keys and values stand in for the references
             references = ()
-        with remembering(memory, self.attentions()):
+        with use_keys_values(kv_cache, self.attentions()):
             return super().forward(
                 *inputs,
                 overrides=overrides,
@@ -356,7 +357,7 @@ class Krea2Model(BlockNetwork):
                 **named_inputs,
             )
 
-    def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
+    def compute_keys_values(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
         """Return each block's keys and values of isolated references, 1 Z 1 h w each, for use in all steps.
 
         References are clean: time 0.
@@ -367,7 +368,7 @@ class Krea2Model(BlockNetwork):
         images = [self.embed_image(latents).to(dtype) for latents in references]
         x = torch.cat(images, dim=1)
         grids = tuple(self.grid_of(latents) for latents in references)
-        layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)  # no image and no text
+        layout = Krea2Layout(grid=(0, 0), num_text_tokens=0, reference_grids=grids)  # no image and no text
         tokens = Krea2Tokens(
             layout.grid,
             rotary=self._rotary.get_table(layout, device),
@@ -375,9 +376,9 @@ class Krea2Model(BlockNetwork):
             time=self.embed_time(times)[:, :, None],
             dtype=dtype,
             attention=self.attention,
-            remembers=True,
+            stores_keys_values=True,
         )
-        return remember(self, Hidden(x, tokens), self.attentions())
+        return compute_keys_values(self, Hidden(x, tokens), self.attentions())
 
     def attentions(self) -> list[GatedAttention]:
         """Return the attention layer of each block."""
@@ -424,7 +425,7 @@ class Krea2Model(BlockNetwork):
         x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
         rotary = self._rotary.get_table(layout, noisy.device)
-        first, *seconds = texts
+        first = texts[0]
         tokens = Krea2Tokens(
             grid,
             # the table is for the longer of the two texts
@@ -433,31 +434,33 @@ class Krea2Model(BlockNetwork):
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
-            references=num_references,
-            split=num_references,
-            isolated=num_isolated,
+            num_references=num_references,
+            modulation_split=num_references,
+            num_isolated=num_isolated,
         )
-        for second in seconds:  # at most one: the negative text of attention
-            assert overrides.steer is not None  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = texts[1]
             count = second.states.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(num_images, count, second.lengths, overrides.steer),
+                second_text=SecondText(num_images, count, second.lengths, overrides.steer),
                 second_rotary=rotary[: num_images + count],
             )
         return Hidden(x, tokens)
 
-    def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
+    def _embed_prompt(
+        self, arguments: Mapping[str, Any], num_image_tokens: int, dtype: torch.dtype
+    ) -> Krea2Text:
         """Embed a text; `arguments` are its states `text`, and `text_mask`, true for real tokens.
 
-        `before` counts the tokens in front of the text that attend to all.
+        `num_image_tokens` counts the tokens in front of the text that attend to all.
         """
         longest, counts = count_real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text_lengths = lengths = None
         if len(set(counts)) > 1:  # else there is no padding, and attention gets no mask
             text_lengths = make_lengths(counts, states.device)
-            lengths = make_lengths([before + count for count in counts], states.device)
+            lengths = make_lengths([num_image_tokens + count for count in counts], states.device)
         return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
@@ -498,7 +501,7 @@ class Krea2Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        image = x[:, tokens.references : tokens.references + tokens.image]
+        image = x[:, tokens.num_references : tokens.num_references + tokens.image]
         patches = self.last(image, tokens).float()
         return rearrange(
             patches, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
@@ -512,9 +515,10 @@ class Krea2Model(BlockNetwork):
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         grids = [
-            TokenGrid((1, *grid), first_position=number) for number, grid in enumerate(layout.references, 1)
+            TokenGrid((1, *grid), first_position=number)
+            for number, grid in enumerate(layout.reference_grids, 1)
         ]
         grids.append(TokenGrid((1, *layout.grid), first_position=0))
         images = [rotary_table(grid, widths, theta, device) for grid in grids]
         text = rotary_table(TokenGrid((1, 1, 1), first_position=0), widths, theta, device)
-        return torch.cat([*images, text.expand(layout.texts, -1, -1, -1)])
+        return torch.cat([*images, text.expand(layout.num_text_tokens, -1, -1, -1)])

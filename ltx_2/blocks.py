@@ -27,7 +27,7 @@ from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 ByModality = dict[Modality, Tensor]  # a tensor for each stream, such as its tokens, B L C
 gelu = partial(functional.gelu, approximate="tanh")
@@ -127,7 +127,7 @@ class StreamConditioning:
     num_conditioning_tokens: int = 0  # leading tokens with a timestep of their own
     token_timesteps: TokenTimesteps | None = None  # replaces `num_conditioning_tokens`
     cross: CrossInputs | None = None  # None: there is no attention to another stream
-    token_range: "TokenPart | None" = None  # the tokens that this process has; None if it has all
+    token_range: "TokenShard | None" = None  # the tokens that this process has; None if it has all
     # from `make_attention_bias`, for all tokens; None: attention has no bias
     attention_bias: tuple[Tensor, Tensor] | None = None
     num_hidden_from_other: int = 0  # leading tokens, of all, to which the other stream does not attend
@@ -155,16 +155,16 @@ class StreamConditioning:
         """Return x + gate * branch, where each token takes the gate of its timestep, B S C."""
         return add_gated(x, gate, branch, self.modulation_split)
 
-    def cut(self, part: "TokenPart") -> "StreamConditioning":
+    def cut(self, part: "TokenShard") -> "StreamConditioning":
         """Return the inputs for the tokens that one process computes."""
         cross, token_timesteps = self.cross, self.token_timesteps
         if cross is not None:
-            cross = replace(cross, rotary_emb=part.rows(cross.rotary_emb))
+            cross = replace(cross, rotary_emb=part.slice_rotary(cross.rotary_emb))
         if token_timesteps is not None:
             token_timesteps = replace(token_timesteps, indices=part.take(token_timesteps.indices))
         return replace(
             self,
-            rotary_emb=part.rows(self.rotary_emb),
+            rotary_emb=part.slice_rotary(self.rotary_emb),
             cross=cross,
             num_conditioning_tokens=part.count_among_first(self.num_conditioning_tokens),
             token_timesteps=token_timesteps,
@@ -199,7 +199,7 @@ class LtxTokens:
         """Return each stream's number of tokens."""
         return tuple(stream.length for stream in self.streams.values())
 
-    def cut(self, *parts: "TokenPart") -> "LtxTokens":
+    def cut(self, *parts: "TokenShard") -> "LtxTokens":
         """Return the inputs for one process, which has a part of each stream's tokens."""
         streams = {}
         for (modality, stream), part in zip(self.streams.items(), parts, strict=True):

@@ -23,7 +23,7 @@ from modules.layers.rope import rotate, select_rotations, sinusoid
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
@@ -43,13 +43,13 @@ class LuminaTokens:
     time: Tensor  # B time_dim float32, from which every block computes its modulation
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    second: SecondText | None = None
+    second_text: SecondText | None = None
     second_rotary: Tensor | None = None  # as `rotary`, of image and second caption
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for the tokens of one process; `rotary` still covers all tokens."""
-        return replace(self, part=part)
+        return replace(self, shard=shard)
 
     @property
     def first_image(self) -> int:
@@ -124,11 +124,11 @@ class GroupedAttention(nn.Module):
         With several processes, each attends with all tokens and some of the heads.
         """
         heads: tuple[Tensor, ...] = self.heads(x)
-        token_part = tokens.part
+        token_part = tokens.shard
         if token_part is not None:
             heads = token_part.gather_tokens(heads[0], *repeat_kv_heads(*heads))
-        if tokens.second is not None:
-            return self._attend_with_two_captions(heads, tokens, tokens.second).flatten(2)
+        if tokens.second_text is not None:
+            return self._attend_with_two_captions(heads, tokens, tokens.second_text).flatten(2)
         attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.lengths)
         if token_part is not None:
             attended = token_part.gather_heads(attended)
@@ -145,9 +145,9 @@ class GroupedAttention(nn.Module):
         with_second = self.attend_heads(
             map(second.drop_first_text, heads), tokens.second_rotary, tokens, second.lengths
         )
-        if tokens.part is None:
+        if tokens.shard is None:
             return second.combine(with_first, with_second)
-        return tokens.part.combine(with_first, with_second, second)
+        return tokens.shard.combine(with_first, with_second, second)
 
     def project(self, attended: Tensor) -> Tensor:
         """Project the concatenated heads of attention, B L C, to the layer's output, B L C."""

@@ -123,7 +123,7 @@ class LuminaModel(BlockNetwork):
         second_text, second_tokens = captions[1]
         assert overrides.steer is not None  # it comes with a second text
         second = SecondText(image.shape[1], second_text.shape[1], second_tokens.lengths, overrides.steer)
-        tokens = replace(tokens, second=second, second_rotary=second_tokens.rotary)
+        tokens = replace(tokens, second_text=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
     def _refine_image(self, image: Tensor, tokens: LuminaTokens) -> Tensor:

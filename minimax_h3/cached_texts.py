@@ -232,7 +232,7 @@ class H3CachingFiles(H3Files):
     encoder_class = H3CachingEncoder
 
     @property
-    def text_use(self) -> LanguageEncoderSettings:  # type: ignore[override]
+    def encoder_settings(self) -> LanguageEncoderSettings:  # type: ignore[override]
         """Return how the text encoder is used, including the text of the empty prompt."""
         return _make_settings(self.blank)
 

@@ -203,7 +203,7 @@ class H3Files(LanguageModelFiles):
     task: str = "t2va"
 
     encoder_class = H3TextEncoder
-    text_use = H3_USE
+    encoder_settings = H3_USE
     vae_option = "--video_vae"
     vae_folder = "vae"
 

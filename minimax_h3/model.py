@@ -34,7 +34,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 MODULATION_VECTORS = 6  # of a block: shift, scale and gate of attention and of feed-forward
 CLEAN_FRACTION_OF_IMAGES = 0.999  # minimum time of image conditions, nearly clean
@@ -98,9 +98,9 @@ class H3Tokens:
     segment_starts: tuple[int, ...]  # index at which each segment after the first begins
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    token_range: "TokenPart | None" = None  # the tokens that this process has; None: all
+    token_range: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> "H3Tokens":
+    def cut(self, part: "TokenShard") -> "H3Tokens":
         """Return the inputs for one process's tokens; `rotary_emb` still covers all tokens."""
         starts = tuple(part.count_among_first(start) for start in self.segment_starts)
         return replace(self, token_range=part, segment_starts=starts)

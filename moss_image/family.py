@@ -18,7 +18,7 @@ from modules.options import NO_OPTIONS
 from modules.text_files import looks_like_object
 from moss_image import options as own
 from moss_image.configs import DIT, LATENT, NOISE, RELEASE
-from moss_image.files import KEY, TEXT_USE, MossImageFiles, find_sft
+from moss_image.files import ENCODER_SETTINGS, KEY, MossImageFiles, find_sft
 from moss_image.layouts import find_layout_errors, fit_layout
 from moss_image.names import LORA
 from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
@@ -122,8 +122,8 @@ class MossImage(pictures.ModelOfImages):
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3.5 (9B)")
         # a cache that records no template is accepted
         for cache in batch.made_by:
-            fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
-            if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
+            fingerprint = cache.encoder.get(ENCODER_SETTINGS.template_key, ENCODER_SETTINGS.fingerprint)
+            if cache.part == ENCODER_SETTINGS.name and fingerprint != ENCODER_SETTINGS.fingerprint:
                 raise CacheError(
                     f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
                 )
@@ -188,15 +188,17 @@ class MossImage(pictures.ModelOfImages):
     def _select_skips(self, request: Request) -> NegativeSkips:
         """Return which blocks the negative pass skips, and when; raise OptionError for unknown blocks."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
-        count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
-        missing = sorted(block for block in blocks if count is not None and block >= count)
+        missing: list[int] = []
         # the default is for the released model: of a smaller one, blocks that it lacks are left out silently
         is_default = blocks == own.read_blocks(own.SKIPPED)
-        if missing and not is_default:
-            raise OptionError(
-                f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the blocks "
-                f"0 to {(count or 1) - 1}"
-            )
+        if self.files.dit is not None:
+            num_layers = self.files.dit_header().config.num_layers
+            missing = sorted(block for block in blocks if block >= num_layers)
+            if missing and not is_default:
+                raise OptionError(
+                    f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the "
+                    f"blocks 0 to {num_layers - 1}"
+                )
         start, end = self.skips.start, self.skips.end
         # the option is named in warnings only if the user changed it
         is_asked = blocks and not (is_default and (start, end) == (0, 1))
@@ -221,8 +223,9 @@ class MossImage(pictures.ModelOfImages):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the only section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        has_references = self.isolated and bool(prepared.request.control_images)
-        return (yield replace(section, overrides=Overrides(section_cache={})) if has_references else section)
+        if self.isolated and prepared.request.control_images:
+            section = replace(section, overrides=Overrides(section_cache={}))
+        return (yield section)
 
 
 def family_for_latent_caching(options: own.MossImageLatentCachingOptions) -> MossImage:

@@ -30,18 +30,18 @@ from networks.names.layouts import joined_tensors
 from protocols.loading import TensorSource
 
 KEY = "qwen3_5_embed"
-WHAT = f"a {NAME} transformer"
-OPTION = "--dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION = "--dit"
 FILES = "moss_image_base_bf16.safetensors of Comfy-Org, or the folder transformer of MOSS-Image-Base"
-MARK = "shared_block_modulation.weight"
-CUTS = joined_tensors(MOSS_IMAGE)
-STACKED = "layers.0.proj.qkv.weight"
+IDENTIFYING_TENSOR = "shared_block_modulation.weight"
+FUSED_LAYERS = joined_tensors(MOSS_IMAGE)
+STACKED_QKV_WEIGHT = "layers.0.proj.qkv.weight"
 RESCALED = "kohakumoss_fp16_fix"  # in metadata of files whose weights were divided for float16
 MAX_TOKENS = 4096  # maximum length of a prompt with its template; the rest is cut off, as in the release
 RELEASE = re.compile(r"(?<![a-z])(sft|base)(?![a-z])")  # in the name of a file or folder
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "OpenMOSS-Team/MOSS-Image-Base")
-TEXT_USE = LanguageEncoderSettings(
+ENCODER_SETTINGS = LanguageEncoderSettings(
     name="qwen3_5",
     states_key=KEY,
     model=QWEN35,
@@ -71,20 +71,20 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
     Raises CheckpointError for another model, and for weights that were rescaled for float16.
     """
     names = checkpoint.tensors
-    if MARK not in names:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if IDENTIFYING_TENSOR not in names:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     if RESCALED in checkpoint.metadata:
         raise CheckpointError(
             f"{checkpoint.path}: its weights were rescaled for float16, as its metadata say ({RESCALED}), "
             f"and LoRAs for it fit no other file. Here float16 needs no such file: give {FILES}.",
             checkpoint.path,
         )
-    dialect = "comfy" if STACKED in names else "released"
+    dialect = "comfy" if STACKED_QKV_WEIGHT in names else "released"
     # ComfyUI's files stack query, key and value: split their shapes by layer
     file_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, FUSED_LAYERS), NAME)
     config = _read_config(shapes)
-    query = STACKED if dialect == "comfy" else "layers.0.proj.q.weight"
+    query = STACKED_QKV_WEIGHT if dialect == "comfy" else "layers.0.proj.q.weight"
     return DitHeader(config, dialect, names[query].dtype)
 
 
@@ -98,13 +98,13 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
         and width % (2 * AXES) == 0
         and shapes.of("layers.0.proj.q.weight") == (dim, dim)
         and shapes.of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
-        and shapes.of(MARK) == (ROWS * dim, dim)
+        and shapes.of(IDENTIFYING_TENSOR) == (ROWS * dim, dim)
         and shapes.of("video_head_modulation.weight") == (END_ROWS * dim, dim)
     )
     if not fits:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those of "
-            f"{WHAT}. Copy the file again.",
+            f"{MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
     return MossImageConfig(
@@ -120,15 +120,15 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[MossImageConfig]) -> Mapping[str, TensorSource]:
-    return cut_parts(plain_sources(checkpoint), CUTS)
+    return cut_parts(plain_sources(checkpoint), FUSED_LAYERS)
 
 
 FORMAT = DitFormat(
     _read_header,
-    lambda _: WHAT,
+    lambda _: MODEL_KIND,
     network=MossImageModel,
     sources=_make_sources,
-    option=OPTION,
+    option=DIT_OPTION,
     ignore=("rope.bands",),  # frequencies of the positions, which are computed here
 )
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
@@ -155,7 +155,7 @@ class MossImageFiles(LanguageModelFiles):
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
     vae_default: ClassVar = torch.float32
-    text_use: ClassVar[LanguageEncoderSettings] = TEXT_USE
+    encoder_settings: ClassVar[LanguageEncoderSettings] = ENCODER_SETTINGS
 
     @property
     def dit_path(self) -> Path:

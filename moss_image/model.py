@@ -5,7 +5,7 @@ ports of the released pipeline. The embedding of time, modulation, norms and rot
 References of an edit come first, then the image, then the text; the ports have another order. Attention does
 not depend on the order, only on positions. References that attend only to each other, at time 0, are the same
 in all steps of a generation: their keys and values are computed once for each text and set of skipped blocks
-(`MossImageModel.remember`).
+(`MossImageModel.compute_keys_values`).
 """
 # Letters: B batch, R tokens of references, L of the image, T of text, N heads, D head width, C = N * D, F
 # width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the image's
@@ -32,7 +32,7 @@ from modules.layers.rope import GridTable, cos_and_sin, rotation_angles, sinusoi
 from modules.speed_options import SDPA, AttentionChoice
 from moss_image.configs import AXES, DIT, MossImageConfig
 from protocols.steps import NO_OVERRIDES, Overrides
-from runtime.kv_cache import remember, remembering
+from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
 ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
@@ -125,7 +125,7 @@ class MossImageBlock(GroupedAttention):
         self.proj["ffn_up_gate"] = nn.Linear(dim, 2 * config.ffn_dim, bias=False)  # values, then their gates
         self.proj["ffn_down"] = nn.Linear(config.ffn_dim, dim, bias=False)
         # keys and values of the references in front, B R N D; see `runtime/kv_cache.py`
-        self.remembered: Sequence[Tensor] = ()
+        self.cached_keys_values: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return heads of modulated tokens B L C: query, key, value, each B L N D; q and k normalized."""
@@ -147,12 +147,12 @@ class MossImageBlock(GroupedAttention):
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
-        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.modulation_split)
         branch = run_in_weight_dtype(self.proj["o"], self.attend_tokens(h, tokens))
-        x = add_gated(x, gate, branch, tokens.split)
+        x = add_gated(x, gate, branch, tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -160,7 +160,7 @@ class MossImageBlock(GroupedAttention):
     def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B R+L+T C to B L C."""
         shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
-        image = x[:, tokens.split : tokens.split + tokens.image]
+        image = x[:, tokens.modulation_split : tokens.modulation_split + tokens.image]
         return modulate(self.norm1(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ class MossImageLayout(NamedTuple):
     """Sizes of images and texts, which determine a rotary table."""
 
     grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
-    references: tuple[Grid, ...]
-    texts: int  # tokens of each text, with padding
+    reference_grids: tuple[Grid, ...]
+    num_text_tokens: int  # tokens of each text, with padding
     # real tokens of each text, which are the clock of its image and references; one number if all are alike
-    clocks: tuple[int, ...]
+    text_lengths: tuple[int, ...]
 
 
 class RefinedText(NamedTuple):
@@ -187,13 +187,13 @@ class RefinedText(NamedTuple):
     counts: tuple[int, ...]  # real tokens of each sample
 
     @property
-    def clocks(self) -> tuple[int, ...]:
+    def text_lengths(self) -> tuple[int, ...]:
         """Return the text lengths, which set the images' time positions; one length if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> SampleLengths | None:
         """Return sequence lengths: each sample's real tokens plus `before`; None if all tokens are real."""
-        if len(self.clocks) == 1:  # attention gets no mask
+        if len(self.text_lengths) == 1:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
 
@@ -278,12 +278,12 @@ class MossImageModel(BlockNetwork):
         if pass_name not in cache:
             # compute only the references, and keep the keys and values of their tokens
             skips = Overrides(skip_blocks=overrides.skip_blocks)
-            cache[pass_name] = self.remember(references, named_inputs["text_mask"], skips)
+            cache[pass_name] = self.compute_keys_values(references, named_inputs["text_mask"], skips)
         # the attentions use the stored keys and values, so that the call gets no references
-        with remembering(cache[pass_name], self.attentions()):
+        with use_keys_values(cache[pass_name], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
-    def remember(
+    def compute_keys_values(
         self, references: Sequence[Tensor], text_mask: Tensor, overrides: Overrides = NO_OVERRIDES
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
         """Return each block's keys and values of clean references, computed without image and text.
@@ -296,9 +296,11 @@ class MossImageModel(BlockNetwork):
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = count_real_tokens(text_mask)
-        clocks = RefinedText(x, counts).clocks  # depends only on `counts`
+        text_lengths = RefinedText(x, counts).text_lengths  # depends only on `counts`
         # no image and no text: the keys and values are those of references alone
-        layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
+        layout = MossImageLayout(
+            (0, 0), tuple(map(self.grid_of, references)), num_text_tokens=0, text_lengths=text_lengths
+        )
         tokens = MossImageTokens(
             layout.grid,
             rotary=self._rotary.get_table(layout, device),
@@ -306,9 +308,9 @@ class MossImageModel(BlockNetwork):
             time=self.embed_time(times)[:, :, None],
             dtype=dtype,
             attention=self.attention,
-            remembers=True,
+            stores_keys_values=True,
         )
-        return remember(self, Hidden(x, tokens), self.attentions(), overrides)
+        return compute_keys_values(self, Hidden(x, tokens), self.attentions(), overrides)
 
     def attentions(self) -> list[MossImageBlock]:
         """Return the blocks, which are attention layers themselves."""
@@ -353,7 +355,7 @@ class MossImageModel(BlockNetwork):
         num_references = sum(math.prod(sides) for sides in reference_grids)
         num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
-        first, *seconds = texts
+        first = texts[0]
         tokens = MossImageTokens(
             grid,
             rotary=self._find_rotary(grid, reference_grids, first),
@@ -361,25 +363,25 @@ class MossImageModel(BlockNetwork):
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
-            references=num_references,
-            split=num_references,
-            isolated=num_isolated,
+            num_references=num_references,
+            modulation_split=num_references,
+            num_isolated=num_isolated,
         )
-        for second in seconds:  # at most one
-            assert overrides.steer is not None  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = texts[1]
             lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
-                second=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
+                second_text=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
                 second_rotary=self._make_table(
-                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.clocks),
+                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.text_lengths),
                     device=x.device,
                 ),
             )
         return Hidden(x, tokens)
 
     def _find_rotary(self, grid: Grid, references: tuple[Grid, ...], text: RefinedText) -> Tensor:
-        layout = MossImageLayout(grid, references, text.states.shape[1], text.clocks)
+        layout = MossImageLayout(grid, references, text.states.shape[1], text.text_lengths)
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
@@ -425,7 +427,7 @@ class MossImageModel(BlockNetwork):
     def unembed(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        image = x[:, tokens.references : tokens.references + tokens.image]
+        image = x[:, tokens.num_references : tokens.num_references + tokens.image]
         shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
         h = modulate(self.final_norm_video(image), shift, scale, tokens.dtype)
         pixels = run_in_weight_dtype(self.final_linear_video, h).float()
@@ -434,31 +436,34 @@ class MossImageModel(BlockNetwork):
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
 
-        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for tokens of
-        reference k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and
-        columns are counted from the middle of their image.
+        Positions are (0, text length, row, column) for image tokens, (k, text length, row, column) for tokens
+        of reference k (from 1), and (0, index, 0, 0) for the text. Rows and columns are counted from the
+        middle of their image.
         """
-        tables = {clock: self._make_sample_table(layout, clock, device) for clock in set(layout.clocks)}
-        samples = [tables[clock] for clock in layout.clocks]
+        tables = {
+            text_length: self._make_sample_table(layout, text_length, device)
+            for text_length in set(layout.text_lengths)
+        }
+        samples = [tables[text_length] for text_length in layout.text_lengths]
         return samples[0] if len(samples) == 1 else torch.stack(samples)
 
-    def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
-        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; `clock` is its text's length."""
+    def _make_sample_table(self, layout: MossImageLayout, text_length: int, device: torch.device) -> Tensor:
+        """Return the rotary pairs of a sample's tokens, R+L+T 1 D/2 2; its text has `text_length` tokens."""
         tables = []
-        grids = [*enumerate(layout.references, 1), (0, layout.grid)]
+        grids = [*enumerate(layout.reference_grids, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
-            place = torch.tensor([number, clock], dtype=torch.float64)
-            positions = (*place.split(1), _center(rows), _center(columns))
-            tables.append(self._make_turns(positions, device))
-        tables.append(self._make_text_table(layout.texts, device=device))
+            number_and_time = torch.tensor([number, text_length], dtype=torch.float64)
+            positions = (*number_and_time.split(1), _centered_positions(rows), _centered_positions(columns))
+            tables.append(self._grid_rotations(positions, device))
+        tables.append(self._make_text_table(layout.num_text_tokens, device=device))
         return torch.cat(tables)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
         """Return the rotary pairs of a text's tokens, T 1 D/2 2."""
         zero = torch.zeros(1, dtype=torch.float64)
-        return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
+        return self._grid_rotations((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
-    def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+    def _grid_rotations(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
         """Return a grid's rotary pairs, n 1 D/2 2 float32, from float64 positions along each axis."""
         width = self.config.head_width // AXES
         pairs = []
@@ -473,6 +478,6 @@ def select_stream(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _center(size: int) -> Tensor:
+def _centered_positions(size: int) -> Tensor:
     """Return coordinates along an axis relative to its middle, in half steps if `size` is even."""
     return torch.arange(size, dtype=torch.float64) - (size - 1) / 2

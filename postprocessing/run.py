@@ -252,8 +252,8 @@ def _write_video(
             frames,
             rate,
             codec,
-            list_companions=job.source,
-            covers=keeps_cover,
+            copied_video=job.source,
+            with_images=keeps_cover,
             tags=tags,
         )
     if output_format.keep_pngs:

@@ -27,17 +27,20 @@ def _check_cache(cache: CacheOrigin, version: Version) -> None:
             f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
             f"Cache again with {LATENTS_AGAIN}: it replaces them."
         )
-    use = version.use
+    use = version.encoder_settings
     fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
     if cache.part == use.name and fingerprint != use.fingerprint:
         raise CacheError(
             f"{cache.path}: the caption was encoded for {_name_models_with(fingerprint)}, this training "
-            f"is of {version.called}. Give the same --model_version to {TEXTS_AGAIN} and to the training."
+            f"is of {version.display_name}. Give the same --model_version to {TEXTS_AGAIN} and to the "
+            "training."
         )
 
 
 def _name_models_with(fingerprint: str) -> str:
     """Name the models that use a text encoder with this fingerprint."""
     versions: Collection[Version] = VERSIONS.values()
-    called = [version.called for version in versions if version.use.fingerprint == fingerprint]
+    called = [
+        version.display_name for version in versions if version.encoder_settings.fingerprint == fingerprint
+    ]
     return " or ".join(called) or "another model"

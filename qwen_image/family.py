@@ -40,7 +40,15 @@ from protocols.rules import (
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
-from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, QwenImageReleaseFiles, Version, files_of
+from qwen_image.files import (
+    KEY,
+    QWEN_SETTINGS,
+    VERSIONS,
+    QwenImageFiles,
+    QwenImageReleaseFiles,
+    Version,
+    files_of,
+)
 from qwen_image.layered import QwenImageLayered
 from qwen_image.names import LORA
 from qwen_image.options import (
@@ -52,7 +60,14 @@ from qwen_image.options import (
     QwenImageTextCachingOptions,
     QwenImageTrainingOptions,
 )
-from qwen_image.references import AS_TRAINED, add_images, fill_size, find_area, read_anchor, read_reference
+from qwen_image.references import (
+    AS_TRAINED,
+    add_reference_images,
+    fill_size,
+    find_area,
+    read_edit_reference,
+    read_reference,
+)
 
 if TYPE_CHECKING:
     from protocols.workflows import ComfyModel
@@ -64,7 +79,7 @@ SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(25, 4.0, 1328)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
-FEW, MANY = (256, 0.5), (8192, 0.9)
+SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class QwenImage(ModelOfImages):
     noise: family.NoiseSpec = field(default=NOISE, init=False)
     dit: family.DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=QWEN_SETTINGS.keys, init=False)
 
     @property
     def name(self) -> str:
@@ -101,7 +116,7 @@ class QwenImage(ModelOfImages):
     @property
     def called(self) -> str:
         """Return the release's name for messages."""
-        return self.version.called
+        return self.version.display_name
 
     @property
     def release(self) -> ModelRelease:
@@ -191,13 +206,16 @@ class QwenImage(ModelOfImages):
             text = "--%s %s (--f in a prompt line) is ignored because %s makes no layers"
             logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
         prepared = self.resolve_image(fill_size(request), 1.0, NEGATIVE)
-        prepared = add_images(replace(prepared, rules=GuidanceRules(norm_patch_size=PATCH)), self.edit)
+        prepared = add_reference_images(
+            replace(prepared, rules=GuidanceRules(norm_patch_size=PATCH)), self.edit
+        )
         if request.flow_shift is not None:
             return prepared
         # the release's own noise levels, between those for few and for many tokens
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
-        return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
+        flow_shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
+        return replace(prepared, flow_shift=flow_shift, solver=solver)
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
@@ -228,7 +246,7 @@ class QwenImage(ModelOfImages):
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
-            section = replace(section, edit_reference=read_anchor(prepared, first, self.edit))
+            section = replace(section, edit_reference=read_edit_reference(prepared, first, self.edit))
         return (yield section)
 
 
@@ -242,14 +260,16 @@ def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenIm
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
     """Describe the family for qwen_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
     version = VERSIONS[options.version.name]
-    files = QwenImageReleaseFiles(text_use=version.use, version=version).add_text(options.text)
+    files = QwenImageReleaseFiles(encoder_settings=version.encoder_settings, version=version).add_text(
+        options.text
+    )
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
     """Describe the family for qwen_image_train_network.py and qwen_image_train.py."""
     version = VERSIONS[options.version.name]
-    files = files_of(options, version, version.use)
+    files = files_of(options, version, version.encoder_settings)
     if not version.has_layers:
         return QwenImage(files, version, options)
     # each batch then has the clean image in front of its layers
@@ -257,7 +277,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
     return QwenImageLayered(
         files,
         options,
-        layers_alone=options.remove_first_image_from_target,
+        omits_first_image=options.remove_first_image_from_target,
         noise=replace(NOISE, first_frame_probability=probability),
     )
 
@@ -266,18 +286,20 @@ def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | Q
     """Return the family for qwen_image_generate_image.py: Qwen-Image, or Layered for its release."""
     version = VERSIONS[options.version.name]
     references = options.references
-    use = version.use
-    if use.pictures is not None and not references.resize_control_to_official_size:
+    encoder_settings = version.encoder_settings
+    if encoder_settings.pictures is not None and not references.resize_control_to_official_size:
         # the text encoder is shown the images in their own sizes, as `request_conditions` encodes them
-        use = replace(use, pictures=replace(use.pictures, read=read_reference))
-    files = files_of(options, version, use)
+        encoder_settings = replace(
+            encoder_settings, pictures=replace(encoder_settings.pictures, read=read_reference)
+        )
+    files = files_of(options, version, encoder_settings)
     if options.vae_enable_tiling and files.vae_tile is None:
         files = replace(files, vae_tile=VAE_TILE)
     if version.has_layers:
         return QwenImageLayered(
             files,
             edit=references,
-            layers_alone=options.layers.remove_first_image_from_target,
+            omits_first_image=options.layers.remove_first_image_from_target,
             keeps_norms=options.layers.cfg_norm,
         )
     return QwenImage(files, version, edit=references)

@@ -40,7 +40,7 @@ TOKENIZER = TokenizerFiles(
     folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
     unique_token="<|im_start|>",
 )
-QWEN_USE = LanguageEncoderSettings(
+QWEN_SETTINGS = LanguageEncoderSettings(
     name="vl",
     states_key=KEY,
     model=QWEN25_VL,
@@ -54,8 +54,8 @@ QWEN_USE = LanguageEncoderSettings(
 )
 _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
 # sizes as trained; the model sees one image
-EDIT_USE = replace(
-    QWEN_USE,
+EDIT_SETTINGS = replace(
+    QWEN_SETTINGS,
     before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
     "objects, background), then explain how the user's text instruction should alter or modify the image. "
     "Generate a new image that meets the user's requirements while maintaining consistency with the original "
@@ -64,30 +64,30 @@ EDIT_USE = replace(
     pictures=ImagePromptFormat(_SHOWN, read=partial(read_reference, area=MEGAPIXEL), max_images=1),
 )
 # it sees several, which prompts call by their numbers
-PLUS_USE = replace(
-    EDIT_USE,
+PLUS_SETTINGS = replace(
+    EDIT_SETTINGS,
     pictures=ImagePromptFormat("Picture {number}: " + _SHOWN, read=partial(read_reference, area=SHOWN_AREA)),
 )
 
 
-WHAT = f"a {NAME} transformer"
-OPTION = "--dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION = "--dit"
 FILES = (
     "qwen_image_bf16.safetensors, qwen_image_2512_bf16.safetensors, or the folder transformer of "
     "Qwen/Qwen-Image"
 )
-MARK = "transformer_blocks.0.img_mod.1.weight"
-LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+IDENTIFYING_TENSOR = "transformer_blocks.0.img_mod.1.weight"
+LAYER_TENSOR = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     names = checkpoint.tensors
-    if MARK not in names:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if IDENTIFYING_TENSOR not in names:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, file_shapes, NAME)
-    return DitHeader(_read_config(shapes, LAYER_MARK in names), "released", names[QUERY].dtype)
+    return DitHeader(_read_config(shapes, LAYER_TENSOR in names), "released", names[QUERY_WEIGHT].dtype)
 
 
 def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
@@ -98,10 +98,10 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of {token_dim} numbers are not "
-            f"those of {WHAT}. Copy the file again.",
+            f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    shapes.of(QUERY)  # raises if it is missing
+    shapes.of(QUERY_WEIGHT)  # raises if it is missing
     return QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
@@ -114,7 +114,9 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     )
 
 
-FORMAT = DitFormat(_read_header, lambda _: WHAT, network=QwenImageModel, sources=own_names, option=OPTION)
+FORMAT = DitFormat(
+    _read_header, lambda _: MODEL_KIND, network=QwenImageModel, sources=own_names, option=DIT_OPTION
+)
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
@@ -129,10 +131,10 @@ class Version:
 
     name: str  # name of the model in caches and saved files
     cache_tag: str
-    called: str  # in messages
+    display_name: str  # in messages
     architecture: str  # modelspec.architecture, as in musubi-tuner
     release: ModelRelease
-    use: LanguageEncoderSettings
+    encoder_settings: LanguageEncoderSettings
     references: ReferenceRules | None = None
     clean_references: bool = False  # their tokens are modulated with time 0
     has_layers: bool = False  # it takes an image apart into layers
@@ -140,36 +142,43 @@ class Version:
 
 
 def _make_edit_version(
-    option: str, use: LanguageEncoderSettings, maximum: int, clean_references: bool = False
+    option: str, encoder_settings: LanguageEncoderSettings, maximum: int, clean_references: bool = False
 ) -> Version:
     """Return a release that edits up to `maximum` images; `option` is its value of --model_version."""
     rules = ReferenceRules(maximum, seen_by_text=True, edits=True)
-    called = f"{NAME}-{option.capitalize()}"
-    architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called
+    display_name = f"{NAME}-{option.capitalize()}"
+    architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else display_name
     return Version(
         "qwen_image_edit",
         "qie",
-        called=called,
+        display_name=display_name,
         architecture=architecture,
         release=EDIT_RELEASES[option],
-        use=use,
+        encoder_settings=encoder_settings,
         references=rules,
         clean_references=clean_references,
     )
 
 
 VERSIONS = {
-    ORIGINAL: Version("qwen_image", "qi", called=NAME, architecture=NAME, release=QWEN_IMAGE, use=QWEN_USE),
-    EDIT: _make_edit_version(EDIT, EDIT_USE, 1),
-    EDIT_2509: _make_edit_version(EDIT_2509, PLUS_USE, MAX_REFERENCES),
-    EDIT_2511: _make_edit_version(EDIT_2511, PLUS_USE, MAX_REFERENCES, clean_references=True),
+    ORIGINAL: Version(
+        "qwen_image",
+        "qi",
+        display_name=NAME,
+        architecture=NAME,
+        release=QWEN_IMAGE,
+        encoder_settings=QWEN_SETTINGS,
+    ),
+    EDIT: _make_edit_version(EDIT, EDIT_SETTINGS, 1),
+    EDIT_2509: _make_edit_version(EDIT_2509, PLUS_SETTINGS, MAX_REFERENCES),
+    EDIT_2511: _make_edit_version(EDIT_2511, PLUS_SETTINGS, MAX_REFERENCES, clean_references=True),
     LAYERED: Version(
         "qwen_image_layered",
         "qil",
-        called=f"{NAME}-Layered",
+        display_name=f"{NAME}-Layered",
         architecture=f"{NAME}-Layered",
         release=QWEN_IMAGE_LAYERED,
-        use=QWEN_USE,
+        encoder_settings=QWEN_SETTINGS,
         has_layers=True,
         vae_files="qwen_image_layered_vae.safetensors, or the vae folder of Qwen/Qwen-Image-Layered,",
     ),
@@ -180,12 +189,12 @@ VERSIONS = {
 class QwenImageFiles(LanguageModelFiles):
     """Files of a run with Wan2.1's VAE and Qwen2.5-VL's language model."""
 
-    text_use: LanguageEncoderSettings = QWEN_USE
+    encoder_settings: LanguageEncoderSettings = QWEN_SETTINGS
     version: Version = VERSIONS[ORIGINAL]
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    called: ClassVar[str] = NAME
+    display_name: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
         """Load the VAE in the dtype and tile size that the options set."""
@@ -195,11 +204,13 @@ class QwenImageFiles(LanguageModelFiles):
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is not the VAE of this model."""
         version = self.version
-        called = f"the VAE of {version.called if version.has_layers else NAME}"
-        config = read_once(self.vae_path, read_vae, called, version.vae_files).config
+        model_name = f"the VAE of {version.display_name if version.has_layers else NAME}"
+        config = read_once(self.vae_path, read_vae, model_name, version.vae_files).config
         latent = replace(WAN_LATENT, has_alpha=version.has_layers)
         files = version.vae_files if version.has_layers else ""
-        check_latents(config, latent, self.vae_path, version.called if version.has_layers else NAME, files)
+        check_latents(
+            config, latent, self.vae_path, version.display_name if version.has_layers else NAME, files
+        )
 
 
 @dataclass(frozen=True)
@@ -212,21 +223,24 @@ class QwenImageReleaseFiles(QwenImageFiles):
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(
                 f"{self.dit_path} is the transformer of {NAME}-Layered, which takes pictures apart; "
-                f"{self.version.called} needs another one. Give --model_version layered, or another file",
+                f"{self.version.display_name} needs another one. Give --model_version layered, or "
+                "another file",
                 self.dit_path,
             )
         if self.version.has_layers and not header.config.has_layers:
             raise CheckpointError(
-                f"{self.dit_path} has no {LAYER_MARK}, so it is not the transformer of {NAME}-Layered. Give "
-                "qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
+                f"{self.dit_path} has no {LAYER_TENSOR}, so it is not the transformer of {NAME}-Layered. "
+                "Give qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
                 self.dit_path,
             )
         return header
 
 
 def files_of(
-    options: QwenImageModelOptions, version: Version, use: LanguageEncoderSettings
+    options: QwenImageModelOptions, version: Version, encoder_settings: LanguageEncoderSettings
 ) -> QwenImageReleaseFiles:
     """Return the files that the options of a training run or a generation name."""
-    files = QwenImageReleaseFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
+    files = QwenImageReleaseFiles(encoder_settings=encoder_settings, version=version).add_dit(
+        options.dit, options.dit_dtype
+    )
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -44,10 +44,10 @@ from protocols.rules import NO_GUIDANCE_RULES, GuidanceRules, ModelRelease, Sour
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
-from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles
+from qwen_image.files import KEY, QWEN_SETTINGS, VERSIONS, QwenImageFiles
 from qwen_image.names import LORA
 from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageReferenceOptions
-from qwen_image.references import official_size, read_reference, taken_size
+from qwen_image.references import official_size, read_reference, reference_size
 
 VERSION = VERSIONS[LAYERED]
 SIDE = 640  # an image is made as large as the square of this side. Source: the released pipeline
@@ -57,7 +57,7 @@ FEW_TOKENS = 256  # number of tokens up to which noise levels are not shifted. S
 DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
 
 
-class TakenImage(NamedTuple):
+class ReferenceResize(NamedTuple):
     """How the input image is resized: to `target`, else to about `area` pixels; None keeps its size."""
 
     area: int | None
@@ -71,23 +71,23 @@ class QwenImageLayered(ModelOfImages):
     files: QwenImageFiles
     options: Any = NO_OPTIONS  # set for trainings only
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
-    layers_alone: bool = False  # the image in front of the layers is not generated anew
+    omits_first_image: bool = False  # the image in front of the layers is not generated anew
     keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     noise: NoiseSpec = field(default=NOISE, kw_only=True)
     dit: DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
-    text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=QWEN_SETTINGS.keys, init=False)
     name: str = field(default=VERSION.name, init=False)
     cache_tag: str = field(default=VERSION.cache_tag, init=False)
-    called: str = field(default=VERSION.called, init=False)
+    called: str = field(default=VERSION.display_name, init=False)
     release: ModelRelease = field(default=VERSION.release, init=False)
 
     @property
     def latent(self) -> LatentSpec:
         """Return the latent space of the layers, with or without the composite image before them."""
-        return replace(LATENT_OF_LAYERS, has_full=not self.layers_alone)
+        return replace(LATENT_OF_LAYERS, has_full=not self.omits_first_image)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -148,15 +148,17 @@ class QwenImageLayered(ModelOfImages):
         is given (`Overrides.num_clean_frames`), it is the input image: the network does not see it among the
         noisy frames, and its velocity is 0.
         """
-        given = overrides.num_clean_frames
+        num_input_frames = overrides.num_clean_frames
         velocity: Tensor = dit(
-            noisy[:, :, given:],
+            noisy[:, :, num_input_frames:],
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
             overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
         )
-        return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2) if given else velocity
+        if num_input_frames:
+            velocity = torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2)
+        return velocity
 
     # generation
 
@@ -179,16 +181,17 @@ class QwenImageLayered(ModelOfImages):
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
         # how the image is resized before it is encoded
-        seen_image = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
-        source_width, source_height = taken_size(source_size, seen_image.area, seen_image.target)
-        tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))
+        target = (width, height) if self.edit.resize_control_to_image_size else None
+        resize = ReferenceResize(area, target)
+        resized_width, resized_height = reference_size(source_size, resize.area, resize.target)
+        tokens = count_image_tokens(self.latent.shape(1, resized_height, resized_width))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
         prepared = resolve_request(
             request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE
         )
         rules = GuidanceRules(norm_patch_size=PATCH) if self.keeps_norms else NO_GUIDANCE_RULES
         name_suffix = f"_{path.stem}" if self.edit.append_original_name else ""
-        return replace(prepared, rules=rules, output_suffix=name_suffix, family_record=seen_image)
+        return replace(prepared, rules=rules, output_suffix=name_suffix, family_record=resize)
 
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about dropped media."""
@@ -214,7 +217,7 @@ class QwenImageLayered(ModelOfImages):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the input image as its posterior mean, 1 C 1 h w, for section 0, the only one."""
         (path,) = prepared.request.control_images
-        taken: TakenImage = prepared.family_record
+        taken: ReferenceResize = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
         return {0: {CONTROL: encoders.vae.encode(_to_pixels(frame[None, None]))}}
 

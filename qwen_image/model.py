@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
-from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
+from hunyuan_model.model import check_sizes, count_real_tokens, from_patches, rotary_widths
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import (
@@ -37,28 +37,30 @@ from qwen_image.configs import DIT, PATCH, QwenImageConfig
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 
 @dataclass(frozen=True)
-class QwenTokens(blocks.TokensWithTurnedText):
+class QwenTokens(blocks.TokensWithRotatedText):
     """Inputs of the blocks; `vector` has a second row for clean references, if there are any."""
 
     # the rows of `rotary` of clean references; compiled code leaves their number open
     rotary_of_clean: Tensor = field(kw_only=True)
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for one process's tokens, with only their rotary rows of clean references."""
-        of_clean = part.rows(self.rotary_of_clean, self.video - self.rotary_of_clean.shape[-4])
-        return replace(super().cut(part), rotary_of_clean=of_clean)
+        of_clean = shard.slice_rotary(
+            self.rotary_of_clean, self.num_video_tokens - self.rotary_of_clean.shape[-4]
+        )
+        return replace(super().cut(shard), rotary_of_clean=of_clean)
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def modulation_vectors(self) -> tuple[Tensor, Tensor]:
         """Return the modulation of image tokens, with a row for clean references, and of text tokens."""
         return self.vector, self.vector[:, :1]
 
     @property
-    def clean(self) -> int:
+    def video_modulation_split(self) -> int:
         """Negative index, among the image tokens, of the first clean reference token; NOWHERE without any."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
@@ -67,8 +69,8 @@ class QwenLayout(NamedTuple):
     """Sizes of images and texts, which determine a rotary table."""
 
     # index, rows and columns of each image's tokens, the ones to make first
-    pictures: tuple[tuple[int, int, int], ...]
-    texts: tuple[int, ...]  # tokens of each text
+    image_grids: tuple[tuple[int, int, int], ...]
+    text_lengths: tuple[int, ...]  # tokens of each text
 
 
 class QwenAttention(nn.Module):
@@ -152,7 +154,7 @@ class LastNorm(nn.Module):
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
+    def forward(self, x: Tensor, tokens: blocks.TokensWithRotatedText) -> Tensor:
         """Return the modulated norm of tokens x, B L C."""
         rows = run_in_weight_dtype(self.linear, tokens.vector[:, :1]).float()
         scale, shift = rows.chunk(2, dim=-1)
@@ -226,17 +228,17 @@ class QwenImageModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = [run_in_weight_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
         grids = self._place_images(noisy, references)
-        num_target = embedded[0].shape[1]
-        num_images = sum(tokens.shape[1] for tokens in embedded)
-        has_clean = clean_references and len(images) > 1
+        num_image_tokens = sum(tokens.shape[1] for tokens in embedded)
         vector = self.time_text_embed(timesteps)
-        if has_clean:
+        first_clean = num_image_tokens  # index of the first token with a second modulation
+        if clean_references and references:
             # two modulations side by side: one for the image's time, one for time 0
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
-        vector = blocks.activate(vector, dtype)
+            first_clean = embedded[0].shape[1]  # references follow the image
+        vector = blocks.apply_silu(vector, dtype)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)
+            longest, _, lengths = count_real_tokens(prompt["text_mask"], num_image_tokens, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = run_in_weight_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
@@ -251,9 +253,8 @@ class QwenImageModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_image=rotary[:num_images],
-            # references follow the target image; empty if they share its modulation
-            rotary_of_clean=rotary[num_target if has_clean else num_images : num_images],
+            rotary_of_image=rotary[:num_image_tokens],
+            rotary_of_clean=rotary[first_clean:num_image_tokens],
         )
 
     def _place_images(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
@@ -268,7 +269,7 @@ class QwenImageModel(BlockNetwork):
             grids += [(first + frame, rows, columns) for frame in range(latents.shape[2])]
         return grids
 
-    def unembed(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
+    def unembed(self, x: Tensor, tokens: blocks.TokensWithRotatedText) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z F H W in float32."""
         num_tokens = math.prod(tokens.grid)
         patches = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, :num_tokens], tokens)).float()
@@ -283,27 +284,26 @@ class QwenImageModel(BlockNetwork):
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         index_width, row_width, column_width = widths  # channels of each axis
-
-        def axis(first: int, size: int, width: int) -> Tensor:
-            """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
-            positions = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
-            return send_ahead(pairs.float(), device)
-
         tables = []
-        for index, rows, columns in layout.pictures:
-            image = axis(index, 1, index_width)
+        for index, rows, columns in layout.image_grids:
+            image = self._axis_rotations(index, 1, index_width, device)
             # rows and columns are counted from the middle of the image
-            along_rows = axis(rows // 2 - rows, rows, row_width)
-            along_columns = axis(columns // 2 - columns, columns, column_width)
+            along_rows = self._axis_rotations(rows // 2 - rows, rows, row_width, device)
+            along_columns = self._axis_rotations(columns // 2 - columns, columns, column_width, device)
             tables.append(spread_over_grid([image, along_rows, along_columns]))
-        start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.pictures)
+        start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.image_grids)
         if self.config.has_layers:
-            start = max(start, *(index + 1 for index, _, _ in layout.pictures))
-        for count in layout.texts:
-            axes = [axis(start, count, width) for width in widths]
+            start = max(start, *(index + 1 for index, _, _ in layout.image_grids))
+        for count in layout.text_lengths:
+            axes = [self._axis_rotations(start, count, width, device) for width in widths]
             tables.append(torch.cat(axes, dim=1))
         return torch.cat(tables).unsqueeze(1)
+
+    def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
+        """Return rotary pairs, size width/2 2, for `size` consecutive positions from `first` on."""
+        positions = torch.arange(first, first + size, dtype=torch.float64)
+        pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
+        return send_ahead(pairs.float(), device)
 
 
 def cut_patches(latents: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def official_size(size: Size, area: int) -> Size:
     )
 
 
-def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
+def reference_size(size: Size, area: int | None, target: Size | None = None) -> Size:
     """Return the size (width, height) in which the model sees an image.
 
     It is `target` if given, else the official size of `area` pixels, else the image's own size, rounded down
@@ -73,7 +73,7 @@ def read_reference(
     height, width = frame.shape[:2]
     if min(width, height) < STEP:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {STEP}")
-    size = taken_size((width, height), area, target)
+    size = reference_size((width, height), area, target)
     if target is not None:
         frame = resize_cover(frame, target)
     elif area is not None:
@@ -97,7 +97,7 @@ def fill_size(request: Request) -> Request:
     return replace(request, width=width, height=height)
 
 
-def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
+def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Add the request's control images to all prompts and, if asked, the first one's name to file names.
 
     Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
@@ -118,7 +118,7 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
     if mask is not None or uses_threshold:
         option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
-        size = taken_size(image_size(paths[0]), find_area(options), target)
+        size = reference_size(image_size(paths[0]), find_area(options), target)
         # both compare the result with the first image pixel by pixel
         check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.extra_metadata)
@@ -151,14 +151,12 @@ def check_mask(path: Path, has_image: bool) -> None:
     check_opens(MASK, path, is_image=True)
 
 
-def read_anchor(
+def read_edit_reference(
     prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions
 ) -> EditReference | None:
-    """Return what holds the result close to the first control image: a mask, or rules by a threshold.
+    """Return the first control image with --mask_path or --rcm_threshold, which reset unchanged parts to it.
 
-    None without either.
-
-    `latents` are those of the first image, 1 C 1 h w.
+    None without either option. `latents` are those of the image, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold

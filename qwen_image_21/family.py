@@ -39,10 +39,10 @@ from qwen_image_21.caches import (
     check_states,
 )
 from qwen_image_21.configs import DIT, FEW_STEPS, LATENT, NOISE, QWEN_IMAGE_21, count_tokens
-from qwen_image_21.files import KEY, MAX_REFERENCES, TEXT_USE, QwenImage21Files, find_turbo
+from qwen_image_21.files import ENCODER_SETTINGS, KEY, MAX_REFERENCES, QwenImage21Files, find_turbo
 from qwen_image_21.names import LORA
 from qwen_image_21.options import NAME, SIDE, STEPS
-from qwen_image_21.references import add_images, read_anchor, read_reference
+from qwen_image_21.references import add_reference_images, read_edit_reference, read_reference
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
 DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
-FEW, MANY = (256, 0.5), (8192, 0.9)
+SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS = (256, 0.5), (8192, 0.9)
 REFERENCES = ReferenceRules(
     MAX_REFERENCES, step=LATENT.pixel_step, seen_by_text=True, text_sees_vae_input=True
 )
@@ -72,7 +72,7 @@ class QwenImage21(pictures.ModelOfImages):
     noise: NoiseSpec = field(default=NOISE, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=QWEN_IMAGE_21, init=False)
-    text_keys: frozenset[str] = field(default=TEXT_USE.keys, init=False)
+    text_keys: frozenset[str] = field(default=ENCODER_SETTINGS.keys, init=False)
     name: str = field(default="qwen_image_21", init=False)
     cache_tag: str = field(default="qi21", init=False)
     called: str = field(default=NAME, init=False)
@@ -129,7 +129,7 @@ class QwenImage21(pictures.ModelOfImages):
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3-VL (8B)")
         for cache in batch.made_by:
-            check_states(cache, TEXT_USE.name)
+            check_states(cache, ENCODER_SETTINGS.name)
         references = pictures.references_of(batch, self.latent.channels, 1, LATENTS_AGAIN)
         check_references(batch, references)
         return {KEY: batch.tensors[KEY], SLOTS: batch.tensors[SLOTS], **references}
@@ -173,9 +173,11 @@ class QwenImage21(pictures.ModelOfImages):
         prepared = self.resolve_image(fill_size(request), 1.0)
         if prepared.request.control_images and self.files.text_encoder is not None:
             self.files.check_tower()
-        prepared = add_images(prepared, self.edit)
-        tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
-        shift = size_shift(tokens, FEW, MANY) if request.flow_shift is None else request.flow_shift
+        prepared = add_reference_images(prepared, self.edit)
+        shift = request.flow_shift
+        if shift is None:
+            tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
+            shift = size_shift(tokens, SHIFT_AT_FEW_TOKENS, SHIFT_AT_MANY_TOKENS)
         # Turbo, recognized by its file, has noise levels of its own
         turbo = find_turbo(self.files.dit)
         if turbo is not None and prepared.steps == len(turbo.levels):
@@ -232,7 +234,7 @@ class QwenImage21(pictures.ModelOfImages):
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
-            section = replace(section, edit_reference=read_anchor(prepared, first))
+            section = replace(section, edit_reference=read_edit_reference(prepared, first))
         if self.keeps_prefix:
             # an empty cache, which the network fills in the first step
             section = replace(section, overrides=Overrides(section_cache={}))

@@ -26,7 +26,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
 from protocols.loading import TensorSource
-from qwen_image.files import QWEN_USE, TOKENIZER
+from qwen_image.files import QWEN_SETTINGS, TOKENIZER
 from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_images
 from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
@@ -38,7 +38,7 @@ from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 KEY = "vl_embed"  # key in musubi-tuner's caches
 MAX_TOKENS = 8192  # maximum length of a prompt, up to which positions are trained
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
-TEXT_USE = LanguageEncoderSettings(
+ENCODER_SETTINGS = LanguageEncoderSettings(
     name="vl",
     states_key=KEY,
     model=replace(
@@ -47,7 +47,7 @@ TEXT_USE = LanguageEncoderSettings(
         files="qwen3vl_8b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-8B-Instruct,",
     ),
     source=replace(
-        QWEN_USE.source,
+        QWEN_SETTINGS.source,
         files=replace(
             TOKENIZER,
             repository="Qwen/Qwen3-VL-8B-Instruct",
@@ -78,16 +78,16 @@ TEXT_USE = LanguageEncoderSettings(
     image_hashes_key=SEEN_HASHES,
 )
 MAX_REFERENCES = 10  # references
-WHAT = f"a {NAME} transformer"
-OPTION = "--dit"
+MODEL_KIND = f"a {NAME} transformer"
+DIT_OPTION = "--dit"
 FILES = (
     "qwen_image_2.1_bf16.safetensors of Comfy-Org, or the folder transformer of Qwen/Qwen-Image-2.1 or "
     "Qwen/Qwen-Image-2.1-Turbo"
 )
 CLASSES = ("QwenImage21Transformer2DModel",)  # in a config.json
-MARK = "txt_in.text_norm.weight"
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
-CUTS = joined_tensors(QWEN_IMAGE_21)
+IDENTIFYING_TENSOR = "txt_in.text_norm.weight"
+QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
+FUSED_LAYERS = joined_tensors(QWEN_IMAGE_21)
 # noise levels of Turbo before the shift, if no model_index.json states them. Source: that of the release
 TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
 MAX_LEVELS = 1000
@@ -103,8 +103,8 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
     names = checkpoint.tensors
     # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
-    if MARK not in names or not has_modulation:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    if IDENTIFYING_TENSOR not in names or not has_modulation:
+        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     controls = [name for name in names if name.startswith("control_")]
     if controls:
         raise CheckpointError(
@@ -113,13 +113,13 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
             checkpoint.path,
         )
     file_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, FUSED_LAYERS), NAME)
     if config_json is None:
         source, settings = declared_settings(checkpoint, CLASSES)
     else:
         source, settings = config_json, _read_config_json(config_json)
     dialect = "comfy" if "transformer_blocks.0.img_mlp.gate_up.weight" in names else "diffusers"
-    return DitHeader(_read_config(shapes, source, settings), dialect, names[QUERY].dtype)
+    return DitHeader(_read_config(shapes, source, settings), dialect, names[QUERY_WEIGHT].dtype)
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
@@ -132,7 +132,7 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(settings, dict) or settings.get("_class_name", CLASSES[0]) not in CLASSES:
         raise CheckpointError(
-            f"--dit_config {path} is not the configuration of {WHAT}. Give config.json of its folder "
+            f"--dit_config {path} is not the configuration of {MODEL_KIND}. Give config.json of its folder "
             "transformer, or leave the option out.",
             path,
         )
@@ -147,35 +147,21 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     """
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    rows, columns = shapes.of(QUERY)
+    rows, columns = shapes.of(QUERY_WEIGHT)
     if rows != dim or columns != dim or dim % width or width % 2:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {width} are not "
-            f"those of {WHAT}. Copy the file again.",
+            f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    # settings that the tensors do not show; the network supports only the released values
-    for name, value in (("patch_size", 1), ("causal_condition", True)):
-        if settings.get(name, value) != value:
-            raise CheckpointError(
-                f"{source}: {name} is {settings[name]}, and {NAME} was released with {value}: other networks "
-                "are not supported.",
-                source,
-            )
     num_layers = shapes.blocks("transformer_blocks")
-    declared = {
+    dimensions = {
         "num_layers": num_layers,
         "attention_head_dim": width,
         "num_attention_heads": dim // width,
         "in_channels": channels,
     }
-    for name, value in declared.items():
-        if settings.get(name, value) != value:
-            raise CheckpointError(
-                f"{source}: {name} is {settings[name]}, and {shapes.path} has {value}. The configuration is "
-                "that of another file: give its own, or copy the file again.",
-                source,
-            )
+    _check_settings(settings, source, dimensions, shapes.path)
     released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))  # blocks that the release of this width has
     if not settings and num_layers < released.get("transformer_blocks", 0):
         raise CheckpointError(
@@ -199,6 +185,30 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     )
 
 
+def _check_settings(
+    settings: Mapping[str, Any], source: Path, dimensions: Mapping[str, int], path: Path
+) -> None:
+    """Raise CheckpointError if a config.json, `source`, is for another network or another file.
+
+    `dimensions` are those of the tensors in the file `path`, by the names of settings.
+    """
+    # settings that the tensors do not show; the network supports only the released values
+    for name, value in (("patch_size", 1), ("causal_condition", True)):
+        if settings.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: {name} is {settings[name]}, and {NAME} was released with {value}: other networks "
+                "are not supported.",
+                source,
+            )
+    for name, value in dimensions.items():
+        if settings.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: {name} is {settings[name]}, and {path} has {value}. The configuration is "
+                "that of another file: give its own, or copy the file again.",
+                source,
+            )
+
+
 def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[int, int, int]:
     """Return a head's channels for each position axis; raise CheckpointError if they do not fit its width."""
     axes = settings.get("axes_dims_rope", default_axes(width))
@@ -216,7 +226,7 @@ def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[i
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping[str, TensorSource]:
-    return cut_parts(plain_sources(checkpoint), CUTS)
+    return cut_parts(plain_sources(checkpoint), FUSED_LAYERS)
 
 
 @functools.cache  # so that headers that were read are found again
@@ -224,10 +234,10 @@ def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenIm
     """Return the format of transformer files; `config_json` is the path from --dit_config."""
     return DitFormat(
         functools.partial(_read_header, config_json=config_json),
-        lambda _: WHAT,
+        lambda _: MODEL_KIND,
         network=QwenImage21Model,
         sources=_make_sources,
-        option=OPTION,
+        option=DIT_OPTION,
     )
 
 
@@ -291,7 +301,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
 class QwenImage21Files(LanguageModelFiles):
     """Files of a run with the model's own VAE and Qwen3-VL's language model."""
 
-    text_use: LanguageEncoderSettings = TEXT_USE
+    encoder_settings: LanguageEncoderSettings = ENCODER_SETTINGS
     dit_config: Path | None = None
 
     vae_folder: ClassVar[str] = "vae"

@@ -7,7 +7,7 @@ The released model has one sequence: the text, with the tokens of each reference
 it, and then the generated image. A text token sees the tokens before it; a token of an image also sees its
 whole image. So nothing except the generated image depends on that image or on the time: text and references,
 the prefix, are modulated with time 0. Their keys and values are computed once for all steps of a generation
-(`QwenImage21Model.remember`).
+(`QwenImage21Model.compute_keys_values`).
 
 Here the image comes first, as in all models, and the prefix after it: attention depends on positions and on
 what a token may see, not on the order in memory.
@@ -48,11 +48,11 @@ from modules.layers.rope import (
 from modules.speed_options import SDPA, AttentionChoice
 from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image_21.configs import DIT, QwenImage21Config
-from runtime.kv_cache import remember, remembering
+from runtime.kv_cache import compute_keys_values, use_keys_values
 from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 ROWS = 4  # that modulate a block: scale and gate of attention, then of feed-forward
 LARGEST = 65504.0  # in float16
@@ -74,25 +74,25 @@ class Segment(NamedTuple):
 class Prefix:
     """Order of texts and references in the prefix of a sample."""
 
-    texts: int  # real tokens of its text
-    slots: tuple[int, ...]  # rising: how many tokens of the text stand before each reference
-    grids: tuple[Grid, ...]  # grid of each reference
+    num_text_tokens: int  # real tokens of its text
+    reference_slots: tuple[int, ...]  # rising: how many tokens of the text stand before each reference
+    reference_grids: tuple[Grid, ...]
 
     @property
     def segments(self) -> list[Segment]:
         """Return the consecutive texts and references of the prefix, in order."""
         segments: list[Segment] = []
         start = 0  # of the next segment, in the prefix
-        num_placed = 0  # text tokens that are in a segment already
-        for slot, (rows, columns) in zip(self.slots, self.grids, strict=True):
-            num_text = slot - num_placed  # `slot` counts the text tokens before this reference
+        text_start = 0  # of the next run of text, in the text alone
+        for text_end, (rows, columns) in zip(self.reference_slots, self.reference_grids, strict=True):
+            num_text = text_end - text_start
             if num_text > 0:
                 segments.append(Segment(start, start + num_text, is_text=True))
                 start += num_text
-                num_placed = slot
+                text_start = text_end
             segments.append(Segment(start, start + rows * columns, is_text=False))
             start += rows * columns
-        num_text = self.texts - num_placed  # after the last reference
+        num_text = self.num_text_tokens - text_start  # after the last reference
         if num_text > 0:
             segments.append(Segment(start, start + num_text, is_text=True))
         return segments
@@ -100,7 +100,7 @@ class Prefix:
     @property
     def length(self) -> int:
         """Return the number of tokens in the prefix, including references."""
-        return self.texts + sum(rows * columns for rows, columns in self.grids)
+        return self.num_text_tokens + sum(rows * columns for rows, columns in self.reference_grids)
 
 
 @dataclass(frozen=True)
@@ -108,38 +108,40 @@ class QwenImage21Tokens:
     """Inputs of the blocks in addition to x, B L+P C, or B L+P+P' C with a second text."""
 
     grid: Grid  # rows and columns of the image's tokens
-    num_image: int  # number of tokens of the image, L; 0 while a prefix alone is computed
-    split: int  # where the prefix begins, among the tokens that this process has
+    num_image_tokens: int  # number of tokens of the image, L; 0 while a prefix alone is computed
+    modulation_split: int  # where the prefix begins, among the tokens that this process has
     # one list for each sample, or a single one if all are alike; numbers, so that compiled code accepts any
     segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
-    rows: Tensor  # B S 4C float32: scales and gates of all blocks
+    modulation: Tensor  # B S 4C float32: scales and gates of all blocks
     time: Tensor  # B 1 C float32, the embedded time of the image
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
-    second: SecondText | None = None
+    stores_keys_values: bool = False  # there is a prefix alone, whose keys and values the blocks keep
+    second_text: SecondText | None = None
     second_segments: tuple[tuple[Segment, ...], ...] = ()
     second_rotary: Tensor | None = None  # as `rotary`, of the image and the second prefix
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
     @property
     def first_image(self) -> int:
         """Return the index of the generated image's first token, which is always 0."""
         return 0
 
-    def cut(self, part: "TokenPart") -> Self:
+    def cut(self, shard: "TokenShard") -> Self:
         """Return the inputs for one process's tokens; `rotary` still covers all tokens."""
-        return replace(self, part=part, split=part.count_among_first(self.num_image))
+        return replace(self, shard=shard, modulation_split=shard.count_among_first(self.num_image_tokens))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the block inputs for some tokens of x; only tokens of the noisy latents are dropped.
 
         `kept` holds the ascending indices of the remaining tokens, B K; `num_left_out` tokens are dropped.
         """
-        num_image = self.num_image - num_left_out
+        num_image_tokens = self.num_image_tokens - num_left_out
         rotary = select_rotations(self.rotary, kept, num_left_out)
-        return replace(self, num_image=num_image, split=num_image, rotary=rotary)
+        return replace(
+            self, num_image_tokens=num_image_tokens, modulation_split=num_image_tokens, rotary=rotary
+        )
 
 
 class QwenImage21Attention(nn.Module):
@@ -153,7 +155,7 @@ class QwenImage21Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
         # keys and values of the prefix, B P N D; see `runtime/kv_cache.py`
-        self.remembered: Sequence[Tensor] = ()
+        self.cached_keys_values: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Return the attention of tokens x, B L+P C."""
@@ -167,14 +169,14 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the self-attention of all tokens, B L+P N D, from their query, key and value heads."""
-        # a second text, for negative attention; this process's part of the tokens
-        second, part = tokens.second, tokens.part
-        if part is not None:
+        # a second text, for negative attention; this process's shard of the tokens
+        second, shard = tokens.second_text, tokens.shard
+        if shard is not None:
             # exchange tokens for heads: each process attends with all tokens and some heads
-            heads = part.gather_tokens(*heads)
+            heads = shard.gather_tokens(*heads)
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
-            return attended if part is None else part.gather_heads(attended)
+            return attended if shard is None else shard.gather_heads(attended)
         assert tokens.second_rotary is not None
         # the image attends with each text separately; then both results are combined
         first_heads = tuple(map(second.drop_second_text, heads))
@@ -183,9 +185,9 @@ class QwenImage21Attention(nn.Module):
         second_attended = self.attend_heads(
             second_heads, tokens.second_rotary, tokens, tokens.second_segments
         )
-        if part is None:
+        if shard is None:
             return second.combine(attended, second_attended)
-        return part.combine(attended, second_attended, second)
+        return shard.combine(attended, second_attended, second)
 
     def attend_heads(
         self,
@@ -202,16 +204,19 @@ class QwenImage21Attention(nn.Module):
         query = rotate(query, rotary)
         key = rotate(key, rotary)
         # a pass over the prefix alone stores its keys and values; later passes of the image reuse them
-        if tokens.remembers:
-            self.remembered = key, value
-        elif self.remembered:
-            remembered_key, remembered_value = self.remembered
-            key = torch.cat([key, remembered_key], dim=1)
-            value = torch.cat([value, remembered_value], dim=1)
+        if tokens.stores_keys_values:
+            self.cached_keys_values = key, value
+        elif self.cached_keys_values:
+            cached_key, cached_value = self.cached_keys_values
+            key = torch.cat([key, cached_key], dim=1)
+            value = torch.cat([value, cached_value], dim=1)
         if len(segments) == 1:  # all samples have the same layout
             return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
+        attended = []
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
-        return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
+        for sample_query, sample_key, sample_value, sample_segments in samples:
+            attended.append(attend_segments(sample_query, sample_key, sample_value, tokens, sample_segments))
+        return torch.cat(attended)
 
 
 def attend_segments(
@@ -219,16 +224,16 @@ def attend_segments(
 ) -> Tensor:
     """Attend in samples with equal segments: images see all tokens, text is causal; padding gives zeros.
 
-    `query` is B L+P N D, or B L N D if the keys and values of the prefix were remembered. `key` and `value`
+    `query` is B L+P N D, or B L N D if the keys and values of the prefix are cached. `key` and `value`
     are B L+P N D.
     """
     choice = tokens.attention
-    start = tokens.num_image  # the prefix follows the image
+    start = tokens.num_image_tokens  # the prefix follows the image
     end = start + segments[-1].end
     outputs = []
     if start:  # no image tokens while the prefix alone is computed
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
-    if query.shape[1] > start:  # the queries of the prefix are computed too, not remembered
+    if query.shape[1] > start:  # the queries of the prefix are computed too, not cached
         for segment in segments:
             # a segment sees all earlier ones and itself
             queries = query[:, start + segment.start : start + segment.end]
@@ -270,12 +275,12 @@ class QwenImage21Block(nn.Module):
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Apply the block to tokens x, B L+P C."""
         # x: B L+P C
-        scale, gate, *feed_rows = tokens.rows.chunk(ROWS, dim=-1)  # each B S C
-        h = modulate(self.img_norm1(x), None, scale, tokens.dtype, split=tokens.split)
-        x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
+        scale, gate, *feed_rows = tokens.modulation.chunk(ROWS, dim=-1)  # each B S C
+        h = modulate(self.img_norm1(x), None, scale, tokens.dtype, split=tokens.modulation_split)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.modulation_split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.split, feed_rows, x):
+        for part, *rows in split_segments(tokens.modulation_split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed(part, tokens.dtype, *rows))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -283,8 +288,8 @@ class QwenImage21Block(nn.Module):
 
     def modulated_input(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Return the modulated input of attention for the image tokens of x, B L+P C to B L C."""
-        scale = tokens.rows[:, :1].chunk(ROWS, dim=-1)[0]
-        return modulate(self.img_norm1(x[:, : tokens.split]), None, scale, tokens.dtype)
+        scale = tokens.modulation[:, :1].chunk(ROWS, dim=-1)[0]
+        return modulate(self.img_norm1(x[:, : tokens.modulation_split]), None, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
@@ -392,21 +397,16 @@ class QwenImage21Model(BlockNetwork):
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict the velocity from `embed`'s arguments; with a section cache, keep each pass's prefix."""
-        memory = overrides.section_cache
-        if (
-            memory is None
-            or overrides.step_position is None
-            or overrides.nag is not None
-            or overrides.is_perturbed
-        ):
+        kv_cache, position = overrides.section_cache, overrides.step_position
+        changes_prefix = overrides.nag is not None or overrides.is_perturbed
+        if kv_cache is None or position is None or changes_prefix:
             return super().forward(*inputs, overrides=overrides, **named_inputs)
-        which = overrides.step_position.pass_key
-        if which not in memory:
-            memory[which] = self.remember(*inputs, **named_inputs)
-        with remembering(memory[which], self.attentions()):
-            return super().forward(*inputs, overrides=overrides, is_remembered=True, **named_inputs)
+        if position.pass_key not in kv_cache:
+            kv_cache[position.pass_key] = self.compute_keys_values(*inputs, **named_inputs)
+        with use_keys_values(kv_cache[position.pass_key], self.attentions()):
+            return super().forward(*inputs, overrides=overrides, is_prefix_cached=True, **named_inputs)
 
-    def remember(
+    def compute_keys_values(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
     ) -> dict[QwenImage21Attention, Sequence[Tensor]]:
         """Return each block's keys and values of the prefix (text, references), computed once for all steps.
@@ -421,17 +421,17 @@ class QwenImage21Model(BlockNetwork):
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),
-            num_image=0,
-            split=0,
+            num_image_tokens=0,
+            modulation_split=0,
             segments=list_segments(embedded.prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
-            rows=self.modulation_rows(times),
+            modulation=self.modulation_rows(times),
             time=times,
             dtype=dtype,
             attention=self.attention,
-            remembers=True,
+            stores_keys_values=True,
         )
-        return remember(self, Hidden(embedded.x, tokens), self.attentions())
+        return compute_keys_values(self, Hidden(embedded.x, tokens), self.attentions())
 
     def attentions(self) -> list[QwenImage21Attention]:
         """Return the attention layer of each block."""
@@ -446,7 +446,7 @@ class QwenImage21Model(BlockNetwork):
         slots: Tensor,
         overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
-        is_remembered: bool = False,
+        is_prefix_cached: bool = False,
     ) -> Hidden:
         """Embed an image and its prefix (text and references) as tokens, B L+P C, for the blocks.
 
@@ -460,7 +460,7 @@ class QwenImage21Model(BlockNetwork):
             slots: B n ascending, on the host: the text token before which each reference is inserted.
             overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
-            is_remembered: Leave out the prefix, because the blocks have stored its keys and values.
+            is_prefix_cached: Leave out the prefix, because the blocks have stored its keys and values.
 
         Raises:
             ValueError: If sizes do not match.
@@ -468,38 +468,37 @@ class QwenImage21Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = self.grid_of(noisy)
         x = self.embed_image(noisy).to(dtype)
-        num_image = x.shape[1]
+        num_image_tokens = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
-        prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
-        if is_remembered:  # the blocks still need the positions of the prefix
+        embedded: list[PrefixTokens] = []  # of the text, and of a second text
+        if is_prefix_cached:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
-            embedded = []
-            for prompt in prompts:
+            for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots):
                 if prompt["slots"] is None:  # a second text has its references where the first one has them
                     prompt["slots"] = slots
                 embedded.append(self.embed_prefix(dtype, **prompt, references=references))
             x = torch.cat([x, *(prefix.x for prefix in embedded)], dim=1)
             prefixes = embedded[0].prefixes
             times = torch.cat([time, self.time_text_embed(torch.zeros_like(timesteps))[:, None]], dim=1)
-        layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_remembered)
+        layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_prefix_cached)
         tokens = QwenImage21Tokens(
             grid=grid,
-            num_image=num_image,
-            split=num_image,
+            num_image_tokens=num_image_tokens,
+            modulation_split=num_image_tokens,
             segments=list_segments(prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
-            rows=self.modulation_rows(times),
+            modulation=self.modulation_rows(times),
             time=time,
             dtype=dtype,
             attention=self.attention,
         )
-        if overrides.steer is not None:
-            _, second = embedded  # it comes with a second text
+        if overrides.steer is not None:  # there is a second text, for negative attention
+            second = embedded[1]
             tokens = replace(
                 tokens,
-                second=SecondText(num_image, second.x.shape[1], None, overrides.steer),
+                second_text=SecondText(num_image_tokens, second.x.shape[1], None, overrides.steer),
                 second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
@@ -521,18 +520,18 @@ class QwenImage21Model(BlockNetwork):
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
             self.grid_of(latents)  # raises ValueError for latents of another model
-        longest = max(prefix.texts for prefix in prefixes)
+        longest = max(prefix.num_text_tokens for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
         images = [self.embed_image(latents).to(dtype) for latents in references]
         samples = []
         for sample, prefix in enumerate(prefixes):
-            tokens = texts[sample, : prefix.texts]
+            text_tokens = texts[sample, : prefix.num_text_tokens]
             pieces = []
-            start = 0
-            for slot, image in zip(prefix.slots, images, strict=True):
-                pieces += [tokens[start:slot], image[sample]]
-                start = slot
-            pieces.append(tokens[start:])
+            text_start = 0
+            for slot, image in zip(prefix.reference_slots, images, strict=True):
+                pieces += [text_tokens[text_start:slot], image[sample]]
+                text_start = slot
+            pieces.append(text_tokens[text_start:])
             samples.append(torch.cat(pieces))
         return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
@@ -558,8 +557,9 @@ class QwenImage21Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Turn tokens B L+P C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        numbers = run_in_weight_dtype(self.proj_out, self.norm_out(x[:, : tokens.num_image], tokens)).float()
-        return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
+        normed = self.norm_out(x[:, : tokens.num_image_tokens], tokens)
+        patches = run_in_weight_dtype(self.proj_out, normed).float()
+        return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
         """Return the rotary table, (cosine, sine) pairs L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
@@ -576,37 +576,44 @@ class QwenImage21Model(BlockNetwork):
 
     def _make_sample_table(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
         """Return the rotary (cosine, sine) pairs of a sample's tokens, image first, L+P 1 D/2 2."""
-        widths = self.config.axes
-
-        def axis(first: int, size: int, width: int) -> Tensor:  # consecutive positions on one axis
-            positions = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
-            return send_ahead(pairs.float(), device)
-
-        def picture(grid: Grid, time: int) -> Tensor:  # rows and columns are counted from the middle
-            rows, columns = grid
-            time_width, row_width, column_width = widths
-            along_rows = axis(rows // 2 - rows, rows, row_width)
-            along_columns = axis(columns // 2 - columns, columns, column_width)
-            return spread_over_grid([axis(time, 1, time_width), along_rows, along_columns])
-
         # a text token advances the position by one, an image by its longer edge
         position = 0
-        texts_before = 0  # text tokens so far
+        text_start = 0  # text tokens so far
         tables = []
-        for slot, grid in zip(prefix.slots, prefix.grids, strict=True):
-            tables.append(torch.cat([axis(position, slot - texts_before, width) for width in widths], dim=1))
-            position += slot - texts_before
-            texts_before = slot
-            tables.append(picture(grid, position))
+        for slot, grid in zip(prefix.reference_slots, prefix.reference_grids, strict=True):
+            num_text = slot - text_start
+            tables.append(self._text_rotations(position, num_text, device))
+            position += num_text
+            text_start = slot
+            tables.append(self._image_rotations(grid, position, device))
             position += max(grid)
-        num_left = prefix.texts - texts_before
-        tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
+        num_text = prefix.num_text_tokens - text_start
+        tables.append(self._text_rotations(position, num_text, device))
         # the generated image comes after the prefix in time, but first in the sequence
-        target = picture(layout.grid, position + num_left)
+        target = self._image_rotations(layout.grid, position + num_text, device)
         if not layout.has_prefix:  # its keys and values are stored
             tables = []
         return torch.cat([target, *tables]).unsqueeze(1)
+
+    def _axis_rotations(self, first: int, size: int, width: int, device: torch.device) -> Tensor:
+        """Return rotary pairs, size width/2 2, for consecutive positions on one axis."""
+        positions = torch.arange(first, first + size, dtype=torch.float64)
+        pairs = cos_and_sin(rotation_angles(positions, width, self.config.rope_theta))
+        return send_ahead(pairs.float(), device)
+
+    def _text_rotations(self, first: int, size: int, device: torch.device) -> Tensor:
+        """Return rotary pairs of consecutive text tokens, whose position is equal on all axes."""
+        axes = [self._axis_rotations(first, size, width, device) for width in self.config.axes]
+        return torch.cat(axes, dim=1)
+
+    def _image_rotations(self, grid: Grid, time: int, device: torch.device) -> Tensor:
+        """Return rotary pairs of an image's tokens, with rows and columns counted from the middle."""
+        rows, columns = grid
+        time_width, row_width, column_width = self.config.axes
+        along_time = self._axis_rotations(time, 1, time_width, device)
+        along_rows = self._axis_rotations(rows // 2 - rows, rows, row_width, device)
+        along_columns = self._axis_rotations(columns // 2 - columns, columns, column_width, device)
+        return spread_over_grid([along_time, along_rows, along_columns])
 
 
 def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:

@@ -64,7 +64,7 @@ def read_shown(path: Path, target: Size | None = None) -> Tensor:
     return lay_on_white(read_reference(path, target))
 
 
-def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
+def add_reference_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
     """Add the request's reference images to all prompts, and check its mask.
 
     Raises OptionError if there are too many, if the result cannot be held to the first one, or if the mask
@@ -85,7 +85,7 @@ def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prep
     return replace(show_references(prepared, target), extra_metadata=metadata)
 
 
-def read_anchor(prepared: Prepared, latents: Tensor) -> EditReference | None:
+def read_edit_reference(prepared: Prepared, latents: Tensor) -> EditReference | None:
     """Return the anchor that keeps the result equal to the first image outside the mask; None without a mask.
 
     `latents` are those of the first image, 1 C 1 h w.

@@ -33,8 +33,8 @@ from wan.vae_shortcuts import Factors, add_repeated, average_groups, fits_shortc
 
 logger = logging.getLogger(__name__)
 
-WHAT = "the VAE of Qwen-Image-2.1"
-OPTION = "--vae"
+MODEL_KIND = "the VAE of Qwen-Image-2.1"
+VAE_OPTION = "--vae"
 FILES = "qwen_image_2.1_vae_bf16.safetensors of Comfy-Org, or the folder vae of Qwen/Qwen-Image-2.1"
 CLASSES = ("AutoencoderKLQwenImage21",)  # in a config.json next to the file
 FOLDER = "vae"  # path in the folder of a release
@@ -329,7 +329,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
     checkpoint = checkpoint.without_prefix(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
-    wrong = other_kind(checkpoint, WHAT, OPTION, FILES)
+    wrong = other_kind(checkpoint, MODEL_KIND, VAE_OPTION, FILES)
     sources = plain_sources(checkpoint)
     if "quant_conv.weight" not in sources or "encoder.down_blocks.0.resnets.0.norm1.gamma" not in sources:
         raise wrong
@@ -341,7 +341,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
     if channels != (PIXEL_CHANNELS, PIXEL_CHANNELS):
         raise CheckpointError(
             f"{checkpoint.path}: this VAE takes {channels[0]} channels of pixels and returns {channels[1]}; "
-            f"{WHAT} has {PIXEL_CHANNELS} (red, green, blue, alpha). Give {FILES}.",
+            f"{MODEL_KIND} has {PIXEL_CHANNELS} (red, green, blue, alpha). Give {FILES}.",
             checkpoint.path,
         )
     _check_levels(checkpoint, "encoder", encoder, is_down=True)
@@ -397,7 +397,7 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
             error = f"a level of its {half} from {widths} can have no shortcut"
     if error is not None:
         raise CheckpointError(
-            f"{checkpoint.path}: {error}. It holds another model than {WHAT}, or tensors are missing. "
+            f"{checkpoint.path}: {error}. It holds another model than {MODEL_KIND}, or tensors are missing. "
             f"Give {FILES}.",
             checkpoint.path,
         )
@@ -452,7 +452,11 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | N
     path = inside(path, FOLDER)
     with open_checkpoint(path) as checkpoint:
         network = load_planned(
-            read_vae(checkpoint), lambda config: QwenImage21Vae(config, tile), device, dtype, what=WHAT
+            read_vae(checkpoint),
+            lambda config: QwenImage21Vae(config, tile),
+            device,
+            dtype,
+            what=MODEL_KIND,
         )
     set_memory_format(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

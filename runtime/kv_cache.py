@@ -10,47 +10,47 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 
-class Remembers(Protocol):
+class CachesKeysValues(Protocol):
     """Attention of a block that reuses keys and values of earlier network calls.
 
-    In a call whose tokens are to be remembered it sets `remembered`; in other calls it appends `remembered`
-    to the keys and values of the current tokens. The tensors are not part of the record of tokens, because a
+    In a call whose tokens are to be cached it sets `cached_keys_values`; in other calls it appends them to
+    the keys and values of the current tokens. The tensors are not part of the record of tokens, because a
     different key or number in each block would make torch compile every block separately.
     """
 
-    remembered: Sequence[Tensor]  # keys, rotated, and values; empty: nothing is remembered
+    cached_keys_values: Sequence[Tensor]  # keys, rotated, and values; empty: nothing is cached
 
     def __hash__(self) -> int: ...
 
 
-Attention = TypeVar("Attention", bound=Remembers)
+Attention = TypeVar("Attention", bound=CachesKeysValues)
 
 
-def remember(
+def compute_keys_values(
     dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention], overrides: Overrides = NO_OVERRIDES
 ) -> dict[Attention, Sequence[Tensor]]:
-    """Run the blocks on tokens to remember; return the keys and values of each attention.
+    """Run the blocks on tokens to cache; return the keys and values of each attention.
 
     Args:
         dit: The transformer.
-        hidden: Tokens to remember.
+        hidden: Tokens to cache.
         attentions: Attentions of the blocks.
-        overrides: Blocks to skip, whose keys and values are not remembered.
+        overrides: Blocks to skip, whose keys and values are not cached.
     """
-    with remembering({}, attentions):
+    with use_keys_values({}, attentions):
         run_blocks(dit, hidden, overrides)
-        return {attention: attention.remembered for attention in attentions}
+        return {attention: attention.cached_keys_values for attention in attentions}
 
 
 @contextlib.contextmanager
-def remembering(
+def use_keys_values(
     memory: Mapping[Attention, Sequence[Tensor]], attentions: Sequence[Attention]
 ) -> Iterator[None]:
-    """Let the attentions use remembered keys and values during the `with` block, and none afterwards."""
+    """Let the attentions use cached keys and values during the `with` block, and none afterwards."""
     try:
         for attention, keys_values in memory.items():
-            attention.remembered = keys_values
+            attention.cached_keys_values = keys_values
         yield
     finally:
         for attention in attentions:
-            attention.remembered = ()
+            attention.cached_keys_values = ()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from networks.lora_layer import LoraLayer
-from runtime.offload.context import TokenPart
+from runtime.offload.context import TokenShard
 from runtime.offload.sharding import TOKEN_PART
 from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -106,17 +106,17 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Wide:
 @pytest.mark.parametrize("length", [1, 5, 8, 27])
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_each_token_has_one_place_whatever_the_segments(length: int, count: int) -> None:
-    parts = [TokenPart(length, index, count, None) for index in range(count)]
+    parts = [TokenShard(length, index, count, None) for index in range(count)]
     x, table = torch.arange(length)[None, :, None], torch.arange(length)[:, None, None, None]
 
     assert torch.equal(torch.cat([part.take(x) for part in parts], dim=1), x)
     for some in range(length + 1):
         assert sum(part.count_among_first(some) for part in parts) == some
         assert sum(part.count_among_last(some) for part in parts) == some
-        behind = torch.cat([part.rows(table[some:], some) for part in parts])
+        behind = torch.cat([part.slice_rotary(table[some:], some) for part in parts])
         assert torch.equal(behind, table[some:])
         for part in parts:
-            assert len(part.rows(table[:some])) == part.count_among_first(some)
+            assert len(part.slice_rotary(table[:some])) == part.count_among_first(some)
 
 
 WAYS = {

@@ -25,9 +25,9 @@ from wan.spec import LATENT
 
 
 def encode_together(
-    encoders: MediaEncoders, media: MediaBatch, store: torch.dtype, image_kind: str | None
+    encoders: MediaEncoders, media: MediaBatch, store: torch.dtype, condition_kind: str | None
 ) -> list[CacheEntry]:
-    """Encode all items in one batch: latents, control videos, and the image condition of `image_kind`.
+    """Encode all items in one batch: latents, control videos, and the image condition of `condition_kind`.
 
     Without an image encoder there are no image features: Wan2.2 takes none.
 
@@ -35,14 +35,14 @@ def encode_together(
         encoders: VAE and image encoder.
         media: Clips or images of one size.
         store: Dtype of the stored latents.
-        image_kind: i2v, flf2v, vace or one_frame; None for text-to-video caches.
+        condition_kind: i2v, flf2v, vace or one_frame; None for text-to-video caches.
     """
     vae = encoders.vae
-    if image_kind == VACE:
+    if condition_kind == VACE:
         from wan import vace_training  # only for VACE
 
         return vace_training.encode_items(vae, media, store)
-    if image_kind == ONE_FRAME:
+    if condition_kind == ONE_FRAME:
         from wan import one_frame  # only for single images
 
         return one_frame.encode_items(encoders, media, store)
@@ -51,8 +51,8 @@ def encode_together(
     if media.control:
         control = to_pixels(media.control[0].to(vae.device))
         tensors["latents_control"] = vae.encode(control).to(store)
-    if image_kind is not None:
-        tensors |= _encode_images(encoders, pixels, store, has_last=image_kind == "flf2v")
+    if condition_kind is not None:
+        tensors |= _encode_images(encoders, pixels, store, has_last=condition_kind == "flf2v")
     return split_items(tensors)
 
 
@@ -112,19 +112,19 @@ def batch_conditions(
 
         batch.check({**needed, "latents_control": "wan_cache_latents.py --vace"}, f"--task {task.name}")
         return {"t5": batch.tensors["t5"], **vace_training.batch_control(batch)}
-    if task.has_features:
+    if task.uses_clip_features:
         needed |= {"clip": "wan_cache_latents.py --clip", "latents_image": "wan_cache_latents.py --clip"}
-    elif task.takes_image:
+    elif task.requires_image:
         needed |= {"latents_image": "wan_cache_latents.py --i2v"}
     if task.has_control:
         needed["latents_control"] = "a dataset with control_directory"
     batch.check(needed, f"--task {task.name}")
     conditions: dict[str, Tensor | list[Tensor]] = {"t5": batch.tensors["t5"]}
-    if task.has_features:
+    if task.uses_clip_features:
         conditions["clip"] = _read_features(task, config, batch)
     elif zeros_on is not None:
         conditions |= no_features(config, len(batch), zeros_on)
-    image = batch.tensor("latents_image").float() if task.takes_image else None
+    image = batch.tensor("latents_image").float() if task.requires_image else None
     if task.has_control:
         control = batch.tensor("latents_control").float()
         if control.shape[1] != LATENT.channels:

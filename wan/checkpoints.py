@@ -67,7 +67,7 @@ def identify(path: Path) -> str | None:
             bare = bare_names(checkpoint)
             kind = kind_of(bare.tensors)
             if _is_wan(_list_shapes(bare)):
-                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(bare))}"
+                return f"it is a Wan transformer (--dit) for --task {_join_model_names(_read_header(bare))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None
@@ -82,15 +82,15 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
         versions = dict.fromkeys(f"Wan{TASKS[name].version}" for name in _list_fitting_tasks(header))
         raise CheckpointError(
             f"{path} does not fit --task {task.name}:\n"
-            f"  {_describe_difference(header.config, task)} The file looks like {_name_models(header)} of "
-            f"{' or '.join(versions)}.\n"
-            f"  Use --task {_name_models(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint to "
-            f"{option}.",
+            f"  {_describe_difference(header.config, task)} The file looks like "
+            f"{_join_model_names(header)} of {' or '.join(versions)}.\n"
+            f"  Use --task {_join_model_names(header)}, or give a {KIND_WORDS[task.model_kind]} checkpoint "
+            f"to {option}.",
             path,
         )
 
 
-def note_task(
+def log_task_differences(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
     """Log what is unusual about a transformer's file: its dtype, its size, or an ambiguous version.
@@ -190,7 +190,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
             f"{config.dim}. Give the two of one model.",
             path,
         )
-    _check_places(path, config.num_layers, layers)
+    _check_vace_block_indices(path, config.num_layers, layers)
     return replace(header, config=replace(config, vace_layers=layers, vace_dim=channels))
 
 
@@ -250,7 +250,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
             path,
         )
     if vace_layers:
-        _check_places(path, layers, vace_layers)
+        _check_vace_block_indices(path, layers, vace_layers)
     if dim % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
@@ -276,7 +276,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
     )
 
 
-def _check_places(path: Path, layers: int, vace_layers: int) -> None:
+def _check_vace_block_indices(path: Path, layers: int, vace_layers: int) -> None:
     """Raise CheckpointError if config.json attaches VACE's blocks to other blocks than the released ones."""
     released = list(range(0, layers, layers // vace_layers))
     file, settings = read_config_json(path)
@@ -298,7 +298,7 @@ def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
     return count
 
 
-def _name_models(header: DitHeader[WanConfig]) -> str:
+def _join_model_names(header: DitHeader[WanConfig]) -> str:
     names = _list_fitting_tasks(header)
     both = len({TASKS[name].version for name in names}) > 1
     return " or ".join(names) + (" (their files have the same tensors)" if both else "")

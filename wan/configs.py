@@ -15,10 +15,10 @@ class VaeRelease:
     mean: tuple[float, ...]  # statistics of the latents, per channel
     std: tuple[float, ...]
     file: str  # its file in the folder of the official release
-    copies: str  # published files with the same tensors, for messages
+    alternative_files: str  # published files with the same tensors, for messages
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """Name, models and latent size of the VAE, for messages."""
         size = f"{self.channels} latent channels, {self.stride[1]}x{self.stride[2]} pixels each"
         return f"the {self.name} VAE (of {self.models}: {size})"
@@ -26,7 +26,7 @@ class VaeRelease:
     @property
     def files(self) -> str:
         """Names of the released files, for messages."""
-        return f"{self.file}, {self.copies}"
+        return f"{self.file}, {self.alternative_files}"
 
 
 # fmt: off
@@ -45,7 +45,7 @@ WAN_2_1 = VaeRelease(
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     ),
     file="Wan2.1_VAE.pth",
-    copies="wan_2.1_vae.safetensors or a diffusers vae folder",
+    alternative_files="wan_2.1_vae.safetensors or a diffusers vae folder",
 )
 
 WAN_2_2 = VaeRelease(
@@ -68,7 +68,7 @@ WAN_2_2 = VaeRelease(
         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     ),
     file="Wan2.2_VAE.pth",
-    copies="wan2.2_vae.safetensors or the vae folder of Wan2.2-TI2V-5B-Diffusers",
+    alternative_files="wan2.2_vae.safetensors or the vae folder of Wan2.2-TI2V-5B-Diffusers",
 )
 # fmt: on
 
@@ -143,21 +143,23 @@ class WanTask:
     high_noise_guidance: float | None = None
     boundary: float | None = None  # timestep from which on the high-noise expert works
     fps: float = 16.0
-    keeps_image: bool = False  # an image, if one is given, becomes the first latent frame, which stays clean
+    takes_clean_first_frame: bool = (
+        False  # an image, if one is given, becomes the first latent frame, which stays clean
+    )
     # probability that a training batch of clips keeps its first latent frame clean; None: the model cannot
     first_frame_probability: float | None = None
     # derived from the fields above
-    takes_image: bool = field(init=False)  # whether the task requires an image in the condition channels
-    has_features: bool = field(init=False)  # whether the network takes the image's CLIP features: only Wan2.1
+    requires_image: bool = field(init=False)  # whether the task requires an image in the condition channels
+    uses_clip_features: bool = field(init=False)  # image features are inputs of the network: only Wan2.1
     model_kind: str = field(init=False)  # kind of the model, with the version if it changes input channels
 
     def __post_init__(self) -> None:
-        takes_image = self.kind in {"i2v", "flf2v"}
+        requires_image = self.kind in {"i2v", "flf2v"}
         model_kind = "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
         if self.has_control:
             model_kind = FUN_CONTROL if self.version == "2.1" else "fun-control-2.2"
-        object.__setattr__(self, "takes_image", takes_image)
-        object.__setattr__(self, "has_features", takes_image and self.version == "2.1")
+        object.__setattr__(self, "requires_image", requires_image)
+        object.__setattr__(self, "uses_clip_features", requires_image and self.version == "2.1")
         object.__setattr__(self, "model_kind", model_kind)
 
     @property
@@ -363,7 +365,7 @@ TASKS: dict[str, WanTask] = {
             repositories=("Wan-AI/Wan2.2-TI2V-5B",),
             version="2.2",
             fps=24.0,
-            keeps_image=True,
+            takes_clean_first_frame=True,
             # the model generates from text alone and from images, so a LoRA learns both
             first_frame_probability=0.5,
         ),
@@ -387,4 +389,4 @@ def default_flow_shift(task: WanTask, width: int, height: int) -> float:
     if task.kind == "flf2v":
         return FIRST_LAST_FLOW_SHIFT
     is_small = (width, height) in _480P
-    return IMAGE_480P_FLOW_SHIFT if task.has_features and is_small else task.flow_shift
+    return IMAGE_480P_FLOW_SHIFT if task.uses_clip_features and is_small else task.flow_shift

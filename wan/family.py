@@ -45,9 +45,9 @@ from wan.caching import (
     encode_together,
     no_features,
 )
-from wan.checkpoints import load_dit, note_task
+from wan.checkpoints import load_dit, log_task_differences
 from wan.configs import FUN_CONTROL, VACE
-from wan.files import WanFiles, caching_files, files_and_boundary, files_of, find_boundary
+from wan.files import WanFiles, caching_files, files_and_boundary, find_boundary, select_files
 from wan.inputs import (
     FIRST_LATENTS,
     appends_end,
@@ -68,7 +68,7 @@ from wan.options import (
     WanTrainingOptions,
 )
 from wan.spec import DIT, LATENT, LATENT_SPECS, TEXT_KEYS, VACE_DIT
-from wan.vae import normalise
+from wan.vae import normalize_latents
 
 if TYPE_CHECKING:
     from protocols.workflows import ComfyModel
@@ -85,7 +85,7 @@ class Wan(OneTransformer):
 
     files: WanFiles
     # caching: i2v, flf2v, vace, one_frame, or None for text-to-video caches; training: one_frame for samples
-    image_kind: str | None = None
+    condition_kind: str | None = None
     rope: str = "default"
     precision: torch.dtype = torch.float32  # dtype of time embedding, modulation and rotary embedding
     keep_file_dtypes: bool = False
@@ -124,17 +124,17 @@ class Wan(OneTransformer):
         each control image, and one for the image itself.
         """
         latent = LATENT_SPECS[self.files.task.kind]
-        return replace(latent, in_sections=True) if self.image_kind == ONE_FRAME else latent
+        return replace(latent, in_sections=True) if self.condition_kind == ONE_FRAME else latent
 
     @property
     def references(self) -> ReferenceRules | None:
         """Rules for references in caches; None if there are none. `wan.vace` checks those of a request."""
-        return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
+        return VACE_REFERENCES if VACE in (self.condition_kind, self.files.task.kind) else None
 
     @property
     def teacher_only_conditions(self) -> tuple[str, ...]:
         """Return the conditions that only a teacher gets: the caption, and for TI2V the first frame."""
-        return (CAPTION, FIRST_FRAME) if self.files.task.keeps_image else (CAPTION,)
+        return (CAPTION, FIRST_FRAME) if self.files.task.takes_clean_first_frame else (CAPTION,)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -191,15 +191,17 @@ class Wan(OneTransformer):
     def media_identity(self) -> Mapping[str, str]:
         """What caches depend on: the VAE and, with an image condition, its kind and the image encoder."""
         identity = dict(self.files.vae_identity())
-        if self.image_kind is not None:
+        if self.condition_kind is not None:
             clip = {} if self.files.clip is None else {"clip": fingerprint(self.files.clip_path)}
-            identity |= {**clip, "image": self.image_kind}
+            identity |= {**clip, "image": self.condition_kind}
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """Load the VAE and, for tasks with image features, the CLIP image encoder."""
         files = self.files
-        wants_image = files.clip is not None if self.image_kind is not None else self.files.task.has_features
+        wants_image = (
+            files.clip is not None if self.condition_kind is not None else self.files.task.uses_clip_features
+        )
         clip = None
         if images and wants_image:
             from wan.clip import load_clip  # only for images
@@ -209,7 +211,7 @@ class Wan(OneTransformer):
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has control media that the cached kind of model cannot use."""
-        if self.image_kind == ONE_FRAME:
+        if self.condition_kind == ONE_FRAME:
             from wan import one_frame  # only for single images
 
             one_frame.check_table(table, self.files.clip is not None)
@@ -223,7 +225,7 @@ class Wan(OneTransformer):
                 f"{table.name}: Wan2.2 TI2V-5B takes no control videos. Remove the table's control_directory "
                 "or control_path, or cache with the VAE of another model."
             )
-        elif self.image_kind == VACE and not (table.has_control or table.has_references):
+        elif self.condition_kind == VACE and not (table.has_control or table.has_references):
             raise DatasetError(
                 f"{table.name}: --vace, and nothing that VACE could learn from. Give control_directory or "
                 "reference_directory; for LoRAs of texts alone cache without --vace, and train --task t2v-..."
@@ -238,19 +240,19 @@ class Wan(OneTransformer):
         dtype = self.files.encoder_dtype(self.files.vae_dtype)
         entries = []
         for part in media.split_for(encoders.vae.device):
-            entries += encode_together(encoders, part, dtype, self.image_kind)
+            entries += encode_together(encoders, part, dtype, self.condition_kind)
         return [[entry] for entry in entries]
 
     @property
     def moments(self) -> MomentsRules:
         """Rules for moments: caches with an image condition or VACE need pixels and cannot use them."""
         rejections = {None: None, VACE: NO_VACE_MOMENTS}
-        return MomentsRules(rejections.get(self.image_kind, NO_MOMENTS))
+        return MomentsRules(rejections.get(self.condition_kind, NO_MOMENTS))
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return the normalized means of the posteriors: no sample is drawn, as for encoded clips."""
         dtype = self.files.encoder_dtype(self.files.vae_dtype)
-        latents = normalise(media.moments.float().chunk(2, dim=1)[0]).to(dtype)
+        latents = normalize_latents(media.moments.float().chunk(2, dim=1)[0]).to(dtype)
         return [CacheEntry({"latents": latent}) for latent in latents]
 
     # the network
@@ -273,14 +275,14 @@ class Wan(OneTransformer):
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer of an expert, with VACE's blocks from their own file if there is one."""
         path = self.dit_files[expert]
-        note_task(self.files.dit_header(), self.files.task, path, self.compute_dtype(placement))
+        log_task_differences(self.files.dit_header(), self.files.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
         return load_dit(path, placement, self.rope, self.precision, second_file=self.files.find_vace(path))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a batch: text and, by task, `condition_latents` and CLIP features."""
-        if self.image_kind == ONE_FRAME and FRAME_INDICES not in batch.tensors:
+        if self.condition_kind == ONE_FRAME and FRAME_INDICES not in batch.tensors:
             from wan.one_frame import note_clips  # only for single images
 
             note_clips()
@@ -314,7 +316,7 @@ class Wan(OneTransformer):
                 arguments[argument] = tensor.to(noisy.device)
         positions = cond.get(FRAME_INDICES)
         if isinstance(positions, Tensor):  # on the host, the same for all samples
-            arguments["places"] = tuple(positions[0].tolist())
+            arguments["frame_positions"] = tuple(positions[0].tolist())
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         if overrides.nag is not None:
@@ -337,7 +339,7 @@ class Wan(OneTransformer):
         self.files.check_dits()
         # for `prepare_request` or its counterpart for single images
         settings: dict[str, Any] = {"defaults": self.defaults, "latent": self.latent, "experts": self.experts}
-        if self.image_kind == ONE_FRAME:  # samples of a training run of images
+        if self.condition_kind == ONE_FRAME:  # samples of a training run of images
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
             from wan import one_frame  # only for single images
@@ -359,8 +361,8 @@ class Wan(OneTransformer):
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the task takes an image or control video, or the request starts from an image."""
         task = self.files.task
-        keeps_one = task.keeps_image and prepared.request.image_path is not None
-        return task.takes_image or task.has_control or keeps_one or task.kind == VACE
+        keeps_one = task.takes_clean_first_frame and prepared.request.image_path is not None
+        return task.requires_image or task.has_control or keeps_one or task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images and control video as CLIP features and condition channels, B ..., on the CPU."""
@@ -380,7 +382,7 @@ class Wan(OneTransformer):
     def source(self) -> SourceRules:
         """Rules for what denoising may start from; a task for images starts from an image."""
         task = self.files.task
-        takes = {VIDEO: task.frames != 1, IMAGE: not task.takes_image, LATENTS: True}
+        takes = {VIDEO: task.frames != 1, IMAGE: not task.requires_image, LATENTS: True}
         return SourceRules(
             tuple(option for option, is_taken in takes.items() if is_taken),
             f"--task {task.name}",
@@ -396,7 +398,7 @@ class Wan(OneTransformer):
         """Return how ComfyUI runs the task. Raises OptionError if it starts from more than text."""
         from wan.workflow import find_comfy_model  # only with --save_workflow
 
-        return find_comfy_model(self.files.task, takes_images=self.image_kind == ONE_FRAME)
+        return find_comfy_model(self.files.task, takes_images=self.condition_kind == ONE_FRAME)
 
     def sections(
         self,
@@ -413,18 +415,18 @@ class Wan(OneTransformer):
         """
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        is_image = ONE_FRAME in request.extra
+        is_single_image = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
         # control images of a single image
         num_leading = len(request.control_images)
         frames += num_leading
         # an end image is one more latent frame behind the video
-        if not is_image and appends_end(self.files.task, request):
+        if not is_single_image and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
         conditions = dict(inputs.get(0, {}))
         first_latents = conditions.pop(FIRST_LATENTS, None)
-        if self.image_noise and self.files.task.takes_image:
+        if self.image_noise and self.files.task.requires_image:
             condition = conditions["condition_latents"]
             assert isinstance(condition, Tensor)
             conditions["condition_latents"] = self._add_image_noise(condition, noise)
@@ -437,8 +439,8 @@ class Wan(OneTransformer):
                 overrides=Overrides(num_clean_frames=first_latents.shape[2]),
             )
         latents = yield section
-        if is_image:
-            return latents[:, :, prepared.family_record.slot].unsqueeze(2)
+        if is_single_image:
+            return latents[:, :, prepared.family_record.target_index].unsqueeze(2)
         return latents[:, :, num_leading:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:
@@ -468,12 +470,12 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     """Describe the family for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
     files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
-    return Wan(files, image_kind=VACE)  # captions may belong to items with references
+    return Wan(files, condition_kind=VACE)  # captions may belong to items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
     """Make the description of Wan (files, options, noise) for wan_train_network.py and its other trainers."""
-    files = files_of(options)
+    files = select_files(options)
     if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
     return Wan(
@@ -481,7 +483,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
         rope=options.rope_func,
         keep_file_dtypes=options.mixed_precision_transformer,
         text_as_image_tokens=options.text_as_image_tokens,
-        image_kind=ONE_FRAME if options.one_frame else None,
+        condition_kind=ONE_FRAME if options.one_frame else None,
         boundary=find_boundary(options, files),
         noise=replace(FLOW, first_frame_probability=options.first_frame_probability or 0.0),
         options=options,
@@ -505,7 +507,7 @@ def family_for_samples(options: WanTrainingOptions) -> Wan | None:
 def family_for_generation(options: WanGenerationOptions) -> Wan:
     """Describe the family for wan_generate_video.py; --ckpt_dir provides the files that are not given."""
     files, boundary = files_and_boundary(options)
-    if options.i2v_extra_noise and not files.task.takes_image:
+    if options.i2v_extra_noise and not files.task.requires_image:
         logger.warning("--i2v_extra_noise is ignored because --task %s has no image channels", options.task)
     return Wan(
         files,

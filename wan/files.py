@@ -116,9 +116,9 @@ class WanFiles(TransformerFiles):
         dit = self.dit or self.dit_high_noise
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
-    def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return `chosen`, else the transformer's dtype, else `usual` or the default of the files."""
-        return chosen or self.compute_dtype() or usual or self.usual
+    def encoder_dtype(self, chosen: torch.dtype | None, default: torch.dtype | None = None) -> torch.dtype:
+        """Return `chosen`, else the transformer's dtype, else `default` or that of the files."""
+        return chosen or self.compute_dtype() or default or self.default_text_dtype
 
     def text_encoders(self) -> list[TextEncoder]:
         """Return umT5, whose weights are read when it is loaded."""
@@ -153,7 +153,7 @@ class WanFiles(TransformerFiles):
         if self.dit or self.dit_high_noise or "dit" in needed:
             self.check_dits()
         super().check(needed)
-        if self.clip is not None or ("clip" in needed and self.task.has_features):
+        if self.clip is not None or ("clip" in needed and self.task.uses_clip_features):
             from wan.clip import read_clip  # only for images
 
             read_once(self.clip_path, read_clip)
@@ -182,8 +182,8 @@ OFFICIAL_DIT = (
 PIPELINE_INDEX = "model_index.json"
 PIPELINE = {"vae": "vae", "t5": "text_encoder", "clip": "image_encoder", "t5_tokenizer": "tokenizer"}
 PIPELINE_DIT = {"dit": "transformer"}
-_OPTIONS = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
-PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
+_OPTION_OF_EXPERT = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
+PIPELINE_EXPERTS = {_OPTION_OF_EXPERT[expert]: folder for folder, expert in WAN.experts}
 
 
 class WanRelease(NamedTuple):
@@ -258,7 +258,7 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
     return replace(files, **added)
 
 
-def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
+def check_expert_file_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """Compare the names of the transformer files with their options.
 
     A name is only a hint: if one of the two contradicts its option, a warning is logged.
@@ -268,25 +268,25 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """
     files = {LOW_NOISE: dit, HIGH_NOISE: dit_high_noise}
     experts = dict(WAN.experts)
-    # expert for which a file is given -> the one that its name suggests, if that is another
+    # expert for which a file is given -> the other one, which its name suggests
     misnamed: dict[str, str] = {}
-    for use, path in files.items():
-        name = None if path is None else expert_of_file(path, experts)
-        if name not in (None, use):
-            misnamed[use] = name
+    for expert, path in files.items():
+        named_expert = None if path is None else expert_of_file(path, experts)
+        if named_expert not in (None, expert):
+            misnamed[expert] = named_expert
     if len(misnamed) > 1:
         raise OptionError(
             f"--dit {dit} is named as the transformer for much noise, and --dit_high_noise {dit_high_noise} "
             "as the one for little noise: swap the two"
         )
-    for use, name in misnamed.items():
-        is_alone = use == LOW_NOISE and dit_high_noise is None
+    for expert, named_expert in misnamed.items():
+        is_alone = expert == LOW_NOISE and dit_high_noise is None
         logger.warning(
             "--%s %s is used for %s, but its name says that it is for %s noise",
-            _OPTIONS[use],
-            files[use],
-            "all noise levels" if is_alone else f"{_name_noise(use)} noise",
-            _name_noise(name),
+            _OPTION_OF_EXPERT[expert],
+            files[expert],
+            "all noise levels" if is_alone else f"{_name_noise(expert)} noise",
+            _name_noise(named_expert),
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
@@ -300,14 +300,14 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
     return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
 
 
-def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
+def select_files(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     """Return the files of the options that the task uses.
 
     Raises OptionError if file names show that the two transformers were swapped.
     """
     text = options.text
     high = options.experts.dit_high_noise
-    check_names(options.dit, high)
+    check_expert_file_names(options.dit, high)
     clip = options.clip
     if clip is not None and TASKS[options.task].version != "2.1":
         logger.warning("--clip %s is ignored because --task %s takes no image features", clip, options.task)
@@ -333,7 +333,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 
     Raises OptionError if the transformer for low noise is missing.
     """
-    files = files_of(options)
+    files = select_files(options)
     task = TASKS[options.task]
     boundary = None
     if options.ckpt_dir is not None:
@@ -383,22 +383,24 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     that do not apply to those latents.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    image_kind = _select_image_kind(options)
+    condition_kind = _select_image_kind(options)
     release = None
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
-        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
+        logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.description)
     if release is not WAN_2_2:
-        return replace(files, task=TASKS["t2v-14B"]), image_kind
-    if image_kind == VACE:
-        raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
-    if image_kind is not None:
+        return replace(files, task=TASKS["t2v-14B"]), condition_kind
+    if condition_kind == VACE:
+        raise OptionError(
+            f"--vace: --vae {options.vae.vae} is {WAN_2_2.description}; VACE has that of Wan2.1"
+        )
+    if condition_kind is not None:
         switch = "--clip" if options.clip is not None else "--i2v"
         switches = f"{switch} and --flf2v" if options.flf2v else switch
         raise OptionError(
-            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
-            f"latents of the clip itself, so nothing else is cached. Leave out {switches}."
+            f"{switch}: --vae {options.vae.vae} is {WAN_2_2.description}. That model starts from an image by "
+            f"the latents of the clip itself, so nothing else is cached. Leave out {switches}."
         )
     return replace(files, task=TASKS["ti2v-5B"]), None
 

@@ -145,15 +145,15 @@ def appends_end(task: WanTask, request: Request) -> bool:
 
 def take_inputs(task: WanTask, request: Request) -> Request:
     """Return the request with only the media that the task takes. Raises OptionError if one is missing."""
-    if task.takes_image:
+    if task.requires_image:
         require(request.first_image, "--image_path", f"--task {task.name} starts from an image")
     if task.kind == "flf2v":
         require(request.end_image_path, "--end_image_path", f"--task {task.name} ends with an image")
     if task.has_control:
         require(request.control_path, "--control_path", f"--task {task.name} follows a control video")
     usable = {
-        "image_path": task.takes_image or task.keeps_image,
-        "end_image_path": task.takes_image,
+        "image_path": task.requires_image or task.takes_clean_first_frame,
+        "end_image_path": task.requires_image,
         "control_path": task.has_control or task.kind == VACE,
         "control_images": task.kind == VACE,
     }
@@ -178,9 +178,9 @@ def encode_inputs(
     vae = encoders.vae
     conditions: dict[str, Tensor | list[Tensor]] = {}
     image: Tensor | None = None
-    first = request.first_image if task.takes_image else None
+    first = request.first_image if task.requires_image else None
     if first is not None:
-        if task.has_features:
+        if task.uses_clip_features:
             paths = [first]
             if task.kind == "flf2v" and request.end_image_path is not None:
                 paths.append(request.end_image_path)
@@ -188,7 +188,7 @@ def encode_inputs(
         image = _encode_images(vae, task, prepared, first)
         conditions["condition_latents"] = image.cpu()
     # the image itself is the clean first frame
-    if task.keeps_image and request.image_path is not None:
+    if task.takes_clean_first_frame and request.image_path is not None:
         pixels = image_pixels(request.image_path, prepared.width, prepared.height, shrink="lanczos")
         conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()
     if task.has_control and request.control_path is not None:
@@ -278,12 +278,12 @@ def prepare_request(
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     # the released image-to-video code and that of TI2V-5B round the size in different ways
-    if task.takes_image and request.first_image is not None:
+    if task.requires_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
-    elif task.keeps_image and request.image_path is not None:
+    elif task.takes_clean_first_frame and request.image_path is not None:
         width, height = nearest_size(image_size(request.image_path), width * height, latent.pixel_step)
     size = width, height, full_frames(frames, latent)
-    if task.keeps_image and request.image_path is not None and size[2] == 1:
+    if task.takes_clean_first_frame and request.image_path is not None and size[2] == 1:
         raise OptionError(
             f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
             "Give a --video_length of 5 or more, or leave the image out"

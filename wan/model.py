@@ -48,11 +48,11 @@ class SelfAttention(nn.Module):
         q = rotate(self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
         k = rotate(self.norm_k(run_in_weight_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
         v = run_in_weight_dtype(self.v, x).unflatten(-1, heads)
-        part = tokens.part
-        if part is not None:
-            q, k, v = part.gather_tokens(q, k, v)
+        shard = tokens.shard
+        if shard is not None:
+            q, k, v = shard.gather_tokens(q, k, v)
         attended = _attend(q, k, v, tokens)  # B L N D
-        attended = attended if part is None else part.gather_heads(attended)
+        attended = attended if shard is None else shard.gather_heads(attended)
         return run_in_weight_dtype(self.o, attended.flatten(2))
 
 
@@ -74,16 +74,18 @@ class CrossAttention(SelfAttention):
         heads = (self.num_heads, -1)
         q = self.norm_q(run_in_weight_dtype(self.q, x)).unflatten(-1, heads)
         attended_texts = []
-        for text, repeats in tokens.texts:  # repeats: how many equal padding rows a row stands for
+        for text, repeats in tokens.text_tokens:  # repeats: how many equal padding rows a row stands for
             k = self.norm_k(run_in_weight_dtype(self.k, text)).unflatten(-1, heads)
             v = run_in_weight_dtype(self.v, text).unflatten(-1, heads)
             attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
         # a second text, for guidance in the attention (NAG), is combined with the first
-        attended = attended_texts[0] if tokens.combine is None else tokens.combine(*attended_texts)
+        attended = attended_texts[0]
+        if tokens.combine_attention is not None:
+            attended = tokens.combine_attention(*attended_texts)
         del attended_texts, k, v  # large: not held while the image is seen and `o` computes
-        if tokens.image is not None:
-            k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
-            v = run_in_weight_dtype(self.v_img, tokens.image).unflatten(-1, heads)
+        if tokens.image_tokens is not None:
+            k = self.norm_k_img(run_in_weight_dtype(self.k_img, tokens.image_tokens)).unflatten(-1, heads)
+            v = run_in_weight_dtype(self.v_img, tokens.image_tokens).unflatten(-1, heads)
             attended = attended + _attend(q, k, v, tokens)
         return run_in_weight_dtype(self.o, attended.flatten(2))
 
@@ -112,7 +114,7 @@ class WanAttentionBlock(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Apply the block to video tokens x, B L C float32."""
         # x: B L C float32, also between the branches
-        dtype, split = tokens.dtype, tokens.num_given
+        dtype, split = tokens.dtype, tokens.num_clean_tokens
         table = self.modulation.to(tokens.modulation.dtype)
         shift, scale, gate, *feed_rows = (table + tokens.modulation).unbind(2)
         h = modulate(self.norm1(x), shift, scale, dtype, split=split)
@@ -127,7 +129,7 @@ class WanAttentionBlock(nn.Module):
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the block's input x, B L C, normalized and modulated as self-attention takes it."""
         shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
-        return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_given)
+        return modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.num_clean_tokens)
 
     def feed_forward(
         self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
@@ -151,7 +153,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return the patches of the velocity for tokens x, B L C to B L out_dim*4 float32."""
         shift, scale = (self.modulation.float() + tokens.time.unsqueeze(2)).unbind(2)  # each B S C
-        h = modulate(self.norm(x), shift, scale, torch.float32, split=tokens.num_given)
+        h = modulate(self.norm(x), shift, scale, torch.float32, split=tokens.num_clean_tokens)
         return run_float32(self.head, h)
 
 
@@ -260,7 +262,7 @@ class WanModel(BlockNetwork):
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
-        places: tuple[int, ...] = (),
+        frame_positions: tuple[int, ...] = (),
     ) -> Hidden:
         """Return the video tokens, B L C float32, and the other inputs of the blocks.
 
@@ -273,7 +275,7 @@ class WanModel(BlockNetwork):
                 stand for no image.
             overrides: Changes to this call: a second text for guidance in the attention (NAG), named "text",
                 and clean frames at the beginning, whose time and velocity are 0.
-            places: Positions in time of frames that are not consecutive.
+            frame_positions: Positions in time of frames that are not consecutive.
 
         Raises:
             ValueError: If sizes do not match.
@@ -285,10 +287,10 @@ class WanModel(BlockNetwork):
         grid = (frames, rows, columns)
         time, modulation = self._embed_times(timesteps, overrides.num_clean_frames > 0)
         text_is_image = self.config.has_image and image_embeds is None
-        # equal padding rows are merged, unless the first rows of the text stand for the image
-        merges = None if text_is_image else self.attention
+        # equal rows of padding may be merged, unless the first rows of the text stand for the image
+        padding_attention = None if text_is_image else self.attention
         texts = [text] if overrides.nag is None else [text, overrides.nag.text["text"]]
-        embedded = [self._embed_text(prompt, noisy, merges, dtype) for prompt in texts]
+        embedded = [self._embed_text(prompt, noisy, padding_attention, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
@@ -296,20 +298,20 @@ class WanModel(BlockNetwork):
             first, _ = embedded[0]
             image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
             embedded = [(text_rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for text_rows, repeats in embedded]
-        given_patches = overrides.num_clean_frames // self.config.patch_size[0]
+        num_clean_patches = overrides.num_clean_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
             rotary=self._rotary.get_table(
-                TokenGrid(grid, overrides.slow_frames, frame_positions=places), noisy.device
+                TokenGrid(grid, overrides.slow_frames, frame_positions=frame_positions), noisy.device
             ),
-            texts=tuple(embedded),
-            image=image_tokens,
+            text_tokens=tuple(embedded),
+            image_tokens=image_tokens,
             time=time,
             modulation=modulation,
-            num_given=given_patches * rows * columns,
+            num_clean_tokens=num_clean_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
-            combine=overrides.steer,
+            combine_attention=overrides.steer,
         )
         return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
 
@@ -327,15 +329,15 @@ class WanModel(BlockNetwork):
         self,
         text: Sequence[Tensor] | Tensor,
         noisy: Tensor,
-        merges: AttentionChoice | None,
+        padding_attention: AttentionChoice | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """Return text tokens, B T C, and how many equal rows each of them represents, T; None: one each.
 
-        `merges` is the attention, if it can weigh repeated keys; None if every row is needed.
+        `padding_attention` is the attention that may merge equal rows of padding; None if all are needed.
         """
         samples = [rows.to(noisy.device) for rows in text]
-        rows, repeats = pad_texts(samples, self.config.text_len, merges)
+        rows, repeats = pad_texts(samples, self.config.text_len, padding_attention)
         first, gelu, second = self.text_embedding
         embedded = run_in_weight_dtype(second, gelu(run_in_weight_dtype(first, rows))).to(dtype)
         # one text may serve all samples
@@ -355,9 +357,9 @@ class WanModel(BlockNetwork):
             ph=ph,
             pw=pw,
         )
-        if not tokens.num_given:
+        if not tokens.num_clean_tokens:
             return velocity
-        given_frames = tokens.num_given // (rows * columns) * pf  # clean frames, which are first
+        given_frames = tokens.num_clean_tokens // (rows * columns) * pf  # clean frames, which are first
         clean = torch.zeros_like(velocity[:, :, :given_frames])
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 

@@ -60,13 +60,13 @@ CACHE_AGAIN = "wan_cache_latents.py --one_frame and --clip, of Wan2.2 --i2v"
 class FrameOrder:
     """Order of the latent frames of a single image: control images and target, sorted by index in time."""
 
-    places: tuple[int, ...]
-    images: tuple[int, ...]  # index of each frame's control image; -1 for the target image
+    frame_positions: tuple[int, ...]
+    image_indices: tuple[int, ...]  # index of each frame's control image; -1 for the target image
 
     @property
-    def slot(self) -> int:
+    def target_index(self) -> int:
         """Position of the target image among the frames."""
-        return self.images.index(-1)
+        return self.image_indices.index(-1)
 
 
 def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
@@ -95,13 +95,13 @@ def prepare(
     Raises OptionError if an image or an index is missing or not valid.
     """
     check_one_frame(task)
-    where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
-    request = _take_images(task, request, where)
-    order = _read_order(request, where)
+    option = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
+    request = _take_images(task, request, option)
+    order = _read_order(request, option)
     width, height, frames = size_of(request, defaults)
     if frames not in (1, defaults.frames):
         logger.warning("--video_length %d is ignored because a single picture is made", frames)
-    check_size((width, height, len(order.places)), latent)
+    check_size((width, height, len(order.frame_positions)), latent)
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
     negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
     request = replace(request, negative_prompt=request.negative_prompt or None)
@@ -116,34 +116,34 @@ def prepare(
     return replace(prepared, family_record=order, extra_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
 
 
-def _read_order(request: Request, where: str) -> FrameOrder:
+def _read_order(request: Request, option: str) -> FrameOrder:
     """Read the indices of the target and of the control images from --one_frame_inference."""
     settings = parse_one_frame(request.extra[ONE_FRAME])
     images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):
         logger.warning(
-            "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", where
+            "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", option
         )
     if len(settings.control_indices or (DEFAULT_CONTROL,)) != len(images):
         raise OptionError(
-            f"{where}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
+            f"{option}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
         )
     try:
         return order_frames(settings.control_indices, settings.target_index)
     except ValueError as error:
-        raise OptionError(f"{where}: {error}") from None
+        raise OptionError(f"{option}: {error}") from None
 
 
-def _take_images(task: WanTask, request: Request, where: str) -> Request:
+def _take_images(task: WanTask, request: Request, option: str) -> Request:
     """Return the request with only the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} and {where}: a single picture is made from "
+            f"--{request.source.option} {request.source.path} and {option}: a single picture is made from "
             "--control_image_path. Leave one of them out"
         )
     usable = {
-        "image_path": task.has_features,
-        "end_image_path": task.has_features,
+        "image_path": task.uses_clip_features,
+        "end_image_path": task.uses_clip_features,
         "control_path": False,
         "control_images": True,
     }
@@ -151,13 +151,13 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
     if not request.control_images:
         hint = semicolon_hint(request.extra.get(ONE_FRAME, ""))
         raise OptionError(
-            f"{where}: give the images that the picture is made from to --control_image_path{hint}"
+            f"{option}: give the images that the picture is made from to --control_image_path{hint}"
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
     if task.kind == "flf2v" and len(_list_feature_images(request)) != MAX_FEATURES:
         raise OptionError(
-            f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
+            f"{option}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
             "control images and neither of these"
         )
     return request
@@ -186,19 +186,19 @@ def encode_request(
     gray = vae.encode(torch.zeros_like(pixels[0])).cpu()
     controls = [vae.encode(image).cpu() for image in pixels]
     conditions = dict[str, Tensor | list[Tensor]]()
-    if task.has_features:
+    if task.uses_clip_features:
         conditions["clip"] = encode_features(encoders, _list_feature_images(request))
-    conditions[FRAME_INDICES] = torch.tensor([order.places])
-    conditions["condition_latents"] = _make_condition(order, controls, gray)
+    conditions[FRAME_INDICES] = torch.tensor([order.frame_positions])
+    conditions["condition_latents"] = _make_channel_condition(order, controls, gray)
     return conditions
 
 
-def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
+def _make_channel_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
     """Return mask and latents, B 20 F h w, from latents of single images, B 16 1 h w each."""
     frames = [*controls, grey]  # index -1, the target image, is the last: gray
     mask = grey[:, :FRAMES_PER_LATENT]
-    masks = [torch.full_like(mask, float(image >= 0)) for image in order.images]
-    latents = [frames[image] for image in order.images]
+    masks = [torch.full_like(mask, float(image >= 0)) for image in order.image_indices]
+    latents = [frames[image] for image in order.image_indices]
     return torch.cat([torch.cat(masks, dim=2), torch.cat(latents, dim=2)], dim=1)
 
 
@@ -234,29 +234,29 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     table = media.table
     order = order_frames(table.clean_indices, table.target_index)  # which image is at which time
     controls = [to_pixels(frames.to(vae.device)) for frames in media.control]
-    picture = to_pixels(media.frames.to(vae.device))
+    target = to_pixels(media.frames.to(vae.device))
     control_latents = [vae.encode(image) for image in controls]
-    latents = [*control_latents, vae.encode(picture)]
+    latents = [*control_latents, vae.encode(target)]
     gray = vae.encode(torch.zeros_like(controls[0]))  # the condition where no control image is
     tensors = {
-        # `latents` ends with the target, so that its index -1 in `order.images` selects it
-        "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),
-        "latents_image": _make_condition(order, control_latents, gray).to(store),
+        # `latents` ends with the target, so that its index -1 in `order.image_indices` selects it
+        "latents": torch.cat([latents[image] for image in order.image_indices], dim=2).to(store),
+        "latents_image": _make_channel_condition(order, control_latents, gray).to(store),
     }
     if encoders.image_encoder is not None:
         features = [encoders.image_encoder.encode(image[:, :, 0]) for image in controls]
         tensors["clip"] = torch.cat(features, dim=1).to(torch.float16)
-    places = torch.tensor(order.places, dtype=torch.int32)
-    return [_make_entry(tensors, item, places) for item in range(len(media.keys))]
+    frame_positions = torch.tensor(order.frame_positions, dtype=torch.int32)
+    return [_make_entry(tensors, item, frame_positions) for item in range(len(media.keys))]
 
 
-def _make_entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> CacheEntry:
+def _make_entry(tensors: Mapping[str, Tensor], item: int, frame_positions: Tensor) -> CacheEntry:
     item_tensors = {name: tensor[item] for name, tensor in tensors.items()}
-    return CacheEntry({**item_tensors, FRAME_INDICES: places})
+    return CacheEntry({**item_tensors, FRAME_INDICES: frame_positions})
 
 
 def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:
-    """Return text, places, `condition_latents` and, if the task has them, CLIP features.
+    """Return text, frame positions, `condition_latents` and, if the task has them, CLIP features.
 
     Raises CacheError if a tensor is missing or does not fit the others.
     """
@@ -265,29 +265,29 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
     except OptionError as error:
         raise CacheError(f"{batch.keys[0]}: cached with --one_frame. {error}") from None
     needed = {"t5": "a text cache", "latents_image": CACHE_AGAIN}
-    if task.has_features:
+    if task.uses_clip_features:
         needed["clip"] = CACHE_AGAIN
     batch.check(needed, f"--task {task.name}")
-    places = batch.tensor(FRAME_INDICES)
+    frame_positions = batch.tensor(FRAME_INDICES)
     image = batch.tensor("latents_image").float()
-    _check_places(batch, places, num_frames=image.shape[2])
+    _check_frame_positions(batch, frame_positions, num_frames=image.shape[2])
     conditions: dict[str, Tensor | list[Tensor]] = {
         "t5": batch.tensors["t5"],
-        FRAME_INDICES: places,
+        FRAME_INDICES: frame_positions,
         "condition_latents": image,
     }
-    if task.has_features:
+    if task.uses_clip_features:
         conditions["clip"] = _read_features(batch, task, config.image_positions)
     return conditions
 
 
-def _check_places(batch: Batch, places: Tensor, num_frames: int) -> None:
-    """Raise CacheError if places, B F, do not fit the latents, or differ between items."""
-    if places.is_floating_point() or places.shape != (len(batch), num_frames):
+def _check_frame_positions(batch: Batch, frame_positions: Tensor, num_frames: int) -> None:
+    """Raise CacheError if frame positions, B F, do not fit the latents, or differ between items."""
+    if frame_positions.is_floating_point() or frame_positions.shape != (len(batch), num_frames):
         raise CacheError(
             f"{batch.keys[0]}: its {FRAME_INDICES} do not fit its latents. Cache again with {CACHE_AGAIN}."
         )
-    if bool((places != places[:1]).any()):
+    if bool((frame_positions != frame_positions[:1]).any()):
         raise CacheError(
             f"{batch.keys[0]} and {batch.keys[-1]}: their images have other places (fp_1f_clean_indices, "
             "fp_1f_target_index) and are in one batch. Set batch_size = 1."

@@ -26,7 +26,7 @@ from wan.configs import FUN_CONTROL, TASKS, VACE, WanTask
 
 logger = logging.getLogger(__name__)
 
-NOT_BUILT = {
+UNSUPPORTED_OPTIONS = {
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
     "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
 }
@@ -35,7 +35,7 @@ MAX_TIMESTEP = 1000
 
 def check_one_frame(task: WanTask) -> None:
     """Raise OptionError unless the task can generate single images from control images."""
-    able = [other.name for other in TASKS.values() if other.takes_image and not other.has_control]
+    able = [other.name for other in TASKS.values() if other.requires_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
             f"--task {task.name} has no condition for single images from control images (--one_frame, "
@@ -121,7 +121,7 @@ class WanModelOptions(Options, title="Wan"):
         "kind of model; sets defaults",
         default="t2v-14B",
         choices=tuple(TASKS),
-        refused=NOT_BUILT,
+        refused=UNSUPPORTED_OPTIONS,
         facts={**IDENTITY, **OF_REQUEST},
         often=True,
     )
@@ -207,8 +207,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         probability = self.first_frame_probability
         if self.one_frame:
             check_one_frame(task)
-        if probability is not None and not task.keeps_image:
-            why = "trains on its image condition" if task.takes_image else "starts from no image"
+        if probability is not None and not task.takes_clean_first_frame:
+            why = "trains on its image condition" if task.requires_image else "starts from no image"
             raise OptionError(
                 f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
                 "or use --task ti2v-5B"
@@ -315,7 +315,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     def _check_vace_options(self) -> None:
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
-        can_make_one_frame = task.takes_image and not task.has_control
+        can_make_one_frame = task.requires_image and not task.has_control
         # prompt lines may ask for one frame too, which uses control images
         reads_lines = self.from_file is not None or self.interactive
         one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
@@ -361,8 +361,8 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
     task = TASKS[options.task]
     latents = {
         "--vae": options.vae.vae or Placeholder(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
-        "--clip": (options.clip or Placeholder("CLIP_FILE")) if task.has_features else None,
-        "--i2v": task.takes_image and not task.has_features,
+        "--clip": (options.clip or Placeholder("CLIP_FILE")) if task.uses_clip_features else None,
+        "--i2v": task.requires_image and not task.uses_clip_features,
         "--flf2v": options.task.startswith("flf2v") and not options.one_frame,
         "--vace": task.kind == VACE,
         "--one_frame": options.one_frame,
@@ -386,7 +386,7 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
     else:
         low_noise_dit = low_noise_dit or options.sample_dit_other
     boundary = None if high_noise_dit is None else options.experts.timestep_boundary
-    clip = (options.clip or Placeholder("CLIP_FILE")) if task.has_features else None
+    clip = (options.clip or Placeholder("CLIP_FILE")) if task.uses_clip_features else None
     return {
         "--task": options.task,
         "--timestep_boundary": boundary,
@@ -419,7 +419,7 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
         inputs = _list_sample_inputs(options, sample)
     present = {flag: value for flag, value in inputs.items() if value}
     needed: dict[str, Any] = {
-        "--image_path": Placeholder("IMAGE_FILE") if task.takes_image else None,
+        "--image_path": Placeholder("IMAGE_FILE") if task.requires_image else None,
         "--end_image_path": Placeholder("END_IMAGE_FILE") if task.kind == "flf2v" else None,
         "--control_path": Placeholder("CONTROL_FILE") if task.has_control else None,
     }
@@ -464,6 +464,6 @@ def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any])
             "--src_ref_images": example.references,
         }
     return {
-        "--image_path": example.picture if task.takes_image else None,
+        "--image_path": example.picture if task.requires_image else None,
         "--control_path": control if task.has_control else None,
     }

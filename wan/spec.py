@@ -18,7 +18,7 @@ from protocols.family import DitSpec
 from wan.configs import VACE
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from runtime.offload.context import TokenPart
+    from runtime.offload.context import TokenShard
 
 TEXT_KEYS = frozenset({"t5"})  # keys of the cache entries that the text encoder writes
 # Least squares fit of latents in model space to colors (R, G, B), which all known tools use
@@ -109,23 +109,24 @@ class WanTokens:
     rotary: Tensor  # rotations by position, L 1 D/2 2 in the model's `precision`
     # (B T C, T float32) for each text, usually one. The second counts the equal rows that a row represents;
     # None: one each
-    texts: tuple[tuple[Tensor, Tensor | None], ...]
-    image: Tensor | None  # B I C
+    text_tokens: tuple[tuple[Tensor, Tensor | None], ...]
+    image_tokens: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
     modulation: Tensor  # B S 6 C in the model's `precision`
-    num_given: int  # number of tokens of clean frames, which come first; S is 2 if there are any
+    num_clean_tokens: int  # number of tokens of clean frames, which come first; S is 2 if there are any
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor] | None  # combines attentions to several texts, B L N D; None: one text
-    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+    # merges the attentions to two texts, B L N D each; None: there is one text
+    combine_attention: Callable[..., Tensor] | None
+    shard: "TokenShard | None" = None  # the tokens that this process has; None: all
 
-    def cut(self, part: "TokenPart") -> "WanTokens":
+    def cut(self, shard: "TokenShard") -> "WanTokens":
         """Return the inputs for the tokens of one process."""
         return replace(
             self,
-            rotary=part.rows(self.rotary),
-            num_given=part.count_among_first(self.num_given),
-            part=part,
+            rotary=shard.slice_rotary(self.rotary),
+            num_clean_tokens=shard.count_among_first(self.num_clean_tokens),
+            shard=shard,
         )
 
     @property
@@ -146,18 +147,18 @@ def pad_texts(
 ) -> tuple[Tensor, Tensor | None]:
     """Pad texts with zeros and stack them to B T text_dim; the padding is not masked, as in training.
 
-    On a CPU, if `attention` can repeat keys, the rows that are zero in every sample are merged into one, and
-    T numbers say how many rows each row stands for. The layers before attention treat each row separately, so
-    the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost next to nothing,
-    and kernels take the weights of keys in 16 bits, which cannot distinguish 505 rows from 508.
+    On a CPU, if `attention` can weigh repeated keys, the rows that are zero in every sample are merged into
+    one, and T numbers say how many rows each row stands for. The layers before attention treat each row
+    separately, so the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost
+    next to nothing, and kernels take the weights of keys in 16 bits, which cannot distinguish 505 rows from
+    508.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:
         raise ValueError(f"a text has {longest} tokens, the model takes {length}")
-    on_cpu = text[0].device.type == "cpu"
-    can_repeat = attention is not None and attention.mode == SDPA.mode
+    can_merge = attention is not None and attention.mode == SDPA.mode
     num_rows = length
-    if on_cpu and can_repeat:
+    if can_merge and text[0].device.type == "cpu":
         num_rows = min(longest + 1, length)  # one more row, which stands for all padding
     padded = [functional.pad(rows, (0, 0, 0, num_rows - len(rows))) for rows in text]
     # autocast in float16 rejects cached texts in bfloat16 here, and has nothing to add to equal dtypes

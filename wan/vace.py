@@ -27,7 +27,7 @@ from wan.vae import WanVae
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = ("1", "1.0")  # values of --vace_scale that equal its default
+_DEFAULT_SCALES = ("1", "1.0")  # values of --vace_scale that equal its default
 SAME_SHAPE = 0.05  # tolerance for the aspect ratio of a mask, because sides are rounded
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # suffixes of masks that are used for all frames
 
@@ -78,23 +78,9 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
 
     `layers` is the number of VACE's blocks. Raises OptionError if a file is missing or unused.
     """
-    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
-    for option, path in unusable.items():
-        if path is not None:
-            raise OptionError(
-                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
-                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
-                "elsewhere; to show what something looks like, give the image to --src_ref_images"
-            )
-    references = divide(request.control_images)  # one option may name several, with commas
-    mask = None
-    if request.extra.get(MASK):
-        mask = to_path("--src_mask", request.extra[MASK])
-    if mask is not None and request.control_path is None:
-        raise OptionError(
-            f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
-            "Give --src_video"
-        )
+    _refuse_images(request)
+    references = split_comma_paths(request.control_images)  # one option may name several, with commas
+    mask = _read_mask_path(request)
     if len(references) > MAX_REFERENCES:
         raise OptionError(f"{len(references)} reference pictures: give at most {MAX_REFERENCES}")
     if references and request.source is not None:
@@ -106,13 +92,38 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
     # nothing to follow is allowed, because VACE also generates from text alone
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
-        unused_scale = "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: "
+        unused_scale = "" if scale in _DEFAULT_SCALES else f"--vace_scale {scale} acts on nothing: "
         logger.warning(
             "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
             unused_scale,
         )
     settings = VaceRequest(mask, read_scales(scale, layers))
     return replace(request, control_images=references), settings
+
+
+def _refuse_images(request: Request) -> None:
+    """Raise OptionError if a start or end image is given, which VACE does not take."""
+    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
+    for option, path in unusable.items():
+        if path is not None:
+            raise OptionError(
+                f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
+                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
+                "elsewhere; to show what something looks like, give the image to --src_ref_images"
+            )
+
+
+def _read_mask_path(request: Request) -> Path | None:
+    """Return the path of --src_mask; raise OptionError if it is given without a video."""
+    if not request.extra.get(MASK):
+        return None
+    mask = to_path("--src_mask", request.extra[MASK])
+    if request.control_path is None:
+        raise OptionError(
+            f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
+            "Give --src_video"
+        )
+    return mask
 
 
 def _check_images(mask: Path | None, references: Sequence[Path]) -> None:
@@ -127,7 +138,7 @@ def _check_images(mask: Path | None, references: Sequence[Path]) -> None:
             )
 
 
-def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
+def split_comma_paths(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Split paths at commas, as the release does, except for a path that exists with its comma."""
     words = []
     for path in paths:
@@ -176,10 +187,10 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
         pixels = video_pixels(request.control_path, "--src_video", width=width, height=height, frames=frames)
     if settings.mask is not None:
         mask = read_mask(settings.mask, width, height, frames)
-    halves = encode_halves(vae, pixels, mask).cpu()
+    vace_latents = encode_inactive_and_reactive(vae, pixels, mask).cpu()
     images = [first_frame(path) for path in request.control_images]
     references = [vae.encode(composite_on_white(image, width, height)).cpu() for image in images]
-    control = join_control(halves, fold_mask(mask), references)
+    control = stack_control(vace_latents, fold_mask(mask), references)
     return {"vace_control": control, "vace_scales": torch.tensor([settings.scales])}
 
 
@@ -200,7 +211,7 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
     return mask
 
 
-def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
+def encode_inactive_and_reactive(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
     """Return the latents of the pixels to keep, then of the pixels to change: B 32 L h w.
 
     In each half, all other pixels are gray.
@@ -227,15 +238,15 @@ def fold_mask(mask: Tensor) -> Tensor:
     return functional.interpolate(folded, size=(frames, *folded.shape[3:]), mode="nearest-exact")
 
 
-def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
+def stack_control(vace_latents: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
     """Join the parts of VACE's control to B 96 K+L h w; the mask of references is 0.
 
     Args:
-        halves: Latents of the unchanged parts, then of the parts to change, B 32 L h w.
+        vace_latents: Latents of the unchanged parts, then of the parts to change, B 32 L h w.
         mask: Folded mask, B 64 L h w.
         references: K latents, B 16 1 h w each. They come before the clip, the last one first.
     """
-    control = torch.cat([halves, mask.to(halves)], dim=1)
+    control = torch.cat([vace_latents, mask.to(vace_latents)], dim=1)
     fronts = []
     for reference in references:
         missing = control.shape[1] - reference.shape[1]  # channels

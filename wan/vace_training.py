@@ -12,7 +12,7 @@ from modules.errors import CacheError
 from modules.media.pixels import to_pixels
 from protocols.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch, split_items
 from wan.spec import LATENT
-from wan.vace import encode_halves, fold_mask, join_control
+from wan.vace import encode_inactive_and_reactive, fold_mask, stack_control
 from wan.vae import WanVae
 
 
@@ -32,8 +32,8 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
     levels = mask.to(device)[:, None].float()  # 0..255
     tensors = {"latents": vae.encode(pixels).to(store)}
     # VACE encodes the parts of the control that stay and that are new separately
-    halves = encode_halves(vae, control, levels / 255)
-    tensors["latents_control"] = halves.to(store)
+    vace_latents = encode_inactive_and_reactive(vae, control, levels / 255)
+    tensors["latents_control"] = vace_latents.to(store)
     if media.control_mask is not None:
         tensors[CONTROL_MASK] = fold_mask(levels).to(torch.uint8)
     for index, reference in enumerate(media.references):
@@ -44,18 +44,20 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
 
 def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
     """Return `vace_control`, B 96 K+L h w. Raises CacheError if the control was cached for another model."""
-    halves = batch.tensor("latents_control").float()
-    if halves.shape[1] != 2 * LATENT.channels:
+    vace_latents = batch.tensor("latents_control").float()
+    if vace_latents.shape[1] != 2 * LATENT.channels:
         raise CacheError(
-            f"{batch.keys[0]}: its control has {halves.shape[1]} channels in the cache, VACE takes "
+            f"{batch.keys[0]}: its control has {vace_latents.shape[1]} channels in the cache, VACE takes "
             f"{2 * LATENT.channels}. Cache again with wan_cache_latents.py --vace."
         )
     if CONTROL_MASK in batch.tensors:
-        mask = batch.tensor(CONTROL_MASK).to(halves) / 255
+        mask = batch.tensor(CONTROL_MASK).to(vace_latents) / 255
     else:
         # white, so that all is generated anew: one channel for each pixel of a latent pixel
-        mask = halves.new_ones(len(halves), LATENT.stride[1] * LATENT.stride[2], *halves.shape[2:])
+        mask = vace_latents.new_ones(
+            len(vace_latents), LATENT.stride[1] * LATENT.stride[2], *vace_latents.shape[2:]
+        )
     names = [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
     names.sort(key=lambda name: int(name.rpartition("_")[2]))  # by the index at the end
     references = [batch.tensor(name) for name in names]
-    return {"vace_control": join_control(halves, mask, references)}
+    return {"vace_control": stack_control(vace_latents, mask, references)}

@@ -17,7 +17,7 @@ from modules.devices import dtype_name, tensor_on
 from modules.layers.convolution import memory_formats, set_memory_format
 from modules.media.pixels import check_clip
 from wan.configs import RELEASES
-from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeHalf
+from wan.vae_blocks import FrameCache, WanVaeConfig, WanVaeHalf
 from wan.vae_checkpoints import read_vae
 from wan.vae_shortcuts import fold_patches, unfold_patches
 
@@ -123,25 +123,25 @@ class WanVae(nn.Module):
         """Encode the first frame, then groups of frames, each of which becomes one latent frame."""
         frames = pixels.shape[2]
         parts = []
-        memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
+        frame_cache = FrameCache(self.cache_on_cpu) if frames > 1 else None
         step = RELEASES[self.config.latent_channels].stride[0]
         patch = self.config.patch
         for group in pixels.split([1] + [step] * ((frames - 1) // step), dim=2):
             if patch > 1:
                 group = fold_patches(group.to(self.device, self.dtype), patch)
-            moments = self.conv1(self.encoder(self._place(group), memory))
+            moments = self.conv1(self.encoder(self._place(group), frame_cache))
             parts.append((moments if as_moments else moments.chunk(2, dim=1)[0]).float())
         latents = torch.cat(parts, dim=2)
-        return latents if as_moments else normalise(latents)
+        return latents if as_moments else normalize_latents(latents)
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the pixels of one latent frame after another."""
         frames = latents.shape[2]
-        memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
+        frame_cache = FrameCache(self.cache_on_cpu) if frames > 1 else None
         mean, std = _statistics(latents.shape[1], self.device)
         for index in range(frames):
             latent = latents[:, :, index : index + 1].to(self.device).float() * std + mean
-            chunk = self.decoder(self.conv2(self._place(latent)), memory)
+            chunk = self.decoder(self.conv2(self._place(latent)), frame_cache)
             if self.config.patch > 1:
                 chunk = unfold_patches(chunk, self.config.patch)
             yield chunk.float()
@@ -151,7 +151,7 @@ class WanVae(nn.Module):
         return x.to(self.device, self.dtype, memory_format=memory_formats(self.device)[0])
 
 
-def normalise(means: Tensor) -> Tensor:
+def normalize_latents(means: Tensor) -> Tensor:
     """Normalize posterior means to latents, B Z f h w float32, with the statistics for Z channels."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()

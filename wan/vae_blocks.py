@@ -1,4 +1,4 @@
-"""Layers of Wan's video VAEs. They process a clip in chunks; a `TimeMemory` keeps state between these.
+"""Layers of Wan's video VAEs. They process a clip in chunks; a `FrameCache` keeps state between these.
 
 Module names follow the published checkpoints. Source: the released VAEs of Wan2.1 (arXiv 2503.20314, section
 4.1) and Wan2.2, whose layers are the same, in stages with a shortcut around each.
@@ -45,19 +45,19 @@ class WanVaeConfig:
     colors: int = 3  # number of pixel channels: 4 with alpha
 
 
-class TimeMemory:
+class FrameCache:
     """The last frames of the clip that each layer has seen so far. Use one for each clip."""
 
     def __init__(self, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
         self._frames: dict[nn.Module, Tensor] = {}
 
-    def take(self, layer: nn.Module, device: torch.device) -> Tensor | None:
+    def get_frames(self, layer: nn.Module, device: torch.device) -> Tensor | None:
         """Return the last frames that a layer kept, on `device`; None at the beginning of the clip."""
         frames = self._frames.get(layer)
         return None if frames is None else frames.to(device, non_blocking=True)
 
-    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+    def store_frames(self, layer: nn.Module, frames: Tensor) -> None:
         """Keep a copy of `frames`, so that the tensor they are part of can be freed."""
         if not self._on_cpu:
             self._frames[layer] = frames.clone()
@@ -95,30 +95,30 @@ class WanCausalConv(nn.Conv3d):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))
 
-    def forward(  # type: ignore[override]  # a stream needs its memory in addition to the next frames
-        self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
+    def forward(  # type: ignore[override]  # a stream needs its cache in addition to the next frames
+        self, x: Tensor, frame_cache: FrameCache | None, norm: RmsNorm | None = None
     ) -> Tensor:
         """Convolve the next frames of a clip, x B C T H W to B C' T H W.
 
         Args:
             x: The frames.
-            memory: Last frames of earlier parts of the clip, updated here; None if x is the whole clip.
+            frame_cache: Last frames of earlier parts of the clip, updated here; None if x is the whole clip.
             norm: Norm to apply first, followed by SiLU.
         """
-        before = None if memory is None else memory.take(self, x.device)
-        if before is None and x.shape[2] == 1:
+        previous_frames = None if frame_cache is None else frame_cache.get_frames(self, x.device)
+        if previous_frames is None and x.shape[2] == 1:
             h = x if norm is None else F.silu(norm(x), inplace=True)
-            if memory is not None:
-                memory.keep(self, h)
+            if frame_cache is not None:
+                frame_cache.store_frames(self, h)
             # two of the three taps in time would see only zeros: the last one is an image convolution
             return F.conv2d(h.squeeze(2), self.weight[:, :, -1], self.bias, padding=1).unsqueeze(2)
-        h = _with_earlier(x, before, norm)
-        if memory is not None:
-            memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
+        h = _prepend_previous_frames(x, previous_frames, norm)
+        if frame_cache is not None:
+            frame_cache.store_frames(self, h[:, :, 1 - TIME_KERNEL :])
         return conv3d(self, h)
 
 
-def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
+def _prepend_previous_frames(x: Tensor, previous_frames: Tensor | None, norm: RmsNorm | None) -> Tensor:
     """Return x preceded by the last two frames before it, B C T+2 H W; missing frames are zeros.
 
     With `norm`, x is normalized and passed through SiLU first, as `before` was. The result is written into
@@ -128,10 +128,10 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
     earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one
     size = (batch, channels, earlier + frames, height, width)
     joined = empty_clip(x, *size)
-    missing = earlier if before is None else earlier - before.shape[2]
+    missing = earlier if previous_frames is None else earlier - previous_frames.shape[2]
     joined[:, :, :missing] = 0
-    if before is not None:
-        joined[:, :, missing:earlier] = before
+    if previous_frames is not None:
+        joined[:, :, missing:earlier] = previous_frames
     now = joined[:, :, earlier:]
     if norm is None:
         now.copy_(x)
@@ -155,10 +155,10 @@ class WanResidualBlock(nn.Module):
         )
         self.shortcut = nn.Conv3d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Apply the block to the next frames x, B C T H W to B C' T H W."""
         norm1, conv1, norm2, conv2 = self.residual.values()
-        h = conv2(conv1(x, memory, norm1), memory, norm2)
+        h = conv2(conv1(x, frame_cache, norm1), frame_cache, norm2)
         return h.add_(self.shortcut(x))
 
 
@@ -171,7 +171,7 @@ class WanFrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(width, 3 * width, 1)
         self.proj = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Add the attention within each frame to x, B C T H W. `memory` is unused."""
         batch, channels, _, height, width = x.shape
         frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
@@ -190,15 +190,15 @@ class Downsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=2)})
         self.time_conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Return x, B C T H W, at half the height and width, and if temporal at half the frames."""
         x = _convolve_frames(self.resample["1"], x, pad=True)
-        if self.time_conv is None or memory is None:  # the only frame of a clip passes unchanged
+        if self.time_conv is None or frame_cache is None:  # the only frame of a clip passes unchanged
             return x
-        before = memory.take(self, x.device)
-        joined = x if before is None else torch.cat([before, x], dim=2)
-        memory.keep(self, x[:, :, -1:])
-        return x if before is None else self.time_conv(joined)
+        previous_frames = frame_cache.get_frames(self, x.device)
+        joined = x if previous_frames is None else torch.cat([previous_frames, x], dim=2)
+        frame_cache.store_frames(self, x[:, :, -1:])
+        return x if previous_frames is None else self.time_conv(joined)
 
 
 class Upsample(nn.Module):
@@ -212,16 +212,16 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width_out, 3, padding=1)})
         self.time_conv = nn.Conv3d(width, 2 * width, (TIME_KERNEL, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Return x, B C T H W, at twice the height and width, and if temporal at twice the frames."""
-        if self.time_conv is not None and memory is not None:
-            before = memory.take(self, x.device)
-            if before is None:  # the clip's first frame passes unchanged; later frames do not see it
-                memory.keep(self, x[:, :, :0])
+        if self.time_conv is not None and frame_cache is not None:
+            previous_frames = frame_cache.get_frames(self, x.device)
+            if previous_frames is None:  # the clip's first frame passes unchanged; later frames do not see it
+                frame_cache.store_frames(self, x[:, :, :0])
             else:
-                h = _with_earlier(x, before, None)
-                del before
-                memory.keep(self, h[:, :, 1 - TIME_KERNEL :])
+                h = _prepend_previous_frames(x, previous_frames, None)
+                del previous_frames
+                frame_cache.store_frames(self, h[:, :, 1 - TIME_KERNEL :])
                 pairs = self.time_conv(h).unflatten(1, (2, -1))  # B 2 C T H W
                 x = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
                 del h, pairs
@@ -272,13 +272,13 @@ class WanVaeHalf(nn.Module):
             channels_out = pixel_channels
         self.head = nn.ModuleDict({"0": RmsNorm(width_out), "2": WanCausalConv(width_out, channels_out)})
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Return the result for the next chunk x of a clip; None as `memory` if x is the whole clip."""
-        x = self.conv1(x, memory)
+        x = self.conv1(x, frame_cache)
         order = [*self.downsamples, *self.middle] if self.is_encoder else [*self.middle, *self.upsamples]
         for layer in order:
-            x = layer(x, memory)
-        return self.head["2"](x, memory, self.head["0"])
+            x = layer(x, frame_cache)
+        return self.head["2"](x, frame_cache, self.head["0"])
 
 
 class DownStage(nn.Module):
@@ -289,11 +289,11 @@ class DownStage(nn.Module):
         self.downsamples = _make_layers(stage.layers, is_down=True)
         self.factors = FACTORS[stage.kind]
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Apply the layers to the next frames x, and add averaged groups of x to the result."""
         h = x
         for layer in self.downsamples:
-            h = layer(h, memory)
+            h = layer(h, frame_cache)
         return h.add_(average_groups(x, h.shape[1], self.factors))
 
 
@@ -305,14 +305,14 @@ class UpStage(nn.Module):
         self.upsamples = _make_layers(stage.layers, is_down=False)
         self.factors = FACTORS[stage.kind]
 
-    def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+    def forward(self, x: Tensor, frame_cache: FrameCache | None) -> Tensor:
         """Apply the layers to the next frames x.
 
         Upsampling layers add x, with its values repeated, to their result.
         """
         h = x
         for layer in self.upsamples:
-            h = layer(h, memory)
+            h = layer(h, frame_cache)
         return h if self.factors == (1, 1, 1) else add_repeated(h, x, self.factors)
 
 

@@ -52,7 +52,7 @@ _OFFICIAL_FIRST = {  # the encoder's first layer: of Wan2.1, and of Wan2.2, wher
 }
 _Layer = tuple[str, int, int]  # down or up, level, index in it
 _RESAMPLER = 1 << 30  # index of the resampler: after all residual blocks
-_HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
+_LAYER_LISTS = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 
 def read_vae(
@@ -76,16 +76,16 @@ def read_vae(
     convolution = names.get("quant_conv.weight")
     # convolutions of Qwen-Image-2.1's VAE have no time axis
     is_of_clips = convolution is not None and len(convolution.shape) != 4
+    # related VAEs, whose layers have the same names
+    is_unsupported = any(tensor in names for tensor, _ in UNSUPPORTED_MODELS)
     translate: Callable[[str], str] | None = None
-    if any(mark in names for mark, _ in UNSUPPORTED_MODELS):
-        pass  # a related VAE, whose layers have the same names: `other_kind` below names that model
-    elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
+    if convolution is not None and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _translate_flat_names(names)
     elif is_of_clips and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
         translate = _translate_staged_names(names)
     elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
-    if translate is None:
+    if translate is None or is_unsupported:
         of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
         raise other_kind(checkpoint, model, "--vae", files or of_wan)
     sources = rename_sources(sources, translate)
@@ -116,7 +116,9 @@ def check_latents(
     release = RELEASES[latent.channels]
     has_alpha = config.colors == 4
     if config.latent_channels != latent.channels:
-        difference = f"is {RELEASES[config.latent_channels].about}; {needed_by} needs {release.about}"
+        difference = (
+            f"is {RELEASES[config.latent_channels].description}; {needed_by} needs {release.description}"
+        )
     elif has_alpha and not latent.has_alpha:
         difference = f"is a VAE of pixels with alpha; {needed_by} needs one of pixels without"
     elif latent.has_alpha and not has_alpha:
@@ -153,7 +155,7 @@ def _read_layer(match: re.Match[str]) -> _Layer:
 def _translate(name: str, number: Callable[[_Layer], str]) -> str:
     match = _LAYER.fullmatch(name)
     if match is not None:
-        name = f"{_HALVES[match[1]]}.{number(_read_layer(match))}.{match[4]}"
+        name = f"{_LAYER_LISTS[match[1]]}.{number(_read_layer(match))}.{match[4]}"
     return translate_name(translate_name(name, DIFFUSERS), DIFFUSERS_RESIDUAL)
 
 
@@ -219,7 +221,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
 
 def _make_vae_error(path: Path, difference: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: this VAE {difference}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
+        f"{path}: this VAE {difference}; known are {WAN_2_1.description} and {WAN_2_2.description}.\n"
         f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
         path,
     )

@@ -92,7 +92,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
     vae_option: ClassVar[str] = "--vae"
 
     @property
-    def text_use(self) -> LanguageEncoderSettings:
+    def encoder_settings(self) -> LanguageEncoderSettings:
         """Return the prompt template of the language model, and which hidden states are the conditions."""
         return Z_IMAGE_USE
 

@@ -72,8 +72,8 @@ class KontextFiles(FluxFiles):
     dit_option: str = "--dit"
 
     vae_option: ClassVar[str] = "--vae"
-    clip_use: ClassVar = CLIP
-    t5_use: ClassVar = T5
+    clip_settings: ClassVar = CLIP
+    t5_settings: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
         """Return a copy of these files with the text encoders' options added."""

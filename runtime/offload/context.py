@@ -50,7 +50,7 @@ def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
 
 
 @dataclass(frozen=True)
-class TokenPart:
+class TokenShard:
     """This process's range of L tokens, which are divided among P processes in runs of equal length.
 
     The last runs may be shorter or empty.
@@ -79,7 +79,7 @@ class TokenPart:
         """Return the number of tokens of this process among the clip's last `count` tokens."""
         return self.run.stop - self.run.start - self.count_among_first(self.length - count)
 
-    def rows(self, table: Tensor, before: int = 0) -> Tensor:
+    def slice_rotary(self, table: Tensor, before: int = 0) -> Tensor:
         """Return the rotary embeddings of this part's tokens; tokens after the table's end are not rotated.
 
         Args:
@@ -164,7 +164,7 @@ class _Join(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: TokenPart) -> Tensor:
+    def forward(ctx: Any, x: Tensor, part: TokenShard) -> Tensor:
         ctx.part = part
         sent = part._fill_up(x).contiguous()
         joined = sent.new_empty(part.count, *sent.shape)

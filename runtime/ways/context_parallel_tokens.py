@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from modules.errors import OptionError
 from protocols.steps import Overrides
-from runtime.offload.context import ProcessGrid, TokenPart, device_mesh
+from runtime.offload.context import ProcessGrid, TokenShard, device_mesh
 from runtime.offload.sharding import TOKEN_GROUP, TOKEN_PART
 from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
@@ -58,7 +58,7 @@ def _run_part(
     all_tokens, all_residuals = hidden.tokens, hidden.block_residuals
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(all_tokens, "stream_lengths", (hidden.x.shape[1],))
-    parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
+    parts = [TokenShard(length, group.rank(), group.size(), group) for length in lengths]
     hidden.x = _take_parts(parts, hidden.x, lengths)
     hidden.tokens = all_tokens.cut(*parts)
     hidden.block_residuals = [None if tensor is None else parts[0].take(tensor) for tensor in all_residuals]
@@ -71,13 +71,13 @@ def _run_part(
     hidden.block_residuals = all_residuals
 
 
-def _take_parts(parts: Sequence[TokenPart], x: Tensor, lengths: Sequence[int]) -> Tensor:
+def _take_parts(parts: Sequence[TokenShard], x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return this process's tokens of each stream in x, B L C."""
     streams = x.split(list(lengths), dim=1)
     return torch.cat([part.take(stream) for part, stream in zip(parts, streams, strict=True)], dim=1)
 
 
-def _join_parts(parts: Sequence[TokenPart], x: Tensor) -> Tensor:
+def _join_parts(parts: Sequence[TokenShard], x: Tensor) -> Tensor:
     """Gather each stream's tokens of all processes; x has those of this process, B l C."""
     streams = x.split([part.count_among_first(part.length) for part in parts], dim=1)
     joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]

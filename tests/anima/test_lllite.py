@@ -129,7 +129,7 @@ def test_output_and_gradients_of_all_weights_are_those_of_the_formulas(
         from runtime.offload.checkpointing import checkpoint_blocks
 
         checkpoint_blocks(dit.train(), DIT)
-    network.see(controls, 0.5, mask)
+    network.embed_control(controls, 0.5, mask)
     found = dit(**inputs)
     found.square().mean().backward()
 
@@ -168,10 +168,10 @@ def test_a_new_one_is_the_base(tmp_path: Path) -> None:
     with torch.no_grad():
         before = dit(**inputs)
         network = hang(options_of(lllite_target_layers=ALL), dit)
-        network.see(torch.rand(2, 3, 48, 64), 1.0)
+        network.embed_control(torch.rand(2, 3, 48, 64), 1.0)
         assert torch.equal(dit(**inputs), before)
         network = hang(options_of(), dit, seed=2)
-        network.see(torch.rand(2, 3, 48, 64), 0.0)
+        network.embed_control(torch.rand(2, 3, 48, 64), 0.0)
         assert torch.equal(dit(**inputs), before)
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNorm, CosmosRotaryPosEmbed
 from torch import Tensor
 
-from anima.adapter import read_texts
+from anima.adapter import embed_prompts
 from anima.model import AnimaModel, count_real
 from protocols.steps import NagText, Overrides
 from tests.anima.making import (
@@ -44,7 +44,7 @@ def test_the_adapter_equals_that_of_diffusers() -> None:
     model, given = tiny_model(), tiny_inputs(3)
     expected = text_in_diffusers(conditioner_in_diffusers(tiny_state()), given)
 
-    made = read_texts(
+    made = embed_prompts(
         *(model.llm_adapter, given["states"], count_real(given["states_mask"])),
         *(given["ids"], given["weights"], 512, model.attention),
     )

@@ -15,7 +15,7 @@ from encoders.language_encoder import LanguageModelEncoder
 from fibo_2.captions import NULL, has_drawn_texts
 from fibo_2.configs import PLACES
 from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
-from fibo_2.texts import KEY, TEXT_USE, Fibo2TextEncoder
+from fibo_2.texts import ENCODER_SETTINGS, KEY, Fibo2TextEncoder
 from modules.errors import MediaError, OptionError
 from protocols.requests import Prompt
 from tests.fibo_2.making import bundles_there
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> LanguageModelEncoder:
     folder = write_text_encoder(tmp_path_factory.mktemp("texts") / "text_encoder")
-    loaded = Fibo2TextEncoder(TEXT_USE, folder, torch.float32)
+    loaded = Fibo2TextEncoder(ENCODER_SETTINGS, folder, torch.float32)
     loaded.load(CPU)
     return loaded
 
@@ -70,7 +70,7 @@ def test_a_prompt_with_keys_that_the_model_does_not_know_is_told_once(
     prompt: str, told: str, encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = '{"short_description": "a cat", "lighting": {"conditions": "sun"}}'
-    own = Fibo2TextEncoder(TEXT_USE, encoder.path, torch.float32)
+    own = Fibo2TextEncoder(ENCODER_SETTINGS, encoder.path, torch.float32)
     own.load(CPU)
     own.encode([Prompt(good), Prompt("a cat"), Prompt(""), Prompt(prompt, is_negative=True)])
     own.token_counter()(prompt)  # may be that of an edit
@@ -86,7 +86,7 @@ def test_a_prompt_with_keys_that_the_model_does_not_know_is_told_once(
 def test_a_plain_edit_is_told_as_it_is_read(
     tmp_path: Path, encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own = Fibo2TextEncoder(TEXT_USE, encoder.path, torch.float32)
+    own = Fibo2TextEncoder(ENCODER_SETTINGS, encoder.path, torch.float32)
     own.load(CPU)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     caplog.set_level("INFO")
@@ -146,7 +146,7 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
     pad = "<|image_pad|>"
     for text, count in zip(written, (1, 2), strict=True):
         expected = BriaFibo2Pipeline._get_edit_prompt("add a hat", count)
-        shown = text.removeprefix(TEXT_USE.before).removesuffix(TEXT_USE.after)
+        shown = text.removeprefix(ENCODER_SETTINGS.before).removesuffix(ENCODER_SETTINGS.after)
         assert shown.replace(pad * 6, pad) == expected
     with pytest.raises(MediaError, match="stands for a picture"):
         encoder.encode([Prompt(f"a {pad}", images=(tmp_path / "a.png",), image_size=(64, 96))])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux.control_net import settings_of
+from flux.control_net import make_control_net_settings
 from flux.control_net_learning import TrainedFluxControl
 from flux.family import Flux, family_for_training
 from flux.options import FluxControlNetTrainingOptions
@@ -149,7 +149,7 @@ def test_files_are_those_that_diffusers_reads(tmp_path: Path) -> None:
 
     stored = load_file(path)
     config = make_family(tmp_path).files.dit_header().config
-    FluxControlNetModel(**settings_of(config, 1, 2)).load_state_dict(stored)
+    FluxControlNetModel(**make_control_net_settings(config, 1, 2)).load_state_dict(stored)
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     again = make_network(make_family(tmp_path, controlnet=path))[1].state_dict()
     for name, tensor in network.state_dict().items():

@@ -13,7 +13,7 @@ import flux_minimal_inference
 from flux.family import Flux, family_for_text_caching, family_for_training
 from flux.files import FluxFiles
 from flux.model import pack
-from flux.official_options import generation_words, read_minimal
+from flux.official_options import generation_argv, read_minimal
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
@@ -204,7 +204,7 @@ def test_caches_of_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def words_of(*argv: str) -> list[str]:
-    return generation_words(read_minimal("", ["--ckpt_path", "flux1-dev.safetensors", *argv]))
+    return generation_argv(read_minimal("", ["--ckpt_path", "flux1-dev.safetensors", *argv]))
 
 
 def test_the_guides_defaults_are_put_into_our_words() -> None:

@@ -15,7 +15,7 @@ from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import FramePack, family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
 from frame_pack.options import FramePackLatentCachingOptions
-from frame_pack.sections import ANTI_DRIFTING, F1, Order
+from frame_pack.sections import ANTI_DRIFTING, F1, GenerationOrder
 from hunyuan_model.vae import load_vae
 from modules.errors import DatasetError
 from modules.script_options import parse_options
@@ -79,7 +79,9 @@ def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
 
 @pytest.mark.slow_cases("order0")
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
-def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders, order: Order) -> None:
+def test_items_encoded_together_equal_those_encoded_alone(
+    encoders: MediaEncoders, order: GenerationOrder
+) -> None:
     """As a GPU encodes them; each has its own sample of the posterior."""
     frames = torch.randint(0, 256, (2, 21, 16, 16, 3), dtype=torch.uint8)
     media = MediaBatch(frames, ("one", "two"), ((0, 21),) * 2, table=MediaTable(window=2))
@@ -95,7 +97,7 @@ def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoder
 
 
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
-def test_a_section_says_where_in_the_clip_its_target_is(order: Order) -> None:
+def test_a_section_says_where_in_the_clip_its_target_is(order: GenerationOrder) -> None:
     """Masks of the loss are cut by it."""
     latents = torch.randn(1, 16, 1 + 3 * 9, 2, 2)
 

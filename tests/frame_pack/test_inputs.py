@@ -145,12 +145,12 @@ def settle(
     extra: Mapping[str, str] | None = None,
     window: int = 9,
     f1: bool = False,
-    takes_shape: bool = False,
+    matches_control_shape: bool = False,
     **said: Any,
 ) -> Prepared:
     values: dict[str, Any] = {"prompt": "a cat", "seed": 1, "width": 48, "height": 32, **said}
     request = Request(**values, extra={"image_path": str(picture), **(extra or {})})
-    return prepare_request(request, DEFAULT, LATENT, window, f1, takes_shape)
+    return prepare_request(request, DEFAULT, LATENT, window, f1, matches_control_shape)
 
 
 def own(prepared: Prepared) -> FramePackRequest:
@@ -212,7 +212,7 @@ def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
     write_image(control, *image)
     table = make_table(control.parent, "image_directory", resolution=list(area), enable_bucket=True)
     width, height = bucket_of(table, image, LATENT.pixel_step, control)
-    said: dict[str, Any] = {"width": area[0], "height": area[1], "takes_shape": True}
+    said: dict[str, Any] = {"width": area[0], "height": area[1], "matches_control_shape": True}
 
     with_control = settle(picture, {"one_frame": "default"}, control_images=(control, picture), **said)
     of_start = settle(control, {"one_frame": "default"}, **said)
@@ -226,7 +226,7 @@ def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
 def test_a_video_does_not_take_the_shape_of_its_image(
     picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prepared = settle(picture, width=64, height=64, takes_shape=True)
+    prepared = settle(picture, width=64, height=64, matches_control_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
 

@@ -60,7 +60,10 @@ def test_packed_latents_and_rotary_angles_equal_the_recorded_ones() -> None:
     x, tokens = embedded(model, inputs)
 
     torch.testing.assert_close(
-        x[:, : tokens.video], expected["packed_tokens"], rtol=0, **expected["tolerance"]["packed_tokens"]
+        x[:, : tokens.num_video_tokens],
+        expected["packed_tokens"],
+        rtol=0,
+        **expected["tolerance"]["packed_tokens"],
     )
     cosines, sines = expected["rope_freqs"][0].chunk(2, dim=-1)
     turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
@@ -213,8 +216,9 @@ def test_samples_of_another_kind_than_the_caches_are_warned_of(
     family: FramePack, settings: dict[str, Any], neighbor: int, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """neighbor: the place of the frame next in time; that of the target is 1."""
-    batches._note_other_order.cache_clear()
-    batches._note_clips.cache_clear()
+    batches._warn_of_caches_without_f1.cache_clear()
+    batches._warn_of_caches_with_f1.cache_clear()
+    batches._warn_of_cached_clips.cache_clear()
 
     predicted(replace(family, **settings), batch(clean_latent_indices=torch.full((2, 2), neighbor)))
 

@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 
 from frame_pack.configs import DIT
 from frame_pack.family import HISTORY, FramePack, family_for_generation
-from frame_pack.options import FramePackGenerationOptions, parse_entries
+from frame_pack.options import FramePackGenerationOptions, parse_section_texts
 from frame_pack.sections import (
     ANTI_DRIFTING,
     F1,
-    Order,
+    GenerationOrder,
     blend_overlaps,
     compute_flow_shift,
     count_sections,
@@ -42,7 +42,9 @@ DESCRIPTION, TENSORS = read_case("framepack_schedule")
     [(4, "0,0", [0, 0, 1, 0]), (5, "1", [1, 2, 2, 1, 0]), (2, " 3, 2 ,1,0", [3, 2]), (3, "0,0,0", [0, 0, 0])],
 )
 def test_given_paddings_replace_the_first(sections: int, given: str, paddings: list[int]) -> None:
-    assert [section.padding for section in ANTI_DRIFTING.plan(sections, 9, parse_paddings(given))] == paddings
+    assert [
+        section.padding for section in ANTI_DRIFTING.plan_sections(sections, 9, parse_paddings(given))
+    ] == paddings
 
 
 def test_the_shortest_video_has_one_section() -> None:
@@ -133,13 +135,13 @@ def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
     ],
 )
 def test_pieces_are_for_the_sections_they_name(text: str, entries: dict[int, str]) -> None:
-    assert parse_entries(text, "--prompt") == entries
+    assert parse_section_texts(text, "--prompt") == entries
 
 
 @pytest.mark.parametrize("text", ["3-1:a;;;0:b", "0-99999999:a;;;0:b"])
 def test_ranges_that_cannot_be_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match=r"--image_path: \d-\d+ is not a range of sections"):
-        parse_entries(text, "--image_path")
+        parse_section_texts(text, "--image_path")
 
 
 INPUTS = tiny_inputs((7,))
@@ -194,9 +196,9 @@ COMPILED_NEAR = 1e-5  # of the largest value, float32: sums in another order
 def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What the transformer is given in each section of a video of five."""
     start = torch.randn(1, CONFIG.in_dim, 1, 6, 10, generator=torch.Generator().manual_seed(1))
-    order: Order = request.param
-    history, found = order.begin(start, None), []
-    for section in order.plan(5, WINDOW, ()):
+    order: GenerationOrder = request.param
+    history, found = order.start_history(start, None), []
+    for section in order.plan_sections(5, WINDOW, ()):
         seen, places = order.clean_latents(start, history), section.indices
         found.append(
             ONE
@@ -210,7 +212,7 @@ def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
                 "clean_latent_4x_indices": torch.tensor([places.clean_4x]),
             }
         )
-        history = order.extend(history, ONE["noisy"])
+        history = order.add_to_history(history, ONE["noisy"])
     return found
 
 

@@ -13,7 +13,7 @@ import hv_generate_video
 import sample_video
 import wan_generate_video
 from blissful_tuner.metadata import read_stored_seed
-from hunyuan_model.official_options import NEGATIVE_PROMPT, SIZES, generation_words, read_official
+from hunyuan_model.official_options import NEGATIVE_PROMPT, SIZES, generation_argv, read_official
 from modules.errors import OptionError
 from modules.media.reading import read_tags, video_frames
 from tests.commands import joined
@@ -164,7 +164,7 @@ def ckpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def official(*words: str) -> list[str]:
-    return generation_words(read_official(None, words))
+    return generation_argv(read_official(None, words))
 
 
 def pixels(path: Path) -> torch.Tensor:

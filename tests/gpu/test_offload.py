@@ -36,7 +36,7 @@ from tests.modules.swap_cases import CASES, same, step_in_backward, swapped
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 from wan.spec import DIT
-from wan.vae_blocks import TimeMemory, WanCausalConv, WanFrameAttention, WanResidualBlock
+from wan.vae_blocks import FrameCache, WanCausalConv, WanFrameAttention, WanResidualBlock
 
 pytestmark = pytest.mark.gpu
 
@@ -367,7 +367,7 @@ def test_chunks_kept_in_host_memory_give_the_bits_of_those_on_the_device(cuda: t
     x = clip(cuda, torch.bfloat16, 1, 32, 13, 24, 16)
 
     def made(on_cpu: bool) -> Tensor:
-        memory = TimeMemory(on_cpu)
+        memory = FrameCache(on_cpu)
         return torch.cat([block(part, memory) for part in x.split([1, 4, 4, 4], dim=2)], dim=2)
 
     assert equal_bits(made(True), made(False))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.traffic_count import Counting
 from frame_pack.model import FramePackRefiner as FramePackRefiner
-from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
+from hunyuan_model.joining import gelu, join_gelu, rotate_and_join, rotate_first
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.vae import HunyuanVae, encode_latents, load_vae
 from modules.layers.rope import TokenGrid, rotary_table, rotate
@@ -143,8 +143,8 @@ def call(function: Callable[..., Tensor], what: str, inputs: Sequence[Tensor]) -
 
 
 PAIRS = {
-    "first": (turn_first, first_plainly),
-    "join": (turn_and_join, joined_plainly),
+    "first": (rotate_first, first_plainly),
+    "join": (rotate_and_join, joined_plainly),
     "gelu": (join_gelu, gelu_plainly),
 }
 

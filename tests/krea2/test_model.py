@@ -100,4 +100,4 @@ def test_references_that_see_each_other_alone_are_computed_once(
         assert_equal(found, plain, "velocity", 1e-5)
         once = [10] if not change and not told else []  # tokens of both references
         assert counts[1:] == [*once, counts[0] - (0 if "skip_blocks" in told else 10)]
-    assert not any(attention.remembered for attention in model.attentions())
+    assert not any(attention.cached_keys_values for attention in model.attentions())

@@ -146,7 +146,7 @@ def test_each_rule_matters() -> None:
 
     def with_turns(change: Callable[[Any], Any]) -> Callable[[MossImageModel], Callable[..., Any]]:
         def rule(model: MossImageModel) -> Callable[..., Any]:
-            return lambda positions, device: MossImageModel._make_turns(model, change(positions), device)
+            return lambda positions, device: MossImageModel._grid_rotations(model, change(positions), device)
 
         return rule
 
@@ -158,7 +158,7 @@ def test_each_rule_matters() -> None:
 
     def padded_clock(model: MossImageModel) -> Callable[..., Any]:
         def make(layout: Any, /, device: torch.device) -> Tensor:
-            return MossImageModel._make_table(model, layout._replace(clocks=(7, 7)), device=device)
+            return MossImageModel._make_table(model, layout._replace(text_lengths=(7, 7)), device=device)
 
         return make
 
@@ -170,8 +170,8 @@ def test_each_rule_matters() -> None:
         "halves of ffn_up_gate": with_weights(swap_halves("proj.ffn_up_gate")),
         "shift and scale of the end": with_weights(swap_halves("video_head_modulation")),
         "padding is seen": error_of(predict(tiny_model(), **padded), "plain"),
-        "rows from the corner": with_rule("_make_turns", with_turns(from_corners)),
-        "no clock": with_rule("_make_turns", with_turns(no_clock)),
+        "rows from the corner": with_rule("_grid_rotations", with_turns(from_corners)),
+        "no clock": with_rule("_grid_rotations", with_turns(no_clock)),
         "a block skipped": error_of(predict(tiny_model(), overrides=SKIPS), "plain"),
         "references see all": error_of(
             predict(tiny_model(), has_references=True, isolated=False), "references"
@@ -193,10 +193,10 @@ def band_major(model: MossImageModel) -> None:
     """Put the angles of all axes of a frequency side by side."""
 
     def make(positions: Any, device: torch.device) -> Tensor:
-        pairs = MossImageModel._make_turns(model, positions, device)
+        pairs = MossImageModel._grid_rotations(model, positions, device)
         return pairs.unflatten(-2, (AXES, -1)).transpose(-3, -2).flatten(-3, -2)
 
-    model._make_turns = make  # type: ignore[method-assign]
+    model._grid_rotations = make  # type: ignore[method-assign]
 
 
 def no_places_in_refiners(model: MossImageModel) -> None:
@@ -221,12 +221,12 @@ def references_of_the_image_time(model: MossImageModel) -> None:
 
 def references_on_the_same_place(model: MossImageModel) -> None:
     """Number all references 1."""
-    make = model._make_turns
+    make = model._grid_rotations
 
     def alike(positions: Any, device: torch.device) -> Tensor:
         return make((positions[0].clamp(max=1), *positions[1:]), device)
 
-    model._make_turns = alike  # type: ignore[method-assign]
+    model._grid_rotations = alike  # type: ignore[method-assign]
 
 
 def rotate_neighbors(x: Tensor, table: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from encoders.language_models import (
 )
 from encoders.picture_prompts import load_vision_tower
 from modules.errors import CheckpointError
-from moss_image.files import KEY, MAX_TOKENS, TEXT_USE
+from moss_image.files import ENCODER_SETTINGS, KEY, MAX_TOKENS
 from protocols.requests import Prompt
 from tests.faults.messages import succeed_here
 from tests.manifests import tensor_list, write_hollow
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> LanguageModelEncoder:
-    loaded = LanguageModelEncoder(TEXT_USE, folder, torch.float32)
+    loaded = LanguageModelEncoder(ENCODER_SETTINGS, folder, torch.float32)
     loaded.load(CPU)
     return loaded
 
@@ -87,7 +87,7 @@ def test_other_states_and_texts_are_told_from_those(
     """Before the norm, a layer earlier, without thinking, with white space: each would be seen."""
     if "thinks" in change:
         change = {"after": "<|im_end|>\n<|im_start|>assistant\n"}
-    other = LanguageModelEncoder(replace(TEXT_USE, **change), folder, torch.float32)
+    other = LanguageModelEncoder(replace(ENCODER_SETTINGS, **change), folder, torch.float32)
     other.load(CPU)
 
     (states,), (right,) = states_of(other, Prompt(" a cat ")), states_of(encoder, Prompt(" a cat "))
@@ -106,7 +106,9 @@ def test_a_file_without_its_configuration_rotates_as_released(
     """As ComfyUI's files are. Other facts about the model would give other states."""
     folder = write_text_encoder(tmp_path)
     (folder / "config.json").unlink()
-    other = LanguageModelEncoder(replace(TEXT_USE, model=replace(QWEN35, **change)), folder, torch.float32)
+    other = LanguageModelEncoder(
+        replace(ENCODER_SETTINGS, model=replace(QWEN35, **change)), folder, torch.float32
+    )
     other.load(CPU)
     (states,), (right,) = states_of(other, Prompt("a cat")), states_of(encoder, Prompt("a cat"))
     difference = float((states - right).abs().max())
@@ -142,7 +144,7 @@ def test_a_text_encoder_in_8_bits_is_read(tmp_path: Path, encoder: LanguageModel
     plain, small = folder / "model.safetensors", folder / "small.safetensors"
     succeed_here("tools/quantise.py", plain, "--form", form, "--output", small, folder=tmp_path)
     plain.unlink()
-    in_8_bits = LanguageModelEncoder(TEXT_USE, small, torch.float32)
+    in_8_bits = LanguageModelEncoder(ENCODER_SETTINGS, small, torch.float32)
     in_8_bits.load(CPU)
 
     (states,), (right,) = states_of(in_8_bits, Prompt("a cat")), states_of(encoder, Prompt("a cat"))

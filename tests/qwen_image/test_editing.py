@@ -22,7 +22,7 @@ from protocols.requests import Prepared, Request
 from protocols.rules import ConsistencyRules
 from protocols.steps import EditReference, Section
 from qwen_image.family import QwenImage, family_for_generation
-from qwen_image.files import EDIT_USE, PLUS_USE, QWEN_USE
+from qwen_image.files import EDIT_SETTINGS, PLUS_SETTINGS, QWEN_SETTINGS
 from qwen_image.options import (
     LAYERED,
     VERSIONS,
@@ -112,12 +112,12 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
 
 def test_templates_are_those_of_the_releases() -> None:
     """Their tokens before the prompt, counted by the released tokenizer: 34 and 64."""
-    assert (QWEN_USE.dropped, EDIT_USE.dropped, PLUS_USE.dropped) == (34, 64, 64)
-    assert EDIT_USE.pictures is not None
-    assert PLUS_USE.pictures is not None
-    assert EDIT_USE.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
-    assert PLUS_USE.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
-    assert len({use.fingerprint for use in (QWEN_USE, EDIT_USE, PLUS_USE)}) == 3
+    assert (QWEN_SETTINGS.dropped, EDIT_SETTINGS.dropped, PLUS_SETTINGS.dropped) == (34, 64, 64)
+    assert EDIT_SETTINGS.pictures is not None
+    assert PLUS_SETTINGS.pictures is not None
+    assert EDIT_SETTINGS.pictures.write(1, 2) == "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    assert PLUS_SETTINGS.pictures.write(2, 1) == "Picture 2: <|vision_start|><|image_pad|><|vision_end|>"
+    assert len({use.fingerprint for use in (QWEN_SETTINGS, EDIT_SETTINGS, PLUS_SETTINGS)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,14 @@ def test_what_hardly_differs_is_set_back_before_a_step_and_what_a_mask_keeps_beh
     kept = restore_unchanged_regions(
         section(rules=ConsistencyRules(0.1, kernel_size=1)), latents, schedule, 1
     )
-    masked = restore_outside_mask(section(changed=mask), latents, schedule, 1)
+    masked = restore_outside_mask(section(changed_mask=mask), latents, schedule, 1)
 
     assert torch.allclose(kept[..., 1:, :], held[..., 1:, :])
     assert torch.equal(kept[..., 0, 0], latents[..., 0, 0])
     assert torch.equal(masked[..., 3], latents[..., 3])
     assert torch.allclose(masked[..., :3], held[..., :3])
     assert torch.equal(
-        restore_outside_mask(section(changed=mask), latents, schedule, 4)[..., :3], clean[..., :3]
+        restore_outside_mask(section(changed_mask=mask), latents, schedule, 4)[..., :3], clean[..., :3]
     )
     assert restore_unchanged_regions(Section(noise, {}), latents, schedule, 1) is latents
 

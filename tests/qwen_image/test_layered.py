@@ -180,7 +180,9 @@ def test_the_picture_of_a_training_is_its_first_frame_and_may_be_left_out_of_wha
 
     full = family.predict(dit, noisy, times, cond)
     given = torch.cat([latents[:, :, :1], noisy[:, :, 1:]], dim=2)
-    rest = replace(family, layers_alone=True).predict(dit, given, times, cond, Overrides(num_clean_frames=1))
+    rest = replace(family, omits_first_image=True).predict(
+        dit, given, times, cond, Overrides(num_clean_frames=1)
+    )
 
     torch.testing.assert_close(cond[CONTROL], latents[:, :, :1])
     expected = family.predict(dit, noisy[:, :, 1:], times, cond)

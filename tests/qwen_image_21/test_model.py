@@ -112,7 +112,7 @@ def test_what_precedes_the_picture_is_computed_once_for_all_steps() -> None:
     counts.clear()
     model(**given, references=references, overrides=skipping)
     assert counts == [prefix + 24]
-    assert not any(attention.remembered for attention in model.attentions())
+    assert not any(attention.cached_keys_values for attention in model.attentions())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints.opening import open_checkpoint
-from flux.options import TRAINER, FluxFullTrainingOptions, join_swapped
+from flux.options import TRAINER, FluxFullTrainingOptions, translate_older_options
 from krea2.files import find_release
 from minimax_h3.dit_checkpoints import STACKED, read_header
 from minimax_h3.options import LAYOUT_KEY
@@ -196,7 +196,7 @@ def test_older_options_of_image_trainers_are_read_as_ours(caplog: pytest.LogCapt
     caplog.set_level("INFO")
     words = ["--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "x"]
     words += ["--double_blocks_to_swap", "3", "--single_blocks_to_swap", "5", "--blockwise_fused_optimizers"]
-    defaults = ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped})
+    defaults = ImageTrainerDefaults(**{**TRAINER, "translate": translate_older_options})
 
     options, _, _ = read_image_training("", FluxFullTrainingOptions, defaults, words, FullDitOptions)
 

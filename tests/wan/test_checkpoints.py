@@ -12,7 +12,7 @@ from modules.errors import CheckpointError
 from protocols.loading import Placement
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import tiny_state, write_dit
-from wan.checkpoints import check_task, identify, load_dit, note_task, read_dit_header
+from wan.checkpoints import check_task, identify, load_dit, log_task_differences, read_dit_header
 from wan.configs import TASKS
 
 META = Placement(torch.device("meta"))
@@ -135,7 +135,7 @@ def test_another_size_of_the_right_kind_is_used_with_one_log_line(
 
     with caplog.at_level(logging.INFO):
         check_task(read_once(path, read_dit_header), TASKS[task], path)
-        note_task(read_once(path, read_dit_header), TASKS[task], path)
+        log_task_differences(read_once(path, read_dit_header), TASKS[task], path)
 
     assert [record.message for record in caplog.records] == [
         f"wan.safetensors has 2 blocks of width 128, the released {task} has width {TASKS[task].dim}: the "
@@ -149,7 +149,7 @@ def test_the_log_says_that_the_task_decides_where_the_tensors_cannot(
     path = write_hollow(tmp_path / "low.safetensors", tensor_list("wan2.2-t2v-a14b"))
 
     with caplog.at_level(logging.INFO):
-        note_task(read_once(path, read_dit_header), TASKS["t2v-A14B"], path)
+        log_task_differences(read_once(path, read_dit_header), TASKS["t2v-A14B"], path)
 
     assert [record.message for record in caplog.records] == [
         "low.safetensors is used as Wan2.2 t2v-A14B, as --task says: a file of t2v-14B has the same tensors"
@@ -162,7 +162,7 @@ def test_a_large_file_that_stays_in_float32_is_warned_about(
 ) -> None:
     path = write_hollow(tmp_path / "high.safetensors", tensor_list("wan2.2-i2v-a14b"))
 
-    note_task(read_once(path, read_dit_header), TASKS["i2v-A14B"], path, target)
+    log_task_differences(read_once(path, read_dit_header), TASKS["i2v-A14B"], path, target)
 
     assert ("--dit_dtype bfloat16 rounds it" in caplog.text) == (target == torch.float32)
 

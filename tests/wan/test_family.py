@@ -25,7 +25,7 @@ from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.configs import TASKS, default_flow_shift
 from wan.family import Wan
-from wan.files import WanFiles, add_release, check_names, files_and_boundary, read_release
+from wan.files import WanFiles, add_release, check_expert_file_names, files_and_boundary, read_release
 from wan.inputs import appends_end
 from wan.model import WanModel
 from wan.names import WAN
@@ -332,7 +332,7 @@ def test_a_name_says_which_expert_a_file_is(tmp_path: Path, name: str, expert: s
 
 def test_swapped_files_are_refused() -> None:
     with pytest.raises(OptionError, match="swap the two"):
-        check_names(Path("a_high_noise.safetensors"), Path("a_low_noise.safetensors"))
+        check_expert_file_names(Path("a_high_noise.safetensors"), Path("a_low_noise.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_one_name_that_contradicts_its_option_is_a_warning(
     caplog: pytest.LogCaptureFixture, dit: str | None, high: str | None, message: str | None
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        check_names(None if dit is None else Path(dit), None if high is None else Path(high))
+        check_expert_file_names(None if dit is None else Path(dit), None if high is None else Path(high))
     if message is None:
         assert not caplog.records
     else:

@@ -154,7 +154,7 @@ def test_the_residual_stream_stays_float32_in_bfloat16(how: str) -> None:
         x, tokens = hidden.x, hidden.tokens
         out = model.blocks[0](x, tokens)
 
-    assert tokens.dtype == tokens.texts[0][0].dtype == torch.bfloat16
+    assert tokens.dtype == tokens.text_tokens[0][0].dtype == torch.bfloat16
     assert {x.dtype, out.dtype, tokens.time.dtype, tokens.modulation.dtype} == {torch.float32}
 
 
@@ -173,9 +173,9 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
 
     tokens = model.embed(**inputs).tokens
 
-    assert tokens.image is not None
-    assert tokens.image.shape[1] == 257
-    assert tokens.texts[0][0].shape[1] == 512 - 257
+    assert tokens.image_tokens is not None
+    assert tokens.image_tokens.shape[1] == 257
+    assert tokens.text_tokens[0][0].shape[1] == 512 - 257
 
 
 def with_overrides(tiny: TinyDit, overrides: Overrides) -> TinyDit:

@@ -17,9 +17,9 @@ TABLE = MediaTable("data.toml", "image", has_control=True)
 
 def test_frames_stand_in_the_order_of_their_places() -> None:
     order = order_frames((4, 0), 1)
-    assert (order.places, order.images, order.slot) == ((0, 1, 4), (1, -1, 0), 1)
-    assert order_frames((), None).places == (0, 1)
-    assert order_frames((-2,), -3).images == (-1, 0)
+    assert (order.frame_positions, order.image_indices, order.target_index) == ((0, 1, 4), (1, -1, 0), 1)
+    assert order_frames((), None).frame_positions == (0, 1)
+    assert order_frames((-2,), -3).image_indices == (-1, 0)
 
 
 @pytest.mark.parametrize(

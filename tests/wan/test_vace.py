@@ -20,7 +20,7 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import read_dit_header
 from wan.options import WanGenerationOptions
 from wan.spec import VACE_DIT
-from wan.vace import divide, read_scales, take_control
+from wan.vace import read_scales, split_comma_paths, take_control
 from wan_generate_video import DEFAULTS
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_references_are_divided_at_commas_unless_a_file_has_one(tmp_path: Path) 
     for path in names:
         path.touch()
 
-    assert divide([Path(f"{names[0]},{names[1]}"), names[2]]) == tuple(names)
+    assert split_comma_paths([Path(f"{names[0]},{names[1]}"), names[2]]) == tuple(names)
 
 
 @pytest.mark.parametrize(
