@@ -54,7 +54,7 @@ def rotate_first(x: Tensor, table: Tensor) -> Tensor:
     length = table.shape[-4]
     if _is_plain(x, table):
         return torch.cat([rotate(x[:, :length], table), x[:, length:]], dim=1)
-    rotated: Tensor = _Rotate.apply(x, None, table)
+    rotated: Tensor = _RotateAndJoin.apply(x, None, table)
     return rotated
 
 
@@ -62,7 +62,7 @@ def rotate_and_join(video: Tensor, text: Tensor, table: Tensor) -> Tensor:
     """Rotate video tokens, B L N D, by their positions, and append text tokens, B T N D."""
     if _is_plain(video, table) or video.dtype != text.dtype:
         return torch.cat([rotate(video, table), text], dim=1)
-    joined: Tensor = _Rotate.apply(video, text, table)
+    joined: Tensor = _RotateAndJoin.apply(video, text, table)
     return joined
 
 
@@ -70,7 +70,7 @@ def _is_plain(x: Tensor, table: Tensor) -> bool:
     return torch.compiler.is_compiling() or table.dtype != torch.float32 or x.dtype.itemsize > 4
 
 
-class _Rotate(torch.autograd.Function):
+class _RotateAndJoin(torch.autograd.Function):
     """Rotate the first tokens of x by a rotary table and append the text tokens, or the rest of x."""
 
     @staticmethod
