@@ -169,7 +169,7 @@ def _check_dataset(
         validation=validation,
         counters=counters,
     )
-    lines = [*_describe_plans(plans), *counters.missing]
+    lines = [*_describe_plans(plans), *counters.missing_lines]
     return replace(result, head=("Where the training has them:", *findings.indent(lines)))
 
 
