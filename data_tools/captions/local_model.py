@@ -105,7 +105,7 @@ class LocalModel:
                 yield location, error
 
     @torch.no_grad()
-    def generate_answers(self, batch: Sequence[CaptionInput]) -> list["Answer"]:
+    def generate_answers(self, batch: Sequence[CaptionInput]) -> list["GeneratedAnswer"]:
         """Return the model's answer for each image or clip."""
         prompts = []
         for location, frames in batch:
@@ -120,7 +120,7 @@ class LocalModel:
             if prompt.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
                 text = f"<think>{text}"
             was_cut = end_tokens.isdisjoint(tokens.tolist())  # no end token: max_new_tokens was reached
-            answers.append(Answer(text, was_cut))
+            answers.append(GeneratedAnswer(text, was_cut))
         return answers
 
     def _generate_tokens(self, inputs: Any, names: Sequence[str]) -> Tensor:
@@ -203,7 +203,7 @@ class LocalModel:
             raise OptionError(f"--model: its chat template fails: {error}{hint}") from None
 
 
-class Answer(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """A model's answer, and whether the limit of tokens cut it off."""
 
     text: str
