@@ -66,8 +66,7 @@ class Bar(ExitStack):
             from modules.progress import ProgressFile  # only if another program reads it
 
             self._report = ProgressFile().note
-        self._start = now()
-        self._last_line = self._start  # time of the last log line
+        self._start = self._last_line = now()  # times of the beginning and of the last log line
         if at_once and self.shown and is_terminal():
             self._open_bar()
 

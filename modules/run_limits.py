@@ -137,11 +137,9 @@ def reject_sending(option: str, value: object, run_has_option: bool = False) -> 
     Nothing is raised outside of a run of a described folder. With `run_has_option`, the message names the
     option of the command `run` that allows it.
     """
-    typed_options = os.environ.get(TYPED_VARIABLE, "").split()
-    if not is_limited() or option in typed_options:
+    if not is_limited() or option in os.environ.get(TYPED_VARIABLE, "").split():
         return
-    is_run = bool(os.environ.get(COMMAND_VARIABLE))  # otherwise a button of the page has started this
-    if not is_run:
+    if not os.environ.get(COMMAND_VARIABLE):  # a button of the page has started this
         remedy = "start the command in a terminal"
     elif run_has_option:
         remedy = f"type it: {_run_command(f'--{option}', str(value))}"

@@ -76,10 +76,8 @@ def answer_script(script: Path, argv: Sequence[str], program: str | None = None)
         command_line(check_named, needs_packages=False)
         return
     table = find_table(script)
-    if table is None:
-        return
     asks_for_help = _HELP.issuperset(argv or [""])
-    if table.get("cuts_words") and not asks_for_help:
+    if table is None or (table.get("cuts_words") and not asks_for_help):
         return
     start_logging()
     parser = build_parser(table, program, _TableParser)

@@ -39,11 +39,7 @@ def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> 
     # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
     bias = None if repeats is None else key_bias(repeats, q.shape[2], dtype)
     order = list_kernels(
-        _capability(q.device),
-        dtype,
-        width=q.shape[-1],
-        has_mask=bias is not None,
-        cudnn=_cudnn_version(),
+        _capability(q.device), dtype, width=q.shape[-1], has_mask=bias is not None, cudnn=_cudnn_version()
     )
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and needs_gradients:

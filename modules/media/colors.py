@@ -100,11 +100,10 @@ def _correct_info(file: Image.Image) -> None:
         file.info["transparency"] = _scale_transparent_color(file, transparent_color)
     if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         file.info[_INVERTED] = True  # 0 is white, which Pillow handles only for 8 bits
-    codes = None
     if file.format == "PNG":
         codes = _read_cicp(file)
-    elif file.format == "AVIF":
-        codes = _read_nclx(file)
+    else:
+        codes = _read_nclx(file) if file.format == "AVIF" else None
     if codes is not None:
         file.info[_CICP] = codes
 
@@ -287,12 +286,14 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     content = image.info.get("icc_profile")
     if content:
         return _Profile(content, _select_mode(image.mode, content), path)
-    has_cicp = transfer != 0  # it overrides cHRM and gAMA, even with codes that are unknown here
-    chromaticities = None if has_cicp else image.info.get("chromaticity")
+    # the chunk cICP overrides cHRM and gAMA, even with codes that are unknown here
+    chromaticities = None if transfer else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
-    if chromaticities is None or gamma is None:
-        return None
-    if np.allclose(chromaticities, _SRGB_CHROMATICITIES, atol=2e-3):
+    if (
+        chromaticities is None
+        or gamma is None
+        or np.allclose(chromaticities, _SRGB_CHROMATICITIES, atol=2e-3)
+    ):
         return None
     content = _make_profile(gamma, tuple(chromaticities))
     return None if content is None else _Profile(content, "RGB", path)

@@ -136,9 +136,8 @@ def video_pixels(
     maximum = frames + end_frames
     minimum = frames + min(end_frames, 1)
     sizes = FrameSizes()  # notes a change of the size while frames pass through it
-    resized = [
-        resize_cover(frame, (width, height)) for frame in sizes.watch(islice(video_frames(path), maximum))
-    ]
+    watched = sizes.watch(islice(video_frames(path), maximum))
+    resized = [resize_cover(frame, (width, height)) for frame in watched]
     if sizes.change is not None:
         logger.warning(
             "%s %s changes its size (%s): all frames are cropped to %dx%d.",

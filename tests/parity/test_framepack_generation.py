@@ -1,7 +1,8 @@
 """fpack_generate_video.py through the command line equals a generation made of diffusers' and transformers'
 networks alone; in the 16 bits that users run, it is as near to float32 as they are.
 
-On a CPU the image encoder computes in float32 (`modules.devices.replace_slow_float16`), so the reference's does.
+On a CPU the image encoder computes in float32 (`modules.devices.replace_slow_float16`), so the reference's
+does.
 Timestep and guidance are rounded there too if the released code rounds them: that is no error but what a
 model is fed.
 """
