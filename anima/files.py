@@ -13,10 +13,10 @@ from anima.model import AnimaModel
 from anima.names import ANIMA
 from anima.options import MAX_TOKENS, NAME, AnimaTextOptions
 from anima.text_encoder import T5_FILES, AnimaTextEncoder, make_use
-from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.model_files import read_once, require_file
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.language_encoder import LanguageEncoderSettings
 from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
@@ -54,7 +54,7 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     elif ADAPTER_NORM in bare.tensors:
         renamed = bare.rename(lambda name: ADAPTER_PREFIX + name)
     else:
-        raise other_kind(adapter, f"{NAME}'s adapter", ADAPTER_OPTION, ADAPTER_FILES)
+        raise make_wrong_kind_error(adapter, f"{NAME}'s adapter", ADAPTER_OPTION, ADAPTER_FILES)
     alone = transformer.rename(lambda name: "" if name.startswith(ADAPTER_PREFIX) else name)
     return alone.join(renamed)
 
@@ -64,7 +64,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     path = checkpoint.path
     if any(name.startswith(CONNECTOR) for name in names):
         raise CheckpointError(
@@ -79,8 +79,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
     """Return the dimensions of an Anima transformer; raise CheckpointError for another model."""
-    dim, columns = shapes.of("x_embedder.proj.1.weight")
-    patch_width, _ = shapes.of("final_layer.linear.weight")
+    dim, columns = shapes.shape_of("x_embedder.proj.1.weight")
+    patch_width, _ = shapes.shape_of("final_layer.linear.weight")
     # other models with the same tensor names
     if columns == patch_width + 2 * PATCH**2:
         raise CheckpointError(
@@ -94,8 +94,8 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
             f"{FILES}.",
             shapes.path,
         )
-    rows, _ = shapes.of("blocks.0.self_attn.q_proj.weight")
-    (width,) = shapes.of("blocks.0.self_attn.q_norm.weight", axes=1)
+    rows, _ = shapes.shape_of("blocks.0.self_attn.q_proj.weight")
+    (width,) = shapes.shape_of("blocks.0.self_attn.q_norm.weight", axes=1)
     # the embedder takes one channel more than the output has: the mask of padding
     has_patches = patch_width % PATCH**2 == 0 and columns == patch_width + PATCH**2
     # frequencies come in pairs, and more than one of them are stretched on each axis
@@ -108,11 +108,11 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     return AnimaConfig(
         dim=dim,
-        ffn_dim=shapes.of("blocks.0.mlp.layer1.weight")[0],
+        ffn_dim=shapes.shape_of("blocks.0.mlp.layer1.weight")[0],
         num_heads=dim // width,
-        num_layers=shapes.blocks("blocks"),
-        context_dim=shapes.of("blocks.0.cross_attn.k_proj.weight")[1],
-        modulation_dim=shapes.of("blocks.0.adaln_modulation_mlp.1.weight")[0],
+        num_layers=shapes.count_blocks("blocks"),
+        context_dim=shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1],
+        modulation_dim=shapes.shape_of("blocks.0.adaln_modulation_mlp.1.weight")[0],
         adapter=_read_adapter(shapes),
         channels=patch_width // PATCH**2,
     )
@@ -126,9 +126,9 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     if f"{ADAPTER_PREFIX}{ADAPTER_NORM}" not in shapes.shapes:
         return None
     start = f"{ADAPTER_PREFIX}blocks.0."
-    vocabulary, dim = shapes.of(f"{ADAPTER_PREFIX}embed.weight")
-    (width,) = shapes.of(f"{start}cross_attn.q_norm.weight", axes=1)
-    text_width = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
+    vocabulary, dim = shapes.shape_of(f"{ADAPTER_PREFIX}embed.weight")
+    (width,) = shapes.shape_of(f"{start}cross_attn.q_norm.weight", axes=1)
+    text_width = shapes.shape_of("blocks.0.cross_attn.k_proj.weight")[1]
     if dim % width or width % 2 or dim != text_width:
         raise CheckpointError(
             f"{shapes.path}: an adapter that is {dim} wide with heads of {width} does not fit a transformer "
@@ -137,16 +137,16 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
         )
     return AdapterConfig(
         dim=dim,
-        text_dim=shapes.of(f"{start}cross_attn.k_proj.weight")[1],
-        ffn_dim=shapes.of(f"{start}mlp.0.weight")[0],
+        text_dim=shapes.shape_of(f"{start}cross_attn.k_proj.weight")[1],
+        ffn_dim=shapes.shape_of(f"{start}mlp.0.weight")[0],
         num_heads=dim // width,
-        num_layers=shapes.blocks(f"{ADAPTER_PREFIX}blocks"),
+        num_layers=shapes.count_blocks(f"{ADAPTER_PREFIX}blocks"),
         vocabulary=vocabulary,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[AnimaConfig]) -> Mapping[str, TensorSource]:
-    return join_parts(plain_sources(checkpoint), NAME_RULES[header.dialect])
+    return join_parts(list_tensor_sources(checkpoint), NAME_RULES[header.dialect])
 
 
 def _describe(header: DitHeader[AnimaConfig]) -> str:

@@ -21,9 +21,9 @@ from anima.lllite_modules import (
     list_layers,
 )
 from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
+from checkpoints.dialects import LoadPlan, count, load_planned, make_wrong_kind_error
 from checkpoints.model_files import require_file
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.control_pictures import CONTROL_MASK, check_control
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError, UserError
@@ -170,7 +170,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
         dilations=_read_dilations(checkpoint),
         layers=tuple(input_widths),
     )
-    return LoadPlan(LllitePlan(config, num_blocks, input_widths), checkpoint, plain_sources(checkpoint))
+    return LoadPlan(LllitePlan(config, num_blocks, input_widths), checkpoint, list_tensor_sources(checkpoint))
 
 
 def _check_kind(checkpoint: Checkpoint, option: str) -> None:
@@ -189,7 +189,7 @@ def _check_kind(checkpoint: Checkpoint, option: str) -> None:
             checkpoint.path,
         )
     if f"{TRUNK}.out_norm.weight" not in names or not any(name.startswith(PREFIX) for name in names):
-        raise other_kind(checkpoint, MODEL_KIND, option, LLLITE_FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, option, LLLITE_FILES)
 
 
 def _shape_of(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ class BenchFamily:
         latents: Class of options.py for caching latents.
         train: Script with the DEFAULTS of an image trainer; "" for an ordinary one.
         inputs: (config, numbers, shape) -> what generation encodes from images, by section.
-        own: Returns `Prepared.family_record` of a video of one section.
+        own: Returns `Prepared.family_settings` of a video of one section.
         trained: (config, numbers, shape) -> additional tensors of a training sample's cache.
         section: Shape of a clip's latents -> shape of those that are denoised together.
         config: Family -> config of the transformer.

@@ -230,11 +230,11 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
         default_negative="",
         experts=family.experts,
     )
-    prepared = replace(prepared, family_record=entry.own())
+    prepared = replace(prepared, family_settings=entry.own())
     if (audio := audio_shape(row, family)) is not None:
         _, *image = section_of(row, family)
         joint = AudioVideoShapes(tuple(image), audio)  # type: ignore[arg-type]  # four numbers
-        prepared = replace(prepared, joint=joint, audio_shift=family.noise.audio_shift)
+        prepared = replace(prepared, audio_video_shapes=joint, audio_shift=family.noise.audio_shift)
     return prepared, {0: EncodedPrompts(*texts)}, inputs
 
 

@@ -20,7 +20,7 @@ import torch  # noqa: E402  # the project's modules are found from here on
 from torch import Tensor  # noqa: E402
 
 from networks.apply import LoraPatch  # noqa: E402
-from networks.loading import LoraFile, LoraUse  # noqa: E402
+from networks.loading import LoraFile, WeightedLora  # noqa: E402
 from networks.rounding import LoraRounding  # noqa: E402
 from networks.use_options import NEAREST, STOCHASTIC  # noqa: E402
 
@@ -55,7 +55,7 @@ def in_words(shares: list[float]) -> str:
     return f"{mean:.2%} +- {spread:.2%}, {min(shares):.2%} to {max(shares):.2%}"
 
 
-def make_pair(seed: int, size: float, dtype: torch.dtype, side: int) -> tuple[Tensor, LoraUse, Tensor]:
+def make_pair(seed: int, size: float, dtype: torch.dtype, side: int) -> tuple[Tensor, WeightedLora, Tensor]:
     """Return a weight, a LoRA of this size, and the exact change."""
     generator = torch.Generator().manual_seed(seed)
     weight = (0.02 * torch.randn(side, side, generator=generator)).to(dtype)
@@ -68,7 +68,7 @@ def make_pair(seed: int, size: float, dtype: torch.dtype, side: int) -> tuple[Te
         "lora_unet_blocks_0_ffn_0.lora_up.weight": up * factor,
     }
     file = LoraFile(Path(f"{seed}.safetensors"), tensors, {}, "ours")
-    return weight, LoraUse(file, 1.0), change * factor
+    return weight, WeightedLora(file, 1.0), change * factor
 
 
 def share_kept(seed: int, size: float, dtype: torch.dtype, rule: str) -> float:

@@ -40,7 +40,7 @@ from benchmarks.traffic_count import (  # noqa: E402
     fused,
 )
 from modules.console import quiet  # noqa: E402
-from runtime.planning.dry_run import Counts, dry_run, place, track_blocks, truncate_blocks  # noqa: E402
+from runtime.planning.dry_run import Counts, allocate_empty_weights, dry_run, track_blocks, truncate_blocks  # noqa: E402
 
 META = torch.device("meta")
 MIN = 2  # blocks of a list that are run; one more tells what each further block adds
@@ -179,7 +179,7 @@ def count_denoising(
     dit.eval().requires_grad_(False)
     blocks = family.dit.blocks(dit)
     with quiet(), dry_run() as ledger, torch.no_grad():
-        place(dit, ledger)
+        allocate_empty_weights(dit, ledger)
         track_blocks(blocks, ledger)
         noise = SeededNoise(0, ledger.device)
         section = on_device(next(sections_of(family, prepared, prompts, inputs, noise)), ledger.device)

@@ -184,7 +184,7 @@ class _StepPlanner:
             image_momentum, audio_momentum = self._momentum_by_stream
             image_stages = self._make_plain_stages(index, scale, image_momentum)
             audio_stages = self._make_plain_stages(index, scale, audio_momentum)
-        if self._prepared.joint is None:
+        if self._prepared.audio_video_shapes is None:
             audio_stages = ()
         passes: list[Pass] = []
         if factor:  # with 0, as in CFG-Zero*'s first steps, the velocity is 0, and no pass is needed
@@ -201,7 +201,9 @@ class _StepPlanner:
         weights = {
             NEGATIVE: text_scale - 1,
             self._pass_without_self_attention: rule.perturbed,
-            self._pass_of_isolated_streams: 0 if self._prepared.joint is None else rule.modality - 1,
+            self._pass_of_isolated_streams: 0
+            if self._prepared.audio_video_shapes is None
+            else rule.modality - 1,
         }
         weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
         stages = [guide_stream(rule, weights)] if weights else []

@@ -67,7 +67,9 @@ class PassPlan:
         The tokens of images and of audio are guided separately. If one of them is an input that stays clean,
         its velocity is 0.
         """
-        audio_video = section.overrides.joint  # splits and joins the two streams; None without audio
+        audio_video = (
+            section.overrides.audio_video_shapes
+        )  # splits and joins the two streams; None without audio
         if audio_video is None:
             velocity = _apply(self.stages[0], velocities, step.noisy, step.sigma)
         else:

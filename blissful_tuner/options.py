@@ -176,7 +176,7 @@ def parse_layers(text: str | None) -> frozenset[int]:
 
 
 # for training samples: guidance at every step, nothing else
-PLAIN_GUIDANCE = GuidanceOptions.usual()
+PLAIN_GUIDANCE = GuidanceOptions.from_defaults()
 
 
 class PromptOptions(Options, title="prompts"):

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, relu
 
-from checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, load_planned, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.devices import pin, send_ahead, tensor_on
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from protocols.data import LatentSpec
-from runtime.planning.dry_run import ACCELERATOR, dry_run, largest, place
+from runtime.planning.dry_run import ACCELERATOR, allocate_empty_weights, dry_run, peak_of_phases
 
 # Previews without a decoder: map latent channels linearly to colors, and enlarge to the video's size.
 #
@@ -206,10 +206,10 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
         raise _make_kind_error(checkpoint)
     sources = {}
-    for name, source in plain_sources(checkpoint).items():
+    for name, source in list_tensor_sources(checkpoint).items():
         if name.startswith("decoder."):
             sources[name] = source
-    shape_of = shapes_of(checkpoint, sources)
+    shape_of = make_shape_reader(checkpoint, sources)
 
     def read_channels(layer: str) -> tuple[int, int]:
         """Return a convolution's output and input channels."""
@@ -225,7 +225,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
 
 def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
     """Return the exception for a file that is not a TAEHV decoder."""
-    return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
+    return make_wrong_kind_error(checkpoint, "a TAEHV", "--preview_vae", FILES)
 
 
 def _read_config(read_channels: Callable[[str], tuple[int, int]]) -> TaehvConfig:
@@ -334,9 +334,9 @@ def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: 
     with META:
         decoder = TinyDecoder(config).to(dtype)
     with dry_run() as ledger, torch.no_grad():
-        place(decoder, ledger)
+        allocate_empty_weights(decoder, ledger)
         # two latent frames, because the second one needs states that the first one leaves behind
         latents = torch.empty(config.channels, 2, height, width, device=ACCELERATOR)
         for chunk in decoder.decode(latents):
             to_frames(chunk.float())
-    return sum(largest(ledger.peaks)[1].values())
+    return sum(peak_of_phases(ledger.peaks)[1].values())

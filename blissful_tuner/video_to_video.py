@@ -78,7 +78,7 @@ def start_from_source(prepared: Prepared, source: Source, family: Family) -> Pre
         OptionError: If saved latents have another number of frames, or if the request generates audio, which
             has to start from noise.
     """
-    if prepared.joint is not None:
+    if prepared.audio_video_shapes is not None:
         raise OptionError(
             f"{_name_source(source)}: a video that is made with its audio starts from noise. Make it without "
             f"audio, or leave --{source.option} out"

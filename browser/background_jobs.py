@@ -16,7 +16,7 @@ from pathlib import Path
 
 from browser import launch
 from browser.jobs import LOGS, STORED_TYPES, Job, JobQueue, as_line, reject_link
-from browser.runs import RUNNING, is_living
+from browser.runs import RUNNING, is_process_alive
 from browser.short_names import short_digest
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
 from modules.errors import OptionError, OutputError
@@ -166,7 +166,7 @@ class BackgroundJobs:
         job = self.find(name)
         if job is None or job.state != RUNNING or not job.process:
             return
-        is_alive = is_living(job.process)
+        is_alive = is_process_alive(job.process)
         if is_alive is None:  # the number belongs to a process on another machine
             raise OutputError(say("it runs on another machine. Stop it from there"))
         if not is_alive:  # it has just ended

@@ -235,7 +235,7 @@ class DatasetPages:
 
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
         """Return the state of a dataset with folders that the page may not show."""
-        names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
+        names = [str(folder) for folder in dict.fromkeys([*self.runs.root_folders, *folders])]
         return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
     def describe_file(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:

@@ -320,7 +320,7 @@ class Datasets:
         `new` writes FOLDER/dataset.toml, and a training run of that folder saves into FOLDER/output.
         """
         configs: set[Path] = set()
-        for folder in self.runs.tops:
+        for folder in self.runs.root_folders:
             config = folder.parent / PROJECT_CONFIG
             with contextlib.suppress(OSError):
                 if config.is_file() and real_path(config) == config:  # not a link

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from browser.described_folder import DATASET_FILE, DescribedFolder
-from browser.runs import FINISHED, Runs, RunSummary, is_living, read_run_summary
+from browser.runs import FINISHED, Runs, RunSummary, is_process_alive, read_run_summary
 from modules.errors import UserError
 from modules.pages.language import TranslatableText, say, say_count
 from modules.paths import expand_path
@@ -83,7 +83,7 @@ def _may_be_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
 
 def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
     """Return whether a run was made on this machine since its last boot, or on a card of the same name."""
-    is_of_boot = run.start is not None and is_living(run.start.process) is not None
+    is_of_boot = run.start is not None and is_process_alive(run.start.process) is not None
     return is_of_boot or run.memory.get(DEVICE, "") in cards
 
 

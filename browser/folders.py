@@ -85,7 +85,7 @@ class MediaFolder:
 def list_media_folders(runs: Runs) -> list[MediaFolder]:
     """Return the folders below the roots that contain media, at most MAX_FOLDERS."""
     folders = []
-    for top in dict.fromkeys(runs.tops):
+    for top in dict.fromkeys(runs.root_folders):
         for folder in _walk(top, DEEPEST):
             media_folder = read_media_folder(folder) or read_outer_folder(folder)
             if media_folder is not None:
@@ -215,7 +215,7 @@ def find_folder(runs: Runs, text: str) -> Path | None:
 def find_file(runs: Runs, text: str) -> Path | None:
     """Return the path of an existing file below the roots; None for any other text."""
     try:
-        path = expand_path(text.strip(), runs.tops[0])
+        path = expand_path(text.strip(), runs.root_folders[0])
         return path if runs.is_below(path) and path.is_file() else None
     except (OSError, ValueError):
         return None
@@ -232,9 +232,9 @@ def find_typed(runs: Runs, text: str) -> Path | None:
     """
     if not text.strip():
         return None
-    path = expand_path(text.strip(), runs.tops[0])
+    path = expand_path(text.strip(), runs.root_folders[0])
     # opening a network share would send the user's login to that machine
-    is_on_known_drive = path.anchor in {top.anchor for top in runs.tops}
+    is_on_known_drive = path.anchor in {top.anchor for top in runs.root_folders}
     return path if is_on_known_drive and path.is_dir() else None
 
 

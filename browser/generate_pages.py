@@ -168,7 +168,7 @@ class GeneratePages:
     @property
     def results_folder(self) -> Path:
         """Folder of new results, in the first root."""
-        return self.site.runs.tops[0] / RESULTS
+        return self.site.runs.root_folders[0] / RESULTS
 
     @property
     def inputs(self) -> InputFolder:
@@ -271,7 +271,7 @@ class GeneratePages:
             "rows": fitting_rows,
             "other_rows": other_rows,
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
-            "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),
+            "downloaded": list_downloaded((*self.site.runs.root_folders, self.site.models.absolute())),
             "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
         }
 

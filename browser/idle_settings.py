@@ -39,7 +39,7 @@ def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tup
     names = {option_name(field): field.name for field in dataclasses.fields(record)}
     known = {names[name]: value for name, value in values.items() if name in names}
     try:
-        made = record.usual(**known)
+        made = record.from_defaults(**known)
         for field in dataclasses.fields(record):
             if list_idle_reasons(made, field):
                 yield option_name(field), say("No effect in this run, with its other settings.")

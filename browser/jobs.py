@@ -18,7 +18,7 @@ from typing import Any
 from browser import launch
 from browser.earlier_jobs import EarlierJob
 from browser.known_queues import KnownQueue, recall_queue, remember_queue
-from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, is_living
+from browser.runs import DIED, FINISHED, REMOTE_RUN_TIMEOUT_SECONDS, RUNNING, STOPPED, Runs, is_process_alive
 from browser.short_names import short_digest
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
@@ -92,7 +92,7 @@ class Job:
 
     def _is_running(self, process: dict[str, Any]) -> bool:
         """Return whether the process runs; on another machine, whether its log is still growing."""
-        is_alive = is_living(process)
+        is_alive = is_process_alive(process)
         if is_alive is not None:
             return is_alive
         # the process belongs to another machine, or was started before the last boot
@@ -274,7 +274,11 @@ class JobQueue:
     def _find_worker(self, content: _QueueContent) -> str:
         if self._worker_thread is not None:
             return "here"
-        return "elsewhere" if content.worker is not None and is_living(content.worker) is not False else ""
+        return (
+            "elsewhere"
+            if content.worker is not None and is_process_alive(content.worker) is not False
+            else ""
+        )
 
     def add(
         self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
@@ -344,7 +348,7 @@ class JobQueue:
         """
         with self._edit_files() as content:
             job = content.find(number, RUNNING)
-            if job.process is None or not is_living(job.process):
+            if job.process is None or not is_process_alive(job.process):
                 raise OutputError(
                     say("job %(number)s runs on another machine. Stop it from there", number=number)
                 )
@@ -677,7 +681,7 @@ def _find_line_folder(line: str) -> Path:
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
     """Return the queue of the first root. Raises OutputError if its folder is a link."""
-    folder = runs.tops[0] / FOLDER
+    folder = runs.root_folders[0] / FOLDER
     for subfolder in (folder, folder / LOGS, folder / RENDER_FOLDER):
         reject_link(subfolder)
     return JobQueue(folder, read_only)

@@ -19,7 +19,7 @@ from browser.queue_pages import is_started_by
 from browser.render_queue import RenderJob
 from browser.responses import answer_template
 from browser.run_start import read_preparation_state, read_run_state
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_process_alive
 from browser.server_state import Site
 from browser.settings_page import SettingsPages
 from browser.state_names import name_state
@@ -161,7 +161,7 @@ class MachineLine:
     def _gather(self) -> MachineInfo:
         """Collect what the status line shows: processes, cards, free disk space and ended runs."""
         try:
-            free = gigabytes(free_bytes(self.site.runs.tops[0]))
+            free = gigabytes(free_bytes(self.site.runs.root_folders[0]))
         except OSError:
             free = ""
         settings = SettingsPages(self.site)
@@ -232,7 +232,7 @@ def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
 
 
 def _is_running_here(run: RunSummary) -> bool:
-    return run.state == RUNNING and run.start is not None and bool(is_living(run.start.process))
+    return run.state == RUNNING and run.start is not None and bool(is_process_alive(run.start.process))
 
 
 def _describe_render_job(render_job: RenderJob) -> RunningThing:

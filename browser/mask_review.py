@@ -107,7 +107,9 @@ class MaskReview:
         """Return whether a file, its mask and the mask's history are below the roots, with links resolved."""
         paths = [media_file.media_path, *media_file.masks]
         kept = media_file.backup_folder.parent
-        paths += [path for path in (media_file.mask_folder, kept, media_file.backup_folder) if os.path.lexists(path)]
+        paths += [
+            path for path in (media_file.mask_folder, kept, media_file.backup_folder) if os.path.lexists(path)
+        ]
         for mask in media_file.masks:
             if mask.is_dir():
                 paths += [mask / entry.name for entry in os.scandir(mask) if entry.is_symlink()]

@@ -64,7 +64,7 @@ def open_bin(site: Site) -> BinFolder:
 
     Files on other disks go to a bin in their root or in the models folder.
     """
-    return BinFolder(*(top / BIN for top in site.runs.tops), site.models.absolute() / BIN)
+    return BinFolder(*(top / BIN for top in site.runs.root_folders), site.models.absolute() / BIN)
 
 
 class ModelPages:
@@ -118,7 +118,7 @@ class ModelPages:
             "gigabytes": gigabytes,
             "unverified": UNVERIFIED,
             "models": models.absolute(),
-            "bin": site.runs.tops[0] / BIN,
+            "bin": site.runs.root_folders[0] / BIN,
             "moved": self.find_bin_entry(moved),
             "free": self.describe_free(),
             "login": describe_login(),

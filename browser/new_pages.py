@@ -396,7 +396,7 @@ class NewPages:
             content: Images and clips of the selected folder; None if no folder is selected.
             is_part: Leave out the list of folders, because the browser uses only other parts of the page.
         """
-        tops = self.site.runs.tops
+        tops = self.site.runs.root_folders
         has_files = folder is not None and (content is not None or is_described(folder))
         opened = find_open_folder(self.site.runs, str(folder)) if has_files else None
         folders = [] if is_part else list_media_folders(self.site.runs)
@@ -796,7 +796,7 @@ class NewPages:
 
     def explain_folder(self, text: str) -> str:
         """Return the reason why `text`, a typed path, names no folder that this page can describe."""
-        roots = ", ".join(str(top) for top in self.site.runs.tops)
+        roots = ", ".join(str(top) for top in self.site.runs.root_folders)
         text = complete_home(text)
         if WINDOWS_PATH.match(text) and os.name != "nt":
             return say(

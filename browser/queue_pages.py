@@ -27,7 +27,7 @@ from browser.launch import (
 from browser.responses import Form, answer_form, answer_page, answer_text, answer_unknown
 from browser.run_start import TrackedRuns
 from browser.run_views import HERE, POLICY
-from browser.runs import RUNNING, Runs, RunSummary, is_living
+from browser.runs import RUNNING, Runs, RunSummary, is_process_alive
 from modules.command import quote_command
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
@@ -44,7 +44,12 @@ CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
 
 def is_started_by(run: RunSummary, job: Job) -> bool:
     """Return whether a job's process has started this running training."""
-    if run.state != RUNNING or run.start is None or not job.process or not is_living(run.start.process):
+    if (
+        run.state != RUNNING
+        or run.start is None
+        or not job.process
+        or not is_process_alive(run.start.process)
+    ):
         return False
     with contextlib.suppress(psutil.Error, KeyError):  # it has just ended
         parents = psutil.Process(run.start.process["number"]).parents()

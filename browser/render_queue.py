@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from browser.jobs import WAITING, reject_link
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
@@ -261,7 +261,7 @@ class RenderQueue:
 
 def _fail_if_server_has_ended(job: RenderJob) -> RenderJob:
     """Return a render job, marked as failed if the server that worked on it has ended."""
-    is_lost = not job.process or is_living(job.process) is False
+    is_lost = not job.process or is_process_alive(job.process) is False
     if job.state == RUNNING and is_lost:
         job.state = DIED
         job.reason = ENDED_MEANWHILE

@@ -24,7 +24,7 @@ from typing import Any
 from browser import launch
 from browser.jobs import WAITING, Job, JobQueue, reject_link
 from browser.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQueue
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_process_alive
 from browser.sessions import find_session, limit_session
 from modules.atomic_write import explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
@@ -272,7 +272,11 @@ class RenderWorker:
         That server frees it once it sees the waiting job.
         """
         owner = self._read_session()
-        return bool(owner) and is_living(owner["server"]) is True and is_living(owner["process"]) is True
+        return (
+            bool(owner)
+            and is_process_alive(owner["server"]) is True
+            and is_process_alive(owner["process"]) is True
+        )
 
     def close(self) -> None:
         """End the thread and the process; waiting jobs stay on disk."""
@@ -627,9 +631,9 @@ class RenderWorker:
         owner = self._read_session()
         if not owner:
             return
-        if is_living(owner["process"]) is True and is_living(owner["server"]) is False:
+        if is_process_alive(owner["process"]) is True and is_process_alive(owner["server"]) is False:
             launch.kill_processes(owner["process"]["number"])
-        if is_living(owner["server"]) is not True:
+        if is_process_alive(owner["server"]) is not True:
             with contextlib.suppress(OSError):
                 (self.folder / SESSION).unlink()
             self._remove_previews()

@@ -281,7 +281,7 @@ class ResultRegenerator:
         Raises OptionError if no recipe can.
         """
         reasons = []
-        save_path = str(self.site.runs.tops[0] / RESULTS)
+        save_path = str(self.site.runs.root_folders[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
             try:
                 return regenerate(

@@ -80,7 +80,7 @@ class ResultFolders:
     def list_all(self) -> Sequence[Result]:
         """Return the newest results in folders named `generated`, the newest first."""
         folders: dict[Path, _ListedFolder] = {}
-        for top in dict.fromkeys(self.runs.tops):
+        for top in dict.fromkeys(self.runs.root_folders):
             self._walk(top, MAX_DEPTH, folders)
         contents = [folder.results for folder in folders.values() if folder.results]
         are_equal = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))

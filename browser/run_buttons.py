@@ -312,7 +312,7 @@ class RunButtons:
 
     def work_command(self) -> str:
         """Return the command that starts a page which also runs the jobs of the queue."""
-        folders = [str(top) for top in self.site.runs.tops]
+        folders = [str(top) for top in self.site.runs.root_folders]
         return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, tracked_run: TrackedRun) -> str:
@@ -554,7 +554,7 @@ class RunButtons:
     @property
     def bin_folder(self) -> BinFolder:
         """The bin, with a folder in each root."""
-        return BinFolder(*(top / BIN for top in self.site.runs.tops))
+        return BinFolder(*(top / BIN for top in self.site.runs.root_folders))
 
     def list_removed(self, tracked_run: TrackedRun) -> list[Path]:
         """Return the files and folders of a run, or, if it has not begun, the files that `new` wrote.
@@ -600,7 +600,7 @@ class RunButtons:
                 return self.answer_panel(
                     tracked_run, "remove", say("Its files have changed meanwhile: look again.")
                 )
-            root = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
+            root = next(top for top in self.site.runs.root_folders if paths[0].is_relative_to(top))
             self.bin_folder.move_in(tracked_run.summary.name, base=root, paths=paths)
             self.forget_jobs(tracked_run)
         except (UserError, OSError, ValueError) as error:

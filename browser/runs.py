@@ -63,7 +63,7 @@ STATUS = re.compile(
 )
 
 
-def is_living(process: Mapping[str, Any]) -> bool | None:
+def is_process_alive(process: Mapping[str, Any]) -> bool | None:
     """Return whether a recorded process is alive; None if it ran on another machine or before a reboot."""
     if process.get("machine") != identify_machine():
         return None
@@ -145,7 +145,9 @@ class RunSummary:
         """
         if self.start is None:
             return False
-        if is_living(self.start.process) is None:  # started on another machine, or before its last boot
+        if (
+            is_process_alive(self.start.process) is None
+        ):  # started on another machine, or before its last boot
             return False
         if not is_own_file(self.history):
             return False
@@ -234,7 +236,7 @@ def find_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
     """Return the state of a run. `changed` is its history's modification time in seconds since 1970."""
     if ending is not None:
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
-    is_there = is_living(start.process) if start is not None else None
+    is_there = is_process_alive(start.process) if start is not None else None
     if is_there is None:  # the process is on another machine
         is_there = time.time() - changed < REMOTE_RUN_TIMEOUT_SECONDS
     return RUNNING if is_there else DIED
@@ -521,14 +523,14 @@ class Runs:
             return configs
 
     @property
-    def tops(self) -> list[Path]:
+    def root_folders(self) -> list[Path]:
         """Folders that the pages show: the given folders, and the folders of given history files."""
         return [root.parent if root.is_file() else root for root in self.roots]
 
     def find_top(self, path: Path) -> Path:
         """Return the folder of `tops` that contains, or is, a path. Raises OutputError if there is none."""
         real = real_path(path)
-        for top in self.tops:
+        for top in self.root_folders:
             if real.is_relative_to(real_path(top)):
                 return top
         raise OutputError(f"{path} is not below the folders of this page")
@@ -539,13 +541,13 @@ class Runs:
 
     def is_below(self, path: Path) -> bool:
         """Return whether a path exists and its real path is below the folders."""
-        if all(is_on_foreign_share(path, top) for top in self.tops):
+        if all(is_on_foreign_share(path, top) for top in self.root_folders):
             return False
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
             return False
-        return any(real.is_relative_to(top) for top in self.tops)
+        return any(real.is_relative_to(top) for top in self.root_folders)
 
 
 MAX_OPEN = 8  # histories in memory

@@ -10,7 +10,7 @@ from browser.captions import CaptionEdit, Captions
 from browser.folder_files import find_caption_file, list_names
 from browser.offered_folders import list_media_folders_of
 from browser.runs import Runs
-from dataset.subset_options import KEPT
+from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 from modules.errors import OptionError
 from modules.pages.language import join, say, say_count
 from modules.text_files import bad_character, read_if_object, real_path
@@ -48,7 +48,7 @@ class TagChange:
 
 def split_line(line: str) -> list[str]:
     """Return the tags in a line of a caption without surrounding blanks, from all sections of the line."""
-    return [tag for section in line.split(KEPT) for tag in split_section(section)]
+    return [tag for section in line.split(KEEP_TOKENS_SEPARATOR) for tag in split_section(section)]
 
 
 def split_section(section: str) -> list[str]:
@@ -69,12 +69,14 @@ def _rename_in_line(line: str, old: str, new: str) -> str:
     """Replace the tag `old` of a caption line by `new`; tags of earlier sections are not repeated."""
     used_tags = {""}  # "" stands for the removed tag
     sections = []
-    for section in line.split(KEPT):  # the sign before which a training does not shuffle tags
+    for section in line.split(
+        KEEP_TOKENS_SEPARATOR
+    ):  # the sign before which a training does not shuffle tags
         renamed = [new if tag == old else tag for tag in split_section(section)]
         distinct = list(dict.fromkeys(renamed))  # in their order
         sections.append(f"{SEPARATOR} ".join(tag for tag in distinct if tag not in used_tags))
         used_tags.update(distinct)
-    return f" {KEPT} ".join(sections).strip()
+    return f" {KEEP_TOKENS_SEPARATOR} ".join(sections).strip()
 
 
 @dataclass
@@ -116,8 +118,10 @@ class TagEditor:
                     most_letters=MAX_CHARACTERS,
                 )
             )
-        if KEPT in new:
-            raise OptionError(say("a tag cannot hold %(sign)s, behind which tags are shuffled", sign=KEPT))
+        if KEEP_TOKENS_SEPARATOR in new:
+            raise OptionError(
+                say("a tag cannot hold %(sign)s, behind which tags are shuffled", sign=KEEP_TOKENS_SEPARATOR)
+            )
         edits = []
         num_emptied = 0  # captions that would become empty
         for caption in list(self._read_captions(folder)):

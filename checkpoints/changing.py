@@ -23,8 +23,8 @@ from checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
     find_scales,
+    list_tensor_sources,
     open_checkpoint,
-    plain_sources,
     require_all_shards,
 )
 from checkpoints.shard_options import INDEX
@@ -122,7 +122,7 @@ def plan_change(
     names = [name for name in checkpoint.tensors if change.selected.selects(name)]
     _check_selections(change, names)
     # weights that can be cast; scales and other companions have no source
-    sources = plain_sources(checkpoint) if change.dtype is not None else {}
+    sources = list_tensor_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
     # fp8 weights that are cast are multiplied by their scales, which are dropped; integer weights keep scales
     dequantized = set()

@@ -29,7 +29,7 @@ from checkpoints.stored.forms import QuantizedWeight, form_of, prepare
 from modules.errors import CheckpointError
 from modules.limits import MAX_BLOCKS
 from modules.speed_options import Quantization
-from protocols.loading import BlockPlace, HostWeightMemory, TensorSource
+from protocols.loading import BlockSharder, HostWeightMemory, TensorSource
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,7 +56,7 @@ def load_planned(
     what: str,
     form: str | None = None,
     host: HostWeightMemory | None = None,
-    blocks: BlockPlace | None = None,
+    blocks: BlockSharder | None = None,
 ) -> Network:
     """Load the network of a plan to a device, in eval mode and without gradients.
 
@@ -208,7 +208,7 @@ def count(names: Iterable[str], block_pattern: str, path: Path | None = None) ->
     return len(blocks)
 
 
-def shapes_of(
+def make_shape_reader(
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
     misshapen_error: CheckpointError | None = None,
@@ -245,7 +245,7 @@ class DitShapes:
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
     model: str  # for messages: HunyuanVideo
 
-    def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
+    def shape_of(self, name: str, axes: int = 2) -> tuple[int, ...]:
         """Return the shape of a tensor with `axes` axes; the file may lack leading axes of length 1.
 
         Raises:
@@ -271,15 +271,15 @@ class DitShapes:
 
         `name` is the weight of the layer that turns latents into tokens.
         """
-        dim, in_dim, frames, rows, columns = self.of(name, axes=5)
+        dim, in_dim, frames, rows, columns = self.shape_of(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
 
-    def blocks(self, start: str) -> int:
+    def count_blocks(self, start: str) -> int:
         """Count the blocks with names that consist of `start` and an index."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
-def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
+def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
     """Return the error for a file with another kind of model than its option takes.
 
     Args:

@@ -20,7 +20,7 @@ from checkpoints.filling import (
     read_quantized_on_meta,
 )
 from checkpoints.kinds import UNSUPPORTED_MODELS, kind_of
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, reject_quantized
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint, reject_quantized
 from checkpoints.stored.forms import QuantizationFormat, form_of
 from checkpoints.unused import UnusedTensors
 from modules.devices import dtype_name
@@ -254,7 +254,7 @@ def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
 
     The second argument, the header that formats with other names need, is ignored.
     """
-    return plain_sources(checkpoint)
+    return list_tensor_sources(checkpoint)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:

@@ -489,7 +489,7 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     return f"{layer}.weight" not in tensors and not name.endswith((*_TABLES, ".weight"))
 
 
-def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
+def list_tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     """Return how each tensor is made from the file, by its name in the file.
 
     Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked. Scales and other

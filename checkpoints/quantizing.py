@@ -26,8 +26,8 @@ from checkpoints.kinds import is_lora, kind_of
 from checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
+    list_tensor_sources,
     open_checkpoint,
-    plain_sources,
     reject_quantized,
 )
 from checkpoints.stored.forms import Shape
@@ -148,7 +148,7 @@ def quantize_file(options: QuantizeOptions) -> None:
     reject_replacing("--output", options.output, checkpoint_paths(options.model))
     device = select_device(options.device)
     with open_checkpoint(options.model) as checkpoint:
-        sources = plain_sources(checkpoint)
+        sources = list_tensor_sources(checkpoint)
         quantized = [name for name in sources if _is_quantized(checkpoint.tensors[name])]
         model = _recognize(checkpoint, options.form)
         metadata = _drop_stale(checkpoint.metadata)
@@ -569,7 +569,7 @@ class _DequantizedFile:
         }
         self._checkpoint = checkpoint
         self._device = device
-        self._sources = plain_sources(checkpoint)
+        self._sources = list_tensor_sources(checkpoint)
         self.tensors: dict[str, TensorInfo] = {}
         self.unquantized: set[str] = set()  # names of tensors that are not quantized
         for name, source in self._sources.items():

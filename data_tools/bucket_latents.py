@@ -77,7 +77,7 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
     config = for_family(_make_dataset(options), family)
     # `_make_dataset` writes one table
     (table,) = config.datasets
-    caching = CachingOptions.usual(
+    caching = CachingOptions.from_defaults(
         dataset_config=options.in_json,
         batch_size=options.batch_size,
         device=options.device,
@@ -113,7 +113,7 @@ def _select_buckets(keys: Iterable[str], folder: Path, table: DatasetTable, step
 
 def _make_dataset(options: BucketLatentOptions) -> DatasetConfig:
     """Return the dataset of a metadata file, with caches in npz files next to the images."""
-    subset = SubsetOptions.usual(
+    subset = SubsetOptions.from_defaults(
         train_data_dir=options.train_data_dir,
         in_json=options.in_json,
         resolution=options.max_resolution,

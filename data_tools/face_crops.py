@@ -20,7 +20,7 @@ from modules.console import Row, format_count, list_some, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_SIDE
-from modules.media.reading import Frame, is_still, read_image, resize_frame
+from modules.media.reading import Frame, is_single_image, read_image, resize_frame
 from modules.media.writing import write_png
 from modules.options import Options, option
 from modules.text_files import real_path
@@ -170,7 +170,7 @@ def crop_faces(options: CropFacesOptions) -> None:
     source, target = real_path(options.src_dir), real_path(options.dst_dir)
     if source == target:
         raise OptionError(f"--dst_dir {options.dst_dir} is the folder of the images. Give another folder")
-    images = [path for path in list_images(source) if is_still(path)]
+    images = [path for path in list_images(source) if is_single_image(path)]
     if not images:
         raise DatasetError(f"{options.src_dir} has no images. Folders in it are not looked into")
     detector = _load_detector(options)

@@ -78,7 +78,7 @@ def caption_folder(options: FolderCaptionOptions) -> None:
     Raises:
         UserError: If the folder or the model cannot be used, or if captions failed.
     """
-    _caption_as_dataset(options, options.model, options.api, WordingOptions.usual())
+    _caption_as_dataset(options, options.model, options.api, WordingOptions.from_defaults())
 
 
 def caption_folder_by_git(options: GitCaptionOptions) -> None:
@@ -87,17 +87,17 @@ def caption_folder_by_git(options: GitCaptionOptions) -> None:
     Raises:
         UserError: If the folder or the model cannot be used, or if captions failed.
     """
-    model = CaptionModelOptions.usual(
+    model = CaptionModelOptions.from_defaults(
         model=options.model_id, batch_size=options.batch_size, device=options.device
     )
     wording = wording_without_writing(options)
-    _caption_as_dataset(options, model, ApiOptions.usual(), wording)
+    _caption_as_dataset(options, model, ApiOptions.from_defaults(), wording)
 
 
 def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
     """Return the wording options for --remove_words: `a sign that says "Hi"` becomes `a sign`."""
     removed = tuple((pattern, "") for pattern in _WRITTEN) if options.remove_words else ()
-    return WordingOptions.usual(replace_regex=removed)
+    return WordingOptions.from_defaults(replace_regex=removed)
 
 
 def _caption_as_dataset(
@@ -112,7 +112,7 @@ def _caption_as_dataset(
         config = make_folder_dataset(
             options.train_data_dir, options.caption_extension, options.recursive, temporary
         )
-    captioning = CaptioningOptions.usual(
+    captioning = CaptioningOptions.from_defaults(
         dataset_config=options.train_data_dir,
         dry_run=options.dry_run,
         try_on=options.try_on,
@@ -121,7 +121,7 @@ def _caption_as_dataset(
         fill_empty=options.fill_empty,
         model=model,
         api=api,
-        ask=AskOptions.usual(max_new_tokens=options.max_length),
+        ask=AskOptions.from_defaults(max_new_tokens=options.max_length),
         wording=wording,
     )
     run_captioning(config, captioning)

@@ -15,7 +15,7 @@ from modules.console import Row, format_count, show_box
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.limits import MAX_SIDE
 from modules.media.buckets import Fit, Size, fit_within
-from modules.media.reading import Frame, is_still, read_image, resize_frame
+from modules.media.reading import Frame, is_single_image, read_image, resize_frame
 from modules.media.writing import write_still
 from modules.options import Options, option
 from modules.text_files import real_path
@@ -113,7 +113,7 @@ def resize_images(options: ResizeImagesOptions) -> None:
     make_folder(target, "the folder to write to")
     counts = _Counts()
     for path in track(images, "Smaller images", len(images), unit="image"):
-        if not is_still(path):
+        if not is_single_image(path):
             counts.failures.append(
                 Failure(path, reason=f"{path} is an animation, not an image", table=0, stem=path.stem)
             )

@@ -16,7 +16,7 @@ A_SHARE = "a share from 0 to 1"
 MAX_ATTRIBUTES = 100
 
 # common value of keep_tokens_separator, behind tags that stay in front, and before those that stay at the end
-KEPT = "|||"
+KEEP_TOKENS_SEPARATOR = "|||"
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:

@@ -137,7 +137,7 @@ def _subsets_of(entry: Any, group: int, defaults: Table, errors: list[str]) -> I
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
     """Return the options that do not have their default value, by key, spelled like `--flip_aug`."""
-    defaults = _read_option_values(SubsetOptions.usual())
+    defaults = _read_option_values(SubsetOptions.from_defaults())
     options = {}
     for name, value in _read_option_values(typed).items():
         if name in SUBSET_KEYS and value != defaults.get(name):

@@ -184,7 +184,7 @@ def find_pages(served: Served) -> dict[str, str]:
     files = [f"{run.split('/')[2]}/{saved_name(RUNS[0][0], step)}" for step in COMPARED]
     asked = urlencode({"file": files, "prompt": PROMPTS[:2], "more": "a blue star --d 7"}, doseq=True)
     dataset = re.findall(rf'(/dataset/\w+/)"><b>[\w.]+ in {RUNS[0][0]}', listed)[0]
-    clips = served.runs.tops[0] / "blorp_clips"
+    clips = served.runs.root_folders[0] / "blorp_clips"
     form = {"folder": str(clips), "family": "wan", "task": "t2v-1.3B", "trigger": "blorp"}
     form |= {f"file_{part}": str(ROOT / "pocket" / f"{part}.safetensors") for part in ("dit", "vae", "t5")}
     return {

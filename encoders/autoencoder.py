@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from checkpoints import dialects
 from checkpoints.encoders import ALL_IN_ONE, check_groups, declared_groups
 from checkpoints.model_files import inside, read_once
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from encoders.tiles import AxisTiling, compute_in_tiles, sample_posterior
 from modules.devices import dtype_name
@@ -79,16 +79,16 @@ def read_autoencoder(
     prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
     other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
-    sources = plain_sources(checkpoint)
+    sources = list_tensor_sources(checkpoint)
     # 1. translate diffusers' names to those of the released file, and reject other models
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
-    wrong_model = dialects.other_kind(checkpoint, kind.what, kind.option, kind.release)
+    wrong_model = dialects.make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
     as_matrices(sources, ATTENTION)
-    shape_of = dialects.shapes_of(checkpoint, sources, wrong_model)
+    shape_of = dialects.make_shape_reader(checkpoint, sources, wrong_model)
     channels = shape_of("decoder.conv_in.weight")[1]
     is_quantized = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
     _check_kind(checkpoint, kind, channels, is_quantized)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
+from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error, rename_sources
 from checkpoints.encoders import find_network, head_width, read_network_config
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
 from protocols.loading import TensorSource
@@ -110,10 +110,10 @@ def read_clip_text(
         _OTHER_TENSORS,
     )
     if network is None:
-        raise other_kind(checkpoint, "a CLIP text encoder", naming.option, naming.release)
-    sources = plain_sources(network)
+        raise make_wrong_kind_error(checkpoint, "a CLIP text encoder", naming.option, naming.release)
+    sources = list_tensor_sources(network)
     if config_json is None:
-        width = shapes_of(network, sources)("embeddings.token_embedding.weight")[-1]
+        width = make_shape_reader(network, sources)("embeddings.token_embedding.weight")[-1]
         config_json = read_network_config(
             checkpoint.path, "text_config", kind="clip", dim=width, defaults=CLIP_DEFAULTS
         )
@@ -137,8 +137,8 @@ def plan_clip_text(
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.
     """
-    shape = shapes_of(
-        network, sources, other_kind(network, "a CLIP text encoder", naming.option, naming.release)
+    shape = make_shape_reader(
+        network, sources, make_wrong_kind_error(network, "a CLIP text encoder", naming.option, naming.release)
     )
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
     positions = shape("embeddings.position_embedding.weight", 2)[0]
@@ -207,11 +207,11 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     Raises:
         CheckpointError: If the file holds another model.
     """
-    sources = rename_sources(plain_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
+    sources = rename_sources(list_tensor_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
     required = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}
     if not required <= sources.keys():
-        raise other_kind(checkpoint, "a CLIP image encoder with its projection", option, release)
-    shape = shapes_of(checkpoint, sources)
+        raise make_wrong_kind_error(checkpoint, "a CLIP image encoder with its projection", option, release)
+    shape = make_shape_reader(checkpoint, sources)
     patch_weight = shape("embeddings.patch_embedding.weight")
     num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without that of the class token
     patches_per_side = math.isqrt(max(num_positions, 0))

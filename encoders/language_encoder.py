@@ -60,7 +60,7 @@ from modules.errors import MediaError
 from modules.speed_options import TextEncoderOptions, text_form
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities, TextEncoder
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.requests import Prompt
 from runtime.planning.device_memory import spare_bytes
 
@@ -222,7 +222,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         offloads_layers=True, shardable=True, has_vision_tower=True, accepts_new_words=True
     )
     logs_truncation = True
-    blocks: BlockPlace | None = None  # splits the network over processes
+    blocks: BlockSharder | None = None  # splits the network over processes
 
     def __init__(
         self,

@@ -17,14 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
+from checkpoints.dialects import (
+    LoadPlan,
+    count,
+    load_planned,
+    loaded_bytes,
+    make_shape_reader,
+    make_wrong_kind_error,
+)
 from checkpoints.encoders import SPIECE_MODEL, find_network, head_width, read_network_config
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.vision_towers import POSITIONS, QWEN3_TOWER, QWEN25_TOWER, QWEN35_TOWER, VisionTower
 from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
 from protocols.family import DitSpec
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from runtime.offload.block_swap import swap_blocks
 from runtime.offload.swap_plan import SwapPlan, host_weights
 
@@ -284,13 +291,13 @@ def read_language_model(
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
     # tensors that only some models have, such as biases and norms, tell the models apart
     if network is None or model.distinguishing_tensors != _list_marks(network, checkpoint, layer):
-        raise other_kind(checkpoint, model.what, model.option, model.files)
-    sources = plain_sources(network)
+        raise make_wrong_kind_error(checkpoint, model.what, model.option, model.files)
+    sources = list_tensor_sources(network)
     wrong_sizes = CheckpointError(
         f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
         path,
     )
-    shape = shapes_of(network, sources, wrong_sizes)
+    shape = make_shape_reader(network, sources, wrong_sizes)
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
     num_layers = _count_layers_before(states[-1], all_layers, path, model)  # only these are loaded
@@ -554,7 +561,7 @@ def load_language_model(
     final_norm: bool = False,
     form: str | None = None,
     free_bytes: int | None = None,
-    blocks: BlockPlace | None = None,
+    blocks: BlockSharder | None = None,
     pre_norm: bool = False,
 ) -> nn.Module:
     """Load a language model up to the last state that is used.

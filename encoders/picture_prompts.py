@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
+from checkpoints.dialects import LoadPlan, count, load_planned, make_shape_reader
 from checkpoints.encoders import read_network_config
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.language_models import LanguageModel
 from encoders.vision_towers import PATCHES, VisionTower
 from modules.errors import CheckpointError, MediaError
@@ -130,7 +130,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
         )
     prefix = names[0].removesuffix(PATCHES)
     network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
-    sources = plain_sources(network)
+    sources = list_tensor_sources(network)
     other_tower = CheckpointError(
         f"{path}: its vision tower is not that of {tower.name}. Give {model.files} with its config.json.",
         path,
@@ -153,7 +153,7 @@ def _read_sizes(
 
     Raises `error` if the shapes do not fit.
     """
-    shape = shapes_of(network, sources, error)
+    shape = make_shape_reader(network, sources, error)
     dim, _, frames, patch_height, patch_width = shape(PATCHES, 5)
     # the merger joins the channels of merge x merge patches, and projects them to one token
     first_layer, last_layer = tower.merger

@@ -34,7 +34,7 @@ from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSourc
 from modules.devices import dtype_name
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 
 # Letters: L tokens of a prompt with its padding, C = width of the model
 
@@ -104,7 +104,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
     what = "T5"
     embedding = "token_embedding.weight"
     word_keys = ("t5xxl", "t5")  # in embedding files of ComfyUI and of OneTrainer
-    blocks: BlockPlace | None = None  # splits the network over processes
+    blocks: BlockSharder | None = None  # splits the network over processes
 
     def __init__(
         self,

@@ -18,18 +18,18 @@ from checkpoints.dialects import (
     Names,
     count,
     load_planned,
-    other_kind,
+    make_shape_reader,
+    make_wrong_kind_error,
     rename_sources,
-    shapes_of,
     translate_name,
 )
 from checkpoints.encoders import SPIECE_MODEL
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.attention.sdpa import attend_with_bias
 from modules.devices import dtype_name, send_ahead
 from modules.errors import CheckpointError
 from protocols.family import DitSpec
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.steps import NO_OVERRIDES
 from runtime.run_blocks import Hidden, run_blocks
 
@@ -102,13 +102,13 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     # transformers may store the same embedding under two names; the second one is not translated, and ignored
     duplicate = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
     sources = rename_sources(
-        plain_sources(checkpoint),
+        list_tensor_sources(checkpoint),
         lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
     # reject other models, T5 for umT5 and the reverse, and the first version of T5
     num_layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
-        raise other_kind(checkpoint, kind.what, kind.option, kind.release)
+        raise make_wrong_kind_error(checkpoint, kind.what, kind.option, kind.release)
     is_umt5 = "blocks.1.pos_embedding.embedding.weight" in sources  # each block has a table of positions
     if num_layers > 1 and is_umt5 != kind.has_own_tables:
         found_kind = "a T5 encoder, not an umT5: only its first block has"
@@ -125,7 +125,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
             f"{kind.release} to {kind.option}.",
             checkpoint.path,
         )
-    shape = shapes_of(checkpoint, sources)
+    shape = make_shape_reader(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
     attention_dim = shape("blocks.0.attn.q.weight")[0]
@@ -331,7 +331,7 @@ def load_t5(
     kind: T5Kind,
     dtype: torch.dtype | None = None,
     form: str | None = None,
-    blocks: BlockPlace | None = None,
+    blocks: BlockSharder | None = None,
 ) -> T5Network:
     """Load a T5 or umT5 encoder.
 

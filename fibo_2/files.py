@@ -16,14 +16,14 @@ import torch
 from checkpoints.dialects import (
     DitShapes,
     cut_parts,
-    other_kind,
+    make_wrong_kind_error,
     parted_shapes,
     rename_sources,
     translate_name,
 )
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelEncoder, LanguageModelFiles
 from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
@@ -66,7 +66,7 @@ def _our_name(name: str) -> str:
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
     names = checkpoint.tensors
     if IDENTIFYING_TENSOR not in names:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     dialect = "comfy" if STACKED_QKV_WEIGHT in names else "released"
     file_shapes = {_our_name(name): info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, FUSED_LAYERS), NAME)
@@ -77,11 +77,11 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
 
 def _read_config(shapes: DitShapes) -> Fibo2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, channels = shapes.of("x_embedder.weight")
-    (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
-    hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
-    max_gist, gist_dim = shapes.of(IDENTIFYING_TENSOR)
-    text_dim = shapes.of("perceiver.layers.0.cross_attention.to_k.weight")[1]
+    dim, channels = shapes.shape_of("x_embedder.weight")
+    (width,) = shapes.shape_of("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
+    max_gist, gist_dim = shapes.shape_of(IDENTIFYING_TENSOR)
+    text_dim = shapes.shape_of("perceiver.layers.0.cross_attention.to_k.weight")[1]
     blocks = (match for match in map(_INJECTION.fullmatch, shapes.shapes) if match)
     injections = tuple(sorted(int(match[1]) for match in blocks))
     # sizes that heads, rotary pairs and text layers require
@@ -92,7 +92,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         and max_gist % 8 == 0
         and text_dim % STATES_OF_BUNDLE == 0
         and len(injections) <= MAX_INJECTIONS
-        and shapes.of("layers.0.attention.to_q.weight") == (dim, dim)
+        and shapes.shape_of("layers.0.attention.to_q.weight") == (dim, dim)
     )
     if not fits:
         raise CheckpointError(
@@ -102,25 +102,25 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         )
     return Fibo2Config(
         dim=dim,
-        ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // width,
         num_kv_heads=dim // width,
-        num_layers=shapes.blocks("layers"),
-        noise_refiner_layers=shapes.blocks("noise_refiner"),
+        num_layers=shapes.count_blocks("layers"),
+        noise_refiner_layers=shapes.count_blocks("noise_refiner"),
         context_refiner_layers=0,
         in_dim=channels,
         text_dim=text_dim,
-        time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
+        time_dim=shapes.shape_of("t_embedder.mlp.2.weight")[0],
         freq_dim=freq_dim,
         time_hidden=hidden,
         max_gist=max_gist,
-        perceiver_layers=shapes.blocks("perceiver.layers"),
+        perceiver_layers=shapes.count_blocks("perceiver.layers"),
         injections=injections,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[Fibo2Config]) -> Mapping[str, TensorSource]:
-    return cut_parts(rename_sources(plain_sources(checkpoint), _our_name), FUSED_LAYERS)
+    return cut_parts(rename_sources(list_tensor_sources(checkpoint), _our_name), FUSED_LAYERS)
 
 
 FORMAT = DitFormat(

@@ -18,9 +18,9 @@ import torch
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
+from checkpoints.dialects import LoadPlan, count, load_planned, make_wrong_kind_error
 from checkpoints.model_files import find_model_folder
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from flux.configs import FluxConfig
 from flux.model import grid_of, pack
 from flux.options import CONTROL_NET
@@ -166,7 +166,7 @@ def load_network(
     """
     with _open(path) as checkpoint:
         settings = read_control_net(path, checkpoint, config)
-        plan = LoadPlan(settings, checkpoint, plain_sources(checkpoint))
+        plan = LoadPlan(settings, checkpoint, list_tensor_sources(checkpoint))
         return load_planned(plan, build_network, device, dtype, what=CONTROL_NET)
 
 
@@ -208,7 +208,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             path,
         )
     if CONTROL_EMBEDDER not in names or "transformer_blocks.0.attn.to_q.weight" not in names:
-        raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, FITTING_FILES)
+        raise make_wrong_kind_error(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, FITTING_FILES)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
             f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.pictures import AutoencoderFiles
 from encoders.t5 import USE, T5TextEncoder
@@ -70,13 +70,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     tensors = checkpoint.tensors
     dialect = _find_dialect(tensors)
     if dialect is None:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     query_weight, names = DIALECTS[dialect]
     file_shapes = joined_shapes({name: info.shape for name, info in tensors.items()}, names)
     # FLUX.1 embeds flattened patches by a matrix; related models use a convolution, which has more axes
     has_matrix = len(file_shapes.get("img_in.weight", ())) == 2
     if not has_matrix or any(name in tensors for name in RELATED_MODEL_TENSORS):
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     config = _read_config(DitShapes(checkpoint.path, file_shapes, "FLUX.1"))
     return DitHeader(config, dialect, tensors[query_weight].dtype)
 
@@ -91,8 +91,8 @@ def _find_dialect(tensor_names: Collection[str]) -> str | None:
 
 def _read_config(shapes: DitShapes) -> FluxConfig:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, token_dim = shapes.of("img_in.weight")
-    (head_width,) = shapes.of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
+    dim, token_dim = shapes.shape_of("img_in.weight")
+    (head_width,) = shapes.shape_of("double_blocks.0.img_attn.norm.query_norm.scale", axes=1)
     if dim % head_width or head_width % HEAD_MULTIPLE or token_dim % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_width} and tokens of {token_dim} numbers are not "
@@ -101,25 +101,25 @@ def _read_config(shapes: DitShapes) -> FluxConfig:
         )
     sizes: dict[str, Any] = {
         "dim": dim,
-        "ffn_dim": shapes.of("double_blocks.0.img_mlp.0.weight")[0],
+        "ffn_dim": shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0],
         "num_heads": dim // head_width,
-        "double_blocks": shapes.blocks("double_blocks"),
-        "single_blocks": shapes.blocks("single_blocks"),
+        "double_blocks": shapes.count_blocks("double_blocks"),
+        "single_blocks": shapes.count_blocks("single_blocks"),
         "token_dim": token_dim,
-        "text_dim": shapes.of("txt_in.weight")[1],
+        "text_dim": shapes.shape_of("txt_in.weight")[1],
     }
     if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
         sizes["approximator"] = _read_approximator(shapes)
     else:
-        sizes["pooled_dim"] = shapes.of("vector_in.in_layer.weight")[1]
-        sizes["freq_dim"] = shapes.of("time_in.in_layer.weight")[1]
+        sizes["pooled_dim"] = shapes.shape_of("vector_in.in_layer.weight")[1]
+        sizes["freq_dim"] = shapes.shape_of("time_in.in_layer.weight")[1]
         sizes["has_guidance"] = "guidance_in.in_layer.weight" in shapes.shapes
     return FluxConfig(**sizes)
 
 
 def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:
     """Read the dimensions of the network that computes Chroma's modulation."""
-    width, in_dim = shapes.of(f"{APPROXIMATOR}.in_proj.weight")
+    width, in_dim = shapes.shape_of(f"{APPROXIMATOR}.in_proj.weight")
     layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
     if in_dim % 8:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def _read_approximator(shapes: DitShapes) -> ApproximatorConfig:
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:
     swapped = SWAPPED if header.dialect == "diffusers" else ()
-    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+    return join_parts(list_tensor_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
 FORMAT = DitFormat(

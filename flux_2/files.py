@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles
 from flux_2.configs import AXES, Flux2Config
 from flux_2.model import Flux2Model
@@ -54,7 +54,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     names = checkpoint.tensors
     dialect = _find_dialect(names)
     if dialect is None:
-        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     _, name_patterns = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
     config = _read_config(DitShapes(checkpoint.path, joined_shapes(stored_shapes, name_patterns), NAME))
@@ -67,13 +67,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
 
 def _read_config(shapes: DitShapes) -> Flux2Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, channels = shapes.of("img_in.weight")
-    (head_dim,) = shapes.of(HEADS, axes=1)
-    ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
+    dim, channels = shapes.shape_of("img_in.weight")
+    (head_dim,) = shapes.shape_of(HEADS, axes=1)
+    ffn_dim = shapes.shape_of("double_blocks.0.img_mlp.2.weight")[1]
     # the rotary embedding turns pairs of channels on each axis
     has_whole_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     # the feed-forward is gated: its first layer computes the values and their gates
-    if not has_whole_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
+    if not has_whole_heads or shapes.shape_of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
             f"those of {MODEL_LABEL}. Copy the file again.",
@@ -83,18 +83,18 @@ def _read_config(shapes: DitShapes) -> Flux2Config:
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=dim // head_dim,
-        double_blocks=shapes.blocks("double_blocks"),
-        single_blocks=shapes.blocks("single_blocks"),
+        double_blocks=shapes.count_blocks("double_blocks"),
+        single_blocks=shapes.count_blocks("single_blocks"),
         channels=channels,
-        text_dim=shapes.of("txt_in.weight")[1],
-        freq_dim=shapes.of("time_in.in_layer.weight")[1],
+        text_dim=shapes.shape_of("txt_in.weight")[1],
+        freq_dim=shapes.shape_of("time_in.in_layer.weight")[1],
         has_guidance="guidance_in.in_layer.weight" in shapes.shapes,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Mapping[str, TensorSource]:
     swapped = swapped_tensors(FLUX_2) if header.dialect == "diffusers" else ()
-    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+    return join_parts(list_tensor_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:

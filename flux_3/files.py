@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
 from flux_2.vae import Flux2Vae, load_vae, read_vae
@@ -68,12 +68,12 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
     names = checkpoint.tensors
     dialect = _find_dialect(names)
     if dialect is None:
-        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, DIALECTS[dialect][1]), NAME)
     config = _read_config(shapes)
     query = f"{JOINT_BLOCKS}.0.q_proj.weight"
-    shapes.of(query)  # that it is there
+    shapes.shape_of(query)  # that it is there
     if dialect == "diffusers":
         query = "single_transformer_blocks.0.attn.to_q.weight"
     return DitHeader(config, dialect, names[query].dtype)
@@ -82,20 +82,20 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
 def _read_config(shapes: DitShapes) -> Flux3Config:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     first = f"{JOINT_BLOCKS}.0"
-    dim, channels = shapes.of("emb_in.image.weight")
-    (width,) = shapes.of(f"{first}.norm.query_norm.scale", axes=1)
-    ffn_dim = shapes.of(f"{first}.mlp_out.weight")[1]
+    dim, channels = shapes.shape_of("emb_in.image.weight")
+    (width,) = shapes.shape_of(f"{first}.norm.query_norm.scale", axes=1)
+    ffn_dim = shapes.shape_of(f"{first}.mlp_out.weight")[1]
     # the rotary embedding turns pairs of channels on each axis
     has_heads = dim % width == 0 and width % (2 * AXES) == 0
     # the feed-forward is gated: mlp_in computes the values and their gates
-    if not has_heads or shapes.of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
+    if not has_heads or shapes.shape_of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
             f"of {MODEL_LABEL}. Copy the file again.",
             shapes.path,
         )
     # the list of blocks of each modality must have one length
-    counts = {name: shapes.blocks(name) for name in MODALITY_BLOCK_LISTS}
+    counts = {name: shapes.count_blocks(name) for name in MODALITY_BLOCK_LISTS}
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())
         raise CheckpointError(
@@ -106,17 +106,17 @@ def _read_config(shapes: DitShapes) -> Flux3Config:
         ffn_dim=ffn_dim,
         num_heads=dim // width,
         mode_blocks=counts[MODALITY_BLOCK_LISTS[0]],
-        joint_blocks=shapes.blocks(JOINT_BLOCKS),
+        joint_blocks=shapes.count_blocks(JOINT_BLOCKS),
         channels=channels,
-        text_dim=shapes.of("txt_in.weight")[1],
-        freq_dim=shapes.of("time_in.in_layer.weight")[1],
+        text_dim=shapes.shape_of("txt_in.weight")[1],
+        freq_dim=shapes.shape_of("time_in.in_layer.weight")[1],
         is_flow_map="ref_time_in.in_layer.weight" in shapes.shapes,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[str, TensorSource]:
     swapped = swapped_tensors(FLUX_3) if header.dialect == "diffusers" else ()
-    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+    return join_parts(list_tensor_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:

@@ -267,7 +267,7 @@ class FramePack(OneTransformer):
             matches_control_shape=self.matches_control_shape,
         )
         if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
-            warn_of_unused_paddings(self.paddings, prepared.family_record)
+            warn_of_unused_paddings(self.paddings, prepared.family_settings)
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -287,7 +287,7 @@ class FramePack(OneTransformer):
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
         """Encode each section's start images, or a single image's control images."""
-        settings: FramePackRequest = prepared.family_record
+        settings: FramePackRequest = prepared.family_settings
         if settings.one_frame is None:
             return video_inputs(encoders, prepared)
         return one_frame_inputs(encoders, prepared)
@@ -302,7 +302,7 @@ class FramePack(OneTransformer):
         """Yield each section for the denoising loop, in the order of generation; an image has one."""
         scale = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         guidance = torch.full((1,), scale, dtype=self.files.compute_dtype())
-        settings: FramePackRequest = prepared.family_record
+        settings: FramePackRequest = prepared.family_settings
         if settings.one_frame is not None:
             return one_frame_section(
                 settings.one_frame,

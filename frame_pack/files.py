@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hunyuan_model.checkpoints as hunyuan
-from checkpoints.dialects import DitShapes, other_kind
+from checkpoints.dialects import DitShapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader, own_names
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
@@ -106,13 +106,13 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
         )
         related = hunyuan.describe(checkpoint)  # names the model that the file probably is
         if related is None:
-            raise other_kind(checkpoint, MODEL_KIND, "--dit", files)
+            raise make_wrong_kind_error(checkpoint, MODEL_KIND, "--dit", files)
         raise CheckpointError(
             f"{path} is not {MODEL_KIND}; it looks like {related}.\n  Give {files} to --dit.", path
         )
     shapes = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
     shared = hunyuan.read_dimensions(shapes, DIT, CONFIG_TENSORS)
-    image_hidden_dim, image_dim = shapes.of("image_projection.up.weight")
+    image_hidden_dim, image_dim = shapes.shape_of("image_projection.up.weight")
     config = FramePackConfig(**shared, image_dim=image_dim, image_hidden_dim=image_hidden_dim)
     return DitHeader(config, "official", names[FEED_FORWARD].dtype)
 

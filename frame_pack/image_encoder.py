@@ -14,9 +14,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.dialects import LoadPlan, count, load_planned, make_shape_reader, make_wrong_kind_error
 from checkpoints.encoders import ALL_IN_ONE, find_network, head_width, read_network_config
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.clip_layers import ClipLayers, check_activation
 from modules.devices import dtype_name, replace_slow_float16
 from modules.errors import CheckpointError
@@ -68,9 +68,9 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         _OTHER_TOWER,
     )
     if tower is None:
-        raise other_kind(checkpoint, "a SigLIP image encoder", ENCODER_OPTION, FILES)
-    sources = plain_sources(tower)
-    shape = shapes_of(tower, sources)
+        raise make_wrong_kind_error(checkpoint, "a SigLIP image encoder", ENCODER_OPTION, FILES)
+    sources = list_tensor_sources(tower)
+    shape = make_shape_reader(tower, sources)
     patches = shape("embeddings.patch_embedding.weight")
     # images of several sizes (NaFlex) have a linear patch embedding
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3]:

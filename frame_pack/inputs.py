@@ -30,7 +30,7 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     Section 0 may also have `end_latents`. All tensors are on the CPU, latents in model space; sections with
     the same image share its tensors.
     """
-    settings: FramePackRequest = prepared.family_record
+    settings: FramePackRequest = prepared.family_settings
     images, end_image = settings.images, prepared.request.end_image_path
     # each distinct image is encoded once
     embeddings = {path: _encode_embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
@@ -67,7 +67,7 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     A control's latent is multiplied by its mask: the mask file, or else the control's alpha channel. All
     tensors are on the CPU.
     """
-    settings: FramePackRequest = prepared.family_record
+    settings: FramePackRequest = prepared.family_settings
     (image,) = settings.images
     conditions: dict[str, Tensor | list[Tensor]] = {
         "image_embeddings": _encode_embeddings(encoders, image, prepared, on_white=False)

@@ -36,7 +36,7 @@ _NEEDS_IMAGE = "FramePack starts from an image, and so does a single picture (--
 
 @dataclass(frozen=True)
 class FramePackRequest:
-    """Settings in `Prepared.family_record` that only FramePack reads."""
+    """Settings in `Prepared.family_settings` that only FramePack reads."""
 
     images: tuple[Path, ...]  # the start image of each section, in playing order
     one_frame: OneFrame | None = None  # a single image, which has one section; None: a video
@@ -112,7 +112,7 @@ def prepare_request(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts=prompts,
-        family_record=settings,
+        family_settings=settings,
         extra_metadata=_without_typed_seconds(request.extra) | metadata,  # by the names of options
     )
 

@@ -40,7 +40,7 @@ from modules.errors import OptionError, UserError
 from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
-from networks.loading import LoraUse, on_side
+from networks.loading import WeightedLora, on_side
 from networks.text_loras import TextLoras, with_words_of
 from networks.unmerged_loras import split_masked
 from protocols.family import Family
@@ -60,7 +60,7 @@ class Variant:
 
     column: str
     strength: str  # "x 0.6"; empty without LoRA
-    uses: tuple[tuple[LoraUse, ...], ...]  # by expert
+    uses: tuple[tuple[WeightedLora, ...], ...]  # by expert
     sha256: Mapping[str, str]  # key in the clips' metadata -> hash of the LoRA file
 
     @property

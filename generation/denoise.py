@@ -56,8 +56,12 @@ def denoise(
     """
     schedule = solver.schedule
     has_edit_reference = section.edit_reference is not None
-    assert not (has_edit_reference and section.overrides.joint), "an anchor holds a picture alone"
-    is_joint = section.overrides.joint is not None  # latents are video and audio in one tensor, B N
+    assert not (has_edit_reference and section.overrides.audio_video_shapes), (
+        "an anchor holds a picture alone"
+    )
+    is_joint = (
+        section.overrides.audio_video_shapes is not None
+    )  # latents are video and audio in one tensor, B N
     has_fixed = is_joint or section.clean_frames is not None or section.fixed_latents is not None
     latents = latents.float()
     # clean latents and unchanged regions of an edited image are inserted before the first step and after
@@ -118,7 +122,9 @@ def match_audio_schedule(section: steps.Section, schedule: Schedule, index: int,
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    joint = section.overrides.joint  # how latents of video and audio lie in one tensor; None without audio
+    joint = (
+        section.overrides.audio_video_shapes
+    )  # how latents of video and audio lie in one tensor; None without audio
     if joint is None or schedule.audio_sigmas is None:
         return velocity
     image, audio = joint.split(velocity)
@@ -139,7 +145,7 @@ def insert_fixed_latents(section: steps.Section, latents: Tensor) -> Tensor:
     """
     if section.fixed_latents is not None:
         latents = section.fixed_latents.insert_clean(latents)
-    joint = section.overrides.joint
+    joint = section.overrides.audio_video_shapes
     if joint is None:
         return latents if section.clean_frames is None else _put_first_frames(latents, section.clean_frames)
     image, audio = joint.split(latents)
@@ -297,7 +303,7 @@ def make_latents(
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     # a generator that yields the sections of a clip, and is sent the latents of each
     has_source = SOURCE in inputs.get(0, {})
-    if has_source or prepared.slow_frames is not None or prepared.joint is not None:
+    if has_source or prepared.slow_frames is not None or prepared.audio_video_shapes is not None:
         sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
     else:
         sections = family.sections(prepared, prompts, inputs, noise)
@@ -407,8 +413,10 @@ def sections_of(
     if source is not None:
         inputs = {**inputs, 0: conditions}
     request_overrides = steps.NO_OVERRIDES
-    if prepared.slow_frames is not None or prepared.joint is not None:
-        request_overrides = steps.Overrides(slow_frames=prepared.slow_frames, joint=prepared.joint)
+    if prepared.slow_frames is not None or prepared.audio_video_shapes is not None:
+        request_overrides = steps.Overrides(
+            slow_frames=prepared.slow_frames, audio_video_shapes=prepared.audio_video_shapes
+        )
     sections = family.sections(prepared, prompts, inputs, noise)
     try:
         section = next(sections)

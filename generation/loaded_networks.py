@@ -24,7 +24,7 @@ from modules.errors import UserError
 from modules.media.tracks import Track
 from protocols.data import Conditions, MediaEncoders
 from protocols.family import Family, HearsAudio, TextEncoder, can_divide
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.requests import Prepared, Prompt, Prompts
 from protocols.steps import EncodedPrompts
 
@@ -70,7 +70,7 @@ class Session:
     device: torch.device
     dits: ExpertOffloader  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
     text_loras: "TextLoras | None" = None
-    blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
+    blocks: BlockSharder | None = None  # splits text encoders over processes, which encode the same texts
     _encoded: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None

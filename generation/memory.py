@@ -79,7 +79,7 @@ class PhasePrediction:
     def phase(self, count: int) -> memory_plan.Phase:
         """Return the denoising phase with its peak memory for a number of swapped blocks."""
         swap = self.swaps[count]
-        where, bytes_by_kind = dry.largest(self.peaks_by_phase)
+        where, bytes_by_kind = dry.peak_of_phases(self.peaks_by_phase)
         weights = bytes_by_kind[dry.WEIGHTS]
         work_between, name = max(self.work_between_steps, default=(0, ""))
         if (
@@ -167,7 +167,7 @@ def _predict_all_decoding(
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         pixels.append(predict_decoding(family, prepared, cublas_workspace))
     audio: list[memory_plan.Phase] = []
-    joint = None if prepared.is_still else prepared.joint  # sizes of image and audio latents
+    joint = None if prepared.is_still else prepared.audio_video_shapes  # sizes of image and audio latents
     if joint is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
@@ -181,7 +181,7 @@ def rehearsing(networks: object) -> Iterator[dry.Ledger]:
     """Run the `with` block as a dry run with these networks, and measure its memory."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
-            dry.place(network, ledger)
+            dry.allocate_empty_weights(network, ledger)
         yield ledger
 
 
@@ -380,7 +380,7 @@ def _list_work_between_steps(
         network = load(META)
         with rehearsing(network) as ledger:
             network(torch.empty(shape, dtype=compute_dtype_of(network), device=dry.ACCELERATOR))
-        _, bytes_by_kind = dry.largest(ledger.peaks)
+        _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
         work_between_steps.append((sum(bytes_by_kind.values()), type(network).__name__))
     return work_between_steps
 
@@ -428,7 +428,7 @@ def predict_decoding(
 
 def make_phase(name: str, ledger: dry.Ledger, cublas_workspace: memory_plan.MemoryPart) -> memory_plan.Phase:
     """Return a phase whose memory is the peak of a dry run, plus cuBLAS's workspace."""
-    _, bytes_by_kind = dry.largest(ledger.peaks)
+    _, bytes_by_kind = dry.peak_of_phases(ledger.peaks)
     weights = bytes_by_kind.get(dry.WEIGHTS, 0)
     work = sum(bytes_by_kind.values()) - weights
     parts = (

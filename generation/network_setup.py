@@ -31,14 +31,14 @@ from runtime.network_setup import set_up_network, swapped_weights
 from runtime.offload.swap_plan import HostWeights
 from runtime.options import GenerationSpeedOptions
 from runtime.run_blocks import stage_files_of
-from runtime.ways.composing import finish_network, make_block_place
+from runtime.ways.composing import finish_network, make_block_sharder
 
 if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
     from networks.apply import LoraPatch, OriginalWeights
-    from networks.loading import LoraUse
+    from networks.loading import WeightedLora
     from runtime.offload.turns import HostCopy
 
-LorasByExpert = Sequence[Sequence["LoraUse"]]  # LoRAs for each of `Family.experts`, in the same order
+LorasByExpert = Sequence[Sequence["WeightedLora"]]  # LoRAs for each of `Family.experts`, in the same order
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class DitLoader:
         patch = self.originals[expert] if self.originals else merging
         host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
         # of several processes, each may load only some of the blocks
-        blocks = make_block_place(speed, self.device) if speed.modes.hooks.make_block_place else None
+        blocks = make_block_sharder(speed, self.device) if speed.modes.hooks.make_block_sharder else None
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
@@ -138,15 +138,15 @@ class DitLoader:
         return dit
 
     @staticmethod
-    def _split(uses: "Sequence[LoraUse]") -> "tuple[list[LoraUse], list[LoraUse]]":
+    def _split(uses: "Sequence[WeightedLora]") -> "tuple[list[WeightedLora], list[WeightedLora]]":
         """Split LoRAs into those to merge into a transformer and T-LoRAs, which wrap its layers instead."""
         if not uses:
             return [], []
         from networks.loading import on_side  # only with LoRAs
-        from networks.rank_masks import rule_of
+        from networks.rank_masks import rank_rule_of
 
         of_dit = on_side(uses, False)
-        if not any(rule_of(use.lora.metadata) for use in of_dit):
+        if not any(rank_rule_of(use.lora.metadata) for use in of_dit):
             return of_dit, []
         from networks.unmerged_loras import split_masked  # only with T-LoRAs
 
@@ -201,7 +201,7 @@ def key_of(expert: Expert) -> str:
 
 def expert_loras(
     family: Family, options: GenerationOptions, with_texts: bool = False
-) -> "tuple[tuple[LoraUse, ...], ...]":
+) -> "tuple[tuple[WeightedLora, ...], ...]":
     """Return the LoRAs of each of the family's experts, in the order of the experts.
 
     A file that holds a LoRA for each expert is used in both, no matter which option names it. Patterns apply
@@ -242,7 +242,9 @@ def expert_loras(
     )
 
 
-def _select_loras(expert: Expert, loras_by_key: "Mapping[str, Sequence[LoraUse]]") -> "list[LoraUse]":
+def _select_loras(
+    expert: Expert, loras_by_key: "Mapping[str, Sequence[WeightedLora]]"
+) -> "list[WeightedLora]":
     """Return an expert's LoRAs: its own files, and its parts of other experts' files with a LoRA for each."""
     own_key = key_of(expert)
     loras = [*loras_by_key[own_key]]
@@ -250,15 +252,15 @@ def _select_loras(expert: Expert, loras_by_key: "Mapping[str, Sequence[LoraUse]]
     for key, other_loras in loras_by_key.items():
         if key != own_key:
             for lora_use in other_loras:
-                if lora_use.lora.parts and lora_use.lora.path not in own_paths:
+                if lora_use.lora.loras_by_expert and lora_use.lora.path not in own_paths:
                     loras.append(lora_use)
     # of files with a LoRA for each expert, only this expert's part is used
-    if expert.name or any(lora_use.lora.parts for lora_use in loras):
+    if expert.name or any(lora_use.lora.loras_by_expert for lora_use in loras):
         return [lora_use.for_expert(expert.name) for lora_use in loras]
     return loras
 
 
-def _check_experts(loras_by_key: "Mapping[str, Sequence[LoraUse]]", expert_keys: Sequence[str]) -> None:
+def _check_experts(loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_keys: Sequence[str]) -> None:
     """Raise OptionError if LoRAs are given for an expert that the run does not have.
 
     Args:
@@ -268,7 +270,9 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[LoraUse]]", expert_keys:
     for key, loras in loras_by_key.items():
         if key in expert_keys:
             continue
-        has_single_lora = any(not lora_use.lora.parts for lora_use in loras)  # not one for each expert
+        has_single_lora = any(
+            not lora_use.lora.loras_by_expert for lora_use in loras
+        )  # not one for each expert
         is_of_named_expert = bool(key and loras)
         if has_single_lora or is_of_named_expert:
             dit = f"--dit_{key}" if key else "--dit"
@@ -279,7 +283,7 @@ def _check_experts(loras_by_key: "Mapping[str, Sequence[LoraUse]]", expert_keys:
 
 
 def _warn_of_missing_experts(
-    loras_by_key: "Mapping[str, Sequence[LoraUse]]", expert_keys: Sequence[str]
+    loras_by_key: "Mapping[str, Sequence[WeightedLora]]", expert_keys: Sequence[str]
 ) -> None:
     """Warn about LoRAs that were trained for all experts but are used in only some of them."""
     paths = {key: {lora_use.lora.path for lora_use in loras} for key, loras in loras_by_key.items()}

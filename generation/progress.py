@@ -79,10 +79,10 @@ def show_start(
     has_names = any(expert.name for expert in family.experts)
     num_values = 0  # of the latents, including audio
     for request in requests:
-        if request.joint is None:
+        if request.audio_video_shapes is None:
             num_values += prod(family.latent.shape(request.frames, request.height, request.width))
         else:
-            num_values += prod(request.joint.image) + prod(request.joint.audio)
+            num_values += prod(request.audio_video_shapes.image) + prod(request.audio_video_shapes.audio)
     latents_size = format_size(FLOAT_BYTES * num_values)
     free = format_size(shutil.disk_usage(folder).free)
     lora_lines = []

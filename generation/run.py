@@ -49,7 +49,7 @@ from runtime.offload.swap_plan import check_swap
 from runtime.planning.device_memory import device_memory_to_plan, too_little
 from runtime.ways.composing import (
     count_shared_passes,
-    make_block_place,
+    make_block_sharder,
     make_passes,
     reject_other_splits,
 )
@@ -424,7 +424,9 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         lazy = False
     # several processes may each hold some of the blocks of every network
     blocks = (
-        make_block_place(options.speed, loader.device) if options.speed.modes.hooks.make_block_place else None
+        make_block_sharder(options.speed, loader.device)
+        if options.speed.modes.hooks.make_block_sharder
+        else None
     )
     dits = ExpertOffloader(
         family.experts,

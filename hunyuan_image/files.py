@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 import hunyuan_model.checkpoints as hunyuan_video
-from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
+from checkpoints.dialects import DitShapes, Names, join_parts, make_wrong_kind_error, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.files import TransformerFiles
 from encoders.language_models import read_language_model
 from encoders.t5 import BYT5, read_byt5_header
@@ -92,7 +92,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
     if dialect is None or not _has_glyph_layers(checkpoint):
         similar_model = hunyuan_video.describe(checkpoint)
         if similar_model is None:
-            raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+            raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
         raise CheckpointError(
             f"{path} is not {MODEL_LABEL}; it looks like {similar_model}.\n"
             f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
@@ -112,7 +112,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
 
 def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
     """Return a transformer's dimensions; raise CheckpointError if they are not HunyuanImage's."""
-    dim, in_dim, rows, columns = shapes.of("img_in.proj.weight", axes=4)
+    dim, in_dim, rows, columns = shapes.shape_of("img_in.proj.weight", axes=4)
     if (rows, columns) != (1, 1):
         raise CheckpointError(
             f"{shapes.path} has patches of {rows} x {columns}; {MODEL_LABEL} has patches of one latent "
@@ -125,13 +125,13 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
             f"  Give {RELEASED_FILES} to {DIT_OPTION}.",
             shapes.path,
         )
-    first_width, glyph_dim = shapes.of("byt5_in.fc1.weight")
+    first_width, glyph_dim = shapes.shape_of("byt5_in.fc1.weight")
     return HunyuanImageConfig(
         dim=dim,
         in_dim=in_dim,
-        out_dim=shapes.of("final_layer.linear.weight")[0],
+        out_dim=shapes.shape_of("final_layer.linear.weight")[0],
         glyph_dim=glyph_dim,
-        glyph_hidden=(first_width, shapes.of("byt5_in.fc2.weight")[0]),
+        glyph_hidden=(first_width, shapes.shape_of("byt5_in.fc2.weight")[0]),
         **hunyuan_video.read_block_dimensions(shapes, DIT, DIMENSIONS, dim),
     )
 
@@ -140,7 +140,7 @@ def _make_sources(
     checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]
 ) -> Mapping[str, TensorSource]:
     swapped = swapped_tensors(HUNYUAN_IMAGE) if header.dialect == "diffusers" else ()
-    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+    return join_parts(list_tensor_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
 
 
 FORMAT = DitFormat(_read_header, lambda _: MODEL_LABEL, HunyuanImageModel, _make_sources)

@@ -21,12 +21,12 @@ from checkpoints.dialects import (
     LoadPlan,
     count,
     load_planned,
-    other_kind,
+    make_shape_reader,
+    make_wrong_kind_error,
     rename_sources,
-    shapes_of,
     translate_name,
 )
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.autoencoder import ATTENTION, DIFFUSERS, ImageVae, as_matrices
 from encoders.autoencoder_blocks import EPS, Level, Middle, norm_and_silu
 from hunyuan_image.configs import LATENT, STRIDE
@@ -197,15 +197,15 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     Raises CheckpointError for another file.
     """
     checkpoint = checkpoint.without_prefix("module.", "_orig_mod.", "first_stage_model.", "vae.")
-    sources = plain_sources(checkpoint)
+    sources = list_tensor_sources(checkpoint)
     # diffusers' names
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    wrong_kind_error = other_kind(checkpoint, MODEL_LABEL, "--vae", RELEASED_FILES)
+    wrong_kind_error = make_wrong_kind_error(checkpoint, MODEL_LABEL, "--vae", RELEASED_FILES)
     if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
         raise wrong_kind_error
     as_matrices(sources, ATTENTION)  # 1x1 convolutions in the file, linear layers here
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
     levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
         raise _make_error(

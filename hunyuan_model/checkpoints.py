@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import load_pickled
-from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
+from checkpoints.dialects import DitShapes, Names, join_parts, make_wrong_kind_error, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from checkpoints.stored.fp8 import dequantize, make_fp8_weight
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
@@ -115,7 +115,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             "the transformer's checkpoint, such as mp_rank_00_model_states.pt or "
             "skyreels_hunyuan_i2v_bf16.safetensors,"
         )
-        raise other_kind(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
+        raise make_wrong_kind_error(checkpoint, "a HunyuanVideo or SkyReels V1 transformer", "--dit", files)
     query_weight, table = DIALECTS[dialect]
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
     shapes = DitShapes(path, file_shapes, "HunyuanVideo")
@@ -164,8 +164,8 @@ def read_dimensions(shapes: DitShapes, spec: DitSpec, config_tensors: Mapping[st
         "dim": dim,
         **read_block_dimensions(shapes, spec, config_tensors, dim),
         "in_dim": in_dim,
-        "out_dim": shapes.of(config_tensors["out_dim"])[0] // math.prod(patch_size),
-        "pooled_dim": shapes.of(config_tensors["pooled_dim"])[1],
+        "out_dim": shapes.shape_of(config_tensors["out_dim"])[0] // math.prod(patch_size),
+        "pooled_dim": shapes.shape_of(config_tensors["pooled_dim"])[1],
         "patch_size": patch_size,
     }
 
@@ -185,7 +185,7 @@ def read_block_dimensions(
         CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
     # the tensor is the norm of one head's queries or keys
-    (head_width,) = shapes.of(config_tensors["num_heads"], axes=1)
+    (head_width,) = shapes.shape_of(config_tensors["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
             f"{shapes.path}: width {dim} with heads of {head_width} is not a {shapes.model} transformer. The "
@@ -195,13 +195,13 @@ def read_block_dimensions(
     double_blocks, single_blocks = spec.block_lists
     return {
         "num_heads": dim // head_width,
-        "ffn_dim": shapes.of(config_tensors["ffn_dim"])[0],
-        "double_blocks": shapes.blocks(double_blocks),
-        "single_blocks": shapes.blocks(single_blocks),
-        "refiner_blocks": shapes.blocks(config_tensors["refiner_blocks"]),
-        "refiner_ffn_dim": shapes.of(config_tensors["refiner_ffn_dim"])[0],
-        "text_dim": shapes.of(config_tensors["text_dim"])[1],
-        "freq_dim": shapes.of(config_tensors["freq_dim"])[1],
+        "ffn_dim": shapes.shape_of(config_tensors["ffn_dim"])[0],
+        "double_blocks": shapes.count_blocks(double_blocks),
+        "single_blocks": shapes.count_blocks(single_blocks),
+        "refiner_blocks": shapes.count_blocks(config_tensors["refiner_blocks"]),
+        "refiner_ffn_dim": shapes.shape_of(config_tensors["refiner_ffn_dim"])[0],
+        "text_dim": shapes.shape_of(config_tensors["text_dim"])[1],
+        "freq_dim": shapes.shape_of(config_tensors["freq_dim"])[1],
     }
 
 
@@ -241,7 +241,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
 
     Raises CheckpointError if the map of scales is missing or invalid.
     """
-    sources = plain_sources(checkpoint)
+    sources = list_tensor_sources(checkpoint)
     # only the released .pt file has its scales in a second file; safetensors without scales are plain casts
     if checkpoint.path.suffix != ".pt" or header.dialect != "official":
         return sources

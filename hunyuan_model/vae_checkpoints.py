@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from checkpoints import dialects
 from checkpoints.encoders import check_groups, declared_groups
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.autoencoder import as_matrices
 from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
 from modules.errors import CheckpointError
@@ -50,13 +50,13 @@ def read_vae(checkpoint: Checkpoint) -> dialects.LoadPlan[HunyuanVaeConfig]:
     )
     names = checkpoint.tensors
     if "encoder.conv_in.conv.weight" not in names or "quant_conv.weight" not in names:
-        raise dialects.other_kind(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
-    sources = plain_sources(checkpoint)
+        raise dialects.make_wrong_kind_error(checkpoint, "a HunyuanVideo VAE", "--vae", RELEASE)
+    sources = list_tensor_sources(checkpoint)
     if "encoder.down.0.block.0.conv1.conv.weight" in names:  # ComfyUI's file, with names of its own
         levels_up = dialects.count(sources, r"decoder\.up\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _translate_comfy_name(name, levels_up))
         as_matrices(sources, r".+\.attentions\.0\.to_.+\.weight")
-    shape = dialects.shapes_of(checkpoint, sources)
+    shape = dialects.make_shape_reader(checkpoint, sources)
     config = HunyuanVaeConfig(
         latent_channels=shape("post_quant_conv.weight")[0],
         groups=_read_groups(checkpoint, shape("encoder.conv_in.conv.weight")[0]),
@@ -96,7 +96,7 @@ def _read_widths(
             f"The file holds another model, or tensors are missing. Give {RELEASE} to --vae.",
             checkpoint.path,
         )
-    shape = dialects.shapes_of(checkpoint, sources)
+    shape = dialects.make_shape_reader(checkpoint, sources)
     return tuple(shape(f"{start}.{level}.resnets.0.conv1.conv.weight")[0] for level in range(levels))
 
 

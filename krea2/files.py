@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageEncoderSettings
 from encoders.language_models import QWEN3_VL
@@ -65,9 +65,9 @@ NAME_RULES = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     """Return the dimensions of one stream's blocks; raise CheckpointError if they do not match."""
-    rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
-    key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
-    (head_width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
+    rows, dim = shapes.shape_of(f"{start}.0.attn.wq.weight")
+    key_rows, _ = shapes.shape_of(f"{start}.0.attn.wk.weight")
+    (head_width,) = shapes.shape_of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
     heads, remainder = divmod(rows, head_width)
     kv_heads, key_remainder = divmod(key_rows, head_width)
     has_heads = rows == dim and not remainder and head_width % 16 == 0  # three axes rotate pairs of channels
@@ -79,13 +79,13 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
             "Copy the file again.",
             shapes.path,
         )
-    ffn_dim = shapes.of(f"{start}.0.mlp.gate.weight")[0]
+    ffn_dim = shapes.shape_of(f"{start}.0.mlp.gate.weight")[0]
     return Krea2StreamConfig(dim, ffn_dim, heads, kv_heads)
 
 
 def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
     """Return the number of blocks in a list; raise CheckpointError if the release has more."""
-    number = shapes.blocks(name)
+    number = shapes.count_blocks(name)
     minimum = dict(released).get(name, 0)
     if number < minimum:
         raise CheckpointError(
@@ -103,12 +103,12 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     names = checkpoint.tensors
     dialect = next((name for name, tensor in DIALECTS.items() if tensor in names), None)
     if dialect is None:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, NAME_RULES[dialect]), NAME)
     blocks = _read_stream(shapes, "blocks")
     text = _read_stream(shapes, "txtfusion.layerwise_blocks")
-    patch_width = shapes.of("first.weight")[1]
+    patch_width = shapes.shape_of("first.weight")[1]
     if patch_width % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: patches of {patch_width} numbers are not those of {MODEL_KIND}. "
@@ -126,16 +126,16 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         num_layers=_count_blocks(shapes, "blocks", released_blocks),
         layerwise_blocks=_count_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
         refiner_blocks=_count_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
-        states=shapes.of("txtfusion.projector.weight")[1],
+        states=shapes.shape_of("txtfusion.projector.weight")[1],
         channels=patch_width // PATCH**2,
-        freq_dim=shapes.of("tmlp.0.weight")[1],
+        freq_dim=shapes.shape_of("tmlp.0.weight")[1],
     )
     query = "blocks.0.attn.wq.weight" if dialect == "released" else "transformer_blocks.0.attn.to_q.weight"
     return DitHeader(config, dialect, names[query].dtype)
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[Krea2Config]) -> Mapping[str, TensorSource]:
-    sources = join_parts(plain_sources(checkpoint), NAME_RULES[header.dialect])
+    sources = join_parts(list_tensor_sources(checkpoint), NAME_RULES[header.dialect])
     flat = [name for name in sources if re.fullmatch(r"blocks\.\d+\.mod\.lin", name)]
     # diffusers has a row for each of what modulates a block
     return sources | {name: sources[name].with_step(lambda rows: rows.flatten()) for name in flat}

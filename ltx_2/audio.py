@@ -19,8 +19,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import (
+    LoadPlan,
+    count,
+    load_planned,
+    make_shape_reader,
+    make_wrong_kind_error,
+    rename_sources,
+)
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from ltx_2.released import own_part
 from ltx_2.vae_checkpoints import STATISTICS, UNUSED
 from modules.errors import CheckpointError
@@ -151,11 +158,11 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     `option` is the option that named the file. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "audio_vae.")  # without the prefix that the official file gives it
-    sources = rename_sources(plain_sources(checkpoint), lambda name: STATISTICS.get(name, name))
-    rejection = other_kind(checkpoint, "an audio VAE of LTX-2", option, f"{FILES} audio_vae")
+    sources = rename_sources(list_tensor_sources(checkpoint), lambda name: STATISTICS.get(name, name))
+    rejection = make_wrong_kind_error(checkpoint, "an audio VAE of LTX-2", option, f"{FILES} audio_vae")
     if "encoder.mid.block_1.conv1.conv.weight" not in sources or "latents_mean" not in sources:
         raise rejection
-    shape = shapes_of(checkpoint, sources, rejection)
+    shape = make_shape_reader(checkpoint, sources, rejection)
     base_width, num_audio_channels = shape("encoder.conv_in.conv.weight")[:2]
     num_levels = count(sources, r"encoder\.down\.\d+")
     latent_channels = shape("decoder.conv_in.conv.weight")[1]
@@ -188,9 +195,9 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     if they have `bwe_in_channels`. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "vocoder.")
-    sources = rename_sources(plain_sources(checkpoint), _translate_vocoder_name)
-    rejection = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
-    shape = shapes_of(checkpoint, sources, rejection)
+    sources = rename_sources(list_tensor_sources(checkpoint), _translate_vocoder_name)
+    rejection = make_wrong_kind_error(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
+    shape = make_shape_reader(checkpoint, sources, rejection)
     if "upsamplers.0.weight" in sources:  # LTX-2: no bandwidth extension
         settings = _read_generator(shape, sources, "", rejection)
         return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)

@@ -35,7 +35,7 @@ TRUE, FALSE = "true", "false"  # in the metadata of LoRAs
 
 @dataclass(frozen=True)
 class RequestReferences:
-    """Files of a request's references, stored in `Prepared.family_record`."""
+    """Files of a request's references, stored in `Prepared.family_settings`."""
 
     images: tuple[Path, ...] = ()
     audio: Path | None = None

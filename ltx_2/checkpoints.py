@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from ltx_2.configs import AUDIO, LATENT, OF_AUDIO, OF_VIDEO, VIDEO, LtxConfig, Modality, StreamConfig
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
@@ -41,7 +41,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
-        raise other_kind(checkpoint, f"an {NAME} transformer", OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, f"an {NAME} transformer", OPTION, FILES)
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, DIALECTS[dialect][1]), NAME)
     settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
@@ -86,13 +86,13 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     projects_text = "caption_projection.linear_1.weight" in names
     declared_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
     # a gate per head shows the number of heads; other files declare it
-    num_heads = shapes.of(gates)[0] if has_head_gates else int(declared_heads)
+    num_heads = shapes.shape_of(gates)[0] if has_head_gates else int(declared_heads)
     return LtxConfig(
         video=_read_stream(shapes, VIDEO, projects_text, settings),
         audio=_read_stream(shapes, AUDIO, projects_text, settings),
         num_heads=num_heads,
-        num_layers=shapes.blocks("transformer_blocks"),
-        cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
+        num_layers=shapes.count_blocks("transformer_blocks"),
+        cross_dim=shapes.shape_of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
         projects_text=projects_text,
         has_head_gates=has_head_gates,
         modulates_text=f"{BLOCK}.prompt_scale_shift_table" in names,
@@ -102,7 +102,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
         has_single_frame_embedding=_read_switch(
             settings, "use_keyframes_abs_pos_embedding", SINGLE_FRAME_EMBEDDING in names
         ),
-        freq_dim=shapes.of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
+        freq_dim=shapes.shape_of("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
         **_read_fields(settings),
     )
 
@@ -165,12 +165,12 @@ def _read_stream(
     """Read one stream's dimensions; without a projection, its text enters the blocks unchanged."""
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
-    dim, channels = shapes.of(f"{names.prefix}patchify_proj.weight")
+    dim, channels = shapes.shape_of(f"{names.prefix}patchify_proj.weight")
     return StreamConfig(
         dim,
-        ffn_dim=shapes.of(f"{block}ff.net.2.weight")[1],
+        ffn_dim=shapes.shape_of(f"{block}ff.net.2.weight")[1],
         channels=channels,
-        text_dim=shapes.of(f"{text}.weight")[1],
+        text_dim=shapes.shape_of(f"{text}.weight")[1],
         ff_bias=_read_switch(settings, f"{names.prefix}ff_bias", f"{block}ff.net.2.bias" in shapes.shapes),
     )
 
@@ -179,7 +179,9 @@ FORMAT = DitFormat(
     _read_header,
     lambda header: f"an {NAME} transformer (version {header.config.kind})",
     network=LtxModel,
-    sources=lambda checkpoint, header: join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1]),
+    sources=lambda checkpoint, header: join_parts(
+        list_tensor_sources(checkpoint), DIALECTS[header.dialect][1]
+    ),
     option=OPTION,
     ignore=CONNECTORS,
 )

@@ -21,16 +21,16 @@ from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
-    other_kind,
+    make_shape_reader,
+    make_wrong_kind_error,
     rename_sources,
-    shapes_of,
     translate_name,
 )
 from checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
+    list_tensor_sources,
     open_checkpoint,
-    plain_sources,
 )
 from ltx_2.blocks import LtxAttention, gelu, norm_tokens
 from ltx_2.configs import EPS
@@ -120,15 +120,15 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
     Raises CheckpointError if the file has none, or is damaged.
     """
     parts = checkpoint.select_by_prefix(*PARTS)
-    sources = rename_sources(plain_sources(parts), lambda name: translate_name(name, NAMES))
+    sources = rename_sources(list_tensor_sources(parts), lambda name: translate_name(name, NAMES))
     # files of all releases have the video stream
     if f"{VIDEO}_embeddings_connector.learnable_registers" not in sources:
-        raise other_kind(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, "a file with LTX-2's text connectors", OPTION, FILES)
     damaged = CheckpointError(
         f"{checkpoint.path}: its tensors do not have the sizes of LTX-2's text connectors. Copy it again.",
         checkpoint.path,
     )
-    shape = shapes_of(parts, sources, damaged)  # returns the shape of a tensor, or raises `damaged`
+    shape = make_shape_reader(parts, sources, damaged)  # returns the shape of a tensor, or raises `damaged`
     settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if not any(name.startswith("text_embedding_projection.") for name in sources):
         raise CheckpointError(

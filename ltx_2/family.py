@@ -85,7 +85,7 @@ from ltx_2.text_encoder import MASK, prompt_key
 from ltx_2.upscaler import TEMPORAL, enlarge
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
-from modules.media.reading import is_still
+from modules.media.reading import is_single_image
 from modules.media.samples import read_reference
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, replace_synonyms
@@ -144,13 +144,13 @@ class Ltx2(Ltx2Media):
     """Description of LTX-2 for one run, built by the `family_for_...` functions below."""
 
     files: Ltx2Files
-    guidance: Ltx2GuidanceOptions = Ltx2GuidanceOptions.usual()
+    guidance: Ltx2GuidanceOptions = Ltx2GuidanceOptions.from_defaults()
     noise: NoiseSpec = NOISE
     dit: DitSpec = DIT
     audio_learning: rules.AudioLearning = rules.AudioLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # default width, height and number of frames
     image_crf: int | None = None  # H.264 quality to which the first image is compressed; None: the release's
-    input_media: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: kept parts of other media
+    input_media: Ltx2GivenMedia = Ltx2GivenMedia.from_defaults()  # for generations: kept parts of other media
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training run with audio are generated without it
     stages: TwoStages | None = None
@@ -321,7 +321,7 @@ class Ltx2(Ltx2Media):
 
         The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_AUDIO.
         """
-        joint = overrides.joint
+        joint = overrides.audio_video_shapes
         image, audio = split_audio(noisy, joint)
         image_timesteps = audio_timesteps = timesteps
         if timesteps.ndim == 2:  # a column for each stream
@@ -443,10 +443,10 @@ class Ltx2(Ltx2Media):
             self._check_audio_reference(references.audio, joint, media)
         prepared = replace(
             prepared,
-            joint=joint,
+            audio_video_shapes=joint,
             rules=self._resolve_guidance(request, references),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
-            family_record=references,
+            family_settings=references,
             extra_metadata=self._make_output_metadata(references, media),
         )
         if self.stages is not None:
@@ -636,11 +636,11 @@ class Ltx2(Ltx2Media):
                 f"--reference_videos: {len(paths)} references, at most {MAX_REFERENCES} are taken"
             )
         for path in paths:
-            check_opens("reference_video", path, is_image=is_still(path))
+            check_opens("reference_video", path, is_image=is_single_image(path))
         # the mask limits where references are attended to
         mask, _ = self.reference_attention
         if mask is not None:
-            check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
+            check_opens("conditioning-attention-mask", mask, is_image=is_single_image(mask))
         if self.reference_strength < 1:
             self._check_no_clean_frames(request, media)
         return paths
@@ -665,7 +665,7 @@ class Ltx2(Ltx2Media):
         return (
             prepared.request.image_path is not None
             or self.drive_video is not None
-            or prepared.family_record.are_given
+            or prepared.family_settings.are_given
             or bool(media.image_files or media.audio_files)
         )
 
@@ -684,7 +684,7 @@ class Ltx2(Ltx2Media):
     def _encode_request(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the media conditions of a request that has no stages."""
         conditions = self._encode_references(vae, prepared)
-        if prepared.family_record.audio is not None:
+        if prepared.family_settings.audio is not None:
             conditions[REFERENCE_AUDIO] = self._encode_audio_reference(vae, prepared)
         conditions |= self._encode_given(vae, prepared)
         pixels = self._read_frames(prepared)
@@ -718,7 +718,7 @@ class Ltx2(Ltx2Media):
         assert self.audio is not None  # `prepare` checks it
         rate = self.audio.rate
         seconds = prepared.frames / prepared.fps
-        samples = read_reference(prepared.family_record.audio, seconds, rate, self.audio.channels)
+        samples = read_reference(prepared.family_settings.audio, seconds, rate, self.audio.channels)
         networks = self.audio_networks(_device_of(vae), decodes=False)
         # its own length, in samples
         latents = self.encode_audio(networks, torch.from_numpy(samples)[None], samples.shape[1], rate)
@@ -730,7 +730,7 @@ class Ltx2(Ltx2Media):
         The strengths are left out if all are 1.
         """
         reference_rules = self.references
-        images = prepared.family_record.images
+        images = prepared.family_settings.images
         if not images or reference_rules is None:
             return {}
         size = (prepared.width, prepared.height, prepared.frames)
@@ -777,7 +777,9 @@ class Ltx2(Ltx2Media):
         """Yield the sections, drawing noise for video, then audio, then references."""
         sections = cut_appended_frames(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
-            sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
+            sections = with_noisy_references(
+                sections, self.reference_strength, prepared.audio_video_shapes, noise
+            )
         return (yield from sections)
 
     def _make_plain_sections(
@@ -810,7 +812,7 @@ class Ltx2(Ltx2Media):
 
     def _draw_noise(self, stage: Prepared, noise: NoiseSource) -> Tensor:
         """Draw the noise that a stage starts from: of the video, then of the audio, joined."""
-        joint = stage.joint
+        joint = stage.audio_video_shapes
         if joint is None:
             return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
         image = noise.draw((1, *joint.image))
@@ -850,10 +852,10 @@ class Ltx2(Ltx2Media):
             overrides = Overrides(num_clean_frames=first_frames.shape[2])
             section = replace(section, clean_frames=first_frames, overrides=overrides)
         if clean_latents:
-            section = fix_clean_latents(section, clean_latents, stage.joint)
+            section = fix_clean_latents(section, clean_latents, stage.audio_video_shapes)
         if keyframes:
             start_sigma = stage.sigmas[0] if stage.sigmas else 1.0
-            section = append_keyframes(section, keyframes, stage.joint, noise, start_sigma)
+            section = append_keyframes(section, keyframes, stage.audio_video_shapes, noise, start_sigma)
         return section
 
 

@@ -26,7 +26,7 @@ from ltx_2.references import read_pixels
 from modules.errors import MediaError, OptionError
 from modules.integers import ceil_div, round_up
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
-from modules.media.reading import is_still, read_image, resize_cover, video_frames
+from modules.media.reading import is_single_image, read_image, resize_cover, video_frames
 from modules.media.samples import read_beginning, read_track
 from modules.option_values import to_path
 from modules.options import override_options
@@ -91,7 +91,7 @@ def _read_request_values(extra: Mapping[str, str]) -> dict[str, Any]:
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
     """Raise OptionError or MediaError if given media cannot be opened, or do not fit the result's frames."""
     for name, path in media.image_files.items():
-        check_opens(name, path, is_image=is_still(path))
+        check_opens(name, path, is_image=is_single_image(path))
     frames = prepared.frames
     check_keyframes(media.keyframes, frames)
     if media.num_generated_keyframes and media.num_generated_keyframes + 2 > frames:
@@ -145,7 +145,7 @@ def count_extension_frames(media: Ltx2GivenMedia, name: str, latent: LatentSpec)
         return 0
     requested: int | None = getattr(media, f"{name}_frames")
     # without a requested number, all frames of the clip
-    count = 1 if is_still(path) else count_frames_up_to(path, requested or 10**6)
+    count = 1 if is_single_image(path) else count_frames_up_to(path, requested or 10**6)
     if requested is not None and count < requested:
         raise OptionError(
             f"--{name} {path}: it has {count} frames, --{name}_frames asks for {requested}. Give fewer"
@@ -260,7 +260,7 @@ def _encode_parts(
 
 
 def _read_frames(path: Path) -> Iterable[Any]:
-    return [read_image(path)] if is_still(path) else video_frames(path)
+    return [read_image(path)] if is_single_image(path) else video_frames(path)
 
 
 def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
@@ -316,7 +316,7 @@ def _read_mask_frames(mask: Path, prepared: Prepared, latent: LatentSpec) -> Ten
     size = (prepared.width, prepared.height, prepared.frames)
     pixels = read_pixels(mask, size, ReferenceRules(1, clips=True), latent)
     white = (pixels.mean(1) + 1) / 2
-    if is_still(mask):
+    if is_single_image(mask):
         white = white.expand(-1, prepared.frames, -1, -1)
     if white.shape[1] < prepared.frames:
         raise OptionError(
@@ -348,7 +348,7 @@ def encode_given_audio(
         encode: Takes samples, a number of frames and a frame rate, and returns latents.
         spec: Format of the audio latents.
     """
-    joint = prepared.joint
+    joint = prepared.audio_video_shapes
     if joint is None:
         return {}
     _, num_latents, _ = joint.audio

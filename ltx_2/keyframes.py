@@ -137,7 +137,7 @@ def append_keyframes(
     )
     overrides = replace(section.overrides, clean_tokens=clean_tokens)
     if joint is not None:
-        overrides = replace(overrides, joint=_lengthen_video(joint, keyframes.shape[2]))
+        overrides = replace(overrides, audio_video_shapes=_lengthen_video(joint, keyframes.shape[2]))
     return replace(
         section,
         noise=_append_frames(start, noisy, joint),
@@ -220,7 +220,7 @@ def cut_appended_frames(sections: Generator[Section, Tensor, Tensor]) -> Generat
     try:
         while True:
             latents = yield section
-            joint, num_frames = section.overrides.joint, section.num_visible_frames
+            joint, num_frames = section.overrides.audio_video_shapes, section.num_visible_frames
             if num_frames is not None and joint is None:
                 latents = latents[:, :, :num_frames]
             elif num_frames is not None and joint is not None:

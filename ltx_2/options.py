@@ -223,7 +223,7 @@ def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
     """Warn about options in `Ltx2SigmaOptions` that have no effect with another timestep sampler."""
     if args.timestep_sampling == sampler:
         return
-    default = option_values(Ltx2SigmaOptions.usual())
+    default = option_values(Ltx2SigmaOptions.from_defaults())
     for name, value in default.items():
         if getattr(args, name) != value or name in args.typed_options:
             logger.warning("--%s is ignored because --timestep_sampling is not %s", name, sampler)
@@ -577,7 +577,7 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
     """Return the options for caching texts with a release's text encoder, whose file is a placeholder."""
-    return Ltx2TextOptions.usual().words(options.model.ltx2_checkpoint)
+    return Ltx2TextOptions.from_defaults().words(options.model.ltx2_checkpoint)
 
 
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:

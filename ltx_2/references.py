@@ -30,7 +30,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.integers import ceil_div
 from modules.media.pixels import to_pixels
-from modules.media.reading import is_still, read_image, resize_cover, video_frames
+from modules.media.reading import is_single_image, read_image, resize_cover, video_frames
 from modules.options import override_options
 from modules.text_files import metadata_of_files
 from protocols.data import REFERENCE_LATENTS, AudioVideoShapes, Conditions, LatentSpec
@@ -76,9 +76,9 @@ def check_references(
     is shorter than a reference.
     """
     for path in paths:
-        count = 1 if is_still(path) else count_frames_up_to(path, frames)
+        count = 1 if is_single_image(path) else count_frames_up_to(path, frames)
         needed = count_reference_frames(count, rules, latent.frame_step)
-        if mask is None or is_still(mask):
+        if mask is None or is_single_image(mask):
             continue
         # a mask has the frames of the result, of which a reference may have fewer
         mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
@@ -205,7 +205,7 @@ def _denoise_with_references(
     section: Section, strength: float, joint: AudioVideoShapes | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
     """Yield a section with its references appended to its video; return its latents without them."""
-    joint = section.overrides.joint or joint
+    joint = section.overrides.audio_video_shapes or joint
     image, audio = split_audio(section.noise, joint)
     frames = image.shape[2]
     references = join_tokens(references_of(section.positive)).to(image.device)
@@ -215,7 +215,7 @@ def _denoise_with_references(
         latents = yield replace(section, noise=packed, num_visible_frames=frames)
         return latents[:, :, :frames]
     packed_joint = AudioVideoShapes((packed.shape[1], *packed.shape[2:]), joint.audio)
-    overrides = replace(section.overrides, joint=packed_joint)
+    overrides = replace(section.overrides, audio_video_shapes=packed_joint)
     noise_of_both = packed_joint.join(packed, audio)
     latents = yield replace(section, noise=noise_of_both, overrides=overrides, num_visible_frames=frames)
     image, audio = packed_joint.split(latents)
@@ -247,7 +247,7 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     """
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)
-    images = [read_image(path)] if is_still(path) else islice(video_frames(path), length)
+    images = [read_image(path)] if is_single_image(path) else islice(video_frames(path), length)
     frames = []
     for image in images:
         colors = numpy.ascontiguousarray(image[..., :3])  # without an alpha channel
@@ -281,7 +281,7 @@ def read_strengths(
         )
         pixels = read_pixels(mask, size, rules, latent)
         white = (pixels.mean(1, keepdim=True) + 1) / 2  # 1 1 f h w, 0..1
-        if is_still(mask):  # the same for every frame
+        if is_single_image(mask):  # the same for every frame
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
         # the first latent frame has one pixel frame, the others `frame_step`: repeat the first to pool evenly

@@ -125,7 +125,7 @@ class TwoStages:
             solver="euler",
             guidance_scale=(1.0,),
             rules=NO_GUIDANCE_RULES,
-            family_record=RequestReferences(),  # references are only for the first stage
+            family_settings=RequestReferences(),  # references are only for the first stage
             stage_lora_strengths=tuple(lora.second_strength for lora in self.loras),
             stage_start_networks=self._plan_upscaling(shape, dtype),
         )
@@ -138,7 +138,7 @@ class TwoStages:
         height = int(prepared.height / scale_factors.side)
         # the first frame has a latent frame to itself, so only the others are multiplied later
         frames = (prepared.frames - 1) // scale_factors.frames + 1
-        joint = prepared.joint
+        joint = prepared.audio_video_shapes
         if joint is not None:  # later stages do not lengthen the audio
             # the clip's smaller latents, with audio of the full duration
             _, channels, length, rows, columns = latent.shape(frames, height, width)
@@ -149,7 +149,7 @@ class TwoStages:
             height=height,
             frames=frames,
             fps=prepared.fps / scale_factors.frames,  # fewer frames in the same duration
-            joint=joint,
+            audio_video_shapes=joint,
             stage_lora_strengths=tuple(lora.first_strength for lora in self.loras),
         )
 
@@ -249,20 +249,20 @@ def stage_sections(
     section = make_section(first, 0, draw_noise(first))
     # a yield hands the section to the sampler and returns its denoised latents
     latents = yield _label_stage(section, first, 0)
-    image, audio = split_audio(latents, first.joint)
+    image, audio = split_audio(latents, first.audio_video_shapes)
     image = enlarge(image)
     start_sigma = second.sigmas[0]
     start = _add_noise(image, _draw_image_tokens(noise, image), start_sigma)
-    if second.joint is None or audio is None:
+    if second.audio_video_shapes is None or audio is None:
         section = make_section(second, 1, start)
         return (yield _label_stage(section, second, 1))
     audio_start = _add_noise(audio, _draw_audio_tokens(noise, audio), start_sigma)
-    start = second.joint.join(start, audio_start)
+    start = second.audio_video_shapes.join(start, audio_start)
     section = make_section(second, 1, start)
     latents = yield _label_stage(section, second, 1)
     # the result has the audio of the first stage; the second stage only lets it influence the images
-    image, _ = second.joint.split(latents)
-    return second.joint.join(image, audio)
+    image, _ = second.audio_video_shapes.split(latents)
+    return second.audio_video_shapes.join(image, audio)
 
 
 def _add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -285,5 +285,7 @@ def _draw_audio_tokens(noise: NoiseSource, audio: Tensor) -> Tensor:
 
 
 def _label_stage(section: Section, stage: Prepared, number: int) -> Section:
-    overrides = replace(section.overrides, joint=section.overrides.joint or stage.joint)
+    overrides = replace(
+        section.overrides, audio_video_shapes=section.overrides.audio_video_shapes or stage.audio_video_shapes
+    )
     return replace(section, overrides=overrides, stage=number, label=f"stage {number + 1} of 2")

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.dialects import LoadPlan, count, load_planned, make_shape_reader, make_wrong_kind_error
 from checkpoints.model_files import read_once, require_file
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from ltx_2.released import read_settings
 from ltx_2.vae_checkpoints import read_video_vae
 from modules.devices import free_memory
@@ -45,12 +45,12 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
     Raises CheckpointError for any other file.
     """
-    rejection = other_kind(checkpoint, "a latent upscaler of LTX-2", option, FILES)
+    rejection = make_wrong_kind_error(checkpoint, "a latent upscaler of LTX-2", option, FILES)
     names = checkpoint.tensors
-    sources = plain_sources(checkpoint)
+    sources = list_tensor_sources(checkpoint)
     if not is_upscaler(checkpoint):
         raise rejection
-    shape = shapes_of(checkpoint, sources, rejection)
+    shape = make_shape_reader(checkpoint, sources, rejection)
     axes = len(names["initial_conv.weight"].shape)
     width, channels = shape("initial_conv.weight", axes)[:2]
     is_rational = "upsampler.conv.weight" in names

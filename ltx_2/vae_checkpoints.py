@@ -15,8 +15,8 @@ from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
 
-from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error, rename_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from ltx_2.released import own_part, read_settings
 from ltx_2.video_vae_blocks import BlockGroup, CoderConfig, Factors, Resampling, VideoVaeConfig
 from modules.errors import CheckpointError
@@ -46,8 +46,8 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     """
     checkpoint = own_part(checkpoint, "vae.")
     names = checkpoint.tensors
-    sources = plain_sources(checkpoint)
-    rejection = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
+    sources = list_tensor_sources(checkpoint)
+    rejection = make_wrong_kind_error(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
     _reject_other_decoders(checkpoint)
     if "latents_mean" in names and "decoder.mid_block.resnets.0.conv1.conv.weight" in names:
         # diffusers numbers mid and up blocks separately; the official file has one list
@@ -55,7 +55,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     elif "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight" not in names:
         raise rejection
     sources = rename_sources(sources, lambda name: STATISTICS.get(name, name))
-    shape = shapes_of(checkpoint, sources, rejection)
+    shape = make_shape_reader(checkpoint, sources, rejection)
     encoder = _read_coder(shape, sources, "encoder", rejection)
     decoder = _read_coder(shape, sources, "decoder", rejection)
     config = _with_info(checkpoint, encoder, decoder)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.pictures import AutoencoderFiles
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
@@ -52,17 +52,17 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     stored_shapes = {name: info.shape for name, info in names.items()}
     file_shapes = joined_shapes(stored_shapes, table)
     if identifying_tensor not in names or IDENTIFYING_TENSOR not in file_shapes:
-        raise other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     shapes = DitShapes(checkpoint.path, file_shapes, "Lumina-Image-2.0")
     return DitHeader(_read_config(shapes), dialect, names[identifying_tensor].dtype)
 
 
 def _read_config(shapes: DitShapes) -> LuminaConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
-    dim, patch_width = shapes.of("x_embedder.weight")
-    (head_width,) = shapes.of("layers.0.attention.q_norm.weight", axes=1)
-    rows = shapes.of("layers.0.attention.qkv.weight")[0]
-    time_dim, freq_dim = shapes.of("t_embedder.mlp.0.weight")
+    dim, patch_width = shapes.shape_of("x_embedder.weight")
+    (head_width,) = shapes.shape_of("layers.0.attention.q_norm.weight", axes=1)
+    rows = shapes.shape_of("layers.0.attention.qkv.weight")[0]
+    time_dim, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
     kv_rows = rows - dim  # keys and values; queries have `dim` rows
     # 6: a head divides into pairs of channels for each of three position axes
     if dim % head_width or head_width % 6 or kv_rows <= 0 or kv_rows % (2 * head_width):
@@ -81,21 +81,21 @@ def _read_config(shapes: DitShapes) -> LuminaConfig:
         )
     return LuminaConfig(
         dim=dim,
-        ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        num_layers=shapes.blocks("layers"),
-        noise_refiner_layers=shapes.blocks("noise_refiner"),
-        context_refiner_layers=shapes.blocks("context_refiner"),
+        num_layers=shapes.count_blocks("layers"),
+        noise_refiner_layers=shapes.count_blocks("noise_refiner"),
+        context_refiner_layers=shapes.count_blocks("context_refiner"),
         in_dim=patch_width // PATCH**2,
-        text_dim=shapes.of(IDENTIFYING_TENSOR)[1],
+        text_dim=shapes.shape_of(IDENTIFYING_TENSOR)[1],
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:
-    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
+    return join_parts(list_tensor_sources(checkpoint), DIALECTS[header.dialect][1])
 
 
 FORMAT = DitFormat(

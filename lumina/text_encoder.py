@@ -25,7 +25,7 @@ from modules.devices import dtype_name
 from modules.integers import round_up
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.requests import Prompt
 
 GEMMA_OPTION = "--gemma2"
@@ -71,7 +71,7 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfi
 
 
 def load_gemma(
-    path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
+    path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockSharder | None = None
 ) -> nn.Module:
     """Load Gemma 2, with fp8 weights dequantized; `blocks` manages where its layers are kept.
 
@@ -112,7 +112,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     weighted_states_key = "hidden_state"
     word_keys = ("gemma2_2b",)
     logs_truncation = True
-    blocks: BlockPlace | None = None  # splits the network over processes
+    blocks: BlockSharder | None = None  # splits the network over processes
 
     def __init__(
         self,

@@ -19,9 +19,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
+from checkpoints.dialects import (
+    LoadPlan,
+    count,
+    load_planned,
+    make_shape_reader,
+    make_wrong_kind_error,
+    rename_sources,
+)
 from checkpoints.encoders import declared_settings
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from minimax_h3.released import AUDIO_MEAN, AUDIO_STD
 from modules.errors import CheckpointError
 from modules.installation import hide_packages
@@ -112,11 +119,11 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
     Raises CheckpointError for any other file.
     """
-    sources = plain_sources(checkpoint)
-    rejection = other_kind(checkpoint, WHAT, option, FILES)
+    sources = list_tensor_sources(checkpoint)
+    rejection = make_wrong_kind_error(checkpoint, WHAT, option, FILES)
     if "pre_block.attn.zero_k_bias" not in sources or "decoder.ups.0.0.weight_v" not in sources:
         raise rejection
-    shape = shapes_of(checkpoint, sources, rejection)
+    shape = make_shape_reader(checkpoint, sources, rejection)
     latent_channels = shape("mean_proj.weight", 3)[0]
     num_stages, num_blocks = (count(sources, rf"decoder\.{name}\.\d+") for name in ("ups", "resblocks"))
     settings = {

@@ -13,11 +13,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind, stack_heads
+from checkpoints.dialects import (
+    DitShapes,
+    Names,
+    join_parts,
+    joined_shapes,
+    make_wrong_kind_error,
+    stack_heads,
+)
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import declared_settings
 from checkpoints.kinds import kind_by_name
-from checkpoints.opening import Checkpoint, is_sharded, plain_sources
+from checkpoints.opening import Checkpoint, is_sharded, list_tensor_sources
 from minimax_h3.configs import NUM_MODALITIES, PATCH, H3Config
 from minimax_h3.model import MODULATION_VECTORS, H3Model
 from minimax_h3.options import FREQUENCIES_KEY, LAYOUT_KEY
@@ -104,7 +111,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
         dialect = DIFFUSERS
         mark = DIFFUSERS_MARK
     else:
-        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, WHAT, OPTION, FILES)
     if checkpoint.metadata.get(LAYOUT_KEY) is None:  # files trained here may have any name
         _reject_other_model(checkpoint.path)
     tensor_shapes = {name: info.shape for name, info in names.items()}
@@ -163,11 +170,11 @@ def _check_positions(config: H3Config, path: Path) -> None:
 
 def _read_config(shapes: DitShapes) -> H3Config:
     """Return the sizes of the model from shapes; a pruned file has a table in place of the time embedder."""
-    (head_width,) = shapes.of("blocks.0.attn.q_norm.weight", axes=1)
-    dim, inner = shapes.of("blocks.0.attn.out_proj.weight")
-    rows, _ = shapes.of("blocks.0.attn.qkv_proj.weight")
-    modulation, time_dim = shapes.of("blocks.0.adaln_proj.linear.weight")
-    patch = shapes.of("video_patch_proj.weight")[1]
+    (head_width,) = shapes.shape_of("blocks.0.attn.q_norm.weight", axes=1)
+    dim, inner = shapes.shape_of("blocks.0.attn.out_proj.weight")
+    rows, _ = shapes.shape_of("blocks.0.attn.qkv_proj.weight")
+    modulation, time_dim = shapes.shape_of("blocks.0.adaln_proj.linear.weight")
+    patch = shapes.shape_of("video_patch_proj.weight")[1]
     fits = (
         inner % head_width == 0
         and rows == 3 * inner
@@ -181,22 +188,22 @@ def _read_config(shapes: DitShapes) -> H3Config:
             shapes.path,
         )
     is_pruned = "adaln_t_table" in shapes.shapes
-    table_rows = shapes.of("adaln_t_table")[0] if is_pruned else 0
-    time_hidden, freq_dim = (0, 0) if is_pruned else shapes.of("time_embedder.proj_in.weight")
+    table_rows = shapes.shape_of("adaln_t_table")[0] if is_pruned else 0
+    time_hidden, freq_dim = (0, 0) if is_pruned else shapes.shape_of("time_embedder.proj_in.weight")
     frequencies = H3Config.frequencies
     if "rope.inv_freq" in shapes.shapes:
         # a released file stores them; their number is read here
-        (frequencies,) = shapes.of("rope.inv_freq", axes=1)
+        (frequencies,) = shapes.shape_of("rope.inv_freq", axes=1)
     return H3Config(
         dim=dim,
         num_heads=inner // head_width,
         head_width=head_width,
-        ffn_dim=shapes.of("blocks.0.mlp.fc2.weight")[1],
-        num_layers=shapes.blocks("blocks"),
-        refiner_layers=shapes.blocks("token_refiner.blocks"),
+        ffn_dim=shapes.shape_of("blocks.0.mlp.fc2.weight")[1],
+        num_layers=shapes.count_blocks("blocks"),
+        refiner_layers=shapes.count_blocks("token_refiner.blocks"),
         channels=patch // PATCH**2,
-        audio_channels=shapes.of("audio_patch_proj.weight")[1],
-        text_dim=shapes.of("condition_proj.weight")[1],
+        audio_channels=shapes.shape_of("audio_patch_proj.weight")[1],
+        text_dim=shapes.shape_of("condition_proj.weight")[1],
         freq_dim=freq_dim,
         time_hidden=time_hidden,
         time_dim=time_dim,
@@ -206,7 +213,7 @@ def _read_config(shapes: DitShapes) -> H3Config:
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str, TensorSource]:
-    stored = plain_sources(checkpoint)
+    stored = list_tensor_sources(checkpoint)
     if header.dialect == DIFFUSERS:
         swapped = [name for name in join_parts(stored, TABLE) if name.endswith(".mlp.fc1.weight")]
         return join_parts(stored, TABLE, swapped)

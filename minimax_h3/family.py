@@ -312,7 +312,7 @@ class MiniMaxH3(OneTransformer):
         Samples run one by one, because their texts and conditions differ in length. `timesteps` are B 2, of
         frames and of audio. The conditions are states of texts, n C each, and their token tags, n each.
         """
-        joint = overrides.joint
+        joint = overrides.audio_video_shapes
         assert joint is not None, "there is always sound"
         images, audios = joint.split(noisy)
         if timesteps.ndim == 1:  # equal shifts: one level for both
@@ -384,9 +384,11 @@ class MiniMaxH3(OneTransformer):
             prepared,
             # the text encoder also sees the images
             prompts={0: _with_presentation(prepared, media, sources)},
-            family_record=H3Request(media, sources),
+            family_settings=H3Request(media, sources),
             extra_metadata=_describe_media(media),
-            joint=AudioVideoShapes((channels, length, rows, columns), self.audio.shape(frames, FPS)),
+            audio_video_shapes=AudioVideoShapes(
+                (channels, length, rows, columns), self.audio.shape(frames, FPS)
+            ),
             # relative: it turns the noise levels of images into those of the audio
             audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
@@ -457,20 +459,20 @@ class MiniMaxH3(OneTransformer):
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the request has keyframes or references."""
-        return not prepared.family_record.media.is_empty
+        return not prepared.family_settings.media.is_empty
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode keyframes and references to clean latents; for a single image, add the time positions.
 
         Raises MediaError if a file cannot be read, or a video is too short.
         """
-        media = prepared.family_record.media
+        media = prepared.family_settings.media
         conditions = self._encode_references(encoders, prepared)
         # names of the keyframes' conditions
         keys = [key for key, path in ((FIRST, media.first), (LAST, media.last)) if path is not None]
         keys += [control_key(number) for number in range(len(media.controls))]
         # the same order as the keyframe sources: first, last, then control images
-        for key, source in zip(keys, prepared.family_record.sources.keyframes, strict=True):
+        for key, source in zip(keys, prepared.family_settings.sources.keyframes, strict=True):
             conditions[key] = encode_condition(encoders.vae, _make_clip(source.read().unsqueeze(0)))
         if media.one_frame is not None:
             conditions[TARGET_INDEX] = torch.tensor([media.one_frame.target_index or 0])
@@ -480,7 +482,7 @@ class MiniMaxH3(OneTransformer):
 
     def _encode_references(self, encoders: MediaEncoders, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of references by condition name; load the audio VAE only if one has audio."""
-        record = prepared.family_record
+        record = prepared.family_settings
         references = record.media.references
         conditions: dict[str, Tensor] = {}
         for index, (reference, source) in enumerate(zip(references, record.sources.references, strict=True)):
@@ -524,7 +526,7 @@ class MiniMaxH3(OneTransformer):
         Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
         right.
         """
-        joint = prepared.joint
+        joint = prepared.audio_video_shapes
         assert joint is not None, "there is always sound"
         conditions = dict(inputs.get(0, {}))
         conditions |= add_noise_to_conditions(conditions, noise)

@@ -34,7 +34,7 @@ from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import (
     Frame,
     image_size,
-    is_still,
+    is_single_image,
     read_image,
     resize_frame,
     video_frames,
@@ -281,7 +281,7 @@ def _make_reference(origin: str, text: str, fields: Mapping[str, str]) -> H3Refe
 def _find_kind(path: Path) -> str:
     if path.suffix.lower() in AUDIO_SUFFIXES:
         return AUDIO
-    return IMAGE if is_still(path) else VIDEO
+    return IMAGE if is_single_image(path) else VIDEO
 
 
 def _check_opens(origin: str, path: Path, is_image: bool) -> None:

@@ -408,7 +408,7 @@ def _translate_teacher(args: argparse.Namespace) -> Shared:
     """Translate the trainer's options of teacher matching to the shared options of --teacher."""
     if not args.h3_teacher_matching:
         return {}
-    defaults = H3TargetOptions.usual()
+    defaults = H3TargetOptions.from_defaults()
     weight_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",
         "h3_teacher_loss_mag_weight": "teacher_size_weight",
@@ -480,7 +480,7 @@ def warn_of_clean_shares(args: argparse.Namespace) -> None:
     has_conditions = {"h3_visual_cond_clean": has_images, "h3_audio_cond_clean": has_references}
     has_conditions["h3_audio_cond_clean"] |= args.teacher is not None
     for name, is_used in has_conditions.items():
-        default = getattr(H3LossOptions.usual(), name)
+        default = getattr(H3LossOptions.from_defaults(), name)
         if not is_used and (getattr(args, name) != default or name in args.typed_options):
             task = args.task or "t2va"
             logger.warning("--%s is ignored because clips of --task %s have no such conditions", name, task)

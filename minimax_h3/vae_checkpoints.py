@@ -19,11 +19,11 @@ from checkpoints.dialects import (
     Names,
     join_parts,
     joined_shapes,
-    other_kind,
+    make_wrong_kind_error,
     stack_heads,
 )
 from checkpoints.encoders import check_groups, declared_groups, declared_settings
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from minimax_h3.released import LATENTS_MEAN, LATENTS_STD
 from minimax_h3.video_vae_blocks import GROUPS, H3VaeLevel, H3VideoVaeConfig
 from modules.errors import CheckpointError
@@ -58,7 +58,7 @@ DIFFUSERS: Names = (
 def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     """Plan how to load MiniMax-H3's video VAE; raise CheckpointError for any other file."""
     names = checkpoint.tensors
-    stored = plain_sources(checkpoint)
+    stored = list_tensor_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
     declared = _read_declared_info(checkpoint)
@@ -71,7 +71,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
         sources = _from_diffusers(stored)
         shapes = joined_shapes(stored_shapes, DIFFUSERS)
     else:
-        raise other_kind(checkpoint, WHAT, "--vae", FILES)
+        raise make_wrong_kind_error(checkpoint, WHAT, "--vae", FILES)
     return LoadPlan(_read_config(checkpoint, shapes, declared), checkpoint, sources, UNUSED)
 
 
@@ -149,8 +149,8 @@ def _read_config(
     `declared` are the settings that no tensor shows, from config.json.
     """
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
-    latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
-    dim, channels = shapes.of("decoder.x_embedder.weight")
+    latent_channels = shapes.shape_of("post_quant_conv.weight", axes=5)[0]
+    dim, channels = shapes.shape_of("decoder.x_embedder.weight")
     levels = _read_levels(shapes, declared)
     groups = declared_groups(checkpoint, {DIFFUSERS_CLASS}) or GROUPS
     check_groups(checkpoint, [level.width for level in levels], groups)
@@ -159,9 +159,9 @@ def _read_config(
         latent_channels=latent_channels,
         dim=dim,
         head_width=declared.head_width,
-        ffn_dim=shapes.of("decoder.transformer_blocks.0.ff.w2.weight")[1],
-        num_layers=shapes.blocks("decoder.transformer_blocks"),
-        num_registers=shapes.of("decoder.register_tokens", axes=3)[1],
+        ffn_dim=shapes.shape_of("decoder.transformer_blocks.0.ff.w2.weight")[1],
+        num_layers=shapes.count_blocks("decoder.transformer_blocks"),
+        num_registers=shapes.shape_of("decoder.register_tokens", axes=3)[1],
         groups=groups,
         rotary_fraction=declared.rotary_fraction,
         clip_frames=declared.clip_frames,
@@ -169,7 +169,7 @@ def _read_config(
         latents_mean=declared.latents_mean,
         latents_std=declared.latents_std,
     )
-    _check(checkpoint, config, channels, shapes.of("decoder.proj_out.weight")[0])
+    _check(checkpoint, config, channels, shapes.shape_of("decoder.proj_out.weight")[0])
     return config
 
 
@@ -179,14 +179,14 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
     Without config.json each resampling halves height and width. All but the first one also halve time, until
     the patches of the decoder have as many frames.
     """
-    prefixes = [f"encoder.down.{index}" for index in range(shapes.blocks("encoder.down"))]
+    prefixes = [f"encoder.down.{index}" for index in range(shapes.count_blocks("encoder.down"))]
     has_downsample = [f"{prefix}.downsample.conv.weight" in shapes.shapes for prefix in prefixes]
     space_strides = declared.space_strides or tuple(2 if has else 1 for has in has_downsample)
     time_strides = declared.time_strides
     if not time_strides:
         patch_side = math.prod(space_strides)
         # decoder.proj_out makes the colors of a patch: 3 x frames x side x side
-        patch_frames = shapes.of("decoder.proj_out.weight")[0] // (3 * patch_side**2)
+        patch_frames = shapes.shape_of("decoder.proj_out.weight")[0] // (3 * patch_side**2)
         time_strides = _list_time_strides(has_downsample, patch_frames)
     if not len(space_strides) == len(time_strides) == len(prefixes):
         raise CheckpointError(
@@ -196,8 +196,8 @@ def _read_levels(shapes: DitShapes, declared: _DeclaredInfo) -> tuple[H3VaeLevel
         )
     levels = []
     for prefix, time_stride, space_stride in zip(prefixes, time_strides, space_strides, strict=True):
-        width = shapes.of(f"{prefix}.block.0.conv2.weight", axes=5)[0]
-        levels.append(H3VaeLevel(width, shapes.blocks(f"{prefix}.block"), time_stride, space_stride))
+        width = shapes.shape_of(f"{prefix}.block.0.conv2.weight", axes=5)[0]
+        levels.append(H3VaeLevel(width, shapes.count_blocks(f"{prefix}.block"), time_stride, space_stride))
     return tuple(levels)
 
 

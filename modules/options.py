@@ -298,7 +298,7 @@ class Options:
         return getattr(self, self.fields_by_name[name].name)
 
     @classmethod
-    def usual(cls, **values: Any) -> Self:
+    def from_defaults(cls, **values: Any) -> Self:
         """Make the record with default values, except for the given ones."""
         return cls(**values)
 

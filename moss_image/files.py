@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
+from checkpoints.dialects import DitShapes, cut_parts, make_wrong_kind_error, parted_shapes
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN35
 from encoders.picture_prompts import ImagePromptFormat
@@ -72,7 +72,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
     """
     names = checkpoint.tensors
     if IDENTIFYING_TENSOR not in names:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     if RESCALED in checkpoint.metadata:
         raise CheckpointError(
             f"{checkpoint.path}: its weights were rescaled for float16, as its metadata say ({RESCALED}), "
@@ -90,16 +90,16 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
 
 def _read_config(shapes: DitShapes) -> MossImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
-    dim, channels = shapes.of("video_embedder.weight")
-    (width,) = shapes.of("layers.0.q_norm.weight", axes=1)
-    ffn_dim = shapes.of("layers.0.proj.ffn_down.weight")[1]
+    dim, channels = shapes.shape_of("video_embedder.weight")
+    (width,) = shapes.shape_of("layers.0.q_norm.weight", axes=1)
+    ffn_dim = shapes.shape_of("layers.0.proj.ffn_down.weight")[1]
     fits = (
         dim % width == 0
         and width % (2 * AXES) == 0
-        and shapes.of("layers.0.proj.q.weight") == (dim, dim)
-        and shapes.of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
-        and shapes.of(IDENTIFYING_TENSOR) == (ROWS * dim, dim)
-        and shapes.of("video_head_modulation.weight") == (END_ROWS * dim, dim)
+        and shapes.shape_of("layers.0.proj.q.weight") == (dim, dim)
+        and shapes.shape_of("layers.0.proj.ffn_up_gate.weight")[0] == 2 * ffn_dim
+        and shapes.shape_of(IDENTIFYING_TENSOR) == (ROWS * dim, dim)
+        and shapes.shape_of("video_head_modulation.weight") == (END_ROWS * dim, dim)
     )
     if not fits:
         raise CheckpointError(
@@ -111,16 +111,16 @@ def _read_config(shapes: DitShapes) -> MossImageConfig:
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=dim // width,
-        num_layers=shapes.blocks("layers"),
-        refiner_blocks=shapes.blocks("text_embedder.blocks"),
+        num_layers=shapes.count_blocks("layers"),
+        refiner_blocks=shapes.count_blocks("text_embedder.blocks"),
         channels=channels,
-        text_dim=shapes.of("text_embedder.proj.weight")[1],
-        freq_dim=shapes.of("time_embedding.0.weight")[1],
+        text_dim=shapes.shape_of("text_embedder.proj.weight")[1],
+        freq_dim=shapes.shape_of("time_embedding.0.weight")[1],
     )
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[MossImageConfig]) -> Mapping[str, TensorSource]:
-    return cut_parts(plain_sources(checkpoint), FUSED_LAYERS)
+    return cut_parts(list_tensor_sources(checkpoint), FUSED_LAYERS)
 
 
 FORMAT = DitFormat(

@@ -370,12 +370,12 @@ def _read_network_weights(
         encoders: Trained text encoders, by the prefix of their modules in LoRA files.
     """
     from networks.depth_variants import fit_depths  # only for --network_weights
-    from networks.loading import LoraUse, read_lora
+    from networks.loading import WeightedLora, read_lora
 
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
     # blocks of a LoRA for a deeper or shallower model are mapped to those of the DiT
-    use = LoraUse(lora)
+    use = WeightedLora(lora)
     with quiet():  # `load_weights` makes the same call and logs its messages
         (use,) = fit_depths([use], dict(dit.named_parameters()))
     return {**use.lora.tensors, **rename_texts(use.lora.text_tensors, encoders)}

@@ -33,10 +33,10 @@ from networks.fused_parts import (
 from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import MAGNITUDE_KIND_NAME
-from networks.loading import LoraFile, LoraUse, reject_unknown, warn_of_absent, warn_of_other_family
+from networks.loading import LoraFile, WeightedLora, reject_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import RelatedModule, alias, related_modules, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
-from networks.rank_masks import rule_of
+from networks.rank_masks import rank_rule_of
 from networks.rounding import (
     SMALL_WEIGHT,
     LoraRounding,
@@ -63,7 +63,7 @@ _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB
 class Change:
     """The effect of one LoRA on one parameter of a model, scaled by `use.multiplier`."""
 
-    use: LoraUse
+    use: WeightedLora
     delta: Delta
     parameter_name: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
@@ -312,7 +312,7 @@ class Change:
         return replace(self, delta=self.delta.to(device))
 
 
-def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
+def changes_of(use: WeightedLora, delta: Delta) -> list[Change]:
     """Return the changes that a LoRA makes to a module's bias and weight."""
     changes: list[Change] = []
     parts = delta.factors.keys()
@@ -363,12 +363,14 @@ def _join_equal_rotations(found_changes: Sequence[FoundChange]) -> list[FoundCha
 
     Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
     """
-    rotated_parts: dict[int, list[FusedPiece]] = {}  # by id of the `LoraUse`
+    rotated_parts: dict[int, list[FusedPiece]] = {}  # by id of the `WeightedLora`
     for key, change, related in found_changes:
         if change.delta.rotation is not None and related is not None and related.is_part:
             part = FusedPiece(key, related.part, change.delta.factors)
             rotated_parts.setdefault(id(change.use), []).append(part)
-    equal_parts: dict[int, list[str]] = {}  # id of the `LoraUse` -> keys of its parts with equal rotations
+    equal_parts: dict[
+        int, list[str]
+    ] = {}  # id of the `WeightedLora` -> keys of its parts with equal rotations
     for use_id, parts in rotated_parts.items():
         with contextlib.suppress(FusionError):
             join_rotations(parts)  # raises if they are not equal
@@ -460,7 +462,7 @@ class LoraPatch:
 
     def __init__(
         self,
-        uses: Sequence[LoraUse],
+        uses: Sequence[WeightedLora],
         parameter_names: Iterable[str] | None = None,
         model: Path | None = None,
         rounding: LoraRounding | None = None,
@@ -689,7 +691,7 @@ class LoraPatch:
                     logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                     continue
                 logger.info(f"{path}: {len(applied_keys)} weights changed, multiplier {use.multiplier:g}")
-            rank_rule = rule_of(use.lora.metadata)
+            rank_rule = rank_rule_of(use.lora.metadata)
             # a T-LoRA that is merged acts with all ranks at all levels
             if rank_rule is not None and not self._is_masked:
                 logger.warning(f"{path} {rank_rule.kind.merged}")
@@ -774,7 +776,7 @@ class LoraPatch:
         self._changes_by_parameter[name] = changes
         return changes
 
-    def _list_selected_keys(self, use: LoraUse) -> list[str]:
+    def _list_selected_keys(self, use: WeightedLora) -> list[str]:
         """Return the keys of a LoRA's changes that match its patterns."""
         applied_keys = self._applied_keys[id(use)]
         selected_keys: list[str] = []
@@ -798,7 +800,10 @@ class OriginalWeights:
     """
 
     def __init__(
-        self, uses: Sequence[LoraUse], to_published_name: Callable[[str], str] = str, rounding: str = NEAREST
+        self,
+        uses: Sequence[WeightedLora],
+        to_published_name: Callable[[str], str] = str,
+        rounding: str = NEAREST,
     ) -> None:
         """Prepare to keep the weights that any of the LoRAs changes.
 
@@ -825,7 +830,7 @@ class OriginalWeights:
         """
         name_in_file = self._to_published_name(name)
         # on the meta device, `add_to` only compares shapes and notes which changes apply
-        self._patch_of_all_loras.add_to(name_in_file, deltas.hollow(weight))
+        self._patch_of_all_loras.add_to(name_in_file, deltas.to_meta_tensor(weight))
         if self._patch_of_all_loras.changes_parameter(name_in_file):
             self._originals[name] = weight.detach().to(CPU, copy=True)
         return weight
@@ -840,7 +845,7 @@ class OriginalWeights:
         self._patch_of_all_loras.check()
 
     @torch.no_grad()
-    def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
+    def switch(self, network: nn.Module, uses: Sequence[WeightedLora]) -> None:
         """Reset the loaded network to its original weights, with these LoRAs added."""
         patch = LoraPatch(uses, rounding=self._rounding)
         for name, original in self._originals.items():
@@ -851,7 +856,7 @@ class OriginalWeights:
 
 
 def check_loras_fit(
-    model: Path, uses: Sequence[LoraUse], companion: Path | None = None, family: str | None = None
+    model: Path, uses: Sequence[WeightedLora], companion: Path | None = None, family: str | None = None
 ) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
@@ -874,9 +879,9 @@ def check_loras_fit(
             uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
-            # `hollow`: only the shape of the tensor, no values
+            # `to_meta_tensor`: only the shape of the tensor, no values
             if info.packing is None or info.packing.pad == 1:
-                patch.add_to(name, deltas.hollow(info))
+                patch.add_to(name, deltas.to_meta_tensor(info))
             else:  # padded rows: the stored shape may exceed that of the weight, so only compare names
                 patch.changes_parameter(name)
     patch.reject_misfits()

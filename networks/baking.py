@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.dialects import cut_parts, join_parts
 from checkpoints.dits import bare_names
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from checkpoints.quantizing import dequantized_on_read
 from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
@@ -28,12 +28,12 @@ from networks.kinds import LORA
 from networks.kinds.composing import FACTORS_NEEDING_WEIGHT, KIND_BY_FACTOR, MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import NORMS_FORM, named
 from networks.kinds.factors import DOWN, MID, Factors
-from networks.loading import LoraFile, LoraUse
+from networks.loading import LoraFile, WeightedLora
 from networks.lora_network import prefix_of
 from networks.module_names import alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_full, pieces_of
-from networks.writing import in_own_form
+from networks.writing import convert_to_our_layout
 from protocols.loading import TensorSource
 
 logger = getLogger(__name__)
@@ -105,7 +105,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     tensors: Mapping[str, Tensor] = lora.tensors
     if family is not None and any(name.endswith(FACTORS_NEEDING_WEIGHT) for name in tensors):
         # magnitudes depend on the whole weight: parts of a fused weight are joined, as in the model
-        tensors = in_own_form(tensors, family)
+        tensors = convert_to_our_layout(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     to_approximate: dict[str, Factors] = {}
     for name, module_factors in modules.items():
@@ -210,7 +210,7 @@ def _compute_change(
         assert shape is not None
         num_rows = shape[0]
     weight, path = read_weight_of_module(name, num_rows, lora, weights)
-    change = Change(LoraUse(lora), delta).fit(related=None, weight=weight, name=name, model=str(path))
+    change = Change(WeightedLora(lora), delta).fit(related=None, weight=weight, name=name, model=str(path))
     total = torch.zeros(weight.shape, device=device)
     change.add_to(total, block_rows=None, weight=weight.to(device))
     return total
@@ -279,19 +279,21 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
         return
     for name in checkpoint.tensors:
         for piece in pieces_of(name):
-            if piece.network:
-                source = TensorSource((name,), piece.of)
-                yield f"{piece.network}_{piece.name}", StoredWeight(checkpoint, source)
+            if piece.text_encoder:
+                source = TensorSource((name,), piece.take_rows)
+                yield f"{piece.text_encoder}_{piece.name}", StoredWeight(checkpoint, source)
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
     """Yield the tensors of a transformer in our layout, by our names, with their sources in the file."""
     bare = bare_names(checkpoint)
-    sources = plain_sources(bare)
+    sources = list_tensor_sources(bare)
     if family is not None:
         # weights whose halves are swapped in the file's layout
         swapped_parts = [part for part in family.parts if part.index == SWAPPED]
-        swapped = [f"{part.ours}.weight" for part in swapped_parts if f"{part.theirs}.weight" in sources]
+        swapped = [
+            f"{part.our_path}.weight" for part in swapped_parts if f"{part.foreign_path}.weight" in sources
+        ]
         sources = join_parts(sources, tensor_patterns(family), swapped)
         sources = cut_parts(sources, joined_tensors(family))
     for name, source in sources.items():

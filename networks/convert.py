@@ -46,13 +46,13 @@ from networks.names.layouts import (
     TRAINED_ON,
     FamilyNames,
 )
-from networks.rank_masks import rule_of
+from networks.rank_masks import rank_rule_of
 from networks.tensor_names import dialect_in_words, find_networks
 from networks.writing import (
-    in_own_form,
-    in_target,
+    convert_to_dialect,
+    convert_to_our_layout,
     rename_to_aliases,
-    take_apart,
+    split_fused_layers,
     texts_to_comfyui,
     texts_to_diffusers,
 )
@@ -228,7 +228,7 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
     high = low  # one file has both, unless a second one is given
     if options.input_high_noise is not None:
         high = read_lora(options.input_high_noise, by_expert=True, family=options.family)
-    elif not low.parts:
+    elif not low.loras_by_expert:
         option = "--expert" if options.expert is not None else "--output_high_noise"
         raise OptionError(
             f"{option} takes a file apart that holds a LoRA for each expert, but --input {options.input} "
@@ -321,7 +321,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         _reject_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     # separate modules for queries, keys and values, as in our layout
-    tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
+    tensors: Mapping[str, Tensor] = add_missing_alphas(split_fused_layers(lora.tensors, Z_IMAGE))
     if options.reverse:
         _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE)
         return
@@ -397,7 +397,7 @@ def convert_file(
     reject_replacing("--output", output, checkpoint_paths(source))
     conversion = Conversion(target, family, baking)
     lora = read_lora(source, by_expert=True, with_texts=True, family=family)
-    if not lora.parts:  # a single LoRA, not one for each expert
+    if not lora.loras_by_expert:  # a single LoRA, not one for each expert
         _convert_one(lora, output, conversion)
     elif baking is not None and baking.models:
         raise OptionError(
@@ -405,7 +405,7 @@ def convert_file(
             "  Take one with --expert high_noise or low_noise."
         )
     elif target == "diffusers":
-        _convert_both_experts(lora.parts, output, conversion)
+        _convert_both_experts(lora.loras_by_expert, output, conversion)
     else:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form "
@@ -521,8 +521,8 @@ def convert_lora(
     Raises:
         CheckpointError: If no module can be written.
     """
-    native = lora.tensors if family is None else in_own_form(lora.tensors, family)
-    written = in_target(native, family, target, start)
+    native = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
+    written = convert_to_dialect(native, family, target, start)
     text_tensors: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
     left_out_texts: Mapping[str, str] = {}
     if target == "diffusers":
@@ -656,7 +656,7 @@ def _save(
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", loss_note),
     ]
-    rank_rule = rule_of(result.metadata)  # of a T-LoRA: its ranks are masked by noise level
+    rank_rule = rank_rule_of(result.metadata)  # of a T-LoRA: its ranks are masked by noise level
     if rank_rule is not None:
         rows.append((rank_rule.kind.name, rank_rule.kind.elsewhere))
     show_box("The LoRA is converted", rows)

@@ -54,7 +54,7 @@ def without_alpha(factors: Factors) -> Factors:
     return {name: tensor for name, tensor in factors.items() if name != "alpha"}
 
 
-def hollow(like: Tensor | TensorInfo) -> Tensor:
+def to_meta_tensor(like: Tensor | TensorInfo) -> Tensor:
     """Return a tensor of the same shape and dtype on the meta device, to compute shapes without memory."""
     return torch.empty(like.shape, dtype=like.dtype, device=META)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from networks.key_formats import module_of_tensor
-from networks.loading import LoraFile, LoraUse
+from networks.loading import LoraFile, WeightedLora
 from networks.module_names import select_family
 from networks.names.layouts import OURS, GrownBlocks
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def fit_depths(
-    uses: Sequence[LoraUse], names: Iterable[str], model: Path | str = "the model"
-) -> list[LoraUse]:
+    uses: Sequence[WeightedLora], names: Iterable[str], model: Path | str = "the model"
+) -> list[WeightedLora]:
     """Map the blocks of LoRAs to those of a deeper or shallower model; LoRAs of the same depth are unchanged.
 
     Args:
@@ -41,7 +41,7 @@ def fit_depths(
         return [*uses]
     model_depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
     names = [*names]
-    fitted: list[LoraUse] = []
+    fitted: list[WeightedLora] = []
     for use, variants in zip(uses, variants_of_uses, strict=True):
         if variants is None:
             fitted.append(use)
@@ -53,7 +53,7 @@ def fit_depths(
     return fitted
 
 
-def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
+def fit_to_file(uses: Sequence[WeightedLora], model: Path) -> list[WeightedLora]:
     """Map the blocks of LoRAs to those of a deeper or shallower transformer, whose header shows its depth."""
     if not any(use.lora.grown for use in uses):
         return [*uses]

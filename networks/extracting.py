@@ -260,7 +260,7 @@ def extract_full(options: ExtractOptions) -> None:
         for name in pair.original.tensors:
             plan[name] = []
             for piece in pieces_of(name):  # a fused tensor has the weights of several modules
-                if piece.network in unchanged_encoders:
+                if piece.text_encoder in unchanged_encoders:
                     continue
                 module = _select_module(piece, options, family)
                 if module is not None:
@@ -285,10 +285,10 @@ def _select_module(
     """Return the module whose weight this piece of a full checkpoint is; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
-    is_of_text_encoder = bool(piece.network)
+    is_of_text_encoder = bool(piece.text_encoder)
     if is_of_text_encoder:
         path = piece.name.removesuffix(".weight")
-        module = f"{piece.network}_{path.replace('.', '_')}"
+        module = f"{piece.text_encoder}_{path.replace('.', '_')}"
         rank = options.dim if _IN_TEXT.search(module) else None
     else:
         module = OURS + alias(module_of_tensor(piece.name)[0], family)
@@ -416,7 +416,7 @@ def _extract_module(
         accuracy: Accumulates how much of the change the LoRA keeps.
     """
     # the rows of the tensor that are this module's weight
-    change = module.piece.of(difference)
+    change = module.piece.take_rows(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     accuracy.add(change.flatten(1), up @ down)
     return lora_of_shape(down.to(dtype), up.to(dtype), change.shape)
@@ -542,7 +542,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
         return SD2
     pieces = [piece for name in names for piece in pieces_of(name)]
     # SD 1 and SDXL differ in the modules of the U-Net
-    unet_modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
+    unet_modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.text_encoder]
     return SDXL if select_family(unet_modules) is SDXL else SD1
 
 
@@ -556,7 +556,7 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
-        encoder = pieces[0].network if pieces else ""  # "" for a tensor of the U-Net
+        encoder = pieces[0].text_encoder if pieces else ""  # "" for a tensor of the U-Net
         if not encoder or is_changed.get(encoder):  # no need to read more of an encoder that has changed
             continue
         original = pair.original.read(name).float()

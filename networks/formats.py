@@ -152,13 +152,13 @@ class LoraFormat:
             tensors: Tensors by name.
             is_folded: Whether alpha / rank is folded into the factors.
         """
-        from networks.writing import in_own_form, in_target  # not for the default format
+        from networks.writing import convert_to_dialect, convert_to_our_layout  # not for the default format
 
-        native = in_own_form(tensors, self.family)
+        native = convert_to_our_layout(tensors, self.family)
         if is_folded:
             modules = deltas.group_by_module(native)
             native = deltas.ungroup({name: deltas.fold_scaling(factors) for name, factors in modules.items()})
-        return in_target(native, self.family, TARGETS[self.name])
+        return convert_to_dialect(native, self.family, TARGETS[self.name])
 
 
 def _record_scaling(

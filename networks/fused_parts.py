@@ -89,7 +89,9 @@ def find_default_rows(part: WeightPart, fused_rows: int) -> slice | None:
     if not is_row_slice(part):
         return slice(0, fused_rows)
     siblings = [
-        sibling for sibling in _list_parts_of_weight(part.ours, {part.theirs}) if is_row_slice(sibling)
+        sibling
+        for sibling in _list_parts_of_weight(part.our_path, {part.foreign_path})
+        if is_row_slice(sibling)
     ]
     # `default_height` is a multiple of the smallest part's number of rows
     smallest_part_rows, remainder = divmod(fused_rows, sum(sibling.default_height for sibling in siblings))
@@ -304,7 +306,7 @@ def join_parts(
     estimated_rows = {} if is_for_model else _estimate_rows_of_weights(pieces_by_module.values())
     for name, pieces in pieces_by_module.items():
         if rows_in_model is None:
-            num_rows = estimated_rows[pieces[0].part.ours]
+            num_rows = estimated_rows[pieces[0].part.our_path]
         else:
             num_rows = rows_in_model(name) or 0
         try:
@@ -332,8 +334,8 @@ def _estimate_rows_of_weights(pieces_of_weights: Iterable[Sequence[FusedPiece]])
     rows_by_path: dict[str, dict[int | None, int]] = {}
     part_paths: set[str] = set()  # in the layout of the parts
     for piece in itertools.chain.from_iterable(pieces_of_weights):
-        part_paths.add(piece.part.theirs)
-        rows_by_index = rows_by_path.setdefault(piece.part.ours, {})
+        part_paths.add(piece.part.foreign_path)
+        rows_by_index = rows_by_path.setdefault(piece.part.our_path, {})
         # None for an input rotation, whose tensors do not show it
         num_rows = read_delta(piece.factors).count_rows()
         if num_rows is not None:
@@ -352,11 +354,11 @@ def _list_parts_of_weight(ours: str, paths: Collection[str]) -> list[WeightPart]
     siblings: dict[str, WeightPart] = {}
     for family in FAMILIES:
         parts = (*family.parts, *family.joined)
-        if not any(part.theirs in paths for part in parts):
+        if not any(part.foreign_path in paths for part in parts):
             continue
         for part in parts:
-            if part.ours == ours:
-                siblings[part.theirs] = part
+            if part.our_path == ours:
+                siblings[part.foreign_path] = part
     return list(siblings.values())
 
 
@@ -383,7 +385,8 @@ def _estimate_rows(siblings: Sequence[WeightPart], known_rows: Mapping[int | Non
         total += part_rows or smallest_part_rows * part.default_height
         if not part_rows and part.default_height > reference.default_height:
             logger.info(
-                f"{part.theirs} is not in the file; it is assumed to have {part.default_height} times as "
+                f"{part.foreign_path} is not in the file; it is assumed to have {part.default_height} times "
+                "as "
                 "many rows as the parts next to it"
             )
     return total
@@ -435,9 +438,9 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors:
             title = title or rotation.title
     if is_row_slice(first.part):
         # a part of the weight for which the file has no tensors is not rotated
-        paths_in_file = {piece.part.theirs for piece in pieces}
-        siblings = _list_parts_of_weight(first.part.ours, {first.part.theirs})
-        if any(is_row_slice(part) and part.theirs not in paths_in_file for part in siblings):
+        paths_in_file = {piece.part.foreign_path for piece in pieces}
+        siblings = _list_parts_of_weight(first.part.our_path, {first.part.foreign_path})
+        if any(is_row_slice(part) and part.foreign_path not in paths_in_file for part in siblings):
             raise FusionError(f"{title} rotates only some of its parts")
     all_are_rotated = len(rotation_values) == len(pieces)
     if not all_are_rotated or not all(torch.equal(values, rotation_values[0]) for values in rotation_values):

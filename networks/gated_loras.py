@@ -28,11 +28,11 @@ from networks.depth_variants import fit_depths
 from networks.fused_parts import convert_fused_layers
 from networks.kinds.composing import MAGNITUDE_KIND_NAME, list_additive
 from networks.kinds.factors import DOWN, UP
-from networks.loading import LoraFile, LoraUse
+from networks.loading import LoraFile, WeightedLora
 from networks.lora_products import add_product
 from networks.module_names import select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
-from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rank_rule_of
 from networks.unused_tensors import text_side_of
 from runtime.run_blocks import stage_files_of
 
@@ -290,7 +290,7 @@ class LoraBranch:
             network: Network that contains the module.
             metadata: Metadata of the LoRA file.
         """
-        rule = rule_of(metadata)
+        rule = rank_rule_of(metadata)
         rank = deltas.rank_of(self.delta.factors)
         if rule is not None and rank:
             self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
@@ -476,7 +476,7 @@ class AddedLoras:
 
 
 def add_loras(
-    dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False, option: str = "--sample_lora"
+    dit: nn.Module, uses: Sequence[WeightedLora], is_compiled: bool = False, option: str = "--sample_lora"
 ) -> AddedLoras:
     """Wrap the modules of a model with LoRAs, switched off.
 
@@ -546,7 +546,7 @@ def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
     """
     loras = []
     for path, option in stage_files_of(dit):
-        use = LoraUse(loading.read_lora(path))
+        use = WeightedLora(loading.read_lora(path))
         loras.append(add_loras(dit, [use], is_compiled, option))
     dit.__dict__[_STAGE_LORAS] = loras  # not by setattr, so that it is not registered as a submodule
 
@@ -715,7 +715,7 @@ def _check_delta_fits(
 ) -> None:
     """Raise CheckpointError if the shape of a module's weight or bias change does not fit the parameter."""
     weight = parameter.unpacked
-    for change in changes_of(LoraUse(lora), delta):
+    for change in changes_of(WeightedLora(lora), delta):
         target = weight
         target_name = name
         if change.parameter_name == "bias":

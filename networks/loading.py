@@ -39,7 +39,7 @@ from networks.module_names import (
 )
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames, GrownBlocks
 from networks.patterns import describe_unfit, in_any_spelling
-from networks.rank_masks import rule_of
+from networks.rank_masks import rank_rule_of
 from networks.tensor_names import dialect_in_words
 from networks.unused_tensors import (
     explain_absent_module,
@@ -86,7 +86,7 @@ class LoraFile:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     dialect: str
-    parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
+    loras_by_expert: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
     # tensors for text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     unknown_names: str = (
@@ -107,7 +107,7 @@ class LoraFile:
         Returns:
             FOR_BOTH for a LoRA for both experts; None if unknown or if the file has parts.
         """
-        return None if self.parts else expert_of(self.metadata, self.path)
+        return None if self.loras_by_expert else expert_of(self.metadata, self.path)
 
     @property
     def evidence(self) -> str:
@@ -139,11 +139,11 @@ class LoraFile:
         Raises:
             CheckpointError: If the file has no part for it.
         """
-        if not self.parts:
+        if not self.loras_by_expert:
             return self
-        if not expert or expert not in self.parts:
+        if not expert or expert not in self.loras_by_expert:
             raise _make_several_error(self.path)
-        return self.parts[expert]
+        return self.loras_by_expert[expert]
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """Return the factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
@@ -151,7 +151,7 @@ class LoraFile:
         Raises:
             CheckpointError: If the file has parts and no part was chosen.
         """
-        if self.parts:
+        if self.loras_by_expert:
             raise _make_several_error(self.path)
         return group_by_module(self.tensors)
 
@@ -166,7 +166,7 @@ class LoraFile:
         if hint is None and self.written_for is not None:
             return [self.written_for]
         # in a file with a LoRA for each expert, the tensors are in `parts`: the first shows the family
-        part = next(iter(self.parts.values()), self)
+        part = next(iter(self.loras_by_expert.values()), self)
         trained_family = read_family(part.metadata)
         if hint is None and trained_family is not None:
             hint = trained_family.name
@@ -184,7 +184,7 @@ class LoraFile:
         """
         if self.written_for is not None:
             return self.written_for.grown
-        families = [] if self.parts else self.families()
+        families = [] if self.loras_by_expert else self.families()
         return next((family.grown for family in families if family.grown is not None), None)
 
     def family(self) -> FamilyNames | None:
@@ -239,7 +239,7 @@ def read_lora(
         )
     if unsupported is not None:
         raise _make_unsupported_error(path, *unsupported)
-    rule_of(metadata, path)  # called to raise for an unreadable rule of ranks, before a model is loaded
+    rank_rule_of(metadata, path)  # called to raise for an unreadable rule of ranks, before a model is loaded
     words: BundledWords = {}
     if with_words and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
@@ -271,7 +271,7 @@ def read_lora(
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
     named_parts = {expert: part for expert, part in parts.items() if expert is not None}
-    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=named_parts)
+    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), loras_by_expert=named_parts)
 
 
 def _make_unsupported_error(path: Path, kind: str, key: str) -> CheckpointError:
@@ -619,7 +619,7 @@ def warn_of_unused_parts(
 
 
 @dataclass(frozen=True)
-class LoraUse:
+class WeightedLora:
     """One LoRA file with its multiplier and patterns.
 
     A pattern is a regular expression that selects tensors by name. It may use the name in the LoRA file or
@@ -632,7 +632,7 @@ class LoraUse:
     include: str | None = None
     exclude: str | None = None
 
-    def for_expert(self, expert: str | None) -> "LoraUse":
+    def for_expert(self, expert: str | None) -> "WeightedLora":
         """Return a copy that uses the part for an expert; warn if the LoRA is for another expert."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
@@ -659,7 +659,7 @@ def lora_uses(
     patterns: LoraPatternOptions | None = None,
     with_texts: bool = False,
     with_words: bool = False,
-) -> list[LoraUse]:
+) -> list[WeightedLora]:
     """Read LoRA files; return each with its multiplier and patterns.
 
     Args:
@@ -689,14 +689,14 @@ def lora_uses(
             names = _names_for_patterns(lora)
             include = fit_pattern(include, names, str(path))
             exclude = fit_pattern(exclude, names, str(path))
-        uses.append(LoraUse(lora, multiplier, include, exclude))
+        uses.append(WeightedLora(lora, multiplier, include, exclude))
     return uses
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
     """Return the tensor names that patterns are searched in: the file's own, and those of other layouts."""
     names: set[str] = set()
-    for part in (lora, *lora.parts.values()):
+    for part in (lora, *lora.loras_by_expert.values()):
         for tensor in (*part.tensors, *part.text_tensors):
             module, _, factor = tensor.partition(".")
             names.add(f"{module}.{factor}")
@@ -775,7 +775,7 @@ def warn_of_absent(
         )
 
 
-def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
+def on_side(uses: Iterable[WeightedLora], is_text: bool) -> list[WeightedLora]:
     """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
 
     A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
@@ -816,7 +816,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     return parts
 
 
-def _keeps_any(use: LoraUse, modules: Mapping[str, Factors]) -> bool:
+def _keeps_any(use: WeightedLora, modules: Mapping[str, Factors]) -> bool:
     """Return whether the patterns of a LoRA select any of these modules."""
     return any(use.selects(factors, name) for name, factors in modules.items())
 
@@ -857,11 +857,11 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     )
 
 
-def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
+def read_use(path: Path, expert: str, multiplier: float) -> WeightedLora:
     """Read the LoRA of one expert from a file; warn if the file was trained for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
     warn_of_other_expert(lora, expert)
-    return LoraUse(lora, multiplier)
+    return WeightedLora(lora, multiplier)
 
 
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:

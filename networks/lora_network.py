@@ -20,7 +20,7 @@ from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import describe_text_module, read_family, select_family
 from networks.names.layouts import OURS, FamilyNames
-from networks.rank_masks import rule_of
+from networks.rank_masks import rank_rule_of
 
 if TYPE_CHECKING:  # only for --network_weights
     from networks.loading import LoraFile
@@ -166,7 +166,7 @@ class OwnNetwork(nn.Module):
         from networks.depth_variants import fit_depths
 
         trains_text_encoders = any(prefix_of(name) != UNET for name in network_modules)
-        use = loading.LoraUse(loading.read_lora(path, with_texts=trains_text_encoders, with_words=True))
+        use = loading.WeightedLora(loading.read_lora(path, with_texts=trains_text_encoders, with_words=True))
         (use,) = fit_depths([use], modules)
         lora = use.lora
         # its magnitudes are relative to other norms than those of training
@@ -176,7 +176,7 @@ class OwnNetwork(nn.Module):
                 "  Bring it back first: convert_lora.py --target default --dit MODEL.",
                 path,
             )
-        file_rule = rule_of(lora.metadata)
+        file_rule = rank_rule_of(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "

@@ -23,23 +23,23 @@ from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, LORA_FACTORS, group_by_module, hollow, scaling_of
+from networks.deltas import CPU, LORA_FACTORS, group_by_module, scaling_of, to_meta_tensor
 from networks.depth_variants import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
+from networks.loading import LoraFile, WeightedLora, lora_uses, read_lora
 from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
-from networks.rank_masks import rule_of
+from networks.rank_masks import rank_rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import find_networks
 from networks.text_loras import FullPatch, is_full, uses_for, warn_of_other_encoders
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
-from networks.writing import in_own_form, rename_to_aliases
+from networks.writing import convert_to_our_layout, rename_to_aliases
 from protocols.loading import TensorInfo
 from protocols.rules import expert_of_file
 
@@ -136,10 +136,10 @@ def merge_flux(options: FluxMergeOptions) -> None:
         )
 
 
-def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[LoraUse]:
+def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[WeightedLora]:
     """Return the LoRAs with their strengths."""
     files = zip(options.models or (), options.ratios or (), strict=True)
-    return [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in files]
+    return [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in files]
 
 
 def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype | None:
@@ -150,7 +150,7 @@ def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype |
 def _write_sum(
     options: FluxMergeOptions | FullMergeOptions,
     output: Path,
-    uses: Sequence[LoraUse],
+    uses: Sequence[WeightedLora],
     device: torch.device,
 ) -> None:
     """Write the sum of LoRAs as one LoRA, and show what was written."""
@@ -166,7 +166,7 @@ def _write_sum(
 def save_sum(
     options: FluxMergeOptions | FullMergeOptions,
     output: Path,
-    uses: Sequence[LoraUse],
+    uses: Sequence[WeightedLora],
     device: torch.device,
 ) -> dict[str, str]:
     """Save the sum of LoRAs as one LoRA.
@@ -279,14 +279,14 @@ def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
     return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
 
 
-def _list_files(uses: Sequence[LoraUse]) -> str:
+def _list_files(uses: Sequence[WeightedLora]) -> str:
     """Return lines with the path and the strength of each LoRA."""
     return "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
 
 
 def merge_into_file(
     model: Path,
-    uses: Sequence[LoraUse],
+    uses: Sequence[WeightedLora],
     output: Path,
     device: torch.device,
     in_channels: int | None = None,
@@ -359,7 +359,7 @@ def merge_into_file(
 
 def _show_merge(
     model: Path,
-    uses: Sequence[LoraUse],
+    uses: Sequence[WeightedLora],
     output: Path,
     num_quantized: int,
     dequantized_dtype: torch.dtype,
@@ -376,7 +376,7 @@ def _show_merge(
 
 
 def _make_patch(
-    uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
+    uses: Sequence[WeightedLora], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
     """Return the patch for a file with a single network, or for a full checkpoint.
 
@@ -395,7 +395,7 @@ def _make_patch(
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
 
 
-def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[LoraUse]) -> dict[str, str]:
+def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[WeightedLora]) -> dict[str, str]:
     """Return the model's own metadata, without hashes, and the names of the merged files."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
     if uses:
@@ -425,7 +425,7 @@ def _list_written_tensors(
 def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a LoRA does not fit the model, before anything is written."""
     for name, info in checkpoint.tensors.items():
-        patch.add_to(name, hollow(info))
+        patch.add_to(name, to_meta_tensor(info))
     patch.check()
 
 
@@ -455,7 +455,7 @@ class _Summand(NamedTuple):
 
 
 def _sum_loras(
-    uses: Sequence[LoraUse], concat: bool, dtype: torch.dtype, device: torch.device
+    uses: Sequence[WeightedLora], concat: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA.
 
@@ -471,7 +471,7 @@ def _sum_loras(
     """
     _reject_other_families([use.lora for use in uses])
     for use in uses:
-        rule = rule_of(use.lora.metadata)
+        rule = rank_rule_of(use.lora.metadata)
         if rule is not None:  # trained with masked ranks, which a sum cannot mask
             logger.warning(f"{use.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
@@ -505,12 +505,12 @@ def _reject_other_families(loras: Sequence[LoraFile]) -> None:
             )
 
 
-def _list_summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
+def _list_summands(uses: Sequence[WeightedLora]) -> dict[str, list[_Summand]]:
     """Return the factors of all files by module. Raises CheckpointError for anything but plain LoRAs."""
     modules: dict[str, list[_Summand]] = {}
     for use in uses:
         lora = use.lora
-        tensors = {**in_own_form(lora.tensors, lora.family()), **lora.text_tensors}
+        tensors = {**convert_to_our_layout(lora.tensors, lora.family()), **lora.text_tensors}
         for name, factors in group_by_module(tensors).items():
             if set(factors) - {"alpha"} != set(LORA_FACTORS):
                 raise CheckpointError(

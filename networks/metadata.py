@@ -18,7 +18,7 @@ from checkpoints.writing import save_tensors
 from modules.console import format_count
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import group_by_module, hollow, rank_of
+from networks.deltas import group_by_module, rank_of, to_meta_tensor
 from networks.kinds.composing import KIND_BY_FACTOR, MAGNITUDE_KIND_NAME, MAGNITUDES, sizes_by_word
 from networks.kinds.factors import Factors
 from networks.module_names import read_family
@@ -178,7 +178,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     trained_family = read_family(checkpoint.metadata)
     hint = None if trained_family is None else trained_family.name
     # names and shapes are enough here, so no values are read
-    hollow_tensors = {name: hollow(checkpoint.tensors[name]) for name in names}
+    hollow_tensors = {name: to_meta_tensor(checkpoint.tensors[name]) for name in names}
     native = key_formats.to_native(hollow_tensors, hint)
     in_dit = group_by_module(native.tensors)
     in_texts = group_by_module(native.text_tensors)

@@ -94,7 +94,7 @@ def set_level(network: nn.Module, level: float, device: torch.device) -> None:
         set_levels(network, torch.full((1,), level, device=device))
 
 
-def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
+def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
     """Return the rank rule in a LoRA's metadata; None if all ranks are always active.
 
     Args:
@@ -131,6 +131,6 @@ def has_rule(paths: Iterable[Path]) -> bool:
     """Return whether any of these LoRA files was trained with a rank rule; only headers are read."""
     for path in paths:
         with open_checkpoint(path) as checkpoint:
-            if rule_of(checkpoint.metadata) is not None:
+            if rank_rule_of(checkpoint.metadata) is not None:
                 return True
     return False

@@ -33,7 +33,7 @@ from networks.kinds.lora import LORA
 from networks.merging import DTYPES, decompose_product
 from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED
-from networks.rank_masks import rule_of
+from networks.rank_masks import rank_rule_of
 from networks.tensor_names import in_default_spelling
 from networks.tool_options import PRECISIONS
 
@@ -221,7 +221,7 @@ def _reject_other_kinds(
                 f"  Make a plain LoRA of it first: {command}",
                 source,
             )
-    rule = rule_of(metadata, source)
+    rule = rank_rule_of(metadata, source)
     if rule is not None:
         raise CheckpointError(
             f"{source} is {named(rule.kind)}, whose ranks act by the noise ({rule.in_words()}): new "

@@ -6,7 +6,7 @@ from pathlib import Path
 from modules.options import Options, not_needed, option, unsupported
 from modules.run_limits import temporary_folder
 from networks.deltas import CPU
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.merging import save_sum
 from networks.resizing import ResizeOptions, resize_file
 from networks.tool_options import MERGED_FAMILIES, PRECISIONS, FullMergeOptions, check_ratios
@@ -51,12 +51,12 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
         CheckpointError: If a file cannot be used, or they do not fit each other.
     """
     pairs = list(zip(options.models, options.ratios, strict=True))
-    uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]
+    uses = [WeightedLora(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]
     logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
     with temporary_folder() as folder:
         exact = folder / "sum.safetensors"
         # `usual` fills in the defaults of all other options
-        summing = FullMergeOptions.usual(
+        summing = FullMergeOptions.from_defaults(
             models=options.models,
             ratios=options.ratios,
             save_to=exact,
@@ -65,7 +65,7 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
         )
         save_sum(summing, exact, uses, CPU)
         resize_file(
-            ResizeOptions.usual(
+            ResizeOptions.from_defaults(
                 model=exact,
                 save_to=options.save_to,
                 new_rank=options.new_rank,

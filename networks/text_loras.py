@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, LoraUse, on_side
+from networks.loading import LoraFile, WeightedLora, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
@@ -27,8 +27,8 @@ logger = getLogger(__name__)
 
 
 def uses_for(
-    uses: Iterable[LoraUse], prefix: str = "", prefixes: Collection[str] | None = None
-) -> list[LoraUse]:
+    uses: Iterable[WeightedLora], prefix: str = "", prefixes: Collection[str] | None = None
+) -> list[WeightedLora]:
     """Return the LoRAs for one network, with names as for a transformer; skip LoRAs without changes of it.
 
     Args:
@@ -79,7 +79,7 @@ def _select_encoder(lora: LoraFile, prefix: str, prefixes: Collection[str] | Non
 class TextLoras:
     """Merge LoRAs into text encoders, and into layers loaded with them, once after each encoder is loaded."""
 
-    def __init__(self, uses: Sequence[LoraUse], rounding: str = NEAREST) -> None:
+    def __init__(self, uses: Sequence[WeightedLora], rounding: str = NEAREST) -> None:
         """Prepare to add LoRAs to text encoders.
 
         Args:
@@ -133,7 +133,7 @@ class TextLoras:
         if self._text_side_uses and has_text_layers(encoder):
             self._merge(self._text_side_uses, encoder.text_layers, encoder.name)
 
-    def _merge(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
+    def _merge(self, uses: Sequence[WeightedLora], network: nn.Module, label: str) -> None:
         """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change.
 
         Args:
@@ -157,7 +157,7 @@ class TextLoras:
         self._merged.add(network)
 
 
-def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
+def with_words_of(family: Family, uses: Iterable[Iterable[WeightedLora]]) -> Family:
     """Return a copy of the family whose prompts may contain the learned words of LoRAs.
 
     Args:
@@ -187,12 +187,12 @@ _CLIP_LEVEL = "text_model."  # first level of the names in transformers' CLIP
 class TensorPiece:
     """A tensor in a checkpoint, or one third of a tensor that fuses q, k and v."""
 
-    network: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
+    text_encoder: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
     name: str  # dotted name as in LoRA files; for the U-Net, the name in the checkpoint
     third: int | None = None  # which third of the rows, 0 to 2; None: all rows
     is_transposed: bool = False
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def take_rows(self, tensor: Tensor) -> Tensor:
         """Return a view of the piece in the file's tensor."""
         if self.is_transposed:
             return tensor.t()
@@ -231,7 +231,7 @@ class FullPatch:
 
     def __init__(
         self,
-        uses: Sequence[LoraUse],
+        uses: Sequence[WeightedLora],
         names: Iterable[str],
         model: Path,
         rounding: LoraRounding | None = None,
@@ -246,7 +246,7 @@ class FullPatch:
         """
         names = list(names)
         # prefixes of the text encoders in the file
-        prefixes = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
+        prefixes = sorted({piece.text_encoder for name in names for piece in pieces_of(name)} - {""})
         renamed_uses = rename_for_encoders(uses, str(model), prefixes)
         unet_names = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files; "": the U-Net
@@ -268,7 +268,7 @@ class FullPatch:
             target: Dtype to which the caller rounds the tensor; None for that of the tensor.
         """
         for piece, patch in self._list_pieces(name):
-            patch.add_to(piece.name, piece.of(tensor), target)
+            patch.add_to(piece.name, piece.take_rows(tensor), target)
         return tensor
 
     def check(self) -> None:
@@ -279,10 +279,12 @@ class FullPatch:
     def _list_pieces(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
         """Yield each piece of a checkpoint's tensor, with the `LoraPatch` of the network that has it."""
         for piece in pieces_of(name):
-            yield piece, self._patches[piece.network]
+            yield piece, self._patches[piece.text_encoder]
 
 
-def rename_for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
+def rename_for_encoders(
+    uses: Iterable[WeightedLora], model: str, prefixes: Collection[str]
+) -> list[WeightedLora]:
     """Rename LoRAs to the prefixes of a model's text encoders; warn of changes for other encoders.
 
     Args:
@@ -293,7 +295,7 @@ def rename_for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collectio
     Raises:
         CheckpointError: If a LoRA changes only other text encoders.
     """
-    renamed: list[LoraUse] = []
+    renamed: list[WeightedLora] = []
     for use in uses:
         text_tensors = rename_texts(use.lora.text_tensors, prefixes)
         warn_of_other_encoders(use, text_tensors, model, prefixes)
@@ -302,7 +304,7 @@ def rename_for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collectio
 
 
 def warn_of_other_encoders(
-    use: LoraUse, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
+    use: WeightedLora, text_tensors: Iterable[str], model: str, prefixes: Collection[str]
 ) -> None:
     """Warn of changes for text encoders that a model lacks.
 

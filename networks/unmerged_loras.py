@@ -14,8 +14,8 @@ from modules.errors import CheckpointError
 from networks.apply import Change, LoraPatch
 from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, find_parameters
 from networks.kinds.contract import named
-from networks.loading import LoraUse
-from networks.rank_masks import rule_of
+from networks.loading import WeightedLora
+from networks.rank_masks import rank_rule_of
 
 
 def add_unmerged(
@@ -48,19 +48,19 @@ def add_unmerged(
         layer.switch_on(device, dtype)
 
 
-def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]:
+def split_masked(uses: Iterable[WeightedLora]) -> tuple[list[WeightedLora], list[WeightedLora]]:
     """Return the LoRAs that can be merged, and those that were trained with a mask of ranks (T-LoRA)."""
-    plain: list[LoraUse] = []
-    masked: list[LoraUse] = []
+    plain: list[WeightedLora] = []
+    masked: list[WeightedLora] = []
     for use in uses:
-        if rule_of(use.lora.metadata) is None:
+        if rank_rule_of(use.lora.metadata) is None:
             plain.append(use)
         else:
             masked.append(use)
     return plain, masked
 
 
-def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequence[Change]]:
+def masked_changes(dit: nn.Module, uses: Sequence[WeightedLora]) -> Mapping[str, Sequence[Change]]:
     """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing parts.
 
     Raises:
@@ -73,7 +73,7 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
         if not patch.changes_parameter(name):
             continue
         if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
-            rule = rule_of(uses[0].lora.metadata)
+            rule = rank_rule_of(uses[0].lora.metadata)
             assert rule is not None  # else it is merged
             raise CheckpointError(
                 f"{uses[0].lora.path} says that it is {named(rule.kind)}, and has more for {name} than two "

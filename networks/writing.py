@@ -397,7 +397,7 @@ def _changes_any(factors: Factors) -> bool:
     return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
 
 
-def in_target(
+def convert_to_dialect(
     native: Mapping[str, Tensor],
     family: FamilyNames | None,
     target: str,
@@ -406,7 +406,7 @@ def in_target(
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
     Args:
-        native: Tensors by name, for modules in the family's own layout, from `in_own_form`.
+        native: Tensors by name, for modules in the family's own layout, from `convert_to_our_layout`.
         family: The model family; None if unknown.
         target: The target dialect.
         diffusers_prefix: Prefix of names in diffusers: the name of the network in the pipeline.
@@ -417,7 +417,7 @@ def in_target(
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }
-            written = in_target(readable, family, target, diffusers_prefix)
+            written = convert_to_dialect(readable, family, target, diffusers_prefix)
             return TranslatedModules(written.tensors, written.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:
             return _write_fused(native, family)
@@ -468,19 +468,19 @@ def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> Translate
     return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unfused, reason))
 
 
-def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
+def convert_to_our_layout(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
     """Convert a LoRA to the modules of our layout: join parts, or split fused modules.
 
     Raises:
         CheckpointError: If a part has factors of a larger layer that cannot be converted (`resolve_rows`).
     """
     if family is not None and family.joined:
-        return resolve_rows(take_apart(tensors, family))
+        return resolve_rows(split_fused_layers(tensors, family))
     is_joined = family is None or family.parts
     return resolve_rows(join_parts(tensors, family=family) if is_joined else tensors)
 
 
-def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
+def split_fused_layers(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
     """Convert modules of a layout that fuses some of our modules, or names them differently, to ours.
 
     A module that cannot be split is left unsplit, with a warning.

@@ -8,7 +8,7 @@ from typing import Any
 
 from dataset.sources.captions import add_trigger
 from dataset.sources.wildcards import has_choice
-from dataset.subset_options import KEPT
+from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 
 SHARE = 0.8  # minimum fraction of tag lists in a tagged folder
 LEAST = 3  # minimum number of tags in a list
@@ -59,7 +59,7 @@ class TagLists:
         # neither the leading tags that all captions share nor a trigger word in front of them are shuffled
         num_fixed_tags = self.num_leading_shared + (1 if adds_trigger else 0)
         if self.has_separator_of_fixed_tags:
-            keys["keep_tokens_separator"] = KEPT
+            keys["keep_tokens_separator"] = KEEP_TOKENS_SEPARATOR
         elif num_fixed_tags:
             keys["keep_tokens"] = num_fixed_tags
         if self.has_alternatives:
@@ -73,7 +73,7 @@ def find_tags(captions: Iterable[str]) -> TagLists | None:
     for separator in (",", " "):
         lists = [tags for text in texts if (tags := _read_list(text, separator))]
         if lists and len(lists) >= SHARE * len(texts):
-            has_kept = any(KEPT in text for text in texts)
+            has_kept = any(KEEP_TOKENS_SEPARATOR in text for text in texts)
             return TagLists(tuple(lists), separator, has_kept, any(map(has_choice, texts)))
     return None
 
@@ -91,7 +91,9 @@ def as_words(tag: str) -> str:
 
 def _read_list(text: str, separator: str) -> tuple[str, ...]:
     """Split a caption into tags; empty if it does not look like a list of tags."""
-    tags = [tag.strip() for tag in text.replace(KEPT, separator).split(separator) if tag.strip()]
+    tags = [
+        tag.strip() for tag in text.replace(KEEP_TOKENS_SEPARATOR, separator).split(separator) if tag.strip()
+    ]
     if len(tags) < LEAST or SENTENCE.search(text):
         return ()
     if separator == " " and not _have_underscores(tags):

@@ -32,7 +32,7 @@ from protocols.data import (
     SamplingDefaults,
 )
 from protocols.few_steps import FewSteps
-from protocols.loading import BlockPlace, Placement
+from protocols.loading import BlockSharder, Placement
 from protocols.requests import Prepared, Prompt, Request
 from protocols.steps import NO_OVERRIDES, CleanTokens, EncodedPrompts, Overrides, Section
 
@@ -359,7 +359,7 @@ def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
 class DividedEncoder(TextEncoder, Protocol):
     """A text encoder whose blocks can be split over processes; all of them must encode the same texts."""
 
-    blocks: BlockPlace | None  # set before `load`
+    blocks: BlockSharder | None  # set before `load`
 
     @property
     def network(self) -> nn.Module:

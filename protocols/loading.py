@@ -125,7 +125,7 @@ class HostWeightMemory(Protocol):
         """
 
 
-class BlockPlace(Protocol):
+class BlockSharder(Protocol):
     """Process each block of a network as soon as it is loaded, for example to keep only a part of it."""
 
     asked_by: str  # the option, for messages
@@ -159,6 +159,6 @@ class Placement:
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as in the file, fp8 in 16 bits
     quantization: Quantization | None = None
     host: HostWeightMemory | None = None  # keeps some weights in host memory; None: all go to the device
-    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged
+    blocks: BlockSharder | None = None  # takes each block when it is loaded; None: it stays unchanged
     # called before each tensor, instead of a progress bar; may raise to end the loading
     check: Callable[[], None] | None = None

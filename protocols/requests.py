@@ -145,7 +145,9 @@ class Prepared:
     )
     first_step: int = 0  # first step that is run; above 0 for video-to-video; set by the shared loop
     rules: GuidanceRules = NO_GUIDANCE_RULES  # the model's own guidance rules
-    joint: AudioVideoShapes | None = None  # shapes of image and audio latents; None: there is no audio
+    audio_video_shapes: AudioVideoShapes | None = (
+        None  # shapes of image and audio latents; None: there is no audio
+    )
     audio_shift: float = 1.0  # time shift from the noise levels of images to those of audio
     sigmas: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
     # timestep at the beginning of each step, if there is a source and the sections have their own solver;
@@ -158,7 +160,7 @@ class Prepared:
     stage_lora_strengths: tuple[float, ...] = ()
     # for the memory plan: loaders of networks that produce the start of a stage, with their input shapes
     stage_start_networks: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
-    family_record: Any = None  # the family's own settings, which only the family reads
+    family_settings: Any = None  # the family's own settings, which only the family reads
     output_suffix: str = ""  # appended to the names of output files
     visible_region: Box | None = None  # region to which decoded pixels are cropped; None: all pixels
     extra_metadata: Mapping[str, str] = field(default_factory=dict)  # additional metadata of outputs
@@ -167,7 +169,7 @@ class Prepared:
     @property
     def is_audio_alone(self) -> bool:
         """Return whether the request generates audio without images."""
-        return self.joint is not None and not self.joint.image[1]
+        return self.audio_video_shapes is not None and not self.audio_video_shapes.image[1]
 
     @property
     def is_still(self) -> bool:

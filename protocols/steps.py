@@ -135,7 +135,7 @@ class Overrides:
     num_clean_frames: int = 0
     # which other latents are clean; their velocity is multiplied by 1 - share
     clean_tokens: CleanTokens | None = None
-    joint: AudioVideoShapes | None = (
+    audio_video_shapes: AudioVideoShapes | None = (
         None  # set if the latents are video and audio, B N; timesteps are then B or B 2
     )
     # results that a network may cache between the passes of a section; None: it must not cache
@@ -189,7 +189,7 @@ class Overrides:
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             num_clean_frames=self.num_clean_frames or all_passes.num_clean_frames,
             clean_tokens=self.clean_tokens or all_passes.clean_tokens,
-            joint=self.joint or all_passes.joint,
+            audio_video_shapes=self.audio_video_shapes or all_passes.audio_video_shapes,
             section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
         )
 
@@ -267,7 +267,7 @@ class Section:
     @property
     def clean_streams(self) -> tuple[bool, bool]:
         """Return whether all images are fixed instead of denoised, and whether all audio is."""
-        joint, frames = self.overrides.joint, self.clean_frames
+        joint, frames = self.overrides.audio_video_shapes, self.clean_frames
         has_image = joint is not None and frames is not None and frames.shape[2] == joint.image[1]
         return has_image, self.clean_audio is not None
 
@@ -336,7 +336,7 @@ class CompletedStep:
         if self.section.solver is not None:
             clean: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
             return clean
-        joint = self.section.overrides.joint
+        joint = self.section.overrides.audio_video_shapes
         if self.step.audio_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity
         # latents of images and of sound, which have different noise levels, are joined in one tensor
@@ -348,7 +348,7 @@ class CompletedStep:
     @property
     def image_latents(self) -> Tensor:
         """Return the clean latents of the images without audio, B C F H W."""
-        joint = self.section.overrides.joint
+        joint = self.section.overrides.audio_video_shapes
         latents = self.clean if joint is None else joint.split(self.clean)[0]
         return latents[:, :, : self.section.num_visible_frames]
 

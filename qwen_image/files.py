@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from checkpoints.dialects import DitShapes, other_kind
+from checkpoints.dialects import DitShapes, make_wrong_kind_error
 from checkpoints.dits import DitFormat, DitHeader, own_names
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint
@@ -84,7 +84,7 @@ QUERY_WEIGHT = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     names = checkpoint.tensors
     if IDENTIFYING_TENSOR not in names:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, file_shapes, NAME)
     return DitHeader(_read_config(shapes, LAYER_TENSOR in names), "released", names[QUERY_WEIGHT].dtype)
@@ -92,8 +92,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
 
 def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
-    dim, token_dim = shapes.of("img_in.weight")
-    (head_dim,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    dim, token_dim = shapes.shape_of("img_in.weight")
+    (head_dim,) = shapes.shape_of("transformer_blocks.0.attn.norm_q.weight", axes=1)
     # 16: a head divides into whole pairs of channels for images, rows and columns (see `rotary_widths`)
     if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
@@ -101,15 +101,15 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
             f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    shapes.of(QUERY_WEIGHT)  # raises if it is missing
+    shapes.shape_of(QUERY_WEIGHT)  # raises if it is missing
     return QwenImageConfig(
         dim=dim,
-        ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
+        ffn_dim=shapes.shape_of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
         num_heads=dim // head_dim,
-        num_layers=shapes.blocks("transformer_blocks"),
+        num_layers=shapes.count_blocks("transformer_blocks"),
         channels=token_dim // PATCH**2,
-        text_dim=shapes.of("txt_in.weight")[1],
-        freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        text_dim=shapes.shape_of("txt_in.weight")[1],
+        freq_dim=shapes.shape_of("time_text_embed.timestep_embedder.linear_1.weight")[1],
         has_layers=has_layers,
     )
 

@@ -191,7 +191,7 @@ class QwenImageLayered(ModelOfImages):
         )
         rules = GuidanceRules(norm_patch_size=PATCH) if self.keeps_norms else NO_GUIDANCE_RULES
         name_suffix = f"_{path.stem}" if self.edit.append_original_name else ""
-        return replace(prepared, rules=rules, output_suffix=name_suffix, family_record=resize)
+        return replace(prepared, rules=rules, output_suffix=name_suffix, family_settings=resize)
 
     def _keep_image(self, request: Request) -> Request:
         """Return the request with only the image to split into layers; warn about dropped media."""
@@ -217,7 +217,7 @@ class QwenImageLayered(ModelOfImages):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the input image as its posterior mean, 1 C 1 h w, for section 0, the only one."""
         (path,) = prepared.request.control_images
-        taken: ReferenceResize = prepared.family_record
+        taken: ReferenceResize = prepared.family_settings
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
         return {0: {CONTROL: encoders.vae.encode(_to_pixels(frame[None, None]))}}
 

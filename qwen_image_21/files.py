@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
-from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
+from checkpoints.dialects import DitShapes, cut_parts, make_wrong_kind_error, parted_shapes
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageEncoderSettings, LanguageModelFiles
 from encoders.language_models import QWEN3_VL
@@ -104,7 +104,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
     # Qwen-Image-2.1 shares one modulation among all blocks; Qwen-Image has one in each block
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if IDENTIFYING_TENSOR not in names or not has_modulation:
-        raise other_kind(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
+        raise make_wrong_kind_error(checkpoint, MODEL_KIND, DIT_OPTION, FILES)
     controls = [name for name in names if name.startswith("control_")]
     if controls:
         raise CheckpointError(
@@ -145,16 +145,16 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
     `settings` is the content of `source`, a config.json; {} without one. Raises CheckpointError if
     dimensions do not match each other, or the network is another model's.
     """
-    dim, channels = shapes.of("img_in.weight")
-    (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    rows, columns = shapes.of(QUERY_WEIGHT)
+    dim, channels = shapes.shape_of("img_in.weight")
+    (width,) = shapes.shape_of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    rows, columns = shapes.shape_of(QUERY_WEIGHT)
     if rows != dim or columns != dim or dim % width or width % 2:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {width} are not "
             f"those of {MODEL_KIND}. Copy the file again.",
             shapes.path,
         )
-    num_layers = shapes.blocks("transformer_blocks")
+    num_layers = shapes.count_blocks("transformer_blocks")
     dimensions = {
         "num_layers": num_layers,
         "attention_head_dim": width,
@@ -174,13 +174,13 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
         raise CheckpointError(f"{source}: eps is {eps}: it must be a small number, such as 1e-6.", source)
     return QwenImage21Config(
         dim=dim,
-        ffn_dim=shapes.of("transformer_blocks.0.img_mlp.gate_layer.weight")[0],
+        ffn_dim=shapes.shape_of("transformer_blocks.0.img_mlp.gate_layer.weight")[0],
         num_heads=dim // width,
         num_layers=num_layers,
         channels=channels,
-        text_dim=shapes.of("txt_in.in_layer.weight")[1],
+        text_dim=shapes.shape_of("txt_in.in_layer.weight")[1],
         axes=_read_axes(settings, source, width),
-        freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        freq_dim=shapes.shape_of("time_text_embed.timestep_embedder.linear_1.weight")[1],
         eps=eps,
     )
 
@@ -226,7 +226,7 @@ def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[i
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping[str, TensorSource]:
-    return cut_parts(plain_sources(checkpoint), FUSED_LAYERS)
+    return cut_parts(list_tensor_sources(checkpoint), FUSED_LAYERS)
 
 
 @functools.cache  # so that headers that were read are found again

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.dialects import LoadPlan, count, load_planned, make_shape_reader, make_wrong_kind_error
 from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside, read_once
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.autoencoder import ImageVae
 from modules.devices import dtype_name, tensor_on
 from modules.errors import CheckpointError
@@ -329,11 +329,11 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
     checkpoint = checkpoint.without_prefix(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
-    wrong = other_kind(checkpoint, MODEL_KIND, VAE_OPTION, FILES)
-    sources = plain_sources(checkpoint)
+    wrong = make_wrong_kind_error(checkpoint, MODEL_KIND, VAE_OPTION, FILES)
+    sources = list_tensor_sources(checkpoint)
     if "quant_conv.weight" not in sources or "encoder.down_blocks.0.resnets.0.norm1.gamma" not in sources:
         raise wrong
-    shape = shapes_of(checkpoint, sources, wrong)
+    shape = make_shape_reader(checkpoint, sources, wrong)
     latent_channels = shape("post_quant_conv.weight")[1]
     encoder = _read_levels(shape, sources, "encoder.down_blocks", "downsampler")
     decoder = _read_levels(shape, sources, "decoder.up_blocks", "upsampler")

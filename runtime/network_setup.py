@@ -10,7 +10,7 @@ from torch import nn
 
 from modules.compile_options import Compilation
 from protocols.family import DitSpec
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from runtime.offload.block_swap import swap_blocks
 from runtime.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from runtime.options import SwapOptions
@@ -49,7 +49,7 @@ def set_up_network(
     host: HostWeights | None = None,
     checkpointing: Checkpointing | None = None,
     in_pieces: bool = False,
-    blocks: BlockPlace | None = None,
+    blocks: BlockSharder | None = None,
 ) -> None:
     """Prepare a loaded network to run: computation in pieces, compilation, checkpointing, swap, sharding.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from checkpoints import dialects
 from checkpoints.encoders import check_groups, declared_groups
 from checkpoints.filling import on_meta_device
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 from protocols.loading import TensorSource
 from stable_diffusion.contract import SD1, SDXL, ModelKind
@@ -125,7 +125,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         CheckpointError: If tensors that determine a dimension are missing or contradictory.
     """
     names = checkpoint.tensors
-    sources = dialects.rename_sources(plain_sources(checkpoint), ldm_to_diffusers_translator(names))
+    sources = dialects.rename_sources(list_tensor_sources(checkpoint), ldm_to_diffusers_translator(names))
     layers_by_level = read_levels(names)
 
     def broken(why: str) -> CheckpointError:
@@ -136,7 +136,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         )
 
     # returns the shape of a tensor by name; raises this error for another number of axes (4 by default)
-    shape = dialects.shapes_of(checkpoint, sources, broken("a tensor has another shape"))
+    shape = dialects.make_shape_reader(checkpoint, sources, broken("a tensor has another shape"))
     # a tensor name may contain any number, so the count is checked before it sets the work
     for level, num_layers in enumerate(layers_by_level):
         if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
@@ -275,13 +275,15 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
         CheckpointError: For any other file.
     """
     vae, sources = vae_sources(checkpoint)
-    other_network = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, EXPECTED_VAE)
+    other_network = dialects.make_wrong_kind_error(
+        checkpoint, "a VAE of Stable Diffusion", option, EXPECTED_VAE
+    )
     if (
         "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
         or "decoder.conv_in.weight" not in sources
     ):
         raise other_network
-    shape = dialects.shapes_of(vae, sources, other_network)
+    shape = dialects.make_shape_reader(vae, sources, other_network)
     levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
@@ -326,7 +328,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
             break
     # others=("",): all tensors without this prefix belong to other networks
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
-    stored_sources = plain_sources(vae)
+    stored_sources = list_tensor_sources(vae)
     num_levels = dialects.count(stored_sources, r"decoder\.up\.\d+")
     diffusers_names = map_vae_names_to_diffusers(stored_sources, num_levels=num_levels)
 

@@ -16,10 +16,10 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error
 from checkpoints.filling import load_module
 from checkpoints.model_files import require_file
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from protocols.loading import TensorSource
@@ -139,13 +139,13 @@ def _read_control_net(
     _reject_similar(bare)
     translate = ldm_to_diffusers_translator(bare.tensors)
     sources = {}
-    for name, source in plain_sources(bare).items():
+    for name, source in list_tensor_sources(bare).items():
         if name != DIFFERENCE_MARKER:
             sources[_name_in_diffusers(name, translate)] = source
     has_middle = "controlnet_mid_block.weight" in sources
     has_hint = f"{_HINT_EMBEDDING}.conv_in.weight" in sources
     if not has_middle or not has_hint:
-        raise other_kind(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
+        raise make_wrong_kind_error(checkpoint, "a ControlNet", OPTION, EXPECTED_FILE)
     # published files number all convolutions of the guide image; diffusers calls the last one conv_out
     if f"{_HINT_EMBEDDING}.conv_out.weight" not in sources:
         last = f"{_HINT_EMBEDDING}.blocks.{count(sources, _HINT_BLOCKS) - 1}."
@@ -230,7 +230,7 @@ def _read_config(
         checkpoint.path,
     )
     # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing
-    shape = shapes_of(checkpoint, sources, unknown_sizes)
+    shape = make_shape_reader(checkpoint, sources, unknown_sizes)
     down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
     if not down:
         raise unknown_sizes

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.dialects import LoadPlan
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
@@ -141,7 +141,7 @@ def read_folder_unet(folder: Path, exit_stack: ExitStack) -> LoadPlan[UnetSizes]
                 f"1.x, 2.x or XL has{lcm_hint}.\n  Give {EXPECTED_FILE}.",
                 folder,
             )
-    return LoadPlan(config, checkpoint, plain_sources(checkpoint))
+    return LoadPlan(config, checkpoint, list_tensor_sources(checkpoint))
 
 
 def read_folder_vae(

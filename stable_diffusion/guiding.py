@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
-from checkpoints.dialects import LoadPlan, load_planned, other_kind
+from checkpoints.dialects import LoadPlan, load_planned, make_wrong_kind_error
 from checkpoints.model_files import find_model_folder
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.clip_checkpoints import ClipNaming, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
@@ -86,7 +86,7 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
     """
     with open_checkpoint(path) as checkpoint:
         layers = _plan_layers(checkpoint, last)
-        sources = plain_sources(checkpoint)
+        sources = list_tensor_sources(checkpoint)
         names = [f"{_START}{number}.{part}" for number in range(last + 1) for part in ("weight", "bias")]
         needed = {name: sources[name] for name in names if name in sources}
         plan = LoadPlan(layers, checkpoint, needed, ("*",))
@@ -112,7 +112,7 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
             continue
         shape = () if info is None else info.shape
         if len(shape) != 4 or shape[1:] != (channels, 3, 3) or not shape[0]:
-            raise other_kind(checkpoint, "VGG16", OPTION, RELEASE)
+            raise make_wrong_kind_error(checkpoint, "VGG16", OPTION, RELEASE)
         layers.append((channels, shape[0]))
         channels = shape[0]
     return layers

@@ -18,8 +18,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoints.dialects import LoadPlan, other_kind
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from stable_diffusion.contract import SDXL
@@ -202,11 +202,13 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
                 f"Give one for Stable Diffusion XL to {option}.",
                 checkpoint.path,
             )
-        raise other_kind(checkpoint, A_LLLITE, option, "a file such as controllllite_v01032064e_sdxl_canny")
+        raise make_wrong_kind_error(
+            checkpoint, A_LLLITE, option, "a file such as controllllite_v01032064e_sdxl_canny"
+        )
     return LoadPlan(
         {name: _read_dimensions(checkpoint, name) for name in sorted(names)},
         checkpoint,
-        plain_sources(checkpoint),
+        list_tensor_sources(checkpoint),
     )
 
 

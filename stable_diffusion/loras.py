@@ -17,10 +17,10 @@ from checkpoints.dialects import LoadPlan
 from modules.console import format_count
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch, OriginalWeights
-from networks.deltas import group_by_module, hollow
+from networks.deltas import group_by_module, to_meta_tensor
 from networks.gated_loras import LoraBranch, attach_branches, find_parameters, fit_lora
 from networks.key_formats import family_by_text_width
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.module_names import read_family
 from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
@@ -156,7 +156,7 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
     """
     check_kind(loras, checkpoint_plan.kind)
     kind = checkpoint_plan.kind
-    uses = rename_for_encoders(map(LoraUse, loras), kind.title, kind.lora_prefixes)
+    uses = rename_for_encoders(map(WeightedLora, loras), kind.title, kind.lora_prefixes)
     if not loras:
         return
     _check_fit("", checkpoint_plan.unet, uses, checkpoint_plan.path)
@@ -164,7 +164,7 @@ def check_networks(loras: Sequence[LoraFile], checkpoint_plan: CheckpointPlan) -
         _check_fit(prefix, encoder.load_plan, uses, checkpoint_plan.path)
 
 
-def _check_fit(prefix: str, plan: LoadPlan[Any], uses: Sequence[LoraUse], checkpoint: Path) -> None:
+def _check_fit(prefix: str, plan: LoadPlan[Any], uses: Sequence[WeightedLora], checkpoint: Path) -> None:
     """Raise CheckpointError if LoRAs do not fit the weights of a network, compared on the meta device.
 
     Args:
@@ -176,7 +176,7 @@ def _check_fit(prefix: str, plan: LoadPlan[Any], uses: Sequence[LoraUse], checkp
     patch = LoraPatch(uses_for(uses, prefix), model=checkpoint)
     published_name = published_parameter if prefix else str  # only text encoders have other names here
     for name, source in plan.sources.items():
-        tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
+        tensors = [to_meta_tensor(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
         patch.add_to(published_name(name), source.build_tensor(tensors))
     patch.reject_misfits()
 
@@ -223,7 +223,7 @@ def load_networks(
     if not options.files:
         return None
     loras = read_networks(options) if loras is None else loras
-    all_uses = map(LoraUse, loras, options.multipliers)
+    all_uses = map(WeightedLora, loras, options.multipliers)
     uses = rename_for_encoders(all_uses, model.kind.title, model.kind.lora_prefixes)
     merged = uses[: options.num_merged]
     adjustable = uses[options.num_merged :]
@@ -240,7 +240,9 @@ def load_networks(
     return _add_layers(targets, adjustable, model)
 
 
-def _add_layers(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], model: Model) -> AdjustableLoras:
+def _add_layers(
+    targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], model: Model
+) -> AdjustableLoras:
     """Add layers of LoRAs next to those of the networks, the first of which is the U-Net."""
     # for each network, for each LoRA: its added layers by module name
     layers_by_target = [_attach_loras(target, uses, model) for target in targets]
@@ -261,7 +263,7 @@ def _add_layers(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], model: 
     return AdjustableLoras(defaults, apply_strengths, unet_layers)
 
 
-def _merge(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], rounding: str) -> None:
+def _merge(targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], rounding: str) -> None:
     """Fold LoRAs permanently into network weights; `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
@@ -271,7 +273,7 @@ def _merge(targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], rounding: st
             patch.check()
 
 
-def _log_added(use: LoraUse, parts: Sequence[LoraBranch]) -> None:
+def _log_added(use: WeightedLora, parts: Sequence[LoraBranch]) -> None:
     """Log how many modules a LoRA changes, and how many of them are recomputed at each step."""
     anew = sum(part.needs_full_matrix for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
@@ -280,7 +282,7 @@ def _log_added(use: LoraUse, parts: Sequence[LoraBranch]) -> None:
 
 
 def _make_folding(
-    targets: Sequence[_LoraTarget], uses: Sequence[LoraUse], rounding: str
+    targets: Sequence[_LoraTarget], uses: Sequence[WeightedLora], rounding: str
 ) -> Callable[[Multipliers], None]:
     """Return a function that folds LoRAs with given strengths into the networks' original weights.
 
@@ -307,7 +309,9 @@ def _make_folding(
     return apply_strengths
 
 
-def _attach_loras(target: _LoraTarget, uses: Sequence[LoraUse], model: Model) -> list[dict[str, LoraBranch]]:
+def _attach_loras(
+    target: _LoraTarget, uses: Sequence[WeightedLora], model: Model
+) -> list[dict[str, LoraBranch]]:
     """Attach each file's LoRA to a network; return the added layers of each file by module name."""
     changeable = find_parameters(target.network, target.published_module)
     files: list[dict[str, LoraBranch]] = []

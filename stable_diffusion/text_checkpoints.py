@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.dialects import LoadPlan
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.clip_checkpoints import (
     ClipNaming,
     ClipTextConfig,
@@ -88,7 +88,7 @@ def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = Fa
     """Plan how to load a text encoder of OpenCLIP; each fused qkv projection is split into three."""
     tower = _select_part(checkpoint, prefix, "OpenCLIP")
     sources: dict[str, TensorSource] = {}
-    for name, source in plain_sources(tower).items():
+    for name, source in list_tensor_sources(tower).items():
         for our_name, third in open_clip_names(name) or [(name, None)]:
             sources[our_name] = source if third is None else source.with_step(partial(_cut_third, third))
     plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, USE)
@@ -149,7 +149,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
                 f"encoder is {config.dim} wide. Copy the file again.",
                 checkpoint.path,
             )
-        source = plain_sources(checkpoint)[name]
+        source = list_tensor_sources(checkpoint)[name]
         if not is_linear:
             source = source.with_step(Tensor.t)
         return replace(

@@ -60,7 +60,9 @@ from stable_diffusion.tokenizers import (
 from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
-WEIGHTING_MODE = TextOptions.usual().emb_normalize_mode  # rescaling of weighted states; gen_img.py's default
+WEIGHTING_MODE = (
+    TextOptions.from_defaults().emb_normalize_mode
+)  # rescaling of weighted states; gen_img.py's default
 # keys of each encoder's states in caches, by the number of encoders of a model
 _CACHE_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 

@@ -136,7 +136,9 @@ class TrainingFiles:
     def open_plan(self) -> Iterator[loading.CheckpointPlan]:
         """Open the checkpoint and plan how its networks are loaded; its files are closed after the block."""
         _ = self.model_type
-        options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.v_parameterization)
+        options = ModelOptions.from_defaults(
+            ckpt=self.path, vae=self.vae, v_parameterization=self.v_parameterization
+        )
         with ExitStack() as files:
             checkpoint_plan = loading.plan_checkpoint(options, files)
             yield replace(checkpoint_plan, unet=self._fit_input_channels(checkpoint_plan.unet))

@@ -100,7 +100,7 @@ class AudioWan(Wan):
             return replace(prepared, rules=self.rules)
         _, *image = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         joint = AudioVideoShapes(tuple(image), self.audio.shape(prepared.frames, prepared.fps))
-        return replace(prepared, joint=joint, rules=self.rules, sigmas=self.levels)
+        return replace(prepared, audio_video_shapes=joint, rules=self.rules, sigmas=self.levels)
 
     def sections(
         self,
@@ -110,7 +110,7 @@ class AudioWan(Wan):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         found = super().sections(prepared, prompts, inputs, noise)
-        section, joint = next(found), prepared.joint
+        section, joint = next(found), prepared.audio_video_shapes
         if joint is None:
             return (yield section)
         full = joint.join(section.noise, noise.draw((1, *joint.audio)))
@@ -125,9 +125,11 @@ class AudioWan(Wan):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        joint = overrides.joint
+        joint = overrides.audio_video_shapes
         # what Wan's own network does not know is made here
-        plain = replace(overrides, joint=None, skip_self_attention=frozenset(), isolate_modalities=False)
+        plain = replace(
+            overrides, audio_video_shapes=None, skip_self_attention=frozenset(), isolate_modalities=False
+        )
         if joint is None:
             return super().predict(dit, noisy, timesteps, cond, plain)
         image, audio = joint.split(noisy)

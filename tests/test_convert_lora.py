@@ -15,7 +15,7 @@ from frame_pack.files import load_dit as load_framepack
 from modules.errors import CheckpointError, OptionError
 from networks import convert_anima_lora_to_comfy, convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.metadata import model_hashes, save_network
 from protocols.loading import Placement
 from tests.frame_pack.making import tiny_model
@@ -136,7 +136,7 @@ def test_every_layout_of_a_model_is_merged_under_its_own_names(
         *("--save_merged_model", tmp_path / "merged.safetensors"),
     )
 
-    patch = LoraPatch([LoraUse(read_lora(lora), 0.5)])
+    patch = LoraPatch([WeightedLora(read_lora(lora), 0.5)])
     expected = {name: patch(name, tensor) for name, tensor in state.items()}
     merged = load_file(tmp_path / "merged.safetensors")
     for name, tensor in expected.items():
@@ -195,7 +195,7 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
     )
 
     patch = LoraPatch(
-        [LoraUse(read_lora(path), multiplier) for path, multiplier in zip(loras, (0.5, -2), strict=True)]
+        [WeightedLora(read_lora(path), multiplier) for path, multiplier in zip(loras, (0.5, -2), strict=True)]
     )
     merged = load_framepack(output, Placement(torch.device("cpu"))).state_dict()
     for name, tensor in state.items():
@@ -294,7 +294,7 @@ def test_doras_that_others_wrote_for_comfyui_are_read_as_there(
     path = tmp_path / "x.safetensors"
     save_file({f"diffusion_model.{name}.{part}": one for part, one in tensors.items()}, path, metadata)
 
-    found = LoraPatch([LoraUse(read_lora(path), 0.5)])(f"{name}.weight", weight)
+    found = LoraPatch([WeightedLora(read_lora(path), 0.5)])(f"{name}.weight", weight)
 
     new = weight + up @ down
     norms = (weight if is_frozen else new).norm(dim=1, keepdim=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import merge_lora
 from checkpoints.changing import CheckpointChange, plan_change
-from checkpoints.opening import open_checkpoint, plain_sources
+from checkpoints.opening import list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from networks import extract_lora_from_models
 from networks.apply import check_loras_fit
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from runtime.planning import memory_plan
 from runtime.planning.dry_run import NETWORK, WEIGHTS
 from tests.faults.messages import assert_one_message, run_here
@@ -205,7 +205,7 @@ def test_texts_are_those_of_the_values_of_a_packed_encoder(tmp_path: Path, name:
     with open_checkpoint(packed) as checkpoint:
         values = {
             key: source.build_tensor([checkpoint.read(part) for part in source.names])
-            for key, source in plain_sources(checkpoint).items()
+            for key, source in list_tensor_sources(checkpoint).items()
         }
         assert any(info.packing is not None for info in checkpoint.tensors.values())
 
@@ -265,7 +265,7 @@ def test_loras_are_merged_into_and_extracted_from_values(
     else:
         packed = gguf_file(dit, form) if form in GGUF_KINDS else pack_file(dit, form)
     with open_checkpoint(packed) as checkpoint:
-        made = plain_sources(checkpoint).items()
+        made = list_tensor_sources(checkpoint).items()
         read = {
             n: source.build_tensor([checkpoint.read(part) for part in source.names]) for n, source in made
         }
@@ -273,7 +273,7 @@ def test_loras_are_merged_into_and_extracted_from_values(
     save_file(plain, dit)
     coarse = [name for name, tensor in plain.items() if not torch.equal(tensor, state[name])]
     assert len(coarse) > 2
-    check_loras_fit(packed, [LoraUse(read_lora(lora))])
+    check_loras_fit(packed, [WeightedLora(read_lora(lora))])
 
     with caplog.at_level(logging.INFO):
         for name, file in {"expected": dit, "found": packed}.items():

@@ -178,7 +178,7 @@ def _encode_planned_tables(
 
     stores = replace(stores, trusts_shared_caches=options.skip_cache_check)
     caching_options = partial(
-        CachingOptions.usual, dataset_config=config.path, device=str(device), keep_cache=True
+        CachingOptions.from_defaults, dataset_config=config.path, device=str(device), keep_cache=True
     )
     media_tables = tuple(plan.table for plan in plans if plan.latents.is_made)
     if media_tables:

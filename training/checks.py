@@ -41,7 +41,7 @@ from training.run_options import MAX_STEPS
 from training.unused_options import list_without_effect
 
 if TYPE_CHECKING:  # only with LoRA files
-    from networks.loading import LoraFile, LoraUse
+    from networks.loading import LoraFile, WeightedLora
 
 logger = logging.getLogger(__name__)
 
@@ -296,13 +296,13 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 def _read_loras(
     family: Family, options: TrainingOptions, expert: Expert, network: NetworkOptions, has_initial_lora: bool
-) -> "list[LoraUse]":
+) -> "list[WeightedLora]":
     """Read all LoRAs of an expert: merged ones, the one of --network_weights, and the training adapter.
 
     Raises:
         UserError: If one cannot be used.
     """
-    from networks.loading import LoraUse, read_lora  # only with LoRA files
+    from networks.loading import WeightedLora, read_lora  # only with LoRA files
 
     merge = options.features.merge
     uses = [] if merge is None else [*merge(expert).uses]
@@ -310,7 +310,7 @@ def _read_loras(
         assert network.network_weights is not None
         initial_lora = read_lora(network.network_weights, with_texts=True)
         _check_kind(initial_lora, network)
-        uses.append(LoraUse(initial_lora))
+        uses.append(WeightedLora(initial_lora))
     adapter = None
     if options.frozen.training_adapter is not None:
         adapter = read_adapter(options, expert, family.experts)

@@ -22,7 +22,7 @@ from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from protocols.families import HIGH_NOISE
 from protocols.family import DitSpec, Family, knows_few_steps
-from protocols.loading import BlockPlace, Placement
+from protocols.loading import BlockSharder, Placement
 from protocols.rules import ONE_EXPERT, Expert
 from runtime import network_setup
 from runtime.offload.swap_plan import HostWeights
@@ -34,7 +34,7 @@ from training.run_options import LoopOptions
 
 if TYPE_CHECKING:  # loaded only where a LoRA file is given
     from networks.gated_loras import AddedLoras
-    from networks.loading import LoraUse
+    from networks.loading import WeightedLora
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class ExpertNetworks:
         return network
 
 
-def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
+def read_adapter(
+    options: TrainingOptions, expert: Expert, experts: Sequence[Expert]
+) -> "WeightedLora | None":
     """Read --training_adapter for one of the trained experts.
 
     Returns None if the option is not set, or if the file is for another trained expert.
@@ -331,7 +333,7 @@ def set_up_network(
     device: torch.device,
     compilation: Compilation | None = None,
     host: HostWeights | None = None,
-    blocks: BlockPlace | None = None,
+    blocks: BlockSharder | None = None,
 ) -> None:
     """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
 

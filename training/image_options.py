@@ -233,7 +233,7 @@ def _apply_optimizer_switches(args: argparse.Namespace) -> None:
 
 def _apply_caption_extention(args: argparse.Namespace) -> None:
     """Set --caption_extension from its misspelled alias; raise OptionError if both are given and differ."""
-    default = SubsetOptions.usual().caption_extension
+    default = SubsetOptions.from_defaults().caption_extension
     if args.caption_extension not in (default, args.caption_extention):
         raise OptionError(
             f"--caption_extention {args.caption_extention} is --caption_extension, which is "

@@ -19,14 +19,14 @@ from networks.options import NetworkOptions
 from protocols.bundled_embeddings import word_of
 from protocols.data import CAPTION
 from protocols.family import Family, part_rates_of, trains_audio
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.rules import Expert
 from runtime.network_setup import swapped_weights
 from runtime.offload.turns import HostCopy
 from runtime.options import SwapOptions
 from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from runtime.run_blocks import stage_files_of
-from runtime.ways.composing import finish_network, make_block_place
+from runtime.ways.composing import finish_network, make_block_sharder
 from training import experts
 from training.data.feed import Feed, NoiseSampler
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
@@ -61,7 +61,7 @@ from training.whole_checkpoint import train_full
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.apply import LoraPatch
     from networks.gated_loras import AddedLoras
-    from networks.loading import LoraUse
+    from networks.loading import WeightedLora
     from runtime.offload.swap_plan import HostWeights
     from training.samples import Sampler
 
@@ -279,7 +279,7 @@ class UnpreparedNetwork:
     index: int  # index of its expert
     expert: Expert
     host: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
-    blocks: BlockPlace | None  # splits blocks over processes; None: each process has the whole network
+    blocks: BlockSharder | None  # splits blocks over processes; None: each process has the whole network
 
 
 @dataclass
@@ -312,12 +312,14 @@ class Loading:
         # where the weights are kept: in host memory if they are swapped, or split over processes
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         blocks = (
-            make_block_place(options.speed, device) if options.speed.modes.hooks.make_block_place else None
+            make_block_sharder(options.speed, device)
+            if options.speed.modes.hooks.make_block_sharder
+            else None
         )
         # LoRAs that are merged into the weights while these are read, and T-LoRAs, which wrap layers later
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
-        t_loras: Sequence[LoraUse] = ()
+        t_loras: Sequence[WeightedLora] = ()
         is_auxiliary = family is not plan.family and family is not plan.sample_family  # such as a teacher
         if plan.features.merge is not None and network_options is not None and not is_auxiliary:
             loras = plan.features.merge(expert)
@@ -341,7 +343,7 @@ class Loading:
 
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
-    ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
+    ) -> "tuple[LoraPatch | None, Sequence[WeightedLora]]":
         """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead.
 
         A DoRA learns the norms of the merged weights, so that for it T-LoRAs are in the patch too.
@@ -427,7 +429,7 @@ class Loading:
 def _wrap_unmerged(
     dit: nn.Module,
     patch: "LoraPatch | None",
-    t_loras: "Sequence[LoraUse]",
+    t_loras: "Sequence[WeightedLora]",
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> None:

@@ -287,7 +287,7 @@ def predict(
     if noisy_batch.audio is not None:  # images and audio go through the network as one tensor, B N
         noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
         timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2
-        overrides = replace(overrides, joint=noisy_batch.joint)
+        overrides = replace(overrides, audio_video_shapes=noisy_batch.joint)
     set_levels(dit, noisy_batch.sigmas)  # for networks whose active ranks depend on the noise level
     with autocast():
         velocity = family.predict(dit, noisy, timesteps, conditions, overrides=overrides)

@@ -309,7 +309,7 @@ def _saved_habits(saved: states.SavedState, habits: Mapping[str, Any]) -> dict[s
         habits: The same settings of this run.
     """
     defaults: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
+    for record in (NOTHING_FROZEN, *(feature.options.from_defaults() for feature in FEATURES)):
         defaults |= {f"--{name}": value for name, value in public_config(record).items()}
     defaults |= {f"--{name}": None for name in NAMED_FILES}
     saved_habits: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from modules.private_torch import dynamo
 from protocols.family import Family
 from runtime.options import SwapOptions
 from runtime.planning.device_memory import MemoryWatch, too_little
-from runtime.ways.composing import make_block_place
+from runtime.ways.composing import make_block_sharder
 from training.checks import check_before_loading
 from training.features.composing import act_at_end, end_of_run
 from training.features.hooks import RunEnd
@@ -150,7 +150,7 @@ def prepare_run(
 
             swap, memory = prepare_memory(plan)
         if plan.texts is not None:
-            blocks = make_block_place(options.speed, accelerator.device)
+            blocks = make_block_sharder(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
@@ -243,7 +243,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
         weights=weights,
         preview=options.samples.preview,
         together=plan.steps.works_together,
-        blocks=make_block_place(options.speed, accelerator.device),
+        blocks=make_block_sharder(options.speed, accelerator.device),
     )
     if (
         plan.texts and plan.texts.trained_encoders

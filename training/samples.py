@@ -51,7 +51,7 @@ from modules.option_values import to_path
 from protocols.data import Conditions, LatentSpec
 from protocols.families import HIGH_NOISE
 from protocols.family import Family, trains_audio
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.requests import Prepared, Prompts, Request, check_values
 from protocols.rules import expert_at
 from protocols.steps import CompletedStep, EncodedPrompts, Section, StepCallback
@@ -224,8 +224,8 @@ class Sampler:
         """
         family = self.session.family
         track: Track | None = None  # the audio, if the model generates any
-        if prepared.joint is not None:
-            latents, audio = prepared.joint.split(latents)
+        if prepared.audio_video_shapes is not None:
+            latents, audio = prepared.audio_video_shapes.split(latents)
             assert trains_audio(family)
             (track,) = decode_tracks(family, {stem: audio}, self.session.device, nullcontext).values()
         with self.session.media(with_image_encoder=False, needed_again=True) as encoders:
@@ -318,7 +318,7 @@ def prepare_samples(
     weights: str = "",
     preview: PreviewOptions = NO_PREVIEW,
     together: bool = False,
-    blocks: BlockPlace | None = None,
+    blocks: BlockSharder | None = None,
 ) -> Sampler:
     """Read and check the prompts, and encode this process's share of texts and images.
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from checkpoints.dialects import other_kind, rename_sources, translate_name
+from checkpoints.dialects import make_wrong_kind_error, rename_sources, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import read_config_json
 from checkpoints.kinds import kind_of
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from protocols.loading import TensorSource
@@ -128,7 +128,7 @@ def log_task_differences(
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
     # any dialect: a file of VACE's blocks may have another one than the transformer
-    return rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, FROM_DIFFUSERS))
+    return rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, FROM_DIFFUSERS))
 
 
 def _list_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -149,7 +149,9 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     shapes = _list_shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
     if not _is_wan(shapes):
-        raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
+        raise make_wrong_kind_error(
+            checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer"
+        )
     path = checkpoint.path
     has_image = "blocks.0.cross_attn.k_img.weight" in shapes
     for start, variant, remedy in OTHER_VARIANTS:  # these need other inputs

@@ -19,12 +19,12 @@ from checkpoints.dialects import (
     Names,
     count,
     load_planned,
-    other_kind,
+    make_shape_reader,
+    make_wrong_kind_error,
     rename_sources,
-    shapes_of,
     translate_name,
 )
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from encoders.clip_checkpoints import MEAN, STD
 from modules.devices import dtype_name, replace_slow_float16
 from modules.errors import CheckpointError
@@ -73,13 +73,13 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     Raises CheckpointError for any other file.
     """
     checkpoint = checkpoint.without_prefix("model.", "visual.", "vision_model.", others=_OTHER_TOWERS)
-    sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, HF_CLIP))
+    sources = rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, HF_CLIP))
     if (
         "cls_embedding" not in sources
         or "pos_embedding" not in sources
         or count(sources, r"transformer\.\d+") < 2  # the last block is not loaded, and one must be left
     ):
-        raise other_kind(
+        raise make_wrong_kind_error(
             checkpoint,
             "a CLIP image encoder",
             "--clip",
@@ -91,7 +91,7 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
         sources["pos_embedding"] = sources["pos_embedding"].with_step(lambda tensor: tensor[None])
     num_layers = count(sources, r"transformer\.\d+") - 1  # Wan uses the states before the last block
     _join_heads(sources, num_layers)
-    shape = shapes_of(checkpoint, sources)
+    shape = make_shape_reader(checkpoint, sources)
     dim, _, patch, _ = shape("patch_embedding.weight")
     if dim % CLIP_HEAD_WIDTH:
         raise CheckpointError(

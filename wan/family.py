@@ -440,7 +440,7 @@ class Wan(OneTransformer):
             )
         latents = yield section
         if is_single_image:
-            return latents[:, :, prepared.family_record.target_index].unsqueeze(2)
+            return latents[:, :, prepared.family_settings.target_index].unsqueeze(2)
         return latents[:, :, num_leading:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:

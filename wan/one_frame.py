@@ -90,7 +90,7 @@ def prepare(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Resolve a request for a single image, with its `FrameOrder` as `Prepared.family_record`.
+    """Resolve a request for a single image, with its `FrameOrder` as `Prepared.family_settings`.
 
     Raises OptionError if an image or an index is missing or not valid.
     """
@@ -113,7 +113,7 @@ def prepare(
         default_negative=negative,
         experts=experts,
     )
-    return replace(prepared, family_record=order, extra_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
+    return replace(prepared, family_settings=order, extra_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
 
 
 def _read_order(request: Request, option: str) -> FrameOrder:
@@ -179,7 +179,7 @@ def encode_request(
     All are on the CPU. Control images are scaled to cover the target's size and cropped.
     """
     request = prepared.request
-    order = prepared.family_record
+    order = prepared.family_settings
     assert isinstance(order, FrameOrder)
     vae = encoders.vae
     pixels = [image_pixels(path, prepared.width, prepared.height) for path in request.control_images]

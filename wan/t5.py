@@ -25,7 +25,7 @@ from encoders.text_encoder import (
 from modules.errors import InstallationError
 from protocols.data import Conditions
 from protocols.family import EncoderAbilities
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.requests import Prompt, Spans
 from wan.spec import TEXT_KEYS
 
@@ -106,7 +106,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     weighted_states_key = "t5"
     embedding = "token_embedding.weight"
     word_keys = ("umt5xxl",)
-    blocks: BlockPlace | None = None  # splits the network over processes
+    blocks: BlockSharder | None = None  # splits the network over processes
 
     @property
     def identity(self) -> Mapping[str, str]:

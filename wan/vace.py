@@ -57,7 +57,7 @@ class VaceRequest:
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
-        return replace(prepared, family_record=self, extra_metadata=metadata)
+        return replace(prepared, family_settings=self, extra_metadata=metadata)
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
@@ -175,7 +175,7 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     from modules.media.reading import first_frame
 
     request = prepared.request
-    settings = prepared.family_record
+    settings = prepared.family_settings
     assert isinstance(settings, VaceRequest)
     if not any(settings.scales):
         return {}

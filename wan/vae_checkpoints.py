@@ -13,13 +13,13 @@ from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
-    other_kind,
+    make_shape_reader,
+    make_wrong_kind_error,
     rename_sources,
-    shapes_of,
     translate_name,
 )
 from checkpoints.kinds import UNSUPPORTED_MODELS
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 from protocols.data import LatentSpec
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2
@@ -72,7 +72,7 @@ def read_vae(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
     names = checkpoint.tensors
-    sources = plain_sources(checkpoint)
+    sources = list_tensor_sources(checkpoint)
     convolution = names.get("quant_conv.weight")
     # convolutions of Qwen-Image-2.1's VAE have no time axis
     is_of_clips = convolution is not None and len(convolution.shape) != 4
@@ -87,10 +87,10 @@ def read_vae(
         translate = str
     if translate is None or is_unsupported:
         of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
-        raise other_kind(checkpoint, model, "--vae", files or of_wan)
+        raise make_wrong_kind_error(checkpoint, model, "--vae", files or of_wan)
     sources = rename_sources(sources, translate)
     # the dimensions follow from the shapes
-    shape = shapes_of(checkpoint, sources)
+    shape = make_shape_reader(checkpoint, sources)
     latent_channels = shape("conv2.weight")[0]
     encoder = _read_layers(shape, sources, "encoder.downsamples")
     decoder = _read_layers(shape, sources, "decoder.upsamples")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from checkpoints import dialects
 from checkpoints.dits import DitFormat, DitHeader
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from encoders.autoencoder import FLUX_KIND
 from modules.errors import CheckpointError
 from networks.names.layouts import joined_tensors, tensor_patterns
@@ -37,7 +37,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     dialect = next(known_dialects, None)
     is_unsupported = any(name.startswith(UNSUPPORTED_PREFIXES) for name in names)
     if dialect is None or IDENTIFYING_TENSOR not in names or is_unsupported:
-        raise dialects.other_kind(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
+        raise dialects.make_wrong_kind_error(checkpoint, MODEL_LABEL, DIT_OPTION, RELEASED_FILES)
     file_shapes = {_our_name(name): info.shape for name, info in names.items()}
     shapes = dialects.DitShapes(checkpoint.path, dialects.parted_shapes(file_shapes, JOINED_TENSORS), NAME)
     return DitHeader(_read_config(shapes), dialect, names[DIALECTS[dialect]].dtype)
@@ -45,10 +45,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
 
 def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     """Return the dimensions of a Z-Image transformer; raise CheckpointError for another model."""
-    dim, patch_width = shapes.of(f"all_x_embedder.{PATCH_KEY}.weight")
-    (head_width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
-    hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
-    rows, columns = shapes.of("layers.0.attention.to_q.weight")
+    dim, patch_width = shapes.shape_of(f"all_x_embedder.{PATCH_KEY}.weight")
+    (head_width,) = shapes.shape_of("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = shapes.shape_of("t_embedder.mlp.0.weight")
+    rows, columns = shapes.shape_of("layers.0.attention.to_q.weight")
     has_even_heads = dim % head_width == 0 and head_width % 16 == 0  # three axes rotate pairs of channels
     if rows != dim or columns != dim or not has_even_heads or patch_width % PATCH**2:
         raise CheckpointError(
@@ -65,22 +65,24 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
         )
     return ZImageConfig(
         dim=dim,
-        ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
+        ffn_dim=shapes.shape_of("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // head_width,
         num_kv_heads=dim // head_width,
-        num_layers=shapes.blocks("layers"),
-        noise_refiner_layers=shapes.blocks("noise_refiner"),
-        context_refiner_layers=shapes.blocks("context_refiner"),
+        num_layers=shapes.count_blocks("layers"),
+        noise_refiner_layers=shapes.count_blocks("noise_refiner"),
+        context_refiner_layers=shapes.count_blocks("context_refiner"),
         in_dim=channels,
-        text_dim=shapes.of("cap_embedder.1.weight")[1],
-        time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
+        text_dim=shapes.shape_of("cap_embedder.1.weight")[1],
+        time_dim=shapes.shape_of("t_embedder.mlp.2.weight")[0],
         time_hidden=hidden,
         freq_dim=freq_dim,
     )
 
 
 def _make_sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:
-    return dialects.cut_parts(dialects.rename_sources(plain_sources(checkpoint), _our_name), JOINED_TENSORS)
+    return dialects.cut_parts(
+        dialects.rename_sources(list_tensor_sources(checkpoint), _our_name), JOINED_TENSORS
+    )
 
 
 # the last is in some community files; the model does not use it

@@ -33,7 +33,7 @@ from modules.media.reading import (
     folder_images,
     frame_size,
     image_suffixes,
-    is_still,
+    is_single_image,
     read_mask,
     read_tags,
     video_frames,
@@ -180,7 +180,7 @@ def read_frames(mask: Path) -> Iterator[Gray]:
     """
     if mask.is_dir():
         yield from (as_gray(read_mask(image)) for image in folder_images(mask))
-    elif is_still(mask):
+    elif is_single_image(mask):
         yield as_gray(read_mask(mask))
     else:
         yield from (as_gray(frame) for frame in video_frames(mask))
@@ -315,7 +315,7 @@ def invert_mask(entry: MaskEntry) -> None:
     """
     mask = _require_mask(entry)
     inverted = (255 - gray for gray in read_frames(mask))
-    if not write_mask(entry, inverted, is_folder=not is_still(mask), texts={}):
+    if not write_mask(entry, inverted, is_folder=not is_single_image(mask), texts={}):
         raise DatasetError(
             f"{mask} is all white: inverted, nothing of {entry.media_path.name} would be learned"
         )
@@ -368,7 +368,7 @@ def _replace_frame(mask: Path, new_frame: Gray, frame_index: int) -> Iterable[Gr
     Raises:
         DatasetError: If the mask has no such frame.
     """
-    if is_still(mask) or not 0 <= frame_index < count_frames(mask):
+    if is_single_image(mask) or not 0 <= frame_index < count_frames(mask):
         raise DatasetError(f"{mask} has no frame {frame_index}, so that it cannot be replaced")
     return (new_frame if index == frame_index else old for index, old in enumerate(read_frames(mask)))
 

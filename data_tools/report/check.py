@@ -37,7 +37,7 @@ from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.form import list_format_errors, list_shard_errors
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.cache_files import EMPTY
-from dataset.caching.audio import AudioWork, HearingFamily
+from dataset.caching.audio import AudioCachingFamily, AudioWork
 from dataset.caching.planning import LatentCacheSettings, SourcePlan, SourcePlanner, plan_all
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
@@ -249,7 +249,7 @@ class _CachingChecker:
             # some families cache audio in files of its own; otherwise the caches of latents contain it
             has_audio_caches = trains_audio(self.family) and not settings.stores_audio
             if settings.encoder_identity and has_audio_caches and uses_audio(findings.table):
-                family = cast(HearingFamily, self.family)
+                family = cast(AudioCachingFamily, self.family)
                 _check_table_audio(findings, family, plans, cache_settings=settings, workers=self.workers)
         except DatasetError as error:
             findings.add_table_error(error)
@@ -366,7 +366,7 @@ def _check_media_by_family(findings: TableFindings, family: Caches) -> None:
 
 def _check_table_audio(
     findings: TableFindings,
-    family: HearingFamily,
+    family: AudioCachingFamily,
     plans: Sequence[SourcePlan],
     cache_settings: LatentCacheSettings,
     workers: int,

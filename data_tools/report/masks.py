@@ -81,7 +81,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MeasuredMask | None:
     resize = functools.partial(reading.resize_cover, bucket=(width, height))
     try:
         size = reading.frame_size(source.path)
-        if reading.is_still(source.mask):
+        if reading.is_single_image(source.mask):
             mask = read_mask_image(source.mask, resize, size, num_frames=1)
         else:
             num_frames = reading.count_frames(source.mask)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from data_tools.tags.labels import CATEGORIES, CHARACTER, QUALITY, RATING, Label
 from data_tools.tags.options import TaggingOptions
-from dataset.subset_options import KEPT
+from dataset.subset_options import KEEP_TOKENS_SEPARATOR
 from modules.errors import OptionError
 
 _LONGEST_FACE = 3  # characters of tags such as ^_^, whose underscore stays
@@ -133,7 +133,7 @@ def split_tags(text: str, separator: str) -> list[str]:
 
 def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
     """Append those tags to a caption that it does not contain yet."""
-    present = split_tags(caption.replace(KEPT, separator), separator.strip())
+    present = split_tags(caption.replace(KEEP_TOKENS_SEPARATOR, separator), separator.strip())
     missing = [tag for tag in tags if tag not in present]
     if not missing:
         return caption

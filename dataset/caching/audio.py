@@ -36,7 +36,7 @@ from protocols.family import Caches, HearsAudio
 Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of an entry
 
 
-class HearingFamily(Caches, HearsAudio, Protocol):
+class AudioCachingFamily(Caches, HearsAudio, Protocol):
     """Protocol of the families whose clips have audio caches of their own."""
 
 
@@ -72,7 +72,7 @@ class AudioWork:
 
     def __init__(
         self,
-        family: HearingFamily,
+        family: AudioCachingFamily,
         tables: Iterable[DatasetTable],
         stores: Stores,
         device: torch.device,

@@ -39,7 +39,7 @@ from protocols.family import Caches, audio_of, trains_audio
 from protocols.rules import ReferenceMedium
 
 if TYPE_CHECKING:  # loaded only for families with audio
-    from dataset.caching.audio import AudioWork, HearingFamily
+    from dataset.caching.audio import AudioCachingFamily, AudioWork
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class MediaWork:
         if not family.latent.caches_audio and trains_audio(family):
             from dataset.caching import audio  # only for families with audio
 
-            hearing = cast("HearingFamily", family)
+            hearing = cast("AudioCachingFamily", family)
             self._audio = audio.AudioWork(
                 hearing,
                 tables=config.datasets,

@@ -31,7 +31,7 @@ from modules.integers import ceil_div
 from modules.media import reading
 from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
-from modules.media.reading import is_still
+from modules.media.reading import is_single_image
 
 # a frame, its index in the file, and the time in seconds at which companions show the same moment
 SampledFrame = tuple[reading.Frame, int, float]
@@ -134,7 +134,7 @@ def read_mask(
     """
     size, bucket = sizes
     fit_image = functools.partial(reading.resize_cover, bucket=bucket)
-    if is_still(path):
+    if is_single_image(path):
         return read_mask_image(path, fit_image, size, count)
     frames = companion_frames(
         path, local.path, table=local.table, fps=fps, frame_times=frame_times, alpha=True
@@ -250,7 +250,7 @@ def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
     if source.table.kind == "video" and source.precomputed is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):
-            if path is not None and not is_still(path):
+            if path is not None and not is_single_image(path):
                 yield path
 
 

@@ -26,7 +26,7 @@ from modules.media.reading import (
     FrameSizes,
     first_frame,
     image_suffixes,
-    is_still,
+    is_single_image,
     read_image,
     resize_cover,
 )
@@ -262,7 +262,7 @@ def read_companions(
     references: list[Clip] = []
     size_changes: list[str] = []
     for path in local.references:
-        if on_white or is_still(path) or local.table.kind == "image":
+        if on_white or is_single_image(path) or local.table.kind == "image":
             references.append(_read_reference_image(path, reference_size, on_white))
             continue
         sizes = FrameSizes()

@@ -97,7 +97,7 @@ def image_suffixes() -> frozenset[str]:
     return IMAGE_SUFFIXES | registered | ({".avif"} if has_avif else set())
 
 
-def is_still(path: Path) -> bool:
+def is_single_image(path: Path) -> bool:
     """Return whether a path names a still image, not an animation or a folder of frames."""
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not decoding.is_animation(path)
 

@@ -13,9 +13,9 @@ from networks.delta import read_delta
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.dora_change import is_by_input, norms_of
 from networks.kinds.factors import Factors
-from networks.loading import LoraFile, LoraUse
+from networks.loading import LoraFile, WeightedLora
 from networks.names.layouts import FamilyNames
-from networks.writing import in_own_form
+from networks.writing import convert_to_our_layout
 
 logger = getLogger(__name__)
 PART = "dora_scale"
@@ -74,7 +74,7 @@ def with_norms(
 
 def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
     """Return a DoRA whose magnitudes refer to the norms of frozen (`are_frozen`) or of changed weights."""
-    tensors = lora.tensors if family is None else in_own_form(lora.tensors, family)
+    tensors = lora.tensors if family is None else convert_to_our_layout(lora.tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
         for name, factors in modules.items():
@@ -100,7 +100,9 @@ def _compute_ratio_of_norms(
     change = delta.compute_change(device)
     assert change is not None
     weight, path = read_weight_of_module(name, len(change), lora, weights)
-    Change(LoraUse(lora), delta).fit(None, weight, name, str(path))  # raises CheckpointError if shapes differ
+    Change(WeightedLora(lora), delta).fit(
+        None, weight, name, str(path)
+    )  # raises CheckpointError if shapes differ
     frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)
     return (norms_of(frozen) / norms_of(changed)).cpu()

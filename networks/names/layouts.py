@@ -53,8 +53,8 @@ OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
 class WeightPart:
     """A module of another layout whose weight is some or all rows of one of our weights."""
 
-    theirs: str  # path in the other layout
-    ours: str  # path of our module
+    foreign_path: str  # path in the other layout
+    our_path: str  # path of our module
     # Which rows of our weight a part with h rows is. None: all rows; n: rows n * h to (n + 1) * h; REST: the
     # last h rows; BEFORE_REST: the h rows before the last h; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
@@ -244,7 +244,7 @@ class FamilyNames:
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """All module paths of the network in our layout, each once."""
-        named = (*(ours for _, ours in self.aliases), *(part.ours for part in self.parts), *self.further)
+        named = (*(ours for _, ours in self.aliases), *(part.our_path for part in self.parts), *self.further)
         return tuple(dict.fromkeys(named))
 
 
@@ -273,7 +273,7 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
     `tensor_patterns` only renames them; the code that reads the file swaps the halves.
     """
-    modules = [part.ours for part in names.parts if part.index == SWAPPED]
+    modules = [part.our_path for part in names.parts if part.index == SWAPPED]
     return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
 
 
@@ -281,8 +281,8 @@ def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...
     """Return (pattern, our names in the order of the rows) for each weight that a checkpoint fuses."""
     our_names: dict[str, list[str]] = {}
     for part in names.joined:  # here `ours` is the fused module, and `theirs` is ours
-        pattern = _pattern(part.ours) + r"\.weight"
-        our_names.setdefault(pattern, []).append(f"{_replacement(part.theirs)}.weight")
+        pattern = _pattern(part.our_path) + r"\.weight"
+        our_names.setdefault(pattern, []).append(f"{_replacement(part.foreign_path)}.weight")
     return tuple((pattern, tuple(ours)) for pattern, ours in our_names.items())
 
 
@@ -307,11 +307,11 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
     for part in parts:
         suffix = ""
         if part.index is not None and part.index != SWAPPED:
-            suffix = f"#{counts[part.ours]}"
-            counts[part.ours] += 1
-        leaf = r".\2" if "{n}" in part.theirs else r".\1"  # the group after that of the block index
-        pattern = _pattern(part.theirs) + r"\.(\w+)"
-        patterns.append((pattern, _replacement(part.ours) + leaf + suffix))
+            suffix = f"#{counts[part.our_path]}"
+            counts[part.our_path] += 1
+        leaf = r".\2" if "{n}" in part.foreign_path else r".\1"  # the group after that of the block index
+        pattern = _pattern(part.foreign_path) + r"\.(\w+)"
+        patterns.append((pattern, _replacement(part.our_path) + leaf + suffix))
     for theirs, ours in names.parameters:
         patterns.append((_pattern(theirs), _replacement(ours)))
     return tuple(patterns)

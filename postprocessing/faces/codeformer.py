@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pad, scaled_dot_product_attention, silu
 
-from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.errors import CheckpointError
 
 # Letters: B faces, C channels, h w height and width of features, L positions with a code, D token width
@@ -313,13 +313,13 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
         CheckpointError: If the file is not a CodeFormer file.
     """
     names = checkpoint.tensors
-    wrong_kind_error = other_kind(
+    wrong_kind_error = make_wrong_kind_error(
         checkpoint, "a CodeFormer", "--model with --mode codeformer", RELEASED_FILES
     )
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
         raise wrong_kind_error
-    sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    sources = list_tensor_sources(checkpoint)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
     encoder = _read_blocks("encoder", checkpoint)
     generator = _read_blocks("generator", checkpoint)
     num_positions, tokens = shape("position_emb", 2)

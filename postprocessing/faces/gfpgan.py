@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, leaky_relu
 
-from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources
 
 # Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
 
@@ -253,11 +253,13 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         CheckpointError: If the file is not a GFPGAN file.
     """
     names = checkpoint.tensors
-    wrong_kind_error = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES)
+    wrong_kind_error = make_wrong_kind_error(
+        checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", RELEASED_FILES
+    )
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
         raise wrong_kind_error
-    sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    sources = list_tensor_sources(checkpoint)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]

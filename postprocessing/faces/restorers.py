@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, load_planned, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import SUFFIXES, Checkpoint, list_tensor_sources, open_checkpoint
 from modules.command import quote_command
 from modules.errors import CheckpointError
 from modules.option_values import to_path
@@ -132,13 +132,13 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     Raises:
         CheckpointError: If the file is not a ParseNet file.
     """
-    wrong_kind_error = other_kind(
+    wrong_kind_error = make_wrong_kind_error(
         checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", RELEASED_FILES
     )
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
         raise wrong_kind_error
-    sources = plain_sources(checkpoint)
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    sources = list_tensor_sources(checkpoint)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]

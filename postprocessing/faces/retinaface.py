@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, load_planned, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.integers import ceil_div
@@ -244,14 +244,14 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     is_resnet = "body.conv1.weight" in names
     is_mobile = "body.stage1.0.0.weight" in names
     if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
-        raise other_kind(checkpoint, "a detector of faces", option, RELEASED_FILES)
-    sources = plain_sources(checkpoint)
+        raise make_wrong_kind_error(checkpoint, "a detector of faces", option, RELEASED_FILES)
+    sources = list_tensor_sources(checkpoint)
     shape_error = CheckpointError(
         f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {RELEASED_FILES} to "
         f"{option}.",
         checkpoint.path,
     )
-    shape = shapes_of(checkpoint, sources, shape_error)
+    shape = make_shape_reader(checkpoint, sources, shape_error)
     body: ResNetConfig | MobileNetConfig = (
         _read_resnet(names, shape) if is_resnet else _read_mobile_net(shape)
     )

@@ -9,8 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
-from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import (
+    LoadPlan,
+    count,
+    load_planned,
+    make_shape_reader,
+    make_wrong_kind_error,
+    rename_sources,
+)
+from checkpoints.opening import SUFFIXES, Checkpoint, list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from modules.limits import MAX_RAFT_ITERATIONS
 from modules.paths import explain_missing
@@ -36,7 +43,7 @@ FLOW_PREFIX = "flow_estimator."  # the optical flow inside the original files
 IGNORED_TENSORS = ("*.num_batches_tracked", "g_filter", f"{FLOW_PREFIX}*")  # g_filter is a constant
 PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")
 
-Shape = Callable[..., tuple[int, ...]]  # of `shapes_of`
+Shape = Callable[..., tuple[int, ...]]  # of `make_shape_reader`
 WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
 
 
@@ -47,13 +54,13 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         CheckpointError: If the file is not a GIMM-VFI file.
     """
     checkpoint = checkpoint.without_prefix("module.")
-    sources = plain_sources(checkpoint)
-    wrong_kind_error = other_kind(
+    sources = list_tensor_sources(checkpoint)
+    wrong_kind_error = make_wrong_kind_error(
         checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb"
     )
     if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
         raise wrong_kind_error
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
 
     def weight_shape(name: str) -> tuple[int, ...]:
         return shape(f"{name}.weight")

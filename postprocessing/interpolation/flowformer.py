@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from postprocessing.interpolation import flowformer_memory
 from postprocessing.interpolation.layers import SIDE, Correlation, EncodedImage, chunk_rows, pixel_coordinates
 from postprocessing.interpolation.raft import (
@@ -253,11 +253,13 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
         CheckpointError: If the file is not a FlowFormer file.
     """
     checkpoint = checkpoint.without_prefix("module.")
-    sources = plain_sources(checkpoint)
-    wrong_kind_error = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
+    sources = list_tensor_sources(checkpoint)
+    wrong_kind_error = make_wrong_kind_error(
+        checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel"
+    )
     if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
         raise wrong_kind_error
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
     config = FlowFormerConfig(
         features=_read_trunk("memory_encoder.feat_encoder.svt", shape),
         context=_read_trunk("context_encoder.svt", shape),

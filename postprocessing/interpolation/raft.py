@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu, unfold
 
-from checkpoints.dialects import LoadPlan, other_kind, shapes_of
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, make_shape_reader, make_wrong_kind_error
+from checkpoints.opening import Checkpoint, list_tensor_sources
 from postprocessing.contract import batch_norm
 from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, pixel_coordinates
 
@@ -284,11 +284,13 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
         CheckpointError: If the file is not a RAFT file.
     """
     checkpoint = checkpoint.without_prefix("module.")
-    sources = plain_sources(checkpoint)
-    wrong_kind_error = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
+    sources = list_tensor_sources(checkpoint)
+    wrong_kind_error = make_wrong_kind_error(
+        checkpoint, "a large RAFT", "--model", "a folder with raft-things"
+    )
     if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
         raise wrong_kind_error
-    shape = shapes_of(checkpoint, sources, wrong_kind_error)
+    shape = make_shape_reader(checkpoint, sources, wrong_kind_error)
 
     def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]

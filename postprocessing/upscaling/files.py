@@ -14,12 +14,12 @@ from checkpoints.dialects import (
     Names,
     count,
     load_planned,
-    other_kind,
+    make_shape_reader,
+    make_wrong_kind_error,
     rename_sources,
-    shapes_of,
     translate_name,
 )
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from modules.layers.convolution import set_memory_format
 from postprocessing.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet
@@ -124,8 +124,8 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
     """
     table = _list_rrdb_names(checkpoint)
-    sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
-    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    sources = rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, table))
+    shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
     num_doublings = 0
@@ -161,7 +161,7 @@ def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
     if "RRDB_trunk.0.RDB1.conv1.weight" in names:
         return MIDDLE_NAMES
     if "body.0.rdb1.conv1.weight" not in names:
-        raise other_kind(checkpoint, "an upscaler", MODEL_OPTION, RELEASED_FILES)
+        raise make_wrong_kind_error(checkpoint, "an upscaler", MODEL_OPTION, RELEASED_FILES)
     return ()
 
 
@@ -182,8 +182,8 @@ def _list_sequential_names(names: Iterable[str]) -> Names:
 
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
     """Plan the loading of a compact upscaler, which alternates convolutions and PReLUs."""
-    sources = plain_sources(checkpoint)
-    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    sources = list_tensor_sources(checkpoint)
+    shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))
     shape.expect("body.0.weight", 4, axis=1, size=COLOURS)
     layers = count(sources, r"body\.\d+")
     if layers < 5 or layers % 2 == 0:
@@ -197,8 +197,8 @@ def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
 
 def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     """Plan the loading of a SwinIR, whose configuration is derived from the shapes of its tensors."""
-    sources = plain_sources(checkpoint)
-    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    sources = list_tensor_sources(checkpoint)
+    shape = _Shapes(checkpoint, make_shape_reader(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
     if channels != COLOURS:
         raise shape.error(f"it is for pictures of {channels} channels, such as gray ones")

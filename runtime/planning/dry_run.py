@@ -318,7 +318,7 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
         yield ledger
 
 
-def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
+def allocate_empty_weights(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
     """Replace the tensors of a module by empty ones on the ledger's device, inside a dry run."""
     empty_tensors: dict[int, Tensor] = {}  # a tensor may have several names
     with ledger.allocating(kind):
@@ -490,7 +490,10 @@ def _with_both_ends(peaks_by_phase: Mapping[str, BytesByKind]) -> dict[str, Byte
     return {**ends, **peaks_by_phase}
 
 
-def largest(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
+def peak_of_phases(peaks_by_phase: Mapping[str, BytesByKind]) -> tuple[str, BytesByKind]:
     """Return the phase in which the device holds the most memory, and its bytes by kind."""
-    name = max(peaks_by_phase, key=lambda place: sum(peaks_by_phase[place].values()))
+    name = max(
+        peaks_by_phase,
+        key=lambda allocate_empty_weights: sum(peaks_by_phase[allocate_empty_weights].values()),
+    )
     return name, peaks_by_phase[name]

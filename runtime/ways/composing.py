@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from protocols.loading import BlockPlace
+    from protocols.loading import BlockSharder
     from protocols.steps import RunPasses
     from runtime.offload.context import ProcessGrid
 
@@ -109,9 +109,9 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
     return ProcessGrid(distributed.get_rank(), groups, passes, speed.modes.num_peers)
 
 
-def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace | None":
+def make_block_sharder(speed: SpeedOptions, device: "torch.device") -> "BlockSharder | None":
     """Return the place to load a network's blocks into; None if this process holds complete blocks."""
-    places = [make_place(device) for make_place in speed.modes.hooks.make_block_place]
+    places = [make_place(device) for make_place in speed.modes.hooks.make_block_sharder]
     return next(filter(None, places), None)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # --help needs no torch
     import torch
     from torch import nn
 
-    from protocols.loading import BlockPlace
+    from protocols.loading import BlockSharder
     from protocols.steps import RunPasses
     from runtime.offload.context import ProcessGrid
 
@@ -122,7 +122,7 @@ class ModeHooks:
     # takes the number of processes, how often they would repeat each prompt, and the run; raises OptionError
     check_launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
     # takes the device; returns the place into which blocks are loaded, None if this process holds all blocks
-    make_block_place: "list[Callable[[torch.device], BlockPlace | None]]" = field(default_factory=list)
+    make_block_sharder: "list[Callable[[torch.device], BlockSharder | None]]" = field(default_factory=list)
     # takes a network, the grid of processes and the device; changes the network after all other changes
     finish_network: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(
         default_factory=list

@@ -13,7 +13,7 @@ from runtime.ways.contract import RunModes, RunUses, WayOptions, WayToRun
 if TYPE_CHECKING:
     import torch
 
-    from protocols.loading import BlockPlace
+    from protocols.loading import BlockSharder
 
 
 class ShardBaseOptions(
@@ -72,7 +72,7 @@ def _check_uses(uses: RunUses) -> None:
         )
 
 
-def _make_sharded_blocks(device: "torch.device") -> "BlockPlace | None":
+def _make_sharded_blocks(device: "torch.device") -> "BlockSharder | None":
     from runtime.offload.joining import have_joined  # torch: only where networks are loaded
 
     if not have_joined():
@@ -98,7 +98,7 @@ def _join(run: RunModes, options: ShardBaseOptions) -> None:
     run.flags_for_generation["--shard_base"] = True
     run.hooks.check_full_training.append(_reject_fp16)
     run.hooks.check_uses.append(_check_uses)
-    run.hooks.make_block_place.append(_make_sharded_blocks)
+    run.hooks.make_block_sharder.append(_make_sharded_blocks)
 
 
 SHARD_BASE = WayToRun(

@@ -14,7 +14,7 @@ from anima.model import AnimaModel
 from anima.names import GROWN, SOURCE_BLOCKS
 from modules.errors import CheckpointError
 from networks.gated_loras import add_loras
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from tests.anima.making import tiny_inputs
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.anima import CONFIG, tiny_state, write_dit, write_tiny_anima
@@ -193,7 +193,7 @@ def test_loras_beside_the_layers_are_mapped_too(deep: Path) -> None:
     """As --training_adapter, --sample_lora and --teacher_lora put them there."""
     model = frozen(AnimaModel(replace(CONFIG, num_layers=40)), tiny_state(num_layers=40))
     given = tiny_inputs(1)
-    added = add_loras(model, [LoraUse(read_lora(deep / "28.safetensors"))])
+    added = add_loras(model, [WeightedLora(read_lora(deep / "28.safetensors"))])
     changes = write_lora(deep / "28.safetensors", range(28))
     state = tiny_state(num_layers=40)
     for block, origin in enumerate(OF_40):

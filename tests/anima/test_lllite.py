@@ -38,7 +38,7 @@ ALL = "self_attn_qkv_cross_q,mlp_fc1_pre"
 
 def options_of(**values: Any) -> AnimaLlliteTrainingOptions:
     sizes = {"cond_emb_dim": 6, "lllite_cond_dim": 24, "lllite_mlp_dim": 10, **values}
-    options: AnimaLlliteTrainingOptions = AnimaLlliteTrainingOptions.usual(**sizes)
+    options: AnimaLlliteTrainingOptions = AnimaLlliteTrainingOptions.from_defaults(**sizes)
     return options
 
 

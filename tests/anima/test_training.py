@@ -187,7 +187,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> TinyAnima:
 
 def encode(files: TinyAnima, *prompts: Prompt) -> list[dict[str, Tensor]]:
     made = AnimaFiles(text_dtype=torch.float32).add_texts(
-        files.text_encoder, AnimaTextOptions.usual(text_encoder_dtype="float32")
+        files.text_encoder, AnimaTextOptions.from_defaults(text_encoder_dtype="float32")
     )
     encoder = made.language_model()
     encoder.load(CPU)

@@ -242,7 +242,7 @@ class Hears:
         shape = (1, *JOINT.image) if joint is None else (1, 24 + 24)
         names = ("noisy", *TEXTS, "perturbed", "isolated")
         self.numbers = {name: torch.randn(*shape, generator=generator) for name in names}
-        overrides = NO_OVERRIDES if joint is None else Overrides(joint=joint)
+        overrides = NO_OVERRIDES if joint is None else Overrides(audio_video_shapes=joint)
         noise = torch.zeros(shape)
         self.section = Section(noise, {}, {}, {}, nag={}, overrides=overrides)
         self.passes: list[str] = []
@@ -272,7 +272,7 @@ class Hears:
 
 
 def guide_streams(joint: AudioVideoShapes | None, **options: Any) -> tuple[Tensor, Hears]:
-    request = replace(REQUEST, joint=joint, rules=options.pop("rules", RULES))
+    request = replace(REQUEST, audio_video_shapes=joint, rules=options.pop("rules", RULES))
     network = Hears(joint)
     now = Step(0, 4, 0.6, 600.0, network.numbers["noisy"])
     guidance = make_guidance(request, replace(PLAIN_GUIDANCE, **options))
@@ -319,7 +319,7 @@ def test_a_pass_that_no_stream_needs_is_not_made(
     streams: list[tuple[float, float, float]], passes: list[str]
 ) -> None:
     rules = replace(RULES, streams=tuple(StreamGuidance(*one) for one in streams))
-    request = replace(REQUEST, guidance_scale=(1.0,), joint=JOINT, rules=rules)
+    request = replace(REQUEST, guidance_scale=(1.0,), audio_video_shapes=JOINT, rules=rules)
     network = Hears(JOINT)
     made = make_guidance(request, PLAIN_GUIDANCE)(
         Step(0, 4, 0.6, 600.0, network.numbers["noisy"]), network, network.section
@@ -335,7 +335,9 @@ def test_schedules_and_attention_guidance_hold_for_streams_too() -> None:
     nag = NagOptions(nag_scale=5.0)
     _, network = guide_streams(JOINT, nag=nag)
     assert network.steered == ["positive", "perturbed", "isolated"]
-    request = replace(REQUEST, request=replace(REQUEST.request, cfg_schedule="2"), joint=JOINT, rules=RULES)
+    request = replace(
+        REQUEST, request=replace(REQUEST.request, cfg_schedule="2"), audio_video_shapes=JOINT, rules=RULES
+    )
     alone = Hears(JOINT)
     now = Step(0, 4, 0.6, 600.0, alone.numbers["noisy"])
 
@@ -372,8 +374,12 @@ def test_norms_and_scales_are_those_of_each_stream(name: str) -> None:
 
 def test_tweaks_of_a_pass_and_of_its_section_are_joined() -> None:
     one = Overrides(skip_self_attention=frozenset({1}))
-    of_all = Overrides(skip_self_attention=frozenset({2}), isolate_modalities=True, joint=JOINT)
+    of_all = Overrides(skip_self_attention=frozenset({2}), isolate_modalities=True, audio_video_shapes=JOINT)
 
     both = one.merge(of_all)
 
-    assert (both.skip_self_attention, both.isolate_modalities, both.joint) == (frozenset({1, 2}), True, JOINT)
+    assert (both.skip_self_attention, both.isolate_modalities, both.audio_video_shapes) == (
+        frozenset({1, 2}),
+        True,
+        JOINT,
+    )

@@ -89,7 +89,7 @@ def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
         save_image(folder / f"p{index}.png", index, (32, 24), None)
     (folder / "alone.txt").write_text("of no file", encoding="utf-8")
     (folder / "bad.png").write_bytes(b"no picture")
-    options = NewOptions.usual(
+    options = NewOptions.from_defaults(
         folder=folder, family="wan", task="t2v-1.3B", memory=12, models=tmp_path, overwrite=True
     )
     printed = []

@@ -612,7 +612,9 @@ def test_settings_that_a_run_ignores_say_so(
         if name in ("train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"):
             continue  # for runs without a dataset.toml
         with contextlib.suppress(DatasetError):
-            load_dataset_config(tmp_path / "dataset.toml", SubsetOptions.usual(**{option.name: value}))
+            load_dataset_config(
+                tmp_path / "dataset.toml", SubsetOptions.from_defaults(**{option.name: value})
+            )
         is_ignored = f"--{name}" in caplog.text
         compared += is_ignored
         if is_ignored != bool(keys.explain_unused(name)) and name not in ("masked_loss", "debug_dataset"):

@@ -377,7 +377,7 @@ def test_every_page_shows_no_words_outside_of_the_table(
     monkeypatch.chdir(here)
     marked = Language("en", Marked(), "/", NAMES)
     monkeypatch.setattr("browser.server.choose_language", lambda request: marked)
-    folder = quote(str(served.runs.tops[0] / "described"))
+    folder = quote(str(served.runs.root_folders[0] / "described"))
     found = {}
     for page in PAGES:
         run = served.of("x")
@@ -396,7 +396,7 @@ def test_the_table_of_settings_shows_no_words_outside_of_the_table(
 ) -> None:
     marked = Language("en", Marked(), "/", NAMES)
     monkeypatch.setattr("browser.server.choose_language", lambda request: marked)
-    answer = served.ask(f"/new/settings?folder={quote(str(served.runs.tops[0] / 'described'))}")
+    answer = served.ask(f"/new/settings?folder={quote(str(served.runs.root_folders[0] / 'described'))}")
 
     settings = list_settings()["wan_train_network.py"]
     assert all(f'id="row-{setting.name}"' in answer.text for setting in settings)
@@ -442,7 +442,7 @@ NARROW = """{
 
 @pytest.mark.parametrize("code", TABLES)
 def test_no_button_is_clipped_on_a_phone_or_a_desk(served: Served, code: str) -> None:
-    folder = quote(str(served.runs.tops[0] / "described"))
+    folder = quote(str(served.runs.root_folders[0] / "described"))
     addresses = (f"/new?folder={folder}", "/generate?source=model+wan+t2v-1.3B", served.of("x"))
     clipped = {}
     with open_page(served.url, locale=code) as page:

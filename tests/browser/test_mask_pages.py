@@ -583,7 +583,7 @@ def test_a_new_description_keeps_the_masks(folder: Path) -> None:
 def test_masks_that_were_drawn_before_the_first_description_are_learned(folder: Path, served: Served) -> None:
     shutil.rmtree(folder / "masks")
     assert draw(served, item(served, 0), WHITE).status == 200
-    options = NewOptions.usual(
+    options = NewOptions.from_defaults(
         folder=folder,
         family="stable_diffusion",
         task="1.5",

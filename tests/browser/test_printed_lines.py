@@ -45,7 +45,7 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         path.unlink()
     models = tmp_path / "models"
     for name in ("a b ü", "none"):
-        options = NewOptions.usual(
+        options = NewOptions.from_defaults(
             folder=tmp_path / name,
             family="stable_diffusion",
             task="1.5",
@@ -123,7 +123,7 @@ def test_no_english_word_is_left_of_odd_folders(
     printed: list[str] = []
     for folder in sorted(tmp_path.iterdir()):
         for family, task in models.items():
-            options = NewOptions.usual(
+            options = NewOptions.from_defaults(
                 folder=folder, family=family, task=task, memory=12, models=tmp_path, overwrite=True
             )
             try:
@@ -149,7 +149,7 @@ def test_no_english_word_is_left_of_a_check(
     fill_odd_folders(tmp_path)
     files = tuple(f"{name}={ROOT / f'pocket/{name}.safetensors'}" for name in ("dit", "vae", "t5"))
     for name in ("mixed", "masks"):
-        options = NewOptions.usual(
+        options = NewOptions.from_defaults(
             folder=tmp_path / name,
             family="wan",
             task="t2v-1.3B",

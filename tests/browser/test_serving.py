@@ -95,7 +95,7 @@ def test_the_output_folder_of_a_described_folder_need_not_exist_yet(tmp_path: Pa
     options, *_ = parse_options("", [str(tmp_path / "output")], BrowserOptions)
 
     runs = Runs(options.folders)
-    assert (runs.tops, runs.list_all()) == ([tmp_path / "output"], [])
+    assert (runs.root_folders, runs.list_all()) == ([tmp_path / "output"], [])
     assert not runs.is_below(tmp_path / "dataset.toml")
 
 

@@ -165,7 +165,7 @@ def test_a_file_that_is_there_stays(served: Served, tmp_path: Path) -> None:
 def test_a_new_folder_is_named_by_its_whole_path_too(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (root,) = served.runs.tops
+    (root,) = served.runs.root_folders
     monkeypatch.setenv("HOME", str(root.parent))
     monkeypatch.setenv("USERPROFILE", str(root.parent))
     for into in (f"{root}/whole", f"~/{root.name}/home"):

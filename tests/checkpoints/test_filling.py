@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, load_planned
 from checkpoints.filling import load_module
 from checkpoints.finite import is_finite
-from checkpoints.opening import open_checkpoint, plain_sources
+from checkpoints.opening import list_tensor_sources, open_checkpoint
 from checkpoints.stored.fp8 import E4M3
 from modules.errors import CheckpointError
 from modules.speed_options import Quantization
@@ -49,7 +49,7 @@ def fill(
     module: nn.Module, path: Path, dtype: DtypeOf = same, device: torch.device = CPU, **more: Any
 ) -> None:
     with open_checkpoint(path) as checkpoint:
-        load_module(module, checkpoint, plain_sources(checkpoint), device=device, dtype=dtype, **more)
+        load_module(module, checkpoint, list_tensor_sources(checkpoint), device=device, dtype=dtype, **more)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
@@ -88,7 +88,7 @@ def test_on_the_meta_device_nothing_is_read(tmp_path: Path) -> None:
     with open_checkpoint(write(tmp_path / "a.safetensors", state())) as checkpoint:
         pass
     # closed: reading would fail now
-    load_module(module, checkpoint, plain_sources(checkpoint), device=torch.device("meta"), dtype=same)
+    load_module(module, checkpoint, list_tensor_sources(checkpoint), device=torch.device("meta"), dtype=same)
 
     assert module[0].weight.is_meta
 
@@ -126,7 +126,7 @@ def test_a_planned_network_is_ready_to_be_asked(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(width, 2), nn.Dropout())
 
     with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
-        plan = LoadPlan(3, checkpoint, plain_sources(checkpoint), ignore=("unused",))
+        plan = LoadPlan(3, checkpoint, list_tensor_sources(checkpoint), ignore=("unused",))
         loaded = load_planned(plan, build, CPU, torch.float32, "--network")
 
     assert not any(module.training for module in loaded.modules())

@@ -18,7 +18,7 @@ from checkpoints.filling import (
     load_module,
     on_meta_device,
 )
-from checkpoints.opening import open_checkpoint, plain_sources
+from checkpoints.opening import list_tensor_sources, open_checkpoint
 from modules.errors import CheckpointError
 from tests.tiny.dit_files import write_tensors
 
@@ -36,7 +36,7 @@ def marked(mark: Any, **changed: Tensor) -> dict[str, Tensor]:
 
 def value(path: Path) -> Tensor:
     with open_checkpoint(path) as checkpoint:
-        source = plain_sources(checkpoint)["m.0.weight"]
+        source = list_tensor_sources(checkpoint)["m.0.weight"]
         return source.build_tensor([checkpoint.read(name) for name in source.names])
 
 
@@ -240,7 +240,7 @@ def test_tensors_of_gguf_get_the_shapes_that_the_header_or_the_model_says(tmp_pa
         module = Joined()
 
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
-        sources = plain_sources(checkpoint)
+        sources = list_tensor_sources(checkpoint)
         kept = find_quantized_weights(
             linear_weights(module), sources, checkpoint.tensors, format_is_requested=False
         )
@@ -284,7 +284,7 @@ def test_weights_of_an_unknown_quantiser_are_called_so(tmp_path: Path, name: str
     path = write_tensors(tmp_path / "a.safetensors", state)
 
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError) as error:
-        plain_sources(checkpoint)
+        list_tensor_sources(checkpoint)
 
     assert f"quantized, form unknown: it has m.0.{name} in" in str(error.value)
     assert "opy it again" not in str(error.value)
@@ -299,4 +299,4 @@ def test_places_and_texts_of_tokenizers_are_no_packed_weights(tmp_path: Path) ->
         "m.0.mask": torch.ones(4, 4, dtype=torch.bool),
     }
     with open_checkpoint(write_tensors(tmp_path / "a.safetensors", state)) as checkpoint:
-        assert plain_sources(checkpoint).keys() == state.keys()
+        assert list_tensor_sources(checkpoint).keys() == state.keys()

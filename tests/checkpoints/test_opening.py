@@ -12,8 +12,8 @@ from checkpoints.model_files import find_model_folder, read_once
 from checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
+    list_tensor_sources,
     open_checkpoint,
-    plain_sources,
 )
 from modules.errors import CheckpointError, DownloadError, UserError
 from tests.manifests import manifest_names, tensor_list
@@ -103,7 +103,7 @@ def test_other_quantisations_are_refused(
     path = write(tmp_path / "a.safetensors", tensors() | extra, metadata=metadata)
 
     with open_checkpoint(path) as found, pytest.raises(CheckpointError, match=f"not supported.*{message}"):
-        plain_sources(found)
+        list_tensor_sources(found)
 
 
 # how the manifest's name begins -> a part of what its file is called

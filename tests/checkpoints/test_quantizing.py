@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.opening import open_checkpoint, plain_sources
+from checkpoints.opening import list_tensor_sources, open_checkpoint
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.packing import pack_file
 from tests.tiny import z_image
@@ -38,7 +38,7 @@ def values(path: Path) -> dict[str, Tensor]:
     with open_checkpoint(path) as checkpoint:
         return {
             name: source.build_tensor([checkpoint.read(part) for part in source.names])
-            for name, source in plain_sources(checkpoint).items()
+            for name, source in list_tensor_sources(checkpoint).items()
         }
 
 

@@ -183,7 +183,9 @@ def test_captions_of_a_folder_come_from_git(folder: Path) -> None:
 
 
 def test_writing_in_an_image_is_left_out_of_captions(tmp_path: Path) -> None:
-    wording = wording_without_writing(GitCaptionOptions.usual(train_data_dir=tmp_path, remove_words=True))
+    wording = wording_without_writing(
+        GitCaptionOptions.from_defaults(train_data_dir=tmp_path, remove_words=True)
+    )
     captions = {
         'a sign with the words "keep out" on it': "a sign",
         "a cat, with a sign that says 'hi' on it": "a cat",

@@ -173,7 +173,7 @@ def test_check_and_caching_count_transparent_pictures_and_profiles(
     lines = check_caching(ToyFamily(), config, 1, False).lines
     cached(config)
     page = tmp_path / "x.html"
-    run_report(config, ReportOptions.usual(dataset_config=config.path, output=page, no_decode=True))
+    run_report(config, ReportOptions.from_defaults(dataset_config=config.path, output=page, no_decode=True))
     assert "are transparent and filled with white" in page.read_text(encoding="utf-8")
 
     for text in ("\n".join(lines), caplog.text):

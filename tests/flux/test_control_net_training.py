@@ -32,7 +32,7 @@ SCRIPT = "flux_train_control_net.py"
 def make_family(folder: Path, kind: str = "dev", **values: Any) -> Flux:
     dit = write_dit(folder, tiny_state(kind, text_dim=T5_DIM, pooled_dim=CLIP_DIM))
     sizes = {"embedded_guidance": 3.5, "num_double_layers": 1, "num_single_layers": 2, **values}
-    return family_for_training(FluxControlNetTrainingOptions.usual(dit=dit, **sizes))
+    return family_for_training(FluxControlNetTrainingOptions.from_defaults(dit=dit, **sizes))
 
 
 def make_batch() -> tuple[NoisyBatch, dict[str, Any]]:

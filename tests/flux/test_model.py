@@ -12,7 +12,7 @@ from flux.model import Approximator, pack
 from modules.errors import CheckpointError
 from protocols.loading import Placement
 from protocols.steps import Overrides
-from runtime.planning.dry_run import dry_run, place
+from runtime.planning.dry_run import allocate_empty_weights, dry_run
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import load_model, read_case
 from tests.manifests import tensor_list, write_hollow
@@ -89,7 +89,7 @@ def test_the_network_of_modulations_can_be_rehearsed() -> None:
         network = Approximator(ApproximatorConfig(64, 80, 5), rows=30, out_dim=128, eps=1e-6)
 
     with dry_run() as ledger:
-        place(network, ledger)
+        allocate_empty_weights(network, ledger)
         times = torch.empty(1, device=ledger.device)
         rows = network(times, times)
 

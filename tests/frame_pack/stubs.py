@@ -96,7 +96,7 @@ def request(frames: int, **settings: Any) -> Prepared:
     """A prepared request of the stubs' size, made in one step of Euler's."""
     default = {"guidance_scale": 1.0, "embedded_guidance": 10.0, "flow_shift": 3.0, "steps": 1}
     asked = Request("a cat", 7, 8 * WIDTH, 8 * HEIGHT, frames, solver="euler", **{**default, **settings})
-    return replace(prepare(asked), family_record=FramePackRequest((Path("start.png"),), None))
+    return replace(prepare(asked), family_settings=FramePackRequest((Path("start.png"),), None))
 
 
 def texts(value: float) -> EncodedPrompts:

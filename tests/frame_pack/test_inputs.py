@@ -80,7 +80,7 @@ def grey(path: Path, value: int, width: int = WIDTH, height: int = HEIGHT) -> Pa
 def request(*images: Path, seed: int = 3, end: Path | None = None, **own: tuple[Path, ...]) -> Prepared:
     """images: the start image of each section."""
     asked = Request("a cat", seed, WIDTH, HEIGHT, 37, end_image_path=end)
-    return replace(prepare(asked), family_record=FramePackRequest(images, **own))
+    return replace(prepare(asked), family_settings=FramePackRequest(images, **own))
 
 
 def expected(value: int, seed: int = 3) -> float:
@@ -154,8 +154,8 @@ def settle(
 
 
 def own(prepared: Prepared) -> FramePackRequest:
-    assert isinstance(prepared.family_record, FramePackRequest)
-    return prepared.family_record
+    assert isinstance(prepared.family_settings, FramePackRequest)
+    return prepared.family_settings
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ JOINT = AudioVideoShapes((2, 3, 2, 2), (2, 5, 4))
 )
 def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
     noise = torch.randn(1, math.prod(JOINT.image) + math.prod(JOINT.audio))
-    section = Section(noise, {}, overrides=Overrides(joint=JOINT))
+    section = Section(noise, {}, overrides=Overrides(audio_video_shapes=JOINT))
     frames = {"one frame": 1, "picture": 3, "both": 3}.get(given, 0)
     image, audio = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.audio), 5.0)
     if frames:

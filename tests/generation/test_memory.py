@@ -170,7 +170,7 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     asked = Request(
         "x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y"
     )
-    request = replace(prepare(asked), family_record=FramePackRequest((Path("start.png"),) * SECTIONS))
+    request = replace(prepare(asked), family_settings=FramePackRequest((Path("start.png"),) * SECTIONS))
     encoded = {index: EncodedPrompts(text(20), text(11)) for index in range(SECTIONS)}
     image = {
         "image_embeddings": torch.zeros(1, 7, CONFIG.image_dim),

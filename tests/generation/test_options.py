@@ -77,7 +77,7 @@ def test_optimized_turns_on_what_it_stands_for(tmp_path: Path) -> None:
     assert read(tmp_path, "--prompt", "p").speed.by_preset == ()
 
 
-OPTIONS = RequestOptions.usual(
+OPTIONS = RequestOptions.from_defaults(
     prompt="a cat", video_size=(480, 832), fps=16.0, guidance_scale=5.0, source=SourceOptions()
 )
 

@@ -18,7 +18,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_tags
 from modules.media.writing import write_video
 from networks.apply import LoraPatch
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.merging import merge_into_file
 from networks.use_options import LoraOptions, LoraPatternOptions
 from protocols.families import HIGH_NOISE, LOW_NOISE
@@ -91,7 +91,7 @@ def test_each_expert_has_its_own_loras(
     assert files.dit_high_noise is not None
     merged = tmp_path / "merged.safetensors"
     lora = read_lora(files.dit.parent / "high.safetensors")
-    merge_into_file(files.dit_high_noise, [LoraUse(lora, 0.5)], merged, torch.device("cpu"))
+    merge_into_file(files.dit_high_noise, [WeightedLora(lora, 0.5)], merged, torch.device("cpu"))
     expected = script.latents(tmp_path / "merged", "--dit_high_noise", merged)
     asked = [*loras(files, "high"), "--lora_multiplier_high_noise", "0.5"]
     assert torch.equal(script.latents(tmp_path / "high", *asked), expected)
@@ -191,12 +191,12 @@ def write_factors(path: Path, seed: int, *starts: str, width: int = 128) -> Path
     return path
 
 
-def uses_of(experts: tuple[Expert, ...], low: list[Path], high: list[Path]) -> list[tuple[LoraUse, ...]]:
+def uses_of(experts: tuple[Expert, ...], low: list[Path], high: list[Path]) -> list[tuple[WeightedLora, ...]]:
     """What each expert gets of the LoRAs of both options."""
     options = SimpleNamespace(
-        lora=LoraOptions.usual(lora_weight=tuple(low) or None),
-        lora_patterns=LoraPatternOptions.usual(),
-        experts=ExpertOptions.usual(lora_weight_high_noise=tuple(high) or None),
+        lora=LoraOptions.from_defaults(lora_weight=tuple(low) or None),
+        lora_patterns=LoraPatternOptions.from_defaults(),
+        experts=ExpertOptions.from_defaults(lora_weight_high_noise=tuple(high) or None),
         latent_path=None,
     )
     return list(expert_loras(SimpleNamespace(experts=experts), options))  # type: ignore[arg-type]
@@ -209,9 +209,9 @@ def test_a_file_for_both_is_used_in_both_once(tmp_path: Path, options: str) -> N
     low, high = uses_of(BOTH, [path] if options != "high" else [], [path] if options != "low" else [])
 
     full = read_lora(path, by_expert=True)
-    assert [use.lora.tensors.keys() for use in low] == [full.parts[LOW_NOISE].tensors.keys()]
+    assert [use.lora.tensors.keys() for use in low] == [full.loras_by_expert[LOW_NOISE].tensors.keys()]
     for (use,), expert in ((low, LOW_NOISE), (high, HIGH_NOISE)):
-        wanted = full.parts[expert].tensors
+        wanted = full.loras_by_expert[expert].tensors
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in use.lora.tensors.items())
         assert use.lora.expert == expert
 
@@ -269,7 +269,7 @@ def test_the_file_of_each_expert_has_its_own_loras(
     assert merged_files(tmp_path) == ["m_high_noise.safetensors", "m_low_noise.safetensors"]
     for model, lora, expert in ((files.dit, low, LOW_NOISE), (files.dit_high_noise, high, HIGH_NOISE)):
         assert model is not None
-        patch = LoraPatch([LoraUse(read_lora(lora, by_expert=True)).for_expert(expert)])
+        patch = LoraPatch([WeightedLora(read_lora(lora, by_expert=True)).for_expert(expert)])
         found = load_file(tmp_path / f"m_{expert}.safetensors")
         for name, tensor in load_file(model).items():
             assert torch.equal(found[name], patch(name, tensor)), name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blissful_tuner.latent_preview import copy_to_host
 from checkpoints.filling import load_module
-from checkpoints.opening import open_checkpoint, plain_sources
+from checkpoints.opening import list_tensor_sources, open_checkpoint
 from modules.devices import send_ahead
 from modules.layers.convolution import memory_formats, repeat_pixels, set_memory_format
 from protocols.family import DitSpec
@@ -303,7 +303,7 @@ def test_loading_leaves_no_pinned_memory_behind(cuda: torch.device, tmp_path: Pa
 
     before = pinned()
     with open_checkpoint(path) as checkpoint:
-        sources = plain_sources(checkpoint)
+        sources = list_tensor_sources(checkpoint)
         load_module(module, checkpoint, sources, device=cuda, dtype=lambda name, stored: stored)
 
     assert pinned() <= before

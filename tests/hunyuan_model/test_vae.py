@@ -18,7 +18,7 @@ from hunyuan_model.vae_blocks import HunyuanVaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import byte_clips, to_pixels
-from runtime.planning.dry_run import dry_run, place
+from runtime.planning.dry_run import allocate_empty_weights, dry_run
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_vae import vae_comfy_tensors, vae_config, vae_tensors
@@ -264,7 +264,7 @@ def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
             tiled, "_pixels", lambda latents: tiles.append(tuple(latents.shape)) or pixels(latents)
         )
         with dry_run() as ledger, torch.no_grad():
-            place(tiled, ledger)
+            allocate_empty_weights(tiled, ledger)
             for _ in tiled.decode(torch.empty(1, 16, 1, 6, 4)):
                 pass
             return max(sum(moment.values()) for moment in ledger.peaks.values())

@@ -613,7 +613,7 @@ def test_positions_come_from_loras_and_contradictions_are_told(
         write_lora(tmp_path / f"{text}.safetensors", audio_ref_use_negative_positions=text)
         for text in ("true", "false", "2")
     )
-    default = Ltx2GivenAudioReference.usual()
+    default = Ltx2GivenAudioReference.from_defaults()
     assert resolve_reference_positions(default, [before]).is_before is True
     assert resolve_reference_positions(default, [beside]).is_before is False
     assert resolve_reference_positions(default, []).is_before is None

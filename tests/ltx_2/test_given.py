@@ -454,7 +454,7 @@ def options_with(folder: Path, recipe: str, *words: str) -> Ltx2TrainingOptions:
 def test_a_recipe_sets_the_options(tmp_path: Path) -> None:
     options = options_with(tmp_path, RECIPE)
 
-    expected = Ltx2GivenParts.usual(
+    expected = Ltx2GivenParts.from_defaults(
         ltx2_extend_prefix_frames=2,
         ltx2_extend_suffix_p=0.5,
         ltx2_inpaint_mask=True,

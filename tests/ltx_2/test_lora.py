@@ -19,7 +19,7 @@ from modules.errors import CheckpointError
 from networks.adapter import make_network as make_trained
 from networks.apply import LoraPatch
 from networks.gated_loras import add_loras
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from networks.options import NetworkOptions
@@ -145,7 +145,7 @@ def test_every_dialect_merged_predicts_what_the_network_does(
     back = convert(written, "default")
 
     for each in (written, back):
-        patch = LoraPatch([LoraUse(read_lora(each), 1.0)])
+        patch = LoraPatch([WeightedLora(read_lora(each), 1.0)])
         model = write_dit(path.parent / "model", version, "official")
         dit = FORMAT.load(model, Placement(torch.device("cpu"), patch=patch))
         assert_both(dit(**dit_inputs(version)), expected)
@@ -278,13 +278,13 @@ def test_a_lora_of_an_older_release_loads_with_a_note(
     factors = {"lora_A": torch.ones(1, 24), "lora_B": torch.ones(24, 1)}
     start = "diffusion_model.transformer_blocks.0.attn1.to_q"
     save_file({f"{start}.{name}.weight": one for name, one in factors.items()}, path, record or None)
-    patch = LoraPatch([LoraUse(read_lora(path), 1.0)] if way == "loaded" else [])
+    patch = LoraPatch([WeightedLora(read_lora(path), 1.0)] if way == "loaded" else [])
     dit = FORMAT.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
     patch.check()
     if way == "added":
-        add_loras(dit, [LoraUse(read_lora(path), 1.0)])
+        add_loras(dit, [WeightedLora(read_lora(path), 1.0)])
     elif way == "network":
-        options = replace(NetworkOptions.usual(), network_weights=path, network_dim=1)
+        options = replace(NetworkOptions.from_defaults(), network_weights=path, network_dim=1)
         make_trained(options, "networks.lora_ltx2", dit, 0)
 
     assert ("1 weights changed" in caplog.text) == (way == "loaded")
@@ -300,13 +300,13 @@ def test_what_changes_connectors_or_a_stream_is_named_where_there_is_none(
     write_for_all_parts(release.checkpoint, tmp_path, "official")
 
     def put(path: Path, streams: DitFormat[Any, LtxModel] = FORMAT) -> None:
-        patch = LoraPatch([LoraUse(read_lora(path), 1.0)] if way == "loaded" else [])
+        patch = LoraPatch([WeightedLora(read_lora(path), 1.0)] if way == "loaded" else [])
         dit = streams.load(release.checkpoint, Placement(torch.device("cpu"), patch=patch))
         patch.check()
         if way == "network":
             make_network(dit, rank=2).load_weights(path)
         elif way == "added":
-            add_loras(dit, [LoraUse(read_lora(path), 1.0)])
+            add_loras(dit, [WeightedLora(read_lora(path), 1.0)])
 
     put(path)
 

@@ -24,7 +24,7 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import MagCache
 from protocols.steps import DitAt, EncodedPrompts
-from runtime.planning.dry_run import HOST, WEIGHTS, Ledger, largest
+from runtime.planning.dry_run import HOST, WEIGHTS, Ledger, peak_of_phases
 from runtime.planning.kernels import PlannedKernels
 from runtime.planning.memory_plan import MemoryPart
 from tests.ltx_2.release import SIZES, TinyRelease, write_release
@@ -87,7 +87,7 @@ def test_a_step_with_sound_takes_what_was_predicted(
         found = predicted(family, options, batch)
 
         assert_alike(found, real)
-        totals.append(sum(largest(found)[1].values()))
+        totals.append(sum(peak_of_phases(found)[1].values()))
     assert totals[1] > 1.5 * totals[0]
 
 

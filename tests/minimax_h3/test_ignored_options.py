@@ -14,10 +14,10 @@ IGNORED = "is ignored because it is for the references of --task ref2va"
 def test_sizes_of_references_are_for_their_task(
     record: type[H3LatentCachingOptions | H3TextCachingOptions], caplog: pytest.LogCaptureFixture
 ) -> None:
-    record.usual(task="ref2va", reference_image_short_edge=64)
-    record.usual()
+    record.from_defaults(task="ref2va", reference_image_short_edge=64)
+    record.from_defaults()
     assert not caplog.messages
-    record.usual(task="fl2va", reference_image_short_edge=64, reference_video_short_edge=96)
+    record.from_defaults(task="fl2va", reference_image_short_edge=64, reference_video_short_edge=96)
     assert caplog.messages == [
         f"--reference_image_short_edge 64 {IGNORED}",
         f"--reference_video_short_edge 96 {IGNORED}",
@@ -27,7 +27,7 @@ def test_sizes_of_references_are_for_their_task(
 def test_sizes_of_references_are_for_a_teacher_that_sees_the_subject(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    H3TextCachingOptions.usual(teacher_conditions="subject_ref", reference_image_short_edge=64)
+    H3TextCachingOptions.from_defaults(teacher_conditions="subject_ref", reference_image_short_edge=64)
     assert not caplog.messages
 
 

@@ -174,7 +174,7 @@ def test_the_printed_command_names_the_media_that_its_task_needs(
     task: str, sample: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     """Or a word in their place: without them the script refuses the task."""
-    words = generation_options(H3TrainingOptions.usual(task=task), sample)
+    words = generation_options(H3TrainingOptions.from_defaults(task=task), sample)
 
     of_media = ("--first_frame", "--last_frame", "--ref", "--reference_jsonl")
     named = {name: value for name, value in words.items() if name in of_media and value is not None}

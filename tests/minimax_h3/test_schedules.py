@@ -46,7 +46,7 @@ def theirs(shift: float, sample: Tensor, velocity_of: object) -> list[Tensor]:
 def test_euler_moves_each_stream_by_its_own_levels() -> None:
     """diffusers steps along data minus noise, the loop along noise minus data."""
     solver = solver_for("euler", 7, IMAGE_SHIFT, audio_shift=NOISE.audio_shift)
-    section = Section(JOINT.join(IMAGE, SOUND), {}, overrides=Overrides(joint=JOINT))
+    section = Section(JOINT.join(IMAGE, SOUND), {}, overrides=Overrides(audio_video_shapes=JOINT))
     seen: list[CompletedStep] = []
 
     found = denoise(

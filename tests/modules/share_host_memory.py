@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from networks.apply import LoraPatch
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from protocols.loading import Placement
 from runtime.offload.block_swap import swap_blocks
 from runtime.offload.swap_plan import SwapPlan, host_weights
@@ -25,7 +25,7 @@ def main(path: Path, lora: Path, device: torch.device) -> None:
     torch.distributed.init_process_group("gloo")
     host = host_weights(SwapPlan(DIT, 4), device)
     assert host is not None
-    patch = LoraPatch([LoraUse(read_lora(lora))])
+    patch = LoraPatch([WeightedLora(read_lora(lora))])
     dit = load_dit(path, Placement(device, patch=patch, host=host))
     patch.check()
     swap_blocks(dit, host, device)

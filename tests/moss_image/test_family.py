@@ -67,7 +67,7 @@ def test_the_simple_schedule_is_that_of_the_solver(family: MossImage) -> None:
 
 def skipped_at(prepared: Prepared, **options: Any) -> list[tuple[list[int], list[int]]]:
     """For each step the blocks that the positive and the negative pass leave out."""
-    guidance = replace(GuidanceOptions.usual(), **options)
+    guidance = replace(GuidanceOptions.from_defaults(), **options)
     (plans,) = plan_steps(prepared, guidance)
     passes = [
         {one.conditions_name: sorted(one.overrides.skip_blocks) for one in plan.passes} for plan in plans
@@ -118,7 +118,7 @@ def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    "options", [own.MossImageTrainingOptions.usual(), own.MossImageGenerationOptions.usual()]
+    "options", [own.MossImageTrainingOptions.from_defaults(), own.MossImageGenerationOptions.from_defaults()]
 )
 def test_a_window_that_ends_before_it_begins_is_refused(options: Any) -> None:
     with pytest.raises(OptionError, match="--negative_skip_start 0.8: give less than .*end, 0.2; .* none"):
@@ -143,7 +143,7 @@ def test_other_words_for_blocks_are_refused(text: str) -> None:
 
 def test_training_times_are_those_of_the_report() -> None:
     """The mean sigma is 0.744: the wrong sign of the mean would make it 0.26."""
-    options = replace(TimestepOptions.usual(), timestep_sampling=TRUNCATED_LOGIT)
+    options = replace(TimestepOptions.from_defaults(), timestep_sampling=TRUNCATED_LOGIT)
     u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
 
     shares = fractions_of_uniform(options, u, NOISE, 1.0)
@@ -158,7 +158,7 @@ def test_training_times_are_those_of_the_report() -> None:
 
 
 def test_the_network_is_fed_whole_timesteps_in_training() -> None:
-    options = replace(TimestepOptions.usual(), timestep_sampling=TRUNCATED_LOGIT)
+    options = replace(TimestepOptions.from_defaults(), timestep_sampling=TRUNCATED_LOGIT)
     times = draw(options, 64, torch.Generator().manual_seed(0), noise_spec=NOISE)
     assert torch.equal(times.timesteps, times.timesteps.round())
     torch.testing.assert_close(times.timesteps, 1000 * times.sigmas)
@@ -174,7 +174,7 @@ def test_the_scripts_train_at_these_times_by_default() -> None:
 
 def test_a_training_on_sft_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    options = own.MossImageTrainingOptions.usual()
+    options = own.MossImageTrainingOptions.from_defaults()
     for name in ("moss_image_base_bf16", "moss_image_sft_bf16"):
         files = write_tiny_moss_image(tmp_path / name, name=name)
         family_for_training(replace(options, dit=files.dit))

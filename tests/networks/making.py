@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import training.run
 from modules.installation import import_own
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
@@ -105,7 +105,7 @@ def join_all(network: nn.Module) -> None:
 @torch.no_grad()
 def add_lora(dit: Any, lora: Path | LoraFile, multiplier: float = 1.0) -> Any:
     """Put all of a LoRA into the weights of a model, and return the model."""
-    patch = LoraPatch([LoraUse(lora if isinstance(lora, LoraFile) else read_lora(lora), multiplier)])
+    patch = LoraPatch([WeightedLora(lora if isinstance(lora, LoraFile) else read_lora(lora), multiplier)])
     dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
     patch.check()
     assert unused(patch) == []

@@ -19,7 +19,7 @@ from modules.script_options import parse_options
 from networks.adapter import ForeignNetwork, NormReport, make_network
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import describe_lora, save_network
 from networks.options import NetworkOptions
@@ -257,14 +257,14 @@ def test_texts_are_encoded_as_in_training(tmp_path: Path, with_dit: bool) -> Non
     lora = read_lora(tmp_path / "lora.safetensors", with_texts=True)
     fresh = encoder(tmp_path / "clip")
 
-    loras = TextLoras([LoraUse(lora)])
+    loras = TextLoras([WeightedLora(lora)])
     for _ in range(2):  # a kept encoder comes again
         loras.add_to(fresh)
 
     assert float((expected - plain).abs().max()) > 1e-2
     torch.testing.assert_close(pooled(fresh), expected, rtol=1e-4, atol=1e-5)
     half = encoder(tmp_path / "clip")
-    TextLoras([LoraUse(lora, 0.0)]).add_to(half)
+    TextLoras([WeightedLora(lora, 0.0)]).add_to(half)
     torch.testing.assert_close(pooled(half), plain)
 
 
@@ -272,7 +272,7 @@ def test_a_lora_for_encoders_alone_leaves_the_dit_as_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained(encoder(tmp_path / "clip"), tmp_path / "lora.safetensors", None)
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
+    patch = LoraPatch([WeightedLora(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
     weights = tiny_model("dev").state_dict()
 
     with caplog.at_level(logging.WARNING):
@@ -301,7 +301,7 @@ def test_parts_for_encoders_that_a_model_does_not_have_are_told(
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(4, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    loras = TextLoras([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
+    loras = TextLoras([WeightedLora(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
 
     with caplog.at_level(logging.WARNING):
         loras.warn_of_unused([clip])
@@ -340,7 +340,7 @@ def test_a_converted_lora_encodes_texts_in_diffusers_as_here(tmp_path: Path) -> 
         state, network_alphas=None, text_encoder=theirs, prefix="text_encoder"
     )
 
-    TextLoras([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))]).add_to(clip)
+    TextLoras([WeightedLora(read_lora(tmp_path / "lora.safetensors", with_texts=True))]).add_to(clip)
     merged = in_transformers(tmp_path / "again")
     merged.load_state_dict(dict(clip.network.state_dict()))
     found, expected = theirs(ids).last_hidden_state, merged(ids).last_hidden_state

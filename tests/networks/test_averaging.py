@@ -21,7 +21,7 @@ from networks import averaging
 from networks.apply import LoraPatch
 from networks.averaging import LARGEST_SIGMA, AveragingOptions, compute_file_weights, find_gamma
 from networks.formats import LoraFormat
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.metadata import add_hashes, model_hashes
 from networks.module_names import family_named
 from networks.names.layouts import COMFYUI, KNOWN
@@ -249,7 +249,7 @@ def bake(folder: Path, rank: int, *more: str, target: str = "default") -> LoraFi
 
 
 def effect(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    patch = LoraPatch([LoraUse(read_lora(path))])
+    patch = LoraPatch([WeightedLora(read_lora(path))])
     found = {name: patch(name, one.float()) - one.float() for name, one in state.items()}
     assert unused(patch) == []
     return found
@@ -342,7 +342,7 @@ def test_a_dora_of_text_encoders_in_one_file_with_the_model(tmp_path: Path) -> N
         }
         for file in ("saved", "plain")
         for lora in [read_lora(tmp_path / f"{file}.safetensors", with_texts=True)]
-        for patch in [FullPatch([LoraUse(lora)], state, model)]
+        for patch in [FullPatch([WeightedLora(lora)], state, model)]
     )
     assert len(expected) == len(found) == 3
     for name, change in expected.items():

@@ -20,7 +20,7 @@ from networks.convert import convert_file
 from networks.delta import read_delta
 from networks.kinds.dora_change import decompose
 from networks.kinds.dora_layer import extend
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.lora_layer import LoraLayer
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import add_lora, inputs, tiny_dit
@@ -48,7 +48,7 @@ def recorded(case: str) -> dict[str, Tensor]:
 
 
 def merged(weight: Tensor, lora: LoraFile, multiplier: float = 1.0, module: str = MODULE) -> Tensor:
-    patch = LoraPatch([LoraUse(lora, multiplier)])
+    patch = LoraPatch([WeightedLora(lora, multiplier)])
     out = patch(f"{module}.weight", weight)
     patch.check()
     return out

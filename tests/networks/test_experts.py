@@ -16,7 +16,7 @@ import convert_lora
 import merge_lora
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
+from networks.loading import LoraFile, WeightedLora, read_lora, warn_of_other_expert
 from networks.metadata import STALE, expert_of, save_network
 from protocols.families import HIGH_NOISE, LOW_NOISE
 from tests.networks.making import add_lora, inputs, randomize, tiny_dit, wan_network
@@ -194,7 +194,7 @@ def test_a_file_of_diffusers_for_both_transformers_acts_here_as_there(tmp_path: 
     pipe = pair.pipeline()
     lora = read_lora(saved_by_diffusers(pipe, tmp_path, "transformer", "transformer_2"), by_expert=True)
 
-    assert tuple(lora.parts) == EXPERTS
+    assert tuple(lora.loras_by_expert) == EXPERTS
     for expert in EXPERTS:
         part = lora.for_expert(expert)
         assert part.expert == expert
@@ -206,7 +206,7 @@ def test_one_part_has_to_be_chosen(tmp_path: Path, pair: Pair) -> None:
 
     with pytest.raises(CheckpointError, match="holds two LoRAs, one for the high-noise and one for"):
         read_lora(both)
-    use = LoraUse(read_lora(both, by_expert=True))
+    use = WeightedLora(read_lora(both, by_expert=True))
     assert use.lora.family() is WAN
     for expert in (None, ""):
         with pytest.raises(CheckpointError, match="holds two LoRAs"):
@@ -258,7 +258,7 @@ def test_merging_uses_the_part_for_the_model(
 
     merge(model, both, merged, *option)
 
-    patch = LoraPatch([LoraUse(read_lora(both, by_expert=True).for_expert(expert))])
+    patch = LoraPatch([WeightedLora(read_lora(both, by_expert=True).for_expert(expert))])
     found = load_file(merged)
     assert all(torch.equal(found[name], patch(name, weight)) for name, weight in state.items())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

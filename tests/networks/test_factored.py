@@ -21,7 +21,7 @@ from networks.kinds import dora_layer, loha_layer, lokr_layer
 from networks.kinds.loha import make_shapes as loha_shapes
 from networks.kinds.lokr import make_shapes as lokr_shapes
 from networks.kinds.lokr import split_size
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.lora_layer import LoraLayer
 from protocols.loading import Placement
 from tests.networks.making import inputs, tiny_dit
@@ -224,7 +224,7 @@ def test_what_was_trained_is_what_generation_adds(tmp_path: Path, kind: str) -> 
     write_caches(tmp_path)
     tensors = train_toy(tmp_path, *NETWORKS[kind], "--network_alpha", 0.5, "--max_train_steps", 3)
     path = tmp_path / "output" / "x.safetensors"
-    patch = LoraPatch([LoraUse(read_lora(path))])
+    patch = LoraPatch([WeightedLora(read_lora(path))])
     merged = ToyFamily().load_dit(Placement(CPU, patch=patch))
     patch.check()
     dit, module = ToyFamily().load_dit(Placement(CPU)), str(NETWORKS[kind][1])
@@ -326,7 +326,7 @@ class Case:
         written, self.deltas = distilled(self.state)
         self.path = folder / "lora.safetensors"
         save_file(written, self.path)
-        self.use = LoraUse(read_lora(self.path), STRENGTH)
+        self.use = WeightedLora(read_lora(self.path), STRENGTH)
         self.merged = {name: tensor + STRENGTH * self.deltas[name] for name, tensor in self.state.items()}
 
     def assert_merged(self, found: dict[str, Tensor]) -> None:
@@ -344,7 +344,7 @@ def case(tmp_path: Path) -> Case:
 def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pytest.LogCaptureFixture) -> None:
     written = {name.replace("diff_m", modulation): tensor for name, tensor in load_file(case.path).items()}
     save_file(written, case.path)
-    patch = LoraPatch([LoraUse(read_lora(case.path), STRENGTH)], model=case.model)
+    patch = LoraPatch([WeightedLora(read_lora(case.path), STRENGTH)], model=case.model)
 
     dit = load_dit(case.model, Placement(CPU, patch=patch))
     patch.check()
@@ -358,7 +358,7 @@ def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pyte
 def test_a_lora_for_samples_adds_every_difference_and_leaves_nothing(tmp_path: Path, case: Case) -> None:
     dit = tiny_dit(tmp_path / "other")
     plain, given = dit(**inputs(dit)), inputs(dit)
-    added = add_loras(dit, [LoraUse(case.use.lora, STRENGTH)])
+    added = add_loras(dit, [WeightedLora(case.use.lora, STRENGTH)])
 
     with added.switched_on(CPU, torch.float32):
         found = dit(**given)
@@ -376,7 +376,7 @@ def test_conversion_keeps_every_difference(tmp_path: Path, case: Case, target: s
     convert_file(tmp_path / "once.safetensors", tmp_path / "twice.safetensors", "other")
 
     for name in ("once", "twice"):
-        patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors"), STRENGTH)])
+        patch = LoraPatch([WeightedLora(read_lora(tmp_path / f"{name}.safetensors"), STRENGTH)])
         case.assert_merged({each: patch(each, weight) for each, weight in case.state.items()})
         assert unused(patch) == []
     # the one name for it that ComfyUI reads
@@ -399,7 +399,7 @@ def test_a_difference_of_the_first_layer_for_other_channels_is_left_out(
     assert "ONLY IN PART" not in caplog.text
     caplog.clear()
     dit = tiny_dit(tmp_path / "i2v", "i2v")
-    with add_loras(dit, [LoraUse(case.use.lora, 1.0)]).switched_on(CPU, torch.float32):
+    with add_loras(dit, [WeightedLora(case.use.lora, 1.0)]).switched_on(CPU, torch.float32):
         dit(**inputs(dit))
     assert "its first layer takes 16 channels, the model's 36; the rest is used without it" in caplog.text
 
@@ -414,7 +414,7 @@ def test_image_attention_that_a_model_lacks_is_told_as_such(
         patch(name, weight)
 
     patch.check()
-    add_loras(dit, [LoraUse(case.use.lora, 1.0)])
+    add_loras(dit, [WeightedLora(case.use.lora, 1.0)])
 
     assert caplog.text.count("the attention to images of Wan2.1's image-to-video models; the rest") == 2
     assert "lora_unet_blocks_0_cross_attn_k_img" in caplog.text
@@ -439,7 +439,7 @@ def test_diffusers_makes_the_same_of_it(tmp_path: Path, case: Case, through: str
 
     load_there(other, path)
 
-    patch = LoraPatch([LoraUse(read_lora(case.path))])
+    patch = LoraPatch([WeightedLora(read_lora(case.path))])
     merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
     found = run_there(other, dit)
     dit.load_state_dict(merged)

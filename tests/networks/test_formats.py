@@ -240,7 +240,7 @@ def test_alphas_come_back_in_a_converted_file(tmp_path: Path) -> None:
 
 
 def options(**given: Any) -> NetworkOptions:
-    return replace(NetworkOptions.usual(), **given)
+    return replace(NetworkOptions.from_defaults(), **given)
 
 
 DORA = ("dora_wd=True",)

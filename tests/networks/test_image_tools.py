@@ -29,7 +29,7 @@ from networks.delta import read_delta
 from networks.deltas import group_by_module
 from networks.extracting import decompose_change
 from networks.fused_parts import join_parts
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.names.layouts import FamilyNames
 from tests.golden_cases import draw, make_weights, read_case
 from tests.tiny import krea2, z_image
@@ -240,7 +240,7 @@ def test_a_lora_of_flux_2_is_extracted_as_one(tmp_path: Path) -> None:
 
     made = read_lora(paths[2])
     assert (made.metadata["ss_base_model_version"], made.family()) == ("flux_2", FLUX_2)
-    patch = LoraPatch([LoraUse(made)])
+    patch = LoraPatch([WeightedLora(made)])
     torch.testing.assert_close(patch(changed, state[changed]), tuned[changed], atol=1e-4, rtol=1e-4)
 
 

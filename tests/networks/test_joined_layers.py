@@ -13,7 +13,7 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.gated_loras import add_loras
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from tests.tiny.dits import dit_called
 from tests.tiny.loras import unused
 
@@ -140,7 +140,7 @@ def assert_changed(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 
 def merged(path: Path, dit: nn.Module) -> dict[str, Tensor]:
-    patch = LoraPatch([LoraUse(read_lora(path))])
+    patch = LoraPatch([WeightedLora(read_lora(path))])
     found = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
     patch.check()
     assert unused(patch) == []
@@ -193,7 +193,7 @@ def test_added_round_the_layers_it_acts_as_merged(tmp_path: Path, joined: Joined
     given = tiny.inputs((1, 4, 4, 5), 1)
     plain = first(dit(**given))
 
-    with add_loras(dit, [LoraUse(read_lora(tmp_path / "x.safetensors"))]).switched_on(
+    with add_loras(dit, [WeightedLora(read_lora(tmp_path / "x.safetensors"))]).switched_on(
         torch.device("cpu"), torch.float32
     ):
         found = first(dit(**given))

@@ -17,7 +17,7 @@ from networks.convert import convert_file
 from networks.delta import read_delta
 from networks.fused_parts import split_fused
 from networks.key_formats import to_native
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.metadata import save_network
 from networks.module_names import module_path
 from protocols.loading import Placement
@@ -136,7 +136,7 @@ CPU = torch.device("cpu")
 TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny FramePack below has too
 
 
-def changes(state: dict[str, Tensor], *uses: LoraUse) -> dict[str, Tensor]:
+def changes(state: dict[str, Tensor], *uses: WeightedLora) -> dict[str, Tensor]:
     """What LoRAs add to each weight."""
     patch = LoraPatch(uses)
     found = {name: patch(name, weight) - weight for name, weight in state.items()}
@@ -161,7 +161,7 @@ def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind
             made["diff_b"] = 0.1 * torch.randn(len(made["diff"]), generator=generator)
         tensors |= {f"lora_unet_{module.replace('.', '_')}.{part}": one for part, one in made.items()}
     metadata = {"ss_base_model_version": "hunyuan_video"}
-    lora = LoraUse(LoraFile(Path("hv.safetensors"), tensors, metadata, "ours"), 0.7)
+    lora = WeightedLora(LoraFile(Path("hv.safetensors"), tensors, metadata, "ours"), 0.7)
 
     # a FramePack that has the tiny HunyuanVideo's weights wherever both have one of that name
     here = changes(tiny_state() | diffusers_state(TRUNK), lora)
@@ -186,7 +186,7 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
 
     assert errors == []
     assert {layer.scale for layer in network.layers} == {3 / 4}
-    expected = changes(tiny_state(), LoraUse(lora))
+    expected = changes(tiny_state(), WeightedLora(lora))
     for name, layer in network.named_children():
         delta = read_delta(
             {f"lora_{part}.weight": getattr(layer, f"lora_{part}").weight for part in ("down", "up")}
@@ -226,7 +226,9 @@ def test_patterns_may_be_written_for_the_names_in_the_file_or_in_the_model(
 ) -> None:
     making.saved(tmp_path / "lora.safetensors")
 
-    found = changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0, include, exclude))
+    found = changes(
+        tiny_state(), WeightedLora(read_lora(tmp_path / "lora.safetensors"), 1.0, include, exclude)
+    )
 
     names = [name for name, delta in found.items() if delta.any()]
     for part, number in changed.items():
@@ -247,7 +249,9 @@ def test_a_framepack_lora_on_hunyuan_video_is_warned_about(
 ) -> None:
     name = "lora_unet_transformer_blocks_0_attn_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 128), f"{name}.lora_up.weight": torch.ones(128, 2)}
-    said, unsaid = (LoraUse(LoraFile(Path("fp.safetensors"), tensors, one, "ours")) for one in (metadata, {}))
+    said, unsaid = (
+        WeightedLora(LoraFile(Path("fp.safetensors"), tensors, one, "ours")) for one in (metadata, {})
+    )
     changes(tiny_state(), said)
     changes(TRUNK, unsaid)
     assert not caplog.records
@@ -261,7 +265,7 @@ def test_a_framepack_lora_on_hunyuan_video_is_warned_about(
 
 def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None:
     tensors = {"lora_unet_blocks_0_ffn_0.diff": torch.ones(2, 2)}
-    patch = LoraPatch([LoraUse(LoraFile(Path("wan.safetensors"), tensors, {}, "ours"))])
+    patch = LoraPatch([WeightedLora(LoraFile(Path("wan.safetensors"), tensors, {}, "ours"))])
 
     load_dit(write_dit(tmp_path, tiny_state()), Placement(CPU, patch=patch))
 

@@ -20,7 +20,7 @@ from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.fused_parts import join_parts
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import module_path, related_modules
 from protocols.loading import Placement
@@ -90,7 +90,7 @@ def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
 @pytest.mark.parametrize("dialect", ["pt_wrapped", "comfy", "comfy_all_in_one", "diffusers_sharded"])
 def test_every_layout_of_a_model_is_merged_to_the_same(tmp_path: Path, dialect: str) -> None:
     making.saved(tmp_path / "ours.safetensors")
-    uses = [LoraUse(read_lora(tmp_path / "ours.safetensors"), 0.5)]
+    uses = [WeightedLora(read_lora(tmp_path / "ours.safetensors"), 0.5)]
     state = tiny_state(dtype=torch.bfloat16)
 
     merge_into_file(write_dit(tmp_path, state, dialect), uses, tmp_path / "merged.safetensors", CPU)
@@ -220,7 +220,7 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
         expected[384 - 16 * height :] += torch.kron(first, second)
         path = tmp_path / f"{height}.safetensors"
         save_file({f"lora_unet_{module}.lokr_w1": first, f"lora_unet_{module}.lokr_w2": second}, path)
-        loras.append(LoraUse(read_lora(path)))
+        loras.append(WeightedLora(read_lora(path)))
     patch = LoraPatch(loras)
 
     fused = patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
@@ -252,7 +252,7 @@ def test_a_whole_and_a_part_of_other_heights_are_refused(
     factors = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(rows, 2)}
     tensors = {f"lora_unet_{module}.{part}": tensor for part, tensor in factors.items()}
     save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "hunyuan_video"})
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
+    patch = LoraPatch([WeightedLora(read_lora(tmp_path / "x.safetensors"))])
 
     with pytest.raises(CheckpointError, match=message.format(weight=weight, module=module)):
         patch(f"{weight}.weight", torch.zeros(24, 8))

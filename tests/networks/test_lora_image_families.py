@@ -25,7 +25,7 @@ from lumina.files import load_dit as load_lumina
 from modules.errors import OptionError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from protocols.family import DitSpec
@@ -234,7 +234,7 @@ def test_a_file_of_diffusers_changes_a_model_as_the_network_did(tmp_path: Path, 
 
     found = []
     for name in ("lora", "converted"):
-        patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors"), 0.5)])
+        patch = LoraPatch([WeightedLora(read_lora(tmp_path / f"{name}.safetensors"), 0.5)])
         found.append({key: patch(key, weight) for key, weight in ours.state_dict().items()})
         patch.check()
         assert unused(patch) == []
@@ -447,7 +447,11 @@ def test_pipelines_make_of_a_file_what_is_made_of_it_here(
             tensors[f"{module}.alpha"] = torch.tensor(3.0)
     path = tmp_path / "saved.safetensors"
     save_file(tensors, path, named(family) or None)
-    patch, ours, theirs = LoraPatch([LoraUse(read_lora(path))]), made.tiny_model(), made.in_diffusers(state)
+    patch, ours, theirs = (
+        LoraPatch([WeightedLora(read_lora(path))]),
+        made.tiny_model(),
+        made.in_diffusers(state),
+    )
     ours.load_state_dict({name: patch(name, weight) for name, weight in ours.state_dict().items()})
     given = made.tiny_inputs()
     plain = made.predict_with(theirs, given)

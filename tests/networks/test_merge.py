@@ -13,7 +13,7 @@ from lumina.configs import DIT as LUMINA_DIT
 from networks.apply import LoraPatch, OriginalWeights
 from networks.delta import read_delta
 from networks.deltas import group_by_module
-from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
+from networks.loading import LoraFile, WeightedLora, lora_uses, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from networks.use_options import LoraOptions, LoraPatternOptions
@@ -32,7 +32,7 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
     dit = golden_dit(description)
     network = make_lora("lora_wan", description["rank"], description["alpha"], dit)
     tensors = golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"])
-    patch = LoraPatch([LoraUse(lora_file(tensors), description["multiplier"])])
+    patch = LoraPatch([WeightedLora(lora_file(tensors), description["multiplier"])])
 
     merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
 
@@ -53,7 +53,7 @@ def test_several_loras_are_summed_before_rounding() -> None:
         "lora_unet_a.lora_down.weight": torch.full((1, 4), 0.6),
         "lora_unet_a.lora_up.weight": torch.ones(4, 1),
     }
-    patch = LoraPatch([LoraUse(lora_file(one)), LoraUse(lora_file(one))])
+    patch = LoraPatch([WeightedLora(lora_file(one)), WeightedLora(lora_file(one))])
 
     # 257.2: one alone would be lost
     assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))
@@ -63,7 +63,7 @@ def test_a_merged_weight_is_rounded_once() -> None:
     weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbors are 2 apart
     change = {"lora_unet_a.diff": torch.full((4, 4), 1.003)}  # 1.0 in bf16: 257 would become 256
 
-    changed = LoraPatch([LoraUse(lora_file(change))])("a.weight", weight)
+    changed = LoraPatch([WeightedLora(lora_file(change))])("a.weight", weight)
 
     assert torch.equal(changed, torch.full((4, 4), 258.0, dtype=torch.bfloat16))
 
@@ -89,7 +89,7 @@ def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: st
         for part, shape in LARGE[kind].items()
     }
     patch = LoraPatch(
-        [LoraUse(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)]
+        [WeightedLora(lora_file({f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}), 0.5)]
     )
     weight = torch.ones(ROWS, COLUMNS)
     expected = read_delta(factors).compute_change(torch.device("cpu"))
@@ -107,10 +107,11 @@ def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> Non
     files = (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
     for file in files:
         save_file({"lora_unet_a.diff": torch.ones(2, 2)}, file)
-    options = LoraOptions.usual(lora_weight=files, lora_multiplier=(0.5,))
+    options = LoraOptions.from_defaults(lora_weight=files, lora_multiplier=(0.5,))
 
     uses = lora_uses(
-        [*zip(files, options.multipliers(), strict=True)], LoraPatternOptions.usual(include_patterns=("a",))
+        [*zip(files, options.multipliers(), strict=True)],
+        LoraPatternOptions.from_defaults(include_patterns=("a",)),
     )
 
     found = [(use.multiplier, use.include, use.exclude) for use in uses]
@@ -127,10 +128,12 @@ def test_patterns_for_files_fit_with_dots_too(tmp_path: Path, caplog: pytest.Log
         ("blocks.1", [True, True]),
         (r"blocks\.2\.", [False, False]),
     ]:
-        (use,) = lora_uses(files, LoraPatternOptions.usual(include_patterns=(pattern,)))
+        (use,) = lora_uses(files, LoraPatternOptions.from_defaults(include_patterns=(pattern,)))
         assert [use.selects(["diff"], name) for name in names] == kept
     for typed in (None, ("blocks_1_",)):  # what an option excludes beside them may fit nothing
-        patterns = LoraPatternOptions.usual(exclude_patterns=typed).also_excluding("single_blocks|q$", 1)
+        patterns = LoraPatternOptions.from_defaults(exclude_patterns=typed).also_excluding(
+            "single_blocks|q$", 1
+        )
         (use,) = lora_uses(files, patterns)
         assert [use.selects(["diff"], name) for name in names] == [typed is None, True]
         assert not use.selects(["diff"], "lora_unet_single_blocks_1")
@@ -151,7 +154,7 @@ def network(dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def lora(folder: Path, seed: int, size: int = 8) -> LoraUse:
+def lora(folder: Path, seed: int, size: int = 8) -> WeightedLora:
     generator = torch.Generator().manual_seed(seed)
     base = "lora_unet_blocks_0_self_attn_q"
     tensors = {
@@ -160,7 +163,7 @@ def lora(folder: Path, seed: int, size: int = 8) -> LoraUse:
         f"{base}.alpha": torch.tensor(2.0),
     }
     save_file(tensors, folder / f"{seed}.safetensors")
-    return LoraUse(read_lora(folder / f"{seed}.safetensors"), 0.7)
+    return WeightedLora(read_lora(folder / f"{seed}.safetensors"), 0.7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

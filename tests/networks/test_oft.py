@@ -22,7 +22,7 @@ from networks.gated_loras import ChangedParameter, LoraBranch, LoraWrapper, add_
 from networks.kinds.oft import fit_block_size
 from networks.kinds.oft_layer import OftLayer
 from networks.kinds.oft_rotation import block_size_of, compute_rotations, rotate_weight
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.metadata import describe_lora
 from protocols.loading import Placement
 from tests.networks.making import inputs, tiny_dit
@@ -112,7 +112,7 @@ def test_what_is_trained_is_what_is_merged_and_loaded(
     assert all(name.endswith(".oft_R.weight") and tensor.any() for name, tensor in tensors.items())
     assert "OFT on" in caplog.text
     assert "block size" in caplog.text
-    patch = LoraPatch([LoraUse(read_lora(path))])
+    patch = LoraPatch([WeightedLora(read_lora(path))])
     merged = ToyFamily().load_dit(Placement(CPU, patch=patch))
     assert unused(patch) == []
     dit = ToyFamily().load_dit(Placement(CPU))
@@ -209,7 +209,7 @@ def wan_file(
 def test_a_file_of_another_program_is_merged(tmp_path: Path, start: str) -> None:
     path, values = wan_file(tmp_path, start)
     state = tiny_state("t2v")
-    patch = LoraPatch([LoraUse(read_lora(path), 0.7)])
+    patch = LoraPatch([WeightedLora(read_lora(path), 0.7)])
     for name, weight in state.items():
         expected = (
             weight + rotate_weight(weight, compute_rotations(values[name], 0.7)) if name in values else weight
@@ -223,7 +223,7 @@ def test_a_file_of_another_program_is_merged(tmp_path: Path, start: str) -> None
 def test_next_to_the_weights_it_does_the_same(tmp_path: Path) -> None:
     """Also around a network that learns, whose input it must not rotate, and next to another rotation."""
     path, values = wan_file(tmp_path)
-    uses = [LoraUse(read_lora(path), 0.7), LoraUse(read_lora(path), -0.3)]
+    uses = [WeightedLora(read_lora(path), 0.7), WeightedLora(read_lora(path), -0.3)]
     dit = tiny_dit(tmp_path / "model")
     name, value = next(iter(values.items()))
     layer = dit.get_submodule(name.removesuffix(".weight"))
@@ -259,7 +259,7 @@ def test_one_rotation_may_be_for_all_blocks(tmp_path: Path) -> None:
     state = tiny_state("t2v")
     weight, value = state["blocks.0.self_attn.q.weight"], angles(1, 4)
     save_file({"diffusion_model.blocks.0.self_attn.q.oft_R.weight": value}, tmp_path / "oft.safetensors")
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "oft.safetensors"))])
+    patch = LoraPatch([WeightedLora(read_lora(tmp_path / "oft.safetensors"))])
 
     merged = patch("blocks.0.self_attn.q.weight", weight)
 
@@ -284,14 +284,14 @@ def test_files_that_cannot_be_used_are_refused(
     save_file({f"lora_unet_blocks_0_self_attn_q.{part}": tensor for part, tensor in tensors.items()}, path)
     name = "blocks.0.self_attn.q.weight"
     with pytest.raises(CheckpointError, match=words):
-        LoraPatch([LoraUse(read_lora(path))])(name, tiny_state("t2v")[name])
+        LoraPatch([WeightedLora(read_lora(path))])(name, tiny_state("t2v")[name])
 
 
 def test_convolutions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "oft.safetensors"
     save_file({"diffusion_model.patch_embedding.oft_R.weight": torch.zeros(16, 6)}, path)
     with pytest.raises(CheckpointError, match="is no linear layer"):
-        LoraPatch([LoraUse(read_lora(path))])("patch_embedding.weight", torch.zeros(8, 16, 1, 2, 2))
+        LoraPatch([WeightedLora(read_lora(path))])("patch_embedding.weight", torch.zeros(8, 16, 1, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_comfyui_gets_a_plain_lora_only(tmp_path: Path) -> None:
         )
     options = ["--input", str(path), "--output", str(tmp_path / "p.safetensors"), "--target", "other"]
     convert_lora.main([*options, "--bake", "5000", "--dit", str(model)])
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "p.safetensors"))])
+    patch = LoraPatch([WeightedLora(read_lora(tmp_path / "p.safetensors"))])
     for name, weight in tiny_state("t2v").items():
         expected = (
             weight + rotate_weight(weight, compute_rotations(values[name])) if name in values else weight
@@ -361,7 +361,7 @@ def test_an_oft_for_samples_leaves_the_training_as_it_is(tmp_path: Path) -> None
     dit = load_dit(write_dit(tmp_path / "model", tiny_state("t2v")), Placement(CPU))
     with torch.no_grad():
         plain = dit(**inputs(dit))
-        added = add_loras(dit, [LoraUse(read_lora(path))])
+        added = add_loras(dit, [WeightedLora(read_lora(path))])
         assert torch.equal(dit(**inputs(dit)), plain)
         with added.switched_on(CPU, torch.float32):
             assert not torch.allclose(dit(**inputs(dit)), plain)

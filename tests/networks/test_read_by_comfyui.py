@@ -11,7 +11,7 @@ from torch import Tensor
 
 import convert_lora
 from networks.apply import LoraPatch
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from tests.ltx_2.tiny_dit import dit_state
 from tests.tiny import (
     flux,
@@ -253,7 +253,7 @@ def convert(source: Path, output: Path, *more: object, target: str = "other") ->
 def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str, kind: str) -> None:
     model = MODELS[name]
     write_lora(tmp_path / "saved.safetensors", kind, model.state, name, "0.")
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "saved.safetensors"))])
+    patch = LoraPatch([WeightedLora(read_lora(tmp_path / "saved.safetensors"))])
     expected = {key: patch(key, one) - one for key, one in model.state.items()}
     frozen = ["--dit", tmp_path / "dit.safetensors"] if kind == "DoRA" else []
     save_file(dict(model.state), tmp_path / "dit.safetensors")
@@ -267,7 +267,7 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
         torch.testing.assert_close(
             found.changes.get(key, torch.zeros_like(change)), change, rtol=1e-4, atol=2e-5
         )
-    again = LoraPatch([LoraUse(read_lora(tmp_path / "other.safetensors"))])
+    again = LoraPatch([WeightedLora(read_lora(tmp_path / "other.safetensors"))])
     for key, one in model.state.items():
         torch.testing.assert_close(again(key, one) - one, expected[key], rtol=1e-4, atol=2e-5)
     assert unused(again) == []

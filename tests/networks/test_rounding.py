@@ -17,7 +17,7 @@ from checkpoints.writing import LATE_BYTES, stream_tensors
 from modules.errors import OptionError
 from networks import flux_merge_lora, sdxl_merge_lora
 from networks.apply import LoraPatch, OriginalWeights
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.rounding import MAX_METADATA, METADATA_KEY, LoraRounding, RandomRounding, narrow_dtype
 from networks.text_loras import TextLoras
 from networks.use_options import AUTO, NEAREST, STOCHASTIC
@@ -46,20 +46,20 @@ def factors_of(kind: str, rows: int, columns: int, seed: int = 1) -> dict[str, T
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(4.0)}
 
 
-def use_of(factors: Mapping[str, Tensor], strength: float, file: str = "style.safetensors") -> LoraUse:
+def use_of(factors: Mapping[str, Tensor], strength: float, file: str = "style.safetensors") -> WeightedLora:
     tensors = {f"lora_unet_a.{part}": tensor for part, tensor in factors.items()}
-    return LoraUse(LoraFile(Path(file), tensors, {}, "ours"), strength)
+    return WeightedLora(LoraFile(Path(file), tensors, {}, "ours"), strength)
 
 
-def change_of(use: LoraUse, weight: Tensor) -> Tensor:
+def change_of(use: WeightedLora, weight: Tensor) -> Tensor:
     """What the LoRA adds to a weight, in float32."""
     return LoraPatch([use])(NAME, weight.float()) - weight.float()
 
 
-def scaled(use: LoraUse, weight: Tensor, size: float) -> LoraUse:
+def scaled(use: WeightedLora, weight: Tensor, size: float) -> WeightedLora:
     """The LoRA at the strength at which its change has this share of the weight's norm."""
     share = float(change_of(use, weight).norm() / weight.float().norm())
-    return LoraUse(use.lora, use.multiplier * size / share)
+    return WeightedLora(use.lora, use.multiplier * size / share)
 
 
 def share_kept(changed: Tensor, weight: Tensor, change: Tensor) -> float:
@@ -73,7 +73,7 @@ def bf16(rows: int = SIZE, columns: int = SIZE, seed: int = 0) -> Tensor:
     return (0.02 * normal(rows, columns, seed=seed)).bfloat16()
 
 
-def patch(rule: str, *uses: LoraUse) -> LoraPatch:
+def patch(rule: str, *uses: WeightedLora) -> LoraPatch:
     return LoraPatch(uses, rounding=LoraRounding(rule))
 
 
@@ -163,10 +163,10 @@ def test_a_lora_of_a_part_of_a_weight_is_not_judged_by_that_of_another_part() ->
         lora = LoraFile(
             Path(f"{part}.safetensors"), {start + key: value for key, value in factors.items()}, {}, "ours"
         )
-        change = LoraPatch([LoraUse(lora)])(name, weight.float()) - weight.float()
+        change = LoraPatch([WeightedLora(lora)])(name, weight.float()) - weight.float()
         assert float(change.norm()) > 0
         rows_norm = float(weight[:512].float().norm())
-        parts[part] = LoraUse(lora, size * rows_norm / float(change.norm()))
+        parts[part] = WeightedLora(lora, size * rows_norm / float(change.norm()))
     change = LoraPatch([parts["q"]])(name, weight.float()) - weight.float()
 
     changed = patch(AUTO, *parts.values())(name, weight)
@@ -280,8 +280,8 @@ def test_the_seed_is_of_the_name_and_the_file() -> None:
     use = scaled(use_of(factors, 1.0), weight, 0.0003)
     of_a = patch(STOCHASTIC, use)(NAME, weight)
     renamed = {name.replace("unet_a", "unet_b"): one for name, one in use.lora.tensors.items()}
-    other_name = LoraUse(LoraFile(use.lora.path, renamed, {}, "ours"), use.multiplier)
-    later = LoraUse(LoraFile(Path("again.safetensors"), use.lora.tensors, {}, "ours"), use.multiplier)
+    other_name = WeightedLora(LoraFile(use.lora.path, renamed, {}, "ours"), use.multiplier)
+    later = WeightedLora(LoraFile(Path("again.safetensors"), use.lora.tensors, {}, "ours"), use.multiplier)
 
     assert not torch.equal(patch(STOCHASTIC, other_name)("b.weight", weight), of_a)
     assert torch.equal(patch(STOCHASTIC, later)(NAME, weight), of_a), "a file may be renamed"
@@ -337,7 +337,7 @@ def lora(files: TinyWan, name: str) -> Path:
 def total_share(files: TinyWan, merged: Path, name: str) -> float:
     """The share of the effect of a LoRA that a merged file keeps, of all weights."""
     before, after = load_file(files.dit), load_file(merged)
-    exact = LoraPatch([LoraUse(read_lora(lora(files, name)))])
+    exact = LoraPatch([WeightedLora(read_lora(lora(files, name)))])
     products, squares = 0.0, 0.0
     for key, weight in before.items():
         change = (exact(key, weight.float()) - weight.float()).double()
@@ -376,7 +376,7 @@ def test_merged_files_keep_a_small_lora_and_say_so(
     said = metadata_of(merged)
     assert says in said[METADATA_KEY]
     assert "small.safetensors" in said["modelspec.merged_from"]
-    merging = patch(AUTO, LoraUse(read_lora(lora(files, "small"))))
+    merging = patch(AUTO, WeightedLora(read_lora(lora(files, "small"))))
     loaded = load_dit(files.dit, Placement(CPU, patch=merging))
     plain = load_dit(merged, Placement(CPU))
     assert all(torch.equal(one, plain.state_dict()[name]) for name, one in loaded.state_dict().items())
@@ -451,10 +451,12 @@ def test_text_encoders_keep_small_loras(caplog: pytest.LogCaptureFixture) -> Non
     factors["lora_up.weight"] *= 0.0003 * weight.float().norm() / change.norm()
     change = factors["lora_up.weight"] @ factors["lora_down.weight"]
     texts = {f"lora_te1_layer.{part}": tensor for part, tensor in factors.items()}
-    use = LoraUse(LoraFile(Path("text.safetensors"), {}, {}, "ours", text_tensors=texts))
+    use = WeightedLora(LoraFile(Path("text.safetensors"), {}, {}, "ours", text_tensors=texts))
     with caplog.at_level(logging.INFO):
         loras = TextLoras([use], AUTO)
-        loras._merge([LoraUse(LoraFile(use.lora.path, _as_unet(texts), {}, "ours"))], encoder.network, "clip")
+        loras._merge(
+            [WeightedLora(LoraFile(use.lora.path, _as_unet(texts), {}, "ours"))], encoder.network, "clip"
+        )
 
     assert abs(share_kept(encoder.network["layer"].weight.detach(), weight, change) - 1) < 0.05
     assert "would keep" in caplog.text

@@ -13,7 +13,7 @@ import merge_lora
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.gated_loras import add_loras
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, WeightedLora, read_lora
 from networks.rounding import LoraRounding
 from networks.use_options import AUTO, STOCHASTIC
 
@@ -120,7 +120,7 @@ def test_another_shape_is_refused(tmp_path: Path) -> None:
 def test_a_set_weight_is_rounded_once(rule: str) -> None:
     values = drawn(WIDTH, WIDTH, seed=1).bfloat16()
     lora = LoraFile(Path("set"), {"lora_unet_x.set_weight": values}, {}, "ours")
-    patch = LoraPatch([LoraUse(lora)], rounding=LoraRounding(rule))
+    patch = LoraPatch([WeightedLora(lora)], rounding=LoraRounding(rule))
     weight = patch("x.weight", drawn(WIDTH, WIDTH, seed=2).bfloat16())
     assert torch.equal(weight, values)
 
@@ -159,7 +159,7 @@ def test_added_at_run_time_and_folded_in_are_the_same(order: tuple[str, ...]) ->
         "lora_unet_norm.diff_b": drawn(WIDTH, seed=36),
     }
     files = {"set": sets(10), "set again": sets(20), "lora": changes}
-    uses = [LoraUse(LoraFile(Path(name), files[name], {}, "ours"), 0.5) for name in order]
+    uses = [WeightedLora(LoraFile(Path(name), files[name], {}, "ours"), 0.5) for name in order]
     folded = Small()
     LoraPatch(uses).bake(folded)
     model = Small()

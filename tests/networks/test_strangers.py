@@ -417,7 +417,7 @@ def test_one_file_for_both_experts_of_wan_is_taken_apart(tmp_path: Path, start: 
         for factor, one in factors.items()
     }
     save_file(tensors, path)
-    parts = read_lora(path, by_expert=True).parts
+    parts = read_lora(path, by_expert=True).loras_by_expert
     for expert, n in (("high_noise", 1), ("low_noise", 2)):
         assert torch.equal(
             parts[expert].tensors["lora_unet_blocks_0_self_attn_q.lora_down.weight"], n * factors["lora_A"]

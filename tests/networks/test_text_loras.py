@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.gated_loras import find_parameters, fit_lora
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.text_loras import FullPatch, rename_for_encoders, uses_for
 
 SDXL = ("lora_te1", "lora_te2")
@@ -20,7 +20,7 @@ LAYER = "encoder_layers_0_mlp_fc1"
 SIZE = 4
 
 
-def write(path: Path, *modules: str) -> LoraUse:
+def write(path: Path, *modules: str) -> WeightedLora:
     """A LoRA of rank 1 on modules, and on a convolution that does not say which model it is for."""
     tensors: dict[str, Tensor] = {
         f"{UNET}.lora_down.weight": torch.ones(1, 1280, 3, 3),
@@ -36,10 +36,10 @@ def write(path: Path, *modules: str) -> LoraUse:
         tensors[module + down] = torch.randn(1, SIZE, generator=generator)
         tensors[module + up] = torch.randn(SIZE, 1, generator=generator)
     save_file(tensors, path)
-    return LoraUse(read_lora(path, with_texts=True))
+    return WeightedLora(read_lora(path, with_texts=True))
 
 
-def acting(uses: list[LoraUse], prefix: str, prefixes: tuple[str, ...] | None = None) -> set[str]:
+def acting(uses: list[WeightedLora], prefix: str, prefixes: tuple[str, ...] | None = None) -> set[str]:
     parts = uses_for(uses, prefix, prefixes)
     return {name.partition(".")[0] for use in parts for name in use.lora.tensors}
 
@@ -122,7 +122,7 @@ def test_a_projection_alone_that_an_encoder_lacks_is_a_warning(
 ) -> None:
     """The file's other parts act; a file of this part alone does nothing, and is refused."""
 
-    def put_in(use: LoraUse) -> None:
+    def put_in(use: WeightedLora) -> None:
         (part,) = uses_for([use], "lora_te1", SDXL)
         if way == "added":
             assert not fit_lora(part.lora, find_parameters(Encoder()), "--network_weights")
@@ -137,4 +137,4 @@ def test_a_projection_alone_that_an_encoder_lacks_is_a_warning(
 
     save_file(dict(use.lora.text_tensors), tmp_path / "alone.safetensors")
     with pytest.raises(CheckpointError, match="lora_te1_text_projection"):
-        put_in(LoraUse(read_lora(tmp_path / "alone.safetensors", with_texts=True)))
+        put_in(WeightedLora(read_lora(tmp_path / "alone.safetensors", with_texts=True)))

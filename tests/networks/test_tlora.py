@@ -16,8 +16,8 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.gated_loras import add_loras
 from networks.kinds.tlora import TLoraRule
-from networks.loading import LoraUse, read_lora
-from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of, set_level, set_levels
+from networks.loading import WeightedLora, read_lora
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rank_rule_of, set_level, set_levels
 from networks.unmerged_loras import add_unmerged, masked_changes, split_masked
 from tests.networks.making import tiny_dit
 from tests.training import toy
@@ -122,8 +122,8 @@ def test_the_file_is_a_lora_that_says_its_rule(tmp_path: Path, caplog: pytest.Lo
     assert tensors.keys() == plain.keys()
     assert not toy.same(tensors, plain)
     metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")
-    assert rule_of(metadata) == TLoraRule(1, 2)
-    assert rule_of(toy.metadata_of(tmp_path / "output" / "plain.safetensors")) is None
+    assert rank_rule_of(metadata) == TLoraRule(1, 2)
+    assert rank_rule_of(toy.metadata_of(tmp_path / "output" / "plain.safetensors")) is None
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_it_is_added_with_the_mask_of_each_level(tmp_path: Path, way: str) -> No
     dit = tiny_dit(tmp_path / "model")
     layer = dit.get_submodule("blocks.0.self_attn.q")
     x = torch.randn(2, 5, down.shape[1])
-    plain, use = layer(x), LoraUse(read_lora(path), 0.5)
+    plain, use = layer(x), WeightedLora(read_lora(path), 0.5)
     merged, masked = split_masked([use])
     assert (merged, masked) == ([], [use])
     if way == "generation":
@@ -205,7 +205,7 @@ def test_it_is_added_with_the_mask_of_each_level(tmp_path: Path, way: str) -> No
 
 def test_merging_says_that_it_has_no_mask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, _, _ = wan_file(tmp_path)
-    patch = LoraPatch([LoraUse(read_lora(path))])
+    patch = LoraPatch([WeightedLora(read_lora(path))])
     for name, weight in tiny_dit(tmp_path / "model").state_dict().items():
         patch(name, weight)
     with caplog.at_level(logging.WARNING):
@@ -224,7 +224,7 @@ def test_merging_says_that_it_has_no_mask(tmp_path: Path, caplog: pytest.LogCapt
     ],
 )
 def test_the_rule_is_read_from_metadata(arguments: str, rule: TLoraRule | None) -> None:
-    assert rule_of({"ss_network_args": arguments}) == rule
+    assert rank_rule_of({"ss_network_args": arguments}) == rule
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_the_rule_is_read_from_metadata(arguments: str, rule: TLoraRule | None) 
 )
 def test_numbers_that_are_none_are_refused(arguments: str) -> None:
     with pytest.raises(CheckpointError, match=r"style.*: its metadata say tlora=True with .*Copy it again"):
-        rule_of({"ss_network_args": f'{{"tlora": "True", {arguments}}}'}, Path("style.safetensors"))
+        rank_rule_of({"ss_network_args": f'{{"tlora": "True", {arguments}}}'}, Path("style.safetensors"))
 
 
 def test_joined_ranks_are_those_of_parts() -> None:
@@ -250,5 +250,5 @@ def test_converted_files_keep_the_rule(tmp_path: Path, caplog: pytest.LogCapture
         convert_file(path, tmp_path / "other.safetensors", "other")
     assert load_file(tmp_path / "other.safetensors")
     with safe_open(tmp_path / "other.safetensors", "pt") as file:
-        assert rule_of(file.metadata()) == TLoraRule(1, 2)
+        assert rank_rule_of(file.metadata()) == TLoraRule(1, 2)
     assert "A T-LoRA acts as trained in the scripts here" in " ".join(caplog.text.split())

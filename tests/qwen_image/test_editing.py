@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 def family_of(files: TinyModel, version: str = "edit-2509", **edit: Any) -> QwenImage:
-    options = QwenImageGenerationOptions.usual(
+    options = QwenImageGenerationOptions.from_defaults(
         dit=files.dit,
         version=QwenImageVersionOptions(model_version=version),
         references=QwenImageReferenceOptions(**edit),
@@ -338,7 +338,7 @@ def test_a_text_encoder_without_its_vision_tower_is_one_message(tmp_path: Path) 
 
 @pytest.mark.parametrize("version", ["original", "edit-2511"])
 def test_commands_of_a_training_name_its_release(version: str) -> None:
-    options = QwenImageTrainingOptions.usual(version=QwenImageVersionOptions(model_version=version))
+    options = QwenImageTrainingOptions.from_defaults(version=QwenImageVersionOptions(model_version=version))
     latents, texts = caching_options(options)
     expected = None if version == "original" else version
     assert (latents["--model_version"], texts["--model_version"]) == (expected, expected)

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def options_of(*paths: Path, **values: tuple[object, ...]) -> ControlOptions:
-    return ControlOptions.usual(control_net_models=paths, **values)
+    return ControlOptions.from_defaults(control_net_models=paths, **values)
 
 
 def theirs(kind: str, call: UnetCall, guides: Tensor, scale: float = 1.0, seed: int = 50) -> list[Tensor]:

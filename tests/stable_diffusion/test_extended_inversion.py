@@ -38,7 +38,7 @@ SCRIPT = "train_textual_inversion_XTI.py"
 
 @pytest.mark.slow
 def test_gradients_are_those_of_a_network_whose_layers_are_given_their_states(tmp_path: Path) -> None:
-    options = Sd1ExtendedInversionTrainingOptions.usual(token_string=WORD, num_vectors_per_token=2)
+    options = Sd1ExtendedInversionTrainingOptions.from_defaults(token_string=WORD, num_vectors_per_token=2)
     base = make_family("sd1", tmp_path, options=options, text_training=TextEncoderTraining({}))
     twin: Any = base.load_dit(Placement(CPU)).requires_grad_(False)
     family = with_extended_inversion(base)

@@ -414,7 +414,7 @@ def masks_of(folder: Path, key: str, **settings: Any) -> list[tuple[Tensor, Tens
     options = parse_options(None, [], SubsetOptions)[0]
     config = load_dataset_config(folder / "dataset.toml", replace(options, masked_loss="cond" in key))
     source = next(source for source in find_all_sources(config) if source.stem == "0")
-    asked = InpaintingOptions.usual(train_inpainting=True, **settings)
+    asked = InpaintingOptions.from_defaults(train_inpainting=True, **settings)
     found = []
     for number in range(12):
         image = decode_source(source, 1.0, 8, rng=random.Random(number))

@@ -228,7 +228,7 @@ STEP = f"{WORD}-step00000002"
 def test_the_next_command_has_the_word_by_the_name_of_its_file(
     given: dict[str, Any], sample: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
-    options = Sd1InversionTrainingOptions.usual(token_string=WORD, **given)
+    options = Sd1InversionTrainingOptions.from_defaults(token_string=WORD, **given)
     model = make_family("sd1", tmp_path)
     network = with_templates_and_command(model.word_network(options.word), options)
 
@@ -250,7 +250,7 @@ def test_the_next_command_has_the_word_by_the_name_of_its_file(
 )
 def test_words_that_cannot_be_new_ones_are_refused(word: str, told: str) -> None:
     with pytest.raises(OptionError, match=re.escape(told)):
-        InversionOptions.usual(token_string=word)
+        InversionOptions.from_defaults(token_string=word)
 
 
 def test_diffusers_reads_the_file_as_we_do(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ CONVOLUTION = {"lllite_unet_input_blocks_4_0_out_layers_3": 128}
 
 
 def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
-    return ControlOptions.usual(control_net_lllite_models=paths, **values)
+    return ControlOptions.from_defaults(control_net_lllite_models=paths, **values)
 
 
 def tell(weights: dict[str, Tensor], guides: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ SCRIPT = "sdxl_train_control_net_lllite.py"
 
 
 def options_of(**values: Any) -> SdxlLlliteTrainingOptions:
-    options: SdxlLlliteTrainingOptions = SdxlLlliteTrainingOptions.usual(**values)
+    options: SdxlLlliteTrainingOptions = SdxlLlliteTrainingOptions.from_defaults(**values)
     return options
 
 

@@ -319,4 +319,4 @@ def test_modules_that_are_not_read_are_refused(tmp_path: Path, name: str, messag
     path = tmp_path / "x.safetensors"
     path.touch()
     with pytest.raises(OptionError, match=message):
-        AddedNetworkOptions.usual(network_module=(name,), network_weights=(path,))
+        AddedNetworkOptions.from_defaults(network_module=(name,), network_weights=(path,))

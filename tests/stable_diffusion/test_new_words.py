@@ -68,7 +68,7 @@ def test_initial_words_are_read_without_start_end_and_padding(tmp_path: Path) ->
 )
 def test_both_ways_refuse_the_same_words(tmp_path: Path, way: str, text: str, told: str) -> None:
     ways: dict[str, Callable[[], object]] = {
-        "token_string": lambda: InversionOptions.usual(token_string=text),
+        "token_string": lambda: InversionOptions.from_defaults(token_string=text),
         "train_embedding": lambda: toy_options(tmp_path, "--train_embedding", text),
     }
 

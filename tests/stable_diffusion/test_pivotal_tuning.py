@@ -47,7 +47,7 @@ __all__ = ("folder",)
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
-    options = EmbeddingOptions.usual(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
+    options = EmbeddingOptions.from_defaults(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
     base = make_family(kind, tmp_path, text_training=TextEncoderTraining({}))
     word = options.word()
     family = base.with_word_in_texts(word)
@@ -69,7 +69,7 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     rows = make_word_vectors(
         word, of_word, False, texts.networks_with_new_word, seed=3, has_initial_values=True
     )
-    learner = find_learner(family, NetworkOptions.usual())
+    learner = find_learner(family, NetworkOptions.from_defaults())
     trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU, learner=learner)
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}

@@ -131,7 +131,7 @@ def test_rates_of_parts_and_bounds_act_as_written(folder: Path) -> None:  # noqa
 def test_weights_stay_finite_where_the_last_timestep_is_noise_alone() -> None:
     """A file's mark of a zero terminal SNR with one of noise: the SNR is that of the betas as they were."""
     for predicts_v in (False, True):
-        spec = make_noise_spec(predicts_v, True, weights=LossWeightOptions.usual(min_snr_gamma=5.0))
+        spec = make_noise_spec(predicts_v, True, weights=LossWeightOptions.from_defaults(min_snr_gamma=5.0))
         factors = torch.tensor(spec.loss_factors)
         assert spec.table[-1] == 1.0
         assert torch.isfinite(factors).all()

@@ -339,7 +339,7 @@ SNR = SHARES / (1 - SHARES)
     ],
 )
 def test_weights_of_losses_follow_the_snr(values: dict[str, Any], predicts_v: bool, expected: Tensor) -> None:
-    weights = LossWeightOptions.usual(**values)
+    weights = LossWeightOptions.from_defaults(**values)
     spec = make_noise_spec(predicts_v, weights=weights)
 
     # float32 betas against float64: the first SNR differs by 1e-4
@@ -350,9 +350,9 @@ def test_weights_of_losses_follow_the_snr(values: dict[str, Any], predicts_v: bo
 
 
 def test_a_batch_gets_the_weights_of_its_timesteps() -> None:
-    spec = make_noise_spec(False, weights=LossWeightOptions.usual(min_snr_gamma=5.0))
+    spec = make_noise_spec(False, weights=LossWeightOptions.from_defaults(min_snr_gamma=5.0))
     batch = Batch({"latents": torch.zeros(4, 4, 1, 8, 8)}, ("",) * 4, ("",) * 4)
-    times = TimestepOptions.usual(timestep_sampling="uniform", min_timestep=7, max_timestep=8)
+    times = TimestepOptions.from_defaults(timestep_sampling="uniform", min_timestep=7, max_timestep=8)
 
     noisy = NoiseSampler(times, 0, noise_spec=spec, weighted_by="nothing").add_noise(batch, 0, 0)
 
@@ -363,7 +363,7 @@ def test_a_batch_gets_the_weights_of_its_timesteps() -> None:
 def test_timesteps_are_uniform_and_leave_the_upper_bound_out() -> None:
     spec = make_noise_spec(False)
     batch = Batch({"latents": torch.zeros(6000, 4, 1, 1, 1)}, ("",) * 6000, ("",) * 6000)
-    times = TimestepOptions.usual(timestep_sampling="uniform", min_timestep=10, max_timestep=16)
+    times = TimestepOptions.from_defaults(timestep_sampling="uniform", min_timestep=10, max_timestep=16)
 
     noisy = NoiseSampler(times, 0, noise_spec=spec, weighted_by="nothing").add_noise(batch, 0, 0)
 

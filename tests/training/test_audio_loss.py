@@ -63,7 +63,7 @@ AS_DEFAULT = AudioLearning()
 
 
 def drawn(batch: Batch, learning: AudioLearning = AS_DEFAULT) -> NoisyBatch:
-    timesteps = replace(TimestepOptions.usual(), timestep_sampling="uniform")
+    timesteps = replace(TimestepOptions.from_defaults(), timestep_sampling="uniform")
     return NoiseSampler(timesteps, 7, replace(FLOW, training_offset=0.0), audio=learning).add_noise(
         batch, 3, 0
     )
@@ -186,7 +186,7 @@ def test_a_given_stream_is_clean_and_not_learned(given: str, is_image: bool) -> 
 def test_shifted_logit_normal_has_the_quantiles_of_its_formula(is_stretched: bool) -> None:
     """By the definition: sigmoid(n + mu), stretched, mirrored at 0.001, a tenth of it uniform."""
     rule, count = ShiftedLogit(is_stretched=is_stretched), 40_000
-    options = replace(TimestepOptions.usual(), timestep_sampling=SHIFTED_LOGIT)
+    options = replace(TimestepOptions.from_defaults(), timestep_sampling=SHIFTED_LOGIT)
     spec = NoiseSpec(count_tokens=count_tokens, shifted_logit=rule)
     for shape, mu in (((1, 2, 3, 2, 2), 0.95), ((1, 2, 4, 3), 2.05)):
         generator = torch.Generator().manual_seed(1)

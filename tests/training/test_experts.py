@@ -71,7 +71,11 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     first, second = (make_network(options, BOTH.lora_module, dit, seed=3) for dit in (low, high))
 
     trainable = make_trainable(
-        first, (1e-2, None, None), None, torch.device("cpu"), find_learner(BOTH, NetworkOptions.usual())
+        first,
+        (1e-2, None, None),
+        None,
+        torch.device("cpu"),
+        find_learner(BOTH, NetworkOptions.from_defaults()),
     )
     trainable = share_network(trainable, second, torch.device("cpu"))
 

@@ -175,7 +175,9 @@ def test_the_error_is_that_of_a_plain_loop(kind: str, action: str, tmp_path: Pat
     """The walk and the prediction have the LoRA at the strength of the pair, the three targets do not."""
     family = make_family(kind, tmp_path)
     pair = LecoPair("a cat", "red", "old", "dog", action, 2.0, 64, 96, batch_size=2, multiplier=-1.5)
-    options = LecoOptions.usual(prompts_file=tmp_path, max_denoising_steps=4, leco_denoise_guidance_scale=3.0)
+    options = LecoOptions.from_defaults(
+        prompts_file=tmp_path, max_denoising_steps=4, leco_denoise_guidance_scale=3.0
+    )
     target = encode_pairs(family, options, [pair], CPU)
     unet = family.load_dit(Placement(CPU))
     network = build_network("networks.lora", NetworkArguments(2, 1.0), unet, {})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from runtime.planning.dry_run import NETWORK, TEXTS, largest, round_up_bytes
+from runtime.planning.dry_run import NETWORK, TEXTS, peak_of_phases, round_up_bytes
 from tests.training.toy import same, write_prompts
 from tests.training.toy_images import (
     TextFamily,
@@ -236,10 +236,12 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
         known = replace(batch, batch=run.plan.texts.add_to(batch.batch))
     encoders = family.text_encoders()
 
-    cached = largest(predict(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
-    frozen = largest(predict(family, options, batch, CPU, texts=LiveTextEncoders(encoders)).phase_peaks)[1]
+    cached = peak_of_phases(predict(family, options, known.moved(torch.detach), CPU).phase_peaks)[1]
+    frozen = peak_of_phases(
+        predict(family, options, batch, CPU, texts=LiveTextEncoders(encoders)).phase_peaks
+    )[1]
     texts = LiveTextEncoders(encoders, family.made[-2:-1])
-    learning = largest(predict(family, options, batch, CPU, texts=texts).phase_peaks)[1]
+    learning = peak_of_phases(predict(family, options, batch, CPU, texts=texts).phase_peaks)[1]
 
     assert TEXTS not in cached
     weights = sum(round_up_bytes(tensor.nbytes) for tensor in TinyText(1).state_dict().values())

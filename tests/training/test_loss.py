@@ -125,7 +125,7 @@ RECORDED = [case for case in LOSSES["cases"] if case["loss_per_sample"] is not N
 )
 def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
     names = "loss_type", "huber_schedule", "huber_c", "huber_scale"
-    options = LossOptions.usual(**{name: case[name] for name in names})
+    options = LossOptions.from_defaults(**{name: case[name] for name in names})
     sigmas = torch.tensor(LOSSES["sigma"])
     thresholds = find_thresholds(options, NoiseSpec(), sigmas, 1000 * sigmas)
 
@@ -140,7 +140,7 @@ def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("loss_type", "expected"), [("l2", (1.5**2 + 3.5**2) / 2), ("l1", (1.5 + 3.5) / 2)])
 def test_the_loss_that_options_ask_for_is_trained(loss_type: str, expected: float) -> None:
-    rule = LossRule(LossOptions.usual(loss_type=loss_type))
+    rule = LossRule(LossOptions.from_defaults(loss_type=loss_type))
     assert training_loss(ToyFamily(), Constant(), noisy_batch(), nullcontext, rule).item() == expected
 
 
@@ -171,7 +171,7 @@ def test_a_loss_of_an_unknown_name_is_an_error() -> None:
 
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
 def test_a_mask_of_a_clip_weights_each_latent_and_the_mean_is_over_all(loss_type: str) -> None:
-    rule = LossRule(LossOptions.usual(loss_type=loss_type, huber_schedule="constant"))
+    rule = LossRule(LossOptions.from_defaults(loss_type=loss_type, huber_schedule="constant"))
     mask = torch.tensor([[[[1.0, 0.5], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]], dtype=torch.float16)
 
     full = errors_of(noisy_batch(), rule=rule)

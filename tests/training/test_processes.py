@@ -47,10 +47,10 @@ def _fresh_processes() -> Iterator[None]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
     with pytest.raises(OptionError, match="--mixed_precision fp16"):
-        make_accelerator(AcceleratorOptions.usual(mixed_precision="fp16"))
+        make_accelerator(AcceleratorOptions.from_defaults(mixed_precision="fp16"))
 
 
-PLAIN = AcceleratorOptions.usual()
+PLAIN = AcceleratorOptions.from_defaults()
 DEFAULT = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 CONFIG = ("--use_parallelism_config",)
 LAUNCHED = {  # options of the launcher -> what it asks for, and what does it here
@@ -105,7 +105,7 @@ def test_a_launchers_variable_without_a_rank_is_refused_by_name(
 @pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("is_on", [False, True])
 def test_tf32_and_the_search_for_fast_convolutions_are_switched_on_if_asked_for(is_on: bool) -> None:
-    make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on, cuda_cudnn_benchmark=is_on))
+    make_accelerator(AcceleratorOptions.from_defaults(cuda_allow_tf32=is_on, cuda_cudnn_benchmark=is_on))
 
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     assert (cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32) == (is_on, is_on, is_on)
@@ -122,7 +122,7 @@ def test_accelerate_does_not_change_how_exact_float32_is(
         return Accelerator(**settings)
 
     monkeypatch.setattr("training.processes.Accelerator", on_a_gpu)
-    make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on))
+    make_accelerator(AcceleratorOptions.from_defaults(cuda_allow_tf32=is_on))
 
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
 
@@ -138,14 +138,14 @@ def test_processes_wait_for_one_that_makes_samples(
         return Accelerator(kwargs_handlers=kwargs_handlers, **settings)
 
     monkeypatch.setattr("training.processes.Accelerator", watched)
-    make_accelerator(AcceleratorOptions.usual(ddp_timeout=asked))
+    make_accelerator(AcceleratorOptions.from_defaults(ddp_timeout=asked))
 
     assert given == [timedelta(minutes=minutes)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    make_accelerator(AcceleratorOptions.usual(fp16_accumulation=True))
+    make_accelerator(AcceleratorOptions.from_defaults(fp16_accumulation=True))
 
     assert "--fp16_accumulation is ignored because" in caplog.text
     assert "gradients are less exact" not in caplog.text
@@ -156,12 +156,12 @@ def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFix
 def test_options_of_gpus_and_of_several_processes_say_that_they_do_nothing(
     name: str, backends: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_accelerator(AcceleratorOptions.usual(**{name: 5 if name == "ddp_timeout" else True}))
+    make_accelerator(AcceleratorOptions.from_defaults(**{name: 5 if name == "ddp_timeout" else True}))
     (line,) = [message for message in caplog.messages if f"--{name}" in message]
     assert re.search("is ignored because .* computes on cpu|has no effect with one process", line)
 
     caplog.clear()
-    make_accelerator(AcceleratorOptions.usual())
+    make_accelerator(AcceleratorOptions.from_defaults())
     assert name not in caplog.text
 
 

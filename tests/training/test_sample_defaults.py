@@ -189,7 +189,7 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
     assert here == there
     assert replace(again, request=made.request, extra_metadata=made.extra_metadata) == made
     assert {key: getattr(made, key) for key in expected} == expected
-    assert (made.joint is not None) == (case == "ltx_2 with sound")
+    assert (made.audio_video_shapes is not None) == (case == "ltx_2 with sound")
 
 
 @pytest.mark.slow_cases("--y1 1 --y2 2-1.625")

@@ -179,7 +179,7 @@ def test_a_number_is_refused_in_the_words_that_a_generation_has(tmp_path: Path, 
     prompts, line = tmp_path / "p.txt", f"a cat --{option}"
     prompts.write_text(line, encoding="utf-8")
     with pytest.raises(OptionError) as of_generation:
-        make_request(RequestOptions.usual(), parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS))
+        make_request(RequestOptions.from_defaults(), parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS))
 
     with pytest.raises(OptionError) as found:
         train_toy(tmp_path, "--sample_prompts", prompts, "--sample_at_first")

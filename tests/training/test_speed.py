@@ -11,7 +11,7 @@ from torch import Tensor
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.gated_loras import add_loras
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.multipliers import split_multiplier
 from protocols.loading import Placement
 from tests.training import toy
@@ -81,11 +81,11 @@ def write_file(folder: Path, factors: dict[str, Tensor], module: str = "blocks_0
 def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: Path, kind: str) -> None:
     lora = read_lora(write_file(tmp_path, KINDS[kind]))
     dit = toy.ToyFamily().load_dit(Placement(CPU))
-    merged = toy.ToyFamily().load_dit(Placement(CPU, patch=LoraPatch([LoraUse(lora, 0.5)])))
+    merged = toy.ToyFamily().load_dit(Placement(CPU, patch=LoraPatch([WeightedLora(lora, 0.5)])))
     inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
     with torch.no_grad():
         before = dit(*inputs)
-        added = add_loras(dit, [LoraUse(lora, 0.5)])
+        added = add_loras(dit, [WeightedLora(lora, 0.5)])
         with added.switched_on(CPU, torch.float32):
             torch.testing.assert_close(dit(*inputs), merged(*inputs), rtol=1e-5, atol=1e-6)
             assert not torch.equal(dit(*inputs), before)

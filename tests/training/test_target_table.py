@@ -210,7 +210,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
         "teacher": TeacherComparison(TEACHER, teach_as_base).compare,
     }
     rule = LossRule(
-        LossOptions.usual(loss_type="l1") if "loss_type" in names else L2,
+        LossOptions.from_defaults(loss_type="l1") if "loss_type" in names else L2,
         as_base=lambda: at_strength(0.0),
         base_target_attributes=frozenset({PRESERVE_OUTPUT}),
         targets=[preserve, *(change for name, change in changes.items() if name in names)],

@@ -18,7 +18,7 @@ from flux_2.files import Flux2Files
 from modules.errors import OptionError
 from networks.apply import LoraPatch
 from networks.gated_loras import add_loras
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from networks.names.layouts import MADE_FOR, TRAINED_EXPERT
 from protocols.family import Abilities
 from protocols.few_steps import FewSteps
@@ -75,10 +75,10 @@ def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
     lora = read_lora(path)
     merged = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).requires_grad_(False)
     merged.load_state_dict(dit.state_dict())
-    patch = LoraPatch([LoraUse(lora)])
+    patch = LoraPatch([WeightedLora(lora)])
     for name, parameter in merged.named_parameters():
         parameter.data = patch(name, parameter.data)
-    adapter = add_loras(dit, [LoraUse(lora)])
+    adapter = add_loras(dit, [WeightedLora(lora)])
     adapter.place_on(CPU, torch.float32)
     x, y = (random(3, 8, seed=5).requires_grad_() for _ in range(2))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from encoders.tiles import split_into_tiles
 from modules.errors import CheckpointError
-from runtime.planning.dry_run import dry_run, largest, place
+from runtime.planning.dry_run import allocate_empty_weights, dry_run, peak_of_phases
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     vae22_config,
@@ -160,10 +160,10 @@ def test_peak_memory_does_not_grow_with_the_clip(generation: Generation) -> None
         for shape in ((3, 4 * frames - 3, 8 * side, 8 * side), (channels, frames, 8, 8)):
             given = torch.empty(1, *shape, device="meta")
             with dry_run() as ledger:
-                place(vae, ledger)
+                allocate_empty_weights(vae, ledger)
                 for _ in [vae.encode(given)] if shape[0] == 3 else vae.decode(given):
                     pass
-            found.append(sum(largest(ledger.peaks)[1].values()))
+            found.append(sum(peak_of_phases(ledger.peaks)[1].values()))
         return tuple(found)
 
     latents = 4 * channels * 8 * 8  # bytes of one latent frame
@@ -202,11 +202,11 @@ def test_tiles_change_latents_and_pixels_only_a_little(tmp_path: Path, generatio
 @pytest.mark.parametrize(
     ("size", "largest"), [(8, 8), (9, 8), (20, 8), (90, 32), (160, 32), (33, 32), (7, 3), (7, 2), (5, 1)]
 )
-def test_tiles_cover_an_axis_with_weights_that_sum_to_one(size: int, largest: int) -> None:
-    total, found = torch.zeros(size * 8), split_into_tiles(size, largest)
-    assert all(tile.after > 0 for tile in found[:-1]) or largest == 1  # else there were a seam
+def test_tiles_cover_an_axis_with_weights_that_sum_to_one(size: int, peak_of_phases: int) -> None:
+    total, found = torch.zeros(size * 8), split_into_tiles(size, peak_of_phases)
+    assert all(tile.after > 0 for tile in found[:-1]) or peak_of_phases == 1  # else there were a seam
     for tile in found:
-        assert tile.size <= largest
+        assert tile.size <= peak_of_phases
         total[tile.pixel_slice(8)] += tile.weights(8)
     torch.testing.assert_close(total, torch.ones(size * 8))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from protocols.data import Batch, Conditions
 from protocols.family import LearningEncoder, TextEncoder, can_divide
-from protocols.loading import BlockPlace
+from protocols.loading import BlockSharder
 from protocols.requests import Prompt, Prompts
 from protocols.steps import EncodedPrompts
 from runtime.offload.joining import take_turns
@@ -46,7 +46,7 @@ class LiveTextEncoders:
         """Names of all tensors that the loaded encoders compute, which caches need not contain."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
-    def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
+    def load(self, device: torch.device, blocks: BlockSharder | None = None) -> None:
         """Load all encoders with frozen weights; the caller adds what is trained in them.
 
         Args:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from dataset.table import DatasetConfig, DatasetTable
     from networks.formats import LoraFormat
     from networks.gated_loras import AddedLoras
-    from networks.loading import LoraUse
+    from networks.loading import WeightedLora
     from networks.options import NetworkOptions
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
@@ -315,7 +315,7 @@ class HookedModel(Protocol):
 class MergedLoras:
     """LoRAs that are merged into a transformer while it is loaded."""
 
-    uses: "Sequence[LoraUse]" = ()
+    uses: "Sequence[WeightedLora]" = ()
     rounding: str = "auto"  # a value of --lora_rounding
 
 

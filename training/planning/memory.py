@@ -71,7 +71,7 @@ class StepPrediction:
         """Return the memory at the peak of a step, part by part, with this number of swapped blocks."""
         swap = self.swaps[blocks]
         # the phase of the step with the most memory, and its bytes by kind, such as weights and gradients
-        phase_name, moment = dry.largest(self.phase_peaks)
+        phase_name, moment = dry.peak_of_phases(self.phase_peaks)
         notes = {
             dry.WEIGHTS: self.weight_dtypes + swap.words(blocks, "to pass through"),
             dry.TEMPORARY: phase_name,

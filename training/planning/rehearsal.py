@@ -278,10 +278,10 @@ def set_up_trainable(
 
     The network is added, the blocks are wrapped and the optimizer is made in the order of a real run.
     """
-    dry.place(dit, ledger)
+    dry.allocate_empty_weights(dit, ledger)
     for encoder in () if texts is None else texts.encoders:
         for module in dry.modules_in(encoder):
-            dry.place(module.requires_grad_(False), ledger, dry.TEXTS)
+            dry.allocate_empty_weights(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
     groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
@@ -370,14 +370,14 @@ def _make_learning_groups(
         in_dit=options.parts is None or options.parts.trains_dit,
         with_values=False,
     )
-    dry.place(network.module, ledger, dry.NETWORK)
+    dry.allocate_empty_weights(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     word_encoders = {} if texts is None else texts.networks_with_new_word
     # features may train something next to the network, such as the vectors of a new word
     for make in begin_run(options, family).on.auxiliary_learners:
         auxiliary = make(word_encoders, 0, False)
-        dry.place(auxiliary.module, ledger, dry.NETWORK)
+        dry.allocate_empty_weights(auxiliary.module, ledger, dry.NETWORK)
         groups.append(auxiliary.group(options.optimizer.learning_rate))
     return groups
 

@@ -82,7 +82,7 @@ def test_words_are_put_in_as_the_keys_of_a_table_do_and_not_twice(tmp_path: Path
 
 
 def test_texts_are_replaced_in_order_before_words_are_put_in() -> None:
-    wording = WordingOptions.usual(
+    wording = WordingOptions.from_defaults(
         trigger_word="cat",
         replace=(("dog", "cat"), ("cat runs", "bird")),
         replace_regex=((r"(\w+)s\b", r"\1S"), ("x", "")),
@@ -92,7 +92,7 @@ def test_texts_are_replaced_in_order_before_words_are_put_in() -> None:
     assert reword("two dogs x", wording) == "cat, two catS"
 
 
-ASK = AskOptions.usual(prompt="a cat", max_pixels=4096, max_new_tokens=8)
+ASK = AskOptions.from_defaults(prompt="a cat", max_pixels=4096, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, batch_size: int = 1, **ask: Any) -> LocalModel:
-    options = CaptionModelOptions.usual(model=str(folder), batch_size=batch_size, device="cpu")
+    options = CaptionModelOptions.from_defaults(model=str(folder), batch_size=batch_size, device="cpu")
     return load_model(options, dataclasses.replace(ASK, **ask))
 
 

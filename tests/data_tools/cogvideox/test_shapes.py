@@ -27,7 +27,7 @@ from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 
 def shape(**changes: object) -> ShapeOptions:
     buckets = {"height_buckets": (32, 64), "width_buckets": (32, 48), "frame_buckets": (4, 8)}
-    return ShapeOptions.usual(**{**buckets, **changes})
+    return ShapeOptions.from_defaults(**{**buckets, **changes})
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from modules.media.measures import BLURRED as BLURRED_BELOW
 from modules.media.streams import shown_frames
 from tests.data_tools.cutting.films import Frame, Light, dissolve, fade, plain, scene, to_bytes
 
-CHOICE = ChoiceOptions.usual(
+CHOICE = ChoiceOptions.from_defaults(
     static_threshold=STATIC_CHANGE, black_threshold=BLACK_PIXEL, blur_threshold=BLURRED_BELOW
 )
 
@@ -121,7 +121,7 @@ def find(frames: Sequence[Light], rate: float = RATE) -> list[SceneChange]:
 
 
 def find_in(frames: Sequence[Frame], rate: float = RATE) -> list[SceneChange]:
-    found = SceneDetector(SceneOptions.usual().scene_threshold, rate)
+    found = SceneDetector(SceneOptions.from_defaults().scene_threshold, rate)
     for frame in frames:
         found.add_frame(frame)
     return found.changes()

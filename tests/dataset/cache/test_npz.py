@@ -321,7 +321,7 @@ def test_what_npz_files_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> 
     tables = [{"cache_format": "npz", "caption_prefix": text} for text in ("one", "two")]
     with pytest.raises(DatasetError, match="both have one npz file"):
         cache_texts(NpzFamily(), of_tables(folder, tables), options())
-    wanted = ConvertCacheOptions.usual(dataset_config=folder / "data.toml", to="files")
+    wanted = ConvertCacheOptions.from_defaults(dataset_config=folder / "data.toml", to="files")
     with pytest.raises(OptionError, match="only a caching script knows which of the sizes"):
         convert_caches(wanted, make_config(folder))
     config = tmp_path / "data.toml"

@@ -24,8 +24,8 @@ ALL_WRITERS = {"swinir": write_swinir, "esrgan": write_rrdb, "compact": write_co
 
 def options(model: Path, **changes: Any) -> UpscalerOptions:
     own = {name: changes.pop(name) for name in ("dtype", "compile") if name in changes}
-    network = ToolNetworkOptions.usual(model=model, **own)
-    return UpscalerOptions.usual(**{"network": network, "scale": 4.0, "tile_overlap": 8, **changes})
+    network = ToolNetworkOptions.from_defaults(model=model, **own)
+    return UpscalerOptions.from_defaults(**{"network": network, "scale": 4.0, "tile_overlap": 8, **changes})
 
 
 def clip(**changes: Any) -> Clip:

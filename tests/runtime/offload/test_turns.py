@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modules.speed_options import Quantization
 from networks.apply import LoraPatch
-from networks.loading import LoraUse, read_lora
+from networks.loading import WeightedLora, read_lora
 from protocols.loading import HostWeightMemory, Placement, TensorInfo
 from runtime.offload.block_swap import swap_blocks, swap_of
 from runtime.offload.host_memory import ALIGNMENT, LoadedNetwork, allocate
@@ -201,7 +201,7 @@ def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_stil
     write_lora(tmp_path / "lora.safetensors", path)
 
     def patch() -> LoraPatch:
-        return LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))])
+        return LoraPatch([WeightedLora(read_lora(tmp_path / "lora.safetensors"))])
 
     expected = dict(load_dit(path, Placement(CPU, patch=patch())).named_parameters())
     plain = dict(load_dit(path, Placement(CPU)).named_parameters())
@@ -237,7 +237,9 @@ def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
     assert first["files"] == second["files"]
     assert [ending for _, ending in first["files"]] == ["(deleted)"]
     assert first["unused"] == second["unused"] == []
-    (expected,) = output_of(WAN, load_dit(path, Placement(CPU, patch=LoraPatch([LoraUse(read_lora(lora))]))))
+    (expected,) = output_of(
+        WAN, load_dit(path, Placement(CPU, patch=LoraPatch([WeightedLora(read_lora(lora))])))
+    )
     assert first["output"] == second["output"] == expected.double().sum().item()
 
 

@@ -19,10 +19,10 @@ from runtime.planning.dry_run import (
     WEIGHTS,
     BytesByKind,
     Counts,
+    allocate_empty_weights,
     dry_run,
     extrapolate,
-    largest,
-    place,
+    peak_of_phases,
     track_blocks,
     truncate_blocks,
 )
@@ -62,7 +62,7 @@ def test_each_place_has_its_own_peak() -> None:
         ledger.begin_phase("there")
         assert ledger.peaks["here"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 8 * SIZE}
         assert ledger.peaks["there"] == {ACTIVATIONS: 4 * SIZE, TEMPORARY: 0}
-        assert largest(ledger.peaks)[0] == "here"
+        assert peak_of_phases(ledger.peaks)[0] == "here"
         del kept
 
 
@@ -122,7 +122,7 @@ def measured(counts: Counts, is_direct: bool) -> dict[str, BytesByKind]:
         model = Model(*counts)
     blocks = {"firsts": list(model.firsts), "seconds": list(model.seconds)}
     with dry_run() as ledger:
-        place(model, ledger)
+        allocate_empty_weights(model, ledger)
         track_blocks(blocks, ledger)
 
         def measure(some: Counts) -> dict[str, BytesByKind]:
@@ -143,7 +143,9 @@ def test_memory_grows_by_the_block() -> None:
     found, real = measured((7, 5), is_direct=False), measured((7, 5), is_direct=True)
     for where, moment in found.items():
         assert sum(moment.values()) == sum(real[where].values())  # to the byte
-    assert sum(largest(found)[1].values()) == sum(largest(real)[1].values())  # also of the blocks between
+    assert sum(peak_of_phases(found)[1].values()) == sum(
+        peak_of_phases(real)[1].values()
+    )  # also of the blocks between
 
 
 def test_a_network_has_its_weights_once() -> None:
@@ -152,7 +154,7 @@ def test_a_network_has_its_weights_once() -> None:
         tied = nn.ModuleList([layer, nn.Linear(512, 512)])
     tied[1].weight = layer.weight
     with dry_run() as ledger:
-        place(tied, ledger)
+        allocate_empty_weights(tied, ledger)
         assert ledger.bytes_by_kind[WEIGHTS] == 4 * (512 * 512 + 2 * 512)
         assert tied[0].weight is tied[1].weight
 

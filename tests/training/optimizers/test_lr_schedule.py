@@ -181,7 +181,9 @@ def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest
 
 def make(name: str, *arguments: str, parameter: nn.Parameter | None = None) -> Optimizer:
     """The optimizer of one parameter, at a rate of 0.05."""
-    given = OptimizerOptions.usual(optimizer_type=name, optimizer_args=arguments or None, learning_rate=0.05)
+    given = OptimizerOptions.from_defaults(
+        optimizer_type=name, optimizer_args=arguments or None, learning_rate=0.05
+    )
     parameter = nn.Parameter(torch.ones(2, 2)) if parameter is None else parameter
     return make_optimizer(given, [{"params": [parameter], "lr": 0.05}])[0]
 
@@ -198,7 +200,9 @@ class Descent(torch.optim.SGD):
 
 
 def test_arguments_reach_the_optimizer_and_its_description_and_groups_keep_their_rates() -> None:
-    given = OptimizerOptions.usual(optimizer_type="AdamW", optimizer_args=("betas=0.9,0.95", "eps=1e-5"))
+    given = OptimizerOptions.from_defaults(
+        optimizer_type="AdamW", optimizer_args=("betas=0.9,0.95", "eps=1e-5")
+    )
     groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": rate} for rate in (0.1, 0.4)]
 
     made, described = make_optimizer(given, groups)
@@ -298,14 +302,14 @@ class OneGroup(torch.optim.SGD):
 def test_an_optimizer_of_one_rate_is_refused_by_the_options_that_give_several(
     kind: type, reason: str
 ) -> None:
-    given = OptimizerOptions.usual(optimizer_type=f"{__name__}.{kind.__name__}", learning_rate=0.05)
+    given = OptimizerOptions.from_defaults(optimizer_type=f"{__name__}.{kind.__name__}", learning_rate=0.05)
     rates = {"--learning_rate": 0.05, "--text_encoder_lr 0.01": 0.01}
 
     with pytest.raises(OptionError, match=rf"^--text_encoder_lr 0.01: .*takes one group .*\(.*{reason}"):
         check_rates(given, rates)
 
     check_rates(given, {"--learning_rate": 0.05})
-    check_rates(OptimizerOptions.usual(learning_rate=0.05), rates)
+    check_rates(OptimizerOptions.from_defaults(learning_rate=0.05), rates)
 
 
 def test_a_standard_module_is_not_imported_for_an_option() -> None:

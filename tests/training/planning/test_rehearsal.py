@@ -21,7 +21,16 @@ from protocols.data import Batch
 from protocols.family import Family
 from protocols.loading import Placement
 from runtime.offload import checkpointing
-from runtime.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, BytesByKind, Ledger, largest
+from runtime.planning.dry_run import (
+    ADAPTER,
+    BATCH,
+    HOST,
+    NETWORK,
+    WEIGHTS,
+    BytesByKind,
+    Ledger,
+    peak_of_phases,
+)
 from runtime.planning.kernels import PlannedKernels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
@@ -93,7 +102,7 @@ def counted(
     """The same step with real tensors on the CPU and all blocks; of a second expert its weights, and its own
     LoRA too.
     """
-    monkeypatch.setattr(rehearsal.dry, "place", see_all)
+    monkeypatch.setattr(rehearsal.dry, "allocate_empty_weights", see_all)
     dit, *others = (family.load_dit(placement(options, "cpu"), index) for index in range(len(family.experts)))
     with PlannedKernels(), Ledger(HOST) as ledger:
         real = rehearsal.set_up_trainable(family, options, dit, ledger)
@@ -125,7 +134,7 @@ def assert_alike(
     """tolerance: 2 % of the total; the host, with tables of positions and counts of steps, is the device of
     the real run.
     """
-    (place, moment), (real_place, real_moment) = largest(found), largest(real)
+    (place, moment), (real_place, real_moment) = peak_of_phases(found), peak_of_phases(real)
     total, real_total = sum(moment.values()), sum(real_moment.values())
     assert abs(total - real_total) <= tolerance * real_total, (
         f"{place}: {moment}, really {real_place}: {real_moment}"
@@ -168,7 +177,7 @@ def test_an_adapter_and_a_teacher_take_what_was_predicted(
     found = assert_takes_what_was_predicted(*wan(tmp_path, *words), wan_batch(), monkeypatch)
 
     factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
-    assert largest(found)[1][ADAPTER] == factors
+    assert peak_of_phases(found)[1][ADAPTER] == factors
 
 
 @pytest.mark.slow
@@ -223,7 +232,7 @@ def test_states_of_optimizers_and_gradients_of_earlier_micro_batches_count(
     """On a CUDA device every training is rehearsed before it begins, with its optimizer."""
     pytest.importorskip(package)
     words = ["--optimizer_type", name, "--network_dim", "16", "--gradient_accumulation_steps", "2"]
-    _, moment = largest(predicted(*wan(tmp_path, *CHECKPOINTED, *words), wan_batch()))
+    _, moment = peak_of_phases(predicted(*wan(tmp_path, *CHECKPOINTED, *words), wan_batch()))
     # alpha and step counts are no weights; gradients are float32 too
     assert moment.get("optimizer", 0) == pytest.approx(factor * moment[NETWORK], rel=0.15)
     assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
@@ -242,7 +251,7 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
     in_pieces = assert_takes_what_was_predicted(family, options, batch, monkeypatch)
 
     minimum, maximum = (
-        sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, full, batch))
+        sum(peak_of_phases(each)[1].values()) for each in (in_pieces, predicted(family, full, batch))
     )
     assert minimum < 0.9 * maximum
 
@@ -259,7 +268,7 @@ def test_norms_in_pieces_keep_what_their_kernels_keep(tmp_path: Path) -> None:
     found = predicted(krea2_family(own), options, noisy({"latents": latents, "krea2_vl_embed": [text]}))
 
     stream = 4165 * krea2.CONFIG.dim
-    assert largest(found)[1]["working"] > 2 * 2 * stream
+    assert peak_of_phases(found)[1]["working"] > 2 * 2 * stream
 
 
 def full_size(folder: Path, *more: str) -> tuple[Family, TrainingOptions, NoisyBatch]:

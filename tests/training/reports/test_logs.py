@@ -32,7 +32,7 @@ from training.run_options import AcceleratorOptions
 from training.steps import StepPlan
 from training.summary import count_pauses
 
-PLAIN = AcceleratorOptions.usual()
+PLAIN = AcceleratorOptions.from_defaults()
 
 
 def options(words: str = "", **paths: Path) -> TrainingOptions:
