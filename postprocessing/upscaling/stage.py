@@ -18,8 +18,7 @@ from postprocessing import tiling
 from postprocessing.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from postprocessing.options import UpscalerOptions
 from postprocessing.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
-from runtime.planning.dry_run import ACCELERATOR, dry_run, peak_of_phases
-from runtime.planning.dry_run import allocate_empty_weights
+from runtime.planning.dry_run import ACCELERATOR, allocate_empty_weights, dry_run, peak_of_phases
 
 logger = logging.getLogger(__name__)
 
