@@ -136,7 +136,7 @@ LINES_OF_CHECKS = (
         "accumulation"
     ),
     say("%(file)s is empty (0 bytes)"),
-    say("%(file)s is no image that can be read, or it is damaged"),
+    say("%(file)s is not an image that can be read, or it is damaged"),
     say("%(file)s: read as %(encoding)s"),
     say("Give the checkpoint of a transformer to %(option)s."),
     say(

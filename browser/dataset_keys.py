@@ -124,7 +124,7 @@ def write_batch(text: str, size: int) -> str:
         document = tomlkit.parse(f"[{GENERAL}]\n\n{tomlkit.dumps(document)}")
     general = document[GENERAL]
     if not isinstance(general, Table):
-        raise ValueError(f"[{GENERAL}] is no table")
+        raise ValueError(f"[{GENERAL}] is not a table")
     if BATCH in general:
         general[BATCH] = size
     else:

@@ -385,7 +385,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
     except TOMLKitError as error:
         raise ValueError(f"it is no TOML: {error}") from None
     if not isinstance(training_table, Table):
-        raise ValueError(f"[{TRAINING_TABLE}] is no table")
+        raise ValueError(f"[{TRAINING_TABLE}] is not a table")
     for name, value in changes.items():
         tables = _list_tables_with(document, name)
         if value is None:

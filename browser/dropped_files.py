@@ -108,7 +108,7 @@ def find_suffix(path: Path) -> str:
 
 
 def _find_image_suffix(path: Path) -> str | None:
-    """Return the suffix of an image; None if the file is no image. Raises OptionError for other formats."""
+    """Return the suffix of an image; None if the file is not an image. Raises OptionError for others."""
     try:
         with DECODING, open_image(path) as image:
             kind = image.format or ""
@@ -122,7 +122,7 @@ def _find_image_suffix(path: Path) -> str | None:
 
 
 def _find_clip_suffix(path: Path) -> str | None:
-    """Return the suffix of a clip; None if the file is no clip. Raises OptionError for other containers."""
+    """Return the suffix of a clip; None if the file is not a clip. Raises OptionError for others."""
     try:
         with open_video(path) as (container, _):
             names = container.format.name.split(",")

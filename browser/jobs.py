@@ -638,7 +638,7 @@ def _check_stored(stored: Any) -> None:
     numbers = [stored["last"], *(row["id"] for row in stored["jobs"])]
     for number in numbers:
         if type(number) is not int or not 0 <= number < MAX_JOBS:  # the number becomes a part of file names
-            raise ValueError(f"{number!r} is no number of a job")
+            raise ValueError(f"{number!r} is not a number of a job")
     for row in (stored, *stored["jobs"]):
         for name, kind in STORED_TYPES.items():
             if name in row and not isinstance(row[name], kind):

@@ -473,7 +473,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
                 return command, num_words
     raise OptionError(
         say(
-            "%(word)s is no command of this program.%(hint)s A job is a line such as "
+            "%(word)s is not a command of this program.%(hint)s A job is a line such as "
             "python wan_train_network.py ..., with `accelerate launch ...` before it if needed",
             word=f"{shorten(name, 80)!r}",
             hint=_suggest_command(name, argv),

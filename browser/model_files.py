@@ -304,7 +304,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
         if name not in parts:
             raise OptionError(
                 say(
-                    "%(name)s is no part of %(title)s on disk (any more). Look at it again.",
+                    "%(name)s is not part of %(title)s on disk (any more). Look at it again.",
                     name=name,
                     title=say(files.model.title),
                 )

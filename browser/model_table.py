@@ -171,7 +171,7 @@ def has_login() -> bool:
 def describe_file(text: str) -> str:
     """Describe a model file from its header: `the transformer of Wan2.1, 2.8 GB`.
 
-    Returns the reason if it is no model file, and "" if nothing is typed. `text` is its typed path.
+    Returns the reason if it is not a model file, and "" if nothing is typed. `text` is its typed path.
     """
     if not text.strip() or "\0" in text:
         return ""
@@ -188,7 +188,7 @@ def describe_file(text: str) -> str:
             return say("a folder; Prepare looks into it")
         if suffix not in MODEL_SUFFIXES:
             return say(
-                "This is no model file: their names end in %(names)s.",
+                "This is not a model file: their names end in %(names)s.",
                 names=join(", ", sorted(MODEL_SUFFIXES)),
             )
         if not path.is_file():

@@ -216,7 +216,7 @@ def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRec
     """Return the recipes for a model and a kind of run, as the field `train` names it."""
     recipes = []
     for path in list_paths().values():
-        with contextlib.suppress(OptionError):  # a file in the user's folder that is no recipe
+        with contextlib.suppress(OptionError):  # a file in the user's folder that is not a recipe
             recipes.append(read_recipe(path))
     kind = train or LORA.name
     return [one for one in recipes if (one.family, one.task, one.train) == (family, task, kind)]

@@ -102,7 +102,7 @@ class BrowserOptions(Options, title="browser"):
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if --public_url is no address of a whole host, or there is no token."""
+        """Raise OptionError if --public_url is not an address of a whole host, or there is no token."""
         if self.no_token:
             raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
         try:

@@ -258,7 +258,7 @@ PLACEHOLDER_TEXTS = (
         "table in dataset.toml %(key)s"
     ),
     say("%(file)s is empty (0 bytes)"),
-    say("%(file)s is no image that can be read, or it is damaged"),
+    say("%(file)s is not an image that can be read, or it is damaged"),
     say("%(file)s: its caption cannot be read. Save it as UTF-8"),
     say("a file of that name"),
     say("the file of that name"),

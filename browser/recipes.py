@@ -274,7 +274,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
         if defaults.builds_in_guidance and name in ("negative", "guidance"):
             continue
         for key in candidates:
-            # width and height are no options of their own, but the values of --video_size
+            # width and height are not options of their own, but the values of --video_size
             is_supported = key in extras or key in SIDE_POSITIONS or key not in unsupported
             if is_supported and find_option(key, defaults.line_options) is not None:
                 keys[name] = key
@@ -575,7 +575,7 @@ class RenderRequest:
         return self.texts.get(name, "").strip()
 
     def _check_lora(self, lora: UsedLora) -> None:
-        """Raise OptionError if a LoRA's strength is no number or too large, or its file no longer exists."""
+        """Raise OptionError if a LoRA's strength is not a number, or too large, or if its file is gone."""
         name = Path(lora.path).name
         try:
             is_number = abs(float(lora.strength)) <= MAX_STRENGTH

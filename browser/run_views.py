@@ -451,7 +451,7 @@ def share_page(page: Path, copy: Path) -> None:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
         raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:  # in the head of the page

@@ -116,7 +116,7 @@ def read_row(number: int, line: str) -> PromptRow:
         is_earlier_list_item = _repeats(option) and last_index[name] != index
         if name is None or is_earlier_list_item:
             more.append(f"--{option.strip()}")
-        else:  # of an option that is no list, the last use counts
+        else:  # of an option that is not a list, the last use counts
             _, _, value = option.partition(" ")
             texts[name] = unquote(value.strip())
     return PromptRow(number, split.prompt.strip(), texts, " ".join(more))
@@ -255,7 +255,7 @@ def _check_number(title: str, name: str, text: str) -> None:
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
         raise OptionError(
             say(
-                "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
+                "%(title)s %(name)s: %(text)s is not a whole number above 0, such as %(usual)s.",
                 title=title,
                 name=name,
                 text=shorten(text, 40),
@@ -265,7 +265,7 @@ def _check_number(title: str, name: str, text: str) -> None:
     if name in GUIDANCE_FIELDS and not NUMBER.fullmatch(text):
         raise OptionError(
             say(
-                "%(title)s %(name)s: %(text)s is no number, such as 4 or 3.5.",
+                "%(title)s %(name)s: %(text)s is not a number, such as 4 or 3.5.",
                 title=title,
                 name=name,
                 text=shorten(text, 40),
@@ -283,7 +283,7 @@ def edit_sampling_intervals(text: str, fields: Mapping[str, str]) -> str:
         if typed_interval and number is None:
             raise OptionError(
                 say(
-                    "Made after every: %(every)s is no whole number above 0, such as 200.",
+                    "Made after every: %(every)s is not a whole number above 0, such as 200.",
                     every=shorten(typed_interval, 40),
                 )
             )

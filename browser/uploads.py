@@ -127,7 +127,7 @@ def find_kind(name: str) -> str:
         return IMAGE
     if suffix in AUDIO_SUFFIXES:
         return SOUND
-    # prompts.txt of a described folder also ends in .txt, but is no caption
+    # prompts.txt of a described folder also ends in .txt, but is not a caption
     if suffix in CAPTION_SUFFIXES and fold_name(name) not in FILES:
         return CAPTION
     remedy = remedy_of(suffix)
@@ -173,14 +173,14 @@ def _check_caption(path: Path) -> None:
     except OSError:  # `read_content` raises it for larger files; this file was just written
         raise OptionError(
             say(
-                "%(path)s has more than %(most_caption_bytes)s KiB: it is no caption",
+                "%(path)s has more than %(most_caption_bytes)s KiB: it is not a caption",
                 path=path,
                 most_caption_bytes=MAX_CAPTION_BYTES >> 10,
             )
         ) from None
     reason = bad_character(text)
     if reason is not None or "\0" in text:
-        raise OptionError(f"{path} holds {reason or 'a null character'}: it is no text")
+        raise OptionError(f"{path} holds {reason or 'a null character'}: it is not text")
 
 
 def name_upload_folder(top: Path, day: date) -> str:
@@ -249,7 +249,7 @@ class FileUploads:
         path = real_path(root) / name
         if path.exists() or path.is_symlink():
             raise OptionError(
-                say("%(path)s is no folder below those that are shown. Choose another name", path=path)
+                say("%(path)s is not a folder below those that are shown. Choose another name", path=path)
             )
         if is_closed(self.runs, path):
             raise OptionError(

@@ -9,7 +9,7 @@ encoders: find encoders in Hugging Face's layout
 file_hashes: hashes of a model's file, and where they are kept
 filling: fill a network from an open file
 finite: find NaN or infinite weights while reading
-first_bytes: recognize files that are no models by how they begin
+first_bytes: recognize files that are not models by how they begin
 gguf_files: read GGUF files, with bounded memory
 kinds: recognize model files by the names of tensors
 marks: recognize packed weights by what a file says

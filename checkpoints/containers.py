@@ -221,7 +221,7 @@ class TorchFile:
         try:
             "".join(self.tensors).encode("utf-8")
         except UnicodeEncodeError as error:  # such a name can be neither displayed nor written
-            raise _make_damage_error(path, f"a tensor's name is no text ({error})") from error
+            raise _make_damage_error(path, f"a tensor's name is not text ({error})") from error
         for name, info in self.tensors.items():
             if len(name) > MAX_TENSOR_NAME:
                 reason = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"

@@ -104,7 +104,7 @@ def to_rows(
         # checked again, because rows with a stride of 0 share memory and may be larger than the file
         size_bytes = tensor.numel() * tensor.element_size()
         if not is_rows or not 0 < size_bytes <= MAX_EMBEDDING_BYTES:
-            raise reject(path, option, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
+            raise reject(path, option, f"{shorten(name, 60)} is not a row of vectors: {tuple(tensor.shape)}")
         if not tensor.float().isfinite().all():  # cast, because fp8 has no isfinite
             raise CheckpointError(
                 f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path

@@ -1,4 +1,4 @@
-"""Recognize files that are no models by their first bytes, for messages."""
+"""Recognize files that are not models by their first bytes, for messages."""
 
 import re
 

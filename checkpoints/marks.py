@@ -146,7 +146,7 @@ def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], nam
     """Parse the JSON object that a tensor contains as text; raise ValueError if there is none."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
-        raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
+        raise ValueError(f"{name} is not text: {info.dtype} of {info.size_bytes:,} bytes")
     return _parse_json(bytes(read(name).flatten().tolist()), name)
 
 

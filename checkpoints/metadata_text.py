@@ -31,7 +31,7 @@ def show_metadata(options: ShowMetadataOptions) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is no safetensors file: {error}. Files of torch (.ckpt, .pt) hold no metadata, and "
+            f"{path} is not a safetensors file: {error}. Files of torch (.ckpt, .pt) hold no metadata, and "
             "blissful_tuner/metaview.py shows those of images and videos.",
             path,
         ) from error

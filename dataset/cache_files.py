@@ -376,7 +376,7 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
                     return unpack(path, file.read())
                 return unpack_header(path, info.st_size, file.read)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        pass  # reported below, like a path that is no regular file
+        pass  # reported below, like a path that is not a regular file
     except OSError as error:
         raise _damage_error(path, error) from error
     raise CacheError(f"{path}: no such cache file")

@@ -362,7 +362,7 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_keys(table: Any, names: Container[str]) -> Any:
-    """Return a table without some keys; a value that is no table is an error, which is reported later."""
+    """Return a table without some keys; a value that is not a table is an error, which is reported later."""
     if not isinstance(table, dict):
         return table
     return {name: value for name, value in table.items() if name not in names}

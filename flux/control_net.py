@@ -279,7 +279,7 @@ def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
         raise CheckpointError(f"{config_path} cannot be read ({error}). Copy it again.", path) from error
     if not isinstance(settings, Mapping) or settings.get("_class_name") != FluxControlNetModel.__name__:
         return None
-    # other settings, such as the version of diffusers, are no arguments of the class
+    # other settings, such as the version of diffusers, are not arguments of the class
     parameters = inspect.signature(FluxControlNetModel.__init__).parameters
     return {name: value for name, value in settings.items() if name in parameters}
 

@@ -98,7 +98,7 @@ def read_switch(text: str) -> int:
 def _read_rate(text: str) -> int:
     rate = parse_int(text)
     if not 1 <= rate <= MAX_FPS:
-        raise ValueError(f"{text} is no frame rate: give a number from 1 to {MAX_FPS}")
+        raise ValueError(f"{text} is not a frame rate: give a number from 1 to {MAX_FPS}")
     return rate
 
 

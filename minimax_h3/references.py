@@ -235,7 +235,7 @@ def _read_reference(origin: str, file: Path, entry: Any) -> H3Reference:
     kind = entry.get("type", "")
     is_audio_path = audio is None or isinstance(audio, str)
     if not isinstance(kind, str) or not is_audio_path:
-        raise OptionError(f'{origin}: "type" or "audio_path" is no text. Give texts, or leave them out')
+        raise OptionError(f'{origin}: "type" or "audio_path" is not text. Give texts, or leave them out')
     fields: dict[str, str] = {}
     if kind:
         fields["type"] = kind

@@ -462,7 +462,8 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         for path in list_paths(value):
             reject_outside(name, path)
         return
-    if not is_set(record, field):
+    # only options with such an effect are compared with their defaults: those of some records cannot be made
+    if reach not in ("starts", "connects", "sends", "configures") or not is_set(record, field):
         return
     if reach == "starts":
         reject_starting(name)

@@ -142,7 +142,7 @@ def explain_path(text: str) -> str | None:
     match = _VARIABLE.search(text)
     if match is not None and not path_exists(Path(text[: match.end()])):
         return (
-            f"{match[0]} is no folder, and no variable was put in its place. Bash and PowerShell replace "
+            f"{match[0]} is not a folder, and no variable was put in its place. Bash and PowerShell replace "
             "$NAME outside of single quotes, cmd replaces %NAME%. Set it, or write the path out"
         )
     if os.name != "nt" and _DRIVE.match(text):

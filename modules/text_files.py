@@ -324,7 +324,7 @@ def bad_character(text: str) -> str | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"half a character (\\u{ord(text[error.start]):04x}), which is no text"
+        return f"half a character (\\u{ord(text[error.start]):04x}), which is not text"
     return None
 
 

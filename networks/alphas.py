@@ -29,7 +29,7 @@ logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
-# a key of alpha_pattern that is no regular expression
+# a key of alpha_pattern that is not a regular expression
 _PLAIN_PATH = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # metadata keys under which programs store these settings
 _SETTINGS_KEYS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
@@ -304,7 +304,7 @@ def _find_in_metadata_keys(
             continue
         if _to_finite_or_none(text) is None:
             value = repr(str(text)[:_MAX_SHOWN])
-            warnings.append(f"its metadata have {full_key} {value}, which is no number: not used")
+            warnings.append(f"its metadata have {full_key} {value}, which is not a number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _RANK_NAMES_BY_ALPHA[name]]
         use_rslora = text_by_key.get(_Key(network, "userslora"), "")
@@ -611,7 +611,7 @@ def _compile_expression(key: str) -> Callable[[str], bool]:
         # the key may name a module or the end of its path
         pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:
-        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
+        raise ValueError(f"the key {key!r} is not a regular expression: {error}") from None
 
     def matches(path: str) -> bool:
         try:

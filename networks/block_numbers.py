@@ -106,7 +106,7 @@ def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
     """Return the settings of numbered blocks among --network_args; None if there are none.
 
     Raises:
-        OptionError: If a text is no number, or if an argument lacks the one that it needs.
+        OptionError: If a text is not a number, or if an argument lacks the one that it needs.
     """
     arguments = {key: str(network_args[key]) for key in KEYS if network_args.get(key) is not None}
     if not arguments:
@@ -197,7 +197,7 @@ def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False)
             kind = "whole numbers" if is_integer else "numbers"
             curves = f", or one of {', '.join(_CURVES)}" if name in RATES else ""
             raise OptionError(
-                f"--network_args {name}: {text.strip()!r} is no number of at least 0. Write {kind} with "
+                f"--network_args {name}: {text.strip()!r} is not a number of at least 0. Write {kind} with "
                 f"commas between them{curves}"
             )
         numbers.append(number)

@@ -228,7 +228,7 @@ def _find_slices_of_parts(
     elif UP in delta.factors:
         num_rows = len(delta.factors[UP])
     else:
-        raise FusionError("its change is no matrix")
+        raise FusionError("its change is not a matrix")
     slices: dict[RelatedModule, slice | Tensor] = {}
     for related, part_rows in known_rows.items():
         rows = find_rows_of_part(related.part, part_rows, num_rows)

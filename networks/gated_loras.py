@@ -370,7 +370,7 @@ class LoraWrapper(nn.Module):
         return out
 
     def _run_with_changed_weights(self, branches: Sequence[LoraBranch], *inputs: Any, **named: Any) -> Tensor:
-        """Run a module that is no linear layer, such as a norm, with the weights that the branches change."""
+        """Run a module that is not a linear layer, such as a norm, with the weights that branches change."""
         if all(branch.apply_region is None for branch in branches):
             return self._run_with(branches, *inputs, **named)
         original_out = self._inner_forward(*inputs, **named)

@@ -421,7 +421,7 @@ def _read_number(
         below: Number that all valid numbers are less than.
 
     Raises:
-        OptionError: If the value is no number or is out of range.
+        OptionError: If the value is not a number or is out of range.
     """
     if text == "None":
         return None
@@ -457,7 +457,7 @@ def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) 
         if not equals or not pattern.strip() or number is None:
             restriction = " that are whole" if number_type is int else ""
             raise OptionError(
-                f"--network_args {argument}: {part.strip()!r} is no pair; write pattern=number,"
+                f"--network_args {argument}: {part.strip()!r} is not a pair; write pattern=number,"
                 f"pattern=number, with numbers of at least 0{restriction}"
             )
         pairs.append((_compile(argument, pattern.strip()), number))

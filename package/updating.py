@@ -103,7 +103,7 @@ def update(root: Path, file: Path | None) -> None:
         raise UserError(f"{root} is a clone of git. Type update without a file")
     if not is_clone and file is None:
         raise UserError(
-            f"{root} is no clone of git. Download the zip file of the newer version, and type update with "
+            f"{root} is not a clone of git. Download the zip file of the newer version, and type update with "
             "its path (on Windows you can drop it on Reelsmith.bat)"
         )
     if file is not None and not file.is_file():
@@ -534,7 +534,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
         *(NotImplementedError, RuntimeError, ValueError, OverflowError, MemoryError),
     ) as error:
         reason = escape_control_codes(str(error))[:200]
-        raise UserError(f"{file.name} is no whole zip file ({reason}). Download it again") from None
+        raise UserError(f"{file.name} is not a whole zip file ({reason}). Download it again") from None
     return sorted(entries)
 
 

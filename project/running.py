@@ -602,7 +602,8 @@ def _require_script(argv: Sequence[str]) -> Path:
     script = find_own_script(argv)
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
-            f"{quote_command(argv)} is no command of a run, which downloads, caches, trains and generates. "
+            f"{quote_command(argv)} is not a command of a run, which downloads, caches, trains and "
+            "generates. "
             f"Correct {RUN_FILE}."
         )
     return script

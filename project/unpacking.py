@@ -127,7 +127,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         if not reason and entry.is_dir():
             reason = "it is a folder"
         if not reason and mode and not stat.S_ISREG(mode):
-            reason = "it is no regular file"
+            reason = "it is not a regular file"
         if not reason and (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED):
             reason = "it is compressed or encrypted"
         if not reason and fold_name(name) in names:

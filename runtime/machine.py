@@ -159,7 +159,7 @@ def _count_host_bytes() -> int:
 
 
 def _ask_git(*words: str) -> str:
-    """Return what git prints about this clone; "" if this is no clone, or git is missing or fails."""
+    """Return what git prints about this clone; "" if this is not a clone, or git is missing or fails."""
     if PREFIX or not (ROOT / ".git").exists():
         return ""
     try:

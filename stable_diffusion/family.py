@@ -340,7 +340,7 @@ class StableDiffusion(ModelOfImages):
             return set_image_to_repaint(request, super().keep_media, who)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
             raise OptionError(
-                f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "
+                f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is not an inpainting checkpoint. "
                 "gen_img.py repaints with it; or give an inpainting checkpoint"
             )
         sees = self._control_network is not None
@@ -643,7 +643,7 @@ class StableDiffusion(ModelOfImages):
         return replace(prepared, prompts=padded_prompts)
 
     def comfy_model(self) -> "ComfyModel":
-        """Return how ComfyUI runs the checkpoint. Raises OptionError if it is no single file, or repaints."""
+        """Return how ComfyUI runs the checkpoint. Raises OptionError for a folder or an inpainting model."""
         if self.inpaints or self.custom_network is not None:
             raise OptionError(
                 "only those of a LoRA of a checkpoint that makes images from texts are known here"

@@ -270,7 +270,7 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
     text_width = config["cross_attention_dim"]
     are_lists = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
     if not are_lists or not all(isinstance(name, str) for name in (*down, *up)):
-        wrong = f"down_block_types or up_block_types is no list of names ({down!r}, {up!r})"
+        wrong = f"down_block_types or up_block_types is not a list of names ({down!r}, {up!r})"
     elif not len(down) == len(up) == len(config["block_out_channels"]):
         wrong = "down_block_types, up_block_types and block_out_channels have different lengths"
     elif type(layers) is not int and not _are_counts(layers, len(down)):

@@ -78,7 +78,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 def _report_unknown_key(
     path: Path, key: str, values: Mapping[str, Any], actions: Mapping[str, argparse.Action]
 ) -> None:
-    """Warn of a key that is no option, with advice if it is one of Kohya's GUI; reject a misspelled option.
+    """Warn of a key that is not an option, with advice for keys of Kohya's GUI; reject a misspelled option.
 
     Args:
         path: The file.

@@ -82,7 +82,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
         pairs = [pair for pair in content if pair]  # without empty lines
         spans = [(float(start), float(end)) for start, end in pairs]
         if not all(0 <= start < end < float("inf") for start, end in spans):
-            raise ValueError  # reported below, like text that is no number
+            raise ValueError  # reported below, like text that is not a number
     except (OSError, ValueError, TypeError, StopIteration):
         raise DatasetError(
             f"{path}: not a list of pairs of seconds. Give lines such as 0.5 1.25 in a .txt file, or "

@@ -137,7 +137,7 @@ def _has_type(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and bool(value)
     if kind is float:
         return type(value) in (int, float)
-    return type(value) is kind  # not isinstance: a boolean is no number
+    return type(value) is kind  # not isinstance: a boolean is not a number
 
 
 def _is_list_item(value: Any, kind: Any) -> bool:

@@ -271,5 +271,5 @@ def _find_tensors(
 
 
 def _names_in(folder: Path) -> frozenset[str] | None:
-    """Return the names of the files in a folder; None if it is no folder."""
+    """Return the names of the files in a folder; None if it is not a folder."""
     return frozenset(os.listdir(folder)) if folder.is_dir() else None

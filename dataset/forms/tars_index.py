@@ -162,7 +162,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     except TarDamage as damage:
         if damage.is_no_tar:
             raise DatasetError(
-                f"{tar} is no tar, or it is damaged at its beginning. Make it again."
+                f"{tar} is not a tar, or it is damaged at its beginning. Make it again."
             ) from None
         index.damage = _describe_damage(damage, files_by_key, last_key)
     _add_samples(index, files_by_key, rules)
@@ -399,7 +399,7 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if info is None:
             break
         if info.size < 0 or tar.offset <= offset:
-            raise TarDamage(f"it is damaged at byte {offset:,}: a size is no number")
+            raise TarDamage(f"it is damaged at byte {offset:,}: a size is not a number")
         offset = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; `tarfile` would store all members
         if info.isreg() and not info.issparse():

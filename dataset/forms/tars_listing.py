@@ -42,7 +42,7 @@ PIECE = 1 << 20  # bytes that are read at once
 def check_tar(path: Path) -> None:
     """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
     if not tarfile.is_tarfile(path):
-        raise MediaError(f"{path} is no tar.")
+        raise MediaError(f"{path} is not a tar.")
 
 
 @dataclass(frozen=True, slots=True)

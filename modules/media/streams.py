@@ -79,7 +79,8 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     With `deep`, frames have 16 bits per channel if the file has more than 8. At most `limit` frames are read.
 
     Raises:
-        MediaError: If the file is no readable video, is damaged or truncated, or if its frames change size.
+        MediaError: If the file is not a readable video, is damaged or truncated, or if its frames change
+        size.
     """
     if limit is not None and limit < 1:
         return

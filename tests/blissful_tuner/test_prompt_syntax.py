@@ -44,7 +44,7 @@ def test_texts_and_weights_are_the_measured_ones(text: str, there: list[dict[str
         ("(big dog:0.8) and (cat:1.25) | b", ("big dog and cat | b", [("big dog", 0.8), ("cat", 1.25)])),
         ("(two:1.2) (two:1.4)", ("two two", [("two", 1.2), ("two", 1.4)])),  # each its own
         ("(up:+1.5)(down:-0.5)(none:0)", ("updownnone", [("up", 1.5), ("down", -0.5), ("none", 0.0)])),
-        ("(c:1.) (d:.5)", ("c d", [("d", 0.5)])),  # 1 is no weight
+        ("(c:1.) (d:.5)", ("c d", [("d", 0.5)])),  # 1 is not a weight
         ("[red] car", ("[red] car", [])),
         ("(a:b) (c:1.5x) (d: 2) (:2) () ( )", ("(a:b) (c:1.5x) (d: 2) (:2) () ( )", [])),
         ("((inner:1.2):1.5)", ("(inner:1.5)", [("inner", 1.2)])),

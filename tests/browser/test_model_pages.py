@@ -176,7 +176,7 @@ def test_only_parts_of_the_task_can_be_removed_and_nothing_behind_links(tmp_path
     files = find_task(models, "wan", "t2v-1.3B")
     assert files is not None
     for path in ("../outside.txt", str(outside), "wan2.1_t2v_14B_bf16.safetensors"):
-        with pytest.raises(OptionError, match="is no part of Wan2.1 t2v-1.3B on disk"):
+        with pytest.raises(OptionError, match="is not part of Wan2.1 t2v-1.3B on disk"):
             remove_parts(models, files, [path], BinFolder(tmp_path / "bin"))
     with pytest.raises(OptionError, match="Tick what is to be removed"):
         remove_parts(models, files, [], BinFolder(tmp_path / "bin"))

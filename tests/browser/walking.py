@@ -241,7 +241,7 @@ class World:
 
 
 def program_of(line: str, folder: Path) -> tuple[list[str], str] | None:
-    """Return the program that a command line starts and its folder; None if it is no command of ours."""
+    """Return the program that a command line starts and its folder; None if it is not a command of ours."""
     try:
         command, place = launch.split_folder(line.strip(), folder)
         _, program = launch.find_program(launch.split_arguments(command), place)

@@ -210,7 +210,7 @@ FILES = (
     wrong(TRAININGS, "--config_file BAD/choice.toml", "mixed_precision", "Did you mean bf16?"),
     wrong(CACHE, "", "--vae is missing", without=["--vae"]),
     wrong("fpack_cache_latents.py", "", "--image_encoder is missing", without=["--image_encoder"]),
-    wrong(MERGE, "--dit model/vae.safetensors", "is no transformer that a LoRA could be added to"),
+    wrong(MERGE, "--dit model/vae.safetensors", "is not a transformer that a LoRA could be added to"),
     wrong(MERGE, "--lora_weight BAD/other_lora.safetensors", "is not known", "Give the file"),
     wrong(MERGE, "--save_merged_model model/dit.safetensors", "would be lost. Give a new name"),
     wrong(MERGE, "--dit_in_channels 7", "--dit_in_channels asks for 7"),
@@ -250,8 +250,10 @@ MISTYPED = (
     wrong(WAN, "--dit='models/wan.safetensors", 'straight ones around: "models/wan.safetensors"'),
     wrong(WAN, "--dit='https://example.org/wan.safetensors'", "this is an address. Download"),
     wrong(WAN, "--dit='~nosuchuser/wan.safetensors'", "there is no such user"),
-    wrong(WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is no folder, and no variable was put in its place"),
-    wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is no folder"),
+    wrong(
+        WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is not a folder, and no variable was put in its place"
+    ),
+    wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is not a folder"),
     wrong(WAN, f"--dit={Path('/').absolute()}wan.safetensors", "is a variable that stood before it not set?"),
     wrong(WAN, "--dit=models/*.safetensors", "A pattern that fits no file stays as it is"),
     wrong(WAN, "--lora_weight=models/*.safetensors", "A pattern that fits no file stays as it is"),

@@ -162,7 +162,7 @@ CHARACTERS: Mapping[str, tuple[tuple[str, str, str], ...]] = {  # script, words,
     ),
     "a command at the end": (
         (TRAIN, "--on_end", "expected one argument"),
-        (TRAIN, "--on_end nosuchprogram", "is no program"),
+        (TRAIN, "--on_end nosuchprogram", "is not a program"),
         (TRAIN, "--on_end notify.py", "Start it with Python"),
         (TRAIN, "--on_end model", "is a folder"),
         (TRAIN, "--on_end dataset.toml", "may not be executed"),

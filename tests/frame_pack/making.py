@@ -15,7 +15,7 @@ from tests.tiny.framepack_dit import CONFIG, tiny_state
 
 TEXT_ROWS = 12
 CLEAN = {"clean_latents": (2, "clean_latent_indices"), "clean_latents_2x": (3, "clean_latent_2x_indices")}
-# three and six are no multiples of two and of four
+# three and six are not multiples of two and of four
 CLEAN |= {"clean_latents_4x": (6, "clean_latent_4x_indices")}
 
 

@@ -125,7 +125,7 @@ def test_an_empty_path_of_a_line_cancels_that_of_the_command_line() -> None:
 
 
 def test_what_only_the_family_reads_goes_there_as_text() -> None:
-    """It is no path here even where it looks like one; of a list each has a line of its own."""
+    """It is not a path here even where it looks like one; of a list each has a line of its own."""
     extras = {
         "image_path": ("image_path", "a.png"),
         "seconds": ("length", 5.0),

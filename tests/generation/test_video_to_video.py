@@ -95,7 +95,7 @@ def test_little_made_anew_is_near_what_the_vae_reconstructs(
     say = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 400, "--flow_shift", 1, "--v2v_denoise", 0)
     latents = scripts[name].one(tmp_path, *say, "--video_path", clip)
     expected = reconstruction(name, scripts)
-    if name in {"fpack", "f1"}:  # the start image is no part of what is made
+    if name in {"fpack", "f1"}:  # the start image is not part of what is made
         latents, expected = latents[:, 1:], expected[:, 1:]
     off = float((latents - expected).norm() / expected.norm())
     assert 0 < off < 0.05

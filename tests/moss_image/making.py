@@ -19,7 +19,7 @@ GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "moss_image.json"
 CONFIG = MossImageConfig(
     dim=64, ffn_dim=96, num_heads=4, num_layers=3, refiner_blocks=2, channels=8, text_dim=40, freq_dim=32
 )
-TIMES = (643.0, 121.0)  # the first is no number of 16 bits
+TIMES = (643.0, 121.0)  # the first is not a number of 16 bits
 LENGTHS = (7, 4)  # real tokens of each text
 
 

@@ -129,7 +129,7 @@ TEXT_DIALECTS: dict[str, tuple[Callable[[int, str], str], tuple[str, str]]] = {
 @pytest.mark.parametrize("dialect", TEXT_DIALECTS)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_every_layer_of_a_text_encoder_is_read(kind: str, dialect: str, is_deep: bool) -> None:
-    """With the projection of SDXL's second one, which is no layer of `text_model`."""
+    """With the projection of SDXL's second one, which is not a layer of `text_model`."""
     towers, _ = make_towers(kind)
     name_of, factors = TEXT_DIALECTS[dialect]
     tensors: dict[str, Tensor] = {}

@@ -93,7 +93,7 @@ def wan_manifests() -> list[str]:
 
 @pytest.mark.parametrize("manifest", wan_manifests())
 def test_every_parameter_of_a_published_wan_model_is_named(manifest: str) -> None:
-    """Matrices, norms, and what is no module's weight or bias: the modulation, positions of images."""
+    """Matrices, norms, and what is not a module's weight or bias: the modulation, positions of images."""
     paths = {
         name.removesuffix(".weight")
         for name in tensor_list(manifest)

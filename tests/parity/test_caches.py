@@ -108,7 +108,7 @@ def cached(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Cached:
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (it is no dictionary)
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (it is not a dictionary)
 
 
 def foreign_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

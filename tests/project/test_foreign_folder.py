@@ -30,7 +30,7 @@ DATASET = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\nresol
 IMPORTED = [
     ("optimizer_type", "hostile.Fast", "the package hostile is not installed"),
     ("optimizer_type", "packed.hostile.Fast", "the package packed is not installed"),
-    ("optimizer_type", "os.system", "os is no module of an installed package"),
+    ("optimizer_type", "os.system", "os is not a module of an installed package"),
     ("optimizer_type", "subprocess.Popen", "no module of an installed package"),
     ("optimizer_type", "torch.save", "not an optimizer class"),
     ("optimizer_type", "torch.nn.Linear", "not an optimizer class"),

@@ -166,7 +166,7 @@ def _hunyuan(kind: str) -> TinyDit:
 
 
 def _framepack() -> TinyDit:
-    """With all three kinds of history, of frames that are no multiples of two and of four."""
+    """With all three kinds of history, of frames that are not multiples of two and of four."""
     config, history = framepack_dit.CONFIG, {"": 2, "_2x": 3, "_4x": 6}
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_a_picture_that_is_a_program_is_no_picture(tmp_path: Path) -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
     (tmp_path / "picture.png").write_bytes(postscript)
 
-    with pytest.raises(MediaError, match=r"picture\.png is no image that can be read"):
+    with pytest.raises(MediaError, match=r"picture\.png is not an image that can be read"):
         image_size(tmp_path / "picture.png")
 
 
@@ -199,7 +199,7 @@ def test_a_single_step_is_the_smallest_area_and_side() -> None:
 
 
 def test_the_short_side_just_above_the_root_has_its_bucket() -> None:
-    """Of most areas it is a long side too; not of this one, whose root is no multiple of the step."""
+    """Of most areas it is a long side too; not of this one, whose root is not a multiple of the step."""
     wide = ((80, 48), (96, 48), (144, 32))
     assert bucket_sizes(70, 70, 16) == ((32, 144), (48, 80), (48, 96), (64, 64), *wide)
 

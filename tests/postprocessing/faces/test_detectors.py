@@ -68,7 +68,7 @@ def test_notes_of_a_yolo_say_how_many_classes_it_has(tmp_path: Path) -> None:
     notes = {"task": "detect", "names": "{0: 'face', 1: 'plate'}"}
     path = write_yolo(tmp_path / "yolo.onnx", notes={"task": "pose", "names": "{0: 'face'}"})
     assert len(found_in(path, dotted(64, 64, (36, 28)))) == 1
-    # of two classes the second one has no numbers here: a box, one class, and what is no class
+    # of two classes the second one has no numbers here: a box, one class, and what is not a class
     layout = load_detector(write_yolo(tmp_path / "two.onnx", notes=notes), CPU).layout  # type: ignore[attr-defined]
     assert layout.classes == 2
 
@@ -181,7 +181,7 @@ def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) 
 
     for name, write, said in (
         ("taehv.pth", write_taehv, "not a detector of faces"),
-        ("text.onnx", lambda path: path.write_text("hello, this is no model"), "is no ONNX file"),
+        ("text.onnx", lambda path: path.write_text("hello, this is not a model"), "is no ONNX file"),
         ("empty.onnx", lambda path: path.touch(), "is no ONNX file"),
         ("page.pth", lambda path: path.write_text("<html><body>log in"), "is a web page"),
         ("gone.onnx", lambda path: path, "there is no such file"),

@@ -247,7 +247,7 @@ def test_files_are_named_by_epoch_and_step_and_say_where_the_run_stood(tmp_path:
     toy.train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
 
     told = {path.stem: toy.metadata_of(path) for path in (tmp_path / "output").glob("*.safetensors")}
-    # eight steps are two epochs; the last is no epoch file
+    # eight steps are two epochs; the last is not an epoch file
     assert {name: (each["ss_steps"], each["ss_epoch"]) for name, each in told.items()} == {
         "x-step00000003": ("3", "1"),
         "x-000001": ("4", "1"),

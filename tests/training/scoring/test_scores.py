@@ -200,7 +200,7 @@ def make_row(step: int, loss: float | None = None, likeness: float = 0.5, clip: 
             400,
             "likeness falls behind it; later samples fit their prompts less",
         ),
-        # a file that fits its prompts 0.02 less is no candidate, however like the training pictures it is
+        # a file that fits its prompts 0.02 less is not a candidate, however like the training pictures it is
         (
             [
                 make_row(1, likeness=0.6),
