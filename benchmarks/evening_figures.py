@@ -1,6 +1,6 @@
 """The figures of benchmarks/evening.py: written to a file, read from a stranger's, and shown in a table.
 
-A file holds numbers and names from known lists, so it can name no person and no folder, and cannot put
+A file contains numbers and names from known lists, so it can name no person and no folder, and cannot put
 anything else into a page or a table.
 """
 

@@ -96,7 +96,7 @@ class BinFolder:
                     return bin_folder
         raise OutputError(
             say(
-                "%(path)s is on another disk than %(places)s. Delete it by hand",
+                "%(path)s is on a different disk than %(places)s. Delete it by hand",
                 path=path,
                 places=self.folders[0],
             )

@@ -176,7 +176,7 @@ class Captions:
         Args:
             edits: Captions to write, each with the checksum that its file had when it was read.
             checksums: Filled with the new checksum of each written file. If an error ends the writing early,
-                for example a full disk, it holds the files written until then.
+                for example a full disk, it contains the files written until then.
 
         Raises:
             ValueError: If a text cannot be stored. Then no file is written.

@@ -538,5 +538,5 @@ def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: s
         raise OptionError(say("A line that begins with # is not a prompt."))
     if any(settings.get(name) for name in MEDIA_OPTIONS):
         raise OptionError(
-            say("It began from a picture, of which the file holds only the name: write it by hand.")
+            say("It began from a picture, of which the file contains only the name: write it by hand.")
         )

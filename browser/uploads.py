@@ -94,7 +94,7 @@ def check_file_name(name: str) -> None:
         reason = say("the character %(match)s", match=f"{forbidden[0]!r}")
     if reason is not None:
         raise OptionError(
-            say("%(name)s holds %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
+            say("%(name)s contains %(reason)s: give it a plain name", name=f"{name!r}", reason=reason)
         )
     if not name.strip() or name.startswith(".") or name != name.strip() or name.endswith("."):
         raise OptionError(
@@ -180,7 +180,7 @@ def _check_caption(path: Path) -> None:
         ) from None
     reason = bad_character(text)
     if reason is not None or "\0" in text:
-        raise OptionError(f"{path} holds {reason or 'a null character'}: it is not text")
+        raise OptionError(f"{path} contains {reason or 'a null character'}: it is not text")
 
 
 def name_upload_folder(top: Path, day: date) -> str:

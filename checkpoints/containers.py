@@ -207,7 +207,8 @@ class TorchFile:
         self._tensors, self.left_out = _find_tensors(content, set())
         if not self._tensors:
             raise CheckpointError(
-                f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
+                f"{path} contains no named tensors ({type(content).__name__}). Give a model's state dict.",
+                path,
             )
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
@@ -296,7 +297,7 @@ def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> Chec
     forbidden_class = re.search(r"GLOBAL ([\w.]+)", str(error))
     request = "" if forbidden_class is None else f"It asks for {forbidden_class[1]}. "
     return CheckpointError(
-        f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
+        f"{path} contains program code in addition to its tensors and is refused: opening it would run that "
         f"code.\n  {request}Use a safetensors version of the file.",
         path,
     )

@@ -146,7 +146,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if one of the weights `names` is stored in another quantized form than `form`."""
+    """Raise CheckpointError if one of the weights `names` is stored in a quantized form other than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         weight = read_quantized_on_meta(plan.sources[name], tensors)

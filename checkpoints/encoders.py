@@ -41,7 +41,7 @@ def find_network(
         excluded: Prefixes of other networks, whose tensors are left out.
 
     Raises:
-        CheckpointError: If the file holds tensors of an unknown network.
+        CheckpointError: If the file contains tensors of an unknown network.
     """
     prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
@@ -149,7 +149,7 @@ def read_network_config(
 def check_state_width(
     option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
 ) -> None:
-    """Raise CheckpointError if the transformer takes hidden states of another width than the encoder's.
+    """Raise CheckpointError if the transformer takes hidden states of a different width than the encoder's.
 
     Args:
         option: Option that names the encoder.

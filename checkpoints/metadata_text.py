@@ -36,7 +36,7 @@ def show_metadata(options: ShowMetadataOptions) -> None:
             path,
         ) from error
     if not metadata:
-        sys.stderr.write(f"{escape_control_codes(str(path))} holds no metadata\n")
+        sys.stderr.write(f"{escape_control_codes(str(path))} contains no metadata\n")
     values = {name: _parse_value(text) for name, text in sorted(metadata.items())}
     text = json.dumps(values, indent=2, ensure_ascii=False)
     sys.stdout.write(f"{escape_control_codes(text)}\n")

@@ -68,7 +68,7 @@ def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
         *arguments: Further arguments of `read`; they must be hashable.
 
     Raises:
-        CheckpointError: If the file holds another kind of network.
+        CheckpointError: If the file contains another kind of network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)

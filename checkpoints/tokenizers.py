@@ -193,7 +193,8 @@ class TokenizerFiles:
                 return file
         names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {names}). Give "
+            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it contains {names}). "
+            "Give "
             f"{self._describe()}.",
             path,
         )

@@ -221,7 +221,7 @@ def find_all_sources(
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a warning for each caption that was read in another encoding than UTF-8."""
+    """Return a warning for each caption that was read in a different encoding than UTF-8."""
     warnings = []
     for source in sources:
         if source.caption_encoding is not None:

@@ -114,13 +114,14 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     """Return the download of a file; None if the file is there and complete.
 
     Raises:
-        DownloadError: If the site lacks the file or has another one than the catalogue.
+        DownloadError: If the site lacks the file or has a different one than the catalogue.
         OutputError: If something else is at the file's path.
     """
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
-            f"{target.parent} is a link to another place than {options.to}. Download to a folder of its own "
+            f"{target.parent} is a link to a different place than {options.to}. Download to a folder of its "
+            "own "
             "with --to, and move the files."
         )
     if target.is_dir():
@@ -296,7 +297,7 @@ def _check_content(path: Path, kind: str) -> str | None:
         opened = open_file(path)
         opened.close()
         if kind == "safetensors" and not opened.tensors:
-            return "it holds no tensors"
+            return "it contains no tensors"
     with path.open("rb") as file:
         start = file.read(16)
     match kind:

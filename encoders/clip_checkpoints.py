@@ -101,7 +101,7 @@ def read_clip_text(
         config_json: The network's settings; None reads them from a config.json next to the file.
 
     Raises:
-        CheckpointError: If the file holds another model.
+        CheckpointError: If the file contains another model.
     """
     network = find_network(
         checkpoint,
@@ -205,7 +205,7 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         release: Description of the released files, for messages.
 
     Raises:
-        CheckpointError: If the file holds another model.
+        CheckpointError: If the file contains another model.
     """
     sources = rename_sources(list_tensor_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
     required = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}

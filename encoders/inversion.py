@@ -189,7 +189,8 @@ class Inversion:
             with_values: Whether to initialize the vectors; otherwise they are zero.
 
         Raises:
-            UserError: If the initial values cannot be read, or have another width than the token embeddings.
+            UserError: If the initial values cannot be read, or have a different width than the token
+            embeddings.
         """
         token_embeddings: dict[str, GrowingEmbedding] = {}  # by the encoder's key in files
         for network, encoder in zip(networks.children(), self.encoders, strict=True):

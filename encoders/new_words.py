@@ -123,7 +123,7 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
         words: The words.
 
     Raises:
-        CheckpointError: If a word's file holds vectors of another model.
+        CheckpointError: If a word's file contains vectors of another model.
     """
     word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
     for word in words:
@@ -211,7 +211,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
         words: The words in the order of their rows: words from files, or a single word to train.
 
     Raises:
-        CheckpointError: If vectors of a file have another width than the token embeddings.
+        CheckpointError: If vectors of a file have a different width than the token embeddings.
     """
     parent_name, _, child_name = embedding.removesuffix(".weight").rpartition(".")
     parent = network.get_submodule(parent_name)

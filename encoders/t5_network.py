@@ -93,7 +93,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     file of their own or an all-in-one file.
 
     Raises:
-        CheckpointError: If the file holds another model.
+        CheckpointError: If the file contains another model.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
     # only for official names: in Hugging Face's names, "encoder." is not a prefix but part of the name

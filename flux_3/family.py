@@ -164,7 +164,7 @@ class Flux3(pictures.ModelOfImages):
         """Fill in a request's open fields; without a size, the first reference image determines it.
 
         A single reference is put on a canvas of whole tokens, and the result is cropped to its region.
-        Raises OptionError for another solver than Euler's with the distilled model.
+        Raises OptionError for a different solver than Euler's with the distilled model.
         """
         if self.is_distilled:
             request = self._drop_guidance_scale(request)

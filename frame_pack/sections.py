@@ -216,9 +216,9 @@ class CleanLatents:
 class GenerationOrder:
     """Order in which sections are generated, for a loop over them.
 
-    The history holds the finished latents, B C F H W in playing order, and always at least 19 frames: black
-    ones fill in for missing ones. The same loop over true latents, instead of generated ones, gives training
-    inputs.
+    The history contains the finished latents, B C F H W in playing order, and always at least 19 frames:
+    black ones fill in for missing ones. The same loop over true latents, instead of generated ones, gives
+    training inputs.
     """
 
     prepends_sections: bool  # whether each section is played before the sections generated earlier

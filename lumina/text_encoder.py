@@ -75,7 +75,7 @@ def load_gemma(
 ) -> nn.Module:
     """Load Gemma 2, with fp8 weights dequantized; `blocks` manages where its layers are kept.
 
-    Raises CheckpointError if the file holds another model.
+    Raises CheckpointError if the file contains another model.
     """
     return language_models.load_language_model(
         path, GEMMA_2, device, dtype, states=HIDDEN_STATES, blocks=blocks

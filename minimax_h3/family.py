@@ -555,7 +555,7 @@ def _without_guidance(request: Request) -> Request:
 
 
 def _check_sampling(request: Request, frames: int) -> None:
-    """Raise OptionError for solvers other than Euler; warn about another frame rate than the model's."""
+    """Raise OptionError for solvers other than Euler; warn about a different frame rate than the model's."""
     if request.solver not in (None, SOLVER):
         raise OptionError(
             "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "

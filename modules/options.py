@@ -486,7 +486,7 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     field's type. Logs a warning for options that are typed with their default values and have no effect.
 
     Raises:
-        OptionError: If a text holds a forbidden character (`bad_character`), if a path is empty, or if a
+        OptionError: If a text contains a forbidden character (`bad_character`), if a path is empty, or if a
             number is infinite or absurdly large.
         TypeError: If a field has no argument, which is our mistake, not the user's.
     """

@@ -53,7 +53,7 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     try:
         status = os.stat(path)  # noqa: PTH116  # takes half the time of `path.stat`
     except ValueError:  # a NUL character, by which the system ends names
-        raise OSError(errno.EINVAL, "its name holds a character that no file name can have") from None
+        raise OSError(errno.EINVAL, "its name contains a character that no file name can have") from None
     mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))

@@ -207,7 +207,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
     if not is_network:
         raise CheckpointError(
-            f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
+            f"{first.path} contains no network: it has {list_some(list(first.tensors), 3)}.\n"
             "  Give the saved LoRAs or models of one run.",
             first.path,
         )
@@ -228,7 +228,7 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         if is_ema and has_plain_files:
             logger.warning("%s is left out: it is an average (EMA) already.", file.path)
         elif model_hash and model_hash in path_by_hash:
-            logger.warning("%s is left out: it holds the same as %s.", file.path, path_by_hash[model_hash])
+            logger.warning("%s is left out: it contains the same as %s.", file.path, path_by_hash[model_hash])
         else:
             path_by_hash[model_hash] = file.path
             selected.append(file)
@@ -263,7 +263,8 @@ def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     else:
         return
     raise CheckpointError(
-        f"{file.path} holds another network than {first.path}: {difference}.\n  {_advise(file, first)}",
+        f"{file.path} contains a different network than {first.path}: {difference}.\n  "
+        f"{_advise(file, first)}",
         file.path,
     )
 

@@ -223,7 +223,7 @@ def convert(options: ConvertOptions) -> None:
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
-    """Return the LoRA of each expert. Raises OptionError if the only file holds a single LoRA."""
+    """Return the LoRA of each expert. Raises OptionError if the only file contains a single LoRA."""
     low = read_lora(options.input, by_expert=True, family=options.family)
     high = low  # one file has both, unless a second one is given
     if options.input_high_noise is not None:
@@ -401,14 +401,14 @@ def convert_file(
         _convert_one(lora, output, conversion)
     elif baking is not None and baking.models:
         raise OptionError(
-            f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
+            f"--input {source} contains two LoRAs, one for each expert, and --dit is the model of one.\n"
             "  Take one with --expert high_noise or low_noise."
         )
     elif target == "diffusers":
         _convert_both_experts(lora.loras_by_expert, output, conversion)
     else:
         raise OptionError(
-            f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form "
+            f"--input {source} contains two LoRAs, one for each expert, and --target {target} has no form "
             "for that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
             "low_noise to take one."
         )

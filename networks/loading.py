@@ -78,7 +78,7 @@ MAX_UNUSED = 0.1  # fraction of a file's tensors; if more are unused, a second w
 class LoraFile:
     """An adapter of any kind under our tensor names, on the CPU, in the dtype of the file.
 
-    Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file holds one LoRA for each
+    Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file contains one LoRA for each
     expert of a model, `tensors` is empty and `parts` has these LoRAs: `for_expert` returns one of them.
     """
 
@@ -196,7 +196,7 @@ class LoraFile:
 def _make_several_error(path: Path) -> CheckpointError:
     """Return the error for a file with a LoRA for each expert, where one LoRA is needed."""
     return CheckpointError(
-        f"{path} holds two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
+        f"{path} contains two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
         "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "
         "default and give one; merge_lora.py can choose one with --expert.",
         path,

@@ -464,7 +464,8 @@ def build_from_tensors(
         encoders: Trained text encoders, by their `lora_prefix`.
 
     Raises:
-        CheckpointError: If the model has none of the modules, or if the file holds another kind of network.
+        CheckpointError: If the model has none of the modules, or if the file contains another kind of
+        network.
     """
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)

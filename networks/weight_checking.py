@@ -24,7 +24,7 @@ def check_weights(options: WeightCheckOptions) -> None:
     """Print the mean and the least absolute value of each tensor of a LoRA.
 
     Raises:
-        CheckpointError: If a tensor holds values that are NaN or infinite.
+        CheckpointError: If a tensor contains values that are NaN or infinite.
     """
     damaged = []
     with open_checkpoint(options.file) as checkpoint:

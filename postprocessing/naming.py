@@ -168,7 +168,7 @@ def name_output(chain: Chain, source: Path) -> Path:
 
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
-    """Log a message if results get another suffix than the user typed."""
+    """Log a message if results get a different suffix than the user typed."""
     form = chain.run.format
     output = chain.run.output_path
     if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":

@@ -106,7 +106,7 @@ class RunSetup:
 
     @property
     def has_only_audio(self) -> bool:
-        """Whether the folder holds audio files to learn from, without images or clips."""
+        """Whether the folder contains audio files to learn from, without images or clips."""
         return self.media[0].kind == "audio"
 
     @property

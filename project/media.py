@@ -330,7 +330,7 @@ def _describe_unused_reference_folders(
         if reference_folder in described or not _list_media_files(reference_folder):
             continue
         text = (
-            f"{reference_folder}: left out. A folder of this name holds what pictures are made from, and "
+            f"{reference_folder}: left out. A folder of this name contains what pictures are made from, and "
             f"{model_name} does not edit{remedy}. If it is to be learned, rename it"
         )
         lines.append(warning(text))
@@ -658,7 +658,7 @@ def _read_mask_folders_of_tables(folder: Path) -> dict[Path, Path]:
 
 
 def _has_made_masks(folder: Path) -> bool:
-    """Return whether a folder holds masks made by this program, by a run or in the browser."""
+    """Return whether a folder contains masks made by this program, by a run or in the browser."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:

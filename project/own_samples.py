@@ -34,7 +34,7 @@ def use_prompts_as_captions(content: FolderContent) -> None:
 def balance_origins(content: FolderContent) -> None:
     """Repeat real files or generated files, whichever are fewer, until each kind fills half of the steps.
 
-    Nothing changes if a folder holds both kinds.
+    Nothing changes if a folder contains both kinds.
     """
     by_folder: dict[Path, list[bool]] = {}
     for item in content.media:

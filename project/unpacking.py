@@ -142,7 +142,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
         raise ValueError(f"{conflict!r} is a file and a folder")
     total = sum(entry.file_size for entry in entries)
     if total > size_bytes:  # members are not compressed, so they cannot be larger than the archive
-        raise ValueError(f"it says that it holds {format_size(total)}, and has {format_size(size_bytes)}")
+        raise ValueError(f"it says that it contains {format_size(total)}, and has {format_size(size_bytes)}")
 
 
 def _read_member(file: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""What a training of all weights asks of a family whose checkpoint holds more than the transformer.
+"""What a training of all weights asks of a family whose checkpoint contains more than the transformer.
 
 Such a file has text encoders and a VAE too. A training may train text encoders with the transformer, and each
 of its files is a whole checkpoint again.

@@ -17,7 +17,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantization
 
 @dataclass(frozen=True)
 class Packing:
-    """How a file packs a weight: in another shape than that of its values, or with companion tensors."""
+    """How a file packs a weight: in a different shape than that of its values, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companion_suffixes: tuple[str, ...]  # what the names of its companions end in, in place of "weight"

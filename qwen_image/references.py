@@ -101,7 +101,7 @@ def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions)
     """Add the request's control images to all prompts and, if asked, the first one's name to file names.
 
     Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
-    another size than the result, or if the mask cannot be read.
+    a different size than the result, or if the mask cannot be read.
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)
@@ -129,7 +129,7 @@ def add_reference_images(prepared: Prepared, options: QwenImageReferenceOptions)
 
 
 def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
-    """Raise OptionError if an image is used in another size than the result's, which `option` requires."""
+    """Raise OptionError if an image is not used in the size of the result, which `option` requires."""
     width, height = size
     if size != (prepared.width, prepared.height):
         raise OptionError(

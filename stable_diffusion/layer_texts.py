@@ -1,6 +1,6 @@
 """Extended textual inversion in the U-Net: give each cross-attention its own text states.
 
-The context of a text holds the states for all cross-attentions, one after the other, in the order of their
+The context of a text contains the states for all cross-attentions, one after the other, in the order of their
 names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023, arXiv 2303.09522
 (P+).
 """

@@ -89,7 +89,7 @@ class Swept:
 
     script: str
     words: Words
-    folder: Path  # it holds PROJECT and CLEAN
+    folder: Path  # it contains PROJECT and CLEAN
     _plain: dict[Words, tuple[Seen, frozenset[str]]] = field(default_factory=dict)
 
     def run(self, words: Iterable[object]) -> Seen:

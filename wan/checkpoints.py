@@ -127,7 +127,7 @@ def log_task_differences(
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[str, TensorSource]:
-    # any dialect: a file of VACE's blocks may have another one than the transformer
+    # any dialect: a file of VACE's blocks may have a different one than the transformer
     return rename_sources(list_tensor_sources(checkpoint), lambda name: translate_name(name, FROM_DIFFUSERS))
 
 

@@ -1,8 +1,8 @@
 """Stored weights: the protocol of all forms in which linear layers keep their weights, and such layers.
 
 A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the form's dtype and shape (packed
-forms have another one than the layer: ask `out_features` and `in_features`), and the form's companions, such
-as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
+forms have a different one than the layer: ask `out_features` and `in_features`), and the form's companions,
+such as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
 compilation) find it.
 
 A form is a frozen dataclass of a file of this folder, as `QuantizationFormat` describes. A form that options

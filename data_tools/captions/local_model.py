@@ -242,7 +242,7 @@ def load_model(options: CaptionModelOptions, ask_options: AskOptions) -> LocalMo
     """Load the captioning model that --model names, from a folder or a repository.
 
     Raises:
-        CheckpointError: If the folder holds an unusable model.
+        CheckpointError: If the folder contains an unusable model.
         DownloadError: If --model names a repository that cannot be downloaded.
     """
     device = select_device(options.device)

@@ -140,7 +140,7 @@ class WordingOptions(Options, title="the text that is written"):
             for old, new in getattr(self, name):
                 character = bad_character(old + new)
                 if character is not None:
-                    raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")
+                    raise OptionError(f"--{name} contains {character}: set the terminal to UTF-8")
                 if not old:
                     raise OptionError(f'--{name} "" {new!r}: say what to replace')
         for pattern, new in self.replace_regex:

@@ -330,7 +330,7 @@ def _read_encoder_identities(family: Caches, scope: _Scope) -> _EncoderIdentitie
 
 
 def _check_cache_format(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add errors for cache folders in another format than the table's cache_format."""
+    """Add errors for cache folders in a different format than the table's cache_format."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
         lines = list_format_errors(findings.table, family.cache_tag)
         findings.errors += [Fault("folders of caches are in the other form", line) for line in lines]

@@ -119,7 +119,7 @@ def _compare_caches(
         store = stores.latent_store(findings.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
-        # the caches cannot be listed, so one entry with no model name holds the error
+        # the caches cannot be listed, so one entry with no model name contains the error
         unknown = (UNKNOWN, str(error))
         no_model = ""
         return {stem: {no_model: {MEDIA: unknown, TEXT: unknown}} for stem in states}

@@ -142,7 +142,7 @@ def _find_text_setting_changes(
 def _find_caption_change(
     table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield a line if a caption file now has another caption than the encoded one at index `number`."""
+    """Yield a line if a caption file now has a different caption than the encoded one at index `number`."""
     text = read_caption(path)
     # a slice, because the file may have fewer captions than when it was cached
     if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):

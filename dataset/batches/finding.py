@@ -263,7 +263,7 @@ def _leave_out_unlisted(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    """Add lines about caches in another format than the table's."""
+    """Add lines about caches in a different format than the table's."""
     # imported here, because few folders have caches in two formats
     from dataset.cache.form import list_format_errors, list_shard_errors
 
@@ -560,7 +560,8 @@ def _explain_empty(table: DatasetTable) -> str:
 def _explain_others(folder: Path, name: str) -> str:
     """Explain why the text cache `name` of another model cannot be used."""
     return (
-        f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
+        f"no text cache in {folder} for this model: {name} contains what the text encoder of another model "
+        "made "
         "of the caption, which this model cannot read"
     )
 

@@ -189,7 +189,7 @@ def _warn_of_missing_windows(
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at another rate than that of their clip.
+    """Warn if an early version cached control clips at a different rate than that of their clip.
 
     The rates are read from the headers of the source files. Missing files are skipped.
     """

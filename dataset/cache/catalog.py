@@ -1,6 +1,6 @@
 """The entries of a folder of shards, and the one shard that a process writes.
 
-A shard is an SQLite file with the table `entries`. A row holds a name, its generation (one more than the
+A shard is an SQLite file with the table `entries`. A row contains a name, its generation (one more than the
 entry that it replaces), the number of bytes (NULL: the entry was removed), their CRC-32, and the bytes.
 """
 

@@ -552,7 +552,7 @@ class SourcePlanner:
         if grid not in header.grids:
             stored = ", ".join(format_shape(stored) for stored in sorted(header.grids)) or "no latents"
             raise IncompatibleCache(
-                f"{path}: it holds {stored}, this configuration writes {format_shape(grid)}"
+                f"{path}: it contains {stored}, this configuration writes {format_shape(grid)}"
             )
 
     def _check_unrecorded_tensors(self, path: Path, header: Entry) -> None:

@@ -220,7 +220,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     if isinstance(tensors, Tensor) and len(encoder.keys) == 1:
         tensors = dict.fromkeys(encoder.keys, tensors)  # a file with a single tensor does not name it
     if not isinstance(tensors, dict):
-        raise _UnfitEmbeds(f"it holds {type(tensors).__name__}, not tensors by name")
+        raise _UnfitEmbeds(f"it contains {type(tensors).__name__}, not tensors by name")
     conditions: dict[str, Tensor | list[Tensor]] = {}
     for key in encoder.keys:
         tensor = tensors.get(key)

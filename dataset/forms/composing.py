@@ -150,8 +150,8 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function that locates the file in the cell of a row in column `name`.
 
-    Returns None if the column holds no files. With `finds_nulls`, the function returns None for a cell that
-    is null.
+    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a cell
+    that is null.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 

@@ -101,7 +101,7 @@ TO_LINES = (
 
 
 def _reject_other_format(path: Path, line: str) -> None:
-    """Raise DatasetError if the first line of a list shows that the file has another format than JSON Lines.
+    """Raise DatasetError if the first line of a list shows that the file is not JSON Lines.
 
     `line` is not empty, and not a JSON object.
     """

@@ -282,8 +282,8 @@ class ParquetCell:
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function that locates the file in the cell of a row in column `name`.
 
-    Returns None if the column holds no files. With `finds_nulls`, the function returns None for a cell that
-    is null.
+    Returns None if the column contains no files. With `finds_nulls`, the function returns None for a cell
+    that is null.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)

@@ -36,7 +36,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 def _attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor | None) -> Tensor:
     """Compute attention with CUDA's fastest kernel: q is B N L D, k and v B N S D. Returns B L N D."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
+    # CUDA's kernel for a bias raises for one in a different dtype than the queries' ("invalid dtype for
+    # bias")
     bias = None if repeats is None else key_bias(repeats, q.shape[2], dtype)
     order = list_kernels(
         _capability(q.device), dtype, width=q.shape[-1], has_mask=bias is not None, cudnn=_cudnn_version()

@@ -178,7 +178,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
     return _load_templates(template.parent).get_template(template.name).render(context)
 
 
-CLIP_CRF = 24  # smaller than what is kept: a page holds many clips
+CLIP_CRF = 24  # smaller than what is kept: a page contains many clips
 
 
 def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int = 85) -> Markup:

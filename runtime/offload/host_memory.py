@@ -222,7 +222,7 @@ def _pin_as_tensor(mapping: mmap.mmap, pin_ranges: Sequence[range]) -> tuple[Ten
         pin_ranges: Ranges to pin one by one until the driver refuses; then the last pinned one is unpinned
             again.
     """
-    array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
+    array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # keeps the mapping alive, and the tensor the array
     pinned_addresses: list[int] = []
     if pin_ranges:
         # a forked process must not take over the pages that are registered with the device

@@ -30,7 +30,7 @@ from modules.private_torch import (
 )
 from runtime.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 
-# torch treats it as another device than plain `cpu`, and every build can compute on it
+# torch treats it as a different device than plain `cpu`, and every build can compute on it
 ACCELERATOR = torch.device("cpu:0")
 HOST = torch.device("cpu")
 GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this

@@ -87,7 +87,7 @@ def test_a_task_is_on_disk_when_all_of_its_parts_are(models: Path) -> None:
 def test_files_of_another_size_and_unfinished_downloads_are_told_apart(models: Path) -> None:
     component = known_components()["wan_vae"]
     write_sparse(models / VAE, 1000)
-    assert read_model_part(component, models).state == "another file than the released one, by its size"
+    assert read_model_part(component, models).state == "a different file than the released one, by its size"
     (models / VAE).unlink()
 
     write_sparse(models / f".{VAE}.0123456789ab.part", 200_000_000)

@@ -173,7 +173,7 @@ def test_latents_and_image_conditions_of_a_clip_equal_those_of_diffusers(
 
 
 def test_latents_of_a_picture_equal_those_of_diffusers(cached: Cached) -> None:
-    """The name holds the size of the original, the tensors have that of the bucket."""
+    """The name contains the size of the original, the tensors have that of the bucket."""
     image = open_image(cached.folder / "pictures" / "pic.png")
     pixels = in_bucket([image], bucket_for(30, 90, (48, 48)))
 

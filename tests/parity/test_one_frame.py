@@ -130,7 +130,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow_cases("flf2v", "i2v-2.2")
 def test_a_picture_equals_that_of_diffusers_at_these_places(tmp_path: Path, scene: Scene) -> None:
-    """The images are given in another order than their places; both are seen by models of Wan2.1."""
+    """The images are given in a different order than their places; both are seen by models of Wan2.1."""
     one, two = scene.folder / "a.png", scene.folder / "b.png"
     words = ["--control_image_path", two, one, "--one_frame_inference", "target_index=1,control_index=4;0"]
     seen = [] if scene.task == "i2v-A14B" else ["--image_path", one, "--end_image_path", two]

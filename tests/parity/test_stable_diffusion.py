@@ -70,7 +70,7 @@ def slow(*cases: tuple[str, str, str]) -> list[Any]:
 def test_pictures_equal_those_of_the_pipeline(
     files_of: FilesOf, tmp_path: Path, model: str, task: str, sampler: str
 ) -> None:
-    """The picture and the mask are of another size than what is made."""
+    """The picture and the mask are of a different size than what is made."""
     files, given, there = files_of(model), [], {"width": SIZE, "height": SIZE}
     strength = 1.0 if (model, sampler) == ("sd1 painter", "ddim") else 0.6
     if task:

@@ -114,7 +114,7 @@ class EmbeddingOptions(
         facts=FREE,
     )
     embedding_only: bool = option(
-        "train the word alone, without a LoRA: OUTPUT_NAME.safetensors holds its vectors",
+        "train the word alone, without a LoRA: OUTPUT_NAME.safetensors contains its vectors",
         needs="train_embedding",
         excludes=("embedding_lr", "embedding_until", "embedding_file"),
         hint="the vectors are all that is trained and saved, with --learning_rate",

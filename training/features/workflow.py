@@ -51,7 +51,8 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
 def _start(run: "RunFeatures") -> None:
     if run.embedding_words:
         raise OptionError(
-            "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
+            "--save_workflow with --train_embedding: ComfyUI takes a learned word by a different name than "
+            "the "
             "samples' prompts have. Leave out one of the two"
         )
 

@@ -349,7 +349,7 @@ LrSchedule = CurveSchedule | ImportedSchedule | OptimizerRates
 
 def _explain_other_schedule(name: str) -> str:
     return (
-        f"the saved learning-rate schedule is of another kind than {name}: use --lr_scheduler and "
+        f"the saved learning-rate schedule is of a different kind than {name}: use --lr_scheduler and "
         "--lr_scheduler_type of that run"
     )
 

@@ -475,7 +475,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
 
 
 def _require_shapes_of_moments(optimizer: Optimizer) -> None:
-    """Raise ValueError if moments have another shape than their parameter: those of another weight."""
+    """Raise ValueError if moments have a different shape than their parameter: those of another weight."""
     for parameter, moments in optimizer.state.items():
         for name in MOMENT_NAMES & moments.keys():
             if moments[name].shape != parameter.shape:

@@ -181,7 +181,7 @@ def fill_state(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if there is only one process
             load(targets, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
-    # tensors that an unsplit state holds whole
+    # tensors that an unsplit state contains whole
     for part, tensors in parts.items():
         _copy_local_rows(saved, part, tensors)
     for name, weight in split.items():

@@ -1,8 +1,8 @@
 """Write, find, check and read states: folders with all that a run needs to continue as if never stopped.
 
-A state folder holds one file of tensors and plain values, and its checksum. It is written under a temporary
-name and then renamed, so an existing one is complete. Random states are not stored, because random numbers
-follow from the seed and the number of the micro-batch.
+A state folder contains one file of tensors and plain values, and its checksum. It is written under a
+temporary name and then renamed, so an existing one is complete. Random states are not stored, because
+random numbers follow from the seed and the number of the micro-batch.
 """
 
 import contextlib
@@ -278,7 +278,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     misshaped = [name for name in common if weights[name].shape != tensors[name].shape]
     if missing or unexpected or misshaped:
         raise CheckpointError(
-            f"it holds another network: {len(missing)} tensors missing {missing[:2]}, "
+            f"it contains another network: {len(missing)} tensors missing {missing[:2]}, "
             f"{len(unexpected)} unexpected "
             f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
@@ -295,7 +295,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
+            raise CheckpointError(f"{name} contains values that are NaN or infinite.\n  {REMEDY}")
 
 
 def shorten_value(value: Any) -> str:

@@ -126,7 +126,7 @@ def test_caches_of_the_known_tuners_load(tmp_path: Path) -> None:
     folder.mkdir()
     latents = {
         "latents_2x4x6_bfloat16": torch.ones(2, 2, 4, 6).bfloat16(),
-        "clip_bfloat16": torch.ones(3, 4).half(),  # the name says another dtype than the tensor has
+        "clip_bfloat16": torch.ones(3, 4).half(),  # the name says a different dtype than the tensor has
         "latents_image_2x4x6_bfloat16": torch.ones(20, 2, 4, 6).bfloat16(),
     }
     metadata = {"architecture": "toy", "width": "48", "height": "32", "format_version": "1.0.1"}

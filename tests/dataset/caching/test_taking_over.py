@@ -137,7 +137,9 @@ def test_training_names_caches_of_another_model_and_what_takes_them_over(tmp_pat
     succeed_here(*MOSS.cache_latents, folder=tmp_path)
     code, said = run_here(*command, folder=tmp_path)
     assert_one_message(
-        code, said, "_f2k4b_te.safetensors holds what the text encoder of another model made of the caption"
+        code,
+        said,
+        "_f2k4b_te.safetensors contains what the text encoder of another model made of the caption",
     )
     assert "moss_image_cache_text_encoder_outputs.py" in said
 

@@ -322,7 +322,7 @@ def test_sound_that_ffmpeg_cannot_write_does_not_lose_the_pictures(
 
 
 def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:
-    """Nothing is collected: the file holds the sound up to a short time before the newest picture."""
+    """Nothing is collected: the file contains the sound up to a short time before the newest picture."""
     source = write_source(tmp_path / "source.mkv", Source(frames=150, audio="pcm_s16le"))
     path, sizes = tmp_path / "made.mkv", []
 

@@ -81,7 +81,7 @@ def test_the_model_is_that_of_one_process(caches: Path, way: str) -> None:
 
 @pytest.mark.slow
 def test_weights_in_uneven_parts_are_clipped_together(caches: Path) -> None:
-    """Three processes: norms and gradients are summed in another order than in one."""
+    """Three processes: norms and gradients are summed in a different order than in one."""
     words = ("--max_grad_norm", 0.1, "--optimizer_type", "SGD", "--learning_rate", 1)
     words += ("--trainable_modules", "blocks.1", "head")
     expected = train(caches, 1, "whole", *words, "--gradient_accumulation_steps", 3)
