@@ -300,17 +300,15 @@ class _TensorLoader:
         self.rounding_errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
         self.rounded_formats: dict[str, str] = {}  # description of the form for the log, by state-dict name
         self.kept_formats: list[str] = []  # form of each weight that stays as in the file
-        self.read_buffer = self._allocate_read_buffer()
-
-    def _allocate_read_buffer(self) -> Tensor:
-        """Allocate one buffer for all reads, because temporary tensors would fragment the heap."""
-        size_bytes = 0
+        # one buffer for all reads, because temporary tensors would fragment the heap
+        buffer_bytes = 0
         for name in self._dtypes if self._device.type != "meta" else ():
             infos = [self._checkpoint.tensors[part] for part in self._sources[name].names]
-            size_bytes = max(size_bytes, sum(info.size_bytes + _ALIGNMENT for info in infos))
+            buffer_bytes = max(buffer_bytes, sum(info.size_bytes + _ALIGNMENT for info in infos))
         if self._device.type == "cuda":
-            return empty_pinned([size_bytes], torch.uint8)
-        return torch.empty(size_bytes, dtype=torch.uint8)
+            self.read_buffer = empty_pinned([buffer_bytes], torch.uint8)
+        else:
+            self.read_buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
         """Return the dtype and shape that a tensor has once it is loaded."""
