@@ -74,7 +74,7 @@ def make_saver(
         publisher: Publishes what is saved.
         prompts: Prompts of the samples, for the publisher.
         log_saved: Called with the files of each save, and the step.
-        on_removed: Called after older files were removed.
+        on_removed: Called after older files have been removed.
     """
     if not model.takes_part_in_saving:
         return None
@@ -159,7 +159,7 @@ def _metadata_now(
 
     Args:
         plan: The plan of the run.
-        fixed_metadata: Entries that stay the same over the run.
+        fixed_metadata: Entries that stay the same throughout the run.
         architecture_suffix: Suffix of the architecture's name for a network, such as lora.
     """
     progress, family = plan.progress, plan.family
@@ -205,7 +205,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # moments of split weights are only this process's rows: they are replaced by split tensors
+    # moments of split weights contain only this process's rows: they are replaced by split tensors
     for name, split_weight in _weights_stepped_by_row(model).items():
         parameter_state = optimizer["states"].get(name, {})
         for key, value in list(parameter_state.items()):
@@ -261,7 +261,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     if model.average is not None:
         model.average.begin()  # the state has no average: start again from the restored weights
     family = model.plan.family
-    from training.optimizers.foreign import RenumberingError, renumber  # only for states of another program
+    from training.optimizers.foreign import RenumberingError, renumber  # only for another program's states
 
     try:
         renumbered = renumber(

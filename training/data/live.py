@@ -51,7 +51,7 @@ class LiveTextEncoders:
 
         Args:
             device: Device of the run.
-            blocks: Splits the blocks of encoders that are not trained over processes; None: none.
+            blocks: Splits the blocks of untrained encoders over processes; None keeps them complete.
         """
         for encoder in self.encoders:
             is_frozen = not self._is_trained(encoder)

@@ -70,8 +70,7 @@ class FeatureOptions(Options):
 
     Attributes:
         at: Position of the options in --help, one of the constants AT_... above.
-        facts: Facts that hold for all options of the record, such as whether resuming may change them (HABIT,
-            FREE).
+        facts: Facts about all options of the record, such as whether resuming may change them (HABIT, FREE).
         why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
         of_run: Record of the options that `reelsmith run` also has and passes to its training.

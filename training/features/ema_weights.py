@@ -75,7 +75,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Make the parameters hold the average during the block: float32, on the average's own device."""
+        """Set the parameters to the average during the block: in float32, on the average's device."""
         write_back_all(self._dits)
         trained = [weight.data for weight in self._parameters]
         try:

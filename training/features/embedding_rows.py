@@ -33,7 +33,7 @@ class WordVectors:
     has_file: bool = False  # whether an embedding file is saved next to each LoRA
 
     def list_in_lora(self) -> dict[str, Tensor]:
-        """Return the vectors under their names in a LoRA file; log what users of the file have to know."""
+        """Return the vectors under their names in a LoRA file; log what users of the file need to know."""
         self.network.report(self.module)
         return self.tensors()
 

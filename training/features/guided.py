@@ -152,7 +152,7 @@ def with_guided_target(
 
 
 def _join(run: "RunFeatures", options: GuidedTargetOptions) -> None:
-    """Register --guided_target with a run: its target, its metadata, its check and its comparison."""
+    """Register the target, metadata, check and comparison of --guided_target with a run."""
     target = StepTarget(
         option=f"--guided_target {options.guided_target:g}",
         description=_describe(options),

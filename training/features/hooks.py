@@ -124,7 +124,7 @@ class OptionsOfRun(Protocol):
 
 
 class PlannedRun(Protocol):
-    """Attributes that features use of a run whose networks are not loaded yet."""
+    """Attributes that features use in a run whose networks are not loaded yet."""
 
     @property
     def training(self) -> "Sequence[TrainingItem]":
@@ -200,7 +200,7 @@ class HookedRun(Protocol):
 
     @property
     def has_scaler(self) -> bool:
-        """Whether losses are scaled, as float16 gradients need."""
+        """Whether losses are scaled, as float16 gradients require."""
 
 
 class Average(Protocol):
@@ -216,7 +216,7 @@ class Average(Protocol):
         """Restart the average from the current weights."""
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Make the parameters hold their average during the block."""
+        """Replace the parameters' values with their average during the block."""
 
     def tensors(self) -> "dict[str, Tensor]":
         """Return the averages by weight name, without copying them."""
@@ -308,7 +308,7 @@ class HookedModel(Protocol):
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process takes part in saving: the main one, and all with a part of the weights."""
+        """Whether this process takes part in saving: the main one, and any that has part of the weights."""
 
 
 @dataclass(frozen=True)
@@ -510,7 +510,7 @@ class RunFeatures:
         return passes
 
     def describe_targets(self) -> list[str]:
-        """Describe the targets: a line for each, a line on their passes, and the lines in `info`."""
+        """Describe the targets: a line for each, a line about their passes, and the lines in `info`."""
         lines = [target.description for target in self.targets]
         if self.targets:
             passes = self.count_passes()

@@ -32,7 +32,7 @@ class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT,
 
 
 def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
-    """Draw the input perturbation of a micro-batch: noise that is added to its noise, but not to its target.
+    """Draw the input perturbation of a micro-batch: noise that is added to the input, but not to the target.
 
     Args:
         options: Options of the run.

@@ -114,7 +114,7 @@ class ItemLossRecorder:
     _has_failed: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Return this recorder with the data of a planned run; as a hook of `on.recorders`.
+        """Return this recorder with the data of a planned run; a hook for `on.recorders`.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
@@ -148,7 +148,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Wrap the first comparison, that with the clip, so that its errors are recorded when measured."""
+        """Wrap the first comparison, the one with the clip, so that its errors are recorded when measured."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
@@ -217,7 +217,7 @@ class ItemLossRecorder:
             self._write()
 
     def _write(self) -> None:
-        """Write the waiting lines. Raises OutputError if they cannot be written."""
+        """Write the pending lines. Raises OutputError if they cannot be written."""
         draws, self._unwritten_losses = self._unwritten_losses, []
         self._written = self.now()
         if draws and self._process is not None:

@@ -17,7 +17,7 @@ FLAG = "--on_end"
 
 
 class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
-    """Option of a command that is started when a training ends."""
+    """Option for a command that is started when training ends."""
 
     on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
 

@@ -42,7 +42,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
         if table.directory is not None and table.worse_directory is None:
             raise DatasetError(
                 f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
-                "Give it a folder with the worse ones, named like the better ones, or take the table out"
+                "Give it a folder with the worse ones, named like the better ones, or remove the table"
             )
     first_items: dict[int, TrainingItem] = {}
     for item in items:
@@ -63,7 +63,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
 def pair_passes(
     preference: Preference, logged_metrics: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
 ) -> Iterator[StreamErrors]:
-    """Yield the losses of the pairs of a batch, B; the caller weights them like those of samples."""
+    """Yield the losses of the pairs of a batch, B; the caller weights them like losses of samples."""
     pairs = join_pairs(noisy_batch)
     passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
     target = velocity_of(passes, pairs)

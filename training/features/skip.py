@@ -102,7 +102,7 @@ class Skipping:
         """Record the outcome of a step: TAKEN, BAD or SPIKE.
 
         Returns:
-            Whether the step is the last of MAX_SPIKES spikes in a row. So many spikes are a new level of the
+            Whether the step is the last of MAX_SPIKES spikes in a row. That many spikes mean a new level of
             norms: the median starts over with the next step.
         """
         progress = self.progress
@@ -140,7 +140,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     loss = float(step.loss)
     norm = float(gradient_norm)
     limit = skipping.limit(step.kind)
-    # GPUs of different kinds may differ in the last digits, but all processes have to decide alike
+    # GPUs of different kinds may differ in the last digits, but all processes must make the same decision
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
@@ -171,7 +171,7 @@ def _warn_of_skip(run: "HookedRun", step: "GradientStep", reason: str) -> None:
 def describe_skip(
     outcome: int, loss: float, norm: float, limit: float | None, is_new_level: bool = False
 ) -> str:
-    """Return the reason why a step is skipped, in whole sentences.
+    """Return the reason why a step is skipped, in complete sentences.
 
     Args:
         outcome: SPIKE or BAD.

@@ -16,7 +16,7 @@ class PassCounts:
     batch_factor: int = 1  # batch size of a pass, in micro-batches
 
     def plus(self, further: "PassCounts") -> "PassCounts":
-        """Return the sum of the passes of two targets; their factors on the batch size are multiplied."""
+        """Return the sum of the passes of two targets; their batch size factors are multiplied."""
         return PassCounts(
             with_gradients=self.with_gradients + further.with_gradients,
             without_gradients=self.without_gradients + further.without_gradients,
@@ -25,7 +25,7 @@ class PassCounts:
 
     @property
     def description(self) -> str:
-        """Describe the passes, and the time of a step relative to that of a plain one."""
+        """Describe the passes, and the time of a step relative to a plain step."""
         low, high = (
             self.batch_factor * (self.with_gradients + share * self.without_gradients) for share in SHARES
         )

@@ -69,16 +69,15 @@ class HasComfyNodes(Protocol):
 
 
 def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
-    """Return the description of the ComfyUI nodes that run the model of a run.
+    """Return the description of the ComfyUI nodes that generate with a run's model.
 
     Raises:
         OptionError: If the nodes are not known, or if samples use transformers that are not trained.
     """
     if others.sampling is not None:
         raise OptionError(
-            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the transformers that "
-            "learn, and "
-            "samples are made with another one. Leave out one of the two"
+            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the trained "
+            "transformers, but samples are made with another one. Leave out one of the two"
         )
     if not family.abilities.has_comfy_nodes:
         raise OptionError(
@@ -87,7 +86,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     try:
         return cast("HasComfyNodes", family).comfy_model()
     except OptionError as error:
-        raise OptionError(f"{FLAG}: of the nodes of ComfyUI, {error}. Leave it out") from None
+        raise OptionError(f"{FLAG}: for ComfyUI's nodes, {error}. Leave it out") from None
 
 
 def plan_workflows(plan: PlannedRun) -> "Workflows":
@@ -157,7 +156,7 @@ class Workflows:
     def read_samples(self) -> None:
         """Fill `samples` and `skipped_prompts` from the prompt file, if it has changed since the last call.
 
-        If the file cannot be used, the samples of the last call stay.
+        If the file cannot be used, the samples of the last call are kept.
 
         Raises:
             OptionError: If the file cannot be used, and there are no samples of an earlier call.
@@ -278,11 +277,11 @@ class ComfyGraph:
         return number
 
     def add_sample(self, prepared: Prepared, expert_by_step: Sequence[int], prefix: str) -> None:
-        """Add the ComfyUI nodes of a sample: loaders, texts, latents, samplers, decoder and output.
+        """Add the ComfyUI nodes of a sample: loaders, text encoding, latents, samplers, decoder and output.
 
         Args:
             prepared: Settings of the sample.
-            expert_by_step: For each step, the index of the transformer that takes it.
+            expert_by_step: For each step, the index of the transformer that computes it.
             prefix: Prefix of the sample's file name.
         """
         models, text_encoders, vae = self._add_loaders(prepared)
@@ -302,7 +301,7 @@ class ComfyGraph:
             self.add_node("SaveImage", images=pixels, filename_prefix=prefix)
             return
         video: Link = [self.add_node("CreateVideo", images=pixels, fps=float(prepared.fps)), 0]
-        # older releases take the codec by itself, newer ones as a part of the format
+        # older releases take the codec as a separate input, newer ones as part of the format
         codec = {"codec": "auto", "format": "auto", "format.codec": "auto"}
         self.add_node("SaveVideo", video=video, filename_prefix=prefix, **codec)
 

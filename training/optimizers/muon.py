@@ -52,7 +52,9 @@ class MuonWithAdam(Optimizer):
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {MATCH_RMS_ADAMW}")
         if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
-            raise ValueError("three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are needed")
+            raise ValueError(
+                "three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are required"
+            )
         settings = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -144,7 +146,7 @@ def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
         weights_by_count: dict[int, list[Tensor]] = {}  # a fused qkv weight counts as 3 matrices
         for weight in group["params"]:
-            name = names[weight].partition(".")[2]  # without the name of the network in front
+            name = names[weight].partition(".")[2]  # without the network name in front
             is_matrix_in_block = weight.ndim == 2 and name.startswith(block_prefixes)
             num_matrices = spec.count_matrices(name) if is_matrix_in_block else 0  # 0: AdamW steps it
             weights_by_count.setdefault(num_matrices, []).append(weight)

@@ -116,7 +116,7 @@ class ParameterSteps:
             self._step(parameter, parameter)
 
     def _step_in_float32(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
-        """Step a float32 copy of a parameter, and its states; return the copy's new values."""
+        """Step float32 copies of a parameter and its states; return the new values of the parameter copy."""
         state = self.optimizer.state
         float32_parameter = Parameter(value.float())
         float32_parameter.grad = gradient.float()
@@ -173,7 +173,7 @@ def _move_state_to_host(
     Args:
         optimizer: The optimizer.
         parameter: The parameter.
-        host_tensors: Host tensors from `_move_state_to_device`, whose memory is used again.
+        host_tensors: Host tensors from `_move_state_to_device`, whose memory is reused.
     """
     state = optimizer.state.get(parameter, {})
     for name, value in state.items():
@@ -239,13 +239,13 @@ class StepAfterBackward:
         """Unscale and clip the gradients, then step the optimizer or, by `parameter_steps`, each parameter.
 
         Args:
-            may_step: Decides from the norm whether the weights are stepped; None steps them always.
+            may_step: Decides from the norm whether the weights are stepped; None always steps them.
 
         Returns:
             The norm of all gradients before clipping.
         """
         has_gradients = any(parameter.grad is not None for parameter in self.parameters)
-        if self.scaler.is_enabled() and not has_gradients:  # a network of audio alone, in clips without audio
+        if self.scaler.is_enabled() and not has_gradients:  # an audio-only network, for clips without audio
             return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.split_weights)

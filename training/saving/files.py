@@ -120,7 +120,7 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
-        """Return whether the minutes have passed since the last save."""
+        """Return whether enough minutes have passed since the last save."""
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
@@ -167,7 +167,7 @@ class Saver:
         options = self.options
         steps, steps_state = options.save_last_n_steps, options.save_last_n_steps_state
         if step is not None and (steps is not None or steps_state is not None):
-            # saves by the clock may be at any step
+            # saves by time may be at any step
             interval = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
             newest_models = None if steps is None else step - 1 - steps
             newest_states = None if steps_state is None else step - 1 - steps_state
@@ -366,8 +366,8 @@ def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool)
             _copy(entry, target)
     except OSError as error:
         raise OutputError(
-            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
-            "show it, or give another --output_name, or --overwrite."
+            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close any program that "
+            "has it open, give another --output_name, or use --overwrite."
         ) from error
 
 

@@ -79,9 +79,9 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine that 99 % of training images stay below to all others; None for too few images.
+        """Return the cosine below which 99 % of training images stay to all others; None for too few images.
 
-        A sample above it counts as very near to its training image.
+        A sample above it counts as very close to its training image.
         """
         if len(self.media) < MIN_TO_COMPARE:
             return None
