@@ -1,4 +1,4 @@
-"""Samples while training: the network as it is now, through the same loops that generation uses."""
+"""Samples during training: the current network, run through the same loops that generation uses."""
 
 import logging
 import re
@@ -59,7 +59,7 @@ from training.loss import Autocast, DitOf
 
 logger = logging.getLogger(__name__)
 
-BIT_RATE = 8_000_000  # of the known tuners' samples
+BIT_RATE = 8_000_000  # as in the samples of the known tuners
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Sample:
     is_seeded: bool  # False: a new seed is drawn each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
-    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts that were encoded to `prompts`
+    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts whose encodings are `prompts`
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Sampler:
 
     samples: Sequence[Sample]
     source: PromptSource
-    session: Session  # holds the VAE, on the CPU between uses
+    session: Session  # contains the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
-    has_metadata: bool = True  # files record their settings, as those of a generation do
+    has_metadata: bool = True  # files record their settings, as generated files do
     weights: str = ""  # for the metadata: added to the model's name if samples use other weights or LoRAs
     prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
     previews: LatentPreviews | None = None
@@ -188,7 +188,7 @@ class Sampler:
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
-        if self.encode_again is not None:  # text encoders are trained, so that their outputs have changed
+        if self.encode_again is not None:  # text encoders are trained, so their outputs have changed
             with autocast():
                 prompts = self.encode_again(sample.texts, prompts)
         with (

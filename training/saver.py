@@ -40,7 +40,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     """Return the metadata of each saved file, by the suffix of its name: an expert, a new word, or ""."""
     plan = model.plan
     shared_metadata = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    # several experts are trained, or one of a model that has several
+    # several experts are trained, or one expert of a model that has several
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     all_timesteps = list_timestep_options(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
@@ -51,7 +51,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
             metadata[name] = shared_metadata | continued_sizes(model, name)
             if has_experts:
                 metadata[name] |= expert_metadata(plan.family, plan.options, all_timesteps, name)
-        else:  # the embedding of a new word: with `ss_network_*` its file would be taken for a LoRA
+        else:  # the embedding of a new word: with `ss_network_*` its file would be mistaken for a LoRA
             metadata[name] = {
                 key: text for key, text in shared_metadata.items() if not key.startswith("ss_network_")
             }

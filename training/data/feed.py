@@ -1,8 +1,8 @@
 """Prepare micro-batches early: read cache files, draw noise and timesteps, in workers if there are any.
 
-All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the
-micro-batch's number in the run. So it depends on no device, no number of workers or processes, and on nothing
-that was done before.
+All randomness in a micro-batch comes from CPU generators seeded by the run's seed and the micro-batch's
+number in the run. So it does not depend on the device, the number of workers or processes, or anything done
+before.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
 MAX_ITEMS_OF_KEPT_WORKERS = (
-    50_000  # with at most so many items in an epoch, workers are kept for the next epochs
+    50_000  # with at most this many items in an epoch, workers are kept for the next epochs
 )
 ALIGNMENT = 64  # bytes: enough for every dtype
 
@@ -132,7 +132,7 @@ class PackedBatch:
     """
 
     meta_batch: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
-    packed_bytes: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
+    packed_bytes: Tensor  # uint8; the tensors one after the other, each at a multiple of ALIGNMENT bytes
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "PackedBatch":

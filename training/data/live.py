@@ -1,4 +1,4 @@
-"""Texts that are encoded during training.
+"""Captions that are encoded during training.
 
 Text encoders stay loaded if captions vary, if the encoders are trained, or if there are no caches. Every
 process encodes the captions of its own micro-batches.
@@ -117,7 +117,7 @@ class LiveTextEncoders:
     def encode_again(
         self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
-        """Return the encoded texts of a sample, with the outputs of trained encoders computed again.
+        """Return the encoded prompts of a sample, with the outputs of trained encoders recomputed.
 
         The returned tensors have no batch dimension.
 

@@ -65,7 +65,7 @@ def draw(
     expert is chosen with its true probability. Samples that belong to another expert are drawn again within
     the range of the first sample's expert. Each sample by itself follows the sampler's distribution.
 
-    With --num_timestep_buckets N, N consecutive samples take one draw from each of N equal intervals.
+    With --num_timestep_buckets N, every N consecutive samples get one draw from each of N equal intervals.
 
     Args:
         options: Options of the timesteps.
@@ -335,7 +335,7 @@ def times_of_audio(times: Timesteps, noise_spec: NoiseSpec) -> Timesteps:
     """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
     if noise_spec.audio_shift == 1:
         return times
-    # computed from the levels, because sigmas of images near 1 have lost digits
+    # computed from the levels, because image sigmas near 1 have lost precision
     sigmas = shift_sigmas(times.levels.double(), noise_spec.base_shift * noise_spec.audio_shift)
     timesteps = NUM_TIMESTEPS * sigmas + noise_spec.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
@@ -421,7 +421,7 @@ class AcceptedDraws(NamedTuple):
     """The draws among NUM_SCANNED_DRAWS evenly spaced ones that an expert accepts."""
 
     u: Tensor  # uniform numbers, 0..1
-    fractions: Tensor  # noise fractions that the sampler makes of them
+    fractions: Tensor  # noise fractions that the sampler maps them to
 
 
 def scan_draws(
@@ -445,7 +445,7 @@ def find_level_range(
     """
     fractions_of_tables = []
     for options in options_of_tables:
-        # 1 stands for shifts that follow the size, which is not known here
+        # use 1 for shifts that depend on the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
         fractions_of_tables.append(scan_draws(options, noise_spec, flow_shift).fractions)
     fractions = torch.cat(fractions_of_tables)

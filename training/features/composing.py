@@ -77,7 +77,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 
     Args:
         options: All options of the run.
-        tables: Tables of its dataset; empty if they are not known yet.
+        tables: The tables of its dataset that are known so far.
 
     Raises:
         OptionError: If options or tables conflict with each other.

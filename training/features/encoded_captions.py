@@ -1,4 +1,4 @@
-"""Captions that are encoded once, before the network of a training is loaded."""
+"""Captions that are encoded once, before a run's network is loaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -115,7 +115,7 @@ def add_inputs(
     weights_loss = masks_weight_loss or image.source.table.alpha_mask
     if image.mask is not None and not weights_loss:  # the dataset's mask is the part to repaint
         del kept_tensors[LOSS_MASK]
-        mask = image.mask[0] >= 128  # from half gray on
+        mask = image.mask[0] >= 128  # mid-gray or lighter
     else:
         _, height, width, _ = image.frames.shape
         mask = draw_mask(height, width, rng)

@@ -1,4 +1,4 @@
-"""Add noise to the input that the model does not have to predict: --ip_noise_gamma.
+"""Add noise to the input that the model is not trained to predict: --ip_noise_gamma.
 
 Source: Ning et al. 2023, arXiv 2301.11706.
 """

@@ -1,4 +1,4 @@
-"""Read the prompts file of a LECO training: pairs of prompts, and sliders, which are expanded to pairs."""
+"""Read the prompts file of a LECO run: pairs of prompts, and sliders, which are expanded to pairs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ TOP_LEVEL_KEYS = (*dict.fromkeys((*PAIR_KEYS, *SLIDER_KEYS)), "prompts", "slider
 class LecoPair:
     """Prompts of one training pair: the target learns neutral +- guidance * (positive - opposite)."""
 
-    target: str  # prompt with which latents are denoised, and whose prediction is trained
+    target: str  # prompt for denoising latents, whose prediction is trained
     positive: str
     unconditional: str  # the opposite of `positive`
     neutral: str
-    action: str  # ERASE goes away from `positive`, ENHANCE toward it
+    action: str  # ERASE moves away from `positive`, ENHANCE toward it
     guidance_scale: float = 1.0
     height: int = 512  # pixels
     width: int = 512

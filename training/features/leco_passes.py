@@ -51,7 +51,7 @@ class LecoTarget:
 
 @dataclass(frozen=True)
 class DdpmSchedule:
-    """The DDPM schedule with which latents are denoised. Source: Ho et al. 2020, arXiv 2006.11239."""
+    """The DDPM schedule for denoising latents. Source: Ho et al. 2020, arXiv 2006.11239."""
 
     noise: NoiseSpec
     num_steps: int
@@ -115,7 +115,7 @@ def leco_passes(
     b is the base model, and f the model with the LoRA at the pair's strength; + enhances, - erases.
 
     1. f denoises pure noise for a random number of steps of the schedule.
-    2. b predicts these latents with the three prompts of the target.
+    2. b predicts from these latents with each of the target's three prompts.
     3. f predicts the target prompt, and the error is yielded. The strength stays set until the caller has
        computed the gradients.
     """

@@ -1,4 +1,4 @@
-"""Keep predictions outside of masks close to those of the base model: --mask_prior_weight."""
+"""Keep predictions outside masks close to those of the base model: --mask_prior_weight."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,7 +38,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
     @property
     def weight(self) -> float:
-        """Weight in the loss of the error outside of masks; 0 if the option is not given."""
+        """Weight in the loss of the error outside masks; 0 if the option is not given."""
         return self.mask_prior_weight or 0.0
 
 

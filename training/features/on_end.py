@@ -1,4 +1,4 @@
-"""Start a command when a training is over: --on_end.
+"""Start a command when training is over: --on_end.
 
 `modules/typed_command.py` reads the command and `training/run_end.py` starts it. They are separate because
 `reelsmith run` also has such an option, which acts after all its commands.

@@ -31,7 +31,7 @@ CHOSEN_ERROR, REJECTED_ERROR, RIGHT_ORDER = "preference/better", "preference/wor
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
-    """Strength with which the chosen item of each pair is preferred (Diffusion-DPO)."""
+    """How strongly the chosen item of each pair is preferred (Diffusion-DPO)."""
 
     preference: float | None = option(
         "learn from pairs of a chosen and a rejected image or clip (worse_directory in the dataset): "

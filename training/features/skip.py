@@ -25,7 +25,7 @@ TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; the largest one among the pro
 OUTCOME_NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
 WINDOW = 100  # number of norms of taken steps in the median
 MIN_NORMS = 20  # number of norms that are needed before a step can be a spike
-MAX_SPIKES = 20  # after so many spikes in a row, their size is accepted as normal
+MAX_SPIKES = 20  # after this many spikes in a row, their size is accepted as normal
 REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in the error without the option
 
 
@@ -56,7 +56,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
 class SkipProgress:
     """State of step skipping; `norms` and `spikes_in_a_row` are kept by kind of step."""
 
-    bad_in_a_row: int = 0  # number of bad steps directly before
+    bad_in_a_row: int = 0  # number of bad steps immediately before
     spikes_in_a_row: dict[str, int] = field(default_factory=dict)
     norms: dict[str, list[float]] = field(default_factory=dict)  # norms of the last taken steps
 

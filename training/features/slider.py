@@ -93,8 +93,8 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
-    # beyond the usual pass: with gradients neutral (and anchor) at two strengths, less the usual one; without
-    # gradients the base model for positive, negative and neutral (and anchor)
+    # beyond the usual pass: with gradients, neutral (and anchor) at two strengths, minus the usual pass;
+    # without gradients, the base model for positive, negative and neutral (and anchor)
     passes = PassCounts(with_gradients=1, without_gradients=3)
     if file.has_anchors:
         passes = PassCounts(with_gradients=3, without_gradients=4)

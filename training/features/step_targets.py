@@ -1,4 +1,4 @@
-"""Targets of a training in addition to the clip, and the passes that they need. Standard library only."""
+"""Targets of a run in addition to the clip, and the passes that they need. Standard library only."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ SHARES = 1 / 3, 1 / 2
 
 @dataclass(frozen=True)
 class PassCounts:
-    """Upper bounds for the numbers of passes through the network that a micro-batch needs."""
+    """Upper bounds on the number of passes through the network that a micro-batch needs."""
 
     with_gradients: int = 1
     without_gradients: int = 0

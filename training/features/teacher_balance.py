@@ -1,4 +1,4 @@
-"""How --timestep_focus changes the fraction of the draws that fall into a band of noise levels.
+"""How --timestep_focus changes the fraction of draws that fall into a band of noise levels.
 
 With a focus, a loss term that acts only in a band would have less or more influence, because fewer or more
 draws fall into the band. `find_balance` returns factors that compensate for this.

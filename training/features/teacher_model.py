@@ -29,7 +29,7 @@ class TeacherModel:
 
     family: Trains
     dit: nn.Module
-    loras: "AddedLoras"  # disabled outside of `predict`
+    loras: "AddedLoras"  # disabled outside `predict`
     # the trained model if its transformer teaches, without the trained network and the adapters; else None
     trained_model: HookedModel | None = None
 

@@ -1,4 +1,4 @@
-"""Options of --teacher: a frozen model from whose predictions the network learns."""
+"""Options of --teacher: a frozen model whose predictions the network learns from."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ from training.targets.passes import (
 )
 
 THOUSAND = 1000
-BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside of the teacher's band
+BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside the teacher's band
 
 Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
@@ -66,7 +66,7 @@ class TeacherTarget:
 
     weight: float  # fraction of the loss, 0..1
     band: Band | None = None  # None: all levels
-    anchor_weight: float = 1.0  # factor on the loss outside of the band
+    anchor_weight: float = 1.0  # factor on the loss outside the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
     view: str = ""  # `Batch.condition_set` inside the band
 
@@ -251,7 +251,7 @@ def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def run_change_passes_for_memory(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the three passes of --teacher_delta with one model, without storage, to predict peak memory."""
+    """Run the three passes of --teacher_delta with one model on tensors without storage, for peak memory."""
     with torch.no_grad():
         return passes.predict_base_model(noisy_batch) + (
             passes.predict_without_gradients(noisy_batch) - passes.predict_without_gradients(noisy_batch)

@@ -1,4 +1,4 @@
-"""Send the logged values and samples of a run through the trackers of accelerate."""
+"""Send the logged values and samples of a run through accelerate's trackers."""
 
 import contextlib
 import logging

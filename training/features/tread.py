@@ -107,7 +107,7 @@ def bypass_blocks(
 
 
 def _register(run: "RunFeatures", options: TreadOptions) -> None:
-    """Register --tread, with which some tokens bypass middle blocks; check --tread_blocks."""
+    """Register --tread, which lets some tokens bypass middle blocks; check --tread_blocks."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
             f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "

@@ -1,6 +1,6 @@
 """Upload to and download from the Hugging Face hub; write the model card, README.md with YAML front matter.
 
-A failed upload is logged and never ends a run. A card ends with a comment that holds its own SHA-256, so that
+A failed upload is logged and never ends a run. A card ends with a comment with the card's SHA-256, so that
 an edited card is recognized and kept.
 """
 

@@ -1,7 +1,7 @@
 """The nodes of a ComfyUI workflow that generates a run's samples; loaded by `workflow.py` when needed.
 
-A file is in ComfyUI's API form: nodes by number, each with `class_type` and `inputs`; a link is the number of
-a node and that of its output. ComfyUI opens this form too, and places the nodes itself. Source: ComfyUI's
+A file is in ComfyUI's API format: nodes by number, each with `class_type` and `inputs`; a link is the number
+of a node and that of its output. ComfyUI can open this format, and places the nodes itself. Source: ComfyUI's
 documentation, "Workflow API format", and the `INPUT_TYPES` of its nodes.
 """
 
@@ -145,7 +145,7 @@ class Workflows:
     model: ComfyModel
     prompts: Path
     reads_saved_files: bool  # whether ComfyUI reads the LoRA files without conversion
-    needs_weights: bool = False  # converting them takes the model
+    needs_weights: bool = False  # converting them requires the model
     sample_loras: Sequence[ComfyLora] = ()  # LoRAs of --sample_lora
     samples: dict[int, Prepared] = field(default_factory=dict)  # by index in the prompt file
     skipped_prompts: dict[int, str] = field(
@@ -330,7 +330,7 @@ class ComfyGraph:
         for index, loras in enumerate(self.loras):
             for lora in loras:
                 inputs = {"lora_name": lora.name, "strength_model": lora.strength}
-                if len(models) > 1:  # no LoRA for one of two transformers has text encoders
+                if len(models) > 1:  # a LoRA for one of two transformers never has text encoders
                     node = self.add_node("LoraLoaderModelOnly", model=models[index], **inputs)
                     models[index] = [node, 0]
                 else:

@@ -1,6 +1,6 @@
 """Muon for the matrices of a network, AdamW for all its other weights.
 
-A step of Muon is the momentum of a matrix, made orthogonal: all its singular values become about 1. A weight
+A step of Muon is the orthogonalized momentum of a matrix: all its singular values become about 1. A weight
 that consists of several matrices (queries, keys and values; gate and value) is stepped as if each were a
 separate weight. Source: Jordan 2024, "Muon"; Liu et al. 2025, arXiv 2502.16982. Arguments are those of
 `torch.optim.Muon`.
@@ -52,9 +52,7 @@ class MuonWithAdam(Optimizer):
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {MATCH_RMS_ADAMW}")
         if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
-            raise ValueError(
-                "three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are required"
-            )
+            raise ValueError("three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are needed")
         settings = {
             "lr": lr,
             "weight_decay": weight_decay,

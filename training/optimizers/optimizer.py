@@ -1,8 +1,8 @@
 """Make the optimizer from a short name, a class name of torch.optim, or an import path; keep its state.
 
-A state is restored to the same bits. `Optimizer.load_state_dict` alone is not enough: it casts restored
+A state is restored bit for bit. `Optimizer.load_state_dict` alone is not enough: it casts restored
 tensors to the parameters' dtype, which ruins 8-bit states and float32 moments of bf16 parameters. Parameters
-are known by name, so a state fits only the network it was made with.
+are known by name, so a state fits only the network it was saved with.
 """
 
 import contextlib
@@ -228,11 +228,12 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise OptionError(
             f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
-            "as AdamW"
+            "such as AdamW"
         )
     if optimizer_class.__name__ in UNUSABLE:
         raise OptionError(
-            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, as AdamW"
+            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, such as "
+            "AdamW"
         )
     return optimizer_class
 
@@ -250,7 +251,7 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise OptionError(f"{option} {name}: {describe_missing(error)}") from None
-    except Exception as error:  # the module may run any code of its own
+    except Exception as error:  # the module may run arbitrary code
         raise OptionError(f"{option} {name}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
@@ -441,7 +442,7 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
     missing = ", ".join(sorted(saved_names - names)[:3]) or "none"
     new = ", ".join(sorted(names - saved_names)[:3]) or "none"
     raise CheckpointError(
-        f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
+        f"the saved optimizer state belongs to different parameters (only in the state: {missing}; only in "
         f"this run: {new}; in groups of {[*map(len, saved_groups)]} there and {[*map(len, groups)]} here).\n"
         "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
         "from what was trained"

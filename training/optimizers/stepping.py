@@ -1,17 +1,18 @@
 """Step weights after the backward passes of a step, or during the backward pass (--fused_backward_pass).
 
-During the backward pass, all gradients never exist at once. As soon as a weight's gradient is complete (by
-then, nothing needs the old value of the weight any more), the gradient is clipped by itself, the weight is
-stepped, and the gradient is freed. In addition to weights and optimizer states, only the largest gradient
-needs memory. Without clipping the result equals that of the usual order, to the bit.
+If weights are stepped during the backward pass, the gradients never all exist at the same time. As soon as a
+weight's gradient is complete (by then, nothing needs the old value of the weight anymore), the gradient is
+clipped by itself, the weight is stepped, and the gradient is freed. In addition to weights and optimizer
+states, only the largest gradient needs memory. Without clipping, the result equals that of the usual order,
+bit for bit.
 
 If a weight is split over processes, each process steps its rows. For an optimizer that needs whole weights,
 such as Adafactor, all processes gather one weight after the other.
 
 A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would
 undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, the nearer
-number being the more likely: right on average. The optimizer sees float32 weights, so its moments are float32
-too. The random bits depend only on seed, step and parameter.
+number being more likely, which is correct on average. The optimizer sees float32 weights, so its moments are
+float32 too. The random bits depend only on seed, step and parameter.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +33,7 @@ from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress
 
-# package -> classes whose step of each number depends only on it, its gradient and its own moments
+# package -> classes whose step of each element depends only on it, its gradient and its own moments
 PER_ELEMENT: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
@@ -73,7 +74,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer, with bitwise the same results as one step of all parameters."""
+    """Step single parameters of an optimizer, with results bitwise equal to one step of all parameters."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter

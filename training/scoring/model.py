@@ -1,4 +1,4 @@
-"""CLIP and SigLIP models of transformers: embeddings of images and texts, whose cosine is their similarity.
+"""CLIP and SigLIP models from transformers: embeddings of images and texts, whose cosine is their similarity.
 
 DINO models embed images only, to compare them with each other.
 
@@ -204,7 +204,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise errors from many libraries
         raise _explain_loading(folder, option, class_name, error) from None
     return ImageNetwork(network.eval().requires_grad_(False), processor)
 
@@ -214,7 +214,7 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **OFFLINE)
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise errors from many libraries
         raise _explain_loading(folder, "--model", class_name, error) from None
 
 

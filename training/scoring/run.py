@@ -296,7 +296,7 @@ def open_run(path: Path) -> ScoredRun:
     try:
         session = read_session(history_path)
         if session is None:
-            raise OptionError(f"{history_path}: this is not the history of a training")
+            raise OptionError(f"{history_path}: this is not the history of a training run")
         run_history = read_history(history_path, session)
     except OSError as error:
         raise OptionError(f"{history_path} cannot be read: {error.strerror or error}") from None
