@@ -44,7 +44,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     all_timesteps = list_timestep_options(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
-    # "" is the suffix of a model without experts; all others are those of embeddings
+    # "" is the suffix of a model without experts; all others belong to embeddings
     transformers = {"", *(expert.name for expert in plan.family.experts)}
     for name in model.trainable.written_files:
         if name in transformers:
@@ -120,7 +120,7 @@ class _ModelWriter:
     """Write trained weights to files, and all data for resuming to state folders."""
 
     model: TrainedModel
-    dtype: torch.dtype | None  # dtype in files; None: that of the weights
+    dtype: torch.dtype | None  # dtype in files; None: the weights' own
     metadata: Mapping[str, Mapping[str, str]]  # metadata of each part's file, without progress and time
 
     def write_file(self, part: str, path: Path) -> None:
@@ -193,7 +193,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
 
 
 def collect_state(model: TrainedModel) -> states.SavedState:
-    """Return the saved state for resuming; its tensors are those of the run, not copies.
+    """Return the state to save for resuming; its tensors are the run's own, not copies.
 
     Call between steps, while the training weights (not their average) are in the networks.
     """

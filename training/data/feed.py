@@ -62,7 +62,7 @@ class EncodesImages(Protocol):
 
 @dataclass(frozen=True)
 class BatchSources:
-    """Sources of a run's batches: cached latents and texts, and encoders that run during training."""
+    """Sources of a run's batches: cached latents and captions, and encoders that run during training."""
 
     latent: LatentSpec
     encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches

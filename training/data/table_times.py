@@ -61,7 +61,7 @@ def timestep_options_by_group(
 
 
 def list_timestep_options(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
-    """Return all different timestep options of a run; those of the run if no table has its own."""
+    """Return all distinct timestep options of a run; only the run's if no table has its own."""
     return [*dict.fromkeys(timestep_options_by_group(options, tables).values())] or [options]
 
 

@@ -30,7 +30,7 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
 
     @property
     def weight(self) -> float:
-        """Weight in the loss of the error for the empty prompt; 0 if the option is not given."""
+        """Loss weight of the error for the empty prompt; 0 if the option is not given."""
         return self.blank_prior_weight or 0.0
 
 

@@ -46,7 +46,7 @@ class WordVectors:
 
         Args:
             path: Path of the file.
-            dtype: Dtype of the vectors; None keeps that of training.
+            dtype: Dtype of the vectors; None keeps the training dtype.
             metadata: Metadata of the file.
         """
         rows = self.module.state_dict()
@@ -60,7 +60,7 @@ class WordVectors:
             learning_rate: Learning rate of the network.
         """
         rate = self.word.rate
-        # no weight decay: it would pull the vectors towards zero, far from those of known words
+        # no weight decay: it would pull the vectors towards zero, far from the vectors of known words
         return {
             "params": [*self.module.parameters()],
             "lr": learning_rate if rate is None else rate,

@@ -40,7 +40,7 @@ def encode_captions(family: Family, texts: Sequence[str], device: torch.device) 
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> Iterator[Conditions]:
-    """Yield the outputs of an encoder for each text, on the CPU."""
+    """Yield the outputs of an encoder for each caption, on the CPU."""
     try:
         encoder.load(device)
         for text in texts:

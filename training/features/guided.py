@@ -110,7 +110,7 @@ def guide(
 def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[bool]:
     """Return for each sample whether its caption is empty, or its table asks for the base model's prediction.
 
-    With an empty caption, the prediction for the empty prompt is that of the sample itself.
+    With an empty caption, the prediction for the empty prompt is the sample's own prediction.
     """
     from training.targets.passes import samples_with_base_target  # torch: only with this target
 

@@ -502,7 +502,7 @@ class RunFeatures:
         return any(target.has_joint_audio_loss for target in self.targets)
 
     def count_passes(self) -> PassCounts:
-        """Return the numbers of passes that a micro-batch needs with all targets of the run."""
+        """Return the number of passes of each kind that a micro-batch needs with all targets of the run."""
         passes = PassCounts()
         for target in self.targets:
             passes = passes.plus(target.passes)

@@ -57,7 +57,7 @@ class DdpmSchedule:
     num_steps: int
 
     def timestep(self, index: int) -> int:
-        """Return the timestep of denoising step `index`; that of the last step is 0."""
+        """Return the timestep of denoising step `index`; the last step has timestep 0."""
         return (self.num_steps - 1 - index) * (NUM_TRAIN_TIMESTEPS // self.num_steps)
 
     def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:

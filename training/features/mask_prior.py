@@ -38,7 +38,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
     @property
     def weight(self) -> float:
-        """Weight in the loss of the error outside masks; 0 if the option is not given."""
+        """Loss weight of the error outside masks; 0 if the option is not given."""
         return self.mask_prior_weight or 0.0
 
 

@@ -75,7 +75,7 @@ def pair_passes(
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch of 2B samples: B chosen items, then their rejected ones with equal noise and text."""
+    """Return a batch of 2B samples: B chosen items, then their rejected items with equal noise and text."""
     batch = noisy_batch.batch
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
@@ -146,7 +146,7 @@ def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -
     and the network orders a pair correctly if its margin is above 0.
 
     Args:
-        errors: Errors of the network, 2B: those of the better items first, then those of the rejected ones.
+        errors: Errors of the network, 2B: errors of the better items first, then of the rejected items.
         base_errors: Errors of the model without the network, in the same order.
         preference: Strength beta, and the weight of the ordinary loss of the better items.
 

@@ -91,7 +91,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class TeacherComparison:
-    """Functions that compare the network's predictions with those of its teacher."""
+    """Functions that compare the network's predictions with its teacher's."""
 
     target: TeacherTarget
     teach: Teach
@@ -115,7 +115,7 @@ class TeacherComparison:
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
-        """Return the comparison of samples inside the teacher's band, and that of samples outside."""
+        """Return the comparisons for samples inside and for samples outside the teacher's band."""
         is_inside, is_outside = self._split_by_band(passes, noisy_batch)
         # in lockstep the teacher always runs, because all processes have to run the same passes
         in_lockstep = passes.rule.in_lockstep

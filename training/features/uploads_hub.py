@@ -130,7 +130,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
     """Return the command-line options that load the files of a model card.
 
-    `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
+    `files` are the files of one save by expert (None if unknown), and `name` is the name of the run.
     """
     arguments = []
     for expert, path in (files or {"": Path(f"{name}.safetensors")}).items():
@@ -199,7 +199,7 @@ def _front_matter(
 
 
 def _plain(value: Any) -> Any:
-    """Make each text in nested data a single line with escaped control codes."""
+    """Turn each string in nested data into a single line with escaped control codes."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

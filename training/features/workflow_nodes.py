@@ -219,7 +219,7 @@ class Workflows:
             logger.info("Saved %s", path)
 
     def make_nodes(self, lora_files: Mapping[str, Path]) -> dict[str, Any]:
-        """Return the ComfyUI nodes of a workflow by their keys: those of all samples that it can generate.
+        """Return the ComfyUI nodes of a workflow, by key, for all samples that it can generate.
 
         Args:
             lora_files: LoRA files by the name of their expert; "" for a file for all experts.
@@ -358,7 +358,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Add the nodes that encode a text, with embedded guidance if the model has it; return their link."""
+        """Add nodes that encode a prompt, with embedded guidance if the model has it; return their link."""
         reads_weights_only_in_comfyui = self.model.weighs_words and not self.model.is_weighted
         if reads_weights_only_in_comfyui:  # escape parentheses, which mark weights there
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")

@@ -253,7 +253,7 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        """Set the learning rates to those of a step without taking the steps before it."""
+        """Set the learning rates of a step without taking the steps before it."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [

@@ -124,7 +124,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
 
     Args:
         options: Options of the run.
-        rates: Learning rates by the option that sets each; the first one is that of most weights.
+        rates: Learning rates by the option that sets each; the first one applies to most weights.
     """
     if len(rates) < 2:
         return
@@ -135,7 +135,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     fails_with_one_rate = _try_step(options, [default]) is not None
     if fails_with_one_rate:  # for another reason, which creating the real optimizer reports
         return
-    # name the options whose rates differ from that of most weights; if none differs, all but the first
+    # name the options whose rates differ from the rate of most weights; if none differs, all but the first
     named = [option for option, rate in others if rate != default] or [option for option, _ in others]
     them = "it" if len(named) == 1 else "them"
     raise OptionError(

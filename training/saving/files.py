@@ -395,7 +395,7 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
 
     Args:
         entry: The file or folder.
-        name: Its name, beginning with that of the run in the run's spelling.
+        name: Its name, which begins with the run's name as the run spells it.
         names: Names of the run's files.
     """
     save = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"  # at the end, or after a step or epoch

@@ -153,7 +153,7 @@ def _select_evenly(length: int, maximum: int) -> set[int]:
 
 
 def _hash_content(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the files of a folder. Raises OSError if one cannot be read."""
+    """Return the SHA-256 of a file, or of the files in a folder. Raises OSError if one cannot be read."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb") as opened:

@@ -107,7 +107,7 @@ class ImageTextModel:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return a vector of length 1 for each text, N D float32 on the CPU. Long texts are cut."""
+        """Return a vector of length 1 for each text, N D float32 on the CPU. Long texts are truncated."""
         tokens = self.tokenizer(
             list(texts),
             padding=self.padding,

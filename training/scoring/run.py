@@ -322,7 +322,7 @@ def _select_history(folder: Path) -> Path:
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
-    """Return the history files of training runs, without those of `reelsmith run`."""
+    """Return the history files of training runs, excluding those of `reelsmith run`."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
