@@ -1,4 +1,4 @@
-"""Samples while training: the network as it is now, through the same loops that generation uses."""
+"""Samples during training: the current network, run through the same loops that generation uses."""
 
 import logging
 import re
@@ -59,12 +59,12 @@ from training.loss import Autocast, DitOf
 
 logger = logging.getLogger(__name__)
 
-BIT_RATE = 8_000_000  # of the known tuners' samples
+BIT_RATE = 8_000_000  # as in the samples of the known tuners
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One entry of the prompt file with its encoded texts and images; `index` is its position there."""
+    """One entry of the prompt file, at position `index`, with its encoded prompts and images."""
 
     index: int
     entry: Mapping[str, Any]  # settings of the prompt in the file
@@ -72,7 +72,7 @@ class Sample:
     is_seeded: bool  # False: a new seed is drawn each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
-    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts that were encoded to `prompts`
+    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts whose encodings are `prompts`
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Sampler:
 
     samples: Sequence[Sample]
     source: PromptSource
-    session: Session  # holds the VAE, on the CPU between uses
+    session: Session  # contains the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
-    has_metadata: bool = True  # files record their settings, as those of a generation do
+    has_metadata: bool = True  # files record their settings, as generated files do
     weights: str = ""  # for the metadata: added to the model's name if samples use other weights or LoRAs
     prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
     previews: LatentPreviews | None = None
@@ -184,11 +184,11 @@ class Sampler:
             get_dit: Returns the transformer of an expert, on the device.
             autocast: Returns the context of mixed precision.
             check: Called after each step; it raises to stop the sample.
-            show_progress: Called with a text about the progress.
+            show_progress: Called with a description of the progress.
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
-        if self.encode_again is not None:  # text encoders are trained, so that their outputs have changed
+        if self.encode_again is not None:  # text encoders are trained, so their outputs have changed
             with autocast():
                 prompts = self.encode_again(sample.texts, prompts)
         with (
@@ -214,7 +214,7 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Decode a sample and write it as image, clip, layers or sound; return the path of the file.
+        """Decode a sample and write it as an image, clip, layers or sound; return the path of the file.
 
         Args:
             latents: Latents in model space, B C F H W, or B N together with audio.
@@ -280,7 +280,7 @@ def _show_steps(
         title: Title of the progress bar.
         prepared: The request with all values resolved.
         check: Called after each step; raises to stop generating.
-        show_progress: Called with the text of the bar after each step.
+        show_progress: Called with the bar's text after each step.
         preview_section: Callback for sections of a preview.
     """
     bars: list[Bar] = []
@@ -289,7 +289,7 @@ def _show_steps(
         def on_section(section: Section) -> None:
             """Replace the bar by one for the steps of the next section."""
             preview_section(section)
-            stack.close()  # closes the bar of the section before
+            stack.close()  # closes the bar of the previous section
             name = ", ".join(filter(None, (title, section.label)))
             # a section's own solver knows its number of steps, else its stage does
             stage = prepared.stages[section.stage] if prepared.stages else prepared
@@ -320,7 +320,7 @@ def prepare_samples(
     together: bool = False,
     blocks: BlockSharder | None = None,
 ) -> Sampler:
-    """Read and check the prompts, and encode this process's share of texts and images.
+    """Read and check the prompts, and encode this process's share of prompts and images.
 
     Call it before the DiT is loaded.
 
@@ -360,7 +360,7 @@ def prepare_samples(
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
     samples = encode_samples(session, entries, requests, decodes=writes, loads_media=writes)
     previews = None
-    if process == 0:  # the processes have one preview file
+    if process == 0:  # all processes share one preview file
         previews = make_previews(
             preview, family.latent, folder=folder, device=device, has_room=session.dits.can_stay
         )
@@ -391,7 +391,7 @@ def encode_samples(
     decodes: bool,
     loads_media: bool = False,
 ) -> list[Sample]:
-    """Encode the texts and images of samples; return the samples in the order of `requests`.
+    """Encode the prompts and images of samples; return the samples in the order of `requests`.
 
     A text encoder is loaded only if a text is not in the session's cache.
 
@@ -425,7 +425,7 @@ def _encode_media(
 ) -> list[Mapping[int, Conditions]]:
     """Encode the images of each sample; return the conditions of each.
 
-    The VAE is loaded if a sample has images, or if `loads` asks for it; with `decodes` it is needed again.
+    The VAE is loaded if a sample has images or `loads` is set; with `decodes`, it is needed again later.
     """
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
@@ -437,7 +437,7 @@ def _encode_media(
 
 
 def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
-    """Warn of settings in the prompt file that the model does not use."""
+    """Warn about settings in the prompt file that the model does not use."""
     keys = {key for entry in entries for key, value in entry.items() if value is not None}
     if "discrete_flow_shift" in keys and family.defaults.flow_shift is None:
         logger.warning(
@@ -472,14 +472,14 @@ def draw_together() -> int:
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of a prompt file, and a request for each. Raises OptionError if one is unusable."""
+    """Return the entries of a prompt file and their requests. Raises OptionError if one is unusable."""
     return parse_requests(family, read_sample_file(prompt_file), prompt_file)
 
 
 def parse_requests(
     family: Family, text: str, prompt_file: Path
 ) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of the text of a prompt file, and the request for each.
+    """Return the entries of a prompt file, given as text, and the request for each.
 
     Raises:
         OptionError: If a file that samples need is not given, or if prompts cannot be read or generated, such
@@ -499,7 +499,7 @@ def parse_requests(
 def _prepare_entry(
     family: Family, prompt_file: Path, numbered_entry: tuple[int, Mapping[str, Any]]
 ) -> Prepared:
-    """Return the request of an entry, given with its number for messages; warn of unusual values.
+    """Return the request of an entry, which is numbered for messages; warn about unusual values.
 
     Raises OptionError if the family cannot generate it.
     """
@@ -509,7 +509,7 @@ def _prepare_entry(
         warn_of_embeddings(family, request)
         prepared = family.prepare(request)
         warn_of_low_scales(prepared)
-    except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: a text for a number
+    except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: text instead of a number
         prompt = shorten(str(entry.get("prompt", "")), 100)
         raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
     return prepared
@@ -518,10 +518,10 @@ def _prepare_entry(
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """Convert an entry of a prompt file (values by name) into a request.
 
-    Missing values are the defaults of generation. Sizes are rounded down to sizes that the model makes.
+    Missing values are the defaults of generation. Sizes are rounded down to sizes that the model supports.
 
     Raises:
-        OptionError: For numbers that no model takes.
+        OptionError: For numbers that no model accepts.
     """
     default = family.defaults
     values = {key: value for key, value in entry.items() if value is not None}
@@ -609,7 +609,7 @@ def _with_fitted_size(
 
 
 def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> str | None:
-    """Return the solver of a prompt, which may name it by an alias. Warn and return None for an unknown name.
+    """Return the solver of a prompt, given by name or alias. Warn and return None for an unknown name.
 
     Args:
         values: Values of the prompt.

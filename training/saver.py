@@ -40,18 +40,18 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     """Return the metadata of each saved file, by the suffix of its name: an expert, a new word, or ""."""
     plan = model.plan
     shared_metadata = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    # several experts are trained, or one of a model that has several
+    # several experts are trained, or one expert of a model that has several
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     all_timesteps = list_timestep_options(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
-    # "" is the suffix of a model without experts; all others are those of embeddings
+    # "" is the suffix of a model without experts; all others belong to embeddings
     transformers = {"", *(expert.name for expert in plan.family.experts)}
     for name in model.trainable.written_files:
         if name in transformers:
             metadata[name] = shared_metadata | continued_sizes(model, name)
             if has_experts:
                 metadata[name] |= expert_metadata(plan.family, plan.options, all_timesteps, name)
-        else:  # the embedding of a new word: with `ss_network_*` its file would be taken for a LoRA
+        else:  # the embedding of a new word: with `ss_network_*` its file would be mistaken for a LoRA
             metadata[name] = {
                 key: text for key, text in shared_metadata.items() if not key.startswith("ss_network_")
             }
@@ -74,7 +74,7 @@ def make_saver(
         publisher: Publishes what is saved.
         prompts: Prompts of the samples, for the publisher.
         log_saved: Called with the files of each save, and the step.
-        on_removed: Called after older files were removed.
+        on_removed: Called after older files have been removed.
     """
     if not model.takes_part_in_saving:
         return None
@@ -120,7 +120,7 @@ class _ModelWriter:
     """Write trained weights to files, and all data for resuming to state folders."""
 
     model: TrainedModel
-    dtype: torch.dtype | None  # dtype in files; None: that of the weights
+    dtype: torch.dtype | None  # dtype in files; None: the weights' own
     metadata: Mapping[str, Mapping[str, str]]  # metadata of each part's file, without progress and time
 
     def write_file(self, part: str, path: Path) -> None:
@@ -159,7 +159,7 @@ def _metadata_now(
 
     Args:
         plan: The plan of the run.
-        fixed_metadata: Entries that stay the same over the run.
+        fixed_metadata: Entries that stay the same throughout the run.
         architecture_suffix: Suffix of the architecture's name for a network, such as lora.
     """
     progress, family = plan.progress, plan.family
@@ -193,7 +193,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
 
 
 def collect_state(model: TrainedModel) -> states.SavedState:
-    """Return the saved state for resuming; its tensors are those of the run, not copies.
+    """Return the state to save for resuming; its tensors are the run's own, not copies.
 
     Call between steps, while the training weights (not their average) are in the networks.
     """
@@ -205,7 +205,7 @@ def collect_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # moments of split weights are only this process's rows: they are replaced by split tensors
+    # moments of split weights contain only this process's rows: they are replaced by split tensors
     for name, split_weight in _weights_stepped_by_row(model).items():
         parameter_state = optimizer["states"].get(name, {})
         for key, value in list(parameter_state.items()):
@@ -261,7 +261,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     if model.average is not None:
         model.average.begin()  # the state has no average: start again from the restored weights
     family = model.plan.family
-    from training.optimizers.foreign import RenumberingError, renumber  # only for states of another program
+    from training.optimizers.foreign import RenumberingError, renumber  # only for another program's states
 
     try:
         renumbered = renumber(

@@ -45,19 +45,19 @@ def training_script(
     samplers: Sequence[str] = SAMPLERS,
     changes: TrainerChanges = NO_CHANGES,
 ) -> Script:
-    """Return the script that trains a LoRA for a family, or with `full_dit` its transformer.
+    """Return the script that trains a LoRA for a family, or its transformer with `full_dit`.
 
     Args:
         family: Name of the family.
         about: The script's docstring.
         full_dit: Whether the whole transformer is trained.
-        script: File of the script, if it is not `..._train.py` with `full_dit`.
+        script: File of the script, if it is not the family's default one.
         kind: Kind of the family's options: a family may have several records for different scripts.
         images: Differences between image families; None for video.
         extra_options: Records of options in addition to the family's.
         check: Raises OptionError if the family's options do not fit together.
         samplers: Choices of --timestep_sampling for video.
-        changes: Changes of shared options, and options of the family that are rejected.
+        changes: Changes to shared options, and options of the family that are rejected.
     """
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
@@ -133,7 +133,7 @@ def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: 
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:
-    """Warn about options without effect in this run, and about unread keys of its dataset file."""
+    """Warn about options that have no effect in this run, and about unread keys of its dataset file."""
     from dataset.config import load_dataset_config
     from training.unused_options import list_without_effect
 

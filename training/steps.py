@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """How far a run has come: the only part of it that changes and is saved."""
+    """The progress of a run: its only part that changes and is saved."""
 
     seed: int
     session_id: int

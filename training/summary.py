@@ -47,12 +47,12 @@ SPARE = 1.05  # the box warns if the disk has less free space than this times th
 def count_saves(
     options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
 ) -> tuple[int, int]:
-    """Return the numbers of models and of states that a run leaves on disk, without those saved by the clock.
+    """Return the number of models and of states that a run leaves on disk, not counting saves by time.
 
     Args:
         options: Options of the run.
         plan: The plan of the run.
-        first_step: Step after which saves count.
+        first_step: Step after which saves are counted.
         first_epoch: First epoch that is not finished at that step.
     """
     num_models = 0
@@ -60,7 +60,7 @@ def count_saves(
         every = options.save_every_n_steps
         num_saves = plan.total_steps // every - first_step // every
         if options.save_last_n_steps is not None:  # counts steps, not saves
-            # the save from exactly so many steps ago is kept too
+            # the save from exactly that many steps ago is kept too
             num_saves = min(num_saves, options.save_last_n_steps // every + 1)
         num_models += num_saves
     if options.save_every_n_epochs is not None:
@@ -78,7 +78,7 @@ def count_saves(
 def saved_bytes(
     parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
 ) -> tuple[int, int]:
-    """Return the bytes of one saved model, including its average, and of one saved state.
+    """Return the sizes in bytes of one saved model, including its average, and of one saved state.
 
     Args:
         parameters: The trained parameters.
@@ -105,7 +105,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the rows of the start's box on the model, its trained parts, the data and the optimizer.
+    """Return the rows of the start box on the model, its trained parts, the data and the optimizer.
 
     Args:
         run: The run.
@@ -114,7 +114,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     plan = run.plan
     options = run.options
     lora = plan.learner.lora
-    # ranks and alphas of a network that continues from a file; None if they are the options'
+    # ranks and alphas of a network that continues from a file; None if the options set them
     sizes: tuple[list[int], list[float]] | None = None
     trainable = run.model.trainable
     if options.network is not None and any(
@@ -144,7 +144,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Learner) -> str:
-    """Return the box's text on learning rates: --learning_rate, and a line for each rate if parts differ.
+    """Return the learning rates for the box: --learning_rate, and a line for each rate if parts differ.
 
     Args:
         options: Options of the run.
@@ -168,7 +168,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
 
 
 def _shorten_list(names: Sequence[str]) -> str:
-    """Join names with commas; of many names only the first and the last ones."""
+    """Join names with commas; if there are many, only the first and last ones."""
     shown = [*names] if len(names) <= SHOWN_NAMES else [*names[: SHOWN_NAMES - 2], "...", names[-1]]
     return ", ".join(shown)
 
@@ -176,12 +176,12 @@ def _shorten_list(names: Sequence[str]) -> str:
 def _make_writing_rows(
     run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None
 ) -> list[Row]:
-    """Return the rows of the start's box on saves, samples, disk space and folders.
+    """Return the rows of the start box on saves, samples, disk space and folders.
 
     Args:
         run: The run.
         parameters: The trained parameters.
-        dtype: Dtype of saved files; None for that of the parameters.
+        dtype: Dtype of saved files; None for the dtype of the parameters.
     """
     plan = run.plan
     options = run.options
@@ -254,7 +254,7 @@ def _sampling_times(samples: SampleOptions) -> str:
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
-    """Describe intervals as texts such as "every 5 epochs".
+    """Describe intervals in words, such as "every 5 epochs".
 
     Args:
         every: Number by unit; None is left out.
@@ -317,13 +317,13 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
 
 
 def _size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:
-    """Return a text with the step of the lowest validation loss and the best file that exists."""
+    """Describe the step of the lowest validation loss, and the best file that exists."""
     assert run_history.lowest_validation is not None
     lowest_step, lowest_loss = run_history.lowest_validation
     best = name_best_file(folder, name, run_history)
@@ -386,13 +386,13 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 def count_pauses(
     options: TrainingOptions, saving: SavingOptions, plan: StepPlan, *, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
-    """Return how many pauses for samples, for validation and for saving a run still has after a step.
+    """Return the number of pauses for samples, validation and saving that remain after a step.
 
     Args:
         options: Options of the run.
         saving: Options of saving.
         plan: The plan of the run.
-        validates: Whether there is a validation.
+        validates: Whether the run has a validation.
         step: Number of the optimizer step.
         epoch: Number of whole epochs done by then.
     """
@@ -478,7 +478,7 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:
-    """Return the names and values of the page's lines on memory use."""
+    """Return the names and values of the page's lines about memory use."""
     host = ("most host memory of this process so far, measured", f"{format_gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]

@@ -1,8 +1,8 @@
 """Prepare micro-batches early: read cache files, draw noise and timesteps, in workers if there are any.
 
-All that is random about a micro-batch comes from CPU generators seeded by the run's seed and the
-micro-batch's number in the run. So it depends on no device, no number of workers or processes, and on nothing
-that was done before.
+All randomness in a micro-batch comes from CPU generators seeded by the run's seed and the micro-batch's
+number in the run. So it does not depend on the device, the number of workers or processes, or anything done
+before.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
 MAX_ITEMS_OF_KEPT_WORKERS = (
-    50_000  # with at most so many items in an epoch, workers are kept for the next epochs
+    50_000  # with at most this many items in an epoch, workers are kept for the next epochs
 )
 ALIGNMENT = 64  # bytes: enough for every dtype
 
@@ -62,7 +62,7 @@ class EncodesImages(Protocol):
 
 @dataclass(frozen=True)
 class BatchSources:
-    """Sources of a run's batches: cached latents and texts, and encoders that run during training."""
+    """Sources of a run's batches: cached latents and captions, and encoders that run during training."""
 
     latent: LatentSpec
     encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches
@@ -85,7 +85,7 @@ class BatchSources:
         reads_empty: bool = False,
         reads_rejected: bool = False,
     ) -> Batch:
-        """Read the caches of a batch, and encode those of its images that are not cached.
+        """Read the caches of a batch, and encode its images that are not cached.
 
         Args:
             items: Items of the batch.
@@ -93,7 +93,7 @@ class BatchSources:
             stream: Seed of the random numbers.
             captions: Index of each item's caption, or EMPTY for the empty prompt; None for the first ones.
             flips: Which items are mirrored; () for none.
-            undropped: Indices of the captions before dropout, for a teacher, which reads these too.
+            undropped: Indices of the captions before dropout, which a teacher also reads; () for none.
             reads_empty: Whether to read the empty prompt too.
             reads_rejected: Whether to read the latents of rejected clips too.
 
@@ -132,7 +132,7 @@ class PackedBatch:
     """
 
     meta_batch: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
-    packed_bytes: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
+    packed_bytes: Tensor  # uint8; the tensors one after the other, each at a multiple of ALIGNMENT bytes
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "PackedBatch":
@@ -255,7 +255,7 @@ class NoiseSampler:
         """Draw the noise and the timesteps of a batch's audio; None if no sample has audio.
 
         Args:
-            learning: What the run learns of sound, with its weight in the loss.
+            learning: How the run learns sound, with its weight in the loss.
             batch: The batch.
             times: Timesteps of the images.
             number: Index of the micro-batch in the run.
@@ -363,8 +363,8 @@ class Feed:
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
         """Yield all micro-batches from a position in an epoch to the end of the run.
 
-        If epochs are short, workers are kept over all of them, because starting workers takes longer than an
-        epoch. If epochs are long, workers end with each epoch, because every worker would hold its own copy
+        If epochs are short, workers are kept for all of them, because starting workers takes longer than an
+        epoch. If epochs are long, workers end with each epoch, because each worker would need its own copy
         of the next order.
         """
         keeps_workers = self.order.num_items <= MAX_ITEMS_OF_KEPT_WORKERS
@@ -391,7 +391,7 @@ class Feed:
         """Yield batches that worker processes read, in the order of the keys; raise their errors here."""
         workers_may_end = multiprocessing.Event()  # set once no more batches are needed
         loader: DataLoader[PackedBatch | UserError] = DataLoader(
-            self,  # type: ignore[arg-type]  # anything with __getitem__ serves
+            self,  # type: ignore[arg-type]  # anything with __getitem__ works
             batch_size=None,
             sampler=keys,
             num_workers=num_workers,
@@ -407,14 +407,14 @@ class Feed:
             workers_may_end.set()
 
     def __getitem__(self, key: Key) -> PackedBatch | UserError:
-        """Return a micro-batch or its error, because DataLoader re-raises a worker's error only as text."""
+        """Return a micro-batch or its error: DataLoader would re-raise a worker's error only as text."""
         try:
             return PackedBatch.of(self.read(key))
         except UserError as error:
             return error
 
     def read(self, key: Key) -> NoisyBatch:
-        """Read the micro-batch of an epoch and an index, and add its noise and timesteps.
+        """Read the micro-batch with this epoch and index, and add its noise and timesteps.
 
         Raises:
             CacheError: If a cache cannot be used; the message contains the caching command.
@@ -484,7 +484,7 @@ def _start_worker(workers_may_end: Event, _: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker, because the main process first finishes its step.
 
     Args:
-        workers_may_end: Event that is set when the workers are not needed any more; SIGTERM then ends them.
+        workers_may_end: Event that is set when the workers are no longer needed; SIGTERM then ends them.
         _: Index of the worker, unused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Texts that are encoded during training.
+"""Captions that are encoded during training.
 
 Text encoders stay loaded if captions vary, if the encoders are trained, or if there are no caches. Every
 process encodes the captions of its own micro-batches.
@@ -51,7 +51,7 @@ class LiveTextEncoders:
 
         Args:
             device: Device of the run.
-            blocks: Splits the blocks of encoders that are not trained over processes; None: none.
+            blocks: Splits the blocks of untrained encoders over processes; None keeps them complete.
         """
         for encoder in self.encoders:
             is_frozen = not self._is_trained(encoder)
@@ -117,7 +117,7 @@ class LiveTextEncoders:
     def encode_again(
         self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
-        """Return the encoded texts of a sample, with the outputs of trained encoders computed again.
+        """Return the encoded prompts of a sample, with the outputs of trained encoders recomputed.
 
         The returned tensors have no batch dimension.
 

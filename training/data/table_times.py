@@ -36,13 +36,13 @@ def timestep_options_of_table(options: TimestepOptions, table: DatasetTable) -> 
     if has_window and options.timestep_focus is not None:
         raise DatasetError(
             f"{table.name}: {_describe_table_keys(table)} with --timestep_focus {options.timestep_focus:g}: "
-            "a window leaves levels out, and a focus draws from all of them, from some more often. Leave out "
-            "one of the two"
+            "a window leaves levels out, while a focus draws from all of them, but some more often. Leave "
+            "out one of the two"
         )
     if has_window and low is not None and high is not None and low >= high:
         raise DatasetError(
             f"{table.name}: its levels would be --min_timestep {low} --max_timestep {high}, one of them from "
-            "the options of the training, and nothing lies between. Give the table both keys"
+            "the training options, and nothing lies between them. Give the table both keys"
         )
     return replace(options, min_timestep=low, max_timestep=high, flow_shift=flow_shift)
 
@@ -61,7 +61,7 @@ def timestep_options_by_group(
 
 
 def list_timestep_options(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
-    """Return all different timestep options of a run; those of the run if no table has its own."""
+    """Return all distinct timestep options of a run; only the run's if no table has its own."""
     return [*dict.fromkeys(timestep_options_by_group(options, tables).values())] or [options]
 
 
@@ -92,7 +92,7 @@ def check_timesteps(options: TimestepOptions, tables: Sequence[DatasetTable], fa
 def _check_table(
     options: TimestepOptions, table: DatasetTable, noise_spec: NoiseSpec, experts: Sequence[Expert]
 ) -> None:
-    """Raise DatasetError if a table's shift has no effect, or no expert is trained between its timesteps."""
+    """Raise DatasetError if a table's shift has no effect, or no expert is trained within its timesteps."""
     sampler = options.timestep_sampling
     if table.discrete_flow_shift is not None and not takes_shift(options, noise_spec):
         why = "has no shift"
@@ -170,5 +170,5 @@ def explain_ignored_options(
         if training_tables and all(getattr(table, name) is not None for table in training_tables):
             reasons[name] = "each table of the dataset has its own"
     if not any(times.has_window for times in list_timestep_options(options, tables)):
-        reasons["preserve_distribution_shape"] = "there is neither --min_timestep nor --max_timestep"
+        reasons["preserve_distribution_shape"] = "neither --min_timestep nor --max_timestep is set"
     return reasons

@@ -65,7 +65,7 @@ def draw(
     expert is chosen with its true probability. Samples that belong to another expert are drawn again within
     the range of the first sample's expert. Each sample by itself follows the sampler's distribution.
 
-    With --num_timestep_buckets N, every N consecutive samples take one of each of N equal parts.
+    With --num_timestep_buckets N, every N consecutive samples get one draw from each of N equal intervals.
 
     Args:
         options: Options of the timesteps.
@@ -75,7 +75,7 @@ def draw(
         first_sample: Number of samples drawn before this micro-batch; used with --num_timestep_buckets only.
         noise_spec: Noise conventions of the family.
         shape: Shape of the latents, B C F H W, for a shift that depends on the size.
-        experts: Experts of the run. A level belongs to the expert that runs there in generation; levels below
+        experts: Experts of the run. A level belongs to the expert used there in generation; levels below
             the lowest expert are not trained.
 
     Raises:
@@ -92,7 +92,7 @@ def draw(
     u = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     if options.num_timestep_buckets is not None:
         if first_sample is None:
-            raise ValueError("with num_timestep_buckets the number of the first sample is needed")
+            raise ValueError("first_sample is required with num_timestep_buckets")
         u = _stratify(u, options.num_timestep_buckets, seed, first_sample)
     fractions = fractions_of_uniform(options, low + u * (high - low), noise_spec, flow_shift)
     redraw_rejected = functools.partial(
@@ -335,7 +335,7 @@ def times_of_audio(times: Timesteps, noise_spec: NoiseSpec) -> Timesteps:
     """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
     if noise_spec.audio_shift == 1:
         return times
-    # computed from the levels, because sigmas of images near 1 have lost digits
+    # computed from the levels, because image sigmas near 1 have lost precision
     sigmas = shift_sigmas(times.levels.double(), noise_spec.base_shift * noise_spec.audio_shift)
     timesteps = NUM_TIMESTEPS * sigmas + noise_spec.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
@@ -392,7 +392,7 @@ def find_accepted_range(
 
 
 def _explain_no_draws(options: TimestepOptions, expert: Expert) -> OptionError:
-    """Return the error for a sampler that draws no noise level in an expert's range, or in the bounds."""
+    """Return the error for a sampler that draws no noise level within the bounds or an expert's range."""
     if not expert.name:
         return OptionError(
             f"--min_timestep {options.lowest} --max_timestep {options.highest}: of {NUM_SCANNED_DRAWS} draws "
@@ -421,7 +421,7 @@ class AcceptedDraws(NamedTuple):
     """The draws among NUM_SCANNED_DRAWS evenly spaced ones that an expert accepts."""
 
     u: Tensor  # uniform numbers, 0..1
-    fractions: Tensor  # noise fractions that the sampler makes of them
+    fractions: Tensor  # noise fractions that the sampler maps them to
 
 
 def scan_draws(
@@ -445,7 +445,7 @@ def find_level_range(
     """
     fractions_of_tables = []
     for options in options_of_tables:
-        # 1 stands for shifts that follow the size, which is not known here
+        # use 1 for shifts that depend on the size, which is not known here
         flow_shift = 1.0 if options.follows_size else options.flow_shift
         fractions_of_tables.append(scan_draws(options, noise_spec, flow_shift).fractions)
     fractions = torch.cat(fractions_of_tables)
@@ -543,8 +543,8 @@ def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shif
 
     1. t is the shifted sigmoid of the normal quantile of u.
     2. If stretched, the 0.5 % and 99.9 % quantiles of t become 0 and 1, and values below the minimum are
-       mirrored at it.
-    3. If stretched, the lowest u, a fraction of `uniform_share`, become uniform t instead.
+       reflected at it.
+    3. If stretched, the lowest u, a fraction `uniform_share` of all, become uniform t instead.
     """
     if not rule.is_stretched:
         return _logit_normal(u.clamp(1e-9, 1 - 1e-9), scale, flow_shift)
@@ -558,7 +558,7 @@ def _shifted_logit_normal(rule: ShiftedLogit, u: Tensor, scale: float, flow_shif
 
 
 def _logit_normal(quantiles: Tensor, scale: float, flow_shift: float) -> Tensor:
-    """Return the shifted sigmoid of the normal numbers with these quantiles, which lie between 0 and 1."""
+    """Return the shifted sigmoid of the values of a normal distribution at these quantiles, 0..1."""
     return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(quantiles)), flow_shift)
 
 

@@ -3,7 +3,7 @@
 A training adapter is a LoRA that undoes the distillation of a model. It is trained like any LoRA of the
 distilled model; other LoRAs are trained with it (--training_adapter) and used without it. So the option does
 not change the training: saved files record the adapter's model and its training images, the run does not warn
-that the ability of few steps is lost, and it rejects targets that would keep this ability.
+that the few-step ability is lost, and it rejects targets that would keep this ability.
 """
 
 from functools import partial
@@ -49,7 +49,7 @@ def _join(run: "RunFeatures", options: AdapterOptions) -> None:
     network = run.options.network
     if network is not None and network.frozen.training_adapter is not None:
         raise OptionError(
-            "--make_adapter with --training_adapter: with an adapter in the steps little is left to unlearn. "
+            "--make_adapter with --training_adapter: with an adapter in use, little is left to unlearn. "
             "To train one on, give it as --network_weights"
         )
     _check_targets(run)

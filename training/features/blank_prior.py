@@ -30,7 +30,7 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
 
     @property
     def weight(self) -> float:
-        """Weight in the loss of the error for the empty prompt; 0 if the option is not given."""
+        """Loss weight of the error for the empty prompt; 0 if the option is not given."""
         return self.blank_prior_weight or 0.0
 
 
@@ -39,7 +39,7 @@ def blank_pass(
 ) -> "Iterator[StreamErrors]":
     """Yield the weighted error between the network and the base model, both with the empty prompt.
 
-    Masks apply only to the loss against the clip, so all positions count here.
+    Masks apply only to the comparison with the clip, so all positions count here.
     """
     from training.targets.passes import measure_errors, without_masks  # torch: only with this target
 
@@ -55,8 +55,8 @@ def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
     """Register --blank_prior_weight: a second pass keeps the base model's prediction for the empty prompt."""
     if run.options.is_fused:
         raise OptionError(
-            "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
-            "and fused gradients are freed at once. Leave out one of the two"
+            "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added up, "
+            "but fused gradients are freed immediately. Leave out one of the two"
         )
     target = StepTarget(
         option=f"--blank_prior_weight {options.weight:g}",

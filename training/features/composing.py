@@ -37,7 +37,7 @@ def list_info() -> dict[str, Mapping[str, Any]]:
 
 
 def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
-    """Return by name the declarations of feature options with one of these `reach` values."""
+    """Return the declarations of feature options with one of these `reach` values, by option name."""
     return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
@@ -53,7 +53,7 @@ def options_by_expert() -> list[type[Options]]:
 
 
 def rejected_for_full() -> dict[str, str]:
-    """Return, by option, why full fine-tuning rejects each option of a feature that needs a network."""
+    """Return why full fine-tuning rejects each option of a feature that needs a network, by option."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
     return {name: record.why_not_full for record in records for name in info_of(record)}
 
@@ -77,7 +77,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 
     Args:
         options: All options of the run.
-        tables: Tables of its dataset, as far as they are known.
+        tables: The tables of its dataset that are known so far.
 
     Raises:
         OptionError: If options or tables conflict with each other.

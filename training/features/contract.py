@@ -1,4 +1,4 @@
-"""What a feature of a training is, and how to write one.
+"""What a training feature is, and how to write one.
 
 A feature is one file without torch, or two (the second one with torch), and two lines in
 `training/features/__init__.py`. Without these lines, everything else works as before. Phases of a run never
@@ -15,19 +15,19 @@ call a feature by name: an active feature adds values and functions to the run, 
 
     BLUR = Feature("blur", BlurOptions, is_on=lambda options: options.blur is not None, join=_join)
 
-`_join` is called as soon as the options are read, so that impossible combinations are rejected at once: it
-`_join` is called as soon as the options are read, so that impossible combinations are rejected at once: it
-what a feature can add: needs of batches, targets, information about the run (`info`), and functions for the
-points of a run (`on`):
+`_join` is called as soon as the options are read, so that impossible combinations are rejected early: it
+raises OptionError, and does not import torch; a function in `run.on.start` may. `RunFeatures` (`hooks.py`)
+has what a feature can add: needs of batches, targets, information about the run (`info`), and functions for
+the points of a run (`on`):
 
     conflicts with options or models      raise OptionError; `on.check`, `on.check_files`
     another part of batches               `needs`; `on.plan` of the run with its items
     another target of the loss            `targets`, with `on.target` or `on.passes`
     around a pass with gradients          `on.learning_pass`
     before and after a step               `on.before_step`, `on.after_step`
-    more trained parameters               `on.beside`
+    more trained parameters               `on.auxiliary_learners`
     logged values of each step            `tallies`, which say how the page shows them
-    values in saved states                `remembers`
+    values in saved states                `progress_records`
     metadata of files, lines, boxes       `info`
     after files were saved                `on.save`
     when the run is over                  `on.end`
@@ -70,8 +70,7 @@ class FeatureOptions(Options):
 
     Attributes:
         at: Position of the options in --help, one of the constants AT_... above.
-        facts: Facts that hold for all options of the record, such as whether resuming may change them (HABIT,
-            FREE).
+        facts: Facts about all options of the record, such as whether resuming may change them (HABIT, FREE).
         why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
         of_run: Record of the options that `reelsmith run` also has and passes to its training.

@@ -1,7 +1,8 @@
 """End a run once its validation loss no longer falls: --early_stopping_patience.
 
-The final files are saved as after the last step. Their metadata record that the run ended early, so that
-`reelsmith run` does not continue it. All processes have the same losses, so they make the same decision.
+The final files are saved as they would be after the last step. Their metadata records that the run ended
+early, so that `reelsmith run` does not continue it. All processes have the same losses, so they make the same
+decision.
 """
 
 from dataclasses import dataclass

@@ -52,7 +52,7 @@ class WeightAverage:
     def begin(self) -> None:
         """Restart the average from the current weights, as float32 copies."""
         self.steps = 0  # number of averaged steps
-        self.values.clear()  # first, so that memory never holds two averages
+        self.values.clear()  # first, so that memory never contains two averages
         write_back_all(self._dits)
         for weight in self._parameters:
             device = "cpu" if self.on_host else weight.device
@@ -75,7 +75,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Make the parameters hold the average during the block: float32, on the average's own device."""
+        """Set the parameters to the average during the block: in float32, on the average's device."""
         write_back_all(self._dits)
         trained = [weight.data for weight in self._parameters]
         try:

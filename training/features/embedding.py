@@ -193,7 +193,7 @@ def _generation_command(file: Path, sample: Mapping[str, Any], base: Sequence[st
 
 
 def _list_explicit_options(record: Options | None) -> list[str]:
-    """Return the names of the options set in a record, without options of nested records."""
+    """Return the names of the options set in a record, excluding nested records."""
     if record is None:
         return []
     own = [field for field in fields(record) if not isinstance(getattr(record, field.name), Options)]
@@ -203,7 +203,7 @@ def _list_explicit_options(record: Options | None) -> list[str]:
 def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     """Register --embedding_only: the vectors of a word are trained in place of a LoRA.
 
-    Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which hold for the word too.
+    Options of a LoRA are rejected, except those in OPTIONS_ALLOWED_ALONE, which also apply to the word.
     """
     name = run.options.saving.output_name
     explicit = [*_list_explicit_options(run.options.network), *_list_explicit_options(run.options.parts)]
@@ -212,8 +212,8 @@ def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
         lora_options.append("lora_per_expert")
     if lora_options:
         raise OptionError(
-            f"--embedding_only trains no LoRA, whose options these are: --{', --'.join(lora_options)}. Leave "
-            "out one or the other"
+            f"--embedding_only trains no LoRA, but these are LoRA options: --{', --'.join(lora_options)}. "
+            "Leave out one or the other"
         )
     if name not in (None, options.train_embedding):
         logger.warning(
@@ -236,7 +236,7 @@ def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     if caches_texts:
         raise OptionError(
             "--cache_text_encoder_outputs: with --train_embedding the outputs of the text encoders change as "
-            "the vectors of the word learn, so that they cannot be cached. Leave out one of the two"
+            "the vectors of the word are trained, so they cannot be cached. Leave out one of the two"
         )
     run.info.at_start["new word"] = _describe(options)
     run.needs.add(LIVE_TEXTS)

@@ -33,7 +33,7 @@ class WordVectors:
     has_file: bool = False  # whether an embedding file is saved next to each LoRA
 
     def list_in_lora(self) -> dict[str, Tensor]:
-        """Return the vectors under their names in a LoRA file; log what users of the file have to know."""
+        """Return the vectors under their names in a LoRA file; log what users of the file need to know."""
         self.network.report(self.module)
         return self.tensors()
 
@@ -46,7 +46,7 @@ class WordVectors:
 
         Args:
             path: Path of the file.
-            dtype: Dtype of the vectors; None keeps that of training.
+            dtype: Dtype of the vectors; None keeps the training dtype.
             metadata: Metadata of the file.
         """
         rows = self.module.state_dict()
@@ -60,7 +60,7 @@ class WordVectors:
             learning_rate: Learning rate of the network.
         """
         rate = self.word.rate
-        # no weight decay: it would pull the vectors towards zero, far from those of known words
+        # no weight decay: it would pull the vectors towards zero, far from the vectors of known words
         return {
             "params": [*self.module.parameters()],
             "lr": learning_rate if rate is None else rate,

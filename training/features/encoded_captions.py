@@ -1,4 +1,4 @@
-"""Captions that are encoded once, before the network of a training is loaded."""
+"""Captions that are encoded once, before a run's network is loaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def encode_captions(family: Family, texts: Sequence[str], device: torch.device) 
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> Iterator[Conditions]:
-    """Yield the outputs of an encoder for each text, on the CPU."""
+    """Yield the outputs of an encoder for each caption, on the CPU."""
     try:
         encoder.load(device)
         for text in texts:

@@ -110,7 +110,7 @@ def guide(
 def _list_unguided(passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> list[bool]:
     """Return for each sample whether its caption is empty, or its table asks for the base model's prediction.
 
-    With an empty caption, the prediction for the empty prompt is that of the sample itself.
+    With an empty caption, the prediction for the empty prompt is the sample's own prediction.
     """
     from training.targets.passes import samples_with_base_target  # torch: only with this target
 
@@ -152,7 +152,7 @@ def with_guided_target(
 
 
 def _join(run: "RunFeatures", options: GuidedTargetOptions) -> None:
-    """Register --guided_target with a run: its target, its metadata, its check and its comparison."""
+    """Register the target, metadata, check and comparison of --guided_target with a run."""
     target = StepTarget(
         option=f"--guided_target {options.guided_target:g}",
         description=_describe(options),

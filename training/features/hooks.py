@@ -1,4 +1,4 @@
-"""What features contribute to a run, and what they can read of it.
+"""What features contribute to a run, and what they can read from it.
 
 A feature gets a `RunFeatures` and adds functions to its `Hooks`, which lists the points of a run in order.
 The protocols before them describe the parts of a run and its networks that features use.
@@ -124,7 +124,7 @@ class OptionsOfRun(Protocol):
 
 
 class PlannedRun(Protocol):
-    """Attributes that features use of a run whose networks are not loaded yet."""
+    """Attributes that features use in a run whose networks are not loaded yet."""
 
     @property
     def training(self) -> "Sequence[TrainingItem]":
@@ -200,7 +200,7 @@ class HookedRun(Protocol):
 
     @property
     def has_scaler(self) -> bool:
-        """Whether losses are scaled, as float16 gradients need."""
+        """Whether losses are scaled, as float16 gradients require."""
 
 
 class Average(Protocol):
@@ -216,7 +216,7 @@ class Average(Protocol):
         """Restart the average from the current weights."""
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Make the parameters hold their average during the block."""
+        """Replace the parameters' values with their average during the block."""
 
     def tensors(self) -> "dict[str, Tensor]":
         """Return the averages by weight name, without copying them."""
@@ -308,7 +308,7 @@ class HookedModel(Protocol):
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process takes part in saving: the main one, and all with a part of the weights."""
+        """Whether this process takes part in saving: the main one, and any that has part of the weights."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class RunEnd:
     is_due: bool = False  # whether features act in this process: only in the first, after all have joined
     progress: "Progress | None" = None  # None: there is no plan yet
     total_steps: int | None = None  # None: not known yet
-    has_begun: bool = False  # from then on, a wrong option is an error of the run
+    has_begun: bool = False  # if so, a wrong option is an error of the run
     error: BaseException | None = None  # the error that ended the run
 
 
@@ -405,11 +405,11 @@ MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[StreamErrors]"
 class Hooks:
     """Lists of functions that features add, one list per point of a run; each list is called in order."""
 
-    # may load torch, and puts further functions into these lists; in measurements of memory too
+    # may load torch, and adds further functions to these lists; also called when memory is measured
     start: "list[Callable[[RunFeatures], None]]" = field(default_factory=list)
     # given the model of the run, return the model to use instead. Raises OptionError if that is impossible
     family: "list[Callable[[Family], Family]]" = field(default_factory=list)
-    # given the model and the numbers of its blocks, which may be unknown: raises OptionError
+    # given the model and its numbers of blocks, which may be unknown: raises OptionError
     check: "list[Callable[[Family, Sequence[int]], None]]" = field(default_factory=list)
     # given the model and other models: raises UserError for files and packages. Loads no network
     check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
@@ -428,7 +428,7 @@ class Hooks:
     # return the tensors to use instead. Only for images that are encoded at each step
     media: list[OnMedia] = field(default_factory=list)
     # given the shape of latents, the seed of the run and the number of the micro-batch, return additional
-    # noise of the input, which is not to be predicted
+    # noise for the input, which is not predicted
     noise: list[OnNoise] = field(default_factory=list)
     # given a `NoiseSampler` and a drawn micro-batch, return the micro-batch to use instead. These functions
     # are also sent to data loader workers
@@ -437,12 +437,12 @@ class Hooks:
     # return the comparisons to use instead
     target: list[Compare] = field(default_factory=list)
     validation: list[Compare] = field(default_factory=list)  # the same for validation
-    # given the passes and the batch, run passes with gradients before the usual one; yields their errors
+    # given the passes and the batch, run passes with gradients before the usual one, and yield their errors
     passes: list[MorePasses] = field(default_factory=list)
     # given the DiT, its batch and the seed of the run, return the context in which a pass with gradients runs
     learning_pass: list[LearningPass] = field(default_factory=list)
     # given the norm of the gradients before clipping, return why the step is skipped, for the history, or ""
-    # to take it. All processes return the same. With such a hook each step waits for the device
+    # to take it. All processes return the same reason. With such a hook, each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only after steps that are taken
     # given the validation loss, the same in all processes, return why the run ends now, or "" to continue
@@ -464,26 +464,25 @@ class RunFeatures:
     # additional parts of batches, and predictions, that passes need: EMPTY_PROMPT, REJECTED_ONES, ...
     needs: set[str] = field(default_factory=set)
     targets: list[StepTarget] = field(default_factory=list)
-    # whether a target or a merged LoRA takes care of a transformer that was distilled for few steps
+    # whether a target or a merged LoRA keeps the ability of a transformer that was distilled for few steps
     keeps_few_step_ability: bool = False
     view: str = ""  # additional conditions of passes, as `Batch.condition_set`
     mask_input_option: str = ""  # option that uses the masks of tables as inputs instead of loss weights
-    # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
-    # DatasetError
+    # given all captions, return a note on those from which nothing is learned, or ""; raises DatasetError
     caption_checks: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    embedding_words: list[str] = field(default_factory=list)  # trained words with files of their own
+    embedding_words: list[str] = field(default_factory=list)  # trained words that have their own files
     base_target_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
     merge: "Callable[[Expert], MergedLoras] | None" = None
     # shows something instead of training, so the run needs no data; its last argument is a function that
-    # reads the tables of the dataset, none if there is no dataset
+    # reads the tables of the dataset; none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
     lora_replacement: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
-    # creates the dataset, instead of reading one of the user
+    # creates the dataset instead of reading the user's
     make_data: "Callable[[], DatasetConfig] | None" = None
     progress_records: list[type] = field(
         default_factory=list
@@ -503,14 +502,14 @@ class RunFeatures:
         return any(target.has_joint_audio_loss for target in self.targets)
 
     def count_passes(self) -> PassCounts:
-        """Return the numbers of passes that a micro-batch needs with all targets of the run."""
+        """Return the number of passes of each kind that a micro-batch needs with all targets of the run."""
         passes = PassCounts()
         for target in self.targets:
             passes = passes.plus(target.passes)
         return passes
 
     def describe_targets(self) -> list[str]:
-        """Describe the targets: a line for each, a line on their passes, and the lines in `info`."""
+        """Describe the targets: a line for each, a line about their passes, and the lines in `info`."""
         lines = [target.description for target in self.targets]
         if self.targets:
             passes = self.count_passes()

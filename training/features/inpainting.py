@@ -31,7 +31,7 @@ SWITCH = "--train_inpainting"
 
 
 class Inpaints(Protocol):
-    """A model family with an inpainting variant, which takes a mask and a masked image."""
+    """A model family with an inpainting variant, whose inputs include a mask and a masked image."""
 
     def for_inpainting(self) -> "Family":
         """Return the family with the inpainting variant of its network."""
@@ -100,7 +100,7 @@ def add_inputs(
     """
     import random
 
-    import torch  # not needed for --help, as what follows
+    import torch  # this and the following imports are not needed for --help
 
     from modules.media.pixels import to_pixels
     from modules.media.random_masks import draw_mask
@@ -115,7 +115,7 @@ def add_inputs(
     weights_loss = masks_weight_loss or image.source.table.alpha_mask
     if image.mask is not None and not weights_loss:  # the dataset's mask is the part to repaint
         del kept_tensors[LOSS_MASK]
-        mask = image.mask[0] >= 128  # from half gray on
+        mask = image.mask[0] >= 128  # mid-gray or lighter
     else:
         _, height, width, _ = image.frames.shape
         mask = draw_mask(height, width, rng)
@@ -153,8 +153,8 @@ def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
         raise OptionError(
-            f"{flag} with {SWITCH}: each step hides another part of an image, which the VAE encodes in that "
-            "step. Leave out one of the two"
+            f"{flag} with {SWITCH}: each step hides a different part of an image, which the VAE encodes in "
+            "that step. Leave out one of the two"
         )
     subset = run.options.subset
     masks_weight_loss = subset is not None and subset.masked_loss

@@ -1,4 +1,4 @@
-"""Add noise to the input that the model does not have to predict: --ip_noise_gamma.
+"""Add noise to the input that the model is not trained to predict: --ip_noise_gamma.
 
 Source: Ning et al. 2023, arXiv 2301.11706.
 """
@@ -32,7 +32,7 @@ class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT,
 
 
 def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
-    """Draw the input perturbation of a micro-batch: noise that is added to its noise, but not to its target.
+    """Draw the input perturbation of a micro-batch: noise that is added to the input, but not to the target.
 
     Args:
         options: Options of the run.

@@ -114,7 +114,7 @@ class ItemLossRecorder:
     _has_failed: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Return this recorder with the data of a planned run; as a hook of `on.recorders`.
+        """Return this recorder with the data of a planned run; a hook for `on.recorders`.
 
         Raises:
             OptionError: If processes share the transformer or the tokens of a clip.
@@ -141,14 +141,12 @@ class ItemLossRecorder:
         self._run_or_stop_recording(read, self._write, self._write_images)
         self._process = None
         if not self._count and self.progress.step > 0 and not self._has_failed:
-            logger.warning(
-                "--item_losses recorded nothing: what this run learns is not one picture at a time."
-            )
+            logger.warning("--item_losses recorded nothing: this run does not learn one picture at a time.")
 
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Wrap the first comparison, that with the clip, so that its errors are recorded when measured."""
+        """Wrap the first comparison, the one with the clip, so that its errors are recorded when measured."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
@@ -217,7 +215,7 @@ class ItemLossRecorder:
             self._write()
 
     def _write(self) -> None:
-        """Write the waiting lines. Raises OutputError if they cannot be written."""
+        """Write the pending lines. Raises OutputError if they cannot be written."""
         draws, self._unwritten_losses = self._unwritten_losses, []
         self._written = self.now()
         if draws and self._process is not None:
@@ -244,7 +242,7 @@ class ItemLossRecorder:
         except Exception as error:  # an error of a disk or device must not end the training
             self._has_failed = True
             self._arriving.clear()
-            logger.warning("--item_losses records no more, the training continues: %s", error)
+            logger.warning("--item_losses stops recording, but the training continues: %s", error)
 
 
 def make_thumbnails(table: DatasetTable, cache_tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:

@@ -44,9 +44,9 @@ class LecoProgress:
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Raise OptionError if LECO does not support the family, or the family not the sizes of the pairs.
+    """Raise OptionError if LECO does not support the family, or the family the sizes of the pairs.
 
-    As a hook of `on.family`, it returns the family to train: the one that it got.
+    As a hook of `on.family`, it returns the family to train, unchanged.
     """
     from protocols.family_networks import custom_network_of  # torch: only with this feature
 

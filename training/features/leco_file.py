@@ -1,4 +1,4 @@
-"""Read the prompts file of a LECO training: pairs of prompts, and sliders, which are expanded to pairs."""
+"""Read the prompts file of a LECO run: pairs of prompts, and sliders, which are expanded to pairs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ TOP_LEVEL_KEYS = (*dict.fromkeys((*PAIR_KEYS, *SLIDER_KEYS)), "prompts", "slider
 class LecoPair:
     """Prompts of one training pair: the target learns neutral +- guidance * (positive - opposite)."""
 
-    target: str  # prompt with which latents are denoised, and whose prediction is trained
+    target: str  # prompt for denoising latents, whose prediction is trained
     positive: str
     unconditional: str  # the opposite of `positive`
     neutral: str
-    action: str  # ERASE goes away from `positive`, ENHANCE toward it
+    action: str  # ERASE moves away from `positive`, ENHANCE toward it
     guidance_scale: float = 1.0
     height: int = 512  # pixels
     width: int = 512
@@ -58,7 +58,7 @@ class LecoPair:
 def read_pairs(path: Path) -> tuple[LecoPair, ...]:
     """Read the pairs of prompts in a TOML or YAML file; sliders in it become pairs too.
 
-    Raises OptionError that names the file, the place and the remedy.
+    Raises OptionError with the file, the location in it and the remedy.
     """
     location = f"--prompts_file {path}"
     content = _parse(location, path)
@@ -103,9 +103,9 @@ def _read_sliders(
 ) -> Iterator[LecoPair]:
     """Yield the pairs of the sliders in a file.
 
-    1. [slider]: one slider, or one for each of its `targets`, which it has the defaults of.
-    2. `targets` at the top level: a slider each.
-    3. A file without any of these that has a target_class: its top level is a slider.
+    1. [slider]: one slider, or one for each of its `targets`, with the other keys as defaults.
+    2. `targets` at the top level: one slider each.
+    3. A file with a target_class but none of these: its top level is a slider.
     """
     slider = content.get("slider")
     if slider is not None:
@@ -146,7 +146,7 @@ def _reject_unknown(location: str, table: Mapping[str, Any], known: Sequence[str
 def _read_pair(location: str, entry: Mapping[str, Any], default: Mapping[str, Any]) -> LecoPair:
     """Return the pair of an entry of [[prompts]]; `location` names the entry in messages.
 
-    `default` has the keys at the file's top level, which hold for entries that do not set them.
+    `default` has the keys at the file's top level, which apply to entries that do not set them.
     """
     _reject_unknown(location, entry, PAIR_KEYS)
     values = {**default, **entry}
@@ -182,7 +182,7 @@ def _read_slider(
         location: Description of the entry, for messages.
         path: The file; prompt files in it are relative to its folder.
         entry: Keys of the slider.
-        default: Keys at the file's top level, for those that the slider does not set.
+        default: Keys at the file's top level, used where the slider sets none.
     """
     _reject_unknown(location, entry, SLIDER_KEYS)
     values = {**default, **entry}
@@ -227,7 +227,7 @@ class _PairDirection(NamedTuple):
 
 
 def _pair_directions(positive: str, negative: str) -> list[_PairDirection]:
-    """Return what a slider with these prompts, one of which may be empty, learns at strength 1 and -1."""
+    """Return what a slider with these prompts learns at strength 1 and -1; one prompt may be empty."""
     if positive and negative:
         return [
             _PairDirection(negative, positive, ERASE, sign=1),
@@ -254,7 +254,7 @@ def _list_neutrals(location: str, path: Path, values: Mapping[str, Any]) -> list
             lines = read_text(path.parent / name).splitlines()
         except (OSError, ValueError) as error:
             raise OptionError(
-                f"{location}: neutral_prompt_file {path.parent / name} cannot be read ({error}). Correct it"
+                f"{location}: neutral_prompt_file {path.parent / name} cannot be read ({error}). Fix it"
             ) from None
         neutrals += [line.strip() for line in lines if line.strip()]
     return neutrals or [""]

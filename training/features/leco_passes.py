@@ -28,7 +28,7 @@ MAX_SCALE = 3.0  # with dynamic_crops: largest ratio of the original size to the
 
 @dataclass(frozen=True)
 class LecoTarget:
-    """Teach the prompt pairs of a LECO file; holds the encoded prompts of each pair."""
+    """Teach the prompt pairs of a LECO file, whose encoded prompts are kept here."""
 
     options: LecoOptions
     pairs: Sequence[LecoPair]
@@ -51,17 +51,17 @@ class LecoTarget:
 
 @dataclass(frozen=True)
 class DdpmSchedule:
-    """The DDPM schedule with which latents are denoised. Source: Ho et al. 2020, arXiv 2006.11239."""
+    """The DDPM schedule for denoising latents. Source: Ho et al. 2020, arXiv 2006.11239."""
 
     noise: NoiseSpec
     num_steps: int
 
     def timestep(self, index: int) -> int:
-        """Return the timestep of denoising step `index`; that of the last step is 0."""
+        """Return the timestep of denoising step `index`; the last step has timestep 0."""
         return (self.num_steps - 1 - index) * (NUM_TRAIN_TIMESTEPS // self.num_steps)
 
     def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the latents after a step of DDPM (Ho et al. 2020), which goes one timestep towards clean.
+        """Return the latents after one DDPM step (Ho et al. 2020), which moves them closer to clean latents.
 
         Args:
             index: Index of the step.
@@ -93,7 +93,7 @@ class DdpmSchedule:
 def encode_pairs(
     family: Family, options: LecoOptions, pairs: Sequence[LecoPair], device: torch.device
 ) -> LecoTarget:
-    """Encode all prompts of the pairs, one encoder after the other. Raises OptionError if one is missing."""
+    """Encode all prompts of the pairs, one encoder at a time. Raises OptionError if an encoder is missing."""
     texts = list(dict.fromkeys(text for pair in pairs for text in pair.prompts))
     captions = encode_captions(family, texts, device)
     return LecoTarget(options, pairs, captions, family.latent.has_size_conditions)
@@ -115,7 +115,7 @@ def leco_passes(
     b is the base model, and f the model with the LoRA at the pair's strength; + enhances, - erases.
 
     1. f denoises pure noise for a random number of steps of the schedule.
-    2. b predicts the three prompts of the target at these latents.
+    2. b predicts from these latents with each of the target's three prompts.
     3. f predicts the target prompt, and the error is yielded. The strength stays set until the caller has
        computed the gradients.
     """

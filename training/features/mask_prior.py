@@ -1,4 +1,4 @@
-"""Keep predictions outside of masks close to those of the base model: --mask_prior_weight."""
+"""Keep predictions outside masks close to those of the base model: --mask_prior_weight."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,7 +38,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
     @property
     def weight(self) -> float:
-        """Weight in the loss of the error outside of masks; 0 if the option is not given."""
+        """Loss weight of the error outside masks; 0 if the option is not given."""
         return self.mask_prior_weight or 0.0
 
 
@@ -78,7 +78,7 @@ def compare_outside_masks(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Add the comparison with the base model outside of masks; without masks the list is unchanged."""
+    """Add the comparison with the base model outside masks; without masks, the list is unchanged."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
     if not has_mask(noisy_batch):

@@ -1,4 +1,4 @@
-"""Start a command when a training is over: --on_end.
+"""Start a command when training is over: --on_end.
 
 `modules/typed_command.py` reads the command and `training/run_end.py` starts it. They are separate because
 `reelsmith run` also has such an option, which acts after all its commands.
@@ -17,7 +17,7 @@ FLAG = "--on_end"
 
 
 class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
-    """Option of a command that is started when a training ends."""
+    """Option for a command that is started when training ends."""
 
     on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
 

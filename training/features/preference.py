@@ -31,7 +31,7 @@ CHOSEN_ERROR, REJECTED_ERROR, RIGHT_ORDER = "preference/better", "preference/wor
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
-    """Strength with which the chosen item of each pair is preferred (Diffusion-DPO)."""
+    """How strongly the chosen item of each pair is preferred (Diffusion-DPO)."""
 
     preference: float | None = option(
         "learn from pairs of a chosen and a rejected image or clip (worse_directory in the dataset): "
@@ -102,7 +102,7 @@ def _join(run: "RunFeatures", options: PreferenceOptions) -> None:
     target = StepTarget(
         option=f"--preference {options.beta:g}",
         description=f"the better one of each pair, beta {options.beta:g}",
-        # the pass with gradients and that of the base model run on both items of a pair
+        # both the pass with gradients and the base model's pass run on both items of a pair
         passes=PassCounts(with_gradients=0, without_gradients=1, batch_factor=2),
         reason_to_exclude_others="the loss of a pair has no place for another target",
         has_joint_audio_loss=True,

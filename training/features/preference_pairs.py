@@ -42,7 +42,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
         if table.directory is not None and table.worse_directory is None:
             raise DatasetError(
                 f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
-                "Give it a folder with the worse ones, named like the better ones, or take the table out"
+                "Give it a folder with the worse ones, named like the better ones, or remove the table"
             )
     first_items: dict[int, TrainingItem] = {}
     for item in items:
@@ -63,7 +63,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
 def pair_passes(
     preference: Preference, logged_metrics: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
 ) -> Iterator[StreamErrors]:
-    """Yield the losses of the pairs of a batch, B; the caller weights them like those of samples."""
+    """Yield the losses of the pairs of a batch, B; the caller weights them like losses of samples."""
     pairs = join_pairs(noisy_batch)
     passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
     target = velocity_of(passes, pairs)
@@ -75,7 +75,7 @@ def pair_passes(
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch of 2B samples: B chosen items, then their rejected ones with equal noise and text."""
+    """Return a batch of 2B samples: B chosen items, then their rejected items with equal noise and text."""
     batch = noisy_batch.batch
     assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
@@ -146,7 +146,7 @@ def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -
     and the network orders a pair correctly if its margin is above 0.
 
     Args:
-        errors: Errors of the network, 2B: those of the better items first, then those of the rejected ones.
+        errors: Errors of the network, 2B: errors of the better items first, then of the rejected items.
         base_errors: Errors of the model without the network, in the same order.
         preference: Strength beta, and the weight of the ordinary loss of the better items.
 

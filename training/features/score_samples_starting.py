@@ -46,7 +46,7 @@ class SampleScorer:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Score the remaining samples and wait for the results, so that the run's final page shows them.
 
-        If the user interrupts the run without waiting for its regular end, nothing is scored.
+        If the user interrupts the run, nothing is scored.
         """
         is_interrupted = kind is not None and not issubclass(kind, Exception)
         if is_interrupted:
@@ -56,7 +56,7 @@ class SampleScorer:
         if self._has_unscored_samples:
             self._start_process()
         if self._process is not None:
-            logger.info("The last samples are scored")
+            logger.info("Scoring the last samples")
             self._wait_for_process()
 
     def log_samples(
@@ -77,7 +77,7 @@ class SampleScorer:
             self._start_process()
 
     def _start_process(self) -> None:
-        """Start tools/score.py on the samples so far; if it cannot start, no samples are scored any more."""
+        """Start tools/score.py on the samples so far; if it cannot start, no more samples are scored."""
         self._has_unscored_samples = False
         if self._has_failed:
             return

@@ -42,8 +42,7 @@ def show_timesteps(
         folder: Folder for the image.
         noise_spec: How the family numbers its timesteps.
         experts: Experts of the model.
-        tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
-            shown.
+        tables: Tables of the dataset. If some have their own timesteps, each different distribution is shown.
         uses_loss_weights: Whether the run weights the loss by its noise level.
 
     Raises:
@@ -112,7 +111,7 @@ def count_timesteps(
 ) -> tuple[Tensor, Tensor]:
     """Return the number of draws at each of 1000 timesteps, and the loss weight of each timestep."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
-    # with one expert for all levels, a batch has the distribution that all batches have together
+    # with one expert for all levels, each batch has the distribution of all batches together
     lowest_expert = [min(experts, key=lambda expert: expert.min_timestep)]
     for number in range(num_batches):
         times = draw(
@@ -159,7 +158,7 @@ def draw_statistics(
     import matplotlib  # slow to import, and only this needs it
     from matplotlib.figure import Figure
 
-    matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
+    matplotlib.rcdefaults()  # ignore the matplotlibrc of the working folder, which may be someone else's
     diagrams = []
     for title, counts in counts_by_label.items():
         fractions = 100 * counts / counts.sum()

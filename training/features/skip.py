@@ -25,7 +25,7 @@ TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; the largest one among the pro
 OUTCOME_NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
 WINDOW = 100  # number of norms of taken steps in the median
 MIN_NORMS = 20  # number of norms that are needed before a step can be a spike
-MAX_SPIKES = 20  # after so many spikes in a row, their size is accepted as normal
+MAX_SPIKES = 20  # after this many spikes in a row, their size is accepted as normal
 REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in the error without the option
 
 
@@ -56,7 +56,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
 class SkipProgress:
     """State of step skipping; `norms` and `spikes_in_a_row` are kept by kind of step."""
 
-    bad_in_a_row: int = 0  # number of bad steps directly before
+    bad_in_a_row: int = 0  # number of bad steps immediately before
     spikes_in_a_row: dict[str, int] = field(default_factory=dict)
     norms: dict[str, list[float]] = field(default_factory=dict)  # norms of the last taken steps
 
@@ -102,7 +102,7 @@ class Skipping:
         """Record the outcome of a step: TAKEN, BAD or SPIKE.
 
         Returns:
-            Whether the step is the last of MAX_SPIKES spikes in a row. So many spikes are a new level of the
+            Whether the step is the last of MAX_SPIKES spikes in a row. That many spikes mean a new level of
             norms: the median starts over with the next step.
         """
         progress = self.progress
@@ -140,7 +140,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     loss = float(step.loss)
     norm = float(gradient_norm)
     limit = skipping.limit(step.kind)
-    # GPUs of different kinds may differ in the last digits, but all processes have to decide alike
+    # GPUs of different kinds may differ in the last digits, but all processes must make the same decision
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
@@ -171,7 +171,7 @@ def _warn_of_skip(run: "HookedRun", step: "GradientStep", reason: str) -> None:
 def describe_skip(
     outcome: int, loss: float, norm: float, limit: float | None, is_new_level: bool = False
 ) -> str:
-    """Return the reason why a step is skipped, in whole sentences.
+    """Return the reason why a step is skipped, in complete sentences.
 
     Args:
         outcome: SPIKE or BAD.

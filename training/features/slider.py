@@ -88,13 +88,13 @@ def _join(run: "RunFeatures", options: SliderOptions) -> None:
     path = options.path
     if run.options.is_fused:
         raise OptionError(
-            "--slider with --fused_backward_pass: the gradients of its two strengths are added, and fused "
-            "gradients are freed at once. Leave out one of the two"
+            "--slider with --fused_backward_pass: the gradients of its two strengths are added up, but fused "
+            "gradients are freed immediately. Leave out one of the two"
         )
     _check_tables(run, path)
     file = read_sliders(path)
-    # beyond the usual pass: with gradients neutral (and anchor) at two strengths, less the usual one; without
-    # gradients the base model for positive, negative and neutral (and anchor)
+    # beyond the usual pass: with gradients, neutral (and anchor) at two strengths, minus the usual pass;
+    # without gradients, the base model for positive, negative and neutral (and anchor)
     passes = PassCounts(with_gradients=1, without_gradients=3)
     if file.has_anchors:
         passes = PassCounts(with_gradients=3, without_gradients=4)

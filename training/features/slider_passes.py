@@ -50,11 +50,11 @@ def slider_passes(
 ) -> Iterator[StreamErrors]:
     """Yield the errors of each pass with gradients: at strength 1, then at -1.
 
-    b is the base model, and f the network at a strength, G the guidance:
+    b is the base model, f the network at the strength, and G the guidance:
 
     1. 1/2 |f(neutral) - (b(neutral) + strength * G * (b(positive) - b(negative)))|^2 * weight
-    2. |f(anchor) - b(anchor)|^2 * weight * anchor_weight, for a slider with an anchor: a caption for which
-       the slider must change nothing.
+    2. |f(anchor) - b(anchor)|^2 * weight * anchor_weight, for a slider with an anchor: a caption that
+       the slider must not affect.
 
     The strength remains set until the caller has computed the gradients, because checkpointed blocks run
     their forward pass again.

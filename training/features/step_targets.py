@@ -1,4 +1,4 @@
-"""Targets of a training in addition to the clip, and the passes that they need. Standard library only."""
+"""Targets of a run in addition to the clip, and the passes that they need. Standard library only."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ SHARES = 1 / 3, 1 / 2
 
 @dataclass(frozen=True)
 class PassCounts:
-    """Upper bounds for the numbers of passes through the network that a micro-batch needs."""
+    """Upper bounds on the number of passes through the network that a micro-batch needs."""
 
     with_gradients: int = 1
     without_gradients: int = 0
     batch_factor: int = 1  # batch size of a pass, in micro-batches
 
     def plus(self, further: "PassCounts") -> "PassCounts":
-        """Return the sum of the passes of two targets; their factors on the batch size are multiplied."""
+        """Return the sum of the passes of two targets; their batch size factors are multiplied."""
         return PassCounts(
             with_gradients=self.with_gradients + further.with_gradients,
             without_gradients=self.without_gradients + further.without_gradients,
@@ -25,7 +25,7 @@ class PassCounts:
 
     @property
     def description(self) -> str:
-        """Describe the passes, and the time of a step relative to that of a plain one."""
+        """Describe the passes, and the time of a step relative to a plain step."""
         low, high = (
             self.batch_factor * (self.with_gradients + share * self.without_gradients) for share in SHARES
         )

@@ -44,7 +44,7 @@ def _check_files(options: TeacherOptions, family: "Family", others: "OtherFamili
 
 
 def _check_texts(options: TeacherOptions, texts: "LiveTextEncoders | None") -> None:
-    """Raise OptionError if texts are encoded during training instead of read from caches."""
+    """Raise OptionError if captions are encoded during training instead of read from caches."""
     if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)
         raise OptionError(
@@ -99,7 +99,7 @@ def _join(run: "RunFeatures", options: TeacherOptions) -> None:
         replaces_velocity=True,
     )
     run.targets.append(target)
-    # a model distilled for few steps keeps this while it follows a teacher: no warning of its loss
+    # a model distilled for few steps keeps this ability while it follows a teacher, so no warning is needed
     if options.teacher == OTHER_DIT or options.teacher_weight == 1:
         run.keeps_few_step_ability = True
     run.needs.add(DROPPED_CAPTIONS)  # the teacher reads the captions before dropout

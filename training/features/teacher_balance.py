@@ -1,4 +1,4 @@
-"""How --timestep_focus changes the fraction of the draws that fall into a band of noise levels.
+"""How --timestep_focus changes the fraction of draws that fall into a band of noise levels.
 
 With a focus, a loss term that acts only in a band would have less or more influence, because fewer or more
 draws fall into the band. `find_balance` returns factors that compensate for this.
@@ -41,16 +41,16 @@ def find_balance(
     flow_shift: float = 1.0,
     expert: Expert = ONE_EXPERT[0],
 ) -> FocusBalance:
-    """Return the factors that compensate for --timestep_focus inside and outside of a band of noise levels.
+    """Return the factors that compensate for --timestep_focus inside and outside a band of noise levels.
 
-    1. Count which fraction of the draws falls into the band: without the focus, and within the focus range.
+    1. Count the fraction of draws that fall into the band: without the focus, and within the focus range.
     2. Mix the two with the probability of the focus: the fraction with the focus.
     3. Each factor is the fraction without the focus divided by the fraction with it. Both are fractions of
        the draws that the expert is trained on.
 
     Args:
         options: Options of the run.
-        low: Lower end of the band, in thousandths of noise of the sample as it is trained.
+        low: Lower end of the band, in thousandths, as noise in the trained sample.
         high: Upper end of the band, in the same unit.
         noise_spec: Noise conventions of the family.
         flow_shift: Shift for sampling timesteps, which may depend on the size of the batch.

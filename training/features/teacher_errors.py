@@ -26,15 +26,14 @@ def magnitude_direction_errors(output: Tensor, target: Tensor, split: Split, has
         (size_weight * (|p'| - |target|)^2 + 2 |p'| |target| (1 - cos(p', target))) / N
 
     With weights of 1, the value is the mean squared difference, but the gradient differs: a prediction cannot
-    lower its error by getting smaller if its direction is uncertain. Source: the teacher matching of
+    lower its error by shrinking if its direction is uncertain. Source: the teacher matching of
     musubi-tuner's MiniMax-H3 training (docs/minimax_h3.md there).
 
     Args:
         output: The network's output, B C ... float32.
         target: The target, of the same shape.
         split: Weights of size and color.
-        has_channels: Whether the second dimension holds the channels of images; the color weight applies to
-            these alone.
+        has_channels: Whether the second dimension is the channels of images; only these have a color weight.
     """
     if has_channels and split.color_weight != 1:
         differences = output - target

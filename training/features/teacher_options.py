@@ -1,4 +1,4 @@
-"""Options of --teacher: a frozen model from whose predictions the network learns."""
+"""Options of --teacher: a frozen model whose predictions the network learns from."""
 
 from pathlib import Path
 
@@ -156,6 +156,6 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
 
     @property
     def band(self) -> tuple[int, int] | None:
-        """Return the noise levels, in thousandths, at which the teacher gets more inputs; None for all."""
+        """Return the noise levels, in thousandths, where the teacher gets additional inputs; None for all."""
         band = (self.teacher_min_timestep, self.teacher_max_timestep)
         return None if self.teacher is None or band == (0, NUM_TIMESTEPS) else band

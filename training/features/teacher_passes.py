@@ -29,7 +29,7 @@ from training.targets.passes import (
 )
 
 THOUSAND = 1000
-BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside of the teacher's band
+BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside the teacher's band
 
 Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
@@ -66,7 +66,7 @@ class TeacherTarget:
 
     weight: float  # fraction of the loss, 0..1
     band: Band | None = None  # None: all levels
-    anchor_weight: float = 1.0  # factor on the loss outside of the band
+    anchor_weight: float = 1.0  # factor on the loss outside the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
     view: str = ""  # `Batch.condition_set` inside the band
 
@@ -91,7 +91,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class TeacherComparison:
-    """Functions that compare the network's predictions with those of its teacher."""
+    """Functions that compare the network's predictions with its teacher's."""
 
     target: TeacherTarget
     teach: Teach
@@ -101,8 +101,8 @@ class TeacherComparison:
     ) -> list[TargetComparison]:
         """Add the comparisons with the teacher, and reduce the weight of the clip's comparison by theirs.
 
-        Inside of its band, the teacher gets all known inputs. Outside of it, the teacher is an anchor with
-        the same inputs as the network. Samples whose target is the base model's prediction have neither loss.
+        Inside its band, the teacher gets all known inputs. Outside it, the teacher is an anchor with the same
+        inputs as the network. Samples whose target is the base model's prediction have neither loss.
         """
         clip, *others = comparisons
         teacher_weights = [
@@ -115,7 +115,7 @@ class TeacherComparison:
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
-        """Return the comparison of samples inside the teacher's band, and that of samples outside."""
+        """Return the comparisons for samples inside and for samples outside the teacher's band."""
         is_inside, is_outside = self._split_by_band(passes, noisy_batch)
         # in lockstep the teacher always runs, because all processes have to run the same passes
         in_lockstep = passes.rule.in_lockstep
@@ -129,7 +129,7 @@ class TeacherComparison:
     def _split_by_band(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> tuple[list[bool], list[bool]]:
-        """Return for each sample whether its noise level is inside of the band, and whether it is outside.
+        """Return for each sample whether its noise level is inside the band, and whether it is outside.
 
         Both are False for a sample whose target is the base model's prediction.
         """
@@ -146,7 +146,7 @@ class TeacherComparison:
     def _compare_inside(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, is_inside: Sequence[bool]
     ) -> TargetComparison:
-        """Compare with a teacher that gets all known inputs; samples outside of its band have weight 0."""
+        """Compare with a teacher that gets all known inputs; samples outside its band have weight 0."""
         teacher_batch = with_teacher_inputs(passes.family, noisy_batch, self.target.view)
         target = self.teach(passes, teacher_batch)
         weights = [self.target.weight * inside for inside in is_inside]
@@ -193,7 +193,7 @@ def _as_sample_weights(weights: Sequence[float], device: torch.device) -> "float
 
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
-    """Return the error function: of magnitude and direction, or without `split` the ordinary one."""
+    """Return the error function: that of magnitude and direction, or the ordinary one without `split`."""
     if split is None:
         return functools.partial(measure_errors, passes)
     return functools.partial(_measure_split, split)
@@ -251,7 +251,7 @@ def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def run_change_passes_for_memory(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the three passes of --teacher_delta with one model, on tensors without storage, for peak memory."""
+    """Run the three passes of --teacher_delta with one model on tensors without storage, for peak memory."""
     with torch.no_grad():
         return passes.predict_base_model(noisy_batch) + (
             passes.predict_without_gradients(noisy_batch) - passes.predict_without_gradients(noisy_batch)

@@ -1,6 +1,6 @@
 """Send the logged values and samples of a run to TensorBoard, wandb etc.: --logging_dir, --log_with.
 
-`trackers_sending.py` uses the trackers of accelerate; only the main process sends.
+`trackers_sending.py` uses accelerate's trackers; only the main process sends.
 """
 
 from typing import TYPE_CHECKING

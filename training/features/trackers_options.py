@@ -98,15 +98,15 @@ def check_trackers(options: TrackerOptions) -> None:
 
     Raises:
         OptionError: If the package of a tracker is missing (the message names it), or if a folder that may
-            belong to somebody else contains tracker settings.
+            belong to someone else contains tracker settings.
         UserError: If --log_tracker_config cannot be read.
         OutputError: If --logging_dir is not writable.
     """
-    from modules.atomic_write import make_folder  # only with trackers, as what follows
+    from modules.atomic_write import make_folder  # this and the following imports: only with trackers
     from modules.console import quiet
     from modules.installation import describe_missing, rejects_code
 
-    if rejects_code() is not None:  # `run` or the queue: the folder may be somebody else's
+    if rejects_code() is not None:  # `run` or the queue: the folder may be someone else's
         _reject_settings_of_folder(options.trackers, Path.cwd())
     if options.logging_dir is not None:
         make_folder(options.logging_dir, "--logging_dir")
@@ -135,7 +135,7 @@ def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
 
 
 def tracker_arguments(options: TrackerOptions) -> dict[str, Any]:
-    """Return the arguments of each tracker of accelerate, from --log_tracker_config or --wandb_run_name."""
+    """Return the arguments of each accelerate tracker, from --log_tracker_config or --wandb_run_name."""
     from modules.text_files import parse_toml, read_text  # only with trackers
 
     if options.log_tracker_config is None:
@@ -154,7 +154,7 @@ def tracker_arguments(options: TrackerOptions) -> dict[str, Any]:
             )
         if not isinstance(table, dict):
             raise UserError(
-                f"--log_tracker_config {path}: {name} = {table!r} stands outside a table; write it under "
+                f"--log_tracker_config {path}: {name} = {table!r} is outside a table; write it under "
                 f"[{next(iter(options.trackers), 'wandb')}]"
             )
     return tables

@@ -1,4 +1,4 @@
-"""Send the logged values and samples of a run through the trackers of accelerate."""
+"""Send the logged values and samples of a run through accelerate's trackers."""
 
 import contextlib
 import logging
@@ -81,7 +81,7 @@ class Trackers:
             self._previous_excepthook(error)
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
-        """Send the numbers of a step to every tracker, unless an earlier failure has disabled them."""
+        """Send the metrics of a step to every tracker, unless an earlier failure has disabled them."""
         if not self._has_failed:
             with self._stopping_at_errors():
                 for tracker in self.accelerator.trackers:
@@ -114,7 +114,7 @@ class Trackers:
     ) -> None:
         """Send the samples of a step to TensorBoard and wandb.
 
-        TensorBoard gets strips of frames, because clips that play would need another package and a megabyte
+        TensorBoard gets strips of frames, because playable clips would need another package and a megabyte
         each. wandb gets the files themselves, with their prompts.
 
         Args:
@@ -148,7 +148,7 @@ def _make_wandb_media(path: Path, prompt: str) -> Any:
 
 
 def make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
-    """Return the recorder that sends the numbers of a run to its trackers.
+    """Return the recorder that sends the metrics of a run to its trackers.
 
     Args:
         plan: The plan of the run.

@@ -16,8 +16,8 @@ def select_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate
 
     The tokens are drawn for each sample. Given frames always pass through the blocks, and so do tokens
     inside the loss mask if it covers less than half of the sample. If too few other tokens remain, fewer than
-    `drop_rate` bypass the blocks; the number is the same for all samples. When memory is rehearsed on empty
-    tensors, the indices still have values.
+    `drop_rate` bypass the blocks; the number is the same for all samples. The indices have values even
+    when memory is rehearsed on empty tensors.
 
     Args:
         noisy_batch: Batch with noise and timesteps.

@@ -1,4 +1,4 @@
-"""Let some tokens bypass the middle blocks of a transformer without a change.
+"""Let some tokens bypass the middle blocks of a transformer unchanged.
 
     with routed(dit, route):
         velocity = dit(noisy, timesteps, text)

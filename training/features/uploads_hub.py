@@ -1,6 +1,6 @@
 """Upload to and download from the Hugging Face hub; write the model card, README.md with YAML front matter.
 
-A failed upload is logged and never ends a run. A card ends with a comment that holds its own SHA-256, so that
+A failed upload is logged and never ends a run. A card ends with a comment with the card's SHA-256, so that
 an edited card is recognized and kept.
 """
 
@@ -69,7 +69,7 @@ def write_card(
 ) -> str:
     """Return the text of a model card for the hub, README.md: YAML front matter, then Markdown.
 
-    User texts are escaped, so that none can end the front matter, a block or the comment at the end.
+    Text from the user is escaped, so that it cannot end the front matter, a block or the comment at the end.
 
     Args:
         name: Value of --output_name.
@@ -130,7 +130,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 def _lora_arguments(name: str, files: Mapping[str, Path] | None) -> str:
     """Return the command-line options that load the files of a model card.
 
-    `files` are those of one save by expert (None if unknown), and `name` is the name of the run.
+    `files` are the files of one save by expert (None if unknown), and `name` is the name of the run.
     """
     arguments = []
     for expert, path in (files or {"": Path(f"{name}.safetensors")}).items():
@@ -153,7 +153,7 @@ def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, An
 
 
 def can_replace_card(existing: str, card: str) -> bool:
-    """Return whether a model card may be replaced: this run wrote it, and nobody has edited it since."""
+    """Return whether a model card may be replaced, because this run wrote it and nobody has edited it."""
     old, new = (_CARD_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
@@ -199,7 +199,7 @@ def _front_matter(
 
 
 def _plain(value: Any) -> Any:
-    """Make each text in nested data a single line with escaped control codes."""
+    """Turn each string in nested data into a single line with escaped control codes."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -249,8 +249,9 @@ def import_hub_client() -> Any:
 class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id.
 
-    Uploads run one after the other, so that the repository is created only once. The model card, which names
-    the newest file, follows each file, unless the repository has a card that was edited or is of another run.
+    Uploads run one after the other, so that the repository is created only once. Each file is followed by
+    the model card, which names the newest file, unless the repository's card was edited or belongs to another
+    run.
 
     Attributes:
         api: The client, `huggingface_hub.HfApi`.
@@ -346,8 +347,8 @@ def download_state(
     Args:
         address: Name of the state, as above.
         token: Access token; None for public repositories.
-        folder: Folder below which the files are put.
-        download: Function that downloads a file; None for that of the client library.
+        folder: Folder in which the files are stored.
+        download: Function that downloads a file; None for the client library's function.
 
     Raises:
         OptionError: If the name is malformed or nothing is found.
@@ -370,7 +371,7 @@ def download_state(
             local_dir=str(folder),
             token=token,
         )
-    except Exception as error:  # the client raises many kinds: network, rights, names
+    except Exception as error:  # the client raises many kinds of errors: network, permissions, names
         raise OptionError(f"--resume {address}: cannot be downloaded from the hub: {error}") from error
     state = Path(local_folder) / path
     if not state.is_dir():

@@ -1,4 +1,4 @@
-"""Options of what is uploaded to the Hugging Face hub."""
+"""Options for uploads to the Hugging Face hub."""
 
 from modules.options import FREE, OF_RUN, SECRET, SENDS, Options, option
 from training.features.contract import AT_METADATA, FeatureOptions

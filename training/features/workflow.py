@@ -40,8 +40,8 @@ def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
         )
     if run.merge is not None:
         raise OptionError(
-            "--save_workflow with --base_weights: samples show the model with these LoRAs merged in, which "
-            "the workflow would load without them. Leave out one of the two"
+            "--save_workflow with --base_weights: samples show the model with these LoRAs merged in, but "
+            "the workflow would load it without them. Leave out one of the two"
         )
     run.on.start.append(_start)
     run.on.check_files.append(_check)

@@ -1,7 +1,7 @@
 """The nodes of a ComfyUI workflow that generates a run's samples; loaded by `workflow.py` when needed.
 
-A file is in ComfyUI's API form: nodes by number, each with `class_type` and `inputs`; a link is the number of
-a node and that of its output. ComfyUI opens this form too, and places the nodes itself. Source: ComfyUI's
+A file is in ComfyUI's API format: nodes by number, each with `class_type` and `inputs`; a link is the number
+of a node and that of its output. ComfyUI can open this format, and places the nodes itself. Source: ComfyUI's
 documentation, "Workflow API format", and the `INPUT_TYPES` of its nodes.
 """
 
@@ -69,16 +69,15 @@ class HasComfyNodes(Protocol):
 
 
 def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
-    """Return the description of the ComfyUI nodes that run the model of a run.
+    """Return the description of the ComfyUI nodes that generate with a run's model.
 
     Raises:
         OptionError: If the nodes are not known, or if samples use transformers that are not trained.
     """
     if others.sampling is not None:
         raise OptionError(
-            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the transformers that "
-            "learn, and "
-            "samples are made with another one. Leave out one of the two"
+            f"{FLAG} with {family.abilities.sampling_dit_option}: its workflow has the trained "
+            "transformers, but samples are made with another one. Leave out one of the two"
         )
     if not family.abilities.has_comfy_nodes:
         raise OptionError(
@@ -87,7 +86,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     try:
         return cast("HasComfyNodes", family).comfy_model()
     except OptionError as error:
-        raise OptionError(f"{FLAG}: of the nodes of ComfyUI, {error}. Leave it out") from None
+        raise OptionError(f"{FLAG}: for ComfyUI's nodes, {error}. Leave it out") from None
 
 
 def plan_workflows(plan: PlannedRun) -> "Workflows":
@@ -146,7 +145,7 @@ class Workflows:
     model: ComfyModel
     prompts: Path
     reads_saved_files: bool  # whether ComfyUI reads the LoRA files without conversion
-    needs_weights: bool = False  # converting them takes the model
+    needs_weights: bool = False  # converting them requires the model
     sample_loras: Sequence[ComfyLora] = ()  # LoRAs of --sample_lora
     samples: dict[int, Prepared] = field(default_factory=dict)  # by index in the prompt file
     skipped_prompts: dict[int, str] = field(
@@ -157,7 +156,7 @@ class Workflows:
     def read_samples(self) -> None:
         """Fill `samples` and `skipped_prompts` from the prompt file, if it has changed since the last call.
 
-        If the file cannot be used, the samples of the last call stay.
+        If the file cannot be used, the samples of the last call are kept.
 
         Raises:
             OptionError: If the file cannot be used, and there are no samples of an earlier call.
@@ -220,7 +219,7 @@ class Workflows:
             logger.info("Saved %s", path)
 
     def make_nodes(self, lora_files: Mapping[str, Path]) -> dict[str, Any]:
-        """Return the ComfyUI nodes of a workflow by their keys: those of all samples that it can generate.
+        """Return the ComfyUI nodes of a workflow, by key, for all samples that it can generate.
 
         Args:
             lora_files: LoRA files by the name of their expert; "" for a file for all experts.
@@ -278,11 +277,11 @@ class ComfyGraph:
         return number
 
     def add_sample(self, prepared: Prepared, expert_by_step: Sequence[int], prefix: str) -> None:
-        """Add the ComfyUI nodes of a sample: loaders, texts, latents, samplers, decoder and output.
+        """Add the ComfyUI nodes of a sample: loaders, text encoding, latents, samplers, decoder and output.
 
         Args:
             prepared: Settings of the sample.
-            expert_by_step: For each step, the index of the transformer that takes it.
+            expert_by_step: For each step, the index of the transformer that computes it.
             prefix: Prefix of the sample's file name.
         """
         models, text_encoders, vae = self._add_loaders(prepared)
@@ -302,7 +301,7 @@ class ComfyGraph:
             self.add_node("SaveImage", images=pixels, filename_prefix=prefix)
             return
         video: Link = [self.add_node("CreateVideo", images=pixels, fps=float(prepared.fps)), 0]
-        # older releases take the codec by itself, newer ones as a part of the format
+        # older releases take the codec as a separate input, newer ones as part of the format
         codec = {"codec": "auto", "format": "auto", "format.codec": "auto"}
         self.add_node("SaveVideo", video=video, filename_prefix=prefix, **codec)
 
@@ -331,7 +330,7 @@ class ComfyGraph:
         for index, loras in enumerate(self.loras):
             for lora in loras:
                 inputs = {"lora_name": lora.name, "strength_model": lora.strength}
-                if len(models) > 1:  # no LoRA for one of two transformers has text encoders
+                if len(models) > 1:  # a LoRA for one of two transformers never has text encoders
                     node = self.add_node("LoraLoaderModelOnly", model=models[index], **inputs)
                     models[index] = [node, 0]
                 else:
@@ -359,7 +358,7 @@ class ComfyGraph:
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
-        """Add the nodes that encode a text, with embedded guidance if the model has it; return their link."""
+        """Add nodes that encode a prompt, with embedded guidance if the model has it; return their link."""
         reads_weights_only_in_comfyui = self.model.weighs_words and not self.model.is_weighted
         if reads_weights_only_in_comfyui:  # escape parentheses, which mark weights there
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")

@@ -113,7 +113,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         )
     for key in arguments.keys() - {"step_rules"}:
         if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
-            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
+            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, such as {key}=1")
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
@@ -138,7 +138,7 @@ def factor_at(
 ) -> float:
     """Return the factor on the learning rate at a step, for the curve `name` of --lr_scheduler.
 
-    During the warmup, each curve but piecewise_constant rises linearly.
+    During the warmup, every curve except piecewise_constant rises linearly.
 
     Args:
         name: Name of the curve.
@@ -214,7 +214,7 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
     """
     *rules, last_factor = str(text).split(",")
     try:
-        parsed: list[tuple[float, int]] = []  # factor, first step at which it no longer holds
+        parsed: list[tuple[float, int]] = []  # factor, first step at which it no longer applies
         for rule in rules:
             factor, end_step = rule.split(":")
             parsed.append((float(factor), int(end_step)))
@@ -233,7 +233,7 @@ class CurveSchedule(LambdaLR):
     """Learning rate schedule with one of the curves of `factor_at`; its state is only the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """Start at step 0; `factor` returns the factor on the learning rate for a step."""
+        """Start at step 0; `factor` returns the factor by which the learning rate is multiplied at a step."""
         self.name = name
         super().__init__(optimizer, factor)
 
@@ -253,7 +253,7 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        """Set the learning rates to those of a step without taking the steps before it."""
+        """Set the learning rates of a step without taking the steps before it."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
@@ -295,9 +295,9 @@ class ImportedSchedule:
         return {"scheduler": to_builtin_types(plain, "scheduler")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the wrapped scheduler: all of its state, or for a scheduler of torch only its counters.
+        """Restore the wrapped scheduler: all of its state, or only the counters of a torch scheduler.
 
-        So settings of torch's schedulers come from this run's options.
+        The settings of torch schedulers thus come from this run's options.
 
         Raises:
             CheckpointError: If the state was saved by another kind of schedule.
@@ -320,7 +320,7 @@ class ImportedSchedule:
 
 @dataclass(frozen=True)
 class OptimizerRates:
-    """Schedule without effect, for an optimizer that adapts its learning rates itself."""
+    """Schedule that does nothing, for an optimizer that adapts its learning rates itself."""
 
     name: str
     optimizer: Optimizer
@@ -355,7 +355,7 @@ def _explain_other_schedule(name: str) -> str:
 
 
 def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
-    """Return Adafactor's rate of each group in its last step; `before` for a group without a step."""
+    """Return Adafactor's rate of each group in its last step; `before` for a group not yet stepped."""
     rates = []
     for group in optimizer.param_groups:
         state = optimizer.state.get(group["params"][0], {})
@@ -372,19 +372,19 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     )
     if scheduler_class is ReduceLROnPlateau:
         raise OptionError(
-            "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
+            "--lr_scheduler_type ReduceLROnPlateau needs a value after each epoch; use a curve that "
             "depends on the step alone"
         )
     # a function is rejected, because it could do anything with the arguments
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, LRScheduler):
         raise OptionError(
             f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Give a subclass of "
-            "torch.optim.lr_scheduler.LRScheduler, as CosineAnnealingLR, or leave it out and use "
+            "torch.optim.lr_scheduler.LRScheduler, such as CosineAnnealingLR, or leave it out and use "
             "--lr_scheduler."
         )
     check_arguments("--lr_scheduler_args", scheduler_class, options.arguments(), {"optimizer"})
     try:
         return scheduler_class(optimizer, **options.arguments())
-    except Exception as error:  # classes raise anything for unsuitable arguments
+    except Exception as error:  # classes raise errors of any type for unsuitable arguments
         reason = str(error) or type(error).__name__
         raise OptionError(f"--lr_scheduler_type {type_name} rejects --lr_scheduler_args: {reason}") from None

@@ -1,6 +1,6 @@
 """Muon for the matrices of a network, AdamW for all its other weights.
 
-A step of Muon is the momentum of a matrix, made orthogonal: all its singular values become about 1. A weight
+A step of Muon is the orthogonalized momentum of a matrix: all its singular values become about 1. A weight
 that consists of several matrices (queries, keys and values; gate and value) is stepped as if each were a
 separate weight. Source: Jordan 2024, "Muon"; Liu et al. 2025, arXiv 2502.16982. Arguments are those of
 `torch.optim.Muon`.
@@ -144,7 +144,7 @@ def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
         weights_by_count: dict[int, list[Tensor]] = {}  # a fused qkv weight counts as 3 matrices
         for weight in group["params"]:
-            name = names[weight].partition(".")[2]  # without the name of the network in front
+            name = names[weight].partition(".")[2]  # without the network name in front
             is_matrix_in_block = weight.ndim == 2 and name.startswith(block_prefixes)
             num_matrices = spec.count_matrices(name) if is_matrix_in_block else 0  # 0: AdamW steps it
             weights_by_count.setdefault(num_matrices, []).append(weight)

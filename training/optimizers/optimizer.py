@@ -1,8 +1,8 @@
 """Make the optimizer from a short name, a class name of torch.optim, or an import path; keep its state.
 
-A state is restored to the same bits. `Optimizer.load_state_dict` alone is not enough: it casts restored
+A state is restored bit for bit. `Optimizer.load_state_dict` alone is not enough: it casts restored
 tensors to the parameters' dtype, which ruins 8-bit states and float32 moments of bf16 parameters. Parameters
-are known by name, so a state fits only the network it was made with.
+are known by name, so a state fits only the network it was saved with.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def make_optimizer(
     arguments_text = ",".join(f"{key}={value}" for key, value in arguments.items())
     try:
         optimizer = optimizer_class(groups, lr=rate, **arguments)
-    except Exception as error:  # classes raise anything for unsuitable arguments
+    except Exception as error:  # classes raise errors of any type for unsuitable arguments
         reason = str(error) or type(error).__name__
         name = options.optimizer_type or "AdamW"
         raise OptionError(
@@ -102,7 +102,7 @@ def make_optimizer(
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
-    """Return the trainable with its parameter groups split as the optimizer needs, for example for Muon."""
+    """Return `trainable` with its parameter groups split as the optimizer needs, for example for Muon."""
     if options.optimizer_type.lower() != MUON:
         return trainable
     from training.optimizers.muon import NUM_MATRICES, arrange_groups  # few runs use it
@@ -120,11 +120,11 @@ def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSp
 def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """Raise OptionError if the optimizer does not support these learning rates for parts of a network.
 
-    Some optimizers reject several rates only in their first step, so one step is tried on a few numbers.
+    Some optimizers reject several rates only in their first step, so one step is tried on small tensors.
 
     Args:
         options: Options of the run.
-        rates: Learning rates by the option that sets each; the first one is that of most weights.
+        rates: Learning rates by the option that sets each; the first one applies to most weights.
     """
     if len(rates) < 2:
         return
@@ -135,7 +135,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     fails_with_one_rate = _try_step(options, [default]) is not None
     if fails_with_one_rate:  # for another reason, which creating the real optimizer reports
         return
-    # name the options whose rates differ from that of most weights; if none differs, all but the first
+    # name the options whose rates differ from the rate of most weights; if none differs, all but the first
     named = [option for option, rate in others if rate != default] or [option for option, _ in others]
     them = "it" if len(named) == 1 else "them"
     raise OptionError(
@@ -146,7 +146,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
 
 
 def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
-    """Step a new optimizer once on a few numbers, a group for each rate; return its error, if any."""
+    """Step a new optimizer once on small tensors, one group for each rate; return its error, if any."""
     groups = []
     for rate in rates:
         parameter = Parameter(torch.ones(2, 2))
@@ -159,7 +159,7 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
         if averaging is not None:  # schedule-free optimizers step in training mode only
             averaging.train()
         optimizer.step()
-    except Exception as error:  # classes raise anything
+    except Exception as error:  # classes raise errors of any type
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
 
@@ -167,7 +167,7 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
 def check_arguments(
     option: str, target_class: Callable[..., Any], arguments: Mapping[str, Any], excluded: Container[str]
 ) -> None:
-    """Raise OptionError for an argument that a class does not have, naming the nearest.
+    """Raise OptionError for an argument that a class does not accept; the message suggests the nearest one.
 
     Args:
         option: Option that gives the arguments.
@@ -186,10 +186,10 @@ def check_arguments(
         if key in names:
             continue
         if key == "lr":
-            raise OptionError(f"{option} lr: give the learning rate to --learning_rate")
+            raise OptionError(f"{option} lr: set the learning rate with --learning_rate")
         raise OptionError(
             f"{option} {key}={value}: {getattr(target_class, '__name__', target_class)} has no such argument."
-            f"{did_you_mean(key, names)} Use some of {', '.join(names)}."
+            f"{did_you_mean(key, names)} The arguments are: {', '.join(names)}."
         )
 
 
@@ -206,7 +206,7 @@ GUIDE_NAME_HINT = "No trainer has this name of early guides; it stands for AdamW
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
-    """Find the class behind a name.
+    """Find the class that a name stands for.
 
     Raises:
         OptionError: If a package is missing, the name is unknown, or the object is not an optimizer.
@@ -228,11 +228,12 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise OptionError(
             f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
-            "as AdamW"
+            "such as AdamW"
         )
     if optimizer_class.__name__ in UNUSABLE:
         raise OptionError(
-            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, as AdamW"
+            f"--optimizer_type {name}: {UNUSABLE[optimizer_class.__name__]}. Use another optimizer, such as "
+            "AdamW"
         )
     return optimizer_class
 
@@ -250,7 +251,7 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise OptionError(f"{option} {name}: {describe_missing(error)}") from None
-    except Exception as error:  # the module may run any code of its own
+    except Exception as error:  # the module may run arbitrary code
         raise OptionError(f"{option} {name}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
@@ -274,7 +275,7 @@ def needs_no_schedule(optimizer: Optimizer) -> bool:
 
 
 def find_averaging_optimizer(optimizer: Optimizer) -> Any:
-    """Return the optimizer, or one that it wraps, that saves averaged weights; None if none does.
+    """Return the optimizer or wrapped optimizer that saves averaged weights; None if there is none.
 
     The methods `train()` and `eval()`, which switch between trained and averaged weights, identify it.
     """
@@ -302,8 +303,8 @@ def _select_adafactor_arguments(
         return arguments, None
     if options.max_grad_norm != 0:
         logger.warning(
-            f"Adafactor clips by itself: --max_grad_norm {options.max_grad_norm} clips twice; 0 is usual "
-            "here."
+            f"Adafactor clips gradients itself: --max_grad_norm {options.max_grad_norm} clips them twice; 0 "
+            "is usual here."
         )
     if arguments.get("clip_threshold", 1.0) != 1.0:
         logger.warning("Adafactor: clip_threshold=1.0 is usual.")
@@ -329,9 +330,9 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def averaged_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the averaged weights of a schedule-free optimizer during the block; do nothing for other ones.
+    """Load the averaged weights of a schedule-free optimizer during the block; do nothing for any other.
 
-    Training weights are copied and restored, because `train()` of the optimizer would round them.
+    Training weights are copied and restored, because the optimizer's `train()` would round them.
     """
     averaging = find_averaging_optimizer(optimizer)
     if averaging is None:
@@ -364,7 +365,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
         names: Names of all parameters.
 
     Raises:
-        OptionError: If the optimizer keeps something else than tensors and plain values.
+        OptionError: If the optimizer keeps anything other than tensors and plain values.
     """
     states: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -394,7 +395,7 @@ def restore_optimizer(
     """Load a saved state into the optimizer, on the device where steps are computed; empties `saved`.
 
     Raises:
-        CheckpointError: If the parameters are not those of the state.
+        CheckpointError: If the optimizer's parameters differ from those of the state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _restore_group_settings(optimizer, names, saved["groups"])
@@ -417,7 +418,7 @@ def _restore_group_settings(
 ) -> None:
     """Load the saved settings of parameter groups, such as learning rates, into the optimizer.
 
-    Raises CheckpointError if the groups have other parameters, by name.
+    Raises CheckpointError if the names of the groups' parameters differ.
     """
     groups = optimizer.param_groups
     group_names = [[names[parameter] for parameter in group["params"]] for group in groups]
@@ -441,7 +442,7 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
     missing = ", ".join(sorted(saved_names - names)[:3]) or "none"
     new = ", ".join(sorted(names - saved_names)[:3]) or "none"
     raise CheckpointError(
-        f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
+        f"the saved optimizer state belongs to different parameters (only in the state: {missing}; only in "
         f"this run: {new}; in groups of {[*map(len, saved_groups)]} there and {[*map(len, groups)]} here).\n"
         "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
         "from what was trained"
@@ -475,7 +476,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
 
 
 def _require_shapes_of_moments(optimizer: Optimizer) -> None:
-    """Raise ValueError if moments have a different shape than their parameter: those of another weight."""
+    """Raise ValueError if moments differ in shape from their parameter, as those of another weight do."""
     for parameter, moments in optimizer.state.items():
         for name in MOMENT_NAMES & moments.keys():
             if moments[name].shape != parameter.shape:

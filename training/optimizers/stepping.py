@@ -1,17 +1,18 @@
 """Step weights after the backward passes of a step, or during the backward pass (--fused_backward_pass).
 
-During the backward pass, all gradients never exist at once. As soon as a weight's gradient is complete (by
-then, nothing needs the old value of the weight any more), the gradient is clipped by itself, the weight is
-stepped, and the gradient is freed. In addition to weights and optimizer states, only the largest gradient
-needs memory. Without clipping the result equals that of the usual order, to the bit.
+If weights are stepped during the backward pass, the gradients never all exist at the same time. As soon as a
+weight's gradient is complete (by then, nothing needs the old value of the weight anymore), the gradient is
+clipped by itself, the weight is stepped, and the gradient is freed. In addition to weights and optimizer
+states, only the largest gradient needs memory. Without clipping, the result equals that of the usual order,
+bit for bit.
 
 If a weight is split over processes, each process steps its rows. For an optimizer that needs whole weights,
 such as Adafactor, all processes gather one weight after the other.
 
 A step is often smaller than half the distance between two bf16 numbers, and rounding to the nearest would
 undo it each time. So weights in bf16 are stepped in float32 and rounded up or down at random, the nearer
-number being the more likely: right on average. The optimizer sees float32 weights, so its moments are float32
-too. The random bits depend only on seed, step and parameter.
+number being more likely, which is correct on average. The optimizer sees float32 weights, so its moments are
+float32 too. The random bits depend only on seed, step and parameter.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +33,7 @@ from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress
 
-# package -> classes whose step of each number depends only on it, its gradient and its own moments
+# package -> classes whose step of each element depends only on it, its gradient and its own moments
 PER_ELEMENT: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
@@ -73,7 +74,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer, with bitwise the same results as one step of all parameters."""
+    """Step single parameters of an optimizer, with results bitwise equal to one step of all parameters."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -116,7 +117,7 @@ class ParameterSteps:
             self._step(parameter, parameter)
 
     def _step_in_float32(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
-        """Step a float32 copy of a parameter, and its states; return the copy's new values."""
+        """Step float32 copies of a parameter and its states; return the new values of the parameter copy."""
         state = self.optimizer.state
         float32_parameter = Parameter(value.float())
         float32_parameter.grad = gradient.float()
@@ -173,7 +174,7 @@ def _move_state_to_host(
     Args:
         optimizer: The optimizer.
         parameter: The parameter.
-        host_tensors: Host tensors from `_move_state_to_device`, whose memory is used again.
+        host_tensors: Host tensors from `_move_state_to_device`, whose memory is reused.
     """
     state = optimizer.state.get(parameter, {})
     for name, value in state.items():
@@ -239,13 +240,13 @@ class StepAfterBackward:
         """Unscale and clip the gradients, then step the optimizer or, by `parameter_steps`, each parameter.
 
         Args:
-            may_step: Decides from the norm whether the weights are stepped; None steps them always.
+            may_step: Decides from the norm whether the weights are stepped; None always steps them.
 
         Returns:
             The norm of all gradients before clipping.
         """
         has_gradients = any(parameter.grad is not None for parameter in self.parameters)
-        if self.scaler.is_enabled() and not has_gradients:  # a network of audio alone, in clips without audio
+        if self.scaler.is_enabled() and not has_gradients:  # an audio-only network, for clips without audio
             return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.split_weights)

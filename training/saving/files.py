@@ -120,7 +120,7 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
-        """Return whether the minutes have passed since the last save."""
+        """Return whether enough minutes have passed since the last save."""
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
@@ -167,7 +167,7 @@ class Saver:
         options = self.options
         steps, steps_state = options.save_last_n_steps, options.save_last_n_steps_state
         if step is not None and (steps is not None or steps_state is not None):
-            # saves by the clock may be at any step
+            # saves by time may be at any step
             interval = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
             newest_models = None if steps is None else step - 1 - steps
             newest_states = None if steps_state is None else step - 1 - steps_state
@@ -366,8 +366,8 @@ def _move_or_copy(entry: Path, target: Path, folder: Path, keeps_original: bool)
             _copy(entry, target)
     except OSError as error:
         raise OutputError(
-            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
-            "show it, or give another --output_name, or --overwrite."
+            f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close any program that "
+            "has it open, give another --output_name, or use --overwrite."
         ) from error
 
 
@@ -395,7 +395,7 @@ def _is_result(entry: Path, name: str, names: Names) -> bool:
 
     Args:
         entry: The file or folder.
-        name: Its name, beginning with that of the run in the run's spelling.
+        name: Its name, which begins with the run's name as the run spells it.
         names: Names of the run's files.
     """
     save = re.escape(names.name) + r"(?:-\d{6,}|-step\d{8,})?"  # at the end, or after a step or epoch

@@ -58,7 +58,7 @@ def train_split_dit(
         dit: The transformer.
         learning_rate: Learning rate of the run.
         name_parts: Parts of names that select the trained parameters; empty for all.
-        part_rates: Other learning rates, by a part of the parameter's name.
+        part_rates: Different learning rates, by a part of the parameter's name.
         form: Form of saved files: one file or several.
     """
     trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
@@ -128,7 +128,7 @@ def write_split_state(folder: Path, state: SavedState) -> None:
     split: dict[str, Tensor] = {}
     for prefix, tensors in _tensors(state):
         for name in [name for name, value in tensors.items() if is_split(value)]:
-            split[f"{prefix}/{name}"] = tensors.pop(name)  # they go into files of their own
+            split[f"{prefix}/{name}"] = tensors.pop(name)  # saved in separate files
     if distributed.get_rank() == 0:
         check_space(folder, sum(tensor.numel() * tensor.dtype.itemsize for tensor in split.values()))
         write_state(folder, state, lambda temporary: _write_files(temporary, split))
@@ -189,7 +189,7 @@ def fill_state(
 
 
 def _copy_local_rows(saved: SavedState, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this process's rows of whole saved tensors into the run's split tensors, and refer to those."""
+    """Copy this process's rows of whole saved tensors to the run's split tensors, which replace them."""
     for name, tensor in tensors.items():
         saved_tensor: Any = saved.parts.get(part, {}).get(name)
         if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
@@ -215,7 +215,7 @@ def _allocate_tensors_to_load(
     """Return the tensors into which the sharded tensors of a state are loaded, and put them into the state.
 
     1. Weights are loaded into the run's own tensors.
-    2. Weights that the run lacks, or has in another shape, become meta tensors, which are not loaded.
+    2. Weights that the run lacks, or has in a different shape, become meta tensors, which are not loaded.
     3. Moments of the optimizer get new tensors, with this process's rows if the run splits their weight.
     """
     if not saved.files:

@@ -90,7 +90,7 @@ class ForeignState:
 def write_state(
     folder: Path, state: SavedState, add_files: Callable[[Path], dict[str, int]] | None = None
 ) -> None:
-    """Write `state` as `folder`, completely or not at all.
+    """Write `state` to `folder`, completely or not at all.
 
     Args:
         folder: Folder to write.
@@ -145,7 +145,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     """Read a state folder that this program or another trainer saved.
 
     Raises:
-        CheckpointError: If it is damaged or holds no state.
+        CheckpointError: If it is damaged or contains no state.
         OptionError: If it is not a folder.
     """
     if not folder.is_dir():
@@ -153,7 +153,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         similar_names = ""
         advice = ""
         if folder.is_file():
-            error = "a file, and a state is a folder"
+            error = "it is a file, but a state is a folder"
             advice = f" To begin with the trained weights, give {FRESH_START}."
         else:
             similar_names = explain_missing(folder)
@@ -164,13 +164,13 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with errors_name_the_state(folder):
         content = _read_content(folder, verify_checksum=True)
-        if "files" in content:  # tensors in files of their own, of a split transformer
+        if "files" in content:  # a split transformer's tensors, in separate files
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
         check_types(state)
         check_types(state.progress)
         progress = state.progress
-        # the plan of steps may have been changed at an epoch and step that the run has passed
+        # the step plan can only have changed at an epoch and step that the run has passed
         has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MAX_COUNT
         has_steps = 0 <= progress.plan_step <= progress.step <= MAX_COUNT
         if not (has_epochs and has_steps):
@@ -239,7 +239,7 @@ def to_builtin_types(value: Any, name: str) -> Any:
         return value.item()
     raise OptionError(
         f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
-        "  Leave out --save_state, or use another --optimizer_type."
+        "  Leave out --save_state, or use a different --optimizer_type."
     )
 
 
@@ -291,7 +291,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a value is NaN or infinite. Tensors in 8 bits are not checked."""
+    """Raise CheckpointError if a value is NaN or infinite. 8-bit tensors are not checked."""
     for name, tensor in tensors.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
@@ -338,7 +338,7 @@ def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]
 
 
 def _read_foreign(folder: Path) -> ForeignState:
-    """Read a folder of accelerate: model.safetensors and optimizer.bin.
+    """Read a folder written by accelerate: model.safetensors and optimizer.bin.
 
     Its schedule and random states are not read, because the folder does not say at which step it was saved.
     """
@@ -363,7 +363,7 @@ def _read_foreign(folder: Path) -> ForeignState:
     for name, tensor in tensors.items():
         if "." not in name:  # a setting of the network, such as `lokr_factor`, and not a tensor of a layer
             continue
-        if name.startswith(OF_LTX_FORK):  # a fork of LTX names the same layers with another prefix
+        if name.startswith(OF_LTX_FORK):  # a fork of LTX names the same layers with a different prefix
             name = name.replace(OF_LTX_FORK, OURS, 1)
         network[name] = tensor
     optimizer_state = load_pickled(optimizer, _LONGER) if optimizer.exists() else {}
@@ -371,14 +371,14 @@ def _read_foreign(folder: Path) -> ForeignState:
 
 
 def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
-    """Read a state of an older version; return the fields of `SavedState` except its folder.
+    """Read a state saved by an older version; return the fields of `SavedState` except its folder.
 
     Args:
         folder: Folder of the state.
         verify_checksum: Whether to read the tensors too, and to compare their checksums.
 
     Raises:
-        Exception: Of any kind, if the folder is damaged.
+        Exception: Of any type, if the folder is damaged.
     """
     record = parse_json(read_text(folder / RECORD))
     checksum = record.pop("crc32")
@@ -409,7 +409,7 @@ def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
 
 
 def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Decode the optimizer state in a state folder of an older version."""
+    """Decode the optimizer state in a state folder saved by an older version."""
     groups = [{**_decode(group["rest"], tensors), "params": group["params"]} for group in optimizer["groups"]]
     on_host = set()  # the names of tensors that were in host memory
     for state in optimizer["states"].values():
@@ -421,7 +421,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def share_of_files(folder: Path) -> list[Path]:
-    """Return the weight files of a state that this process checks: with n processes every n-th file."""
+    """Return the weight files of a state that this process checks: every n-th file with n processes."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths

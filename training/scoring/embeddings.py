@@ -55,7 +55,7 @@ class VectorStore:
         self.write()
 
     def add(self, key: str, vectors: Tensor) -> None:
-        """Add vectors under a key; write the store if the last write is SAVE_SECONDS ago."""
+        """Add vectors under a key; write the store if the last write was SAVE_SECONDS ago or earlier."""
         self.vectors[key] = vectors
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.write()
@@ -89,9 +89,9 @@ class Embedder:
 
         Args:
             media: Images and clips.
-            title: Kind of media, as text for the progress bar.
+            title: Kind of media, shown on the progress bar.
         """
-        keys: list[str | None] = []  # of each medium in the store
+        keys: list[str | None] = []  # key of each medium in the store
         with Bar(len(media), title, "file") as bar:
             for medium in media:
                 try:
@@ -119,7 +119,7 @@ class Embedder:
         return key
 
     def _embed_queue(self) -> None:
-        """Embed the frames of all waiting files in common batches, and store the vectors of each file."""
+        """Embed the frames of all queued files in shared batches, and store the vectors of each file."""
         frames = [frame for _, frames_of_one in self._queue for frame in frames_of_one]
         batches = [
             self.model.embed_images(frames[start : start + self.batch_size])
@@ -153,7 +153,7 @@ def _select_evenly(length: int, maximum: int) -> set[int]:
 
 
 def _hash_content(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the files of a folder. Raises OSError if one cannot be read."""
+    """Return the SHA-256 of a file, or of the files in a folder. Raises OSError if one cannot be read."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb") as opened:

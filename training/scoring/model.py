@@ -1,4 +1,4 @@
-"""CLIP and SigLIP models of transformers: embeddings of images and texts, whose cosine is their similarity.
+"""CLIP and SigLIP models from transformers: embeddings of images and texts, whose cosine is their similarity.
 
 DINO models embed images only, to compare them with each other.
 
@@ -56,7 +56,7 @@ class EmbedsImages(Protocol):
 
     @property
     def identity(self) -> str:
-        """Text by which stored vectors are found again: equal for folders with the same model."""
+        """Key of stored vectors: equal for folders that contain the same model."""
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
         """Return a vector of length 1 for each frame, N D float32 on the CPU."""
@@ -107,7 +107,7 @@ class ImageTextModel:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return a vector of length 1 for each text, N D float32 on the CPU. Long texts are cut."""
+        """Return a vector of length 1 for each text, N D float32 on the CPU. Long texts are truncated."""
         tokens = self.tokenizer(
             list(texts),
             padding=self.padding,
@@ -174,14 +174,14 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
 
 @dataclass(frozen=True)
 class ImageNetwork:
-    """A network of transformers with the preprocessing of its images."""
+    """A network from transformers, with its image preprocessing."""
 
     network: Any
     processor: Any
 
 
 def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
-    """Load a network and its preprocessing. Raises CheckpointError if transformers cannot."""
+    """Load a network and its preprocessing. Raises CheckpointError if transformers cannot load them."""
     shapes = check_settings(folder, option)
     import transformers  # slow, so only after the folder has been checked
 
@@ -190,7 +190,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     try:
         network_class = getattr(transformers, class_name)
         config = network_class.config_class.from_pretrained(folder, **OFFLINE)
-        # a network without values has the shapes that those in the files must match
+        # a network without values gives the shapes that tensors in the files must have
         network = build_on_meta(network_class, config)
         require_matching_shapes(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **OFFLINE)
@@ -204,7 +204,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise errors from many libraries
         raise _explain_loading(folder, option, class_name, error) from None
     return ImageNetwork(network.eval().requires_grad_(False), processor)
 
@@ -214,7 +214,7 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **OFFLINE)
-    except Exception as error:  # damaged files raise errors of many libraries
+    except Exception as error:  # damaged files raise errors from many libraries
         raise _explain_loading(folder, "--model", class_name, error) from None
 
 
@@ -273,7 +273,7 @@ def _read_config(folder: Path, option: str, kinds: Sequence[str]) -> Any:
 
 
 def _identify(folder: Path) -> str:
-    """Return a hash that identifies a model: of the sizes, beginnings and ends of its files."""
+    """Return a hash of the sizes, beginnings and ends of a model's files, which identifies the model."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix not in {".json", ".safetensors", ".model"} or not path.is_file():

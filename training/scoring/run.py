@@ -131,11 +131,11 @@ class ScoredRun:
 
 
 def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
-    """Score the samples of a run: print a table, write the scores, and the run's page again.
+    """Score the samples of a run: print a table, write the scores, and rewrite the run's page.
 
     Args:
         options: The run and the models.
-        load_tagger: Loads the tagger in a folder, given the number of images that it sees at a time.
+        load_tagger: Loads the tagger in a folder, given the number of images in a batch.
 
     Raises:
         UserError: If there is nothing to score or the model cannot be used.
@@ -144,7 +144,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     rows = run.list_samples()
     if not rows:
         raise NothingFoundError(
-            f"{run.history}: the run has no samples that could be scored. Train with --sample_prompts "
+            f"{run.history}: the run has no samples to score. Train with --sample_prompts "
             "prompts.txt --sample_every_n_steps 200, at the steps that are saved."
         )
     dataset = _find_dataset(options, run)
@@ -212,7 +212,7 @@ def _embed_samples(
 ) -> tuple[EmbeddedRun, EmbeddedRun]:
     """Return embeddings of the samples to compare with prompts, and to compare with training images.
 
-    They are the same without --likeness_model.
+    Without --likeness_model, both are the same embeddings.
     """
     if options.likeness_model is None:
         embedded = _embed(run, rows, options, model, dataset)
@@ -249,7 +249,7 @@ def _add_recalls(
     tagger: RecognizesTags,
     probabilities: Mapping[Path, Tensor | None],
 ) -> list[StepScores]:
-    """Return the scores of each step, completed by the tag recall of its samples.
+    """Return the scores of each step with the tag recall of its samples added.
 
     Args:
         scored: The scores of each step.
@@ -296,7 +296,7 @@ def open_run(path: Path) -> ScoredRun:
     try:
         session = read_session(history_path)
         if session is None:
-            raise OptionError(f"{history_path}: this is not the history of a training")
+            raise OptionError(f"{history_path}: this is not the history of a training run")
         run_history = read_history(history_path, session)
     except OSError as error:
         raise OptionError(f"{history_path} cannot be read: {error.strerror or error}") from None
@@ -322,12 +322,12 @@ def _select_history(folder: Path) -> Path:
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
-    """Return the history files of training runs, without those of `reelsmith run`."""
+    """Return the history files of training runs, excluding those of `reelsmith run`."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
 class TrainingDataset(NamedTuple):
-    """The dataset file with the training images of a run, or None, and a note if it is missing."""
+    """The dataset file of a run's training images, or None, and a note if it is missing."""
 
     path: Path | None
     notes: Sequence[ScoreNote] = ()
@@ -409,7 +409,7 @@ class SampleComparison:
     def _find_copied(
         self, path: Path, neighbors: Sequence[Neighbor], training: TrainingVectors
     ) -> Neighbor | None:
-        """Return the first of the nearest training images of which a sample is a copy, if any."""
+        """Return the first of the nearest training images that a sample is a copy of, if any."""
         for neighbor in neighbors:
             try:
                 if is_copy(open_path(path).open(), training.media[neighbor.media_index], self.num_frames):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training.scoring.model import EmbedsImages
 
-MIN_PROBABILITY = 0.35  # from this probability on, a tag is seen; the default of tools/tag.py
+MIN_PROBABILITY = 0.35  # a tag counts as seen from this probability up; the default of tools/tag.py
 
 
 class RecognizesTags(EmbedsImages, Protocol):

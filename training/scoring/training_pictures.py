@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 NUM_NEAREST = (
     3  # the likeness is the mean over this number of training images, or over all if there are fewer
 )
-# A sample is very near to a training image if its cosine is above this quantile of the training images'
+# A sample is very close to a training image if its cosine is above this quantile of the training images'
 # cosines to their own nearest image. A fixed cosine says little: in a dataset of one person, all are similar.
 NEAR_QUANTILE = 0.99
 MIN_TO_COMPARE = 8  # with fewer training images, the quantile says nothing
-BLOCK_ROWS = 1024  # rows of a block, when all vectors are multiplied with all
+BLOCK_ROWS = 1024  # rows per block when multiplying all pairs of vectors
 
 
 class Neighbor(NamedTuple):
@@ -79,9 +79,9 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine that 99 % of training images stay below to all others; None for too few images.
+        """Return the cosine below which 99 % of training images stay to all others; None for too few images.
 
-        A sample above it counts as very near to its training image.
+        A sample above it counts as very close to its training image.
         """
         if len(self.media) < MIN_TO_COMPARE:
             return None
