@@ -205,7 +205,7 @@ def latent_errors(
         bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
-            yield f"made for {format_shape(made_for)} pixels, {table.name} asks for {format_shape(bucket)}"
+            yield f"made for {format_shape(made_for)} pixels, but {table.name} needs {format_shape(bucket)}"
         yield from _find_changed_keys(table, tensors, record.options, latent)
         if record.parts != item.num_latent_files:
             yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
@@ -228,7 +228,7 @@ def _find_mask_errors(
     elif table.mask_directory is not None:
         companions = _current_companions(item)
         has_mask = companions is not None and companions.has_mask
-        # without a mask file now, a cached mask is no error: only the file may have been deleted
+        # without a mask file now, a cached mask is not an error: only the file may have been deleted
         allowed_origins = {FROM_FILE} if has_mask else {FROM_FILE, None}
     elif table.directory is None:  # a list, whose rows may name masks
         allowed_origins = {FROM_FILE, None}
@@ -240,7 +240,7 @@ def _find_mask_errors(
         expected = "alpha_mask = true"
     else:
         expected = "no mask" if allowed_origins == {None} else "a mask for it"
-    yield f"the mask of its loss is from {mask_origin or 'nowhere'}, {table.name} has {expected}"
+    yield f"its loss mask is from {mask_origin or 'nowhere'}, but {table.name} has {expected}"
 
 
 def _find_shape_errors(
@@ -278,8 +278,7 @@ def _find_companion_errors(
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield (
-            f"the mask of its loss is {format_shape(mask.shape)}, its latents are "
-            f"{format_shape(expected[1:])}"
+            f"its loss mask is {format_shape(mask.shape)}, but its latents are {format_shape(expected[1:])}"
         )
 
 
@@ -377,7 +376,7 @@ def _find_source_changes(
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
-        yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
+        yield f"made for source_fps = {rate}, but {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
         # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)
@@ -401,9 +400,9 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     num_expected = None if num_now is None else min(num_now, rules.max_references)
     if table.directory is None:  # a list
         if num_expected is not None and num_expected != num_cached:
-            yield f"{made_with}, now {table.source} names {num_now}"
+            yield f"{made_with}, but {table.source} now names {num_now}"
     elif num_cached and table.control_directory is None:
-        yield f"it was made with reference pictures, {table.name} has no control_directory"
+        yield f"it was made with reference pictures, but {table.name} has no control_directory"
     elif num_expected is not None and num_cached < num_expected:
         yield f"{made_with}, now its image has {num_expected}"
 
@@ -483,8 +482,8 @@ class SameEncoders:
     def difference(self, made_by: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        `made_by` are the origins of the batch's caches, each for a part such as latents. A part is warned
-        of once.
+        `made_by` are the origins of the batch's caches, each for a part such as latents. Each part is
+        reported once.
         """
         lines: list[str] = []
         latents_differ = texts_differ = False

@@ -137,7 +137,7 @@ class CachingCommands:
     """
 
     def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
-        """Take the function that returns the commands for latents and for texts; it must be picklable."""
+        """Store the function that returns the commands for latents and for texts; it must be picklable."""
         self._build = build
 
     @property

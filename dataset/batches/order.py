@@ -33,9 +33,9 @@ T = TypeVar("T")
 class BatchOrder:
     """Order of batches of every epoch, which depends only on the items' names and the seed.
 
-    Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket has the
-    items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization images
-    as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
+    Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket contains
+    the items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization
+    images as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
@@ -79,7 +79,7 @@ class BatchOrder:
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
         if self._cached_epoch != number:
-            self._cached_epoch = -1  # in case that building is interrupted
+            self._cached_epoch = -1  # in case building is interrupted
             self._batches = []  # freed before the next epoch is built
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
@@ -122,7 +122,7 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
     """Return the number of repeats of each regularization image, at least `num_learned` in total.
 
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
-    get 0. If all images are not enough, repeats are added evenly, beginning with the first image.
+    get 0. If there are too few images, repeats are added evenly, beginning with the first image.
 
     Args:
         repeats: Repeats of each image, from its table, in order.
@@ -388,7 +388,7 @@ class _CaptionParts(NamedTuple):
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
-    """Split a caption at `separator` into parts, of which keep_tokens or its separator fix some."""
+    """Split a caption at `separator` into parts; keep_tokens or its separator keeps some in place."""
     fix_separator = changes.keep_tokens_separator
     if fix_separator and fix_separator in text:
         # a second separator marks where the fixed end begins

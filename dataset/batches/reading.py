@@ -48,7 +48,7 @@ def read_batch(
 ) -> data.Batch:
     """Read, check and stack the caches of a batch; `latents` are B C F H W.
 
-    Tensors of variable length are kept as lists. For texts without a cache, the batch has only `captions`,
+    Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
 
     Args:
@@ -60,7 +60,7 @@ def read_batch(
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
         undropped: For a teacher model, the indices of the captions before dropout; all must be cached. The
-            batch has these texts in addition if they differ from `captions`.
+            batch also contains these text embeddings if they differ from `captions`.
         encoded: Tensors of items that were encoded while training, without batch dimension, by position in
             the batch.
         reads_empty: Whether to read the empty prompt, too (`DatasetTable.uses_empty_prompt`).
@@ -151,7 +151,7 @@ def _unpack_inner_audio(
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
         lacking = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
         raise CacheError(
-            f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
+            f"{path}: it has no {lacking}, which the model needs for every clip, even a silent one. "
             f"Cache again with: {commands.latents}"
         )
     tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
@@ -166,7 +166,7 @@ def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) 
 
 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
-    """Return the message for a cache without rejected latents, which --preference needs."""
+    """Return the error message for a cache without rejected latents, which --preference needs."""
     return (
         f"{path}: it has no latents of a worse one, which --preference needs. Give the table "
         f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
@@ -322,7 +322,7 @@ class _Reader:
                 maker = entry.metadata.get("architecture", "")
                 made_for = f" (made for {maker})" if maker else ""
                 raise CacheError(
-                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}"
+                    f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}"
                 )
             records = text_records(entry)
             for record in records.values():
@@ -417,7 +417,7 @@ class _Reader:
             path=path,
             part=origin_name,
             encoder=record.encoder,
-            # records of early versions lack CLOCK: these timed companions apart from the clip
+            # records of early versions lack CLOCK: those versions timed companions separately from the clip
             has_separate_timing=is_video and CLOCK not in record.options and has_companions,
             windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
             earlier_decoder_version=record.decoding_version if is_older else None,

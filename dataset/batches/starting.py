@@ -60,7 +60,7 @@ def check_caches(
 
     1. Read each sampled item as a batch of one, which raises if a cache is damaged or outdated.
     2. Compare its text encoders with those of the trained model, and let the family check its texts.
-    3. Warn of caches by earlier versions, and of clips with fewer caches than they were cut into.
+    3. Warn of caches from earlier versions, and of clips with fewer caches than they were cut into.
 
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
     last. Items and texts that are encoded while training are not read.
@@ -150,7 +150,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, CacheOrigin]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches by earlier versions that would be made differently now.
+    """Warn of caches from earlier versions that would be made differently now.
 
     `origins` are pairs of an item and the origin of its latents.
     """
@@ -209,7 +209,7 @@ def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands
 def _compare_decoding(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of a cache by an earlier version that read the frames of a clip in another order or orientation.
+    """Warn of a cache from an earlier version that read the frames of a clip in another order or orientation.
 
     At most MAX_DECODED clips are checked, up to the first with a difference; missing files are skipped.
 

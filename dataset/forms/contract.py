@@ -129,7 +129,7 @@ class RowFormat:
         return None
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-        """Return those columns among `names` with small values, and those that contain files."""
+        """Return the columns among `names` that contain small values, and those that contain files."""
         return [*names], []
 
 

@@ -130,7 +130,7 @@ def format_array(array: Array) -> bytes:
 
 
 def _list_names(file: zipfile.ZipFile) -> list[str]:
-    """Return the names of the arrays. Raises ValueError if they are too many or too large."""
+    """Return the names of the arrays. Raises ValueError if there are too many or they are too large."""
     infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
     if len(infos) > MAX_ARRAYS:
         raise ValueError(f"it has {len(infos)} arrays")

@@ -62,7 +62,7 @@ _STATED_CONTENT = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 class NpzStore:
     """Store entries in the npz files of a table.
 
-    Messages outside this class name an entry as a single cache file; messages of this class name the npz
+    Messages outside this class refer to an entry as a single cache file; those of this class name the npz
     file.
     """
 
@@ -150,7 +150,7 @@ class NpzStore:
         return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file that has an entry: the one of its name, else `STEM.npz` of an older program."""
+        """Return the file of an entry: the one with its name, else `STEM.npz` of an older program."""
         path = self._path(name)
         stem = self._source_stem(name)
         is_latents = bool(stem) and not self._is_text(name)
@@ -224,7 +224,7 @@ class NpzStore:
         return name + unfinished_suffix
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of an ending of entry names (without suffix) and the ending of their files."""
+        """Return pairs of an entry name's ending (without suffix) and its file name's ending."""
         return (f"_{self.tag}_te", self.format.texts), (f"_{self.tag}", self.format.latents)
 
     # --- latents ---
@@ -265,7 +265,7 @@ class NpzStore:
         return self._read_foreign_latents(path, arrays, self._grid(name))
 
     def _reshape_latents(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor of an npz file in the shape that our record of it states."""
+        """Return a tensor of an npz file in the shape that Reelsmith's record states."""
         # a mask for other programs has the size of the image, training takes that of the latents
         if key == LOSS_MASK and tensor.numel() != math.prod(shape):
             # shrink_mask takes frames with values 0..255
@@ -380,7 +380,7 @@ class NpzStore:
     def _read_text(self, name: str) -> cache_files.Entry:
         """Read the cached outputs of text encoders from an npz file, or from an unfinished one (`.part`).
 
-        They are described by our record, which unfinished files always have, otherwise by the format's keys.
+        They are described by Reelsmith's record, which unfinished files always have, or by the format's keys.
         """
         path = self._path(name)
         npz_format = self.format

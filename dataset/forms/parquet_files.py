@@ -63,7 +63,7 @@ def parquet_parts(path: Path) -> list[Path]:
 def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator[Any]:
     """Open a Parquet file as pyarrow's `ParquetFile`, and convert errors in the block to DatasetError.
 
-    Equal texts of `dictionary_columns` are stored only once in memory.
+    Equal strings in `dictionary_columns` are stored only once in memory.
 
     Raises:
         DatasetError: If the file cannot be opened, or if reading it in the block fails.
@@ -294,9 +294,9 @@ def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
 
 
 def cell_column(path: Path, name: str) -> str | None:
-    """Return the column that holds the bytes of files: `name` itself, or `name.bytes` if it is a struct.
+    """Return the column that contains the bytes of files: `name`, or `name.bytes` if it is a struct.
 
-    Returns None if `name` holds no files.
+    Returns None if `name` contains no files.
     """
     from pyarrow import types
 
@@ -315,7 +315,7 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 class CellFinder:
-    """Finder of the cells in a column of files of a Parquet file, by the numbers of rows."""
+    """Finds the cells of a column of files in a Parquet file, by row number."""
 
     def __init__(self, path: Path, column: str, finds_nulls: bool = False) -> None:
         """Read the row groups from the metadata of the file.
@@ -424,7 +424,7 @@ def _read_column(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """
     with open_parquet(path, [column]) as file:
         limit = UnpackedBytesLimit.of(path)
-        limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
+        limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is in memory at a time
         largest_value(file, limit, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     # pyarrow returns a column of a struct as a struct with that one field

@@ -116,7 +116,7 @@ def _values(array: Any, limit: parquet_files.UnpackedBytesLimit) -> list[Any]:
         array.validate(full=True)  # checks indices into dictionaries, too
         items = array.flatten()
         limit.add(parquet_files.VALUE_BYTES * len(items))
-        if types.is_dictionary(items.type):  # each index becomes a copy of a text
+        if types.is_dictionary(items.type):  # each index becomes a copy of a string
             sizes = compute.binary_length(items.dictionary)
             limit.add(compute.sum(compute.take(sizes, items.indices)).as_py() or 0)
         return list(array.to_pylist())

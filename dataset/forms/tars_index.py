@@ -42,7 +42,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """Raised if a tar cannot be read beyond a position; the text gives the reason."""
+    """Raised if a tar cannot be read beyond a position; the message gives the reason."""
 
     def __init__(self, reason: str, is_no_tar: bool = False) -> None:
         super().__init__(reason)
@@ -59,7 +59,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarRules:
-    """Which files of a sample are its media, its caption and its companions."""
+    """Rules for which files of a sample are its media, its caption and its companions."""
 
     media: tuple[str, ...]  # suffixes of images or clips
     spare: tuple[str, ...]  # suffixes that count as media only if no file has one of `media`
@@ -196,7 +196,7 @@ def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rule
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:
-    """Raise DatasetError if a file begins like a compressed one."""
+    """Raise DatasetError if the first bytes of a file show that it is compressed."""
     first_bytes = file.read(8)
     file.seek(0)
     for magic, (compression, command) in COMPRESSED.items():
@@ -338,7 +338,7 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
     if isinstance(further, list):
         captions += further
     if not all(isinstance(caption, str) and not bad_character(caption) for caption in captions):
-        raise ValueError(f"{name or 'captions'} in its .json is not a text")
+        raise ValueError(f"{name or 'captions'} in its .json is not a string")
     return captions
 
 

@@ -231,10 +231,10 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 tars |= dict.fromkeys(_list_tars(table, name))
             except MediaError as error:
                 faults.append(
-                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), is_fatal=False)
+                    media_source.Fault(f"tars of {table.name} cannot be loaded", str(error), is_fatal=False)
                 )
             except DatasetError as error:
-                faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
+                faults.append(media_source.Fault(f"names in {table.name} match no tar", str(error)))
     return list(tars)
 
 

@@ -159,7 +159,7 @@ def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, me
 
 
 def _texts_in(value: Any) -> list[Any]:
-    """Return the texts in a value: the value itself, or the items of a list or an object."""
+    """Return the strings in a value: the value itself, or the items of a list or an object."""
     if isinstance(value, str):
         # a cell of a CSV table may contain a list as text
         return _QUOTED.findall(value) if value.lstrip().startswith("[") else [value]

@@ -53,8 +53,8 @@ def read_caption(path: Path) -> str | None:
 def read_caption_file(path: Path) -> CaptionContent | None:
     """Return the text and encoding of a caption file; None if there is no file.
 
-    A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as Windows'
-    editor saves it.
+    A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as saved by
+    Windows Notepad.
 
     Raises:
         DatasetError: If the file is in another encoding, too large, not a regular file, or unreadable.
@@ -84,7 +84,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
         ) from error
     bad = bad_character(caption)
     if bad is not None:
-        raise DatasetError(f"{path}: this caption holds {bad}. Save it as UTF-8.")
+        raise DatasetError(f"{path}: this caption contains {bad}. Save it as UTF-8.")
     return CaptionContent(caption, encoding)
 
 
@@ -202,7 +202,7 @@ def _list_text_keys() -> list[str]:
 
 
 def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Return the first key whose value is a text."""
+    """Return the first key whose value is a string."""
     return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
@@ -227,7 +227,7 @@ def add_trigger(caption: str, trigger: str) -> str:
 def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
     """Guess the encoding of caption files that are not UTF-8, from all of them together.
 
-    The guess is None for a file that is probably not a text, or cannot be read.
+    The guess is None for a file that is probably not text, or cannot be read.
     """
     from modules.text_encodings import guess_encodings
 
@@ -241,7 +241,7 @@ def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 after line `number`, with a guessed encoding."""
+    """Return the error for a list or table that is not UTF-8 after line `number`, with a guess."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")

@@ -49,7 +49,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     """
     fps = table.target_fps or fps
     if table.is_of_audio:
-        from dataset.sources.audio import black_frames  # only with sounds
+        from dataset.sources.audio import black_frames  # only for audio files
 
         return itertools.islice(black_frames(path, fps), max_decoded_frames(table))
     rate = table.declared_fps or fps
@@ -261,9 +261,9 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
-    """Return whether earlier versions, which timed companions separately, selected the same frames of them.
+    """Return whether earlier versions, which timed companions separately, selected the same companion frames.
 
-    Only headers are read, also those of files at addresses and in tars.
+    Only headers are read, including those of files at addresses and in tars.
 
     Raises:
         MediaError: If a header cannot be read.

@@ -81,7 +81,7 @@ def has_codes(path: Path) -> bool:
 
 
 def _may_differ(path: Path, decoder_version: int) -> bool:
-    """Return whether a version may have read a file differently, without opening the file."""
+    """Return whether a decoder version may have read a file differently, without opening the file."""
     return decoder_version == 0 or (decoder_version < AS_SHOWN and has_codes(path))
 
 
@@ -150,7 +150,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
                 continue
             colors_of_files[path] = colors
             problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
-            # GIF and WebP files in a folder of images are named when they are listed
+            # GIF and WebP files in a folder of images are reported when the folder is listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
                 problems[MOVING] = ""

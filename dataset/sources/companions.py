@@ -45,8 +45,8 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     """Add references and control masks, found by name in the folders of a table, to its sources.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; references may also be numbered `cat_0.mp4`,
-    `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder in which
-    nothing fits, are errors. Sources without a file and files without a source are logged as a warning.
+    `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder without any
+    matching file, are errors. Sources without a file and files without a source are logged as a warning.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -59,7 +59,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         companions, unmatched = paired
         lacking = [source.path for source in sources if source.stem not in companions]
         warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
+        warn_of_paths(table, f"in {key} match no {table.kind} by name, and are not read", unmatched)
         completed = []
         for source in sources:
             paths = companions.get(source.stem, ())
@@ -86,7 +86,7 @@ def pair_or_report(
 
 
 def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Explain how to name the files of a folder in which no file belongs to an item."""
+    """Explain how to name the files of a folder if none of them belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "

@@ -199,9 +199,7 @@ def decode_source(
     """
     with fetch(source) as local:
         if source.precomputed is not None:
-            raise MediaError(
-                f"{source.path}: its latents are given (load_tensors), so that no frames are read"
-            )
+            raise MediaError(f"{source.path}: its latents are given (load_tensors), so no frames are read")
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(local)):
                 media = _decode_image(
@@ -421,7 +419,7 @@ def _decode_image(
             image = change_colors(image, generator)
 
     def fit_to_bucket(other: Frame) -> Frame:
-        """Resize, crop and mirror the image, or a control image, mask or layer of it in the same way."""
+        """Resize, crop and mirror the image, or a control image, mask or layer in the same way."""
         other_size = (other.shape[1], other.shape[0])
         if table.buckets is None:
             other_fit = fit_cover(other_size, fit.bucket)
@@ -672,7 +670,7 @@ def _collect_frames(
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colors, bucket)
         count += 1
-    clip.resize((count, height, width, 3), refcheck=False)  # gives back the memory that is not used
+    clip.resize((count, height, width, 3), refcheck=False)  # gives back unused memory
     has_transparency = any(alpha is not None and alpha.min() < 255 for alpha in alphas)
     return clip, _stack_alphas(alphas) if has_transparency else None
 

@@ -565,7 +565,7 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_tool_outputs(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without outputs of our own tools, such as clip_SWINIR.mkv next to clip.mp4.
+    """Return the paths without outputs of Reelsmith's tools, such as clip_SWINIR.mkv next to clip.mp4.
 
     An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
     files with such names are opened. A warning says how many are left out.

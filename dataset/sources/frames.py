@@ -74,7 +74,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe for which target_frames a clip is too short; None if it is too short for none or for all."""
+    """Describe which target_frames a clip is too short for; None if for none or all of them."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -193,7 +193,7 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the frame rate of the frames that are kept of a clip. Only the header of the clip is read.
+    """Return the frame rate of the kept frames of a clip. Only the header of the clip is read.
 
     Args:
         source: The fetched source.

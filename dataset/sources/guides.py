@@ -16,8 +16,8 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     """Add a table's guides (images that a clip is conditioned on at a frame), found by name, to its sources.
 
     `door.png` belongs to `door.mp4`, and to all items that are cut from it. If a guide is a clip, its first
-    frame is used. A clip without one of its guides, two files with the same stem, and a folder of which no
-    file fits, are errors, which are added to `faults`.
+    frame is used. A clip without one of its guides, two files with the same stem, and a folder without
+    any matching file are errors, which are added to `faults`.
     """
     stems = frozenset(source.stem for source in sources)
     files_of_guides: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip
@@ -27,7 +27,7 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
         if paired is None:
             return sources
         files_by_stem, unmatched = paired
-        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
+        warn_of_paths(table, f"in {key} match no {table.kind} by name, and are not read", unmatched)
         lacking = [source for source in sources if source.stem not in files_by_stem]
         faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
         if lacking:

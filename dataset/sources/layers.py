@@ -112,7 +112,7 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
         fit_image: Resizes and crops like the image.
 
     Raises:
-        MediaError: If a layer cannot be read, has another size, or hides others because it is opaque.
+        MediaError: If a layer cannot be read, has a different size, or hides others because it is opaque.
     """
     frames: list[Frame] = []
     for path in source.layers:
@@ -121,7 +121,7 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
         if layer_size != size:
             raise MediaError(
                 f"{path} has {format_shape(layer_size)} pixels, its picture, {source.path}, has "
-                f"{format_shape(size)}: a picture and its layers need one size"
+                f"{format_shape(size)}: a picture and its layers need the same size"
             )
         if frames and frame[..., 3].min() == 255:  # the first layer is the background, which may be opaque
             raise MediaError(

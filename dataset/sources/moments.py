@@ -120,7 +120,7 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Settings, as JSON values, with which prepare_dataset.py made all items of a folder."""
+    """Settings, as JSON values, that prepare_dataset.py used for all items of a folder."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE

@@ -20,8 +20,8 @@ def add_reference_audio(
     """Add the files of reference_audio_directory to the sources of the same name.
 
     `cat.wav`, or the audio of `cat.mp4`, belongs to `cat.mp4` and to all items that are cut from it. Two
-    files of one name, and a folder in which nothing fits, are errors. A warning counts sources without a
-    reference, and files without a source.
+    files with the same name, and a folder without any matching file, are errors. A warning counts sources
+    without a reference, and files without a source.
     """
     folder = table.reference_audio_directory
     assert folder is not None  # the caller checks it
@@ -42,7 +42,7 @@ def add_reference_audio(
     lacking = [source.path for source in sources if source.stem not in by_stem]
     warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", lacking)
     unmatched = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
-    warn_of_paths(table, f"files in {KEY} belong to no clip by their name, and are not read", unmatched)
+    warn_of_paths(table, f"files in {KEY} match no clip by name, and are not read", unmatched)
     completed = []
     for source in sources:
         paths = by_stem.get(source.stem)
