@@ -386,10 +386,10 @@ class _TextCaches:
         self._table, self._tag, self._listing = table, tag, listing
         self._ending = cache_files.text_file_name("", tag)
         # A source may have several captions. Caches of first captions are named by the source alone; caches
-        # of further captions and of the empty prompt have an additional part in their names
+        # of additional captions and of the empty prompt have an additional part in their names
         self._first_captions = {name for name in names if name.endswith(self._ending)}
         if not self._first_captions:
-            # texts of other models show that the captions were cached, but for another model
+            # text caches of other models show that the captions were cached, but for another model
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
                 listing.texts_of_other_models[table.cache_directory] = of_others
@@ -408,7 +408,7 @@ class _TextCaches:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
-        """Return whether the table uses this cache of a further caption or of the empty prompt."""
+        """Return whether the table uses this cache of an additional caption or of the empty prompt."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)

@@ -1,7 +1,7 @@
 """Order of batches, selection of captions and validation items: functions of names and a seed.
 
-All random numbers come from generators seeded by the seed of the run, the number of the micro-batch and the
-position of the sample in it. Captions may vary: parts shuffled or dropped, wildcards, several lines.
+All random numbers come from generators seeded by the run's seed, the micro-batch number and the position of
+the sample in it. Captions may vary: parts shuffled or dropped, wildcards, several lines.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class BatchOrder:
         if unused:
             logger.warning(
                 "%d regularization images are not used because fewer other images are trained in an "
-                "epoch. More num_repeats of those would use more.",
+                "epoch. Raise their num_repeats to use more.",
                 unused,
             )
 
@@ -268,7 +268,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
-    """Return a hash of a stem, by which stems are sorted in an arbitrary order that never changes."""
+    """Return a hash of a stem, which sorts stems in an arbitrary order that never changes."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -360,7 +360,7 @@ def changed_caption(
 def _vary_parts(
     text: str, changes: CaptionChanges, step: int, total_steps: int, generator: random.Random
 ) -> str:
-    """Shuffle the movable parts of a caption, and drop some of them at random or by the warm-up."""
+    """Shuffle the movable parts of a caption, and drop some at random or because of the warm-up."""
     parts = _split_parts(text, changes)
     movable = parts.movable
     # the warm-up increases the number of movable parts linearly, from warmup_min to all

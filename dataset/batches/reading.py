@@ -224,7 +224,7 @@ class _ItemTensors:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the cached media and captions of a batch, with the stores, checks and family to read by."""
+    """Reader of the cached media and captions of a batch, with the stores, checks and family that it uses."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -291,7 +291,7 @@ class _Reader:
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
         """Read one caption of each item: its cached embeddings, or only the caption if it is not cached.
 
-        `caption_indices` has the index of each item's caption; EMPTY is the empty prompt.
+        `caption_indices` contains the index of each item's caption; EMPTY is the empty prompt.
         """
         texts = []
         for item, caption_index in zip(items, caption_indices, strict=True):
@@ -496,7 +496,7 @@ def _stack(
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:
         tensors = [item.tensors[name] for item in items]
-        if name in first.variable_length:  # lengths differ, so that these stay a list
+        if name in first.variable_length:  # lengths differ, so these stay a list
             stacked[name] = tensors
             continue
         if len(items) > 1:
@@ -513,7 +513,7 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
         shape = item.tensors[name].shape
         if shape != expected:
             raise CacheError(
-                f"{item.path}: {name} has the shape {format_shape(shape)}, in {first.path} it has "
+                f"{item.path}: {name} has the shape {format_shape(shape)}, but in {first.path} it has "
                 f"{format_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 

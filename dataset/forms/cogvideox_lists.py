@@ -216,7 +216,7 @@ class CogVideoXTensors:
 
     @property
     def image(self) -> Path | None:
-        """File with the VAE's mean and deviation of the first frame; None if the family uses no such file."""
+        """File of the VAE's mean and deviation for the first frame; None if the family uses no such file."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property

@@ -121,7 +121,7 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     With wildcards, each line of the caption is an alternative, so the tags follow every line.
 
     Raises:
-        ValueError: If a value is not a text.
+        ValueError: If a value is not a string.
     """
     if not isinstance(entry, dict):
         raise ValueError("its value is not an object with caption or tags")

@@ -175,7 +175,7 @@ def describe_tensors(
     metadata: Mapping[str, str],
     members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array of bytes, which an npz file has as one of its members.
+    """Return the record of tensors as an array of bytes, which is stored as a member of the npz file.
 
     Args:
         tensors: Tensors by name.

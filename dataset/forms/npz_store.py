@@ -5,8 +5,8 @@ has the arrays `latents`, `latents_flipped`, `alpha_mask`, `original_size` and `
 `_{h}x{w}` in latent pixels; without `NpzFormat.has_resolutions`, it has one resolution and no suffix. Files
 of older programs are called `STEM.npz` and are read if there is no other (`NpzFormat.reads_untagged_files`).
 Texts are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they
-fit, and never removed as stale. Our files have one more array for each resolution, the record of its sources,
-which other programs ignore.
+fit, and never removed as stale. Reelsmith's files have one more array for each resolution, the record of its
+sources, which other programs ignore.
 """
 
 import logging
@@ -73,7 +73,7 @@ class NpzStore:
     folder: Path
     # paths without suffix, by stem, of images that a list names and that may be in several folders
     image_paths: Mapping[str, Path] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # the file that was warned of
+    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # files that were warned about
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
@@ -251,7 +251,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        """Read the latents of one bucket from a file, which may have several buckets."""
+        """Read the latents of one bucket from a file, which may contain several buckets."""
         path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array_name: array_name.endswith(suffix))
         arrays = {array_name.removesuffix(suffix): array for array_name, array in members.items()}
@@ -266,7 +266,7 @@ class NpzStore:
 
     def _reshape_latents(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor of an npz file in the shape that Reelsmith's record states."""
-        # a mask for other programs has the size of the image, training takes that of the latents
+        # masks for other programs have the size of the image, but training needs the size of the latents
         if key == LOSS_MASK and tensor.numel() != math.prod(shape):
             # shrink_mask takes frames with values 0..255
             return shrink_mask(tensor[None] * 255, self.latent.stride)
@@ -427,7 +427,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays that other programs expect beside encoder outputs: constants, settings, zeros."""
+        """Return arrays that other programs expect besides encoder outputs: constants, settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

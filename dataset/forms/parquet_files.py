@@ -34,7 +34,7 @@ _ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field id of the encoding in these struct
 _BINARY, _STRUCT = 8, 12
 _INTEGERS = (4, 5, 6)  # i16, i32, i64
 _BOOLEANS = (1, 2)  # true and false; they have no further bytes
-_ONE_AT_A_TIME = threading.Lock()  # else all threads would read, and hold, the same row group at once
+_ONE_AT_A_TIME = threading.Lock()  # else all threads would load the same row group at once
 
 
 def parquet_parts(path: Path) -> list[Path]:
@@ -156,7 +156,7 @@ def largest_value(file: Any, limit: UnpackedBytesLimit, group: int, columns: Col
 
 
 def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises at too many.
+    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises if too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -175,7 +175,7 @@ def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
         unpacked_size = _read_size(header, _UNPACKED)
         packed_size = _read_size(header, _PACKED)
         limit.add(unpacked_size)
-        # values refer to a dictionary, or to earlier texts of a page whose beginnings they repeat
+        # values refer to a dictionary, or to earlier strings of a page whose prefixes they share
         is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
         data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if data_page is not None:
@@ -376,7 +376,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
     """Raise DatasetError if the cells of a row group are too large to be read at once."""
     if size_bytes > MAX_GROUP_BYTES:
         raise DatasetError(
-            f"{path}: a row group holds {size_bytes / 1e9:.1f} GB of {column}, at most "
+            f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
             f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
             "row_group_size=100."
         )

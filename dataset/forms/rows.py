@@ -363,7 +363,7 @@ def list_rows(
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
 
-    `cell_finders` has a function for each column with files, which locates the file in the cell of a row.
+    `cell_finders` has a function for each column of files that locates the file in a row's cell.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -479,7 +479,7 @@ def check_text(text: str, position: str) -> None:
         raise DatasetError(f"{position} holds {bad}. Correct the line.")
     if len(text) > MAX_CAPTION_BYTES:
         raise DatasetError(
-            f"{position} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+            f"{position} has {len(text):,} characters; at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
         )
 
 

@@ -1,4 +1,4 @@
-"""Find the sources of a table of any format, and its columns that nothing reads."""
+"""Find the sources of a table in any format, and its unused columns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -77,14 +77,14 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     if media is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
-            f"{table.name}: none of the columns {default} is there. Name the one with the paths: "
+            f"{table.name}: none of the columns {default} exists. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
     for key, name in named.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
     caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
-    # a column called "image" or "video" has the files themselves, or their paths
+    # a column called "image" or "video" contains the files themselves, or their paths
     return _ReadColumns(media or table.kind, caption)
 
 

@@ -134,7 +134,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
                 continue
             if source.audio is not None:
                 _, origin = source.audio
-                if origin is not None:  # would have to be downloaded
+                if origin is not None:  # it would have to be downloaded
                     continue
             if track_info(find_audio(source)) is not None:
                 uncached.append(source.path)

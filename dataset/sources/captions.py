@@ -89,7 +89,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
 
 
 def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
-    """Return the text of a file that Windows' editor may have saved; None if it is in another encoding."""
+    """Return the text of a file that Windows Notepad may have saved; None if it is in another encoding."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 
     guess = guess_encoding(content)
@@ -156,7 +156,7 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
     """Return "prefix trigger, caption suffix"; the trigger is left out if the caption contains it.
 
-    In a caption that is a JSON object in the format of a model, they are put around the main text.
+    If the caption is a JSON object in a model's format, they are put around its main text.
     """
     if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
@@ -212,7 +212,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Replace each secondary separator, which binds parts during shuffling, by the separator."""
+    """Replace each secondary separator, which binds parts during shuffling, with the separator."""
     secondary = changes.secondary_separator
     return text.replace(secondary, changes.separator) if secondary else text
 
@@ -248,7 +248,7 @@ def not_utf8(path: Path, number: int) -> DatasetError:
 
 
 def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
-    """Extend the errors of `read_caption` by the probable encoding and the first words of each file."""
+    """Add the probable encoding and first words of each file to the errors of `read_caption`."""
     explained = []
     for error, guess in zip(errors, guess_captions(paths), strict=True):
         if guess is not None and "UTF-8" in error:

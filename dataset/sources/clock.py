@@ -73,7 +73,7 @@ def _all_frames(path: Path, alpha: bool) -> Iterator[SampledFrame]:
     for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
         if first_start is None:
             first_start = start
-        # a moment inside of the frame, so that rounded times do not select a neighbor
+        # a moment inside the frame, so that rounded times do not select a neighbor
         yield frame, index, start - first_start + reading.PLACE_IN_FRAME * (end - start)
 
 
@@ -143,7 +143,7 @@ def read_mask(
 
 
 def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames at `indices`, which ascend and may repeat.
+    """Yield the frames at `indices`, which are ascending and may repeat.
 
     If all indices are beyond the end, the last frame is yielded.
     """

@@ -28,7 +28,7 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
     `keeps_alpha` says whether the family uses the transparency of images (`LatentSpec.keeps_alpha`).
     """
     for_family = keeps_alpha and source.table.kind == "image"
-    # with alpha_mask, transparency is the mask of the loss, so the colors below it are used
+    # with alpha_mask, transparency is the loss mask, so the colors below it are used
     return for_family or source.table.alpha_mask, for_family
 
 
@@ -102,14 +102,14 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
                 names = f"{earlier.name} before {later.name}"
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if had_other_orientation(path):
-                return f"{path.name} was read without the mirroring that it states, now with it"
+                return f"{path.name} was read without the mirroring that it states, but is now read with it"
             if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue
             ignored = _formerly_ignored(
                 media_colors(path), keeps_transparent, had_profiles=decoder_version > 0
             )
             if ignored is not None:
-                return f"{path.name} was read without {ignored}, now with it"
+                return f"{path.name} was read without {ignored}, but is now read with it"
     return None
 
 

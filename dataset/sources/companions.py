@@ -156,7 +156,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 
     `sources` are the sources of the table that have references or a control mask.
     """
-    rules = table.clip_references  # None: the model takes no references beside control clips
+    rules = table.clip_references  # None: the model takes no references besides control clips
     maximum = 0 if rules is None else rules.max_references
     accepts_masks = rules is not None and rules.control_masks
     for source in sources:

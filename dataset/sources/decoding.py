@@ -58,9 +58,9 @@ SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the 
 
 
 class ByteBudget:
-    """Memory budget of all decoding threads, because small files may hold images of a gigabyte.
+    """Memory budget of all decoding threads, because small files may contain images of a gigabyte.
 
-    A thread that needs more than the entire budget waits until no other thread holds memory.
+    A thread that needs more than the entire budget waits until no other thread has reserved memory.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -368,7 +368,7 @@ def _fit_alpha_and_mask(
     size: tuple[int, int],
     fit_to_bucket: Callable[[Frame], Frame],
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """Return the transparency that the model sees (H W) and the mask of the loss (F H W), each or None.
+    """Return the transparency that the model sees (H W) and the loss mask (F H W); each may be None.
 
     Both are resized and cropped like the image.
 
@@ -514,7 +514,7 @@ def _read_rejected(
     `size` is the original size of the chosen image.
 
     Raises:
-        MediaError: If the rejected image has another size, or cannot be read.
+        MediaError: If the rejected image has a different size, or cannot be read.
     """
     from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 

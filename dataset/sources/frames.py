@@ -156,7 +156,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
     """Yield for each frame, without end, whether to keep it when `source_fps` is reduced to `target_fps`.
 
     Frames are dropped, never repeated: all frames are kept if the source is slower or `source_fps` is None.
-    The running sum must be float64, because its rounding decides about some frames in existing caches.
+    The running sum must be float64, because its rounding determines some frames in existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
     position = 0.0  # of the frame, in frames at the target rate
@@ -328,7 +328,7 @@ def read_mask_clip(
         size: Size of the clip; the mask must have the same aspect ratio.
         num_frames: Number of frames of the clip.
     """
-    # only after the last frame it is known whether the mask is in the colors or in the alpha channel
+    # only after the last frame is it known whether the mask is in the colors or in the alpha channel
     channel_detector = MaskChannelDetector()
     color_masks: list[Frame] = []
     alpha_masks: list[Frame] = []

@@ -128,7 +128,7 @@ class TableFolders:
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
-    """Return the counts of `_count_unused` as a text, largest first."""
+    """Format the counts of `_count_unused` as text, largest first."""
     num_files = sum(by_suffix.total() for by_suffix in counts.values())
     verb = "file is" if num_files == 1 else "files are"
     parts = []
@@ -188,7 +188,7 @@ def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rul
 
 
 class CaptionOwners:
-    """Media files of a folder, to find the file that a misnamed caption belongs to."""
+    """Index of a folder's media files, for finding the file that a misnamed caption belongs to."""
 
     def __init__(self, names: Iterable[str]) -> None:
         """Index the names of media files, which include suffixes."""
@@ -255,7 +255,7 @@ def _describe_captions(
     misnamed: Sequence[tuple[str, str]],
     wanted_suffix: str,
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that are not read, by a hint at how to have them read.
+    """Return the names of caption files that are not read, by a hint that explains how to have them read.
 
     Args:
         table: Table of the dataset.
@@ -294,7 +294,7 @@ class _FolderRules:
     labels_read: frozenset[str]  # labels in file names, such as that of masks, that are read
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file is expected next to media, such as a caption, and not worth reporting.
+        """Return whether a file, such as a caption, is expected next to media and not worth reporting.
 
         `has_media` says that the folder has media with the same stem.
         """
@@ -355,7 +355,7 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder; `suffixes` has the suffix of each file."""
+    """Describe the contents of a folder; `suffixes` contains the suffix of each file."""
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)

@@ -116,7 +116,7 @@ class MediaSource:
     remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
-    reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
+    reference_audio: Path | None = None  # reference audio of a clip
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is generated
     guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or ()
@@ -188,7 +188,7 @@ class ClipInfo:
 def pause_garbage_collection() -> Iterator[None]:
     """Pause Python's cycle collection during the block, unless it was off before.
 
-    While a list of a million objects grows, the collector would visit all of them again and again, which
+    While a list of a million objects grows, the collector would visit all of them repeatedly, which
     takes a third of the time. Objects outside cycles are freed as usual.
     """
     was_enabled = gc.isenabled()

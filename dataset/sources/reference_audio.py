@@ -1,4 +1,4 @@
-"""Find by name the files of audio that the audio of clips is made after."""
+"""Find by name the audio files that serve as references for the audio of clips."""
 
 from dataclasses import replace
 from pathlib import Path
