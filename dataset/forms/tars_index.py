@@ -338,7 +338,7 @@ def _read_json_captions(text: str, rules: TarRules) -> list[str]:
     if isinstance(further, list):
         captions += further
     if not all(isinstance(caption, str) and not bad_character(caption) for caption in captions):
-        raise ValueError(f"{name or 'captions'} in its .json is not a string")
+        raise ValueError(f"{name or 'captions'} in its .json is not a text")
     return captions
 
 

@@ -109,7 +109,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
                 media_colors(path), keeps_transparent, had_profiles=decoder_version > 0
             )
             if ignored is not None:
-                return f"{path.name} was read without {ignored}, but is now read with it"
+                return f"{path.name} was read without {ignored}, now with it"
     return None
 
 

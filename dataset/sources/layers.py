@@ -121,7 +121,7 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
         if layer_size != size:
             raise MediaError(
                 f"{path} has {format_shape(layer_size)} pixels, its picture, {source.path}, has "
-                f"{format_shape(size)}: a picture and its layers need the same size"
+                f"{format_shape(size)}: a picture and its layers need one size"
             )
         if frames and frame[..., 3].min() == 255:  # the first layer is the background, which may be opaque
             raise MediaError(

@@ -47,7 +47,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, position: str) -> Referen
         raise DatasetError(f"{position}: type = {_show(kind)}: write one of {', '.join(KINDS)}")
     unknown = sorted(entry.keys() - KEYS)
     if unknown:
-        raise DatasetError(f"{position}: unknown key {unknown[0]}; known keys: {', '.join(sorted(KEYS))}")
+        raise DatasetError(f"{position}: unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}")
     if "audio_path" in entry and kind != "video":
         raise DatasetError(f"{position}: audio_path is for references of type video. Leave it out")
     path = _locate(entry.get("path"), file, f"{position}: path")
