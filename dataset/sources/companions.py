@@ -59,7 +59,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         companions, unmatched = paired
         lacking = [source.path for source in sources if source.stem not in companions]
         warn_of_paths(table, f"of {len(sources)} {table.kind}s {LACKS_COMPANION[key]}", lacking)
-        warn_of_paths(table, f"in {key} match no {table.kind} by name, and are not read", unmatched)
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", unmatched)
         completed = []
         for source in sources:
             paths = companions.get(source.stem, ())
