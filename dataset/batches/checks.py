@@ -72,7 +72,8 @@ def check_channels(
     if without_fps:
         logger.warning(
             "%s, and maybe others, was made by another program and does not record its frame rate: %g "
-            "frames per second are assumed. If it was cached at another rate (target_fps), cache it here: %s",
+            "frames per second are assumed. If it was cached at a different rate (target_fps), cache it "
+            "here: %s",
             without_fps[0],
             latent.default_fps,
             commands.latents,
@@ -125,8 +126,8 @@ def _find_text_setting_changes(
 ) -> Iterator[str]:
     """Yield a line if a table key that changes text embeddings differs from a cache's record.
 
-    `saw_references` says that a text encoder saw reference images, so that the keys that change their look
-    count as well.
+    `saw_references` says that a text encoder saw reference images, so that the keys that change their
+    appearance count as well.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
@@ -205,7 +206,7 @@ def latent_errors(
         bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
-            yield f"made for {format_shape(made_for)} pixels, {table.name} asks for {format_shape(bucket)}"
+            yield f"made for {format_shape(made_for)} pixels, but {table.name} needs {format_shape(bucket)}"
         yield from _find_changed_keys(table, tensors, record.options, latent)
         if record.parts != item.num_latent_files:
             yield f"{record.parts} files of its clip belong together, {item.num_latent_files} are there"
@@ -228,7 +229,7 @@ def _find_mask_errors(
     elif table.mask_directory is not None:
         companions = _current_companions(item)
         has_mask = companions is not None and companions.has_mask
-        # without a mask file now, a cached mask is no error: only the file may have been deleted
+        # without a mask file now, a cached mask is not an error: only the file may have been deleted
         allowed_origins = {FROM_FILE} if has_mask else {FROM_FILE, None}
     elif table.directory is None:  # a list, whose rows may name masks
         allowed_origins = {FROM_FILE, None}
@@ -240,13 +241,13 @@ def _find_mask_errors(
         expected = "alpha_mask = true"
     else:
         expected = "no mask" if allowed_origins == {None} else "a mask for it"
-    yield f"the mask of its loss is from {mask_origin or 'nowhere'}, {table.name} has {expected}"
+    yield f"its loss mask is from {mask_origin or 'nowhere'}, but {table.name} has {expected}"
 
 
 def _find_shape_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield an error if latents or their loss mask do not have the shape that the table asks for."""
+    """Yield an error if latents or their loss mask do not have the shape that the table requires."""
     shape = list(tensors["latents"].shape)
     width, height = item.bucket[:2]
     frames = item.bucket[2] if len(item.bucket) == 3 else 1
@@ -255,7 +256,7 @@ def _find_shape_errors(
         expected[1] = len(tensors[data.FRAME_INDICES])  # a single image with its control images as frames
     if shape != expected:
         yield (
-            f"its latents have the shape {format_shape(shape)}, {item.table.name} asks for "
+            f"its latents have the shape {format_shape(shape)}, but {item.table.name} needs "
             f"{format_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
@@ -272,14 +273,13 @@ def _find_companion_errors(
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
         yield (
-            f"the latents of its worse one are {format_shape(rejected.shape)}, its own are "
+            f"the latents of its worse one are {format_shape(rejected.shape)}, but its own are "
             f"{format_shape(shape)}"
         )
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield (
-            f"the mask of its loss is {format_shape(mask.shape)}, its latents are "
-            f"{format_shape(expected[1:])}"
+            f"its loss mask is {format_shape(mask.shape)}, but its latents are {format_shape(expected[1:])}"
         )
 
 
@@ -323,7 +323,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _select_recorded_keys(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are table keys; `stale` names what a change of these outdates."""
+    """Return the recorded options that are table keys; `stale` names what becomes outdated if they change."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -345,17 +345,18 @@ def audio_errors(
     shape = tuple(tensors[data.AUDIO_LATENTS].shape)
     if item.audio_latent_shape and shape != item.audio_latent_shape:
         yield (
-            f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio_latent_shape}"
+            f"its latents have the shape {shape}, but a clip of its frames and rate has "
+            f"{item.audio_latent_shape}"
         )
     if record is None:
         return
     has_reference = HAS_REFERENCE in record.options
     if has_reference and table.reference_audio_directory is None:
-        yield f"it was made with a reference, {table.name} has no reference_audio_directory"
+        yield f"it was made with a reference, but {table.name} has no reference_audio_directory"
     elif not has_reference and table.reference_audio_directory is not None:
         companions = _current_companions(item)
         if companions is not None and companions.has_reference_audio:
-            yield f"it was made without a reference, now {table.name} has one for it"
+            yield f"it was made without a reference, but {table.name} now has one for it"
     num_files = len(record.files) - has_reference  # the reference comes last
     is_from_file = num_files > 1  # the clip and a separate audio file
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
@@ -372,12 +373,12 @@ def _find_source_changes(
 ) -> Iterator[str]:
     """Yield the differences between an item's sources and its record.
 
-    `folders` has the folder of each file in the record.
+    `folders` contains the folder of each file in the record.
     """
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
-        yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
+        yield f"made for source_fps = {rate}, but {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:
         # records of early versions list no files: then there is nothing to compare
         file = checks.changed_file(folders[: len(record.files)], record.files)
@@ -401,9 +402,9 @@ def _find_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     num_expected = None if num_now is None else min(num_now, rules.max_references)
     if table.directory is None:  # a list
         if num_expected is not None and num_expected != num_cached:
-            yield f"{made_with}, now {table.source} names {num_now}"
+            yield f"{made_with}, but {table.source} now names {num_now}"
     elif num_cached and table.control_directory is None:
-        yield f"it was made with reference pictures, {table.name} has no control_directory"
+        yield f"it was made with reference pictures, but {table.name} has no control_directory"
     elif num_expected is not None and num_cached < num_expected:
         yield f"{made_with}, now its image has {num_expected}"
 
@@ -438,9 +439,9 @@ def _count_references(item: TrainingItem) -> int | None:
 
 
 def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
-    """Count the files that accompany an item now, such as its mask and its references.
+    """Count the files that currently accompany an item, such as its mask and its references.
 
-    Returns None if the item is in no listing, or if listing its table could download files.
+    Returns None if the item is not in a listing, or if listing its table could download files.
     """
     table = item.table
     if not source_format_of(table).is_listed_in_training:
@@ -467,7 +468,7 @@ class SameEncoders:
     The parts are latents and each encoder's texts.
 
     A difference is never an error: files with different fingerprints may contain the same network, and
-    another dtype makes only a small difference. Files of other programs do not record their encoders.
+    a different dtype makes only a small difference. Files of other programs do not record their encoders.
     """
 
     commands: CachingCommands = NO_COMMANDS
@@ -483,8 +484,8 @@ class SameEncoders:
     def difference(self, made_by: Iterable[data.CacheOrigin]) -> str | None:
         """Return a warning if a batch's encoders differ from the first batch's; None if nothing is new.
 
-        `made_by` are the origins of the batch's caches, each for a part such as latents. A part is warned
-        of once.
+        `made_by` are the origins of the batch's caches, each for a part such as latents. Each part is
+        reported once.
         """
         lines: list[str] = []
         latents_differ = texts_differ = False

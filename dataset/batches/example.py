@@ -1,4 +1,4 @@
-"""Find the files and the caption of a training item, for an example command that generates from them."""
+"""Find the files and the caption of a training item, for an example generation command."""
 
 import contextlib
 import itertools

@@ -112,7 +112,7 @@ def find_items(
     if audio is not None and audio.audio_only:
         listing.why_audio_is_needed = "sound alone is learned"
     has_own_caches = audio is not None and not audio.is_in_latent_cache
-    # audio that is encoded while training is unknown here, so nothing can be said of it
+    # audio that is encoded while training is unknown here, so nothing can be said about it
     expects_audio = has_own_caches and bool(listing.items) and not live
     if expects_audio and not any(item.has_cached_audio for item in listing.items):
         listing.missing_all_audio = audio
@@ -263,7 +263,7 @@ def _leave_out_unlisted(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    """Add lines about caches in a different format than the table's."""
+    """Add error lines about caches whose format differs from the table's."""
     # imported here, because few folders have caches in two formats
     from dataset.cache.form import list_format_errors, list_shard_errors
 
@@ -386,10 +386,10 @@ class _TextCaches:
         self._table, self._tag, self._listing = table, tag, listing
         self._ending = cache_files.text_file_name("", tag)
         # A source may have several captions. Caches of first captions are named by the source alone; caches
-        # of further captions and of the empty prompt have an additional part in their names
+        # of additional captions and of the empty prompt have an additional part in their names
         self._first_captions = {name for name in names if name.endswith(self._ending)}
         if not self._first_captions:
-            # texts of other models show that the captions were cached, but for another model
+            # text caches of other models show that the captions were cached, but for another model
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
                 listing.texts_of_other_models[table.cache_directory] = of_others
@@ -408,7 +408,7 @@ class _TextCaches:
             self._empty_prompts = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
-        """Return whether the table uses this cache of a further caption or of the empty prompt."""
+        """Return whether the table uses this cache of an additional caption or of the empty prompt."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
@@ -482,8 +482,8 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     """Return the items to train on. Items without a text cache are left out with a warning.
 
     Raises:
-        CacheError: If a table has no usable cache, or text caching has not finished. The message has the
-            commands that cache.
+        CacheError: If a table has no usable cache, or text caching has not finished. The message lists
+            the caching commands.
     """
     if listing.incomplete_tables or listing.unfinished_text:
         _reject_unfinished(listing, commands)
@@ -589,11 +589,11 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             next(iter(listing.missing_text)),
             commands.text,
         )
-    # a cache that one table does not list may be of a source that another table of the folder lists
+    # a cache that one table does not list may belong to a source that another table of the folder lists
     gone = [folder / stem for folder, stem in listing.unlisted_caches if stem not in listing.listed[folder]]
     if gone:
         logger.warning(
-            "%d sources have caches but are gone, or in no list (the first: %s): they are left out.",
+            "%d sources have caches but are gone, or are in no list (the first: %s): they are left out.",
             len(gone),
             gone[0],
         )

@@ -65,7 +65,7 @@ def read_clean_audio_spans(item: TrainingItem, fps: float | None) -> Spans | Non
         fps: Frames per second of its clip; None if unknown.
 
     Raises:
-        DatasetError: If the file cannot be read, or has anything other than pairs of seconds.
+        DatasetError: If the file cannot be read, or contains anything other than pairs of seconds.
     """
     folder = item.table.audio_cond_mask_directory
     if folder is None:

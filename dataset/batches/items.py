@@ -63,7 +63,7 @@ class TrainingItem:
     # shape C T M of the clip's audio latents, silent or not, if it must be equal in a batch
     audio_latent_shape: tuple[int, ...] = ()
     has_cached_audio: bool = False  # whether the clip's audio has a cache file
-    # length of the latents of the audio that its audio is made after, if it must be equal in a batch
+    # length of the latents of its reference audio, if it must be equal in a batch
     audio_reference_length: int = 0
 
     @property
@@ -91,7 +91,7 @@ class TrainingItem:
 
     @property
     def audio_path(self) -> Path:
-        """Path of the cache of the clip's audio."""
+        """Path of the clip's audio cache."""
         return self.table.cache_directory / audio_file_name(self.file_name, self.cache_info.tag)
 
     def caption_path(self, number: int) -> Path:
@@ -113,7 +113,7 @@ class OfSource(Protocol):
 
     @property
     def source_stem(self) -> str:
-        """Stem of the source; all items of a source are held out together."""
+        """Stem of the source; all items from a source are held out together."""
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
@@ -137,7 +137,7 @@ class CachingCommands:
     """
 
     def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
-        """Take the function that returns the commands for latents and for texts; it must be picklable."""
+        """Store the function that returns the commands for latents and for texts; it must be picklable."""
         self._build = build
 
     @property

@@ -1,7 +1,7 @@
 """Order of batches, selection of captions and validation items: functions of names and a seed.
 
-All random numbers come from generators seeded by the seed of the run, the number of the micro-batch and the
-position of the sample in it. Captions may vary: parts shuffled or dropped, wildcards, several lines.
+All random numbers come from generators seeded by the run's seed, the micro-batch number and the position of
+the sample in it. Captions may vary: parts shuffled or dropped, wildcards, several lines.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ T = TypeVar("T")
 class BatchOrder:
     """Order of batches of every epoch, which depends only on the items' names and the seed.
 
-    Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket has the
-    items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization images
-    as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
+    Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket contains
+    the items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization
+    images as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
@@ -63,7 +63,7 @@ class BatchOrder:
         if unused:
             logger.warning(
                 "%d regularization images are not used because fewer other images are trained in an "
-                "epoch. More num_repeats of those would use more.",
+                "epoch. Raise their num_repeats to use more.",
                 unused,
             )
 
@@ -79,7 +79,7 @@ class BatchOrder:
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
         if self._cached_epoch != number:
-            self._cached_epoch = -1  # in case that building is interrupted
+            self._cached_epoch = -1  # in case building is interrupted
             self._batches = []  # freed before the next epoch is built
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
@@ -122,7 +122,7 @@ def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]
     """Return the number of repeats of each regularization image, at least `num_learned` in total.
 
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
-    get 0. If all images are not enough, repeats are added evenly, beginning with the first image.
+    get 0. If there are too few images, repeats are added evenly, beginning with the first image.
 
     Args:
         repeats: Repeats of each image, from its table, in order.
@@ -268,7 +268,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
-    """Return a hash of a stem, by which stems are sorted in an arbitrary order that never changes."""
+    """Return a hash of a stem, which sorts stems in an arbitrary order that never changes."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -360,7 +360,7 @@ def changed_caption(
 def _vary_parts(
     text: str, changes: CaptionChanges, step: int, total_steps: int, generator: random.Random
 ) -> str:
-    """Shuffle the movable parts of a caption, and drop some of them at random or by the warm-up."""
+    """Shuffle the movable parts of a caption, and drop some at random or because of the warm-up."""
     parts = _split_parts(text, changes)
     movable = parts.movable
     # the warm-up increases the number of movable parts linearly, from warmup_min to all
@@ -388,7 +388,7 @@ class _CaptionParts(NamedTuple):
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> _CaptionParts:
-    """Split a caption at `separator` into parts, of which keep_tokens or its separator fix some."""
+    """Split a caption at `separator` into parts; keep_tokens or its separator keeps some in place."""
     fix_separator = changes.keep_tokens_separator
     if fix_separator and fix_separator in text:
         # a second separator marks where the fixed end begins

@@ -48,7 +48,7 @@ def read_batch(
 ) -> data.Batch:
     """Read, check and stack the caches of a batch; `latents` are B C F H W.
 
-    Tensors of variable length are kept as lists. For texts without a cache, the batch has only `captions`,
+    Tensors of variable length are kept as lists. For captions without a cache, the batch has only `captions`,
     unchanged.
 
     Args:
@@ -60,7 +60,7 @@ def read_batch(
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
         undropped: For a teacher model, the indices of the captions before dropout; all must be cached. The
-            batch has these texts in addition if they differ from `captions`.
+            batch also contains these text embeddings if they differ from `captions`.
         encoded: Tensors of items that were encoded while training, without batch dimension, by position in
             the batch.
         reads_empty: Whether to read the empty prompt, too (`DatasetTable.uses_empty_prompt`).
@@ -151,7 +151,7 @@ def _unpack_inner_audio(
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
         lacking = data.INNER_AUDIO if audio is None else data.AUDIO_PRESENT
         raise CacheError(
-            f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
+            f"{path}: it has no {lacking}, which the model needs for every clip, even a silent one. "
             f"Cache again with: {commands.latents}"
         )
     tensors[data.AUDIO_LATENTS] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
@@ -166,7 +166,7 @@ def _check_rejected(media: Sequence["_ItemTensors"], commands: CachingCommands) 
 
 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
-    """Return the message for a cache without rejected latents, which --preference needs."""
+    """Return the error message for a cache without rejected latents, which --preference needs."""
     return (
         f"{path}: it has no latents of a worse one, which --preference needs. Give the table "
         f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
@@ -224,7 +224,7 @@ class _ItemTensors:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the cached media and captions of a batch, with the stores, checks and family to read by."""
+    """Reader of the cached media and captions of a batch, with the stores, checks and family that it uses."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -291,7 +291,7 @@ class _Reader:
     def read_texts(self, items: Sequence[TrainingItem], caption_indices: Sequence[int]) -> list[_ItemTensors]:
         """Read one caption of each item: its cached embeddings, or only the caption if it is not cached.
 
-        `caption_indices` has the index of each item's caption; EMPTY is the empty prompt.
+        `caption_indices` contains the index of each item's caption; EMPTY is the empty prompt.
         """
         texts = []
         for item, caption_index in zip(items, caption_indices, strict=True):
@@ -322,7 +322,7 @@ class _Reader:
                 maker = entry.metadata.get("architecture", "")
                 made_for = f" (made for {maker})" if maker else ""
                 raise CacheError(
-                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}"
+                    f"{path}: the text cache is incomplete; it has no {', '.join(absent)}{made_for}"
                 )
             records = text_records(entry)
             for record in records.values():
@@ -417,7 +417,7 @@ class _Reader:
             path=path,
             part=origin_name,
             encoder=record.encoder,
-            # records of early versions lack CLOCK: these timed companions apart from the clip
+            # records of early versions lack CLOCK: those versions timed companions separately from the clip
             has_separate_timing=is_video and CLOCK not in record.options and has_companions,
             windows=_count_windows(item, record, self.latent.lengths),  # items that the clip was cut into
             earlier_decoder_version=record.decoding_version if is_older else None,
@@ -496,7 +496,7 @@ def _stack(
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:
         tensors = [item.tensors[name] for item in items]
-        if name in first.variable_length:  # lengths differ, so that these stay a list
+        if name in first.variable_length:  # lengths differ, so these stay a list
             stacked[name] = tensors
             continue
         if len(items) > 1:
@@ -513,7 +513,7 @@ def _check_shapes(items: Sequence[_ItemTensors], name: str, commands: CachingCom
         shape = item.tensors[name].shape
         if shape != expected:
             raise CacheError(
-                f"{item.path}: {name} has the shape {format_shape(shape)}, in {first.path} it has "
+                f"{item.path}: {name} has the shape {format_shape(shape)}, but in {first.path} it has "
                 f"{format_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 

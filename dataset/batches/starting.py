@@ -43,7 +43,7 @@ MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: 
 MAX_LISTED = 50_000  # files of a folder, captions among them
 UNKNOWN_ENCODERS: Mapping[
     str, Mapping[str, str]
-] = {}  # `own_encoders` if training does not know the encoders
+] = {}  # `own_encoders` if the encoders are unknown in training
 
 
 def check_caches(
@@ -60,7 +60,7 @@ def check_caches(
 
     1. Read each sampled item as a batch of one, which raises if a cache is damaged or outdated.
     2. Compare its text encoders with those of the trained model, and let the family check its texts.
-    3. Warn of caches by earlier versions, and of clips with fewer caches than they were cut into.
+    3. Warn of caches from earlier versions, and of clips with fewer caches than they were cut into.
 
     At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
     last. Items and texts that are encoded while training are not read.
@@ -132,7 +132,7 @@ def _require_trained_encoder(
         if recorded != trained_id[key]:
             raise CacheError(
                 f"{origin.path}: another {origin.part.replace('_', ' ')} made this text than that of the "
-                f"trained checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, here it is "
+                f"trained checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, but here it is "
                 f"{shorten_fingerprint(trained_id[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )
@@ -150,7 +150,7 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, CacheOrigin]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches by earlier versions that would be made differently now.
+    """Warn of caches from earlier versions that would be made differently now.
 
     `origins` are pairs of an item and the origin of its latents.
     """
@@ -170,7 +170,7 @@ def _warn_of_missing_windows(
 ) -> None:
     """Warn of clips with fewer cached items than the windows that they were cut into.
 
-    `num_windows` has the number of windows of each clip, by table index and stem.
+    `num_windows` contains the number of windows of each clip, by table index and stem.
     """
     num_cached = Counter((item.table.index, item.source_stem) for item in cached)
     incomplete = [clip for clip, expected in num_windows.items() if num_cached[clip] < expected]
@@ -189,7 +189,7 @@ def _warn_of_missing_windows(
 
 
 def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if an early version cached control clips at a different rate than that of their clip.
+    """Warn if an early version cached control clips at a different rate than their clip's.
 
     The rates are read from the headers of the source files. Missing files are skipped.
     """
@@ -209,7 +209,7 @@ def _compare_frame_selection(items: Sequence[TrainingItem], fps: float, commands
 def _compare_decoding(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of a cache by an earlier version that read the frames of a clip in another order or orientation.
+    """Warn of a cache from an earlier version that read the frames of a clip in another order or orientation.
 
     At most MAX_DECODED clips are checked, up to the first with a difference; missing files are skipped.
 
@@ -320,7 +320,7 @@ def _find_differences(
 ) -> _SourceDifferences:
     """Compare the sources of a folder, by stem, with the training items from its caches.
 
-    `missing_text_caches` are names of files: their sources have latents, but no item. `finds_audio` says
+    `missing_text_caches` are file names whose sources have latents, but no item. `finds_audio` says
     whether clips with audio must have cached audio.
     """
     cached = {item.source_stem for item in items}

@@ -26,7 +26,7 @@ class CogVideoXKeys:
 
     @property
     def folder(self) -> Path:
-        """Folder of the data, which also holds the caches unless the table names another folder."""
+        """Folder of the data, which also contains the caches unless the table names another folder."""
         return self.cogvideox_root
 
     def source_key(self, kind: str) -> str:

@@ -65,7 +65,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
         )
         sources.append(source)
     # A clip may be listed with several captions, and becomes several sources with numbered stems. Precomputed
-    # tensors exist only once for each clip, so that numbered stems would have none
+    # tensors exist only once for each clip, so numbered stems would have none
     return sources if load_tensors else number_repeats(sources)
 
 
@@ -126,7 +126,7 @@ class _Clips(NamedTuple):
 
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
-    """Return the rows of two text files: a line of the prompts with the same line of the videos."""
+    """Return the rows of two text files, pairing each line of the prompts with that of the videos."""
     prompt_list = root / (table.caption_column or _find_prompts(root, name))
     video_list = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
     _require_list(prompt_list, "caption_column", name)
@@ -146,7 +146,7 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _require_list(path: Path, key: str, name: str) -> None:
-    """Raise DatasetError if a list is missing; `key` is the key by which a table names another list."""
+    """Raise DatasetError if a list is missing; `key` is the table key that sets another list."""
     if not path.exists():
         raise DatasetError(
             f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
@@ -202,7 +202,7 @@ def _find_default(defaults: Sequence[str], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CogVideoXTensors:
-    """Files of precomputed tensors of a clip, in folders next to the folder of the clips."""
+    """Precomputed tensor files of a clip, in folders next to the folder of the clips."""
 
     folder: Path  # folder that contains these folders; clips share the object
     name: str  # name of the files, without suffix
@@ -216,7 +216,7 @@ class CogVideoXTensors:
 
     @property
     def image(self) -> Path | None:
-        """File with the VAE's mean and deviation of the first frame; None if the family uses no such file."""
+        """File of the VAE's mean and deviation for the first frame; None if the family uses no such file."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property

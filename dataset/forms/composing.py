@@ -157,7 +157,7 @@ def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
 
 
 def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return those columns among `names` with small values, and those that contain files."""
+    """Return the columns among `names` that contain small values, and those that contain files."""
     return row_format(path).plain_columns(path, names)
 
 

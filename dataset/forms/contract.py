@@ -71,7 +71,7 @@ class SourceFormat:
         return None
 
     def complete(self, fields: dict[str, Any], position: str) -> None:
-        """Adapt fields that depend on others, with a warning; `where` is the table's position in the file."""
+        """Adapt fields that depend on others, with a warning; `position` is the table's place in the file."""
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
         """Return the sources of a table; errors of single items are added to `faults`.
@@ -122,14 +122,14 @@ class RowFormat:
         raise NotImplementedError
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return a function that locates the file in the cell of a row; None if the column has no files.
+        """Return a function that locates the file in the cell of a row; None if the column contains no files.
 
         With `finds_nulls`, the function returns None for a cell that is null.
         """
         return None
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-        """Return those columns among `names` with small values, and those that contain files."""
+        """Return the columns among `names` that contain small values, and those that contain files."""
         return [*names], []
 
 

@@ -1,4 +1,4 @@
-"""Images or clips in a folder; captions and other companions are in files of the same names.
+"""Images or clips in a folder; captions and other companions are in files with the same names.
 
 `dataset/listing.py` lists folders, because any program with a dataset needs that.
 """

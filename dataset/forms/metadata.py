@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class MetadataKeys:
-    """The key metadata_file of a subset, which names a list of images and captions."""
+    """The key `metadata_file` of a subset, which names a file of images and captions."""
 
     metadata_file: Path
     folder = None  # `dataset.subsets` sets the cache directory
@@ -29,7 +29,7 @@ class MetadataKeys:
 
 
 class Metadata(SourceFormat):
-    """Images that a metadata file of image trainers names."""
+    """Images that are listed in a metadata file for image trainers."""
 
     name = "metadata files"
     keys = MetadataKeys

@@ -51,7 +51,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         logger.info(
             "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
         )
-    # images of several folders may have equal names, so that stems get a hash
+    # images of several folders may have equal names, so stems get a hash
     stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
     for image, text, stem in zip(images, texts, stems, strict=True):
@@ -111,7 +111,7 @@ def find_image(key: str, folder: Path | None, images_of_folders: dict[Path, dict
         images_of_folders[parent] = {image.stem: image for image in images}
     if path.name not in images_of_folders[parent]:
         in_folder = "" if folder is None else f" in {folder}"
-        raise ValueError(f"there is no such picture{in_folder}: correct the key or remove the entry")
+        raise ValueError(f"there is no such picture{in_folder}: fix the key or remove the entry")
     return images_of_folders[parent][path.name]
 
 
@@ -121,7 +121,7 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
     With wildcards, each line of the caption is an alternative, so the tags follow every line.
 
     Raises:
-        ValueError: If a value is not a text.
+        ValueError: If a value is not a string.
     """
     if not isinstance(entry, dict):
         raise ValueError("its value is not an object with caption or tags")
@@ -138,7 +138,7 @@ def _join_caption_and_tags(entry: Any, table: DatasetTable) -> str | None:
 
 
 def _read_entry_text(entry: dict[str, Any], name: str) -> str:
-    """Return the text under a key of an entry; "" if it is missing. Raises ValueError if it is not a text."""
+    """Return the string under a key of an entry; "" if it is missing. Raises ValueError for other types."""
     text = entry.get(name)
     if text is None:
         return ""

@@ -130,7 +130,7 @@ def format_array(array: Array) -> bytes:
 
 
 def _list_names(file: zipfile.ZipFile) -> list[str]:
-    """Return the names of the arrays. Raises ValueError if they are too many or too large."""
+    """Return the names of the arrays. Raises ValueError if there are too many or they are too large."""
     infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
     if len(infos) > MAX_ARRAYS:
         raise ValueError(f"it has {len(infos)} arrays")
@@ -175,7 +175,7 @@ def describe_tensors(
     metadata: Mapping[str, str],
     members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array of bytes, which an npz file has as one of its members.
+    """Return the record of tensors as an array of bytes, which is stored as a member of the npz file.
 
     Args:
         tensors: Tensors by name.

@@ -5,8 +5,8 @@ has the arrays `latents`, `latents_flipped`, `alpha_mask`, `original_size` and `
 `_{h}x{w}` in latent pixels; without `NpzFormat.has_resolutions`, it has one resolution and no suffix. Files
 of older programs are called `STEM.npz` and are read if there is no other (`NpzFormat.reads_untagged_files`).
 Texts are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they
-fit, and never removed as stale. Our files have one more array for each resolution, the record of its sources,
-which other programs ignore.
+fit, and never removed as stale. Reelsmith's files have one more array for each resolution, the record of its
+sources, which other programs ignore.
 """
 
 import logging
@@ -62,7 +62,7 @@ _STATED_CONTENT = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 class NpzStore:
     """Store entries in the npz files of a table.
 
-    Messages outside this class name an entry as a single cache file; messages of this class name the npz
+    Messages outside this class refer to an entry as a single cache file; those of this class name the npz
     file.
     """
 
@@ -73,7 +73,7 @@ class NpzStore:
     folder: Path
     # paths without suffix, by stem, of images that a list names and that may be in several folders
     image_paths: Mapping[str, Path] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # the file that was warned of
+    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # files that were warned about
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
@@ -150,7 +150,7 @@ class NpzStore:
         return image_path.with_name(image_path.name + npz_name.removeprefix(source_stem))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file that has an entry: the one of its name, else `STEM.npz` of an older program."""
+        """Return the file of an entry: the one with its name, else `STEM.npz` of an older program."""
         path = self._path(name)
         stem = self._source_stem(name)
         is_latents = bool(stem) and not self._is_text(name)
@@ -224,7 +224,7 @@ class NpzStore:
         return name + unfinished_suffix
 
     def _endings(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of an ending of entry names (without suffix) and the ending of their files."""
+        """Return pairs of an entry name's ending (without suffix) and its file name's ending."""
         return (f"_{self.tag}_te", self.format.texts), (f"_{self.tag}", self.format.latents)
 
     # --- latents ---
@@ -251,7 +251,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        """Read the latents of one bucket from a file, which may have several buckets."""
+        """Read the latents of one bucket from a file, which may contain several buckets."""
         path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array_name: array_name.endswith(suffix))
         arrays = {array_name.removesuffix(suffix): array for array_name, array in members.items()}
@@ -265,8 +265,8 @@ class NpzStore:
         return self._read_foreign_latents(path, arrays, self._grid(name))
 
     def _reshape_latents(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor of an npz file in the shape that our record of it states."""
-        # a mask for other programs has the size of the image, training takes that of the latents
+        """Return a tensor of an npz file in the shape that Reelsmith's record states."""
+        # masks for other programs have the size of the image, but training needs the size of the latents
         if key == LOSS_MASK and tensor.numel() != math.prod(shape):
             # shrink_mask takes frames with values 0..255
             return shrink_mask(tensor[None] * 255, self.latent.stride)
@@ -380,7 +380,7 @@ class NpzStore:
     def _read_text(self, name: str) -> cache_files.Entry:
         """Read the cached outputs of text encoders from an npz file, or from an unfinished one (`.part`).
 
-        They are described by our record, which unfinished files always have, otherwise by the format's keys.
+        They are described by Reelsmith's record, which unfinished files always have, or by the format's keys.
         """
         path = self._path(name)
         npz_format = self.format
@@ -427,7 +427,7 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays that other programs expect beside encoder outputs: constants, settings, zeros."""
+        """Return arrays that other programs expect besides encoder outputs: constants, settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
         for setting, table_field in self.format.table_settings.items():
             added[setting] = np.array(getattr(self.table, table_field), np.float32)

@@ -1,4 +1,4 @@
-"""Tables in Parquet: a file, or a folder of parts. Columns may hold whole images and clips."""
+"""Tables in Parquet: a file, or a folder of parts. Columns may contain whole images and clips."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path

@@ -34,7 +34,7 @@ _ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field id of the encoding in these struct
 _BINARY, _STRUCT = 8, 12
 _INTEGERS = (4, 5, 6)  # i16, i32, i64
 _BOOLEANS = (1, 2)  # true and false; they have no further bytes
-_ONE_AT_A_TIME = threading.Lock()  # else all threads would read, and hold, the same row group at once
+_ONE_AT_A_TIME = threading.Lock()  # else all threads would load the same row group at once
 
 
 def parquet_parts(path: Path) -> list[Path]:
@@ -63,7 +63,7 @@ def parquet_parts(path: Path) -> list[Path]:
 def open_parquet(path: Path, dictionary_columns: Sequence[str] = ()) -> Iterator[Any]:
     """Open a Parquet file as pyarrow's `ParquetFile`, and convert errors in the block to DatasetError.
 
-    Equal texts of `dictionary_columns` are stored only once in memory.
+    Equal strings in `dictionary_columns` are stored only once in memory.
 
     Raises:
         DatasetError: If the file cannot be opened, or if reading it in the block fails.
@@ -156,7 +156,7 @@ def largest_value(file: Any, limit: UnpackedBytesLimit, group: int, columns: Col
 
 
 def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
-    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises at too many.
+    """Add the unpacked bytes of a column in a row group (`chunk`) to `limit`, which raises if too many.
 
     The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
     pages: at most one dictionary, then data pages, each with a header in front.
@@ -175,7 +175,7 @@ def _count_pages(content: Any, chunk: Any, limit: UnpackedBytesLimit) -> int:
         unpacked_size = _read_size(header, _UNPACKED)
         packed_size = _read_size(header, _PACKED)
         limit.add(unpacked_size)
-        # values refer to a dictionary, or to earlier texts of a page whose beginnings they repeat
+        # values refer to a dictionary, or to earlier strings of a page whose prefixes they share
         is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
         data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if data_page is not None:
@@ -294,9 +294,9 @@ def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
 
 
 def cell_column(path: Path, name: str) -> str | None:
-    """Return the column that holds the bytes of files: `name` itself, or `name.bytes` if it is a struct.
+    """Return the column that contains the bytes of files: `name`, or `name.bytes` if it is a struct.
 
-    Returns None if `name` holds no files.
+    Returns None if `name` contains no files.
     """
     from pyarrow import types
 
@@ -315,7 +315,7 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 class CellFinder:
-    """Finder of the cells in a column of files of a Parquet file, by the numbers of rows."""
+    """Finds the cells of a column of files in a Parquet file, by row number."""
 
     def __init__(self, path: Path, column: str, finds_nulls: bool = False) -> None:
         """Read the row groups from the metadata of the file.
@@ -376,7 +376,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
     """Raise DatasetError if the cells of a row group are too large to be read at once."""
     if size_bytes > MAX_GROUP_BYTES:
         raise DatasetError(
-            f"{path}: a row group holds {size_bytes / 1e9:.1f} GB of {column}, at most "
+            f"{path}: a row group contains {size_bytes / 1e9:.1f} GB of {column}, at most "
             f"{MAX_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
             "row_group_size=100."
         )
@@ -424,7 +424,7 @@ def _read_column(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """
     with open_parquet(path, [column]) as file:
         limit = UnpackedBytesLimit.of(path)
-        limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is held at once
+        limit.max_bytes = min(limit.max_bytes, MAX_GROUP_BYTES)  # one row group is in memory at a time
         largest_value(file, limit, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     # pyarrow returns a column of a struct as a struct with that one field

@@ -32,7 +32,7 @@ def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 
 
 def plain_columns_of(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return those columns among `names` with small values, and those that contain files."""
+    """Return the columns among `names` that contain small values, and those that contain files."""
     part = parquet_files.parquet_parts(path)[0]
     cells = [name for name in names if parquet_files.cell_column(part, name) is not None]
     nested_types = _find_columns(part, names).nested_types
@@ -49,7 +49,7 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
             f"{path}: the column {name!r} holds {arrow_type}, which is neither a text nor a list of them"
         )
     with parquet_files.open_parquet(path, columns.list_items) as file:
-        limit = parquet_files.UnpackedBytesLimit.of(path)  # counts unpacked bytes, and raises at too many
+        limit = parquet_files.UnpackedBytesLimit.of(path)  # counts unpacked bytes, and raises if too many
         if not columns.names:  # rows without values still have numbers
             limit.add(parquet_files.ROW_BYTES * file.metadata.num_rows)
             for number in range(1, file.metadata.num_rows + 1):
@@ -84,7 +84,7 @@ class _ParquetColumns(NamedTuple):
 
     names: tuple[str, ...]
     nested_types: dict[str, Any]  # Arrow types of columns with nested values, by name
-    list_items: list[str]  # `dictionary_columns` of `open_parquet`: equal texts in lists are stored once
+    list_items: list[str]  # `dictionary_columns` of `open_parquet`: equal strings in lists are stored once
 
 
 def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
@@ -116,7 +116,7 @@ def _values(array: Any, limit: parquet_files.UnpackedBytesLimit) -> list[Any]:
         array.validate(full=True)  # checks indices into dictionaries, too
         items = array.flatten()
         limit.add(parquet_files.VALUE_BYTES * len(items))
-        if types.is_dictionary(items.type):  # each index becomes a copy of a text
+        if types.is_dictionary(items.type):  # each index becomes a copy of a string
             sizes = compute.binary_length(items.dictionary)
             limit.add(compute.sum(compute.take(sizes, items.indices)).as_py() or 0)
         return list(array.to_pylist())

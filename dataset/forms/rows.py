@@ -319,7 +319,7 @@ class RowReader:
         return [*first_lines, *stripped[1:]]
 
     def _read_further_text(self, value: Any, position: str) -> str:
-        """Return the `FURTHER_TEXT` of a row. Raises DatasetError if it is not a text."""
+        """Return the `FURTHER_TEXT` of a row. Raises DatasetError if it is not a string."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
                 f"{position}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
@@ -363,7 +363,7 @@ def list_rows(
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
 
-    `cell_finders` has a function for each column with files, which locates the file in the cell of a row.
+    `cell_finders` has a function for each column of files that locates the file in a row's cell.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -479,7 +479,7 @@ def check_text(text: str, position: str) -> None:
         raise DatasetError(f"{position} holds {bad}. Correct the line.")
     if len(text) > MAX_CAPTION_BYTES:
         raise DatasetError(
-            f"{position} has {len(text):,} characters, at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
+            f"{position} has {len(text):,} characters; at most {MAX_CAPTION_BYTES:,} are read. Shorten it."
         )
 
 
@@ -534,17 +534,17 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a column has numbered control media or references, such as `control_path_1`."""
+    """Return whether a column contains numbered control media or references, such as `control_path_1`."""
     return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 
 def is_layer(table: DatasetTable, name: str) -> bool:
-    """Return whether a numbered column has an image or one of its layers."""
+    """Return whether a numbered column contains an image or one of its layers."""
     return table.multiple_target and control_number(name, table.path_key) is not None
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
-    """Return whether a column has control media."""
+    """Return whether a column contains control media."""
     return name == table.control_column or control_number(name) is not None
 
 

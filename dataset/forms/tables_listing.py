@@ -1,4 +1,4 @@
-"""Find the sources of a table of any format, and its columns that nothing reads."""
+"""Find the sources of a table in any format, and its unused columns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,10 +37,10 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     media, caption_column = _select_columns(table, path_column, columns)
     names = names_read(table, media, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
-    cell_finders = {}  # functions that locate files that are stored in the cells of a column
-    # audio is given by paths, and captions are texts
+    cell_finders = {}  # functions that locate files stored in the cells of a column
+    # audio is given by paths, and captions are strings
     for name in names - {"audio_path", caption_column}:
-        # an empty cell of the media is an error; of other columns it means that the row has no such file
+        # an empty media cell is an error; in other columns it means that the row has no such file
         find_cell = find_cells(path, name, finds_nulls=name != media)
         if find_cell is not None:
             cell_finders[name] = find_cell
@@ -49,7 +49,7 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     if media not in cell_finders:  # a column of paths
         base = find_base(path, media, read_columns(path, [media]))
     reader = RowReader(table, path, media, caption_column, base=base)
-    # the columns of JSON Lines are only those of the first lines, so that all keys are read
+    # the columns of JSON Lines come from the first lines only, so all keys are read
     rows = read_columns(path, None if row_format(path) is JSON_LINES else value_columns)
     return list_rows(reader, rows, faults, cell_finders)
 
@@ -77,14 +77,14 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
     if media is None and table.kind not in columns:
         default = ", ".join((*default_media, table.kind))
         raise DatasetError(
-            f"{table.name}: none of the columns {default} is there. Name the one with the paths: "
+            f"{table.name}: none of the columns {default} exists. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
     for key, name in named.items():
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
     caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
-    # a column called "image" or "video" has the files themselves, or their paths
+    # a column called "image" or "video" contains the files themselves, or their paths
     return _ReadColumns(media or table.kind, caption)
 
 

@@ -42,7 +42,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """Raised if a tar cannot be read beyond a position; the text gives the reason."""
+    """Raised if a tar cannot be read beyond a position; the message gives the reason."""
 
     def __init__(self, reason: str, is_no_tar: bool = False) -> None:
         super().__init__(reason)
@@ -59,7 +59,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarRules:
-    """Which files of a sample are its media, its caption and its companions."""
+    """Rules for which files of a sample are its media, its caption and its companions."""
 
     media: tuple[str, ...]  # suffixes of images or clips
     spare: tuple[str, ...]  # suffixes that count as media only if no file has one of `media`
@@ -88,7 +88,7 @@ class TarIndex:
     faults: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, and its error
     keys_without_media: list[str] = field(default_factory=list)  # at most the first one
     num_without_media: int = 0  # number of keys without media
-    damage: str | None = None  # why the tar cannot be read to its end
+    damage: str | None = None  # why the tar cannot be read to the end
 
 
 def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
@@ -115,14 +115,14 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
             )
     with tar.open("rb", buffering=0) as file:
         index = _scan_tar(file, stat.st_size, rules, tar)
-    # no index of a damaged tar: another process may still be writing it without a change of size or time
+    # no index of a damaged tar: another process may still be writing it without changing its size or time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, validity_key)
     return index
 
 
 def _write_index(path: Path, index: TarIndex, validity_key: str) -> None:
-    """Store an index for the next run; `made_for` is a text that must be equal for the index to be valid."""
+    """Store an index for the next run, which is valid only while `validity_key` stays the same."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
         write_text(path, json.dumps([validity_key, index.keys_without_media, index.num_without_media, rows]))
@@ -142,7 +142,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
     index = TarIndex()
     # a sample is all files with an equal name before the first dot, its key
     files_by_key: dict[str, _SampleFiles] = {}
-    last_key = ""  # of the last member read: a damage may have cut its sample
+    last_key = ""  # of the last member read: its sample may be cut short by damage
     try:
         for member in read_members(file, size_bytes):
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
@@ -154,7 +154,7 @@ def _scan_tar(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> Ta
             last_key = key
             sample_files = files_by_key.setdefault(key, {})
             if extension in sample_files:
-                index.faults.append((key, f"{member.name} is there twice"))
+                index.faults.append((key, f"{member.name} occurs twice"))
             elif f".{extension}" in (rules.caption_suffix, ".json"):
                 sample_files[extension] = _read_text(file, member)
             else:
@@ -173,7 +173,7 @@ class _MemberText(NamedTuple):
     """The text of a caption or JSON file in a tar."""
 
     text: str
-    error: str = ""  # end of a message if the member is not a text; then `text` is empty
+    error: str = ""  # end of a message if the member is not text; then `text` is empty
 
 
 _SampleFiles = dict[str, Member | _MemberText]  # files of a sample, by the name after the first dot
@@ -196,7 +196,7 @@ def _add_samples(index: TarIndex, files_by_key: Mapping[str, _SampleFiles], rule
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:
-    """Raise DatasetError if a file begins like a compressed one."""
+    """Raise DatasetError if the first bytes of a file show that it is compressed."""
     first_bytes = file.read(8)
     file.seek(0)
     for magic, (compression, command) in COMPRESSED.items():
@@ -229,7 +229,7 @@ def _read_text(file: BinaryIO, member: Member) -> _MemberText:
         return _MemberText("", "is not UTF-8 text")
     bad = bad_character(text)
     if bad:
-        return _MemberText("", f"holds {bad}")
+        return _MemberText("", f"contains {bad}")
     return _MemberText(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 

@@ -47,7 +47,7 @@ def check_tar(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in a tar that is not compressed."""
+    """A file in an uncompressed tar."""
 
     container: Path  # the tar
     offset: int  # of its first byte in the tar
@@ -66,7 +66,7 @@ class TarMember:
             while remaining:
                 piece = file.read(min(PIECE, remaining))
                 if not piece:
-                    raise OSError(errno.EIO, "the tar is shorter than it was", str(self.container))
+                    raise OSError(errno.EIO, "the tar is shorter than before", str(self.container))
                 remaining -= len(piece)
                 yield piece
 
@@ -121,7 +121,7 @@ def _read_samples(
     num_without_media = 0
     example_without_media = ""
     unusable = f"tars of {table.name} cannot be used"
-    incomplete = f"tars of {table.name} cannot be read to their end"
+    incomplete = f"tars of {table.name} cannot be read to the end"
     unusable_sample = f"samples of {table.name} cannot be used"
     for tar in tars:
         try:
@@ -142,7 +142,7 @@ def _read_samples(
             example_without_media = str(name_parts(tar, index.keys_without_media[0]))
     if num_without_media:
         logger.warning(
-            "%s: %d samples, such as %s, hold no %s and are not used.",
+            "%s: %d samples, such as %s, contain no %s and are not used.",
             table.name,
             num_without_media,
             example_without_media,
@@ -201,7 +201,7 @@ def _locate_member(tar: Path, member: Member) -> FileLocation:
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Join a member's name to `path`, without "..", so that the result is inside of `path`."""
+    """Join a member's name to `path`, without "..", so that the result is inside `path`."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
@@ -231,10 +231,10 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
                 tars |= dict.fromkeys(_list_tars(table, name))
             except MediaError as error:
                 faults.append(
-                    media_source.Fault(f"tars of {table.name} cannot be had", str(error), is_fatal=False)
+                    media_source.Fault(f"tars of {table.name} cannot be loaded", str(error), is_fatal=False)
                 )
             except DatasetError as error:
-                faults.append(media_source.Fault(f"names in {table.name} are of no tar", str(error)))
+                faults.append(media_source.Fault(f"names in {table.name} match no tar", str(error)))
     return list(tars)
 
 
@@ -252,11 +252,11 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of an address, each as soon as it is downloaded."""
-    # servers of http and https cannot list files, so that "?" is the beginning of a query
+    # servers of http and https cannot list files, so "?" begins a query
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
     addresses = _find_remote(name) if has_pattern else [name]
     if not addresses:
-        raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
+        raise DatasetError(f"{hide_secrets(name)}: no file matches.")
     for address in addresses:
         target = download_folder(table) / media_source.local_name(address)
         if not target.is_file():
@@ -339,7 +339,7 @@ def expand_braces(pattern: str, table_name: str) -> list[str]:
 
 
 class _BraceOptions(NamedTuple):
-    """What a pair of braces stands for."""
+    """The alternatives that a pair of braces stands for."""
 
     values: Sequence[Any]  # texts, or numbers
     num_digits: int  # digits of numbers that are padded with zeros; 0: no padding

@@ -22,9 +22,9 @@ from modules.paths import expand_path, hide_secrets, path_exists
 MAX_ROWS = 1000  # rows of a file that are checked
 MAX_SHOWN = 80  # characters of a value in a message
 NEAR = 0.84  # similarity of names, 0..1: contol_path is near control_path, caption_en is not near caption
-# columns that only models read whose tables have `shows_media`
+# columns that are read only for models whose tables have `shows_media`
 OF_SHOWN_MEDIA = frozenset({"references", FURTHER_TEXT.key})
-# our column -> its contents, for messages, and words in other programs' names of such columns
+# Reelsmith column -> its contents, for messages, and words in other programs' names of such columns
 MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "control_path": (
         "reference pictures and control media are",
@@ -82,7 +82,7 @@ def find_unused(table: DatasetTable) -> list[Fault]:
 def _explain_unused(
     name: str, value: Any, row: TableRow, table: DatasetTable, columns: InspectedColumns
 ) -> str | None:
-    """Return the end of a warning about an unused column with this value in a row; None if it needs none."""
+    """Return the end of the warning about an unused column with this value; None if no warning is needed."""
     lacks_caption = columns.is_list and not row.values.get("caption")
     explanation = _explain_by_name(name, value, table, lacks_caption)
     if explanation is None:
@@ -97,7 +97,7 @@ def _explain_unused(
 def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
     """Return the end of a warning about an unused column if its name has another meaning; else None.
 
-    `lacks_caption` says that the row of a list has no text in the column `caption`.
+    `lacks_caption` says that the row of a list has no string in the column `caption`.
     """
     if name in CAPTION_COLUMNS and value:
         if lacks_caption:
@@ -111,7 +111,7 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
 
 
 def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
-    """Return the warnings about a file; `explanations` has the end of each warning, by column."""
+    """Return the warnings about a file; `explanations` contains the end of each warning, by column."""
     is_one = len(explanations) == 1
     kind = f"column of {path} is not read" if is_one else f"columns of {path} are not read"
     lines = [f"{name!r}{explanation}" for name, explanation in explanations.items()]
@@ -119,7 +119,7 @@ def _as_faults(path: Path, explanations: Mapping[str, str]) -> list[Fault]:
 
 
 def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
-    """Return the columns of a row that have more control media than the model takes."""
+    """Return the columns of a row that contain more control media than the model takes."""
     numbered = []  # number and column of each file
     for name, value in values.items():
         if not is_control(table, name) or not value:
@@ -159,7 +159,7 @@ def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, me
 
 
 def _texts_in(value: Any) -> list[Any]:
-    """Return the texts in a value: the value itself, or the items of a list or an object."""
+    """Return the strings in a value: the value itself, or the items of a list or an object."""
     if isinstance(value, str):
         # a cell of a CSV table may contain a list as text
         return _QUOTED.findall(value) if value.lstrip().startswith("[") else [value]

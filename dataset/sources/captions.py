@@ -53,8 +53,8 @@ def read_caption(path: Path) -> str | None:
 def read_caption_file(path: Path) -> CaptionContent | None:
     """Return the text and encoding of a caption file; None if there is no file.
 
-    A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as Windows'
-    editor saves it.
+    A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as saved by
+    Windows Notepad.
 
     Raises:
         DatasetError: If the file is in another encoding, too large, not a regular file, or unreadable.
@@ -84,12 +84,12 @@ def read_caption_file(path: Path) -> CaptionContent | None:
         ) from error
     bad = bad_character(caption)
     if bad is not None:
-        raise DatasetError(f"{path}: this caption holds {bad}. Save it as UTF-8.")
+        raise DatasetError(f"{path}: this caption contains {bad}. Save it as UTF-8.")
     return CaptionContent(caption, encoding)
 
 
 def guess_windows_encoding(content: bytes) -> "EncodingGuess | None":
-    """Return the text of a file that Windows' editor may have saved; None if it is in another encoding."""
+    """Return the text of a file that Windows Notepad may have saved; None if it is in another encoding."""
     from modules.text_encodings import EncodingGuess, guess_encoding
 
     guess = guess_encoding(content)
@@ -156,7 +156,7 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
     """Return "prefix trigger, caption suffix"; the trigger is left out if the caption contains it.
 
-    In a caption that is a JSON object in the format of a model, they are put around the main text.
+    If the caption is a JSON object in a model's format, they are put around its main text.
     """
     if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
@@ -202,7 +202,7 @@ def _list_text_keys() -> list[str]:
 
 
 def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Return the first key whose value is a text."""
+    """Return the first key whose value is a string."""
     return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
@@ -212,7 +212,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Replace each secondary separator, which binds parts during shuffling, by the separator."""
+    """Replace each secondary separator, which binds parts during shuffling, with the separator."""
     secondary = changes.secondary_separator
     return text.replace(secondary, changes.separator) if secondary else text
 
@@ -227,7 +227,7 @@ def add_trigger(caption: str, trigger: str) -> str:
 def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
     """Guess the encoding of caption files that are not UTF-8, from all of them together.
 
-    The guess is None for a file that is probably not a text, or cannot be read.
+    The guess is None for a file that is probably not text, or cannot be read.
     """
     from modules.text_encodings import guess_encodings
 
@@ -241,14 +241,14 @@ def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 after line `number`, with a guessed encoding."""
+    """Return the error for a list or table that is not UTF-8 after line `number`, with a guess."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")
 
 
 def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
-    """Extend the errors of `read_caption` by the probable encoding and the first words of each file."""
+    """Add the probable encoding and first words of each file to the errors of `read_caption`."""
     explained = []
     for error, guess in zip(errors, guess_captions(paths), strict=True):
         if guess is not None and "UTF-8" in error:

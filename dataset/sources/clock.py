@@ -49,7 +49,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     """
     fps = table.target_fps or fps
     if table.is_of_audio:
-        from dataset.sources.audio import black_frames  # only with sounds
+        from dataset.sources.audio import black_frames  # only for audio files
 
         return itertools.islice(black_frames(path, fps), max_decoded_frames(table))
     rate = table.declared_fps or fps
@@ -73,7 +73,7 @@ def _all_frames(path: Path, alpha: bool) -> Iterator[SampledFrame]:
     for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
         if first_start is None:
             first_start = start
-        # a moment inside of the frame, so that rounded times do not select a neighbor
+        # a moment inside the frame, so that rounded times do not select a neighbor
         yield frame, index, start - first_start + reading.PLACE_IN_FRAME * (end - start)
 
 
@@ -143,7 +143,7 @@ def read_mask(
 
 
 def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames at `indices`, which ascend and may repeat.
+    """Yield the frames at `indices`, which are ascending and may repeat.
 
     If all indices are beyond the end, the last frame is yielded.
     """
@@ -261,9 +261,9 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def selects_frames_as_before(source: MediaSource, fps: float) -> bool:
-    """Return whether earlier versions, which timed companions separately, selected the same frames of them.
+    """Return whether earlier versions, which timed companions separately, selected the same companion frames.
 
-    Only headers are read, also those of files at addresses and in tars.
+    Only headers are read, including those of files at addresses and in tars.
 
     Raises:
         MediaError: If a header cannot be read.

@@ -28,7 +28,7 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
     `keeps_alpha` says whether the family uses the transparency of images (`LatentSpec.keeps_alpha`).
     """
     for_family = keeps_alpha and source.table.kind == "image"
-    # with alpha_mask, transparency is the mask of the loss, so the colors below it are used
+    # with alpha_mask, transparency is the loss mask, so the colors below it are used
     return for_family or source.table.alpha_mask, for_family
 
 
@@ -81,7 +81,7 @@ def has_codes(path: Path) -> bool:
 
 
 def _may_differ(path: Path, decoder_version: int) -> bool:
-    """Return whether a version may have read a file differently, without opening the file."""
+    """Return whether a decoder version may have read a file differently, without opening the file."""
     return decoder_version == 0 or (decoder_version < AS_SHOWN and has_codes(path))
 
 
@@ -102,7 +102,7 @@ def _find_changed(keeps_by_file: Sequence[tuple[Path, bool]], decoder_version: i
                 names = f"{earlier.name} before {later.name}"
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if had_other_orientation(path):
-                return f"{path.name} was read without the mirroring that it states, now with it"
+                return f"{path.name} was read without the mirroring that it states, but is now read with it"
             if decoder_version > 1:  # since version 2, colors and pixel shapes are respected
                 continue
             ignored = _formerly_ignored(
@@ -150,7 +150,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
                 continue
             colors_of_files[path] = colors
             problems = _find_problems(colors, source_keeps if path is source.path else control_keeps)
-            # GIF and WebP files in a folder of images are named when they are listed
+            # GIF and WebP files in a folder of images are reported when the folder is listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
                 problems[MOVING] = ""

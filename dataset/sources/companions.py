@@ -45,8 +45,8 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     """Add references and control masks, found by name in the folders of a table, to its sources.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; references may also be numbered `cat_0.mp4`,
-    `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder in which
-    nothing fits, are errors. Sources without a file and files without a source are logged as a warning.
+    `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder without any
+    matching file, are errors. Sources without a file and files without a source are logged as a warning.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -86,7 +86,7 @@ def pair_or_report(
 
 
 def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Explain how to name the files of a folder in which no file belongs to an item."""
+    """Explain how to name the files of a folder if none of them belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
@@ -156,7 +156,7 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
 
     `sources` are the sources of the table that have references or a control mask.
     """
-    rules = table.clip_references  # None: the model takes no references beside control clips
+    rules = table.clip_references  # None: the model takes no references besides control clips
     maximum = 0 if rules is None else rules.max_references
     accepts_masks = rules is not None and rules.control_masks
     for source in sources:

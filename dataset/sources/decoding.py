@@ -58,9 +58,9 @@ SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the 
 
 
 class ByteBudget:
-    """Memory budget of all decoding threads, because small files may hold images of a gigabyte.
+    """Memory budget of all decoding threads, because small files may contain images of a gigabyte.
 
-    A thread that needs more than the entire budget waits until no other thread holds memory.
+    A thread that needs more than the entire budget waits until no other thread has reserved memory.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -199,9 +199,7 @@ def decode_source(
     """
     with fetch(source) as local:
         if source.precomputed is not None:
-            raise MediaError(
-                f"{source.path}: its latents are given (load_tensors), so that no frames are read"
-            )
+            raise MediaError(f"{source.path}: its latents are given (load_tensors), so no frames are read")
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(local)):
                 media = _decode_image(
@@ -370,7 +368,7 @@ def _fit_alpha_and_mask(
     size: tuple[int, int],
     fit_to_bucket: Callable[[Frame], Frame],
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """Return the transparency that the model sees (H W) and the mask of the loss (F H W), each or None.
+    """Return the transparency that the model sees (H W) and the loss mask (F H W); each may be None.
 
     Both are resized and cropped like the image.
 
@@ -421,7 +419,7 @@ def _decode_image(
             image = change_colors(image, generator)
 
     def fit_to_bucket(other: Frame) -> Frame:
-        """Resize, crop and mirror the image, or a control image, mask or layer of it in the same way."""
+        """Resize, crop and mirror the image, or a control image, mask or layer in the same way."""
         other_size = (other.shape[1], other.shape[0])
         if table.buckets is None:
             other_fit = fit_cover(other_size, fit.bucket)
@@ -516,7 +514,7 @@ def _read_rejected(
     `size` is the original size of the chosen image.
 
     Raises:
-        MediaError: If the rejected image has another size, or cannot be read.
+        MediaError: If the rejected image has a different size, or cannot be read.
     """
     from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 
@@ -672,7 +670,7 @@ def _collect_frames(
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colors, bucket)
         count += 1
-    clip.resize((count, height, width, 3), refcheck=False)  # gives back the memory that is not used
+    clip.resize((count, height, width, 3), refcheck=False)  # gives back unused memory
     has_transparency = any(alpha is not None and alpha.min() < 255 for alpha in alphas)
     return clip, _stack_alphas(alphas) if has_transparency else None
 

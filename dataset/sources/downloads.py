@@ -63,11 +63,11 @@ def download(
     Args:
         address: Address of the file.
         target: Path of the downloaded file.
-        wait: Waits for some seconds before another attempt.
+        wait: Waits a number of seconds before another attempt.
         check: Checks the file before it gets its final name; if it raises MediaError, the file is discarded.
 
     Raises:
-        MediaError: If the file cannot be downloaded, after several attempts if these may help.
+        MediaError: If the file cannot be downloaded, even after retries if these may help.
         OutputError: If the disk is full.
     """
     if target.is_file():

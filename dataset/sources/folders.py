@@ -101,7 +101,7 @@ def _find_audio(
     """
     if clip in audios:
         return audios[clip], None
-    # a file beside the clip counts only if no other place is set
+    # a file next to the clip counts only if no other place is set
     if not table.finds_audio or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
@@ -148,7 +148,7 @@ _NO_CAPTION = _Captions()
 
 
 def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; if there is no file, the class_tokens of the table, if set."""
+    """Return the captions in a file; without a file, the table's class_tokens, if set."""
     encoding = None
     try:
         file = read_caption_file(path)
@@ -565,7 +565,7 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_tool_outputs(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without outputs of our own tools, such as clip_SWINIR.mkv next to clip.mp4.
+    """Return the paths without outputs of Reelsmith's tools, such as clip_SWINIR.mkv next to clip.mp4.
 
     An output has the tool's metadata (TOOL_TAG), and a name that begins with the stem of another file; only
     files with such names are opened. A warning says how many are left out.

@@ -74,7 +74,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe for which target_frames a clip is too short; None if it is too short for none or for all."""
+    """Describe which target_frames a clip is too short for; None if for none or all of them."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -156,7 +156,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
     """Yield for each frame, without end, whether to keep it when `source_fps` is reduced to `target_fps`.
 
     Frames are dropped, never repeated: all frames are kept if the source is slower or `source_fps` is None.
-    The running sum must be float64, because its rounding decides about some frames in existing caches.
+    The running sum must be float64, because its rounding determines some frames in existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
     position = 0.0  # of the frame, in frames at the target rate
@@ -193,7 +193,7 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the frame rate of the frames that are kept of a clip. Only the header of the clip is read.
+    """Return the frame rate of the kept frames of a clip. Only the header of the clip is read.
 
     Args:
         source: The fetched source.
@@ -328,7 +328,7 @@ def read_mask_clip(
         size: Size of the clip; the mask must have the same aspect ratio.
         num_frames: Number of frames of the clip.
     """
-    # only after the last frame it is known whether the mask is in the colors or in the alpha channel
+    # only after the last frame is it known whether the mask is in the colors or in the alpha channel
     channel_detector = MaskChannelDetector()
     color_masks: list[Frame] = []
     alpha_masks: list[Frame] = []

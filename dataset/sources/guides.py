@@ -16,8 +16,8 @@ def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fau
     """Add a table's guides (images that a clip is conditioned on at a frame), found by name, to its sources.
 
     `door.png` belongs to `door.mp4`, and to all items that are cut from it. If a guide is a clip, its first
-    frame is used. A clip without one of its guides, two files with the same stem, and a folder of which no
-    file fits, are errors, which are added to `faults`.
+    frame is used. A clip without one of its guides, two files with the same stem, and a folder without
+    any matching file are errors, which are added to `faults`.
     """
     stems = frozenset(source.stem for source in sources)
     files_of_guides: list[Mapping[str, tuple[Path, ...]]] = []  # files by stem of the clip

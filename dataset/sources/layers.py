@@ -14,7 +14,7 @@ Layers = Mapping[Path, tuple[Path, ...]]  # layers of each full image, from back
 
 
 def check_layers(config: DatasetConfig, has_layers: bool, model: str) -> None:
-    """Raise DatasetError if a model is trained on layers and a table has none, or the reverse.
+    """Raise DatasetError if a model is trained on layers but a table has none, or vice versa.
 
     `has_layers` says whether the model's latents have layers. `model` is for messages.
     """
@@ -112,7 +112,7 @@ def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Fr
         fit_image: Resizes and crops like the image.
 
     Raises:
-        MediaError: If a layer cannot be read, has another size, or hides others because it is opaque.
+        MediaError: If a layer cannot be read, has a different size, or hides others because it is opaque.
     """
     frames: list[Frame] = []
     for path in source.layers:

@@ -128,7 +128,7 @@ class TableFolders:
 
 
 def _describe_counts(counts: Mapping[str, Counter[str]]) -> str:
-    """Return the counts of `_count_unused` as a text, largest first."""
+    """Format the counts of `_count_unused` as text, largest first."""
     num_files = sum(by_suffix.total() for by_suffix in counts.values())
     verb = "file is" if num_files == 1 else "files are"
     parts = []
@@ -148,7 +148,7 @@ def _count_unused(
 ) -> dict[str, Counter[str]]:
     """Count the files of a folder that are not read, grouped by hint and suffix.
 
-    A hint is a text that says why they are not read. `entries` are the entries of the folder, `stems` the
+    A hint explains why they are not read. `entries` are the entries of the folder, `stems` the
     stems of its media files.
     """
     image_suffixes = _all_suffixes(["image"])
@@ -188,7 +188,7 @@ def _is_read_or_folder(entry: "os.DirEntry[str]", ending: str, folder: Path, rul
 
 
 class CaptionOwners:
-    """Media files of a folder, to find the file that a misnamed caption belongs to."""
+    """Index of a folder's media files, for finding the file that a misnamed caption belongs to."""
 
     def __init__(self, names: Iterable[str]) -> None:
         """Index the names of media files, which include suffixes."""
@@ -220,7 +220,7 @@ def _find_unread_captions(
     """Find caption files that are probably unread by mistake, and return their names by the hint to show.
 
     Each file belongs to an image or clip without a caption, but does not have the table's caption_extension,
-    or not the name of its image or clip.
+    or the name of its image or clip.
     """
     if not rules.caption_suffixes:
         return {}
@@ -232,7 +232,7 @@ def _find_unread_captions(
         and label_of(stem) is None
         and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
     )
-    by_suffix: dict[str, list[str]] = {}  # caption files that differ from the wanted ones in the suffix alone
+    by_suffix: dict[str, list[str]] = {}  # caption files with the right name but a different suffix
     misnamed: list[tuple[str, str]] = []  # (caption file, its media file)
     for entry, stem, suffix in entries:
         is_caption = suffix.lower() in rules.lower_caption_suffixes | CAPTION_ENDINGS
@@ -255,7 +255,7 @@ def _describe_captions(
     misnamed: Sequence[tuple[str, str]],
     wanted_suffix: str,
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that are not read, by a hint at how to have them read.
+    """Return the names of caption files that are not read, by a hint that explains how to have them read.
 
     Args:
         table: Table of the dataset.
@@ -277,7 +277,7 @@ def _describe_captions(
 
 
 def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option, or the key of the table, with which captions of a suffix are read."""
+    """Return the option or table key that selects captions with a suffix."""
     if table.config_path.is_dir():  # the dataset is given as a folder
         return f"--caption_extension {suffix}"
     return f'caption_extension = "{suffix}"'
@@ -294,7 +294,7 @@ class _FolderRules:
     labels_read: frozenset[str]  # labels in file names, such as that of masks, that are read
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file is expected next to media, such as a caption, and not worth reporting.
+        """Return whether a file, such as a caption, is expected next to media and not worth reporting.
 
         `has_media` says that the folder has media with the same stem.
         """
@@ -340,7 +340,7 @@ def _explain_suffix(ending: str, kinds: set[str]) -> str:
 
 
 def describe_entries(table: DatasetTable) -> str:
-    """Describe the contents of a table's folder that has no usable files, for an error message."""
+    """Describe the contents of a table's folder without usable files, for an error message."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     kind = table.holds
@@ -355,7 +355,7 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder; `suffixes` has the suffix of each file."""
+    """Describe the contents of a folder; `suffixes` contains the suffix of each file."""
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)

@@ -46,7 +46,7 @@ class PackedFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file in bytes; 0 if only reading the file would show it."""
+        """Size of the file in bytes; 0 if it is known only after reading the file."""
 
     @property
     def has_suffix(self) -> bool:
@@ -116,7 +116,7 @@ class MediaSource:
     remote_or_packed: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
-    reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
+    reference_audio: Path | None = None  # reference audio of a clip
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is generated
     guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or ()
@@ -156,7 +156,7 @@ class MediaSource:
 
     @property
     def mask_from(self) -> str | None:
-        """Where the mask comes from, FROM_ALPHA or FROM_FILE; None without a mask."""
+        """Origin of the mask, FROM_ALPHA or FROM_FILE; None without a mask."""
         if self.table.alpha_mask:
             return FROM_ALPHA
         return None if self.mask is None else FROM_FILE
@@ -188,7 +188,7 @@ class ClipInfo:
 def pause_garbage_collection() -> Iterator[None]:
     """Pause Python's cycle collection during the block, unless it was off before.
 
-    While a list of a million objects grows, the collector would visit all of them again and again, which
+    While a list of a million objects grows, the collector would visit all of them repeatedly, which
     takes a third of the time. Objects outside cycles are freed as usual.
     """
     was_enabled = gc.isenabled()
@@ -256,7 +256,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
         if other_values not in stems:
             stem = source.stem
             number = len(stems) + 1
-            # the first row of a file keeps the file's stem, further rows get a free number
+            # the first row of a file keeps the file's stem, other rows get a free number
             while stems and stem.casefold() in used_stems:
                 stem = f"{source.stem}-{number}"
                 number += 1
@@ -297,7 +297,7 @@ DOWNLOADED_SUFFIXES = frozenset(
 
 
 def local_name(address: str) -> str:
-    """Return the name of a downloaded file: the last part of the address, with a hash of the address.
+    """Return a name for a downloaded file: the last part of the address, with a hash of the address.
 
     The suffix is left out unless it is one of DOWNLOADED_SUFFIXES.
     """
@@ -328,7 +328,7 @@ LISTED = 20  # maximum number of faults of one kind in a message
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem of a dataset; its text ends with a full stop only if it is a complete sentence."""
+    """A problem in a dataset; its text ends with a full stop only if it is a complete sentence."""
 
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is

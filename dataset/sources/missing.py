@@ -13,7 +13,7 @@ def explain_lookup(path: Path, config_path: Path | None) -> str:
     It begins with " (looked for at ...)" for a relative path, else with the full stop of the sentence.
 
     Args:
-        path: The path, as the dataset file has it.
+        path: The path, as written in the dataset file.
         config_path: The dataset file; None if no file names the path.
     """
     if path_exists(path):  # it exists but cannot be opened: no hint about its name

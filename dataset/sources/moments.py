@@ -1,6 +1,6 @@
 """Precomputed moments of clips, and the VAE that made them.
 
-A file of moments, as CogVideoX's tools write it, is one tensor 2C F H/8 W/8: C means, then C logarithms of
+A moments file, as CogVideoX's tools write it, is one tensor 2C F H/8 W/8: C means, then C logarithms of
 variances, before any normalization.
 """
 
@@ -83,13 +83,13 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return size and number of frames of the clip that moments (means and log variances, 2C F h w) are of.
+    """Return the size and number of frames of the clip behind moments (means and log variances, 2C F h w).
 
     If the number of latent frames is even, each stands for `stride[0]` frames; if it is odd, the first stands
     for one frame.
 
     Raises:
-        MediaError: If the model does not take the size.
+        MediaError: If the model does not support the size.
     """
     frame_stride, height_stride, width_stride = latent.stride
     latent_frames = moments.shape[1]
@@ -120,7 +120,7 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Settings, as JSON values, with which prepare_dataset.py made all items of a folder."""
+    """Settings, as JSON values, that prepare_dataset.py used for all items of a folder."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE

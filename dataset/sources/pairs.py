@@ -65,10 +65,10 @@ def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]
 
 
 def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> None:
-    """Raise MediaError if the rejected item of a source has another width or height in pixels."""
+    """Raise MediaError if the rejected item of a source has a different width or height in pixels."""
     if size != rejected_size:
         raise MediaError(
-            f"{source.path} has {format_shape(size)} pixels, its worse one, {source.rejected}, has "
+            f"{source.path} has {format_shape(size)} pixels, but its worse one, {source.rejected}, has "
             f"{format_shape(rejected_size)}: both of a pair need one size. Make both alike"
         )
 
@@ -92,7 +92,7 @@ def read_rejected_clip(
         frame_times: Index and time of each kept frame.
 
     Raises:
-        MediaError: If the rejected clip has another size or is shorter.
+        MediaError: If the rejected clip has a different size or is shorter.
     """
     assert local.rejected is not None
     frames: list[Clip] = []
@@ -105,6 +105,6 @@ def read_rejected_clip(
         if len(frames) == count:
             return np.stack(frames)
     raise MediaError(
-        f"{local.path} gives {count} frames, its worse one, {local.rejected}, only {len(frames)}: "
+        f"{local.path} gives {count} frames, but its worse one, {local.rejected}, only {len(frames)}: "
         "both of a pair need one length. Cut the longer one"
     )

@@ -1,4 +1,4 @@
-"""Find by name the files of audio that the audio of clips is made after."""
+"""Find by name the audio files that serve as references for the audio of clips."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ def add_reference_audio(
     """Add the files of reference_audio_directory to the sources of the same name.
 
     `cat.wav`, or the audio of `cat.mp4`, belongs to `cat.mp4` and to all items that are cut from it. Two
-    files of one name, and a folder in which nothing fits, are errors. A warning counts sources without a
-    reference, and files without a source.
+    files with the same name, and a folder without any matching file, are errors. A warning counts sources
+    without a reference, and files without a source.
     """
     folder = table.reference_audio_directory
     assert folder is not None  # the caller checks it

@@ -25,9 +25,9 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    """Return whether an editing model is trained on images none of which has a reference.
+    """Return whether an editing model is trained on images without any references.
 
-    Only tables with `learns_edits` count: other models are often trained on texts alone.
+    Only tables with `learns_edits` count: other models are often trained on captions alone.
     """
     editing = {table.index for table in tables if table.learns_edits}
     images = [source for source in sources if source.table.index in editing]
@@ -81,7 +81,7 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     if without_any:
         logger.warning(
             "%s: %d of %d images have no reference picture and are trained without one, such as %s. Add it, "
-            "or move the image to a table of its own, if that is not meant",
+            "or move the image to a table of its own, if that is not intended",
             table.name,
             len(without_any),
             num_sources,
@@ -137,7 +137,7 @@ def read_reference(
 
 @contextlib.contextmanager
 def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
-    """Yield local files of a source's reference images for use in the block.
+    """Yield local files of a source's reference images, which exist until the block ends.
 
     Raises:
         MediaError: If a reference is missing, or too small according to its header.

@@ -145,7 +145,7 @@ def find_cut_captions(
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
-    """Warn about captions with more tokens than the encoder reads, whose ends are not used.
+    """Warn about captions with more tokens than the encoder reads; their ends are not used.
 
     `captions` are pairs of a caption file, or of a source's name, and the caption.
     """

@@ -50,7 +50,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
             open_choices[-1].pieces.append(piece)
     while len(open_choices) > 1:  # braces that are never closed: no choice is drawn
         choice = open_choices.pop()
-        num_lone += choice.num_braces % 2  # two braces are a literal one, an odd brace is alone
+        num_lone += choice.num_braces % 2  # two braces make a literal one, an odd brace stands alone
         open_choices[-1].pieces += ["{" * _count_literal(choice.num_braces), *choice.pieces]
     return FilledText("".join(open_choices[0].pieces).replace(_BAR, "|"), num_lone > 0)
 
