@@ -156,7 +156,7 @@ def plan_change(
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
     dropped = [name for name in checkpoint.tensors if not change.selected.selects(name)]
     if dropped:
-        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
+        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as requested")
     return NewFile(tensors, metadata, read, tuple(notes))
 
 
@@ -215,7 +215,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    # each prefix is looked for after the previous ones are gone
+    # each prefix is looked for after the previous ones have been removed
     for index, prefix in enumerate(change.strip_prefixes):
         earlier_prefixes = replace(change, strip_prefixes=change.strip_prefixes[:index], add_prefix="")
         if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
@@ -250,7 +250,7 @@ def _cast(
         ) from error
     if not is_finite(converted) and is_finite(tensor):
         raise CheckpointError(
-            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "
+            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot represent. Use --dtype "
             f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
             checkpoint.path,
         )
@@ -361,8 +361,8 @@ def gather(path: Path) -> Checkpoint:
     are equal in both.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or no model, if two files have different values for a
-            tensor, or if tensors of the index are in no file.
+        CheckpointError: If a file is missing, damaged or not a model, if two files have different values for
+            a tensor, or if tensors of the index are in no file.
     """
     parts, index = _find_parts_and_index(path)
     repeated: list[str] = []  # names of tensors that are in two files
@@ -383,7 +383,7 @@ def gather(path: Path) -> Checkpoint:
     for key in checkpoint.metadata:
         values = {metadata[key] for metadata in checkpoint.metadata_by_file.values() if key in metadata}
         if len(values) > 1:
-            logger.warning("%s: its files differ in %s; the last file counts", path, key)
+            logger.warning("%s: its files differ in %s; the last file takes precedence", path, key)
     if repeated:
         logger.info(
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]
@@ -420,7 +420,7 @@ def _check_index(checkpoint: Checkpoint, index: Path) -> None:
 
 
 def _are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
-    """Return whether the tensor of a name has the same dtype, shape and values in both files."""
+    """Return whether a tensor has the same dtype, shape and values in both files."""
     if first.tensors[name] != second.tensors[name]:
         return False
     return _hash_tensor(first, name) == _hash_tensor(second, name)

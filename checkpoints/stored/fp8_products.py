@@ -33,7 +33,7 @@ WEIGHT_DTYPE = torch.float8_e4m3fn
 FEATURE_ALIGNMENT = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
 MIN_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
-# Up to so many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
+# Up to this many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
 # cuBLAS has no kernel with row-wise scales for few tokens and many features (from 9216 to 3072 features up
 # to 256 tokens: pytorch/ao#4582)
 MAX_TOKENS_WITHOUT_ROW_SCALES = 256
@@ -143,7 +143,7 @@ def select_product(
     Raises:
         OptionError: If the device has no fp8 units, or torch cannot use them.
     """
-    remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
+    remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bits."
     if not supported(device):
         raise OptionError(
             f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}"

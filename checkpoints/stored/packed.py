@@ -2,7 +2,7 @@
 
 The weight and each companion have a row for each output, or a single row for all, so that all are cut and
 joined by rows; scales that a file has in tiles are put in rows while loading. Formulas and nibble orders:
-comfy-kitchen 0.2.40, with whose CPU back end the tests compare.
+comfy-kitchen 0.2.40, against whose CPU back end the tests compare.
 """
 
 # Letters: N rows (outputs), K columns (inputs), G columns that share a scale
@@ -140,7 +140,7 @@ def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
-    return torch.tensor(values, device=device)  # once: each copy to a card waits for it
+    return torch.tensor(values, device=device)  # once: each copy to a GPU waits for it
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The index of a cache folder, with which training need not list the sources and compare caches with them.
+"""The index of a cache folder, which saves training from listing sources to compare them with caches.
 
 `index.jsonl` has a part for the latents and one for the texts of each family that caches in the folder. A
 part has a line about its table and a line for each cache file: its source, its bucket, the checksum of its
@@ -7,7 +7,7 @@ neither the settings of the table, nor the names in its folders, nor the names o
 and without an index, training lists the caches and compares them with their sources.
 
 A cache file counts as compared only if its record still has the checksum in the index. Therefore an index
-that was copied, or left behind by a killed run, never decides anything alone.
+that was copied, or left behind by a killed run, is never trusted alone.
 """
 
 import dataclasses

@@ -225,7 +225,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
-            raise _UnfitEmbeds(f"its {key} is not what {note.name} says")
+            raise _UnfitEmbeds(f"its {key} does not match {note.name}")
         copied = tensor.clone()  # because a memory-mapped file can change
         conditions[key] = [copied] if key in encoder.variable_length else copied
     return conditions
