@@ -132,7 +132,7 @@ class SafetensorsFile(HeaderFile):
     damage_errors = (ValueError, TypeError, KeyError, AttributeError)
 
     def _read_header(self, size: int) -> None:
-        """Read the header of a safetensors file; raise ValueError if its numbers are inconsistent."""
+        """Read the header of a safetensors file; raise ValueError if its values are inconsistent."""
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
         check_count(self.path, len(header))
         # raises UnicodeEncodeError (a ValueError) for lone surrogates, which an escape in JSON can produce

@@ -108,7 +108,7 @@ def _select_quantized_layers(
     quantized_in_file = find_quantized_weights(
         linear, plan.sources, plan.checkpoint.tensors, format_is_requested=form is not None
     )
-    if form is None:  # nothing is quantized anew
+    if form is None:  # nothing has to be quantized
         return QuantizedLoading(None, quantized_in_file=quantized_in_file) if quantized_in_file else None
     _reject_other_forms(plan, quantized_in_file, form)
     quantization_format = form_of(prepare(text_quantization(form), device))

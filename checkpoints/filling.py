@@ -8,8 +8,8 @@
         load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
 
 Each tensor is renamed, merged with LoRAs, cast or quantized, and moved to its device. All mismatches are
-reported before any tensor is read. Host memory holds at most the network in its target dtype and one tensor
-of the file.
+reported before any tensor is read. Host memory needs to fit only the network in its target dtype and one
+tensor of the file.
 """
 
 import contextlib

@@ -500,7 +500,7 @@ def _make_four_bits(
 ) -> QuantizedWeight:
     """Return a 4-bit weight of bitsandbytes with float32 scales, one for each block of a row."""
     if nested_tensors:
-        # double quantization: absmax holds 8-bit indices into `levels`, scaled per group of blocks
+        # double quantization: absmax contains 8-bit indices into `levels`, scaled per group of blocks
         group_scales, levels = nested_tensors
         normalized = levels.float()[absmax.int()]
         scale_of_block = group_scales.float().repeat_interleave(group_size)[: len(absmax)]

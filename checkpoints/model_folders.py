@@ -1,7 +1,7 @@
 """Check the settings in a model's folder against its weights before the model is loaded.
 
 Libraries trust a settings file: an image size of 100,000 pixels takes gigabytes, and building a million
-layers takes forever. Therefore JSON files are limited in size, their numbers are compared with the headers of
+layers takes forever. Therefore JSON files are limited in size, their values are compared with the headers of
 the weights, and the network is built on the meta device first.
 """
 

@@ -278,7 +278,7 @@ def _measure_growth(normalizer: Mapping[str, Any]) -> float:
 def _measure_charsmap(charsmap: bytes) -> float:
     """Return the length in bytes of the longest replacement text in SentencePiece's charsmap.
 
-    A charsmap is the size of an index (4 bytes), the index, and texts that end in NUL.
+    A charsmap is the size of an index (4 bytes), the index, and strings that end in NUL.
     """
     index_bytes = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + index_bytes :].split(b"\0")
@@ -309,7 +309,7 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
                     _, offset = read_varint(message, offset)
                 case 1:  # 64 bits
                     offset += 8
-                case 2:  # a length, then so many bytes
+                case 2:  # a length, then this many bytes
                     length, offset = read_varint(message, offset)
                     if key >> 3 == number:
                         yield message[offset : offset + length]

@@ -5,7 +5,7 @@ a batch are computed one after the other, so that memory does not grow with thei
 on the rest of the batch. Tiles limit the memory for large images and change the result slightly; neighbors
 overlap by a quarter, as in diffusers.
 
-Modules are named as in the released ae.safetensors; names of diffusers' AutoencoderKL are translated.
+Modules are named as in the released ae.safetensors; the names of diffusers' AutoencoderKL are translated.
 """
 
 import logging

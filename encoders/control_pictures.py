@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CONTROL = "--cn"
 MASK = "--mk"
 MASK_PATH = "mask_path"  # key of the mask in a line of prompts
-CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the image is painted anew
+CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the image is repainted
 
 
 def check_controls(table: MediaTable, network_name: str) -> MediaTable:

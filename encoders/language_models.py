@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of normal length
 Q_ROWS = "self_attn.q_proj.weight"
-# tensors of a layer by which models are told apart
+# tensors of a layer that distinguish the models
 Q_BIAS = "self_attn.q_proj.bias"  # Qwen2.5
 Q_NORM = "self_attn.q_norm.weight"  # Qwen3 and Gemma
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma

@@ -139,7 +139,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     """Return the latents of the reference images in the conditions, in order, on the device."""
 
-    def index_of(name: str) -> int:  # sorted as numbers, because as strings 10 would precede 2
+    def index_of(name: str) -> int:  # sorted as integers, because as strings 10 would precede 2
         return int(name.removeprefix(CONTROL).lstrip("_") or 0)
 
     names = sorted((name for name in cond if name.startswith(CONTROL)), key=index_of)

@@ -350,7 +350,7 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        # bfloat16 (as trained) in place of fp8, which has no arithmetic, and of float16 on CPUs
+        # bfloat16 (as trained) replaces fp8, which has no arithmetic, and float16 on CPUs
         keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
         compute = dtype or (stored if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"

@@ -304,7 +304,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option
         path: File of the encoder, for the message.
         option: Option of the tokenizer, for the message.
     """
-    # 0 for no texts or empty ones
+    # 0 if there are no texts or all are empty
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
         raise CheckpointError(

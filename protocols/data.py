@@ -468,7 +468,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class AudioVideoShapes:
-    """Shapes of the latents of a clip and of its audio. The loops hold both as one tensor, B N.
+    """Shapes of the latents of a clip and of its audio. The loops keep both as one tensor, B N.
 
     Image values come first. Code that treats each value separately, such as a solver, does not need to know
     that there are two parts.

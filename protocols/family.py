@@ -96,7 +96,7 @@ class NoiseSpec:
     # time shift applied after every sampler. Options and draws refer to levels before it, over which the
     # model's generations are evenly spaced
     base_shift: float = 1.0
-    # changes the conditions of a training batch anew at each step: (conditions, `Batch.condition_set`,
+    # changes the conditions of a training batch at each step: (conditions, `Batch.condition_set`,
     # generator) -> conditions. It must be picklable, because workers receive it: no lambda
     change_conditions: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
 

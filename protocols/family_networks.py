@@ -58,7 +58,7 @@ class CustomNetwork:
     # given the captions of all images: names those from which it learns nothing, "" if there are none;
     # raises DatasetError if these are all captions
     check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
-    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each image of a batch
+    sentences: Sequence[str] = ()  # instead of captions: one is drawn for each image of a batch
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:

@@ -73,7 +73,7 @@ class FewSteps:
     cost: str = "it needs more steps, and guidance, for equal quality"
     is_certain: bool = False  # true for all files of the family, whatever their names
     distilled_words: str = ""  # regular expression of further words in names
-    # likewise: names with it, "ModelRaw" as "model_raw", belong to the undistilled model
+    # also a regular expression: matching names, "ModelRaw" as "model_raw", belong to the undistilled model
     undistilled_pattern: str = ""
 
     @property

@@ -20,7 +20,7 @@ class Packing:
     """How a file packs a weight: in a different shape than that of its values, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
-    companion_suffixes: tuple[str, ...]  # suffixes of its companions' names, in place of "weight"
+    companion_suffixes: tuple[str, ...]  # suffixes of its companions' names, instead of "weight"
     make_quantized: Callable[
         ..., QuantizedWeight
     ]  # takes the weight and the companions; raises ValueError for invalid scales

@@ -176,7 +176,7 @@ class NpzFormat:
 
     latents: str  # "_flux"
     texts: str  # "_flux_te"
-    # arrays of a text file that are not tensors of ours: name -> the value that a valid file has
+    # arrays of a text file that are not tensors of our caches: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
     # arrays of a text file that are all zeros: name -> (array with the same number of rows, columns); with ""
     # the array is a single vector of this length
@@ -206,7 +206,7 @@ class ModelRelease:
 
 @dataclass(frozen=True)
 class Source:
-    """Starting point of a request, and the fraction of it that is denoised anew."""
+    """Starting point of a request, and the fraction of it that is denoised again."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path

@@ -79,7 +79,7 @@ class QuantizationFormat(Protocol):
         ...
 
     def check_device(self, device: torch.device) -> None:
-        """Raise OptionError if the device cannot hold this form."""
+        """Raise OptionError if the device does not support this form."""
         ...
 
 
@@ -93,7 +93,7 @@ class QuantizedWeight:
 
     @property
     def weight(self) -> Tensor:
-        """The first stored tensor, which holds the quantized values."""
+        """The first stored tensor, which contains the quantized values."""
         assert self.tensors[0] is not None
         return self.tensors[0]
 

@@ -11,7 +11,7 @@ outlier in one token costs no precision in another.
 
 The backward pass needs only the weight and its scales: no activation is kept for a frozen base.
 Rounding to e4m3 is unbiased, with an error of at most 2^-4 of a value (2.7 % root mean square); the fp8
-weight itself counts as exact. Gradients are e4m3 too: with one scale per row they are well inside its 18
+weight itself is regarded as exact. Gradients are e4m3 too: with one scale per row they are well inside its 18
 binades (error of a product of the pocket model's gradients: 2.1 %, in e5m2 4.3 %). Source of the recipe:
 Micikevicius et al. 2022, arXiv 2209.05433, with row-wise scales as in torchao.
 """
@@ -321,5 +321,5 @@ def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that fp8 products are computed in: 16 bits hold more digits than the product has."""
+    """Return the dtype that fp8 products are computed in: 16 bits are more precise than the product."""
     return dtype if dtype == torch.float16 else torch.bfloat16

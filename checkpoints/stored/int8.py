@@ -7,7 +7,7 @@ to 1. The effective weight is (q * scale) H; the input is rotated too, so that b
     output           y = (x8 q^T) * t * scale + b, with x H = x8 * t, one t = max|x H| / 127 for each token
     input gradient   dx = (dy (q * scale)) H in 16 bits, or with dy * scale rounded by tokens to int8 too
 
-Up to 16 tokens, which hardware does not multiply faster in int8, x does not change. Rounding x counts as the
+For up to 16 tokens, which int8 hardware does not speed up, x is not rounded. Rounding x counts as the
 identity for gradients. Source: ConvRot, arXiv 2512.03673; H as there, a Kronecker power of the one of size 4.
 """
 # Letters: M tokens, K input features, N output features

@@ -65,7 +65,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
 
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError if moments of first frames are missing."""
-    kind = "moments of first frames are missing, which this model's image-to-video caches hold"
+    kind = "moments of first frames are missing, which this model's image-to-video caches contain"
     errors = []
     for source in sources:
         image = None if source.precomputed is None else source.precomputed.image
