@@ -93,7 +93,7 @@ class NewFile:
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for weights that are packed in another shape, because these cannot be copied."""
+    """Raise CheckpointError if a weight is packed in a different shape, because it cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -161,7 +161,7 @@ def plan_change(
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]) -> list[str]:
-    """Return tensor names without the scales and other additional tensors of the weights in `dequantized`."""
+    """Return tensor names without the scales and other companions of the weights in `dequantized`."""
     unneeded = {scales[weight] for weight in dequantized}
     for weight in dequantized:
         layer = weight.removesuffix(".weight")
@@ -260,7 +260,7 @@ def _cast(
 def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], stale_metadata: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on metadata that are left out."""
+    """Return the metadata of the new file, and notes on metadata that is left out."""
     metadata = {"format": "pt"}  # default, because transformers rejects files without a format
     notes = []
     for key, text in checkpoint.metadata.items():

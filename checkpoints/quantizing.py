@@ -302,7 +302,7 @@ def _write_comfyui(
     """Write the model in ComfyUI's quantized layout; return the number of quantized layers.
 
     A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
-    file and only one tensor is held in memory.
+    file and only one tensor is kept in memory.
     """
     planned: dict[str, _PlannedTensor] = {}  # tensors of the new file, by name
 

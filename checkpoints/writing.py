@@ -16,7 +16,7 @@ from modules.errors import OutputError
 from modules.limits import MAX_HEADER_BYTES
 from protocols.loading import TensorInfo
 
-LATE_BYTES = 2048  # reserved in the header for metadata that are known only after all tensors are written
+LATE_BYTES = 2048  # reserved in the header for metadata that is known only after all tensors are written
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -110,7 +110,7 @@ def _make_header(
         tensors: Dtype and shape of each tensor.
         metadata: Metadata of the file.
         what: The file, for messages.
-        spare_bytes: Spaces to add, which later metadata replace.
+        spare_bytes: Spaces to add, which later metadata replaces.
 
     Raises:
         OutputError: If the header is too large.

@@ -412,7 +412,7 @@ class LatentSpec:
     clip_frames: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
     tail_frames: int = 1  # number of frames that follow the complete clips of a video
     caches_audio: bool = False  # see `AudioSpec.is_in_latent_cache`
-    # metadata (name, value of this run) that tell apart caches of the same name for different uses
+    # metadata (name, value of this run) that distinguishes caches of the same name for different uses
     required_metadata: tuple[tuple[str, str], ...] = ()
     has_size_conditions: bool = False  # whether batches have `SIZES`
     # whether image caches (means of the posterior) of another model with the same autoencoder can be used
