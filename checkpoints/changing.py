@@ -93,7 +93,7 @@ class NewFile:
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for weights that are packed in another shape, because these cannot be copied."""
+    """Raise CheckpointError if a weight is packed in a different shape, because it cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -156,12 +156,12 @@ def plan_change(
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
     dropped = [name for name in checkpoint.tensors if not change.selected.selects(name)]
     if dropped:
-        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
+        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as requested")
     return NewFile(tensors, metadata, read, tuple(notes))
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], dequantized: set[str]) -> list[str]:
-    """Return tensor names without the scales and other additional tensors of the weights in `dequantized`."""
+    """Return tensor names without the scales and other companions of the weights in `dequantized`."""
     unneeded = {scales[weight] for weight in dequantized}
     for weight in dequantized:
         layer = weight.removesuffix(".weight")
@@ -215,7 +215,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.selects(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    # each prefix is looked for after the previous ones are gone
+    # each prefix is looked for after the previous ones have been removed
     for index, prefix in enumerate(change.strip_prefixes):
         earlier_prefixes = replace(change, strip_prefixes=change.strip_prefixes[:index], add_prefix="")
         if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
@@ -250,7 +250,7 @@ def _cast(
         ) from error
     if not is_finite(converted) and is_finite(tensor):
         raise CheckpointError(
-            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "
+            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot represent. Use --dtype "
             f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
             checkpoint.path,
         )
@@ -260,7 +260,7 @@ def _cast(
 def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, dequantized: set[str], stale_metadata: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on metadata that are left out."""
+    """Return the metadata of the new file, and notes on metadata that is left out."""
     metadata = {"format": "pt"}  # default, because transformers rejects files without a format
     notes = []
     for key, text in checkpoint.metadata.items():
@@ -361,8 +361,8 @@ def gather(path: Path) -> Checkpoint:
     are equal in both.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or no model, if two files have different values for a
-            tensor, or if tensors of the index are in no file.
+        CheckpointError: If a file is missing, damaged or not a model, if two files have different values for
+            a tensor, or if tensors of the index are in no file.
     """
     parts, index = _find_parts_and_index(path)
     repeated: list[str] = []  # names of tensors that are in two files
@@ -383,7 +383,7 @@ def gather(path: Path) -> Checkpoint:
     for key in checkpoint.metadata:
         values = {metadata[key] for metadata in checkpoint.metadata_by_file.values() if key in metadata}
         if len(values) > 1:
-            logger.warning("%s: its files differ in %s; the last file counts", path, key)
+            logger.warning("%s: its files differ in %s; the last file takes precedence", path, key)
     if repeated:
         logger.info(
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]
@@ -420,7 +420,7 @@ def _check_index(checkpoint: Checkpoint, index: Path) -> None:
 
 
 def _are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
-    """Return whether the tensor of a name has the same dtype, shape and values in both files."""
+    """Return whether a tensor has the same dtype, shape and values in both files."""
     if first.tensors[name] != second.tensors[name]:
         return False
     return _hash_tensor(first, name) == _hash_tensor(second, name)

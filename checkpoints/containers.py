@@ -34,7 +34,7 @@ from modules.limits import (
 from modules.text_files import read_tensor_header, require_regular_file
 from protocols.loading import TensorInfo
 
-# first bytes of files of `torch.save`, in its current and its older format
+# first bytes of files written by `torch.save`, in its current and its older format
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 # what marks quantized layers
@@ -132,7 +132,7 @@ class SafetensorsFile(HeaderFile):
     damage_errors = (ValueError, TypeError, KeyError, AttributeError)
 
     def _read_header(self, size: int) -> None:
-        """Read the header of a safetensors file; raise ValueError if its numbers are inconsistent."""
+        """Read the header of a safetensors file; raise ValueError if its values are inconsistent."""
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
         check_count(self.path, len(header))
         # raises UnicodeEncodeError (a ValueError) for lone surrogates, which an escape in JSON can produce
@@ -145,7 +145,7 @@ class SafetensorsFile(HeaderFile):
             self._offsets[name] = start + begin
         described_size = start + _check_contiguous(spans)
         if described_size != size:
-            raise ValueError(f"the file has {size} bytes, it describes {described_size}")
+            raise ValueError(f"the file has {size} bytes, but its header describes {described_size}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
         """Return the dtype and shape of a tensor from its JSON object in the header.
@@ -198,7 +198,7 @@ def _check_contiguous(spans: Iterable[tuple[int, int, str]]) -> int:
 
 
 class TorchFile:
-    """A file of `torch.save` that is memory-mapped and unpickled without running code."""
+    """A file written by `torch.save` that is memory-mapped and unpickled without running code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -251,7 +251,7 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
 def load_pickled(path: Path, limit_factor: int = 1) -> Any:
-    """Load a file of `torch.save` without running code; it is memory-mapped if its format allows that.
+    """Load a file written by `torch.save` without running code, memory-mapped if its format allows that.
 
     `limit_factor` multiplies the allowed length of the pickle program, for files with more objects than a
     model has.
@@ -288,7 +288,7 @@ def load_pickled(path: Path, limit_factor: int = 1) -> Any:
 
 
 def _explain_unpickling_error(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Return the error for a damaged file, or for one with program code; only torch's text shows which."""
+    """Return the error for a damaged file, or for one with program code; only torch's message shows which."""
     damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
     if damaged_opcode is not None:
         return _make_damage_error(path, damaged_opcode[0])
@@ -344,7 +344,9 @@ def _check_program(path: Path, limit_factor: int) -> None:
                 raise ValueError(_TOO_LONG)
 
 
-_DENSE_ONLY_ADVICE = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
+_DENSE_ONLY_ADVICE = (
+    "Only plain weights can be read: save them as dense tensors, preferably in a safetensors file."
+)
 
 
 def _check_dense(content: Any, path: Path) -> None:

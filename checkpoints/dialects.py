@@ -108,7 +108,7 @@ def _select_quantized_layers(
     quantized_in_file = find_quantized_weights(
         linear, plan.sources, plan.checkpoint.tensors, format_is_requested=form is not None
     )
-    if form is None:  # nothing is quantized anew
+    if form is None:  # nothing has to be quantized
         return QuantizedLoading(None, quantized_in_file=quantized_in_file) if quantized_in_file else None
     _reject_other_forms(plan, quantized_in_file, form)
     quantization_format = form_of(prepare(text_quantization(form), device))
@@ -216,7 +216,7 @@ def make_shape_reader(
     """Return a function that takes our name and returns the tensor's shape in the file.
 
     The function raises CheckpointError if the file lacks the tensor. With `misshapen_error`, it also takes a
-    number of axes (default 4), and raises that error if the tensor has another number or no values.
+    number of axes (default 4), and raises that error if the number of axes differs or there are no values.
     """
 
     def shape(name: str, axes: int = 4) -> tuple[int, ...]:
@@ -260,8 +260,8 @@ class DitShapes:
         if len(shape) != axes or 0 in shape:
             sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
             raise CheckpointError(
-                f"{self.path} does not fit {self.model}: {name} is {sizes}, {axes} axes are needed. Give a "
-                "file of that model in the shapes of its release.",
+                f"{self.path} does not fit {self.model}: {name} is {sizes}, but {axes} axes are needed. Give "
+                "a file of that model in the shapes of its release.",
                 self.path,
             )
         return shape
@@ -280,7 +280,7 @@ class DitShapes:
 
 
 def make_wrong_kind_error(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file with another kind of model than its option takes.
+    """Return the error for a file with a different kind of model than its option takes.
 
     Args:
         checkpoint: The open file.
@@ -429,7 +429,7 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """Return the source of one of `count` equal parts of the rows of a tensor.
 
-    If the rows cannot be divided, it makes all of them, and the comparison of shapes reports that.
+    If the rows cannot be divided, the source reads all of them, and the comparison of shapes reports that.
     """
 
     def build(*file_tensors: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def _select_saved_dtypes(
 ) -> dict[str, torch.dtype]:
     """Return the dtypes in which a trained 16-bit transformer is saved, by published name.
 
-    Tensors that are float32 in the file stay so; all others are saved in `weight_dtype`, also those that are
+    Tensors that are float32 in the file stay so; all others are saved in `weight_dtype`, even those that are
     float32 in memory. The result is empty if the file or the transformer is not in 16 bits: weights are then
     saved in the dtypes that they have in memory.
     """
@@ -283,7 +283,7 @@ def select_quantized_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> QuantizedLoading | None:
-    """Select the linear layers to load in 8 or 4 bits: those that the file has so, or those of the options.
+    """Select the linear layers to load in 8 or 4 bits: those quantized in the file, or selected by options.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
 

@@ -87,7 +87,7 @@ def to_rows(
     tensors: Mapping[str, Tensor],
     reject: Callable[[Path, str, str], CheckpointError] = reject_embedding,
 ) -> dict[str, Tensor]:
-    """Return tensors as rows of vectors by the same names, each V C float32.
+    """Return tensors as rows of vectors under the same names, each V C float32.
 
     Args:
         path: The file.

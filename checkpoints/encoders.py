@@ -24,7 +24,7 @@ ALL_IN_ONE = (
     "scaled_fp8",
 )
 
-# tensors that hold a tokenizer's file as bytes, in files of ComfyUI and of LTX-2.5
+# tensors that contain a tokenizer's file as bytes, in files of ComfyUI and of LTX-2.5
 SPIECE_MODEL = "spiece_model"
 TOKENIZER_JSON = "tokenizer_json"
 
@@ -118,7 +118,7 @@ def read_network_config(
         path: File or folder of the model.
         part: Key of the network's own settings, for a config.json that describes several networks.
         kind: Prefix of the network's model_type.
-        dim: Width of the network by its tensors.
+        dim: Width of the network according to its tensors.
         defaults: Values of keys that config.json leaves out.
         embedded_config: Content of a config.json inside the model's file; None reads the one in the folder.
 
@@ -161,7 +161,7 @@ def check_state_width(
     """
     if dit_width not in (None, width):
         raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, {dit_path} takes {dit_width}. Give {give}.",
+            f"{option} {path} gives states of width {width}, but {dit_path} takes {dit_width}. Give {give}.",
             path,
         )
 

@@ -8,8 +8,8 @@
         load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
 
 Each tensor is renamed, merged with LoRAs, cast or quantized, and moved to its device. All mismatches are
-reported before any tensor is read. Host memory holds at most the network in its target dtype and one tensor
-of the file.
+reported before any tensor is read. Host memory needs to fit only the network in its target dtype and one
+tensor of the file.
 """
 
 import contextlib
@@ -247,8 +247,8 @@ def _log_quantization(quantized: QuantizedLoading, loader: "_TensorLoader", netw
             if not is_finite_error:
                 format_name = "" if quantized.form is None else quantized.form.name
                 raise CheckpointError(
-                    f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot hold. "
-                    "Copy the file again."
+                    f"{network_name}: {name} has NaN or infinite values, which {format_name} cannot "
+                    "represent. Copy the file again."
                 )
         logger.info(
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
@@ -420,7 +420,7 @@ class _TensorLoader:
         if tensor.ndim != len(self._shapes[name]):
             tensor = tensor.view(add_leading_axes(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:
-            # packed weights may be padded: only the first rows and columns are the network's
+            # packed weights may be padded: only the first rows and columns belong to the network
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor
@@ -486,7 +486,7 @@ def _check_fit(
     for error, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             lines += [f"  {error}: {line}" for line in compress_names(names)]
-    # compare the shapes of tensors that are there
+    # compare the shapes of tensors that exist
     for name, tensor in targets.items():
         if name in missing:
             continue

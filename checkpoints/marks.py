@@ -154,7 +154,7 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
     try:
         return _require_table(parse_json(text if isinstance(text, str) else text.decode()))
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON text ({error})") from error
+        raise ValueError(f"{name} is not JSON ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _QuantizedLayer:
         size = self.get_number("convrot_groupsize", default=256)
         if size not in GROUPS or columns % size:
             raise ValueError(
-                f"has {columns} columns, rotated in groups of {size}; those of {GROUPS} are read"
+                f"has {columns} columns, rotated in groups of {size}; only groups of {GROUPS} are supported"
             )
         return size
 
@@ -189,7 +189,7 @@ class _QuantizedLayer:
         """Return the rows and columns of the stored weight.
 
         Raises:
-            ValueError: If the weight is not a matrix, or if its dtype is none of `dtypes`.
+            ValueError: If the weight is not a matrix, or if its dtype is not one of `dtypes`.
         """
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
@@ -500,7 +500,7 @@ def _make_four_bits(
 ) -> QuantizedWeight:
     """Return a 4-bit weight of bitsandbytes with float32 scales, one for each block of a row."""
     if nested_tensors:
-        # double quantization: absmax holds 8-bit indices into `levels`, scaled per group of blocks
+        # double quantization: absmax contains 8-bit indices into `levels`, scaled per group of blocks
         group_scales, levels = nested_tensors
         normalized = levels.float()[absmax.int()]
         scale_of_block = group_scales.float().repeat_interleave(group_size)[: len(absmax)]

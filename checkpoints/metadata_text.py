@@ -19,7 +19,7 @@ class ShowMetadataOptions(Options, title="what to do"):
 
 
 def show_metadata(options: ShowMetadataOptions) -> None:
-    """Print the metadata of a safetensors file as JSON. Values that are JSON texts are printed as objects.
+    """Print the metadata of a safetensors file as JSON. JSON values are printed as objects.
 
     Raises:
         CheckpointError: If the file cannot be read as safetensors.
@@ -31,8 +31,8 @@ def show_metadata(options: ShowMetadataOptions) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is not a safetensors file: {error}. Files of torch (.ckpt, .pt) hold no metadata, and "
-            "blissful_tuner/metaview.py shows those of images and videos.",
+            f"{path} is not a safetensors file: {error}. Files of torch (.ckpt, .pt) contain no metadata, "
+            "and blissful_tuner/metaview.py shows those of images and videos.",
             path,
         ) from error
     if not metadata:

@@ -38,7 +38,7 @@ class TokenizerFiles:
     hub_filename: str = "tokenizer.json"  # name of the file to download
     ambiguous_folders: tuple[str, ...] = (
         ".",
-    )  # those of `folders` that may hold tokenizers of other models too
+    )  # those of `folders` that may contain tokenizers of other models too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return the tokenizer's file, or None if no file is found.
@@ -66,7 +66,7 @@ class TokenizerFiles:
         return None
 
     def check_option_value(self, path: Path) -> None:
-        """Raise CheckpointError if the option's value `path` is not a tokenizer by its first bytes."""
+        """Raise CheckpointError if the first bytes of the option's file are not those of a tokenizer."""
         file = self._find_from_option(path)
         self.check_bytes(file)
         try:
@@ -255,7 +255,7 @@ def _check_growth(growth: float) -> None:
 
 
 def _measure_growth(normalizer: Mapping[str, Any]) -> float:
-    """Return how many characters a normalizer in a tokenizer.json can make of one at most."""
+    """Return the maximum number of characters that a tokenizer.json's normalizer makes of one."""
     match normalizer.get("type"):
         case "Sequence":
             product = 1.0
@@ -278,7 +278,7 @@ def _measure_growth(normalizer: Mapping[str, Any]) -> float:
 def _measure_charsmap(charsmap: bytes) -> float:
     """Return the length in bytes of the longest replacement text in SentencePiece's charsmap.
 
-    A charsmap is the size of an index (4 bytes), the index, and texts that end in NUL.
+    A charsmap is the size of an index (4 bytes), the index, and strings that end in NUL.
     """
     index_bytes = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + index_bytes :].split(b"\0")
@@ -309,7 +309,7 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
                     _, offset = read_varint(message, offset)
                 case 1:  # 64 bits
                     offset += 8
-                case 2:  # a length, then so many bytes
+                case 2:  # a length, then this many bytes
                     length, offset = read_varint(message, offset)
                     if key >> 3 == number:
                         yield message[offset : offset + length]
@@ -317,6 +317,6 @@ def _read_field(message: bytes, number: int) -> Iterator[bytes]:
                 case 5:  # 32 bits
                     offset += 4
                 case _:
-                    raise ValueError(f"a field of the unknown kind {wire_type}")
+                    raise ValueError(f"a field of the unknown type {wire_type}")
     except IndexError:
         raise ValueError("it ends inside a field") from None

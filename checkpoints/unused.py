@@ -32,7 +32,7 @@ class UnusedTensors:
 
 @dataclass(frozen=True, eq=False)
 class OpenedTensors:
-    """Unused tensors of a transformer file that is held open, so that it cannot be deleted before copying."""
+    """Unused tensors of a transformer file that is kept open, so that it cannot be deleted before copying."""
 
     sources: Mapping[str, TensorSource]
     checkpoint: Checkpoint

@@ -28,7 +28,7 @@ UNET = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
 # names of the first layer of a U-Net, in single files and in diffusers' folders
 FIRST_LAYERS = ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight")
-ROUNDED_SUM = 1e-4  # the ratios may differ from a sum of 1 by so much, as 0.33333 0.33333 0.33333 do
+ROUNDED_SUM = 1e-4  # the sum of the ratios may differ from 1 by this much: 0.33333 0.33333 0.33333
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the first model
 
 
@@ -77,7 +77,7 @@ class MergeModelsOptions(Options, title="what to do"):
                 "for each, in the same order"
             )
         if not all(map(math.isfinite, self.ratios)):
-            raise OptionError("--ratios: give numbers, such as 0.5 0.5; nan and inf are none")
+            raise OptionError("--ratios: give numbers, such as 0.5 0.5, not nan or inf")
         total = sum(self.ratios)
         if abs(total - 1) > ROUNDED_SUM:
             raise OptionError(
@@ -171,7 +171,7 @@ def _add_up(name: str, first_tensor: Tensor, terms: Sequence[_Term]) -> Tensor:
 
 
 def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_only: bool) -> None:
-    """Raise CheckpointError if a checkpoint is none of the same model and layout as the first."""
+    """Raise CheckpointError if a checkpoint is not of the same model and layout as the first."""
     common = merged & other.tensors.keys()
     if not common:
         tensor_kind = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"

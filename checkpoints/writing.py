@@ -16,7 +16,7 @@ from modules.errors import OutputError
 from modules.limits import MAX_HEADER_BYTES
 from protocols.loading import TensorInfo
 
-LATE_BYTES = 2048  # reserved in the header for metadata that are known only after all tensors are written
+LATE_BYTES = 2048  # reserved in the header for metadata that is known only after all tensors are written
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -32,13 +32,13 @@ def stream_tensors(
     Args:
         path: File to write.
         tensors: Dtype and shape of each tensor, from which the header is made.
-        read: Returns the tensor of a name, on any device. It is called once for each name, in the order of
+        read: Returns a tensor by name, on any device. It is called once for each name, in the order of
             the safetensors library: largest element size first, then by name.
         metadata: Metadata of the file.
         late_metadata: Called after all tensors are written; returns more metadata, up to `LATE_BYTES`.
 
     Raises:
-        ValueError: If `read` returns another dtype or shape.
+        ValueError: If `read` returns a different dtype or shape.
         OutputError: If the file cannot be written, or if its header would be too large to be read again.
     """
     spare_bytes = 0 if late_metadata is None else LATE_BYTES
@@ -110,7 +110,7 @@ def _make_header(
         tensors: Dtype and shape of each tensor.
         metadata: Metadata of the file.
         what: The file, for messages.
-        spare_bytes: Spaces to add, which later metadata replace.
+        spare_bytes: Spaces to add, which later metadata replaces.
 
     Raises:
         OutputError: If the header is too large.

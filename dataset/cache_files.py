@@ -1,6 +1,6 @@
 """Cache files: names of files and tensors, reading and writing, and the protocol of a store of cache files.
 
-Names and tensors are those of musubi-tuner, so that files can be exchanged. The metadata also record the
+Names and tensors are those of musubi-tuner, so that files can be exchanged. The metadata also records the
 origin of a file (see records.py).
 """
 
@@ -412,7 +412,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
         shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
         end = max((info["data_offsets"][1] for info in content.values()), default=0)
         if end != size - start:
-            raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
+            raise ValueError(f"its tensors have {end} bytes, but the file has {size - start}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _damage_error(path, error) from error
     return Entry(path, metadata, shapes)
@@ -442,7 +442,7 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
         architecture: The family's name.
         audio: Whether to check for an audio cache instead.
     """
-    # latents have their size F x H x W in the name, audio latents have not
+    # latents have their size F x H x W in the name, audio latents do not
     has_latents = AUDIO_LATENTS in entry.keys if audio else bool(entry.grids)
     is_of_family = entry.metadata.get("architecture", architecture) == architecture
     return has_latents and is_of_family and _all_cache_names(entry)

@@ -34,7 +34,7 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
     """Return where to look for CLIP's tokenizer.
 
-    `option` names the tokenizer; `folders` are the subfolders of a release that may hold it.
+    `option` names the tokenizer; `folders` are the subfolders of a release that may contain it.
     """
     return TokenizerFiles(
         option=option,
@@ -93,7 +93,7 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L.
 
-    The file may also hold the image tower, have any known prefix, and be in fp8.
+    The file may also contain the image tower, have any known prefix, and be in fp8.
 
     Args:
         checkpoint: The opened file.
@@ -144,8 +144,8 @@ def plan_clip_text(
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {naming.release} to "
-            f"{naming.option}.",
+            f"{network.path} takes {positions} tokens, but {CLIP_TOKENS} are needed. Give {naming.release} "
+            f"to {naming.option}.",
             network.path,
         )
     for name in ("num_attention_heads", "layer_norm_eps"):  # a missing one gets its default below
@@ -197,7 +197,7 @@ class ClipVisionConfig:
 
 
 def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadPlan[ClipVisionConfig]:
-    """Plan how to load a CLIP image tower with its projection; the file may also hold the text tower.
+    """Plan how to load a CLIP image tower with its projection; the file may also contain the text tower.
 
     Args:
         checkpoint: The opened file.

@@ -137,7 +137,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         """Set up the encoder; files are read by `load`.
 
         Args:
-            path: File or folder of the model, or of a release that holds it in its subfolder `naming.folder`.
+            path: File or folder of the model, or of a release with it in its subfolder `naming.folder`.
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches the usual places.
             naming: The family's names for the encoder in options, records and conditions.

@@ -236,7 +236,7 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, naming:
     """Load the text tower; fp8 weights are dequantized.
 
     Raises:
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, naming)
@@ -340,7 +340,7 @@ def load_clip_vision(
         release: Description of the released files, for messages.
 
     Raises:
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CONTROL = "--cn"
 MASK = "--mk"
 MASK_PATH = "mask_path"  # key of the mask in a line of prompts
-CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the image is painted anew
+CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the image is repainted
 
 
 def check_controls(table: MediaTable, network_name: str) -> MediaTable:
@@ -62,7 +62,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
     """
     if len(media.control) > 1:
         raise DatasetError(
-            f"{media.table.name}: {len(media.control)} control pictures for one; one is seen. Leave one for "
+            f"{media.table.name}: {len(media.control)} control pictures for one picture. Leave one for "
             "each picture"
         )
     rgb_controls = rearrange(media.control[0][..., :3], "b 1 h w c -> b c h w")

@@ -356,7 +356,7 @@ class Inversion:
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:
-    """Return the vectors of a word in a LoRA file; None if `path` is no LoRA file or lacks the word."""
+    """Return the vectors of a word in a LoRA file; None if `path` is not a LoRA file or lacks the word."""
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:

@@ -237,7 +237,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         Args:
             use: How the family uses the model.
-            path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
+            path: File or folder of the model, or of a release with the model in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.

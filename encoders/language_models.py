@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 SPEC = DitSpec(block_lists=("layers",))
 WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of normal length
 Q_ROWS = "self_attn.q_proj.weight"
-# tensors of a layer by which models are told apart
+# tensors of a layer that distinguish the models
 Q_BIAS = "self_attn.q_proj.bias"  # Qwen2.5
 Q_NORM = "self_attn.q_norm.weight"  # Qwen3 and Gemma
 FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma
@@ -182,7 +182,7 @@ def _read_delta_layers(
     Raises:
         ValueError: If a setting is missing or invalid.
     """
-    _ = width  # not used: heads of DeltaNet layers have other widths than those of attention layers
+    _ = width  # not used: heads of DeltaNet and attention layers differ in width
     delta = "layers.0.linear_attn."  # layer 0 of Qwen3.5 is a DeltaNet layer
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
@@ -401,7 +401,7 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
             path,
         )
     raise CheckpointError(
-        f"{path} has only {all_layers} layers, {abs(state)} are needed. "
+        f"{path} has only {all_layers} layers, but {abs(state)} are needed. "
         f"Give {model.files} to {model.option}.",
         path,
     )
@@ -478,7 +478,7 @@ class HostAngles(nn.Module):
 
     def __init__(self, angles: nn.Module) -> None:
         super().__init__()
-        self._angles = (angles,)  # in a tuple, so that it is no submodule and stays on the CPU
+        self._angles = (angles,)  # in a tuple, so that it is not a submodule and stays on the CPU
 
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
         """Return cosines and sines of the rotary embedding in the dtype of x, on its device.

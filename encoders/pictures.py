@@ -139,7 +139,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     """Return the latents of the reference images in the conditions, in order, on the device."""
 
-    def index_of(name: str) -> int:  # sorted as numbers, because as texts 10 would precede 2
+    def index_of(name: str) -> int:  # sorted as integers, because as strings 10 would precede 2
         return int(name.removeprefix(CONTROL).lstrip("_") or 0)
 
     names = sorted((name for name in cond if name.startswith(CONTROL)), key=index_of)
@@ -353,8 +353,8 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, model_name: 
     option = "--control_image_path (--ci in a prompt line)"
     if len(paths) > rules.max_references:
         raise OptionError(
-            f"{option}: {len(paths)} reference pictures, {model_name} takes {rules.max_references} at most. "
-            f"Leave out {' '.join(map(str, paths[rules.max_references :]))}"
+            f"{option}: {len(paths)} reference pictures, but {model_name} takes {rules.max_references} at "
+            f"most. Leave out {' '.join(map(str, paths[rules.max_references :]))}"
         )
     for path in paths:
         width, height = image_size(path)

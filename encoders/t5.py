@@ -127,7 +127,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
             naming: The family's names for the encoder in options, records and conditions.
         """
-        # subfolders of a release that may hold the encoder
+        # subfolders of a release that may contain the encoder
         folders = [folder for folder in naming.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
         self.name = naming.name
@@ -203,7 +203,7 @@ def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None
     `dtype` is the compute dtype; None is the dtype of the file, or bfloat16 if the file is in fp8.
 
     Raises:
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     return load_t5(path, device, BYT5, dtype)
 

@@ -338,19 +338,19 @@ def load_t5(
     Args:
         path: File or folder of the model.
         device: Device to load to.
-        kind: Kind of encoder that the file must hold.
+        kind: Kind of encoder that the file must contain.
         dtype: Compute dtype; None for that of the file, or bfloat16 if the file is in fp8.
         form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form,
             except that fp8 weights are dequantized.
         blocks: Receives each block when it is loaded.
 
     Raises:
-        CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
+        CheckpointError: If the file is damaged, contains another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        # bfloat16 (as trained) in place of fp8, which has no arithmetic, and of float16 on CPUs
+        # bfloat16 (as trained) replaces fp8, which has no arithmetic, and float16 on CPUs
         keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
         compute = dtype or (stored if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"

@@ -200,7 +200,7 @@ class TokenizerSource:
             name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
             if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
-                error = ValueError(f"{name} is too large, or no row of bytes")
+                error = ValueError(f"{name} is too large, or not a row of bytes")
                 raise self.files.unreadable(checkpoint_path, error)
             model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
         if name.endswith(TOKENIZER_JSON):
@@ -304,7 +304,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option
         path: File of the encoder, for the message.
         option: Option of the tokenizer, for the message.
     """
-    # 0 for no texts or empty ones
+    # 0 if there are no texts or all are empty
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
         raise CheckpointError(
@@ -450,7 +450,7 @@ class FileTextEncoder(ABC, Generic[Network]):
             max_tokens_read = num_template_tokens + self.maximum - num_suffix_tokens
             characters_read = count_covered_characters(ends, max_tokens_read, length)
             num_tokens = max(len(tokens.ids) - num_template_tokens, 0)
-            # caches hold the states of these tokens; encoders of fixed length pad to `maximum`
+            # caches contain the states of these tokens; encoders of fixed length pad to `maximum`
             num_stored = min(num_tokens, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
                 written.prompt,

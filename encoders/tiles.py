@@ -121,7 +121,7 @@ class Tile:
     after: int  # overlap with the next tile
 
     def pixel_slice(self, pixels_per_latent: int) -> slice:
-        """Return the slice of this tile along an axis with so many pixels per latent pixel."""
+        """Return the slice of this tile along an axis with this number of pixels per latent pixel."""
         return slice(self.start * pixels_per_latent, (self.start + self.size) * pixels_per_latent)
 
     def weights(self, pixels_per_latent: int) -> Tensor:

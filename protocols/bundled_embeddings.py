@@ -1,7 +1,7 @@
-"""Learned words (embeddings) that LoRA files bring along or that have files of their own.
+"""Learned words (embeddings) that LoRA files contain or that have files of their own.
 
 In a LoRA file their vectors are called `bundle_emb.WORD.KEY`. KEY is the name that the tensor has in a file
-of the word alone: `emb_params`, `clip_l`, `t5xxl`, `string_to_param.*`. So OneTrainer and HCP-Diffusion write
+of the word alone: `emb_params`, `clip_l`, `t5xxl`, `string_to_param.*`. OneTrainer and HCP-Diffusion write
 them, and the Web UI and ComfyUI read them.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from protocols.family import Family
 
-# what a file of one word holds: tensors by name, or tables of them
+# what a file of one word contains: tensors by name, or tables of them
 WordContent = Mapping[str, Tensor | Mapping[str, Tensor]]
 BundledWords = Mapping[str, WordContent]  # of a LoRA file, by word
 WordsByFile = Mapping[Path, BundledWords]
 
 BUNDLE = "bundle_emb"
-# a word may have dots; of a table that is a level deeper (`string_to_param`), names of rows follow
+# a word may contain dots; a table one level deeper (`string_to_param`) adds the names of its rows
 _NAME = re.compile(rf"{BUNDLE}\.(?P<word>.+?)\.(?P<key>(?P<table>string_to_\w+)(?:\.(?P<row>.+))?|[^.]+)")
 
 

@@ -1,4 +1,4 @@
-"""Formats of captions that are JSON objects: their keys, what each of them says, and the faults of a caption.
+"""Formats of captions that are JSON objects: their keys, what each of them says, and the errors in a caption.
 
 A family whose model was trained with such captions declares its format once. `--check`, the captioner and the
 page read the declaration.
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CERTAIN = 0.75  # how alike a misspelt key is to the one that is meant
+CERTAIN = 0.75  # minimum similarity of a misspelled key to the intended one
 _NAMES = {str: "a text", list: "a list", dict: "an object", bool: "true or false"}
 
 
@@ -32,8 +32,8 @@ class CaptionKey:
 class CaptionFormat:
     """The keys of a JSON caption, in the order that the model was trained with.
 
-    `title` names the model. The first key holds a text and is required in every caption. `ignored` are keys
-    that captions of other programs contain and the model was not trained with.
+    `title` names the model. The first key contains a text and is required in every caption. `ignored` are
+    keys that captions of other programs contain and the model was not trained with.
     """
 
     title: str

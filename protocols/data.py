@@ -46,7 +46,7 @@ REJECTED_LATENTS = "latents_worse"
 AUDIO_LATENTS = "audio_latents"
 # the same inside the cache of a clip's latents (`AudioSpec.is_in_latent_cache`); 0 for silence, else 1
 INNER_AUDIO, AUDIO_PRESENT = "latents_audio", "audio_present"
-# latents of the audio that a clip's audio is made after, next to SOUND; its T may differ
+# latents of the reference audio for a clip's audio, next to SOUND; its T may differ
 REFERENCE_AUDIO = "reference_audio_latents"
 # which samples have audio, in batches and conditions: B bool, on the host. Missing, like the audio latents,
 # if no sample has audio
@@ -80,7 +80,7 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
         device: Device of the network.
 
     Returns:
-        Padded texts and their masks. Texts of different lengths are padded with zeros. `send` leaves masks on
+        Embeddings, padded with zeros to equal length, and their masks. `send` leaves masks on
             the host: the network reads them there and must not wait for the device.
     """
     arguments = {}
@@ -102,12 +102,12 @@ def send_tensor(conditions: Conditions, name: str, device: torch.device) -> Tens
 def name_text_and_mask(
     conditions: Conditions, argument: str, name: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return texts, padded with zeros to equal length, and the mask of valid tokens, `{argument}_mask`.
+    """Return text embeddings, zero-padded to equal length, and the mask of valid tokens, `{argument}_mask`.
 
     Args:
         conditions: Conditions by the names that caches use.
         argument: Name of the network's argument.
-        name: Name of the texts in caches.
+        name: Name of the text embeddings in caches.
         device: Device of the network.
     """
     lengths = torch.tensor([len(rows) for rows in conditions[name]])
@@ -225,8 +225,8 @@ class Batch:
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{where} is {width} numbers wide, {network_path} takes {expected}. Cache again with "
-                        f"{remedy}."
+                        f"{where} is {width} numbers wide, but {network_path} takes {expected}. Cache again "
+                        f"with {remedy}."
                     )
 
     def tensor(self, name: str) -> Tensor:
@@ -396,7 +396,7 @@ class LatentSpec:
     # whether clips are trained in sections of a fixed length, which the dataset's fp_... keys configure
     in_sections: bool = False
     npz: NpzFormat | None = None  # npz caches of other trainers; None: there are none
-    # whether cache files hold an image's latents as C H W, without the frame axis
+    # whether cache files store an image's latents as C H W, without the frame axis
     flat_in_caches: bool = False
     # whether latents are 0 where images are transparent; otherwise images are composited on white
     masks_latents: bool = False
@@ -412,7 +412,7 @@ class LatentSpec:
     clip_frames: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
     tail_frames: int = 1  # number of frames that follow the complete clips of a video
     caches_audio: bool = False  # see `AudioSpec.is_in_latent_cache`
-    # metadata (name, value of this run) that tell apart caches of the same name for different uses
+    # metadata (name, value of this run) that distinguishes caches of the same name for different uses
     required_metadata: tuple[tuple[str, str], ...] = ()
     has_size_conditions: bool = False  # whether batches have `SIZES`
     # whether image caches (means of the posterior) of another model with the same autoencoder can be used
@@ -468,7 +468,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class AudioVideoShapes:
-    """Shapes of the latents of a clip and of its audio. The loops hold both as one tensor, B N.
+    """Shapes of the latents of a clip and of its audio. The loops keep both as one tensor, B N.
 
     Image values come first. Code that treats each value separately, such as a solver, does not need to know
     that there are two parts.
@@ -500,7 +500,7 @@ class AudioSpec:
     silent_option: str = "another model"  # for messages: the option for a run without audio
     audio_only: bool = False  # whether only the audio of clips is trained
     time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
-    # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`
+    # whether caches of latents also contain the clip's audio, or silence: `INNER_AUDIO` and `AUDIO_PRESENT`
     is_in_latent_cache: bool = False
     takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
     reference_dropout_rate: float = (

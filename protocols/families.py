@@ -1,6 +1,6 @@
-"""The list of families by name: where each is, and what its names.py says for all others.
+"""The list of families by name: where each is, and what its names.py declares.
 
-No family is imported before it is asked for: a script that only prints its help reads its own alone.
+No family is imported before it is needed: a script that only prints its help imports only its own.
 """
 
 import logging
@@ -274,7 +274,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
         family: Family of the script that was given the file; its models are named first.
 
     Returns:
-        None if no family recognizes the file. For a missing file, a hint how to download it.
+        None if no family recognizes the file. For a missing file, a hint on how to download it.
     """
     if not path.exists():
         from downloads.catalogue import download_hint  # only for hints
@@ -295,7 +295,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
             continue
         hint: str | None = import_own(f"{entry.room}.files").identify(path)
         if hint is not None:
-            # a hint that begins so names a model, which the scripts of the family take
+            # a hint that begins like this names a model that the family's scripts accept
             is_of_family = entry.script and hint.startswith("it is ")
             return f"{hint}. {describe_scripts(name)}" if is_of_family else hint
     return None
@@ -363,7 +363,7 @@ def plain_script(
         work: Function to run, or its name, such as `networks.merging.merge_flux`, if importing it loads
             torch.
         records: Option records to read.
-        without: Public names of options to leave out; their records hold the default.
+        without: Public names of options to leave out; their records keep the default.
         prepare: Makes the function's arguments from the first record.
         advice_after_interrupt: Returns the advice to print after Ctrl-C.
     """

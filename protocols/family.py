@@ -96,7 +96,7 @@ class NoiseSpec:
     # time shift applied after every sampler. Options and draws refer to levels before it, over which the
     # model's generations are evenly spaced
     base_shift: float = 1.0
-    # changes the conditions of a training batch anew at each step: (conditions, `Batch.condition_set`,
+    # changes the conditions of a training batch at each step: (conditions, `Batch.condition_set`,
     # generator) -> conditions. It must be picklable, because workers receive it: no lambda
     change_conditions: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
 
@@ -154,7 +154,7 @@ class NumberedBlocks:
 class DitSpec:
     """Names inside a DiT, for code that changes it from outside."""
 
-    block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
+    block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that contain the blocks
     # the second of two lists, if its blocks process a second stream (`Hidden.control_tokens`). They are
     # spread evenly: each runs before the first block of its share of the other list
     second_list: str = ""
@@ -198,7 +198,7 @@ class DitSpec:
     teacache_coefficients: tuple[float, ...] = ()
 
     def count_matrices(self, weight: str) -> int:
-        """Return how many matrices a weight in a block holds.
+        """Return how many matrices a weight in a block contains.
 
         Args:
             weight: Name of the weight.
@@ -556,7 +556,7 @@ class Encodes(Protocol):
 
 
 class Caches(Described, Encodes, Protocol):
-    """What caching needs of a family."""
+    """What caching needs from a family."""
 
 
 class KnowsFewSteps(Protocol):
@@ -599,7 +599,7 @@ class RatesParts(Protocol):
 
     @property
     def part_rates(self) -> Mapping[str, float]:
-        """Learning rates by part of a parameter's name; the first match counts, and a rate of 0 freezes.
+        """Learning rates by part of a parameter's name; the first match applies, and a rate of 0 freezes.
 
         A parameter without a match has the learning rate of the training.
         """
@@ -617,7 +617,7 @@ class FitsCaptions(Protocol):
         """Return whether a caption is a JSON object that may contain coordinates in its image."""
 
     def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]:
-        """Return one error per line for each fault of a JSON caption.
+        """Return one line for each error in a JSON caption.
 
         Args:
             caption: The caption.
@@ -629,7 +629,7 @@ class FitsCaptions(Protocol):
 
 
 def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
-    """Return whether captions of the family may hold pixel coordinates, which change when it is cropped."""
+    """Return whether captions of the family may contain pixel coordinates, which cropping changes."""
     return family.abilities.adjusts_captions
 
 
@@ -798,7 +798,7 @@ class Generates(Protocol):
 
 
 class Trains(Described, Predicts, Protocol):
-    """What a training step needs of a family."""
+    """What a training step needs from a family."""
 
 
 class Family(Described, Encodes, Predicts, Generates, Protocol):

@@ -1,4 +1,4 @@
-"""What a training asks of a family that trains a network of its own next to the frozen model, not a LoRA."""
+"""What training requires of a family that trains a network beside the frozen model instead of a LoRA."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,26 +39,26 @@ class CustomNetwork:
 
     label: str  # "ControlNet-LLLite"
     description: str  # with its sizes, for boxes
-    architecture_suffix: str  # of the architecture in metadata, as "lora" is that of a LoRA
+    architecture_suffix: str  # suffix of the architecture in metadata; that of a LoRA is "lora"
     # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders in their order;
-    # returns it, with what `networks.adapter.ForeignNetwork` asks for; its state
-    # dict is what states hold. The second argument: whether it begins with its file's values
+    # returns it, with what `networks.adapter.ForeignNetwork` requires; its state
+    # dict is what states contain. The second argument: whether it starts with its file's values
     make: Callable[[nn.Module, bool], nn.Module]
-    check: Callable[[], None]  # raises UserError for a file that it cannot begin with; loads nothing
+    check: Callable[[], None]  # raises UserError for a file that it cannot start from; loads nothing
     # script and options that generate with a saved file, given the file, the values of a sample, and script
     # and options that make this sample with the model alone
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
     default_rate: DefaultRate
-    write: WritesNetwork | None = None  # None: the state dict is what files hold
-    # logs what there is to say of it before its values are saved
+    write: WritesNetwork | None = None  # None: files contain the state dict
+    # logs information about it before its values are saved
     report: Callable[[nn.Module], None] = lambda module: None
-    start_option: str = "network_weights"  # of the file that it begins with
+    start_option: str = "network_weights"  # option of the file that it starts from
     values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
-    in_text_encoders: bool = False  # it is a part of the text encoders, and sees captions alone
-    # given the captions of all pictures: says which of them it learns nothing from, "" if there are none;
-    # raises DatasetError if all are such
+    in_text_encoders: bool = False  # it is a part of the text encoders, and sees only captions
+    # given the captions of all images: names those from which it learns nothing, "" if there are none;
+    # raises DatasetError if these are all captions
     check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
-    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each image of a batch
+    sentences: Sequence[str] = ()  # instead of captions: one is drawn for each image of a batch
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:

@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 _ANYWHERE = "turbo|lightning|schnell|distill?ed|distill|lightx2v|causvid|accvid|fusionx|fastwan|fasthunyuan"
-_WORDS = r"lcm|dmd2?|hyper|[248](?:_steps|steps?)"  # whole words alone: they are part of others
-# such a model undone again, and one that was distilled only to take its guidance as a number
+_WORDS = r"lcm|dmd2?|hyper|[248](?:_steps|steps?)"  # only as whole words: they occur inside others
+# a model whose distillation was undone, and one that was distilled only to take its guidance as a number
 _UNDONE = re.compile(r"(?:(?<![a-z])(?:de|un|non)_|de|un|non)(?:turbo|schnell|distill?(?:ed)?)")
 _GUIDED = re.compile(r"(?:cfg|guidance)_?distill?(?:ed)?")
 _TITLES = ("modelspec.title", "modelspec.architecture", "title", "name", "general.name", "model_name")
-# names of files that say nothing of their model, which their folder then does
+# file names that say nothing about their model; the folder's name is used instead
 _PLAIN = re.compile(r"(diffusion_pytorch_)?model.*|transformer.*|unet.*")
-# of files; what is behind another dot belongs to the name, as in the folder Qwen-Image-2.1-Turbo
+# suffixes of files; what follows any other dot belongs to the name, as in the folder Qwen-Image-2.1-Turbo
 _FILE_ENDING = re.compile(r"\.(safetensors|sft|gguf|ckpt|pth?|bin|json)$", re.IGNORECASE)
-_FOLDERS = 4  # a release's folder is so far above its transformer's file, in the hub's cache too
+_FOLDERS = 4  # levels from a transformer's file up to its release's folder, even in the hub's cache
 
 
 class Verdict(NamedTuple):
     """Whether a transformer was distilled to few steps, and the evidence."""
 
     is_distilled: bool
-    evidence: str  # the name that says so, and where it stands
+    evidence: str  # the name that shows it, and where it was found
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class KeepingTarget:
     """A target (docs/targets.md) that trains a distilled transformer itself and preserves its few steps."""
 
     about: str  # completes "To ...:", for a line above its options
-    options: str  # of the training, as they are typed
+    options: str  # of the training command, as typed
     caching: str = ""  # options that it needs when texts are cached
 
 
@@ -66,14 +66,14 @@ class FewSteps:
     base: str = "the model that it was made from"  # completes "Train on ..."; "": there is no such model
     also: str = ""  # completes "whose LoRAs work on ... too"
     adapter: str = UNDOING  # completes "give --training_adapter with ..."; "": there is none
-    targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for those who train it all the same, best first
+    targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for users who train it anyway, best first
     # complete "The model ...", "Plain training unlearns ..." and "with the trained network ..."
     distilled: str = "was distilled to few steps"
     lost: str = "them"
     cost: str = "it needs more steps, and guidance, for equal quality"
-    is_certain: bool = False  # of all files of the family, whatever they are called
+    is_certain: bool = False  # true for all files of the family, whatever their names
     distilled_words: str = ""  # regular expression of further words in names
-    # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
+    # also a regular expression: matching names, "ModelRaw" as "model_raw", belong to the undistilled model
     undistilled_pattern: str = ""
 
     @property

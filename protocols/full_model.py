@@ -1,7 +1,7 @@
-"""What a training of all weights asks of a family whose checkpoint contains more than the transformer.
+"""What full fine-tuning requires of a family whose checkpoint contains more than the transformer.
 
-Such a file has text encoders and a VAE too. A training may train text encoders with the transformer, and each
-of its files is a whole checkpoint again.
+Such a file also contains text encoders and a VAE. A run may train text encoders with the transformer, and
+each file that it saves is a whole checkpoint again.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from protocols.family import Described, Encodes
 class LearningParts:
     """Which parts of a checkpoint are trained, and their learning rates. A rate of 0 freezes a part."""
 
-    # of text encoders that learn, by their names; None: that of all
+    # learning rates of text encoders by name; None: the shared rate
     texts: Mapping[str, float | None] = field(default_factory=dict)
-    # of the transformer's blocks, by their numbers in `DitSpec.block_numbering`; (): all have one rate
+    # learning rates of the transformer's blocks, numbered as in `DitSpec.block_numbering`; (): one for all
     blocks: tuple[float, ...] = ()
-    text_steps: int | None = None  # the text encoders learn during so many steps; None: to the end
+    text_steps: int | None = None  # number of steps in which text encoders learn; None: all
 
     def learns(self, text_encoder: str) -> bool:
         """Return whether a text encoder is trained: it has a learning rate, and training steps."""

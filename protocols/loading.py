@@ -20,10 +20,10 @@ class Packing:
     """How a file packs a weight: in a different shape than that of its values, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
-    companion_suffixes: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
+    companion_suffixes: tuple[str, ...]  # suffixes of its companions' names, instead of "weight"
     make_quantized: Callable[
         ..., QuantizedWeight
-    ]  # of the weight and the companions; ValueError for scales that are none
+    ]  # takes the weight and the companions; raises ValueError for invalid scales
     pad: int = 1  # rows and columns are rounded up to multiples of it
     can_stay_quantized: bool = True  # its rows are those of the value, so that a layer can keep it packed
 

@@ -1,13 +1,13 @@
 """A new word whose vectors text encoders learn: its options and what it may be.
 
-Standard library only, as options are checked by it.
+It uses only the standard library, because options are checked with it.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_VECTORS = 75  # a text encoder reads so many tokens at a time
-STRANGE = '()[]{}|,:\\/<>*?"'  # in a word: prompts or names of files read them otherwise
+MAX_VECTORS = 75  # a text encoder reads at most this many tokens at a time
+STRANGE = '()[]{}|,:\\/<>*?"'  # characters with another meaning in prompts or file names
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class WordToLearn:
     text: str
     count: int  # of its vectors
     option_names: WordOptionNames
-    init_word: str | None = None  # known words, whose vectors it begins with; None: random vectors
-    weights: Path | None = None  # a file of the word; it comes before `lora` and `init_word`
-    lora: Path | None = None  # that learning continues from; it may bring the word
-    # next to another network that learns
-    rate: float | None = None  # of its vectors; None: as the network
+    init_word: str | None = None  # known words, whose vectors it starts with; None: random vectors
+    weights: Path | None = None  # a file of the word; takes precedence over `lora` and `init_word`
+    lora: Path | None = None  # from which training continues; it may contain the word
+    # when trained beside another network
+    rate: float | None = None  # learning rate of its vectors; None: that of the network
     train_fraction: float = 1.0  # share of the steps in which they learn
 
 
@@ -45,7 +45,7 @@ def find_error(word: str) -> str:
         return f"has capitals, which the text encoders read as small letters. Give {word.lower()}"
     if word[-1].isdigit():
         return (
-            "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
+            "ends with a digit: followed by one, a word means one of its vectors. Give another, such as "
             f"{word.rstrip('0123456789') or 'mycat'}"
         )
     misread = next((character for character in word if character in STRANGE), None)

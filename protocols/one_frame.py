@@ -1,4 +1,4 @@
-"""The words of --one_frame_inference: where in time a single picture and its control images are."""
+"""Settings of --one_frame_inference: time indices of a single image and its control images."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 from modules.errors import OptionError
 
-# negative places too, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
+# negative indices are allowed, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
 _FULL = re.compile(r"-?[0-9]+")
-MAX_PLACE = 9999  # 40 is far already; more digits are a typing error
+MAX_PLACE = 9999  # 40 is far away already; more digits are a typo
 
 
 @dataclass(frozen=True)
 class OneFrame:
     """Frame indices of the target and control images, and which black frames are added after them."""
 
-    target_index: int | None = None  # None: as in the family
-    control_indices: tuple[int, ...] = ()  # of the first controls
+    target_index: int | None = None  # None: the family's default
+    control_indices: tuple[int, ...] = ()  # indices of the first control images
     has_post: bool = True  # one black frame after the controls
     has_2x: bool = True  # two black frames at half resolution
     has_4x: bool = True  # sixteen at quarter resolution

@@ -491,7 +491,7 @@ def _check_texts(request: Request) -> None:
         "the prompt of --nag_prompt (--nag in a prompt line)": request.nag_prompt,
     }
     for name, text in texts.items():
-        # bytes that are not UTF-8 reach Python as halves of characters, which no file can hold
+        # bytes that are not UTF-8 reach Python as halves of characters, which no file can contain
         character = bad_character(text or "")
         if character is not None:
             raise OptionError(

@@ -176,7 +176,7 @@ class NpzFormat:
 
     latents: str  # "_flux"
     texts: str  # "_flux_te"
-    # arrays of a text file that are not tensors of ours: name -> the value that a valid file has
+    # arrays of a text file that are not tensors of our caches: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
     # arrays of a text file that are all zeros: name -> (array with the same number of rows, columns); with ""
     # the array is a single vector of this length
@@ -186,7 +186,7 @@ class NpzFormat:
     table_settings: Mapping[str, str] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
-    # whether names of latent arrays end in the size, so that a file may hold several resolutions
+    # whether names of latent arrays end in the size, so that a file may contain several resolutions
     has_resolutions: bool = True
     # whether older programs name the latents of an image STEM.npz, without size and model
     reads_untagged_files: bool = False
@@ -206,7 +206,7 @@ class ModelRelease:
 
 @dataclass(frozen=True)
 class Source:
-    """Starting point of a request, and the fraction of it that is denoised anew."""
+    """Starting point of a request, and the fraction of it that is denoised again."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -414,7 +414,7 @@ class ReferenceRules:
     seen_by_text: bool = False  # whether a text encoder sees them: changed images then need new text caches
     # whether text encoders see references exactly as the VAE does, with the same size, crop and colors
     text_sees_vae_input: bool = False
-    edits: bool = False  # whether the model was trained for edits: a request without a reference is warned of
+    edits: bool = False  # the model was trained for edits: a request without a reference causes a warning
     # whether a single reference keeps its own aspect ratio and is reduced to `area`
     keeps_aspect_ratio: bool = False
     max_area: int | None = None  # maximum number of pixels; None: that of the target

@@ -125,7 +125,7 @@ class Overrides:
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
     isolate_modalities: bool = False  # image and audio do not attend to each other
-    drop_audio_reference: bool = False  # the audio that the audio is made after is left out
+    drop_audio_reference: bool = False  # the reference of the audio is left out
     nag: NagText | None = None
     slow_frames: "SlowedFrequency | None" = (
         None  # slows one frequency of the frames' rotary positions (RIFLEx)
@@ -175,7 +175,7 @@ class Overrides:
         return [text, {name: second.get(name) for name in text}]
 
     def merge(self, all_passes: "Overrides") -> "Overrides":
-        """Merge these overrides of one pass with those for all passes; where both set a value, these win."""
+        """Merge the overrides of one pass, `self`, with those for all passes; `self` takes precedence."""
         if all_passes is NO_OVERRIDES:
             return self
         return replace(
@@ -247,11 +247,11 @@ class Section:
     source: Tensor | None = None  # clean latents of a source video, B C F H W; set by the shared loop
     nag: Conditions | None = None  # conditions of the NAG text alone, without media
     overrides: Overrides = NO_OVERRIDES  # for every pass
-    # clean latents of its first frames, B C f H W, which the loop keeps fixed; the network is told by
-    # `overrides.given_frames`
+    # clean latents of its first frames, B C f H W, which the loop keeps fixed; `overrides.given_frames` tells
+    # the network
     clean_frames: Tensor | None = None
     clean_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
-    fixed_latents: FixedLatents | None = None  # other fixed latents; the network is told by `overrides.given`
+    fixed_latents: FixedLatents | None = None  # other fixed latents; `overrides.given` tells the network
     # original of an edited image; None: the image may change everywhere
     edit_reference: EditReference | None = None
     previous_piece: PreviewPiece | None = None  # what the previous section added to the video
@@ -339,7 +339,7 @@ class CompletedStep:
         joint = self.section.overrides.audio_video_shapes
         if self.step.audio_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity
-        # latents of images and of sound, which have different noise levels, are joined in one tensor
+        # latents of images and of audio, which have different noise levels, are joined in one tensor
         image, audio = joint.split(self.step.noisy)
         image_velocity, audio_velocity = joint.split(self.velocity)
         clean_audio = audio - self.step.audio_sigma * audio_velocity
@@ -353,7 +353,7 @@ class CompletedStep:
         return latents[:, :, : self.section.num_visible_frames]
 
 
-# Runs the network passes of a step and combines them to its velocity, shaped like `Step.noisy`.
+# Runs the network passes of a step and combines them into its velocity, shaped like `Step.noisy`.
 Guidance = Callable[[Step, Predict, Section], Tensor]
 
 

@@ -1,6 +1,6 @@
-"""What a family says of the nodes with which ComfyUI makes its images and videos.
+"""How a family describes the ComfyUI nodes that generate its images and videos.
 
-Names of nodes, their inputs, samplers and schedulers are those of ComfyUI itself, without packages of others.
+Nodes, their inputs, samplers and schedulers have the names of ComfyUI itself, without third-party packages.
 """
 
 import math
@@ -31,9 +31,9 @@ STILL_LATENT, CLIP_LATENT = "EmptySD3LatentImage", "EmptyHunyuanLatentVideo"
 
 @dataclass(frozen=True)
 class ComfyNode:
-    """A node that changes a model or its text encoders, and its inputs besides these."""
+    """A node that changes a model or its text encoders, and its other inputs."""
 
-    name: str  # of its class
+    name: str  # name of its class
     inputs: Mapping[str, Any]
 
 
@@ -68,15 +68,15 @@ class ComfyModel:
 
     vae: str = ""  # "": the checkpoint has it
     text_encoders: tuple[str, ...] = ()  # (): the checkpoint has them
-    text_type: str = ""  # what their loader is told that they are for
-    latent: str = "EmptyLatentImage"  # node of what denoising starts from
+    text_type: str = ""  # type that their loader is given
+    latent: str = "EmptyLatentImage"  # node that creates the initial latents
     has_length: bool = False  # whether this node takes a number of frames
     patches: Callable[[Prepared], Sequence[ComfyNode]] = find_no_patches  # of the model, in order
     text_patches: tuple[ComfyNode, ...] = ()
     guidance: str = ""  # node of the embedded guidance; "": the model has none
     samplers: Mapping[str, str] = field(default_factory=lambda: SAMPLERS)
     scheduler: str = "simple"
-    schedulers: Mapping[str, str] = field(default_factory=dict)  # of samplers that have another
-    # whether round brackets in prompts weigh words there; `is_weighted`: samples read them so too
+    schedulers: Mapping[str, str] = field(default_factory=dict)  # by sampler, where they differ
+    # whether parentheses in prompts weight words there; `is_weighted`: samples read them in the same way
     weighs_words: bool = True
     is_weighted: bool = False

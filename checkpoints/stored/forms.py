@@ -5,8 +5,9 @@ forms have a different one than the layer: ask `out_features` and `in_features`)
 such as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
 compilation) find it.
 
-A form is a frozen dataclass of a file of this folder, as `QuantizationFormat` describes. A form that options
-ask for has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and `rehearsed`.
+A form is a frozen dataclass in a module of this folder; it implements `QuantizationFormat`. A form that
+options ask for has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and
+`rehearsed`.
 """
 
 import types
@@ -78,7 +79,7 @@ class QuantizationFormat(Protocol):
         ...
 
     def check_device(self, device: torch.device) -> None:
-        """Raise OptionError if the device cannot hold this form."""
+        """Raise OptionError if the device does not support this form."""
         ...
 
 
@@ -92,7 +93,7 @@ class QuantizedWeight:
 
     @property
     def weight(self) -> Tensor:
-        """The first stored tensor, which holds the quantized values."""
+        """The first stored tensor, which contains the quantized values."""
         assert self.tensors[0] is not None
         return self.tensors[0]
 
@@ -126,7 +127,7 @@ def rehearsed(quantization: Quantization | None) -> Quantization | None:
 
 
 def attach(layer: nn.Linear, stored: QuantizedWeight) -> None:
-    """Replace the weight of a linear layer by a stored weight, with which the layer computes from then on."""
+    """Replace the weight of a linear layer with a stored weight, which the layer uses from then on."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)

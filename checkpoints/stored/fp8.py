@@ -1,4 +1,4 @@
-"""Weights in float8_e4m3fn (of files also e5m2), as they are or divided by scales.
+"""Weights in float8_e4m3fn (in files also e5m2), as they are or divided by scales.
 
 The companion `scale_weight` is float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast. The value
 is the product of weight and scale.

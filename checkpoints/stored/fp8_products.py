@@ -11,7 +11,7 @@ outlier in one token costs no precision in another.
 
 The backward pass needs only the weight and its scales: no activation is kept for a frozen base.
 Rounding to e4m3 is unbiased, with an error of at most 2^-4 of a value (2.7 % root mean square); the fp8
-weight itself counts as exact. Gradients are e4m3 too: with one scale per row they are well inside its 18
+weight itself is regarded as exact. Gradients are e4m3 too: with one scale per row they are well inside its 18
 binades (error of a product of the pocket model's gradients: 2.1 %, in e5m2 4.3 %). Source of the recipe:
 Micikevicius et al. 2022, arXiv 2209.05433, with row-wise scales as in torchao.
 """
@@ -33,7 +33,7 @@ WEIGHT_DTYPE = torch.float8_e4m3fn
 FEATURE_ALIGNMENT = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
 MIN_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
-# Up to so many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
+# Up to this many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
 # cuBLAS has no kernel with row-wise scales for few tokens and many features (from 9216 to 3072 features up
 # to 256 tokens: pytorch/ao#4582)
 MAX_TOKENS_WITHOUT_ROW_SCALES = 256
@@ -143,7 +143,7 @@ def select_product(
     Raises:
         OptionError: If the device has no fp8 units, or torch cannot use them.
     """
-    remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
+    remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bits."
     if not supported(device):
         raise OptionError(
             f"--fp8_fast: {_name(device)} has no fp8 units (NVIDIA RTX 40, L4, H100 and later have). {remedy}"
@@ -321,5 +321,5 @@ def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that fp8 products are computed in: 16 bits hold more digits than the product has."""
+    """Return the dtype that fp8 products are computed in: 16 bits are more precise than the product."""
     return dtype if dtype == torch.float16 else torch.bfloat16

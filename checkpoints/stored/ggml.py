@@ -1,4 +1,4 @@
-"""Values of the kinds of GGUF files. A row of a weight is whole blocks of bytes, each with its own scales.
+"""Dequantize the formats of GGUF files. A row of a weight consists of blocks, each with its own scales.
 
 Source: ggml's block layouts; the tests compare with the package `gguf`, whose own functions (numpy, on the
 CPU) read the kinds that are not in `KINDS`.

@@ -1,13 +1,13 @@
 """Weights in int8 with a scale for each row, most of them rotated first (ConvRot).
 
-An outlier would cost all other values of its row their digits. Columns are therefore multiplied in groups by
+An outlier would make all other values of its row less precise. Columns are therefore multiplied in groups by
 the regular Hadamard matrix H, which spreads it: symmetric, H H = 1, entries +-1 / sqrt(group), each row sums
-to 1. The weight that counts is (q * scale) H; the input is rotated alike, so that only int8 numbers meet:
+to 1. The effective weight is (q * scale) H; the input is rotated too, so that both factors are int8:
 
     output           y = (x8 q^T) * t * scale + b, with x H = x8 * t, one t = max|x H| / 127 for each token
     input gradient   dx = (dy (q * scale)) H in 16 bits, or with dy * scale rounded by tokens to int8 too
 
-Up to 16 tokens, which hardware does not multiply faster in int8, x does not change. Rounding x counts as the
+For up to 16 tokens, which int8 hardware does not speed up, x is not rounded. Rounding x counts as the
 identity for gradients. Source: ConvRot, arXiv 2512.03673; H as there, a Kronecker power of the one of size 4.
 """
 # Letters: M tokens, K input features, N output features
@@ -143,7 +143,7 @@ class _Int8Product(torch.autograd.Function):
         dtype: torch.dtype,
         form: Int8,
     ) -> Tensor:
-        """Multiply x by an int8 weight in 8 bit: rows of x are rotated, and rounded with a scale each."""
+        """Multiply x by an int8 weight in 8 bits: rows of x are rotated, and rounded with a scale each."""
         ctx.save_for_backward(codes, scale)
         ctx.form = form
         ctx.dtype = x.dtype
@@ -221,7 +221,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def _make_hadamard(size: int, device: torch.device) -> Tensor:
-    # that of size 4 is negative on the other diagonal; of 16, where one of both digits to base 4 is there
+    # size 4 is negative on the antidiagonal; size 16, where exactly one of the base-4 digit pairs is on it
     place = torch.arange(size, device=device)
     low, high = place % 4, place // 4
     sign = 1 - 2 * (low[:, None] + low == 3).float()

@@ -1,10 +1,10 @@
 """Weights in 4 bits: bitsandbytes' nf4, with nested statistics.
 
-The weight, row by row, is cut into blocks of 64, also across rows. A code is the nearest of 16 levels to
-w / max|block|; two codes are a byte, the first in its high half. The maxima are stored in 8 bits themselves:
-their difference to their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
+The weight is cut row by row into blocks of 64, which may cross rows. A code is the nearest of 16 levels to
+w / max|block|; two codes form a byte, the first in its high half. The maxima are stored in 8 bits themselves:
+their difference from their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
 Sources: QLoRA, Dettmers et al. 2023, arXiv 2305.14314; the 8-bit values: Dettmers et al. 2022, arXiv
-2110.02861. Formulas of torch here; on CUDA bitsandbytes' kernel multiplies out if the package is installed.
+2110.02861. Torch formulas are used here; on CUDA, bitsandbytes' kernel dequantizes if it is installed.
 """
 
 import importlib
@@ -178,7 +178,7 @@ def _allocate_value(
 def nested_values(device: torch.device) -> Tensor:
     """Return the 256 sorted values of an 8-bit code with dynamic exponent: 0, 1, and both signs of 127.
 
-    The decade from 10^(i - 7) to 10^(i - 6) has the middles of 2^i equal parts of its upper nine tenths.
+    The decade from 10^(i - 7) to 10^(i - 6) has the midpoints of 2^i equal parts of its upper nine tenths.
     """
     middles = []
     for i in range(7):

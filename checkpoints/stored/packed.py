@@ -2,7 +2,7 @@
 
 The weight and each companion have a row for each output, or a single row for all, so that all are cut and
 joined by rows; scales that a file has in tiles are put in rows while loading. Formulas and nibble orders:
-comfy-kitchen 0.2.40, with whose CPU back end the tests compare.
+comfy-kitchen 0.2.40, against whose CPU back end the tests compare.
 """
 
 # Letters: N rows (outputs), K columns (inputs), G columns that share a scale
@@ -117,7 +117,7 @@ class PackedRowFormat:
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
     """Undo cuBLAS's tiling of block scales; return a matrix of `rows` x `columns`.
 
-    A tile of 128 x 4 is stored as 32 lines of 16 numbers: row 32 a + b of the tile is in line b, from column
+    A tile of 128 x 4 is stored as 32 lines of 16 values: row 32 a + b of the tile is in line b, from column
     4 a on. Stored rows and columns are rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors
     layout".
     """
@@ -128,7 +128,7 @@ def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
-    """Unpack the two 4-bit codes of each byte, N K, as numbers 0 to 15, uint8 N 2K."""
+    """Unpack the two 4-bit codes of each byte, N K, as integers 0 to 15, uint8 N 2K."""
     low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
     return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
 
@@ -140,7 +140,7 @@ def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
-    return torch.tensor(values, device=device)  # once: each copy to a card waits for it
+    return torch.tensor(values, device=device)  # once: each copy to a GPU waits for it
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function that dequantizes rows of bitsandbytes' nf4 or fp4.
 
-    `values` are the numbers that the codes 0 to 15 stand for.
+    `values` are the values of the codes 0 to 15.
     """
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def _require_table(connection: sqlite3.Connection) -> None:
     """
     statements = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master LIMIT 3")]
     if sorted(map(str, statements)) != sorted(_STATEMENTS):
-        raise sqlite3.DatabaseError("it has other tables than a shard")
+        raise sqlite3.DatabaseError("its tables are not those of a shard")
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
@@ -162,13 +162,13 @@ class Catalog:
         return sizes
 
     def _add(self, shard: str, rows: Sequence[ShardRow]) -> None:
-        """Add the rows of a shard; of several rows for a name, the latest counts."""
+        """Add the rows of a shard; of several rows for a name, the latest is used."""
         self.stored_bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
         for encoded_name, position, generation, size, crc32 in rows:
             row = EntryRow(shard, position, generation, size=size, crc32=crc32)
             name = encoded_name.decode("utf-8", "surrogateescape")
             old = self.entries.setdefault(name, row)
-            # the later generation counts; of equal ones, the row that is not a removal
+            # the later generation is used; of equal ones, the row that is not a removal
             if (row.generation, row.crc32) > (old.generation, old.crc32):
                 self.entries[name] = row
 

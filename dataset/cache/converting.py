@@ -161,7 +161,7 @@ ByteStore = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: ByteStore, target: ByteStore, entry_noun: str, dry_run: bool
 ) -> Converted:
-    """Copy entries that the target store lacks or has with other contents; count them and their bytes.
+    """Copy entries that the target store lacks or has with different contents; count them and their bytes.
 
     Args:
         names: Names of the entries.
@@ -186,7 +186,7 @@ def _copy(
             if not dry_run:
                 path = target.folder / name
                 logger.warning(
-                    "%s is in both forms, with other contents: the %s replaces it", path, entry_noun
+                    "%s is in both forms, with different contents: the %s replaces it", path, entry_noun
                 )
         copied += 1
         size_bytes += len(data)

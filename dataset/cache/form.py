@@ -69,7 +69,7 @@ def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether an entry name is that of a family's latents, audio or texts, also unfinished texts.
+    """Return whether an entry name is that of a family's latents, audio or (unfinished) text embeddings.
 
     `tag` is the family's cache_tag; `kind` is the table's kind, "image" or "video".
     """

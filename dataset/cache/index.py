@@ -1,13 +1,13 @@
-"""The index of a cache folder, with which training need not list the sources and compare caches with them.
+"""The index of a cache folder, which saves training from listing sources to compare them with caches.
 
-`index.jsonl` has a part for the latents and one for the texts of each family that caches in the folder. A
+`index.jsonl` has a part for the latents and one for the text caches of each family that uses the folder. A
 part has a line about its table and a line for each cache file: its source, its bucket, the checksum of its
 record, and size and time of the files that it was made from. A part is used only while nothing has changed:
 neither the settings of the table, nor the names in its folders, nor the names of the cache files. Otherwise,
 and without an index, training lists the caches and compares them with their sources.
 
 A cache file counts as compared only if its record still has the checksum in the index. Therefore an index
-that was copied, or left behind by a killed run, never decides anything alone.
+that was copied, or left behind by a killed run, is never trusted alone.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _NOT_COMPARED = frozenset(
         *("keyframe_guide_strength", "keyframe_guide_extra_strengths", "latent_idx_guide_strength"),
     }
 )
-# fields that `for_family` sets: they differ between the scripts of a family, and texts do not depend on them
+# fields that `for_family` sets: they differ between a family's scripts, and text caches do not depend on them
 _SET_BY_FAMILY = (
     *("finds_audio", "shows_media", "source_fps", "target_frames"),
     *("references", "clip_references", "reference_dropout_rate"),
@@ -226,7 +226,7 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class IndexPart(NamedTuple):
-    """The lines of an index about the latents of a family, or about its texts."""
+    """The lines of an index about the latents of a family, or about its text caches."""
 
     table_fingerprint: str  # from `fingerprint_table`
     latent_fingerprint: str  # from `fingerprint_latents`; "" for texts

@@ -126,7 +126,7 @@ class ShardStore:
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             replaced = catalog.entries.get(name)
-            # of several rows of an entry, the one of the highest generation counts
+            # of several rows of an entry, the one with the highest generation is used
             generation = 0 if replaced is None else replaced.generation + 1
             catalog.entries[name] = self._writer.put(encode_name(name), generation, data)
 

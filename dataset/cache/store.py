@@ -197,7 +197,7 @@ def npz_names(family: Caches) -> NpzNames:
 
 
 class StorePair(NamedTuple):
-    """The store of a table's latents and the store of its texts."""
+    """The store of a table's latents and the store of its text embeddings."""
 
     latents: CacheStore
     texts: CacheStore
@@ -232,7 +232,7 @@ class Stores:
         return self._opened[key]
 
     def text_store(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's texts, which is usually the store of its latents, too."""
+        """Return the store of a table's text embeddings, usually the store of its latents, too."""
         if table.index in self.custom_stores:
             return self.custom_stores[table.index].texts
         return self.latent_store(table)

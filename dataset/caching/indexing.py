@@ -72,7 +72,7 @@ def write_index(
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}
         previous_lines: dict[str, _IndexedFile] = {}
-        with contextlib.suppress(*DAMAGES):  # then all lines are made anew
+        with contextlib.suppress(*DAMAGES):  # in that case, all lines are made again
             parts = read_parts(store.folder)
             for name, line in parts[tag, part].lines.items():
                 if line["record"] is not None:

@@ -208,7 +208,7 @@ def run_caching(
     debug: DebugOptions | None,
     following: NextCommand,
 ) -> None:
-    """Cache the latents or the texts of a dataset, or do what --debug_mode or --check asks for instead.
+    """Cache the latents or text embeddings of a dataset, or do what --debug_mode or --check requests instead.
 
     Args:
         kind: LATENTS or TEXTS.

@@ -56,7 +56,7 @@ class CachingActor:
         Args:
             main: `main` of a caching script.
             argv: Arguments of the script.
-            is_latents: Whether latents are cached, not texts.
+            is_latents: Whether latents are cached, not text embeddings.
             num_shards: Number of shards of the work.
             threads: Number of threads that read ahead, unless the arguments set it.
             folder: Folder in which the command was typed; the actor's process changes to it.

@@ -264,7 +264,7 @@ class SourcePlanner:
         self._relied_on_header = False
 
     def plan_by_shape(self) -> SourcePlan:
-        """Return the same as `plan`, but reuse the result of an earlier source whose caches are alike.
+        """Return the same as `plan`, but reuse the result of an earlier source with equal caches.
 
         Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
         only the source files are checked.
@@ -420,7 +420,7 @@ class SourcePlanner:
             size: Width and height of the source.
             source_spans: First frame and number of frames of each training item of the source.
             kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
-            why_no_items: Why there is no span, if there is none.
+            why_no_items: Why there is no span, if so.
         """
         table, cache_settings = self.table, self.cache_settings
         bucket = bucket_of(table, size, cache_settings.latent.pixel_step, self.source.path)
@@ -618,7 +618,7 @@ class SourcePlanner:
         """Describe which source files have changed since a cache was made; None if all are unchanged."""
         parts = self.cache_settings.source_files(self.source)
         if len(parts) != len(files):
-            return f"it was made from {len(files)} source files, now there are {len(parts)}"
+            return f"it was made from {len(files)} source files, but there are now {len(parts)}"
         changed = []
         for index, ((path, _), identity) in enumerate(zip(parts, files, strict=True)):
             if not self._is_unchanged(index, identity):

@@ -65,7 +65,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
 
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError if moments of first frames are missing."""
-    kind = "moments of first frames are missing, which this model's image-to-video caches hold"
+    kind = "moments of first frames are missing, which this model's image-to-video caches contain"
     errors = []
     for source in sources:
         image = None if source.precomputed is None else source.precomputed.image
@@ -225,7 +225,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
-            raise _UnfitEmbeds(f"its {key} is not what {note.name} says")
+            raise _UnfitEmbeds(f"its {key} does not match {note.name}")
         copied = tensor.clone()  # because a memory-mapped file can change
         conditions[key] = [copied] if key in encoder.variable_length else copied
     return conditions

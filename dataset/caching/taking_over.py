@@ -1,7 +1,7 @@
 """Copy latents that another model has cached, if this run would make the same latents.
 
 Models that share an autoencoder and cache the means of its posteriors (`LatentSpec.shares_caches`) write
-equal latents if file, dtype and tiling of the autoencoder are equal. The records of the caches tell these.
+equal latents if file, dtype and tiling of the autoencoder are equal. The records of the caches contain these.
 """
 
 import logging

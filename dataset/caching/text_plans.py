@@ -416,7 +416,7 @@ def find_outputs(
 def _is_valid_without_record(entry: Entry, encoder: TextEncoder, file: CaptionFile, path: Path) -> bool:
     """Return whether an entry of another program has an encoder's outputs for the caption of a text.
 
-    Raises CacheError if its metadata show that another encoder made them.
+    Raises CacheError if its metadata shows that another encoder made them.
     """
     is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
     if not is_same_caption or not encoder.keys <= entry.keys:

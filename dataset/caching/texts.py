@@ -283,7 +283,7 @@ class TextWork:
         text becomes a failure.
         """
         try:
-            with contextlib.ExitStack() as stack:  # holds reference images while the encoder reads them
+            with contextlib.ExitStack() as stack:  # keeps reference images while the encoder reads them
                 prompts = [self._make_prompt(file, stack) for file in batch]
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
