@@ -125,7 +125,7 @@ class TLoraKind(NetworkKind):
         if rule is None or rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
                 f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
-                f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
+                f"{ALPHA}={power_text!r}, not a rank of at least 1 and a number above 0. Copy it again.",
                 path,
             )
         return rule
