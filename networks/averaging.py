@@ -200,7 +200,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     if len(selected) < 2:
         raise CheckpointError(f"{selected[0].path} is the only file left: give two or more of one run")
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
-        logger.warning("The files are of different runs; an average of those rarely makes sense.")
+        logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
     is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
     if not is_network:
@@ -226,7 +226,9 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         if is_ema and has_plain_files:
             logger.warning("%s is left out: it is already an average (EMA).", file.path)
         elif model_hash and model_hash in path_by_hash:
-            logger.warning("%s is left out: it contains the same as %s.", file.path, path_by_hash[model_hash])
+            logger.warning(
+                "%s is left out: it contains the same tensors as %s.", file.path, path_by_hash[model_hash]
+            )
         else:
             path_by_hash[model_hash] = file.path
             selected.append(file)

@@ -680,7 +680,7 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
     if delta.has_input_magnitudes:
         raise CheckpointError(
             f"{name} is a part of a joined layer whose {MAGNITUDE_KIND_NAME} magnitudes are by input: they "
-            "belong to the whole layer, which this model has in parts.\n"
+            "belong to the whole layer, which this model has in separate parts.\n"
             "  Convert the file with the program that made it."
         )
     start, stop = deltas.read_row_range(factors)

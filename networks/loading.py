@@ -852,7 +852,8 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         return
     logger.warning(
         f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
-        f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
+        f"{model.name} model. The names are the same, but what it has learned is not: do not expect much "
+        "of it."
     )
 
 
@@ -877,6 +878,6 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
-        f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "
+        f"{in_words(expert)}: what it has learned is for other noise levels. Give the file for the "
         f"{in_words(expert)}, if there is one."
     )

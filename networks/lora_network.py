@@ -180,7 +180,7 @@ class OwnNetwork(nn.Module):
         file_rule = rank_rule_of(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
-                f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
+                f"--network_weights {path} is {named(file_rule.kind)}, and continues with different ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
         return lora

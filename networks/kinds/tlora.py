@@ -89,8 +89,8 @@ class TLoraKind(NetworkKind):
         minimum = values.get(MIN_RANK, default.minimum)
         if minimum > rank:
             raise OptionError(
-                f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least so many ranks would "
-                f"act at all levels of noise. Give less than --network_dim, such as {default.minimum}"
+                f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least that many ranks "
+                f"would act at all noise levels. Give less than --network_dim, such as {default.minimum}"
             )
         power = values.get(ALPHA, default.power)
         # active ranks grow with (1 - level)^power, which is 1 at every level if the power is 0
