@@ -181,7 +181,7 @@ def _read_plain_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str], lis
         modules = find_factors(shapes)
         if not modules:
             raise CheckpointError(
-                f"{path} contains no LoRA: it has no two factors such as x.lora_down.weight and "
+                f"{path} has no LoRA: it contains no two factors such as x.lora_down.weight and "
                 "x.lora_up.weight.\n  Give a LoRA file to --model.",
                 path,
             )
