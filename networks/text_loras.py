@@ -324,7 +324,7 @@ def warn_of_other_encoders(
     unusable = [name for name in text_names if prefix_of(name) not in prefixes]
     if unusable and not use.lora.tensors and len(unusable) == len(text_names):
         raise CheckpointError(
-            f"{path} changes text encoders alone, which {model} does not contain: "
+            f"{path} changes text encoders alone, which {model} does not hold: "
             f"{list_some(unusable, 2)}.\n  Give a LoRA that was trained for this model.",
             path,
         )
