@@ -91,9 +91,7 @@ class TextLoras:
         # changes of the transformer's modules that are loaded with a text encoder
         self._text_side_uses = on_side(uses, is_text=True)
         self._prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
-        self._merged: weakref.WeakSet[nn.Module] = (
-            weakref.WeakSet()
-        )  # networks whose LoRAs are merged already
+        self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 
     @property
     def is_empty(self) -> bool:
