@@ -255,7 +255,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata without alphas, for a file with alphas as tensors or folded into the factors."""
     remaining: dict[str, str] = {}
     for key, value in metadata.items():
-        # trainers record the alpha of the training too, which readers ignore if alphas are tensors
+        # trainers also record the training alpha, which readers ignore if alphas are tensors
         is_record_of_training = key == _TRAINED_ALPHA_KEY and "ss_network_module" in metadata
         is_alpha = _parse_key(key).name in _RANK_NAMES_BY_ALPHA
         if is_record_of_training or not (is_alpha or _holds_settings(key, value)):
@@ -264,7 +264,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _holds_settings(key: str, text: str) -> bool:
-    """Return whether a metadata key holds PEFT settings; for `config`, only if its JSON has an alpha."""
+    """Return whether a metadata key contains PEFT settings; for `config`, only if its JSON has an alpha."""
     if key != "config":
         return key in _SETTINGS_KEYS
     try:
@@ -480,7 +480,7 @@ def read_alphas(
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
-            "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
+            "  Fix lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
     tensors: dict[str, Tensor] = {}
@@ -541,7 +541,7 @@ def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
     values = {key: _to_finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     keys = [key for key in values if not _PLAIN_PATH.fullmatch(key)]
     if sum(map(len, keys)) > MAX_EXPRESSIONS:
-        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+        raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in total")
     expressions = {key: _compile_expression(key) for key in keys}
     default = None if config.get("lora_alpha") is None else _to_finite(config["lora_alpha"])
     positions = {key: position for position, key in enumerate(values)}
@@ -617,6 +617,6 @@ def _compile_expression(key: str) -> Callable[[str], bool]:
         try:
             return pattern.match(path, timeout=MAX_SEARCH_SECONDS) is not None
         except TimeoutError:
-            raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+            raise ValueError(f"the key {key!r} takes too long to match against {path}") from None
 
     return matches

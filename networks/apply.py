@@ -190,7 +190,7 @@ class Change:
             weight: The weight.
 
         Raises:
-            MismatchError: If the weight holds only a part of the layer.
+            MismatchError: If the weight contains only a part of the layer.
         """
         layer_size = self.delta.matrix_size()
         first_row, end_row = deltas.read_row_range(self.delta.factors)  # this change's rows in the layer
@@ -400,7 +400,7 @@ def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list
         return [None]
     num_rows = len(weight)
     rows_per_block = max(1, _BLOCK_ELEMENTS * num_rows // weight.numel())
-    # `select_rows` returns None for a change that cannot be cut, whichever rows are asked for
+    # `select_rows` returns None for a change that cannot be cut, whichever rows are requested
     if rows_per_block >= num_rows or any(change.delta.select_rows(slice(0, 1)) is None for change in changes):
         return [None]
     starts = range(0, num_rows, rows_per_block)

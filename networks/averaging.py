@@ -96,7 +96,7 @@ def average_files(options: AveragingOptions) -> None:
     held in memory; above `LARGEST_HASHED` only one tensor is, and the file gets no hashes.
 
     Raises:
-        CheckpointError: If the files are not of one network or hold NaN or infinite values.
+        CheckpointError: If the files are not of one network or contain NaN or infinite values.
     """
     output = options.output_file
     with contextlib.ExitStack() as stack:
@@ -123,7 +123,7 @@ def average_files(options: AveragingOptions) -> None:
 def _sort_by_step(files: list[Checkpoint]) -> None:
     """Sort files by the step in their metadata, or all by modification time if any file lacks a step."""
     steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
-    # a text of 19 digits or more is not a step of a training run
+    # a number of 19 digits or more is not a step of a training run
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
         files.sort(key=lambda file: (int(steps[file.path]), file.path.name))
     else:
@@ -198,11 +198,9 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """
     selected = _without_copies(files)
     if len(selected) < 2:
-        raise CheckpointError(
-            f"{selected[0].path} is the only file that is left: give two or more of one run"
-        )
+        raise CheckpointError(f"{selected[0].path} is the only file left: give two or more of one run")
     if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
-        logger.warning("The files are of different runs; an average of those rarely makes sense.")
+        logger.warning("The files are from different runs; an average of those rarely makes sense.")
     first = selected[0]
     is_network = any("." in name for name in first.tensors)  # names in a cache of latents have no dots
     if not is_network:
@@ -218,7 +216,7 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files without copies, and without averages (EMA) if there are other files; warn of these."""
+    """Return the files without copies, and without averages (EMA) if there are other files; warn of both."""
     selected: list[Checkpoint] = []
     has_plain_files = any("ss_ema_decay" not in file.metadata for file in files)
     path_by_hash: dict[str, Path] = {}  # hash of the tensors -> the first file with it
@@ -226,9 +224,11 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         is_ema = "ss_ema_decay" in file.metadata
         model_hash = file.metadata.get("sshs_model_hash", "")  # "" is never taken for a copy
         if is_ema and has_plain_files:
-            logger.warning("%s is left out: it is an average (EMA) already.", file.path)
+            logger.warning("%s is left out: it is already an average (EMA).", file.path)
         elif model_hash and model_hash in path_by_hash:
-            logger.warning("%s is left out: it contains the same as %s.", file.path, path_by_hash[model_hash])
+            logger.warning(
+                "%s is left out: it contains the same tensors as %s.", file.path, path_by_hash[model_hash]
+            )
         else:
             path_by_hash[model_hash] = file.path
             selected.append(file)

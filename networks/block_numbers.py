@@ -1,4 +1,4 @@
-"""Ranks and learning rates of a LoRA by the numbers of a model's blocks, as trainers of U-Nets have them.
+"""Ranks and learning rates of a LoRA by block number, as in trainers of U-Nets.
 
 The lists block_dims, block_alphas, conv_block_dims and conv_block_alphas of --network_args have a number for
 each block. The arguments down_lr_weight, mid_lr_weight and up_lr_weight have factors on the learning rates of
@@ -55,7 +55,7 @@ class BlockSettings:
             first_argument = next(iter(self.arguments))
             raise OptionError(
                 f"--network_args {first_argument}: the blocks of this model have no such numbers. Give ranks "
-                "and rates by names (network_reg_dims, network_reg_lrs)"
+                "and rates by name (network_reg_dims, network_reg_lrs)"
             )
         for name, values in self.values_by_argument.items():
             if len(values) != numbered.count:
@@ -103,10 +103,10 @@ class BlockSettings:
 
 
 def read_blocks(network_args: Mapping[str, Any]) -> BlockSettings | None:
-    """Return the settings of numbered blocks among --network_args; None if there are none.
+    """Return the numbered-block settings in --network_args; None if there are none.
 
     Raises:
-        OptionError: If a text is not a number, or if an argument lacks the one that it needs.
+        OptionError: If a value is not a number, or if an argument needs another one that is missing.
     """
     arguments = {key: str(network_args[key]) for key in KEYS if network_args.get(key) is not None}
     if not arguments:
@@ -180,11 +180,11 @@ def _compute_curve(curve: str, count: int) -> list[float]:
 
 
 def _read_numbers(name: str, arguments: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
-    """Return numbers of at least 0. Raises OptionError if a text is anything else.
+    """Return numbers of at least 0. Raises OptionError if a string is anything else.
 
     Args:
         name: Name of the argument, for messages.
-        arguments: The texts of the numbers.
+        arguments: The numbers as strings.
         is_integer: Whether the numbers are integers.
     """
     numbers = []

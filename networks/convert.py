@@ -291,7 +291,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         example = next(iter(stored), "none")
         raise CheckpointError(
             f"{source} has no module to rename from {direction}, such as {example}.\n"
-            f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse is the way back.",
+            f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse converts back.",
             source,
         )
     save_tensors(output, renamed, add_hashes(renamed, metadata) if metadata else {})
@@ -380,7 +380,7 @@ def convert_file(
 
     Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. A
     warning lists modules that the target dialect cannot express. LoRAs for parts of a fused module are
-    joined. Only diffusers' dialect can hold the LoRAs of both experts in one file.
+    joined. Only diffusers' dialect can store the LoRAs of both experts in one file.
 
     Args:
         source: File of the LoRA.
@@ -402,7 +402,7 @@ def convert_file(
     elif baking is not None and baking.models:
         raise OptionError(
             f"--input {source} contains two LoRAs, one for each expert, and --dit is the model of one.\n"
-            "  Take one with --expert high_noise or low_noise."
+            "  Choose one with --expert high_noise or low_noise."
         )
     elif target == "diffusers":
         _convert_both_experts(lora.loras_by_expert, output, conversion)
@@ -410,7 +410,7 @@ def convert_file(
         raise OptionError(
             f"--input {source} contains two LoRAs, one for each expert, and --target {target} has no form "
             "for that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
-            "low_noise to take one."
+            "low_noise to write one."
         )
 
 
@@ -612,12 +612,12 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
 def _find_evidence_against(
     name: str, lora: LoraFile, named_families: Sequence[FamilyNames], likely: Sequence[FamilyNames]
 ) -> str:
-    """Return what shows that a file is not for the named family: names, metadata or sizes; "" for nothing.
+    """Return the evidence that a file is not for the named family: names, metadata or sizes; "" for none.
 
     Args:
         name: Name of the family.
         lora: The LoRA file.
-        named_families: Families of the file if the name decides among those that are possible by names.
+        named_families: Families that the file's names fit, narrowed down by `name` where it decides.
         likely: Families of the file by names and sizes alone.
     """
     if [family.name for family in named_families] != [name]:

@@ -1,8 +1,8 @@
-"""LoRAs of a model for its deeper variants, in which copies of some blocks stand behind the originals.
+"""LoRAs of a model for its deeper variants, in which copies of some blocks follow the originals.
 
-`FamilyNames.grown` describes for a family which blocks were copied. The change of a block is put on the block
-and its copies, unscaled. A LoRA is refused if it is for more blocks than the model has, or if the number of
-its blocks is unknown.
+`FamilyNames.grown` describes for a family which blocks were copied. The change of a block is applied to the
+block and its copies, unscaled. A LoRA is refused if it is for more blocks than the model has, or if the
+number of its blocks is unknown.
 """
 
 import logging

@@ -49,7 +49,7 @@ _IN_TEXT = re.compile(rf"_(encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])|{T
 
 
 class ExtractedModule(NamedTuple):
-    """A module for which a LoRA is extracted, and the tensor (or part of one) that holds its weight."""
+    """A module for which a LoRA is extracted, and the tensor (or part of one) that contains its weight."""
 
     name: str  # in LoRA files
     rank: int
@@ -57,7 +57,7 @@ class ExtractedModule(NamedTuple):
     piece: TensorPiece
 
 
-Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor name -> modules whose weights the tensor holds
+Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor name -> modules whose weights the tensor contains
 
 
 class Pair(NamedTuple):
@@ -200,7 +200,7 @@ def _extract_blocks(
                 kind = kind_of(checkpoint.tensors)
                 hint = f" It is {kind}." if kind else ""
                 raise CheckpointError(
-                    f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}.{hint}\n"
+                    f"{checkpoint.path} has no blocks of {weights.model}, such as {weights.example}.{hint}\n"
                     "  Give a model with the published names to --model_org and --model_tuned.",
                     checkpoint.path,
                 )
@@ -240,7 +240,7 @@ def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
             " and ".join(quantized),
         )
-    # some released shards have the rows of fused weights by head: bring both models into one order
+    # some released shards order the rows of fused weights by head: bring both models into one order
     return Pair(with_stacked_rows(dequantized.original), with_stacked_rows(dequantized.tuned))
 
 

@@ -1,4 +1,4 @@
-"""Read model files whose fused queries, keys and values have their rows by head: MiniMax-H3's shards."""
+"""Read model files whose fused queries, keys and values order their rows by head: MiniMax-H3's shards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from networks.module_names import FAMILIES
 def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose fused weights have their rows in our order, [q; k; v].
 
-    Released shards of some models have them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
+    Released shards of some models order them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
     for other files `checkpoint` itself is returned. Both share the open files: close only one of them.
     """
     if not is_sharded(checkpoint.path):
@@ -26,7 +26,7 @@ def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the width of a head for each fused weight whose rows are by head, by tensor name."""
+    """Return the width of a head for each fused weight whose rows are ordered by head, by tensor name."""
     widths: dict[str, int] = {}
     for family in FAMILIES:
         rule = family.rows_by_head

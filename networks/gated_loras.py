@@ -1,4 +1,4 @@
-"""Wrap the forward of modules with LoRAs that are active only at times or in regions of an image.
+"""Wrap the forward of modules with LoRAs that are active only at certain times or in regions of an image.
 
 The model's weights are unchanged, in any storage format. A `LoraBranch` is one LoRA's addition to one module;
 a `LoraWrapper` wraps the forward of a module and adds all of its branches. Switched off, it calls the
@@ -98,7 +98,7 @@ class LoraBranch:
         multiplier: float = 1.0,
         uses_frozen_norms: bool = False,
     ) -> None:
-        """Hold the change of one module; it has an effect only after `place_on`.
+        """Store the change of one module; it has an effect only after `place_on`.
 
         Args:
             target: Parameter that is changed.

@@ -59,11 +59,11 @@ _UNSUPPORTED_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys in the file that have no name of ours."""
+    """Tensors of a LoRA file under our names, and the keys in the file that we have no names for."""
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
-    unnamed_text_keys: tuple[str, ...]  # for text encoders, but ignored or without a name of ours
+    unnamed_text_keys: tuple[str, ...]  # for text encoders, but ignored or unknown
     text_tensors: Mapping[str, Tensor]  # of text encoders: `lora_te1_text_model_....lora_down.weight`
     unknown_keys: tuple[str, ...]  # keys that do not belong to a LoRA
     duplicate_keys: Mapping[str, str]  # key -> an earlier key with the same meaning
@@ -168,9 +168,9 @@ def _count_joined_loras(joined_lora_counts: Mapping[str, int], names: Mapping[st
 
 
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
-    """Return the tensors of a file that has only our names; None if a key is not one of our names.
+    """Return the tensors of a file that uses only our names; None if it uses any other name.
 
-    Files that we wrote are read in this way, which is fast because no other program's names are tried.
+    Our own files are read this way, which is fast because no other program's names are tried.
 
     Args:
         tensors: Tensors by name.
@@ -293,7 +293,7 @@ def _find_family_for_texts(
 def _map_text_keys_to_our_names(
     keys: Mapping[str, ParsedTextKey], family: FamilyNames | None
 ) -> dict[str, str]:
-    """Map keys of text encoders to our names; keys without a name of ours are left out."""
+    """Map keys of text encoders to our names; keys that we have no name for are left out."""
     names: dict[str, str] = {}
     for key, parsed in keys.items():
         name = name_text(parsed, family)

@@ -214,7 +214,7 @@ def read_lora(
 
     Args:
         path: The file or folder.
-        by_expert: Whether to accept a file that holds a LoRA for each expert; the result then has `parts`.
+        by_expert: Whether to accept a file that contains a LoRA for each expert; the result then has `parts`.
         with_texts: Whether to read changes of text encoders too.
         family: Family that the user named; None if none was named.
         with_words: Whether to read trained words (embeddings) too.
@@ -234,7 +234,7 @@ def read_lora(
         metadata = dict(checkpoint.metadata)
     if is_written_here and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
-            f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
+            f"{path} is damaged: its data do not match the checksum stored with them. Copy it again.",
             path,
         )
     if unsupported is not None:
@@ -400,8 +400,7 @@ def _recognize(
     if is_in_comfyui_names and any(kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS):
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
-            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its writer has them "
-            "there"
+            f"{path}: its {MAGNITUDE_KIND_NAME} magnitudes are in ComfyUI's form, as its program writes them"
         )
     if not native.tensors and not native.text_tensors:
         raise _make_no_lora_error(path, stored)
@@ -434,8 +433,8 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
         first, second = clash
         raise CheckpointError(
             f"{path} changes one layer under two names: {first} and {second}.\n"
-            "  They are of two programs, or for two networks. Remove the tensors of one of them from the "
-            "file.",
+            "  They come from two programs, or are for two networks. Remove the tensors of one of them from "
+            "the file.",
             path,
         )
 
@@ -450,7 +449,7 @@ def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) ->
     """
     # an ordered set
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
-    # names that begin as ours, but that no module of the family has
+    # names that begin like ours, but belong to no module of the family
     strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
     if strangers:
         raise CheckpointError(
@@ -846,14 +845,15 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
             logger.info(
                 f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on "
                 f"{newest_release}: "
-                "most of what it has learned carries over, what it adds may be weaker or stronger"
+                "most of what it has learned carries over, but its effect may be weaker or stronger"
             )
     trained_family = read_family(lora.metadata)
     if trained_family is None or trained_family is model or trained_family.name in model.compatible_families:
         return
     logger.warning(
         f"{lora.path} was trained for {trained_family.name}, as {lora.evidence} say, and is used on a "
-        f"{model.name} model. The names are the same, what it has learned is not: do not expect much of it."
+        f"{model.name} model. The names are the same, but what it has learned is not: do not expect much "
+        "of it."
     )
 
 
@@ -878,6 +878,6 @@ def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
     logger.warning(
         f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
-        f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "
+        f"{in_words(expert)}: what it has learned is for other noise levels. Give the file for the "
         f"{in_words(expert)}, if there is one."
     )

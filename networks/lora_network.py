@@ -160,7 +160,8 @@ class OwnNetwork(nn.Module):
             modules: Names of the model's modules, which show how many blocks it has.
 
         Raises:
-            CheckpointError: If the file is no LoRA, or a DoRA whose magnitudes depend on the model's weights.
+            CheckpointError: If the file is not a LoRA, or is a DoRA whose magnitudes depend on the model's
+                weights.
         """
         from networks import loading  # only for --network_weights
         from networks.depth_variants import fit_depths
@@ -169,17 +170,17 @@ class OwnNetwork(nn.Module):
         use = loading.WeightedLora(loading.read_lora(path, with_texts=trains_text_encoders, with_words=True))
         (use,) = fit_depths([use], modules)
         lora = use.lora
-        # its magnitudes are relative to other norms than those of training
+        # its magnitudes are relative to different norms than in training
         if lora.has_frozen_norms:
             raise CheckpointError(
-                f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
-                "  Bring it back first: convert_lora.py --target default --dit MODEL.",
+                f"--network_weights {path} is a DoRA in ComfyUI's form, which depends on the model's "
+                "weights.\n  Convert it back first: convert_lora.py --target default --dit MODEL.",
                 path,
             )
         file_rule = rank_rule_of(lora.metadata)
         if file_rule is not None and file_rule != self.settings.rank_rule:
             logger.warning(
-                f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
+                f"--network_weights {path} is {named(file_rule.kind)}, and continues with different ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
         return lora
@@ -389,7 +390,7 @@ def _reject_other_sizes(
     # the first modules are enough for a message
     for name in misfits[:3]:
         in_file = _describe_shapes(file_modules[name])
-        lines += f"  {name} has {in_file}, here {_describe_shapes(network_modules[name])}\n"
+        lines += f"  {name} has {in_file}, but here {_describe_shapes(network_modules[name])}\n"
     advice = _advise(file_modules, network_modules[misfits[0]], misfits[0])
     raise CheckpointError(
         f"--network_weights {path} does not fit this network in {len(misfits)} of {len(file_modules)} "
@@ -408,7 +409,7 @@ def _advise(file_modules: Mapping[str, Factors], factors: Factors, name: str) ->
     """
     if DOWN not in factors:  # the network is not a LoRA
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
-    # the file has other factors than a LoRA
+    # the factors in the file are not those of a LoRA
     if file_modules[name].keys() != factors.keys():
         return (
             "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "

@@ -26,7 +26,7 @@ from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 DEFAULT_ALPHA = 1.0
-Reader = Callable[[str, Any], Any]  # name and text of an argument -> its value; raises OptionError
+Reader = Callable[[str, Any], Any]  # name and string of an argument -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
 # patterns with their values, searched in module names; the last match counts
 PatternValues = tuple[tuple[Pattern, float], ...]
@@ -85,7 +85,7 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
 
 
 def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
-    """Read one rank for each of `paths` from a text such as `[4,2,0]`; 0 leaves a module out.
+    """Read one rank for each of `paths` from a string such as `[4,2,0]`; 0 leaves a module out.
 
     Args:
         paths: Paths of the modules.
@@ -247,7 +247,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
     """Return the values of `--network_args` that are not None. Raises OptionError if one is invalid.
 
     Args:
-        arguments: Texts of the arguments by name; values may also be None, numbers or lists.
+        arguments: Values of the arguments by name: strings, None, numbers or lists.
         rules: Rules of the family's network module; None without such rules.
     """
     readers = dict(_READERS)
@@ -259,7 +259,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
         if key not in typed:
             continue
         value = read(key, typed[key])
-        if value is not None:  # None: the text "None"
+        if value is not None:  # None: the string "None"
             values[key] = value
     _reject_unknown_arguments(typed, readers)
     _reject_conflicts(values)
@@ -356,7 +356,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
 
 def _fit_pattern(argument: str, pattern: Pattern, paths: Sequence[str], names: Sequence[str]) -> Pattern:
-    """Return a pattern that matches the modules that `pattern` means if dots and underscores are equal.
+    """Return a pattern that matches the modules that `pattern` matches if dots and underscores are equal.
 
     If there are none, the pattern itself is returned, with a warning unless there are no modules at all.
 
@@ -411,7 +411,7 @@ def _read_number(
     minimum: float = 0,
     below: float = math.inf,
 ) -> float | None:
-    """Return the number of an argument; None for the text "None".
+    """Return the number of an argument; None for the string "None".
 
     Args:
         number_type: Type of the number.
@@ -434,7 +434,7 @@ def _read_number(
 
 
 def _parse_number(number_type: type[int] | type[float], text: Any) -> float | None:
-    """Return a finite number of at least 0 from its text; None for anything else."""
+    """Parse a finite number of at least 0; return None for anything else."""
     try:
         value = number_type(text)
     except (ValueError, TypeError):
@@ -495,7 +495,7 @@ def _compile(argument: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise OptionError(
-            f"--network_args {argument}: {pattern!r} is not a regular expression ({error}). Correct it, or "
+            f"--network_args {argument}: {pattern!r} is not a regular expression ({error}). Fix it, or "
             "leave it out"
         ) from None
 
@@ -504,12 +504,12 @@ REG_RATES = "network_reg_lrs"
 
 
 def read_rates(argument: str, text: Any) -> PatternValues:
-    """Return the pairs of pattern and learning rate in a text. Raises OptionError if one is malformed."""
+    """Return the pairs of pattern and learning rate in a string. Raises OptionError if one is malformed."""
     return _read_pairs(float, argument, text)
 
 
 def _make_readers_of_kinds() -> dict[str, Reader]:
-    """Return the readers of --network_args that switch on a kind with numbers, and of its numbers."""
+    """Return the readers of the --network_args that enable a kind, and of the numbers that the kind takes."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

@@ -1,4 +1,4 @@
-"""Merge LoRAs of Stable Diffusion into a checkpoint, or into one LoRA; as networks/sdxl_merge_lora.py."""
+"""Merge LoRAs of Stable Diffusion into a checkpoint, or into one LoRA, like networks/sdxl_merge_lora.py."""
 
 import sys
 from pathlib import Path

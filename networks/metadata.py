@@ -207,7 +207,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Return a clause each for the ranks, block sizes and alphas of a network; none for those it has not."""
+    """Return one clause each for the ranks, block sizes and alphas of a network; none for those it lacks."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     clauses = [of_numbers("rank", ranks)]
     for word, sizes in sizes_by_word(modules.values()).items():

@@ -1,4 +1,4 @@
-"""Files of LoRAs with a multiplier behind a colon. Standard library only."""
+"""LoRA files with a multiplier after a colon. Standard library only."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from modules.paths import explain_missing
 
 
 def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Path, float]]:
-    """Return the file and the multiplier in each text `FILE[:MULTIPLIER]`.
+    """Return the file and the multiplier in each string `FILE[:MULTIPLIER]`.
 
     Args:
-        option: Option that gives the texts, for messages.
-        texts: The texts.
+        option: Option that gives the strings, for messages.
+        texts: The strings.
 
     Raises:
         OptionError: If a file is missing or a multiplier is not finite.

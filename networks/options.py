@@ -115,7 +115,7 @@ class NetworkOptions(Options, title="network"):
         self.arguments()
 
     def arguments(self) -> dict[str, str]:
-        """Return --network_args as a dictionary of texts."""
+        """Return --network_args as a dictionary of strings."""
         if not self.network_args:
             return {}
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}

@@ -9,7 +9,7 @@ from modules.control_codes import shorten
 
 logger = logging.getLogger(__name__)
 
-# a value of metadata -> whether that is v. `v` and `epsilon` are the words of ModelSpec
+# a metadata value -> whether it means v. `v` and `epsilon` are the words of ModelSpec
 # (github.com/Stability-AI/ModelSpec), the others those of diffusers and of other programs
 _PREDICTIONS = {
     "v": True,
@@ -23,7 +23,7 @@ _PREDICTIONS = {
 }
 # ModelSpec's key, which most trainers write; ComfyUI's key for the same
 _KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
-_V_ARCHITECTURE = "stable-diffusion-v2-768-v"  # a name of ModelSpec that says it too
+_V_ARCHITECTURE = "stable-diffusion-v2-768-v"  # a ModelSpec name that says so too
 MAX_SHOWN = 60  # characters of a metadata value in a message
 
 
@@ -50,7 +50,7 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
             unknown = f"{key} = {shorten(text, MAX_SHOWN)}"
     if metadata.get("modelspec.architecture", "").partition("/")[0] == _V_ARCHITECTURE:
         velocity = True
-    # trainers in the style of sd-scripts write their options: False is only that an option was not typed
+    # trainers in the style of sd-scripts write their options: False only means that an option was not given
     if velocity is None and metadata.get("ss_v_parameterization") == "True":
         velocity = True
     return Prediction(velocity, metadata.get("ss_zero_terminal_snr") == "True", unknown)

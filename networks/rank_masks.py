@@ -51,7 +51,7 @@ class RankMask:
             axis: Axis of the ranks.
         """
         masks = self.masks
-        assert masks is not None, "the levels of a pass are set before it"
+        assert masks is not None, "the noise levels must be set before each pass"
         is_mask_per_sample = len(masks) > 1
         if is_mask_per_sample and len(masks) != len(hidden):
             rows_per_sample, remainder = divmod(len(hidden), len(masks))
@@ -115,7 +115,7 @@ def rank_rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankR
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
-    """Return how many LoRAs of the trained rank were joined to one of this rank, such as 3 for q, k and v.
+    """Return how many LoRAs of the trained rank were joined into one of this rank, such as 3 for q, k and v.
 
     The result is 1 for files whose modules were trained with different ranks, because those are never joined.
     """

@@ -119,8 +119,8 @@ def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         split_sizes = _count_rows_of_parts(layer.name, factors)
         if not split_sizes:
             continue
-        # separate LoRAs that were joined to a block-diagonal one; else the full down factor, and some rows of
-        # the up factor
+        # separate LoRAs that were joined into a block-diagonal one; else the full down factor, and some rows
+        # of the up factor
         loras = joined_blocks(factors, split_sizes) or _split_rows(factors, split_sizes)
         fused_prefix = f"{layer.start}to_{layer.name}."
         endings = {
@@ -199,7 +199,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 
 
 def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Join the numbered LoRAs of each module to one LoRA with a block-diagonal up factor.
+    """Join the numbered LoRAs of each module into one LoRA with a block-diagonal up factor.
 
     Modules without their own alpha have the alpha for all modules, if the file has one.
     """

@@ -91,7 +91,7 @@ class TextLoras:
         # changes of the transformer's modules that are loaded with a text encoder
         self._text_side_uses = on_side(uses, is_text=True)
         self._prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
-        self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks that have their LoRAs
+        self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks with merged LoRAs
 
     @property
     def is_empty(self) -> bool:
@@ -149,7 +149,7 @@ class TextLoras:
             if parameter.dtype.itemsize == 1 and patch.changes_parameter(published_parameter(name)):
                 raise CheckpointError(
                     f"{uses[0].lora.path} changes the text encoder {label}, whose weights are kept in 8 "
-                    "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT alone.",
+                    "bits.\n  Leave out the option that keeps it in fp8, or give a LoRA for the DiT only.",
                     uses[0].lora.path,
                 )
         patch.bake(network, published_parameter)

@@ -14,7 +14,7 @@ from networks.use_options import (
     require_loras,
 )
 
-MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
+MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default disables the check
 PRECISIONS = ("float", "fp16", "bf16")
 BY_TENSOR = "models are always read and written tensor by tensor."
 ONLY_NEEDED = "write only what loaders need to know"
@@ -28,7 +28,7 @@ OF_LORAS = "it is for merging LoRAs into one"
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 MIN_DIFF = 0.01
-OF_FULL = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
+OF_FULL = ("conv_dim", "min_diff")  # of `ExtractOptions`: options that do not apply to a DiT
 
 
 class MergeOptions(Options):
@@ -152,7 +152,7 @@ class FluxMergeOptions(Options, must_give=True):
         outputs = [real_path(path) for path in typed_outputs if path]
         if len(set(outputs)) < len(outputs):
             names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
-            raise OptionError(f"{names} are the same file: give others")
+            raise OptionError(f"{names} are the same file: give different ones")
 
     @property
     def targets(self) -> dict[str, Path]:

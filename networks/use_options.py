@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 
-# how the sum of a weight and its LoRAs becomes a number of 16 bits
+# how the sum of a weight and its LoRAs is rounded to 16 bits
 AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
 
 

@@ -233,7 +233,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_diffusers(factors: Factors) -> ConvertedFactors:
-    """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read it."""
+    """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read the module."""
     delta = read_delta(factors)
     rotation = delta.rotation
     if rotation is not None:  # one tensor, which is written unchanged
@@ -341,7 +341,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     # an input rotation is the same for all rows: each part gets all of it
     rotation = read_delta(factors).rotation
     if rotation is not None:
-        # copies: files cannot hold tensors that share memory
+        # copies: files cannot contain tensors that share memory
         return {path: {rotation.factor_name: factors[rotation.factor_name].clone()} for path in paths}
     size = _size_to_cut(factors)
     if size is None:

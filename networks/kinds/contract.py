@@ -149,7 +149,7 @@ class NetworkKind:
     # --- other programs
     not_in_comfyui = ""  # why ComfyUI cannot express a module of this kind
     rejection_by_comfyui = ""  # error if a file is to be written for ComfyUI, after the file's path
-    no_two_experts = ""  # why a file in diffusers' dialect cannot hold the networks of two experts
+    no_two_experts = ""  # why a file in diffusers' dialect cannot store the networks of two experts
     is_for_comfyui_alone = False  # whether only ComfyUI reads its files without conversion
     elsewhere = ""  # sentences about what other programs do with its files
     plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them

@@ -45,7 +45,7 @@ BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 def fit_block_size(width: int, size: int) -> int | None:
     """Return the divisor of a width that is nearest to a block size; None for a width of 1.
 
-    The smaller one wins a tie, as in OneTrainer (modules/module/LoRAModule.py).
+    Ties go to the smaller one, as in OneTrainer (modules/module/LoRAModule.py).
     """
     divisors = [number for number in range(2, width + 1) if width % number == 0]
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
@@ -130,8 +130,8 @@ class OftKind(NetworkKind):
             return
         raise CheckpointError(
             f"{path} is an OFT with {kind}, as {PEFT_FILE} says, which is not supported.\n"
-            f"  Supported is PEFT's default, the series of {TERMS} terms. Train with that, or merge with "
-            "PEFT.",
+            f"  Only PEFT's default, the series of {TERMS} terms, is supported. Train with that, or merge "
+            "with PEFT.",
             path,
         )
 
