@@ -106,7 +106,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
-    """Return the lines without buttons to leave out files for which an earlier line has the same button."""
+    """Return the lines without those buttons for leaving out files that an earlier line already has."""
     result = []
     offered: set[tuple[str, ...]] = set()
     for line in lines:
@@ -120,7 +120,7 @@ def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
 
 
 def _reports_missing_files(text: str, names: Collection[str]) -> bool:
-    """Return whether a line reports or lists files of which none exists any more."""
+    """Return whether a line reports or lists only files that no longer exist."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = (
         any(words in text for words in UNREADABLE_PHRASES) or LISTED_FILE.fullmatch(text) is not None

@@ -49,7 +49,7 @@ OPTIONS_OF_COMPARISON = {
 }
 # fmt: on
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
-DEFAULT_SEED = "0"  # if neither prompt nor run has a seed: all columns need the same one
+DEFAULT_SEED = "0"  # if neither the prompt nor the run has a seed: all columns need the same seed
 # prompt-line options that the metadata of a clip contain
 # fmt: off
 PROMPT_LINE_OPTIONS = (

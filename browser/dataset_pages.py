@@ -421,7 +421,7 @@ class DatasetPages:
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
-    """Parse the JSON object in the body of a request. Raises ValueError if it is none."""
+    """Parse the JSON object in the body of a request. Raises ValueError if the body is not a JSON object."""
     query = parse_json(body.decode())
     if not isinstance(query, dict):
         raise ValueError("it is not an object")

@@ -38,7 +38,7 @@ MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder
 COMPANION_KEY = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MAX_ERROR = 4000  # characters
 DATASET_TABLE = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
-# frame rate, and step of sides and frame counts, by model; used if no run tells the dataset's model
+# frame rate, and step of sides and frame counts, by model; used if no run names the dataset's model
 MODELS = {
     "Wan": ("16", "16", "4"),
     "Wan2.2 TI2V-5B": ("24", "32", "4"),
@@ -173,7 +173,7 @@ class Measurement:
     model: str = ""
     fingerprint: object = None  # `Datasets.compute_fingerprint` of the measured files; None: never measured
     latest_fingerprint: object = None  # fingerprint of the files when they were last looked at
-    latest_since: float = 0.0  # when they had it first, in seconds of the monotonic clock
+    latest_since: float = 0.0  # when they first had it, in seconds of the monotonic clock
     is_running: bool = False
     started_at: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
     num_media: int = 0  # number of media found in the dataset's folders
@@ -181,7 +181,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MediaCounts:
-    """Numbers of media in a dataset's folders, counted by file name without opening the files."""
+    """Counts of the media in a dataset's folders, by file name and without opening the files."""
 
     num_images: int = 0
     num_clips: int = 0
@@ -209,7 +209,7 @@ class MediaCounts:
 def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> MediaCounts:
     """Count the media in a dataset's folders by their names; no file is opened.
 
-    Control images, references and masks are not counted: they belong to the media that they go with.
+    Control images, references and masks are not counted: they only accompany other media.
 
     Args:
         dataset: The dataset.

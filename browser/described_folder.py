@@ -178,7 +178,7 @@ def read_described(folder: Path) -> DescribedFolder:
     """
     contents = _read_own_files(folder)
     run_content = contents[RUN_FILE]
-    if isinstance(run_content, OSError):  # the error of reading stands in place of the content
+    if isinstance(run_content, OSError):  # the error takes the place of the content
         raise run_content
     run = parse_toml(run_content.decode())
     try:
@@ -383,7 +383,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         document = tomlkit.parse(text)
         training_table = document[TRAINING_TABLE]
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     if not isinstance(training_table, Table):
         raise ValueError(f"[{TRAINING_TABLE}] is not a table")
     for name, value in changes.items():

@@ -273,7 +273,7 @@ def find_training_script(text: str) -> str:
 
     Raises:
         ValueError: If the file does not name a script.
-        OptionError: If the script is not a training run of this program.
+        OptionError: If it is not a training script of this program.
     """
     try:
         # `new` writes the training, `python SCRIPT ...`, as the last command

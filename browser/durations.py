@@ -26,7 +26,7 @@ def describe_duration(
     """Describe the time that `steps` of a described folder take; "" if no run here has measured it.
 
     The folder's own run takes precedence, then the latest finished run of the same model with images and
-    batches of the same size. Runs of another machine are ignored; `cards` are the names of this machine's
+    batches of the same size. Runs from another machine are ignored; `cards` are the names of this machine's
     graphics cards.
     """
     if steps is None:

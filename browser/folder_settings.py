@@ -54,7 +54,7 @@ from project.run_options import STARTING
 from training.config_options import PROJECT_TABLE
 
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-# options with which a run ends before training
+# options that end a run before training
 OPTIONS_WITHOUT_TRAINING = (
     "check",
     "html",
@@ -181,7 +181,7 @@ def list_rows(
         ValueError: If a text is not TOML.
     """
     by_name = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
-    by_name |= {setting.name: setting for setting in settings}  # a name wins over an equal flag
+    by_name |= {setting.name: setting for setting in settings}  # a name takes precedence over an equal flag
     values = read_keys(text)
     proposed_values = None if proposed_run is None else read_keys(proposed_run)
     rows = []
@@ -305,9 +305,9 @@ class SettingsView:
     files: Mapping[str, DraftFile]
     rows: Sequence[SettingRow]
     is_proposal_known: bool
-    is_computing: bool  # what `new` chose is being found out
+    is_computing: bool  # the values that `new` chose are being determined
     batch_size: str = ""  # as text; "": not known
-    proposal_problem: str = ""  # why it could not be found out
+    proposal_problem: str = ""  # why those values could not be determined
     problem: str = ""  # why there are no rows
     change: DraftChange = field(default_factory=lambda: DraftChange(section=""))
 

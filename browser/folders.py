@@ -1,4 +1,4 @@
-"""List the folders below the roots that hold clips, images or audio, and add files to new folders."""
+"""List the folders below the roots that contain clips, images or audio, and add files to new folders."""
 
 import contextlib
 import itertools

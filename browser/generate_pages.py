@@ -90,7 +90,7 @@ LABELS = {
     "lora_file": say("LoRA file"),
     "lora_strength": say("Its strength"),
 }
-# in their order
+# in the order of the form
 NUMBER_FIELDS = ("width", "height", "frames", "layers", "steps", "guidance", "cfg", "high_cfg", "share")
 FIELD_NOTES = {
     "start": say("the first picture"),
@@ -776,7 +776,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 
     Raises OptionError if the file is not an image, a clip or an audio file.
     """
-    # the original suffix first; a wrong one is no reason to reject the file
+    # the original suffix first; a file with a wrong suffix is accepted too
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
             continue

@@ -61,7 +61,7 @@ STORED_FIELDS = ("id", "line", "folder", "process", "stops", "within", "typed") 
 
 
 class UnknownJobsError(OutputError):
-    """Raised if a queue holds waiting jobs that its user has neither typed nor started."""
+    """Raised if a queue contains waiting jobs that its user has neither typed nor started."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Job:
         elif self.code is None and self._is_running(self.process):
             self.state = RUNNING
         else:
-            self.code = self._read_code()  # it may have ended since the first look
+            self.code = self._read_code()  # it may have ended since the first check
             self.state = self._name_ending()
 
     def _is_running(self, process: dict[str, Any]) -> bool:
@@ -200,7 +200,7 @@ class _QueueContent:
     def find(self, number: int, *states: str) -> Job:
         """Return a job by its number.
 
-        Raises OptionError if it does not exist, or is in none of the `states`.
+        Raises OptionError if it does not exist, or is not in one of the `states`.
         """
         for job in self.jobs:
             if job.id == number and job.state in states:
@@ -448,7 +448,7 @@ class JobQueue:
                     self.problem = ""
                 except (UserError, OSError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no job can be begun: %s", error)
+                        logger.warning("cannot start a job: %s", error)
                     self.problem = str(error)
 
     def start_next(self) -> None:
@@ -517,7 +517,7 @@ class JobQueue:
 
         Args:
             waiting: Number of waiting jobs of each line after a change.
-            before: These numbers before the change.
+            before: The same counts before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         is_started_here = self._continues_in_next_server
@@ -558,7 +558,7 @@ class JobQueue:
             content = _QueueContent([], [], stored["last"], stored["worker"])
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
-            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
+            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of finished jobs") from None
         content.entries = self._read_entries()
         self._match_jobs(content, jobs)
         return content, stored_text

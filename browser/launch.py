@@ -80,7 +80,7 @@ _find_commands = functools.cache(find_commands)
 def split_arguments(line: str) -> list[str]:
     """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
 
-    A `~/` at the beginning of a word is completed.
+    A `~/` at the beginning of a word is expanded.
 
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.
@@ -171,7 +171,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         reason = bad_character(word)
         if reason is not None:
             raise OptionError(
-                f"{shorten(word, 80)!r} holds {reason}. No program can be given it: leave it out"
+                f"{shorten(word, 80)!r} contains {reason}. It cannot be passed to a program: leave it out"
             )
     # the line without its Python, which is replaced by the one that runs this program
     script_argv = [*argv[1:]] if argv[:1] in (["python"], ["python3"]) else [*argv]
@@ -186,7 +186,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError if it is not one of ours, or if it never ends."""
+    """Return the program of a job. Raises OptionError if it is not this project's, or never ends."""
     command, program = find_program(argv, folder)
     reject_endless(command, argv)
     return program
@@ -400,7 +400,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
 
 @functools.cache
 def _file_options() -> frozenset[str]:
-    """Return the options that name files which a command reads."""
+    """Return the options that name the files a command reads."""
     parts = [part.option for model in model_sets() for part in model.components if part.option]
     return frozenset({*INPUT_FILE_OPTIONS, *parts})
 

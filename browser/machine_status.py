@@ -29,8 +29,8 @@ from modules.errors import UserError
 from modules.pages.language import join, say, say_count
 from training.reports.history import BEFORE_TRAINING
 
-RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
-EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
+RECENT_SECONDS = 600.0  # for which pages report that a run has ended
+EVERY_SECONDS = 4.0  # pages ask every five seconds; all share one answer
 PATIENCE = 1.0  # seconds for the driver's answer
 PAUSE_SECONDS = 60.0  # after a call that has failed
 MAX_OF_LINE = 60  # characters of a command or a name
@@ -91,7 +91,7 @@ def ask_driver(program: str) -> list[GraphicsCard]:
 
 
 def read_cards(text: str) -> list[GraphicsCard]:
-    """Parse nvidia-smi's lines `name, MiB used, MiB in all, temperature`; other lines are left out."""
+    """Parse nvidia-smi's lines `name, used MiB, total MiB, temperature`; other lines are ignored."""
     cards = []
     for line in text.splitlines():
         # split from the right: the name of a card may contain commas
@@ -125,8 +125,8 @@ class MachineInfo:
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
     free: str = ""  # free space on the disk of the first root
-    ended: Sequence[tuple[str, str]] = ()  # runs of the last minutes: a key of each end, and words on it
-    command: str = ""  # that starts the page again with the same options
+    ended: Sequence[tuple[str, str]] = ()  # runs ended in the last minutes: key and description
+    command: str = ""  # command that starts the page again with the same options
 
 
 @dataclass

@@ -41,9 +41,9 @@ from modules.pages.page import encode_address, reduce_frame
 from modules.text_files import real_path
 
 ADDRESS = "/masks"
-LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have all of theirs
-LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
-MAX_JPEGS = 60  # images in memory, some 200 KB each
+LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have full size
+LOCK = ".masks.lock"  # in the media folder, while one of its masks is changed
+MAX_JPEGS = 60  # images in memory, about 200 KB each
 MAX_UNDONE = 1000
 # states of masks
 NONE, GENERATED, ACCEPTED_BY_USER, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"

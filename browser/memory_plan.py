@@ -112,7 +112,7 @@ def read_plan(text: str) -> ReadPlan | None:
     head_indices = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
     if not head_indices:
         return None
-    head_index = head_indices[-1]  # the last table: the log may hold several plans
+    head_index = head_indices[-1]  # the last table: the log may contain several plans
     phases: list[PlannedPart] = []
     parts_of_phase: list[list[PlannedPart]] = []
     remarks: list[str] = []

@@ -151,7 +151,7 @@ FULL_PAGE_ACTIONS = ("describe", "replace", "keep")  # buttons that change more 
 MESSAGE_HEADER = "x-reelsmith-said"  # header with the message of an action, when the page reopens
 FOLDERS_PER_PART = 24  # number of folders shown at once
 MAX_TILES = 12  # number of files in the row of images
-CAPTION_CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
+CAPTION_CHARACTERS = 160  # maximum length of a displayed caption, which takes two lines
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
 # check.html may come from somebody else: it runs no scripts, loads nothing, and has a separate origin
@@ -663,7 +663,7 @@ class NewPages:
                 file_names = list_names(folder)
         dry_run_job = background_jobs[DRY_RUN]
         if dry_run_job is not None and folder is not None:
-            # after a change of the files, the changes that it found are no longer those to confirm
+            # once the files have changed, the changes that it found are out of date
             dry_run_job = dry_run_job if self.is_dry_run_current(dry_run_job, folder) else None
         displayed_job = dry_run_job or background_jobs[DESCRIBE]
         displayed_lines = read_output_lines(displayed_job, file_names)
@@ -980,7 +980,7 @@ class NewPages:
         folder, form = button.folder, button.form
         check_form(form)
         has_changed = button.files_checksum != "" and button.files_checksum != mark_files(folder)
-        # changed files are no conflict while they still have the values that the page showed
+        # changed files do not conflict while they still have the values that the page showed
         if has_changed and not self.has_displayed_values(folder, button.displayed_address):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)

@@ -95,14 +95,14 @@ class BrowserOptions(Options, title="browser"):
             self._check_export(self.export)
 
     def _check_export(self, path: Path) -> None:
-        """Raise OptionError if the file to write is no HTML file, or if there is not one folder to export."""
+        """Raise OptionError if the file to write is not HTML, or if not exactly one folder is given."""
         if path.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--export {path}: name a file that ends in .html")
         if len(self.folders) != 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if --public_url is not an address of a whole host, or there is no token."""
+        """Raise OptionError if --public_url is not the address of a host, or if there is no token."""
         if self.no_token:
             raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
         try:

@@ -92,7 +92,7 @@ def read_jobs(
     """Return the words and the folder of each command in a text, after all have been checked.
 
     Args:
-        text: The commands, one a line.
+        text: The commands, one per line.
         run: Run that the commands come from; None if they were typed.
         earlier: Jobs that are already in the queue; like earlier commands of the text, they may create files
             that a command reads.
@@ -115,7 +115,7 @@ def read_jobs(
             )
         )
     jobs = [_parse_job(line, run) for line in lines]
-    for argv, folder in jobs:  # find all programs first: checking options takes a script a second
+    for argv, folder in jobs:  # find all programs first: checking takes about a second per script
         find_program(argv, folder)
     deadline = time.monotonic() + CHECK_SECONDS
     earlier_jobs = [*earlier]

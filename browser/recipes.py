@@ -54,7 +54,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "redraw": ["i2i_path", "video_path"],
     "share": ["denoise"],  # fraction of `redraw` that is generated anew
 }
-IMAGES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
+IMAGES = ("start", "end", "control", "references", "redraw")  # fields that contain paths
 SIDES = ("width", "height")
 SIDE_POSITIONS = {
     "video_size_width": 1,
@@ -180,8 +180,8 @@ class ModelRecipe:
     def find_default(self, name: str) -> str:
         """Return the value, as text, that is used if the field `name` is empty; "" if it is not known here.
 
-        If several are known, `file_defaults` (of the model's files) wins, then the default of the task, then
-        that of the generation script.
+        `file_defaults` (of the model's files) takes precedence, then the default of the task, then that of
+        the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -617,7 +617,7 @@ class RenderRequest:
                     maximum=f"{maximum:,g}",
                 )
             )
-        nearest = self.recipe.nearest(name, value)  # sizes and lengths go in steps
+        nearest = self.recipe.nearest(name, value)  # sizes and lengths have fixed increments
         if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:
@@ -726,7 +726,7 @@ def float_or_one(text: str) -> float:
 
 
 def find_model_set(family: str, task: str) -> ModelSet | None:
-    """Return a released model that generates; None if there is none of these names."""
+    """Return the released model of a family and task if it can generate; None if there is none."""
     for model in model_sets():
         if (model.family, model.task) == (family, task) and "generate" in model.commands:
             return model

@@ -23,7 +23,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
-CANCEL_FILE = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
+CANCEL_FILE = "{}.cancel"  # name of the file that asks the server working on a render job to stop
 MAX_OF_RENDER_JOB = 2 << 20  # bytes of a job's file, which contains the prompt three times
 MAX_WAITING = 200
 MAX_ENDED = 300  # older ended jobs are removed; their results stay
@@ -64,7 +64,7 @@ class RenderJob:
     done: int = 0  # finished steps
     steps: int = 0
     last_lines: str = ""  # last lines of a process that died
-    warnings: str = ""  # warnings that the script printed, one a line
+    warnings: str = ""  # warnings that the script printed, one per line
 
     @property
     def line(self) -> str:

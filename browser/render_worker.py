@@ -44,7 +44,7 @@ PREVIEWS = "preview"  # folder of the previews
 PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
 SESSION = "session.json"  # names the process with the model
 IDLE_SECONDS = 600.0  # a model idle for this long is freed
-ANSWER_POLL_SECONDS = 0.2  # seconds between two looks for answers
+ANSWER_POLL_SECONDS = 0.2  # seconds between checks for answers
 QUEUE_POLL_SECONDS = 1.0
 PROGRESS_WRITE_SECONDS = 1.0  # interval of storing a job's progress for other servers
 RETRY_SECONDS = 2.0  # retry interval after an error or while another server works
@@ -116,8 +116,8 @@ class RenderWorker:
         self.read_only = queue.read_only
         self.store = RenderQueue(self.folder)
         self.session: ModelSession | None = None
-        self.problem = ""  # error because of which render jobs wait
-        self.waits_for = ""  # ordinary reason for which they wait, such as a training run that uses the card
+        self.problem = ""  # error that keeps render jobs waiting
+        self.waits_for = ""  # ordinary reason why they wait, such as a training run that uses the card
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -329,7 +329,7 @@ class RenderWorker:
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no result can be made: %s", error)
+                        logger.warning("cannot generate a result: %s", error)
                     self.problem = str(error)
                     wait_seconds = RETRY_SECONDS
                 with self._changed:

@@ -66,14 +66,14 @@ from modules.text_files import read_content
 from project.options import MODELS
 from protocols.families import with_scripts
 
-PAGE_SIZE = 24  # results that are shown at once: full rows of one, two, three and four
-READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
+PAGE_SIZE = 24  # results shown at once: fills rows of one, two, three or four
+READ_SECONDS = 0.3  # maximum time for reading the settings of new files for one answer
 MAX_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 UPSCALER_SCRIPT = "blissful_tuner/upscaler.py"
 DOWNLOAD_UPSCALER = "upscaler"  # kind of a background job
-UPSCALE_FACTOR = 2  # by which width and height grow
-UPSCALERS = "upscalers"  # folder in that of the models
+UPSCALE_FACTOR = 2  # factor for width and height
+UPSCALERS = "upscalers"  # subfolder of the models folder
 UPSCALER_SUFFIXES = (".pth", ".safetensors")
 MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
@@ -136,7 +136,7 @@ class ResultFilter:
     run: RunSummary | None = None
 
     def needs_settings(self) -> bool:
-        """Whether the filter needs the settings of a result, for which its file has to be read."""
+        """Whether the filter needs a result's settings, which have to be read from its file."""
         return bool(self.words or self.model or self.run)
 
     def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
@@ -179,8 +179,8 @@ class ResultTile:
 
     result: Result
     settings: ResultSettings | None
-    problem: str  # why nothing can be read of the file
-    job: Job | None  # that makes it larger
+    problem: str  # why the settings cannot be read
+    job: Job | None  # job that enlarges it
 
     @property
     def title(self) -> str:

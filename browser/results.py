@@ -207,7 +207,7 @@ def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
     `times` are the modification times of the folder's files, by name without suffix.
     """
     if UPSCALED_SUFFIX not in stem and LAST_FRAME_SUFFIX not in stem:
-        return None  # the pattern is slow, and folders may hold many files
+        return None  # the pattern is slow, and folders may contain many files
     match = DERIVED_NAME.fullmatch(stem)
     return None if match is None else times.get(match[1])
 

@@ -48,7 +48,7 @@ TRAINING, SAMPLING, VALIDATING, SAVING = "training", "sampling", "validating", "
 STATES_BEFORE_TRAINING = (DRAFT, CHECKING, FAILED_CHECK, WAITING, STARTING, DOWNLOADING, CACHING, LOADING)
 TRAINING_STATES = (TRAINING, SAMPLING, VALIDATING, SAVING)
 STATES = (*STATES_BEFORE_TRAINING, *TRAINING_STATES, STOPPED, FINISHED, DIED)
-ACTIVE_STATES = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *TRAINING_STATES)  # a process works
+ACTIVE_STATES = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *TRAINING_STATES)  # a process is working
 # activity in the history of `run` -> state of the run, and its description
 PREPARATION_STEPS = {
     "downloading the model": (DOWNLOADING, ""),
@@ -96,7 +96,7 @@ class RunState:
 
     @property
     def is_active(self) -> bool:
-        """Whether a process works on the run, or it waits for one."""
+        """Whether a process is working on the run, or the run waits for one."""
         return self.name in ACTIVE_STATES or self.name == WAITING
 
     @property
@@ -265,7 +265,7 @@ class TrackedRuns:
         self.background_jobs = background_jobs
         self._cached_configs: dict[Path, tuple[tuple[int, int, int], RunConfig | None]] = {}
 
-    # ---- what there is
+    # ---- which runs exist
 
     def list_run_configs(self) -> list[RunConfig]:
         """Return the described folders below the roots. Call it after the runs were listed."""
@@ -360,7 +360,7 @@ class TrackedRuns:
         except UserError:
             return []  # the queue's page reports the reason
 
-    # ---- how a run stands
+    # ---- the state of a run
 
     def _list_waiting(self, jobs: Sequence[Job]) -> WaitingJobs:
         numbers = [job.id for job in jobs if job.state == WAITING]
@@ -531,7 +531,7 @@ class TrackedRuns:
             # a background job is a check, during which the run may start
             if state is not None and state.is_active and state.background_job is None:
                 raise OptionError(say("It runs already: it is %(text)s.", text=state.text))
-        if is_reviewed and recall_folder(folder) is None:  # the user has read what it may do: ask no more
+        if is_reviewed and recall_folder(folder) is None:  # the user has read run.toml: do not ask again
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
 
@@ -643,7 +643,7 @@ def read_run_state(run: RunSummary) -> RunState:
     else:
         text, _ = run.ending
         reason = translate_line(text)
-    # errors that the check before the training has found are no crash
+    # errors found by the check before the training are not a crash
     has_failed_check = is_preparation and "while checking" in reason
     return RunState(FAILED_CHECK if has_failed_check else DIED, reason=reason)
 

@@ -455,13 +455,13 @@ def share_page(page: Path, copy: Path) -> None:
         problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
         raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
     if GENERATOR not in text[:2000]:  # in the head of the page
-        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
+        raise UserError(f"{page} is not a page of this program, or is from an older version. Make it again.")
     write_text(copy, _FILE_LINK.sub("<a>", drop_private(text)))
     logger.info("wrote %s", copy)
 
 
 def export_run(runs: Runs, path: Path) -> None:
-    """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
+    """Write the only run as a page that needs no server. Raises OptionError unless there is exactly one."""
     listed = runs.list_all()
     # the preparation by `run` has a separate history, which is rarely meant to be shared
     candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed

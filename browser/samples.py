@@ -66,7 +66,7 @@ FIELDS = {
 EXAMPLE_VALUES = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
 INTEGER_FIELDS = tuple(EXAMPLE_VALUES)  # fields for positive integers
 MAX_NUMBER = 1_000_000
-GUIDANCE_FIELDS = ("guidance", "embedded guidance")  # fields of any number
+GUIDANCE_FIELDS = ("guidance", "embedded guidance")  # fields for any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
 IMAGE_FIELDS = ("start", "end", "source", "control")
 TEXT_FIELDS = ("negative",)
@@ -76,7 +76,7 @@ COMMON_NUMBER_FIELDS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row of the form; `more` holds the options that have no field."""
+    """A line of prompts.txt as a row of the form; `more` has the options without a field."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
@@ -116,7 +116,7 @@ def read_row(number: int, line: str) -> PromptRow:
         is_earlier_list_item = _repeats(option) and last_index[name] != index
         if name is None or is_earlier_list_item:
             more.append(f"--{option.strip()}")
-        else:  # of an option that is not a list, the last use counts
+        else:  # if an option is not a list, its last use counts
             _, _, value = option.partition(" ")
             texts[name] = unquote(value.strip())
     return PromptRow(number, split.prompt.strip(), texts, " ".join(more))
@@ -251,7 +251,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
 
 
 def _check_number(title: str, name: str, text: str) -> None:
-    """Raise OptionError if the text of a numeric field is no such number. `title` names the row."""
+    """Raise OptionError if the text of a numeric field is not a valid number. `title` names the row."""
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
         raise OptionError(
             say(
@@ -533,7 +533,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         "overwritten. The rows show what it has now. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
-        # no prompt line differs: what was changed is the other field, how often samples are made
+        # no prompt line differs: only the sampling interval was changed
         names="; ".join(typed) or "how often",
     )
 

@@ -139,7 +139,7 @@ class _BoundedBody:
         message = await self.receive()
         self.received_bytes += len(message.get("body", b""))
         if self.received_bytes > self.max_bytes:
-            raise HTTPException(413, f"A request has at most {self.max_bytes:,} bytes.")
+            raise HTTPException(413, f"A request can have at most {self.max_bytes:,} bytes.")
         return message
 
 
@@ -274,7 +274,7 @@ class Gate:
     def _admit_browser(self, request: Request, access: PageAccess) -> Response:
         """Return the page that sets the cookie and then opens the list of runs.
 
-        It is no redirect: after a link from another site, browsers would not send the cookie to its target.
+        It does not redirect: after a link from another site, browsers would not send the cookie along.
         """
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
         page.set_cookie(

@@ -94,7 +94,7 @@ def run_browser(options: BrowserOptions) -> None:
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
-    finally:  # the next start goes on with an open queue
+    finally:  # the next start continues an open queue
         queue.end_work()
 
 

@@ -119,7 +119,7 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
     public_texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
     if public_texts == header.metadata:
         return
-    header_length = header.start - 8  # the first 8 bytes of the file hold this length
+    header_length = header.start - 8  # the first 8 bytes of the file are this length
     # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
     # the texts that may be sent, all texts are removed.
     for sent_texts in (public_texts, {}):

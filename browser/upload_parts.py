@@ -1,8 +1,8 @@
 """Take a large file in pieces, so that an interrupted upload continues from where it stopped.
 
 The pieces are joined in a hidden file in the target folder, whose name contains the file's name, size and
-time. The complete file is checked and renamed as any dropped file. An abandoned upload is removed after a
-day, when the next file arrives in that folder. Over all servers, one request at a time adds to a file.
+time. The complete file is checked and renamed like any dropped file. An abandoned upload is removed after a
+day, when the next file arrives in that folder. Across all servers, one request at a time appends to a file.
 """
 
 import contextlib
