@@ -1,4 +1,4 @@
-"""Move what pages remove into a bin: a first click deletes nothing, only emptying the bin does."""
+"""Move files that pages remove into a bin: only emptying the bin deletes them."""
 
 import contextlib
 import errno

@@ -39,7 +39,7 @@ class CaptionText:
 
     @classmethod
     def parse(cls, content: bytes) -> "CaptionText":
-        """Split the bytes of a caption file into its text and what surrounds it.
+        """Split the bytes of a caption file into its text and the bytes around it.
 
         Raises UnicodeDecodeError if they are not UTF-8.
         """

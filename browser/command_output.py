@@ -54,7 +54,7 @@ class OutputLine:
 
     @property
     def is_command(self) -> bool:
-        """Whether the line is a command that the page can run, or that needs a word from the user first."""
+        """Whether the line is a command that the page can run, perhaps after the user has typed a word."""
         return self.remedy == RUN_COMMAND or self.needs_trigger_word
 
     @property

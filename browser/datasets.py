@@ -172,7 +172,7 @@ class Measurement:
     reads_whole_files: bool = False  # whole files were read, not only headers
     model: str = ""
     fingerprint: object = None  # `Datasets.compute_fingerprint` of the measured files; None: never measured
-    latest_fingerprint: object = None  # fingerprint of the files when they were last looked at
+    latest_fingerprint: object = None  # fingerprint of the files when last checked
     latest_since: float = 0.0  # when they first had it, in seconds of the monotonic clock
     is_running: bool = False
     started_at: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
@@ -255,7 +255,7 @@ class _LocatedRun(NamedTuple):
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
     """Return the dataset of a configuration that runs have trained on, in the order of the runs.
 
-    If they were started in several folders, the dataset is that of the last folder.
+    If the runs were started in several folders, the dataset belongs to the last folder.
     """
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]
@@ -386,7 +386,7 @@ class Datasets:
             return measurement
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaCounts, str]:
-        """Return the number of media in a dataset's folders, and in words the state of its measurement."""
+        """Return the number of media in a dataset's folders, and a description of its measurement's state."""
         try:
             if self.list_hidden_folders(dataset):
                 return MediaCounts(), say("partly outside the folders that are shown")
@@ -447,7 +447,7 @@ class Datasets:
             threading.Thread(target=self._run_measurement, args=(dataset, measurement), daemon=True).start()
 
     def _run_measurement(self, dataset: FoundDataset, measurement: Measurement) -> None:
-        """Measure a dataset's files, and store what may be shown of the report in `measurement`."""
+        """Measure a dataset's files, and store the part of the report that may be shown in `measurement`."""
         options = _report_options(dataset, measurement)
         report: dict[str, Any] = {}
         error = ""

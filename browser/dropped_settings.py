@@ -129,7 +129,7 @@ def _read_sampler_inputs(graph: Mapping[str, Any], inputs: Mapping[str, Any]) ->
     for name, key in _COMFYUI_NUMBERS.items():
         if isinstance(inputs.get(name), (int, float)):
             options[key] = f"{inputs[name]}"
-    latent = inputs.get("latent_image")  # [id of the node that makes it, output number]
+    latent = inputs.get("latent_image")  # [id of the node that creates it, output number]
     sizes = {}
     if isinstance(latent, list) and latent:
         sizes = graph.get(str(latent[0]), {}).get("inputs", {})

@@ -1,4 +1,4 @@
-"""All settings of a described folder, on the page New: a table of the options in run.toml, and three texts.
+"""All settings of a described folder, on the page New: a table of options in run.toml, and three text boxes.
 
 The options and their help come from the training script's own --help, printed as JSON by a process.
 """
@@ -66,7 +66,7 @@ OPTIONS_WITHOUT_TRAINING = (
 )
 # the first two name the file itself; the others are only used on the command line
 NOT_SHOWN = {"config_file", "help", *OPTIONS_WITHOUT_TRAINING, "repair_captions", *STARTING}
-PROPOSAL = "chosen"  # kind of the background job that makes run.toml again
+PROPOSAL = "chosen"  # kind of the background job that generates run.toml again
 SETTINGS_TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
 
@@ -81,7 +81,7 @@ class Setting(DescribedOption):
     def convert(self, text: str) -> Any:
         """Return the TOML value of a typed text. Raises OptionError if a quote is not closed.
 
-        A text that is not a valid number or choice stays a text: the script's error explains what it accepts.
+        Anything but a valid number or choice becomes a string: the script's error explains what it accepts.
         """
         if self.kind == "switch" and text in ("true", "false"):
             return text == "true"
@@ -427,7 +427,7 @@ class FolderSettingsPages:
         name = RUN_FILE if section == SETTINGS_TABLE else section
         try:
             draft = read_draft_file(self.site, folder, name)
-            if draft.checksum != fields.get("have", ""):  # not the file that the page was made from
+            if draft.checksum != fields.get("have", ""):  # not the file that the page was built from
                 return self.answer_conflict(folder, section, draft, fields)
             typed_text = None if section == SETTINGS_TABLE else fields.get("text", "")
             if typed_text is None:

@@ -1,4 +1,4 @@
-"""Keep what is typed into the form Generate in small files, one for each open page."""
+"""Store the input of the form Generate in small files, one for each open page."""
 
 import contextlib
 import json

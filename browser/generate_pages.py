@@ -434,7 +434,7 @@ class GeneratePages:
     def change(self, request: Request, fields: Form) -> Response:
         """Carry out a button of the page: fill the form, generate, or change a render job."""
         action = request.path_params["what"]
-        # each field of a form is a list of texts; these two fields are not values of GenerateForm
+        # each field of a form is a list of strings; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
         job_number = "".join(fields.pop("id", ()))
         form = GenerateForm.of_fields(fields)
@@ -608,7 +608,7 @@ class GeneratePages:
         )
 
     def describe_filling(self, settings: DroppedSettings, form: GenerateForm) -> str:
-        """Say which program's settings have filled the form, and what of them is missing here.
+        """Say which program's settings have filled the form, and which of them are missing here.
 
         `settings` are those of a dropped file; `form` is already filled with them.
         """
@@ -772,7 +772,7 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
 
 
 def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
-    """Return the metadata texts of an uploaded file. `suffix` is the suffix of the file's original name.
+    """Return the text metadata of an uploaded file. `suffix` is the suffix of the file's original name.
 
     Raises OptionError if the file is not an image, a clip or an audio file.
     """

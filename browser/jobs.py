@@ -583,7 +583,7 @@ class JobQueue:
     def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> None:
         """Match the jobs of the state file with the lines of the text file, and sort them.
 
-        1. Of each line, the newest jobs are matched with its occurrences in the text file.
+        1. For each line, the newest jobs are matched with its occurrences in the text file.
         2. A line without a job gets a new one.
         3. The order is: running jobs without a line, ended jobs without a line, jobs of the lines. Waiting
            jobs without a line are dropped: the user has removed the line.
@@ -660,7 +660,7 @@ def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
 
 
 def as_line(argv: Sequence[str]) -> str:
-    """Return the words as one line of the text file. Raises OptionError if they contain line breaks."""
+    """Return arguments as one line of the text file. Raises OptionError if they contain line breaks."""
     line = shlex.join(argv)
     if line.splitlines() != [line]:
         raise OptionError(say("%(line)s: a job is one line", line=f"{line!r}"))

@@ -498,7 +498,7 @@ def _suggest_command(name: str, argv: Sequence[str]) -> str:
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
-    """Start a process that waits for a job's command on its stdin, and ends if it gets none.
+    """Start a process that waits for a job's command on its stdin, and ends if none arrives.
 
     A process group of its own lets the job be stopped without its server.
 

@@ -1,4 +1,4 @@
-"""The line below the links of every page: what is running, the graphics cards, and free disk space."""
+"""The line below the links of every page: running processes, graphics cards, and free disk space."""
 
 import shutil
 import subprocess
@@ -62,7 +62,7 @@ class CardReader:
         """Use nvidia-smi at the path `program`; None if it is not installed."""
         self.program = program
         self._cards: list[GraphicsCard] = []
-        self._next = 0.0  # when the driver is asked again
+        self._next = 0.0  # when the driver is queried again
         self._lock = threading.Lock()
 
     def read(self) -> list[GraphicsCard]:
@@ -159,7 +159,7 @@ class MachineLine:
             return self._info
 
     def _gather(self) -> MachineInfo:
-        """Collect what the status line shows: processes, cards, free disk space and ended runs."""
+        """Collect the content of the status line: processes, cards, free disk space and ended runs."""
         try:
             free = gigabytes(free_bytes(self.site.runs.root_folders[0]))
         except OSError:
@@ -176,7 +176,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return what runs on this machine: training runs, other queue jobs, render jobs and downloads."""
+        """Return this machine's processes: training runs, other queue jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)

@@ -363,7 +363,7 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
 
 
 def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, Any]:
-    """Return the JSON values of an image or clip without its frames; `fault` says why it cannot be shown."""
+    """Return the JSON values of an image or clip without its frames; `fault` is why it cannot be shown."""
     return {
         "id": name_id(media_file),
         "name": media_file.media_path.name,

@@ -320,7 +320,7 @@ class MemoryPages:
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Plan the training's memory for a graphics card, after writing changed switches if asked."""
+        """Plan the training's memory for a graphics card, after writing changed switches if requested."""
         if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
         done = ""
@@ -344,7 +344,7 @@ class MemoryPages:
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
         """Write a form's memory switches into run.toml, and return a message with the changed lines."""
         draft = read_draft_file(self.site, folder, RUN_FILE)
-        if draft.checksum != fields.get("have", ""):  # the checksum that the page was made with
+        if draft.checksum != fields.get("have", ""):  # the checksum that the page was built with
             raise ChangedMeanwhileError
         text = draft.text
         names = [setting.name for setting in read_settings(find_training_script(text))]

@@ -147,7 +147,7 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
     return {files: tuple(by_name.values()) for files, by_name in uses.items()}
 
 
-# parts that were already looked for on disk, by their files
+# parts whose state on disk is already known, by their files
 PartCache = dict[tuple[ReleasedFile, ...], ModelPart]
 
 
@@ -168,7 +168,7 @@ def find_task(
 ) -> TaskFiles | None:
     """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
 
-    `in_fp8` selects the smaller text encoders; `known` keeps parts that were already looked for on disk.
+    `in_fp8` selects the smaller text encoders; `known` caches the parts that were read already.
     """
     part_cache = {} if part_cache is None else part_cache
     for model in model_sets(in_fp8):

@@ -88,11 +88,11 @@ class ModelPages:
             chosen: The task to show.
             error: Error message to show.
             is_removing: Ask which parts are to be removed.
-            moved: Name of the bin's folder that holds what was just removed.
+            moved: Name of the bin's folder that contains the files just removed.
         """
         site = self.site
         models = site.models
-        part_cache: PartCache = {}  # each part is looked for on disk once
+        part_cache: PartCache = {}  # each part is searched on disk once
         tasks = list_tasks(models, part_cache=part_cache)
         files = None
         if chosen.family:

@@ -181,7 +181,7 @@ class PreparePlan:
 
 @dataclass(frozen=True)
 class PressedButton:
-    """A request of a button: the selected folder, the form, and all fields of the request as texts."""
+    """A request of a button: the selected folder, the form, and all fields of the request as strings."""
 
     folder: Path
     form: NewForm
@@ -1000,7 +1000,7 @@ class NewPages:
         return ""
 
     def replace(self, button: PressedButton) -> str:
-        """Let `new` write the folder's files again with the changes shown, after a copy of the old ones."""
+        """Copy the folder's files, then let `new` write them again with the changes that were shown."""
         folder = button.folder
         dry_run_job = self.find_background_job(DRY_RUN, folder)
         if (
@@ -1014,7 +1014,7 @@ class NewPages:
         self.site.tracked_runs.reject_while_it_runs(folder)
         copy_name = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / copy_name)
-        # the command that was compared, this time writing
+        # the command of the comparison, which now writes the files
         form = NewForm.from_argv(shlex.split(dry_run_job.line))
         argv = make_new_argv(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(

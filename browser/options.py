@@ -22,7 +22,7 @@ HOW_TO_MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.to
 
 
 class BrowserOptions(Options, title="browser"):
-    """Folders to look into, and who may see them."""
+    """Folders to show, and who may see them."""
 
     folders: tuple[Path, ...] = option(
         "folders with runs in them, at any depth (default: this one, or ~/Reelsmith if this is the home "

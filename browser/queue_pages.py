@@ -65,7 +65,7 @@ class EditedCommand(NamedTuple):
 
 
 def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
-    """Return the command line to show in the edit field of the page; an empty one if the query names none.
+    """Return the command line to show in the edit field of the page; "" if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.
@@ -89,7 +89,7 @@ def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
 def read_jobs(
     text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
 ) -> list[tuple[list[str], Path]]:
-    """Return the words and the folder of each command in a text, after all have been checked.
+    """Return the arguments and the folder of each command in a text, after checking all of them.
 
     Args:
         text: The commands, one per line.
@@ -131,7 +131,7 @@ def read_jobs(
 
 
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
-    """Return the words of a command, and its folder: that of a `cd` in the line, or where it was typed.
+    """Return a command's arguments, and its folder: that of a `cd` in the line, or where it was typed.
 
     `run` is the run that the command comes from; None if it was typed into the page.
     """

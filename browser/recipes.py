@@ -89,7 +89,7 @@ class ModelRecipe:
     title: str
     family: str  # as scripts name it
     fixed_options: Mapping[str, Sequence[str]]  # options of the model, with their arguments
-    initial_texts: Mapping[str, str]  # initial texts of the fields, by name
+    initial_texts: Mapping[str, str]  # initial values of the fields, by name
     folder: Path  # working folder of the command
     missing: Sequence[str] = ()  # missing files of the model
     loras: Sequence[UsedLora] = ()  # LoRAs of the command
@@ -126,7 +126,7 @@ class ModelRecipe:
         # only releases that split images into layers name this option
         if not self.initial_texts.get("layers"):
             keys.pop("layers", None)
-        if "redraw" not in keys:  # `share` says how much of `redraw` changes
+        if "redraw" not in keys:  # `share` is how much of `redraw` changes
             keys.pop("share", None)
         return keys
 
@@ -456,7 +456,7 @@ def _split_command(
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the initial texts of the form's fields, by name.
+    """Return the initial values of the form's fields, by name.
 
     They come from the options of a command; width and height default to those of the script.
     """
@@ -487,7 +487,7 @@ class RenderRequest:
 
     recipe: ModelRecipe
     prompt: str
-    texts: Mapping[str, str]  # by the name of the field; empty texts leave the model's default
+    texts: Mapping[str, str]  # by the name of the field; "" stands for the model's default
     loras: Sequence[UsedLora]
     save_path: str
     references: Sequence[str] = ()  # images to edit
@@ -709,7 +709,7 @@ class RenderRequest:
 
 
 def _as_argv(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words. An option without words is a switch."""
+    """Return options as arguments. An option without values is a switch."""
     return option_argv({flag: True if value == [] else value for flag, value in options.items()})
 
 

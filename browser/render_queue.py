@@ -29,7 +29,7 @@ MAX_WAITING = 200
 MAX_ENDED = 300  # older ended jobs are removed; their results stay
 LOADING = say("loading the model")
 MAKING = say("making it")
-# texts about a running job: those set here, and those that a generation reports (generation/making.py)
+# activities of a running job: those set here, and those that a generation reports (generation/making.py)
 PHASES = (
     *(LOADING, MAKING),
     *(
@@ -50,12 +50,12 @@ class RenderJob:
     id: int  # 0: not stored yet
     title: str  # title of the model
     session: list[str]  # command that loads the model
-    command: list[str]  # command line that makes the same result
+    command: list[str]  # command line that generates the same result
     request: dict[str, Any]  # request as `generation/json_requests.py` reads it
     folder: str  # working folder of the commands
     save_path: str
     created: float
-    form: dict[str, list[str]] = field(default_factory=dict)  # fields of the page that asked for it
+    form: dict[str, list[str]] = field(default_factory=dict)  # fields of the page that requested it
     state: str = WAITING
     reason: str = ""  # why it failed
     file: str = ""  # result
@@ -78,7 +78,7 @@ class RenderJob:
 
     @property
     def shown_doing(self) -> str:
-        """`doing` for a page: this program's texts are translated, texts from files are not."""
+        """`doing` for a page: this program's messages are translated, text from files is not."""
         return next((words for words in (*PHASES, CANCELLING) if words == self.doing), self.doing)
 
     @property

@@ -1,4 +1,4 @@
-"""Show the results of all days on the page Generate, part by part, and do what their buttons request."""
+"""Show the results of all days on the page Generate, part by part, and handle their buttons."""
 
 import contextlib
 import os
@@ -326,8 +326,8 @@ class ResultRegenerator:
     def find_weights(self, name: str, recipe: ModelRecipe, result: Result) -> str:
         """Return the path of a LoRA or an embedding by its file name.
 
-        It is looked for in the recipe, in the render job of the result, and in the folders of runs, the
-        result's own run first. Raises OptionError if none has it.
+        The recipe, the render job of the result and the folders of runs are searched, the result's own run
+        first. Raises OptionError if none has it.
         """
         embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
         for path in (*(lora.path for lora in recipe.loras), *embeddings):

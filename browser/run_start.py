@@ -71,7 +71,7 @@ START_TIME_TOLERANCE = 1.0  # start times of processes are rounded
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run, with the reason, the texts and the job that pages show for it."""
+    """State of a run, with the reason, the descriptions and the job that pages show for it."""
 
     name: str  # one of STATES
     details: str = ""  # text after the name of the state: `40 of 120`
@@ -317,7 +317,7 @@ class TrackedRuns:
                     run_config, run, preparation, by_folder.get(run_config.folder, ()), waiting
                 )
             )
-        # what is left are runs without a described folder
+        # only runs without a described folder are left
         tracked_runs += [TrackedRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 

@@ -130,7 +130,7 @@ def list_page(
     listed_runs = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
     view = query.get("view")
-    # many runs are listed in a table, unless cards were asked for
+    # many runs are listed in a table, unless cards were requested
     is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
     values = {
         "runs": label_runs(listed_runs),
@@ -169,7 +169,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 class LiveRunState:
     """State of a run as its page shows it, with the remaining time."""
 
-    displayed: Standing  # start, step and ending of the run, as texts
+    displayed: Standing  # start, step and ending of the run, as text
     state: str  # RUNNING, FINISHED, STOPPED or DIED
     time_left: str
 
@@ -376,7 +376,7 @@ def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
 
-    if math.isinf(low) and math.isinf(high):  # no range was asked for
+    if math.isinf(low) and math.isinf(high):  # no range was requested
         return run_history
     return replace(
         run_history,

@@ -277,7 +277,7 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the summary of a run from the content of its history."""
-    # a history may be long, so the newest values are looked for only in its last bytes
+    # a history may be long, so only its last bytes are searched for the newest values
     tail = content[-TAIL_BYTES:]
     end = tail[-LAST_STEP_BYTES:]
     run_history = _read_run_history(content, tail)
@@ -343,7 +343,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
 
 
 def _find_newest_sample(run_history: RunHistory) -> str:
-    """Return the file of the first prompt among the samples made last; "" if there are none."""
+    """Return the file of the first prompt among the newest samples; "" if there are none."""
     samples = [row.files for row in run_history.samples.values() if row.files]
     if not samples:
         return ""

@@ -1,6 +1,6 @@
 """The samples of a training on the page New: prompt lines of prompts.txt as rows, and how often to sample.
 
-A row shows some options of its line. Only what was changed in a row is changed in its line; other options,
+A row shows some options of its line. Only fields changed in a row are changed in its line; other options,
 other lines and comments stay as they are written.
 """
 
@@ -134,7 +134,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     Args:
         line: The present line.
         prompt: New prompt; None to keep it.
-        changes: New texts by the names of the fields; an empty text removes the option.
+        changes: New values by the names of the fields; an empty value removes the option.
     """
     split = _split(line)
     options = split.options  # with values, such as `w 768`
@@ -148,7 +148,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         elif text:
             options.append(f"{new_letters} {text}")
         else:
-            # of a list, such as several --ci, remove only the item that the field shows
+            # from a list, such as several --ci, remove only the item that the field shows
             is_list = any(_repeats(options[index]) for index in indices)
             removed_indices = indices[-1:] if is_list else indices
             options = [option for index, option in enumerate(options) if index not in removed_indices]
@@ -196,7 +196,7 @@ class _RowEdit:
     number: int  # index of the row on the page
     row: PromptRow  # the row before the edit
     prompt: str
-    changes: Mapping[str, str]  # texts by the name of the field
+    changes: Mapping[str, str]  # values by the name of the field
 
     @property
     def is_emptied(self) -> bool:
@@ -220,7 +220,7 @@ def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
 
 
 def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the texts of a row's fields that differ from its line, by the name of the field."""
+    """Return the values of a row's fields that differ from its line, by the name of the field."""
     changes = {}
     for name in FIELDS:
         typed = fields.get(f"{name} {number}", "").strip()
@@ -418,7 +418,7 @@ def check_image(site: Site, folder: Path, text: str) -> None:
 
 
 def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
-    """Return the texts in the fields of each row of a form, by the number of the row."""
+    """Return the field values of each row of a form, by the number of the row."""
     rows: dict[int, dict[str, str]] = {}
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
@@ -522,7 +522,7 @@ def select_image_fields(
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files changed while the form was open, with the typed changes."""
-    base = fields.get("base", "")  # text of the prompts that the form was made from
+    base = fields.get("base", "")  # text of the prompts that the form was built from
     try:
         edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
         typed = describe_difference(base, edited)

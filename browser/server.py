@@ -115,7 +115,7 @@ HEADERS = {
 # a host name or IPv4 address, or an IPv6 address in brackets without a zone (network card)
 HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
-TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable texts
+TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable text
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # maximum body sizes of requests that upload files, by address
 LARGEST_BODIES = {
@@ -172,7 +172,7 @@ class Gate:
 
     app: ASGIApp
     names: frozenset[str]  # names of the server in requests; IP addresses are always accepted
-    token: str | None  # opens the page; see `PageAccess` for what a browser keeps of it
+    token: str | None  # opens the page; a browser stores values derived from it, see `PageAccess`
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
     public_origin: str | None = None  # origin of a reverse proxy in front of the server
@@ -195,7 +195,7 @@ class Gate:
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
-            # texts in the language of the request, and the secret root in all addresses of the response
+            # text in the language of the request, and the secret root in all addresses of the response
             with speaking(choose_language(request)), serving_below(root):
                 rejection = self._find_rejection(request, access, is_below_root)
                 await (rejection or self.app)(scope, body.receive_part, response.send_part)
@@ -492,7 +492,7 @@ def make_app(
     host_names = _list_host_names(host, public_origin)
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
     app = Starlette(routes=_list_routes(site, read_only), exception_handlers=handlers)
-    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
+    app.router.redirect_slashes = False  # it would redirect to an address built from the request's host
     return Gate(app, host_names, token, read_only, ticket, public_origin)
 
 

@@ -1,6 +1,6 @@
 """The secret token of the page: only requests with the token may use the page.
 
-Without --token the page makes one, because all accounts of a machine can reach its ports. It is stored for
+Without --token the page creates one, because all accounts of a machine can reach its ports. It is stored for
 this user alone, so that bookmarks and cookies work after a restart.
 """
 
@@ -151,7 +151,7 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
-    """Return the (client, server) texts `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
+    """Return the (client, server) pairs of `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
 
     An IPv4 connection may be listed as IPv4, or as IPv4 inside IPv6.
     """
