@@ -185,7 +185,7 @@ def _measure(path: Path) -> BinEntry:
 
 
 def _free_name(path: Path) -> Path:
-    """Return the path if it does not exist, or else the path with a number appended to its name."""
+    """Return the path if it does not exist, otherwise the path with a number appended to its name."""
     paths = map(path.with_name, number_names(path.name))
     return next(free for free in paths if not os.path.lexists(free))
 

@@ -23,7 +23,7 @@ from modules.text_files import bad_character, read_content
 
 BOM = b"\xef\xbb\xbf"
 MAX_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
-LOCK = ".captions.lock"  # in the folder of the captions, while one is written
+LOCK = ".captions.lock"  # in the captions' folder, while a caption is written
 MAX_SAVES = 100  # how many saves of a file can be undone
 
 

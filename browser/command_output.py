@@ -76,7 +76,7 @@ class OutputLine:
 
     @property
     def is_about_repair(self) -> bool:
-        """Whether the line lists captions that were, or could not be, converted."""
+        """Whether the line lists captions that were converted, or that could not be converted."""
         return bool(self.encoding) or any(words in self.text for words in CONVERTED_PHRASES)
 
     @property

@@ -122,7 +122,7 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     paths = []
     for text in _list_texts(content, with_companions):
-        begin = re.split(r"[*?\[{]", text)[0]  # of a glob pattern, the folder before the first wildcard
+        begin = re.split(r"[*?\[{]", text)[0]  # the part of a glob pattern before its first wildcard
         path = folder / begin
         if begin != text:
             path = path.parent
@@ -195,7 +195,7 @@ class MediaCounts:
 
     @property
     def summary(self) -> str:
-        """The counts as a text such as `5 pictures, 1 clip`."""
+        """The counts as text, such as `5 pictures, 1 clip`."""
         counts = []
         if self.num_images:
             counts.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))
@@ -279,7 +279,9 @@ class Datasets:
         self.lock = threading.RLock()
         self._found: dict[str, FoundDataset] = {}
         self._measurements: dict[str, Measurement] = {}
-        self._is_dataset_cache: dict[Path, tuple[int, bool]] = {}  # by .toml file: change time, is a dataset
+        self._is_dataset_cache: dict[
+            Path, tuple[int, bool]
+        ] = {}  # by .toml file: (change time, is a dataset)
         self._measuring = threading.Semaphore()  # one measurement at a time
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)

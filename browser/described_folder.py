@@ -55,12 +55,12 @@ class DescribedFolder:
     trigger: str
     model_files: Mapping[str, str]  # path of each file of the model by its option
     values: Mapping[str, Any]  # all options of the training
-    checksum: str  # of the folder's files
+    checksum: str  # checksum of the folder's files
     run_content: bytes  # content of run.toml
 
     @property
     def commands(self) -> list[list[str]]:
-        """Commands of the run, in order, each as a list of words."""
+        """Commands of the run, in order, each as a list of arguments."""
         return list_commands(self.run_content)
 
     @property

@@ -405,7 +405,7 @@ class FolderSettingsPages:
         return [*(word for word in argv if word != "--overwrite"), "--print_run"]
 
     def read_proposed_run(self, folder: Path) -> str | None:
-        """Return the run.toml that `new` chose for a folder; None if it is not, or no longer, known."""
+        """Return the run.toml that `new` chose for a folder; None if it is unknown or out of date."""
         job = self.site.background_jobs.find(name_background_job(PROPOSAL, folder))
         if job is None or job.code != 0:
             return None

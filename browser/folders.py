@@ -60,7 +60,7 @@ class MediaFolder:
 
     @property
     def summary(self) -> str:
-        """The counts as a text such as `12 clips, 3 without caption`."""
+        """The counts as text, such as `12 clips, 3 without caption`."""
         phrases = []
         if self.num_images:
             phrases.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))

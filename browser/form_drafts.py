@@ -31,7 +31,7 @@ class Drafts:
         return secrets.token_hex(8)
 
     def read(self, name: str) -> dict[str, list[str]] | None:
-        """Return the fields of a draft; None if there is no draft of this name, or it is damaged."""
+        """Return the fields of a draft; None if there is no draft with this name, or it is damaged."""
         if not NAME.fullmatch(name):
             return None
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):

@@ -116,7 +116,7 @@ class GenerateForm:
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     field_values: Mapping[str, str] = field(default_factory=dict)  # typed text of each other field
-    lora_strengths: Mapping[str, str] = field(default_factory=dict)  # of the selected LoRAs, by path
+    lora_strengths: Mapping[str, str] = field(default_factory=dict)  # strength of each selected LoRA, by path
     lora_experts: Mapping[str, str] = field(default_factory=dict)  # expert of each selected LoRA, by path
     num_results: str = "1"
     keeps_seed: bool = False  # keep the seed for the next result

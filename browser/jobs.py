@@ -190,7 +190,7 @@ class _QueueContent:
         return json.dumps(info, indent=1)
 
     def count_waiting(self) -> "Counter[str]":
-        """Return how often each waiting job occurs, by the digest of its line."""
+        """Return the number of waiting jobs with each line, by the digest of the line."""
         return Counter(
             short_digest(json.dumps([job.line, job.folder, job.within, job.typed]), 16)
             for job in self.jobs
@@ -216,7 +216,7 @@ class _QueueContent:
     def wait_again(self, job: Job, line: str) -> None:
         """Make a job that is not running wait again, with this command line."""
         if job.entry_index < 0:
-            self.entries.append("")  # which is at -1
+            self.entries.append("")  # entry -1
         self.entries[job.entry_index] = f"{line}\n"
         job.line = line
         job.process = None
@@ -250,7 +250,7 @@ class JobQueue:
         self.folder = folder
         self.read_only = read_only
         self.problem = ""  # reason why the last start of a job failed
-        # frees the graphics card before a job starts; returns the reason if the job has to wait, else ""
+        # frees the graphics card before a job starts; returns the reason if the job has to wait, or ""
         self.before_start: Callable[[], str] = lambda: ""
         self._continues_in_next_server = False  # the next server continues the running queue
         self._stop_requested = threading.Event()
@@ -288,7 +288,7 @@ class JobQueue:
         Args:
             argv: The command line.
             folder: Working folder of the command.
-            within: Described folder outside of which the command may not write; None without limits.
+            within: Described folder to which all writes of the command are limited; None without limits.
             typed: Options that may send data despite the limits, because the user has typed them.
 
         Raises:
@@ -510,7 +510,7 @@ class JobQueue:
                 self._store_known_jobs(content.count_waiting(), before)
 
     def _store_known_jobs(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Store which waiting jobs the user knows about, outside of the queue's own folder.
+        """Store which waiting jobs the user knows about, outside the queue's own folder.
 
         The user knows about jobs added with a button, and about lines added to the text file while a queue
         runs that the user has started.
@@ -525,7 +525,7 @@ class JobQueue:
             known_jobs = waiting
         else:
             added = waiting - before  # jobs that a button has just added
-            still_waiting = known.jobs & waiting  # of each line, the smaller number of the two
+            still_waiting = known.jobs & waiting  # for each line, the smaller of the two counts
             known_jobs = still_waiting + added
         updated = KnownQueue(is_open=known.is_open or is_started_here, jobs=known_jobs)
         if updated != known:
@@ -591,7 +591,7 @@ class JobQueue:
         lines = _list_lines(content.entries)
         num_lines = Counter(lines.values())
         ended_without_line: list[Job] = []
-        unmatched: dict[str, list[Job]] = {}  # by line
+        unmatched: dict[str, list[Job]] = {}  # keyed by line
         for line, equal_jobs in _group_by_line(jobs).items():
             num_surplus = max(0, len(equal_jobs) - num_lines[line])
             surplus = [job for job in equal_jobs if job.state in ENDED][:num_surplus]  # the oldest

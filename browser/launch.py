@@ -46,7 +46,7 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CD_PREFIX = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # `&&` is allowed only after `cd`
-TILDE = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
+TILDE = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside quotes
 SHELL_CHARACTERS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
 # A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
@@ -165,7 +165,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         folder: Working folder of the command.
 
     Raises:
-        OptionError: Naming the word, for any other command.
+        OptionError: For any other command; the message names the wrong argument.
     """
     for word in argv:
         reason = bad_character(word)
@@ -482,7 +482,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
 
 
 def _find_script_file(path: Path) -> Path | None:
-    """Return the path of a script relative to the project; None if it is outside of the project."""
+    """Return the path of a script relative to the project; None if it is outside the project."""
     path = real_path(path)
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else None
 

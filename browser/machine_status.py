@@ -32,7 +32,7 @@ from training.reports.history import BEFORE_TRAINING
 RECENT_SECONDS = 600.0  # for which pages report that a run has ended
 EVERY_SECONDS = 4.0  # pages ask every five seconds; all share one answer
 PATIENCE = 1.0  # seconds for the driver's answer
-PAUSE_SECONDS = 60.0  # after a call that has failed
+PAUSE_SECONDS = 60.0  # pause after a failed call
 MAX_OF_LINE = 60  # characters of a command or a name
 QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
@@ -264,7 +264,7 @@ def _describe_run(run: RunSummary) -> RunningThing:
 
 
 def _shorten_line(text: str) -> str:
-    """Return the beginning of a text in one line."""
+    """Return the beginning of a text as one line."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_OF_LINE else f"{line[:MAX_OF_LINE]} …"
 

@@ -81,7 +81,7 @@ class MaskReview:
     """The masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
-    _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # by folder, the newest last
+    _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # keyed by folder, the newest last
     # frames by the path of their file, its modification time and the index of the frame
     _jpegs: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a mask is changed
@@ -259,7 +259,7 @@ def name_id(media_file: MaskEntry) -> str:
 
 
 def read_mask_version(media_file: MaskEntry) -> str:
-    """Return a text that changes whenever the mask changes; "" if there is no mask."""
+    """Return a string that changes whenever the mask changes; "" if there is no mask."""
     return "" if media_file.mask is None else str(media_file.mask.stat().st_mtime_ns)
 
 
@@ -358,7 +358,7 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
             )
             masks = table.get("mask_directory")
             if is_of_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
-                return real_path(config.parent / masks)  # of the first table for this folder
+                return real_path(config.parent / masks)  # from the first table for this folder
     return None
 
 

@@ -23,7 +23,7 @@ MASKS = "mask_directory"  # key of a table
 
 @dataclass(frozen=True)
 class MaskUse:
-    """How many files of a folder have a mask, and whether the training uses them."""
+    """Number of files of a folder that have a mask, and whether the training uses the masks."""
 
     config: DraftFile  # dataset.toml that uses the folder
     folder: Path

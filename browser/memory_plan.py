@@ -216,8 +216,8 @@ def _select_choice(
 ) -> dict[str, Any]:
     """Return the changes that set the keys of one choice, and remove (None) the keys of all others.
 
-    Keys outside of `names`, the options of the training script, are not set. The choice "" removes all keys;
-    an unknown choice changes nothing.
+    Only keys in `names`, the options of the training script, are set. The choice "" removes all keys; an
+    unknown choice changes nothing.
     """
     if choice not in ("", *keys_by_choice):
         return {}

@@ -36,7 +36,7 @@ class ModelPart:
 
     component: Component
     models: tuple[ModelSet, ...]  # models that use the part
-    size_bytes: int  # on disk, with unfinished downloads
+    size_bytes: int  # on disk, including unfinished downloads
     is_there: bool  # all files exist
     has_other_size: bool  # the size of a file differs from the released one
 
@@ -92,12 +92,12 @@ class TaskFiles:
 
     @property
     def missing(self) -> list[ModelPart]:
-        """Parts that are not, or not completely, on disk."""
+        """Parts that are missing or incomplete on disk."""
         return [part for part in self.parts if not part.is_there]
 
     @property
     def size(self) -> str:
-        """Total size of the task's files as a text in GB."""
+        """Total size of the task's files in GB, as text."""
         return gigabytes(total_bytes(self.model.components))
 
     @property

@@ -37,7 +37,7 @@ from project.model_sizes import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class SelectedTask:
-    """The task of a model that the page Models shows, with 8-bit text encoders or without."""
+    """The task of a model that the page Models shows, with or without 8-bit text encoders."""
 
     family: str = ""
     task: str = ""
@@ -159,7 +159,7 @@ class ModelPages:
         return ""
 
     def describe_free(self) -> str:
-        """Return the free disk space for models as a text in GB."""
+        """Return the free disk space for models in GB, as text."""
         try:
             return gigabytes(free_bytes(self.site.models.absolute()))
         except OSError:

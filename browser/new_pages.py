@@ -1232,7 +1232,7 @@ def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
 
 
 def find_free_name(output: Path, name: str) -> str:
-    """Return another name for a LoRA if the folder has one of this name; else ""."""
+    """Return another name for a LoRA if the folder has one with this name; otherwise ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 

@@ -39,7 +39,7 @@ class NextStep:
 
 @dataclass(frozen=True)
 class FolderProgress:
-    """How far a folder is prepared and trained, derived from its files and its commands."""
+    """Progress of a folder's preparation and training, derived from its files and its commands."""
 
     is_described: bool = False
     description_job: Job | None = None  # `new`, for the files or for a comparison with them

@@ -13,8 +13,8 @@ from project.options import MODELS
 
 LOCAL = "localhost"
 DEFAULT_PORT = 8765
-PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
-READABLE_SUFFIXES = (".toml", "-history.jsonl")  # of datasets and histories of runs
+PROJECT_CONFIG = "dataset.toml"  # the file that `new` writes into a folder
+READABLE_SUFFIXES = (".toml", "-history.jsonl")  # suffixes of datasets and of runs' histories
 MIN_TOKEN_LENGTH = 16  # characters of a token
 TOKEN_PATTERN = re.compile(rf"[\w-]{{{MIN_TOKEN_LENGTH},}}", re.ASCII)
 MAX_TOKEN_BYTES = 1024

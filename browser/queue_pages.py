@@ -182,7 +182,7 @@ class QueuePages:
         """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
         queue_state = self.queue.now()
         jobs = queue_state.jobs
-        worker = queue_state.worker  # which server runs the jobs; "" if the queue is paused
+        worker = queue_state.worker  # the server that runs the jobs; "" if the queue is paused
         running = [job for job in jobs if job.state == RUNNING]
         ended = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:

@@ -178,7 +178,7 @@ class ModelRecipe:
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if the field `name` is empty; "" if it is not known here.
+        """Return the value, as text, that is used if the field `name` is empty; "" if it is unknown.
 
         `file_defaults` (of the model's files) takes precedence, then the default of the task, then that of
         the generation script.
@@ -393,7 +393,7 @@ class _CommandOption:
     key: str
     field: str | None  # field of the page that shows it
     values: list[str]  # without placeholders
-    has_placeholder: bool  # it had a placeholder
+    has_placeholder: bool  # the command had a placeholder here
 
     @property
     def is_size(self) -> bool:
@@ -718,7 +718,7 @@ def _with_expert(flag: str, expert: str) -> str:
 
 
 def float_or_one(text: str) -> float:
-    """Return a text as a number; 1.0 if it is not a number."""
+    """Parse a number; return 1.0 for any other text."""
     try:
         return float(text)
     except ValueError:

@@ -73,7 +73,7 @@ class RenderJob:
 
     @property
     def shown_title(self) -> str:
-        """Title of the model, as a text that pages translate."""
+        """Title of the model, as text that pages translate."""
         return say(self.title)
 
     @property

@@ -239,7 +239,7 @@ MONTHS = (
 
 
 def name_day(seconds: float, today: date) -> str:
-    """Return the day of a result as a text: Today, Yesterday or the date."""
+    """Return the day of a result as text: Today, Yesterday or the date."""
     day = datetime.fromtimestamp(seconds).date()
     if day == today:
         return say("Today")
@@ -296,7 +296,7 @@ class ResultRegenerator:
                 reasons.append(str(error))
         if not reasons:
             raise OptionError(say("No run and no released model here makes %(title)s.", title=settings.title))
-        raise OptionError(reasons[0])  # of the best candidate
+        raise OptionError(reasons[0])  # the reason of the best candidate
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
         """Yield recipes of the result's model family: its own run, other runs, then released models."""
@@ -353,7 +353,7 @@ class ResultRegenerator:
         Raises OptionError if it is not among the results.
         """
         render_job = self.find_render_job(result)
-        # the render job names the file's path; without one, any result of this name is taken
+        # the render job names the file's path; without one, any result with this name is used
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
                 words = value if isinstance(value, list) else [value]
@@ -556,7 +556,7 @@ class ResultPages:
             settings = self.require_settings(result)
             render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
             commands["again"] = format_command(render_job.command, Path(render_job.folder))
-            placeholder = "SEED"  # for the user's seed
+            placeholder = "SEED"  # stands for the user's seed
             render_job = self.regenerator.regenerate(result, settings, placeholder)
             commands["other"] = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as error:
@@ -748,7 +748,7 @@ class ResultPages:
                 raise OptionError(say("%(path)s is not a picture. Remove it first.", path=path))
             frame = _read_last_frame(result.path)
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
-        self.folders.list_all()  # so that requests for the new image find it
+        self.folders.list_all()  # makes the new image available to requests
         status = path.stat()
         return Result(path, status.st_mtime, status.st_size)
 

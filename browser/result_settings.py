@@ -507,7 +507,7 @@ SAMPLE_OPTIONS = {
     "f": "video_length",
     "s": "infer_steps",
     "g": "guidance_scale",
-    "l": "",  # only with embedded guidance
+    "l": "",  # applies only with embedded guidance
     "fs": "flow_shift",
     "n": "negative_prompt",
     "d": "seeds",

@@ -96,11 +96,11 @@ class GenerationCommand:
     pictures: Sequence[str] = ()  # control images that it can use, as paths in its folder
 
     def find_value_index(self, flags: Sequence[str]) -> int:
-        """Return the index of the word after the first of these options; 0 if the command has none."""
+        """Return the index of the argument after the first of these options; 0 if the command has none."""
         return next((index for index, flag in enumerate(self.argv[:-1], 1) if flag in flags), 0)
 
     def initial_text(self, index: int) -> str:
-        """Return the word at an index as the text of its field; "" for a placeholder."""
+        """Return the argument at an index as the text of its field; "" for a placeholder."""
         word = self.argv[index]
         return "" if word in self.missing else word
 
@@ -783,7 +783,7 @@ def list_results(folder: Path, name: str) -> list[Path]:
 
 
 def suggest_steps(run: RunSummary, planned: int) -> int:
-    """Return the steps that Train on suggests: the planned steps if larger, else twice the steps done."""
+    """Return the steps that Train on suggests: the planned steps if larger, or twice the steps done."""
     return planned if planned > run.step else 2 * max(run.step, 1)
 
 

@@ -83,7 +83,7 @@ class RunState:
 
     @property
     def text(self) -> str:
-        """The state as a text such as `caching 40 of 120, latents`."""
+        """The state as text, such as `caching 40 of 120, latents`."""
         separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
         return join(separator, filter(None, (name_state(self.name), self.details)))
 
@@ -219,7 +219,7 @@ def _find_value(argv: Sequence[str], option: str) -> str:
 
 
 def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
-    """Return the family of a run's commands, as lists of runs name it; "" if they belong to none.
+    """Return the family of a run's commands, as lists of runs name it; "" if they belong to no family.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
     embedding or a full model, the family is that of the caching commands, which are the same for all kinds of
@@ -250,7 +250,7 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class WaitingJobs:
-    """Numbers of the waiting jobs in their order, read once for all runs of a list."""
+    """Numbers of the waiting jobs in queue order, read once for all runs of a list."""
 
     numbers: Sequence[int]
     is_paused: bool  # the queue is paused
@@ -322,7 +322,7 @@ class TrackedRuns:
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
     def find(self, id: str) -> TrackedRun | None:
-        """Return the run of this id, or the described folder that has not run yet; None if there is none."""
+        """Return the run with this id, or the described folder that has not run yet; None without one."""
         with self.runs.lock:
             runs = self.runs.list_all()
             # a run.toml has the id of the training that it defines, begun or not
@@ -602,7 +602,7 @@ def is_run_of_folder(job: Job, folder: Path) -> bool:
 
 
 def newest_job(jobs: Sequence[Job]) -> Job | None:
-    """Return the running job, else a waiting job, else the job that started last; None without jobs."""
+    """Return the running job, otherwise a waiting job, otherwise the job started last; None without jobs."""
     for state in (RUNNING, WAITING):
         for job in jobs:
             if job.state == state:

@@ -313,7 +313,7 @@ def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
 
 
 def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
-    """Return a text that changes whenever the page of a run has to be loaded again."""
+    """Return a string that changes whenever the page of a run has to be loaded again."""
     events = (
         run_history.samples,
         run_history.saved,
@@ -432,7 +432,7 @@ class FileNotes:
         return Markup("<table>{}</table>").format(Markup("").join(lines))
 
 
-GENERATOR = '<meta name="generator" content="reelsmith">'  # as in base.html
+GENERATOR = '<meta name="generator" content="reelsmith">'  # the element in base.html
 _MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
 _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
@@ -454,7 +454,7 @@ def share_page(page: Path, copy: Path) -> None:
         reason = getattr(error, "strerror", None) or "it is not text"
         problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
         raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
-    if GENERATOR not in text[:2000]:  # in the head of the page
+    if GENERATOR not in text[:2000]:  # searches the head of the page
         raise UserError(f"{page} is not a page of this program, or is from an older version. Make it again.")
     write_text(copy, _FILE_LINK.sub("<a>", drop_private(text)))
     logger.info("wrote %s", copy)

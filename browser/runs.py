@@ -130,7 +130,7 @@ class RunSummary:
 
     @property
     def left(self) -> str:
-        """Remaining time as a text; "" if the run is not running or the time is not known."""
+        """Remaining time as text; "" if the run is not running or the time is not known."""
         if self.state != RUNNING:
             return ""
         if self.seconds_left:
@@ -221,7 +221,7 @@ def _is_same_folder(folder: Path, recorded: str) -> bool:
     if Path(recorded).is_absolute():
         return actual == os.path.normcase(real_path(Path(recorded)))
     recorded_parts = Path(os.path.normcase(os.path.normpath(recorded))).parts
-    # of `../output`, only `output` can be compared
+    # for `../output`, only `output` can be compared
     comparable_parts = tuple(part for part in recorded_parts if part != os.pardir)
     actual_parts = Path(actual).parts
     return actual_parts[len(actual_parts) - len(comparable_parts) :] == comparable_parts
@@ -490,7 +490,7 @@ class Runs:
                 yield from self._walk(subfolder, depth - 1)
 
     def find(self, id: str) -> RunSummary | None:
-        """Return the run of this id, read again; None if there is none."""
+        """Return the run with this id, read again; None if there is none."""
         with self.lock:
             paths = {history.run.id: path for path, history in self._histories.items()}
             if id not in paths:
@@ -569,5 +569,5 @@ def _list_folder(folder: Path, changed: int) -> ListedFolder:
 
 
 def _belongs_to_run(name: str) -> bool:
-    """Return whether a folder of this name is hidden, is a bin, or contains a run's samples or state."""
+    """Return whether a folder with this name is hidden, is a bin, or contains a run's samples or state."""
     return name.startswith(".") or name in (SAMPLES, BIN) or name.endswith("-state")

@@ -80,7 +80,7 @@ class PromptRow:
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
-    texts: Mapping[str, str]  # by the name of the field
+    texts: Mapping[str, str]  # keyed by the name of the field
     more: str = ""
 
 
@@ -495,7 +495,7 @@ def select_number_fields(
 def _select_frames_field(
     fields: set[str], model: ModelSet, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> set[str]:
-    """Return the names `fields` with the field `frames` if the model uses it, and without it for images."""
+    """Return `fields` with the field `frames` if the model uses it, and without it for images."""
     if has_layers(recipe):
         return fields | {"frames"}  # for this model, the number of layers
     if model.properties["frames"] > 1:

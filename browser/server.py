@@ -205,7 +205,7 @@ class Gate:
                 await answer_text(say("This cannot be shown."), 500)(scope, receive, response.send_part)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers of a response, with the default headers that it does not set itself."""
+        """Return the headers of a response, including the default headers that it does not set itself."""
         default_headers = [(b"cache-control", b"no-cache")]
         default_headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
@@ -309,7 +309,7 @@ class Gate:
             return False
         if (match["name"] or "").lower() in self.names:
             return True
-        is_in_brackets = match["inside"] is not None  # as only IPv6 addresses are written
+        is_in_brackets = match["inside"] is not None  # only IPv6 addresses are written in brackets
         try:
             if is_in_brackets:
                 ipaddress.IPv6Address(match["inside"])
@@ -334,7 +334,7 @@ def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
 
 
 class RunPages:
-    """Shows the list of runs, and the page, news and files of each; passes requests on to training runs."""
+    """Shows the list of runs, and the page, updates and files of each; forwards requests to training runs."""
 
     def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs

@@ -23,7 +23,7 @@ class ServerSettings:
     token: PageToken = PageToken(None)
     is_token_given: bool = False  # by --token; otherwise the page created it
     is_local: bool = True  # only this machine can reach it
-    address: str = ""  # that other devices open, with the token
+    address: str = ""  # address that other devices open, with the token
     # origin in --public_url, by which others reach the server through a proxy
     public_origin: str | None = None
 

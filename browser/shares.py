@@ -1,8 +1,8 @@
 """Share a run with a friend: a link to its page, samples and saved files, but to nothing else.
 
-Whoever has the link may look, without the token of the page. A link ends after some days, when it is
-withdrawn, or when another run of this name begins in the folder. Links are stored for this user alone, next
-to the page's own word.
+Anyone with the link may view these, without the page's token. A link ends after some days, when it is
+withdrawn, or when another run with its name begins in the folder. Links are stored for this user alone, next
+to the page's own token.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ class Shares:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[list[ShareLink]]:
-        """Yield all links for changing, then write them; other pages of this user wait meanwhile.
+        """Yield all links to be changed, then write them; other pages of this user wait meanwhile.
 
         Expired links are kept while there is room, in case the clock was set wrong.
         """

@@ -83,7 +83,7 @@ class TagEditor:
 
     runs: Runs
     captions: Captions = field(default_factory=Captions)
-    _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # by the folder
+    _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # keyed by folder
     _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at the same time
 
     def count(self, folder: Path) -> "Counter[str]":

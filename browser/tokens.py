@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "page_token"  # name of a file in the user's settings
 TICKET_SECONDS = 120.0  # time that a browser may take to start
-CONNECTION_TABLES = Path("/proc/net")  # in Linux: which account owns which connection
+CONNECTION_TABLES = Path("/proc/net")  # on Linux: the account that owns each connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
 CLOSED_CONNECTION = -1  # stands for the owner of a closed connection; not a valid user id

@@ -76,7 +76,7 @@ class PieceUploads:
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
-        self._last_writes: dict[Path, LastWrite] = {}  # by the file that collects the pieces
+        self._last_writes: dict[Path, LastWrite] = {}  # keyed by the file that collects the pieces
 
     async def take(self, request: Request) -> Response:
         """Add the piece in the body, and answer with the bytes received so far.
@@ -164,7 +164,7 @@ class PieceUploads:
                     path.unlink()
 
     def is_old(self, path: Path) -> bool:
-        """Return whether nothing was added to a file for a day, ignoring changes to the system clock."""
+        """Return whether a file has not grown for a day, ignoring changes to the system clock."""
         status = path.lstat()
         last_write = self._last_writes.get(path)
         if last_write is not None and last_write.modified_ns == status.st_mtime_ns:

@@ -258,7 +258,7 @@ class FileUploads:
         return path
 
     def check_upload(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
-        """Raise UserError if a file of this name and size is not accepted.
+        """Raise UserError if a file with this name and size is not accepted.
 
         `size` and `arrived`, the part of it that is already in the folder, are in bytes.
         """
@@ -279,7 +279,7 @@ class FileUploads:
         self._check_free_space(folder, name, size - arrived)
 
     def _check_folder_limits(self, folder: Path, name: str, missing_bytes: int) -> None:
-        """Raise OptionError if a folder has a file of this name, or would have too many files or bytes."""
+        """Raise OptionError if a folder has a file with this name, or would have too many files or bytes."""
         limits = self.limits
         names, size_bytes = _measure(folder)
         reject_existing(name, names)
