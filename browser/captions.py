@@ -29,7 +29,7 @@ MAX_SAVES = 100  # how many saves of a file can be undone
 
 @dataclass(frozen=True)
 class CaptionText:
-    """A caption, and the byte order mark, line ends and white space of its file, which edits preserve."""
+    """A caption, and its file's byte order mark, line endings and white space, which edits preserve."""
 
     text: str = ""
     byte_order_mark: bytes = b""

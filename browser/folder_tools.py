@@ -22,7 +22,7 @@ def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
 
 @dataclass(frozen=True)
 class FolderTool:
-    """A tool and its jobs in folders. `kind` names the background jobs that try it."""
+    """A tool and its jobs in folders. `kind` is the kind of the background jobs for its dry runs."""
 
     site: Site
     script: str

@@ -504,7 +504,7 @@ class GeneratePages:
         launch.check_options(render_request.command(seeds[0]), recipe.folder)  # only seeds differ
         render_jobs = []
         for seed in seeds:
-            # each job remembers a form that generates exactly its one result again
+            # each job stores a form that generates its single result again
             field_values = {**form.field_values, "seed": seed}
             repeated = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))

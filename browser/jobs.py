@@ -214,7 +214,7 @@ class _QueueContent:
         )
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Make a job that is not running wait again, with this command line."""
+        """Queue a job that is not running again, with this command line."""
         if job.entry_index < 0:
             self.entries.append("")  # entry -1
         self.entries[job.entry_index] = f"{line}\n"
@@ -534,7 +534,7 @@ class JobQueue:
     def _reject_unknown_jobs(self, content: _QueueContent) -> None:
         """Raise UnknownJobsError if a job waits that the user has neither typed nor started."""
         known = recall_queue(self.folder)
-        # equal lines may wait several times, so lines are counted: more than are known count as unknown
+        # a line may wait several times, so lines are counted: jobs beyond the known number are unknown
         unknown = content.count_waiting() - (Counter() if known is None else known.jobs)
         if unknown:
             raise UnknownJobsError(

@@ -85,7 +85,7 @@ def split_arguments(line: str) -> list[str]:
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.
     """
-    # group 1 is text that must stay as it is, such as quotes; otherwise ~ was matched
+    # group 1 is text to keep unchanged, such as quotes; otherwise ~ was matched
     line = TILDE.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
     _reject_shell_syntax(line)
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line

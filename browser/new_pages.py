@@ -548,7 +548,7 @@ class NewPages:
         )
         run_address = self.find_run(described, training_job)
         folder_progress = replace(folder_progress, training_job=training_job, run_address=run_address)
-        # the browser reloads this part as long as anything still waits or runs
+        # the browser reloads this part while anything is waiting or running
         is_busy = _is_any_active(
             background=[*background_jobs.values(), download_values["download"]],
             queued=[training_job, caption_job],
@@ -872,7 +872,7 @@ class NewPages:
         missing = {real_path(path) for path in paths if not path.exists()}
         if not missing:
             return None
-        for in_fp8 in (False, True):  # the released files exist in two precisions
+        for in_fp8 in (False, True):  # the files are released in two precisions
             files = find_task(self.site.models, described.family, described.task, in_fp8)
             if files is None:
                 return None

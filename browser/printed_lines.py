@@ -431,7 +431,7 @@ def _find_fault(line: str) -> TranslatableText | None:
         return None
     for pattern in FAULTS:
         key = pattern.key
-        if number == "1":  # the key is in the plural, but the program has printed the singular
+        if number == "1":  # the key is plural, but the program has printed the singular
             key = pluralize(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
         values = _match_placeholders(key, text)
         if values is not None:

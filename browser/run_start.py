@@ -431,7 +431,7 @@ class TrackedRuns:
             return _find_running_job_state(job, run, preparation)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
-        # no active job: the folder may be checked just now (`run --check` in the background)
+        # no active job: a check of the folder may be running (`run --check` in the background)
         check = self.background_jobs.find(name_background_job(CHECK, run_config.folder))
         if check is not None and check.state == RUNNING:
             return RunState(CHECKING, background_job=check)

@@ -202,7 +202,7 @@ class LiveRunState:
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
-    """Describe the work of a training between two steps, or else its remaining time."""
+    """Describe the work of a training between two steps, or its remaining time."""
     if run_history.doing:
         return join(" ", ("·", read_run_state(run).text))
     if run_history.left:

@@ -225,7 +225,7 @@ class Gate:
             is_below_root: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
-        # pages of other sites may reach this server under a name of theirs (DNS rebinding)
+        # pages of other sites may reach this server under their own host names (DNS rebinding)
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")

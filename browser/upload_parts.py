@@ -130,7 +130,7 @@ class PieceUploads:
     async def add(self, request: Request, upload: PartialUpload) -> int:
         """Append the body of a request, and return the bytes received so far.
 
-        If the body breaks off, the bytes received until then stay in the file.
+        If the body is cut off, the bytes received until then stay in the file.
         """
         with upload.partial_path.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
