@@ -158,7 +158,7 @@ class BackgroundJobs:
     def stop(self, name: str) -> None:
         """End a running background job at once, with all processes that it has started.
 
-        Nothing happens if no job of this name runs.
+        Nothing happens if no job with this name is running.
 
         Raises:
             OutputError: If the job runs on another machine.

@@ -1,4 +1,4 @@
-"""Move what pages remove into a bin: a first click deletes nothing, only emptying the bin does."""
+"""Move files that pages remove into a bin: only emptying the bin deletes them."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from modules.errors import OptionError, OutputError
 from modules.pages.language import say
 
 FOLDER = "reelsmith-bin"
-LONGEST_TITLE = 80  # characters of it in the name of a folder
+LONGEST_TITLE = 80  # characters of a title in the name of a folder
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class BinFolder:
         return used_folder / entry_name
 
     def _find_free_name(self, name: str) -> str:
-        """Return a name that no folder of the bin has: several entries may be of the same second."""
+        """Return a name that no folder of the bin has: several may be created in one second."""
         return next(
             free_name
             for free_name in number_names(name)
@@ -121,7 +121,7 @@ class BinFolder:
             OptionError: If the content has changed since.
             OutputError: If a file cannot be deleted.
         """
-        entries = self.list_entries()  # once: what another page puts there meanwhile was not shown
+        entries = self.list_entries()  # once: files that another page adds meanwhile were not shown
         if checksum != _compute_checksum(entries):
             raise OptionError(say("The bin has changed meanwhile. Look at it again."))
         size_bytes = 0
@@ -154,7 +154,7 @@ def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
         OSError: If the path cannot be renamed; EXDEV if `bin_folder` is on another disk.
     """
     if bin_folder.is_symlink():
-        raise OutputError(f"{bin_folder} is a link: make it a folder")
+        raise OutputError(f"{bin_folder} is a link: replace it with a folder")
     is_new = not bin_folder.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _measure(path: Path) -> BinEntry:
 
 
 def _free_name(path: Path) -> Path:
-    """Return the path if it does not exist, or else the path with a number appended to its name."""
+    """Return the path if it does not exist, otherwise the path with a number appended to its name."""
     paths = map(path.with_name, number_names(path.name))
     return next(free for free in paths if not os.path.lexists(free))
 

@@ -1,4 +1,4 @@
-"""Let a model write captions: the command, a try on a few files, and the captions that the try printed."""
+"""Let a model write captions: the command, a trial on a few files, and the captions that it printed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TYPED_OPTIONS = ("api_base",)  # options of the command that send data to the ad
 
 @dataclass(frozen=True)
 class TriedCaption:
-    """A caption that a try has written for a file, without saving it."""
+    """A caption that a trial run has written for a file, without saving it."""
 
     name: str
     address: str | None  # address of its image
@@ -104,7 +104,7 @@ def describe_engine(engine: str) -> str:
 
 
 def read_tries(job: Job | None, folder: Path) -> list[TriedCaption]:
-    """Return the captions that a try has printed, each below the path of its file."""
+    """Return the captions that a trial run has printed, each below the path of its file."""
     if job is None:
         return []
     tries = []

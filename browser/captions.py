@@ -23,13 +23,13 @@ from modules.text_files import bad_character, read_content
 
 BOM = b"\xef\xbb\xbf"
 MAX_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
-LOCK = ".captions.lock"  # in the folder of the captions, while one is written
+LOCK = ".captions.lock"  # in the captions' folder, while a caption is written
 MAX_SAVES = 100  # how many saves of a file can be undone
 
 
 @dataclass(frozen=True)
 class CaptionText:
-    """A caption, and the byte order mark, line ends and white space of its file, which edits preserve."""
+    """A caption, and its file's byte order mark, line endings and white space, which edits preserve."""
 
     text: str = ""
     byte_order_mark: bytes = b""
@@ -39,7 +39,7 @@ class CaptionText:
 
     @classmethod
     def parse(cls, content: bytes) -> "CaptionText":
-        """Split the bytes of a caption file into its text and what surrounds it.
+        """Split the bytes of a caption file into its text and the bytes around it.
 
         Raises UnicodeDecodeError if they are not UTF-8.
         """

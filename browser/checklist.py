@@ -1,7 +1,7 @@
 """The checklist of a folder: what is ready, needs attention or would end a run, each with its remedy.
 
-What the folder says by itself is asked of it each time, so that a mended row is gone. What only `new` finds
-out is read of its lines; those that need nobody stand behind the list.
+The folder itself is read each time, so that the row of a fixed problem disappears. Problems that only `new`
+finds are read from its output; lines without a row are shown below the list.
 """
 
 from collections.abc import Collection, Iterable, Sequence

@@ -54,7 +54,7 @@ class OutputLine:
 
     @property
     def is_command(self) -> bool:
-        """Whether the line is a command that the page can run, or that needs a word from the user first."""
+        """Whether the line is a command that the page can run, perhaps after the user has typed a word."""
         return self.remedy == RUN_COMMAND or self.needs_trigger_word
 
     @property
@@ -76,7 +76,7 @@ class OutputLine:
 
     @property
     def is_about_repair(self) -> bool:
-        """Whether the line lists captions that were, or could not be, converted."""
+        """Whether the line lists captions that were converted, or that could not be converted."""
         return bool(self.encoding) or any(words in self.text for words in CONVERTED_PHRASES)
 
     @property
@@ -106,7 +106,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
-    """Return the lines without buttons to leave out files for which an earlier line has the same button."""
+    """Return the lines without those buttons for leaving out files that an earlier line already has."""
     result = []
     offered: set[tuple[str, ...]] = set()
     for line in lines:
@@ -120,7 +120,7 @@ def _offer_each_file_once(lines: Sequence[OutputLine]) -> list[OutputLine]:
 
 
 def _reports_missing_files(text: str, names: Collection[str]) -> bool:
-    """Return whether a line reports or lists files of which none exists any more."""
+    """Return whether a line reports or lists only files that no longer exist."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = (
         any(words in text for words in UNREADABLE_PHRASES) or LISTED_FILE.fullmatch(text) is not None

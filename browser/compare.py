@@ -49,7 +49,7 @@ OPTIONS_OF_COMPARISON = {
 }
 # fmt: on
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
-DEFAULT_SEED = "0"  # if neither prompt nor run has a seed: all columns need the same one
+DEFAULT_SEED = "0"  # if neither the prompt nor the run has a seed: all columns need the same seed
 # prompt-line options that the metadata of a clip contain
 # fmt: off
 PROMPT_LINE_OPTIONS = (
@@ -81,7 +81,7 @@ class ComparableRun:
 
     @property
     def working_folder(self) -> Path:
-        """Folder in which the run's command was typed, also if its history does not record the folder."""
+        """Folder in which the run's command was typed, even if its history does not record it."""
         return working_folder(self.run, self.options)
 
     @property
@@ -168,7 +168,7 @@ class ComparedFile:
 
     @property
     def step_title(self) -> str:
-        """Title of the column: the step, or the file's name if it says more than the run and the step."""
+        """Title of the column: the step, or the file's name if it has more than the run and step."""
         name = re.escape(self.source.run.name)
         if re.fullmatch(rf"{name}-step\d+", self.title):
             return say("step %(step)s", step=f"{self.step:,}")
@@ -203,7 +203,7 @@ class Comparison:
     columns: Sequence[ComparedFile] = ()
     rows: Sequence[ComparedPrompt] = ()
     sampled_prompts: Sequence[str] = ()  # prompts that have samples, which the user may select
-    selected_prompts: Sequence[str] = ()  # those that are rows
+    selected_prompts: Sequence[str] = ()  # the prompts shown as rows
     typed_lines: str = ""  # prompt lines that the user has typed
     problem: str = ""  # reason why no clips can be generated; "" if they can
 
@@ -479,7 +479,7 @@ class QueuedClip(NamedTuple):
     state: str
 
 
-QueuedClips = Mapping[tuple[str, str], QueuedClip]  # by LoRA file and prompt line
+QueuedClips = Mapping[tuple[str, str], QueuedClip]  # keyed by LoRA file and prompt line
 
 
 @dataclass(frozen=True)
@@ -539,7 +539,7 @@ def _read_clip_key(tags: Mapping[str, str]) -> ClipKey:
 
 
 def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, queued_clips: QueuedClips) -> ShownClip:
-    """Return the generated clip of a file and a prompt, else a sample, else the state of the queued job.
+    """Return the generated clip of a file and a prompt, or a sample, or the state of the queued job.
 
     `address` is that of the generated clip; "" if there is none.
     """

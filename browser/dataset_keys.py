@@ -34,7 +34,7 @@ def _list_options() -> Mapping[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetKeys:
-    """Those values of a dataset.toml that the table of all settings shows or checks."""
+    """The values of a dataset.toml that the table of all settings shows or checks."""
 
     content: Mapping[str, Any]
 
@@ -117,7 +117,7 @@ def write_batch(text: str, size: int) -> str:
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     for table in _list_tables(document):  # a table's own size would take precedence over [general]
         table.pop(BATCH, None)
     if GENERAL not in document:  # the new table goes to the top of the file

@@ -67,7 +67,7 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
 
     Args:
         file: A file of the dataset report.
-        search_terms: Texts that must all occur in the file's name or caption.
+        search_terms: Strings that must all occur in the file's name or caption.
         filter_key: Key of FILTERS, the choices of the page.
     """
     if not _contains_terms(file, search_terms):
@@ -87,7 +87,7 @@ def passes_filters(file: File, search_terms: Sequence[str], filter_key: str) -> 
 
 
 def read_page_slice(query: Mapping[str, str]) -> slice:
-    """Return the slice of a list that a query asks for. Raises ValueError if a number is not valid."""
+    """Return the slice of a list that a query requests. Raises ValueError if a number is not valid."""
     first = max(0, int(query.get("from") or 0))
     count = min(max(0, int(query.get("count") or 0)), MAX_AT_ONCE)
     return slice(first, first + count)
@@ -421,7 +421,7 @@ class DatasetPages:
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:
-    """Parse the JSON object in the body of a request. Raises ValueError if it is none."""
+    """Parse the JSON object in the body of a request. Raises ValueError if the body is not a JSON object."""
     query = parse_json(body.decode())
     if not isinstance(query, dict):
         raise ValueError("it is not an object")

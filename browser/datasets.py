@@ -38,7 +38,7 @@ MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder
 COMPANION_KEY = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MAX_ERROR = 4000  # characters
 DATASET_TABLE = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
-# frame rate, and step of sides and frame counts, by model; used if no run tells the dataset's model
+# frame rate, and step of sides and frame counts, by model; used if no run names the dataset's model
 MODELS = {
     "Wan": ("16", "16", "4"),
     "Wan2.2 TI2V-5B": ("24", "32", "4"),
@@ -122,7 +122,7 @@ def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     paths = []
     for text in _list_texts(content, with_companions):
-        begin = re.split(r"[*?\[{]", text)[0]  # of a glob pattern, the folder before the first wildcard
+        begin = re.split(r"[*?\[{]", text)[0]  # the part of a glob pattern before its first wildcard
         path = folder / begin
         if begin != text:
             path = path.parent
@@ -172,8 +172,8 @@ class Measurement:
     reads_whole_files: bool = False  # whole files were read, not only headers
     model: str = ""
     fingerprint: object = None  # `Datasets.compute_fingerprint` of the measured files; None: never measured
-    latest_fingerprint: object = None  # fingerprint of the files when they were last looked at
-    latest_since: float = 0.0  # when they had it first, in seconds of the monotonic clock
+    latest_fingerprint: object = None  # fingerprint of the files when last checked
+    latest_since: float = 0.0  # when they first had it, in seconds of the monotonic clock
     is_running: bool = False
     started_at: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
     num_media: int = 0  # number of media found in the dataset's folders
@@ -181,7 +181,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MediaCounts:
-    """Numbers of media in a dataset's folders, counted by file name without opening the files."""
+    """Counts of the media in a dataset's folders, by file name and without opening the files."""
 
     num_images: int = 0
     num_clips: int = 0
@@ -195,7 +195,7 @@ class MediaCounts:
 
     @property
     def summary(self) -> str:
-        """The counts as a text such as `5 pictures, 1 clip`."""
+        """The counts as text, such as `5 pictures, 1 clip`."""
         counts = []
         if self.num_images:
             counts.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))
@@ -209,7 +209,7 @@ class MediaCounts:
 def count_media(dataset: FoundDataset, may_show: Callable[[Path], bool]) -> MediaCounts:
     """Count the media in a dataset's folders by their names; no file is opened.
 
-    Control images, references and masks are not counted: they belong to the media that they go with.
+    Control images, references and masks are not counted: they only accompany other media.
 
     Args:
         dataset: The dataset.
@@ -255,7 +255,7 @@ class _LocatedRun(NamedTuple):
 def _make_run_dataset(config: Path, located_runs: Sequence[_LocatedRun], is_project: bool) -> FoundDataset:
     """Return the dataset of a configuration that runs have trained on, in the order of the runs.
 
-    If they were started in several folders, the dataset is that of the last folder.
+    If the runs were started in several folders, the dataset belongs to the last folder.
     """
     folder = list(dict.fromkeys(located.folder for located in located_runs))[-1]
     families = [located.run.model for located in located_runs]
@@ -279,7 +279,9 @@ class Datasets:
         self.lock = threading.RLock()
         self._found: dict[str, FoundDataset] = {}
         self._measurements: dict[str, Measurement] = {}
-        self._is_dataset_cache: dict[Path, tuple[int, bool]] = {}  # by .toml file: change time, is a dataset
+        self._is_dataset_cache: dict[
+            Path, tuple[int, bool]
+        ] = {}  # by .toml file: (change time, is a dataset)
         self._measuring = threading.Semaphore()  # one measurement at a time
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)
@@ -386,7 +388,7 @@ class Datasets:
             return measurement
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaCounts, str]:
-        """Return the number of media in a dataset's folders, and in words the state of its measurement."""
+        """Return the number of media in a dataset's folders, and a description of its measurement's state."""
         try:
             if self.list_hidden_folders(dataset):
                 return MediaCounts(), say("partly outside the folders that are shown")
@@ -447,7 +449,7 @@ class Datasets:
             threading.Thread(target=self._run_measurement, args=(dataset, measurement), daemon=True).start()
 
     def _run_measurement(self, dataset: FoundDataset, measurement: Measurement) -> None:
-        """Measure a dataset's files, and store what may be shown of the report in `measurement`."""
+        """Measure a dataset's files, and store the part of the report that may be shown in `measurement`."""
         options = _report_options(dataset, measurement)
         report: dict[str, Any] = {}
         error = ""

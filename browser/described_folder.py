@@ -55,12 +55,12 @@ class DescribedFolder:
     trigger: str
     model_files: Mapping[str, str]  # path of each file of the model by its option
     values: Mapping[str, Any]  # all options of the training
-    checksum: str  # of the folder's files
+    checksum: str  # checksum of the folder's files
     run_content: bytes  # content of run.toml
 
     @property
     def commands(self) -> list[list[str]]:
-        """Commands of the run, in order, each as a list of words."""
+        """Commands of the run, in order, each as a list of arguments."""
         return list_commands(self.run_content)
 
     @property
@@ -178,7 +178,7 @@ def read_described(folder: Path) -> DescribedFolder:
     """
     contents = _read_own_files(folder)
     run_content = contents[RUN_FILE]
-    if isinstance(run_content, OSError):  # the error of reading stands in place of the content
+    if isinstance(run_content, OSError):  # the error takes the place of the content
         raise run_content
     run = parse_toml(run_content.decode())
     try:
@@ -383,7 +383,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         document = tomlkit.parse(text)
         training_table = document[TRAINING_TABLE]
     except TOMLKitError as error:
-        raise ValueError(f"it is no TOML: {error}") from None
+        raise ValueError(f"it is not TOML: {error}") from None
     if not isinstance(training_table, Table):
         raise ValueError(f"[{TRAINING_TABLE}] is not a table")
     for name, value in changes.items():

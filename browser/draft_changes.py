@@ -1,6 +1,6 @@
 """Change the three files of a described folder: show the difference, let the scripts check it, and save it.
 
-The server keeps nothing between two requests. A form carries the text that it was made from, so that its
+The server stores nothing between requests. A form contains the text that it was made from, so that its
 edits are known, and the file's checksum, so that a file that changed meanwhile is never overwritten.
 """
 
@@ -273,7 +273,7 @@ def find_training_script(text: str) -> str:
 
     Raises:
         ValueError: If the file does not name a script.
-        OptionError: If the script is not a training run of this program.
+        OptionError: If it is not a training script of this program.
     """
     try:
         # `new` writes the training, `python SCRIPT ...`, as the last command

@@ -71,7 +71,7 @@ class InputFolder:
     def store(self, path: Path, name: str) -> Path:
         """Move an uploaded image or clip to its final name, and return the new path.
 
-        The new name contains a digest of the content, so equal files of one name are stored once. `name` is
+        The new name contains a digest of the content, so equal files with one name are stored once. `name` is
         the original name. Raises OptionError if the file is neither an image nor a clip; then it is deleted.
         """
         try:
@@ -108,7 +108,7 @@ def find_suffix(path: Path) -> str:
 
 
 def _find_image_suffix(path: Path) -> str | None:
-    """Return the suffix of an image; None if the file is not an image. Raises OptionError for others."""
+    """Return the suffix of an image; None if it is not one. Raises OptionError for an unsupported format."""
     try:
         with DECODING, open_image(path) as image:
             kind = image.format or ""
@@ -122,7 +122,7 @@ def _find_image_suffix(path: Path) -> str | None:
 
 
 def _find_clip_suffix(path: Path) -> str | None:
-    """Return the suffix of a clip; None if the file is not a clip. Raises OptionError for others."""
+    """Return the suffix of a clip; None if it is not one. Raises OptionError for an unsupported format."""
     try:
         with open_video(path) as (container, _):
             names = container.format.name.split(",")

@@ -1,7 +1,7 @@
 """Read how a dropped file was made, to fill in the form Generate.
 
-Files of this program are read as its results are (`result_settings.py`). Images of ComfyUI contain their
-graph, those of AUTOMATIC1111's web UI contain a text; of both, the prompts and plain numbers are used.
+Files that this program wrote are read like its results (`result_settings.py`). Images from ComfyUI contain
+their graph, those from AUTOMATIC1111's web UI a text; prompts and plain numbers are read from both.
 """
 
 import contextlib
@@ -129,7 +129,7 @@ def _read_sampler_inputs(graph: Mapping[str, Any], inputs: Mapping[str, Any]) ->
     for name, key in _COMFYUI_NUMBERS.items():
         if isinstance(inputs.get(name), (int, float)):
             options[key] = f"{inputs[name]}"
-    latent = inputs.get("latent_image")  # [id of the node that makes it, output number]
+    latent = inputs.get("latent_image")  # [id of the node that creates it, output number]
     sizes = {}
     if isinstance(latent, list) and latent:
         sizes = graph.get(str(latent[0]), {}).get("inputs", {})
@@ -159,7 +159,7 @@ def _follow(graph: Mapping[str, Any], link: Any) -> str:
 FOLLOWED = ("text", "clip_l", "t5xxl", "conditioning", "positive", "value", "string", "prompt")
 
 
-# `Steps: 20, Lora hashes: "a: b, c: d", Size: 512x768`: each part is read once, whatever it holds
+# `Steps: 20, Lora hashes: "a: b, c: d", Size: 512x768`: each part is read once, whatever it contains
 SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?:, |$)")
 
 

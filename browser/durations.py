@@ -26,7 +26,7 @@ def describe_duration(
     """Describe the time that `steps` of a described folder take; "" if no run here has measured it.
 
     The folder's own run takes precedence, then the latest finished run of the same model with images and
-    batches of the same size. Runs of another machine are ignored; `cards` are the names of this machine's
+    batches of the same size. Runs from another machine are ignored; `cards` are the names of this machine's
     graphics cards.
     """
     if steps is None:
@@ -82,7 +82,7 @@ def _may_be_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _is_from_this_machine(run: RunSummary, cards: Collection[str]) -> bool:
-    """Return whether a run was made on this machine since its last boot, or on a card of the same name."""
+    """Return whether a run started on this machine since its last boot, or used a card with the same name."""
     is_of_boot = run.start is not None and is_process_alive(run.start.process) is not None
     return is_of_boot or run.memory.get(DEVICE, "") in cards
 

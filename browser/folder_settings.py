@@ -1,4 +1,4 @@
-"""All settings of a described folder, on the page New: a table of the options in run.toml, and three texts.
+"""All settings of a described folder, on the page New: a table of options in run.toml, and three text boxes.
 
 The options and their help come from the training script's own --help, printed as JSON by a process.
 """
@@ -54,7 +54,7 @@ from project.run_options import STARTING
 from training.config_options import PROJECT_TABLE
 
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-# options with which a run ends before training
+# options that end a run before training
 OPTIONS_WITHOUT_TRAINING = (
     "check",
     "html",
@@ -66,7 +66,7 @@ OPTIONS_WITHOUT_TRAINING = (
 )
 # the first two name the file itself; the others are only used on the command line
 NOT_SHOWN = {"config_file", "help", *OPTIONS_WITHOUT_TRAINING, "repair_captions", *STARTING}
-PROPOSAL = "chosen"  # kind of the background job that makes run.toml again
+PROPOSAL = "chosen"  # kind of the background job that generates run.toml again
 SETTINGS_TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
 
@@ -81,7 +81,7 @@ class Setting(DescribedOption):
     def convert(self, text: str) -> Any:
         """Return the TOML value of a typed text. Raises OptionError if a quote is not closed.
 
-        A text that is not a valid number or choice stays a text: the script's error explains what it accepts.
+        Anything but a valid number or choice becomes a string: the script's error explains what it accepts.
         """
         if self.kind == "switch" and text in ("true", "false"):
             return text == "true"
@@ -181,7 +181,7 @@ def list_rows(
         ValueError: If a text is not TOML.
     """
     by_name = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
-    by_name |= {setting.name: setting for setting in settings}  # a name wins over an equal flag
+    by_name |= {setting.name: setting for setting in settings}  # a name takes precedence over an equal flag
     values = read_keys(text)
     proposed_values = None if proposed_run is None else read_keys(proposed_run)
     rows = []
@@ -305,9 +305,9 @@ class SettingsView:
     files: Mapping[str, DraftFile]
     rows: Sequence[SettingRow]
     is_proposal_known: bool
-    is_computing: bool  # what `new` chose is being found out
+    is_computing: bool  # the values that `new` chose are being determined
     batch_size: str = ""  # as text; "": not known
-    proposal_problem: str = ""  # why it could not be found out
+    proposal_problem: str = ""  # why those values could not be determined
     problem: str = ""  # why there are no rows
     change: DraftChange = field(default_factory=lambda: DraftChange(section=""))
 
@@ -405,7 +405,7 @@ class FolderSettingsPages:
         return [*(word for word in argv if word != "--overwrite"), "--print_run"]
 
     def read_proposed_run(self, folder: Path) -> str | None:
-        """Return the run.toml that `new` chose for a folder; None if it is not, or no longer, known."""
+        """Return the run.toml that `new` chose for a folder; None if it is unknown or out of date."""
         job = self.site.background_jobs.find(name_background_job(PROPOSAL, folder))
         if job is None or job.code != 0:
             return None
@@ -427,7 +427,7 @@ class FolderSettingsPages:
         name = RUN_FILE if section == SETTINGS_TABLE else section
         try:
             draft = read_draft_file(self.site, folder, name)
-            if draft.checksum != fields.get("have", ""):  # not the file that the page was made from
+            if draft.checksum != fields.get("have", ""):  # not the file that the page was built from
                 return self.answer_conflict(folder, section, draft, fields)
             typed_text = None if section == SETTINGS_TABLE else fields.get("text", "")
             if typed_text is None:

@@ -22,7 +22,7 @@ def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
 
 @dataclass(frozen=True)
 class FolderTool:
-    """A tool and its jobs in folders. `kind` names the background jobs that try it."""
+    """A tool and its jobs in folders. `kind` is the kind of the background jobs for its dry runs."""
 
     site: Site
     script: str
@@ -33,7 +33,7 @@ class FolderTool:
         return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
     def collect_progress(self, folder: Path) -> dict[str, Any]:
-        """Return the template values for the last try and the queued job of a tool in a folder."""
+        """Return the template values for the last dry run and the queued job of a tool in a folder."""
         trying = self.site.background_jobs.find(name_background_job(self.kind, folder))
         return {
             "trying": trying,

@@ -1,4 +1,4 @@
-"""List the folders below the roots that hold clips, images or audio, and add files to new folders."""
+"""List the folders below the roots that contain clips, images or audio, and add files to new folders."""
 
 import contextlib
 import itertools
@@ -60,7 +60,7 @@ class MediaFolder:
 
     @property
     def summary(self) -> str:
-        """The counts as a text such as `12 clips, 3 without caption`."""
+        """The counts as text, such as `12 clips, 3 without caption`."""
         phrases = []
         if self.num_images:
             phrases.append(say_count(self.num_images, "%(n)s picture", "%(n)s pictures"))

@@ -1,4 +1,4 @@
-"""Keep what is typed into the form Generate in small files, one for each open page."""
+"""Store the input of the form Generate in small files, one for each open page."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from modules.atomic_write import explain_errors, write_text
 from modules.text_files import parse_json, read_text
 
-FOLDER = "drafts"  # in that of the render jobs
+FOLDER = "drafts"  # in the folder of the render jobs
 NAME = re.compile(r"[0-9a-f]{16}")
 MAX_DRAFTS = 40
 MAX_BYTES = 1 << 20
@@ -31,7 +31,7 @@ class Drafts:
         return secrets.token_hex(8)
 
     def read(self, name: str) -> dict[str, list[str]] | None:
-        """Return the fields of a draft; None if there is no draft of this name, or it is damaged."""
+        """Return the fields of a draft; None if there is no draft with this name, or it is damaged."""
         if not NAME.fullmatch(name):
             return None
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
@@ -51,7 +51,7 @@ class Drafts:
         with explain_errors(self._path(name)):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self._path(name), json.dumps({key: list(texts) for key, texts in fields.items()}))
-            others = [other for other in self._names() if other != name]  # a set clock may date it oldest
+            others = [other for other in self._names() if other != name]  # the clock may have changed
             for old in others[MAX_DRAFTS - 1 :]:
                 self._path(old).unlink(missing_ok=True)
 

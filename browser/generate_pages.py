@@ -90,7 +90,7 @@ LABELS = {
     "lora_file": say("LoRA file"),
     "lora_strength": say("Its strength"),
 }
-# in their order
+# in the order of the form
 NUMBER_FIELDS = ("width", "height", "frames", "layers", "steps", "guidance", "cfg", "high_cfg", "share")
 FIELD_NOTES = {
     "start": say("the first picture"),
@@ -116,7 +116,7 @@ class GenerateForm:
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     field_values: Mapping[str, str] = field(default_factory=dict)  # typed text of each other field
-    lora_strengths: Mapping[str, str] = field(default_factory=dict)  # of the selected LoRAs, by path
+    lora_strengths: Mapping[str, str] = field(default_factory=dict)  # strength of each selected LoRA, by path
     lora_experts: Mapping[str, str] = field(default_factory=dict)  # expert of each selected LoRA, by path
     num_results: str = "1"
     keeps_seed: bool = False  # keep the seed for the next result
@@ -434,7 +434,7 @@ class GeneratePages:
     def change(self, request: Request, fields: Form) -> Response:
         """Carry out a button of the page: fill the form, generate, or change a render job."""
         action = request.path_params["what"]
-        # each field of a form is a list of texts; these two fields are not values of GenerateForm
+        # each field of a form is a list of strings; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
         job_number = "".join(fields.pop("id", ()))
         form = GenerateForm.of_fields(fields)
@@ -504,7 +504,7 @@ class GeneratePages:
         launch.check_options(render_request.command(seeds[0]), recipe.folder)  # only seeds differ
         render_jobs = []
         for seed in seeds:
-            # each job remembers a form that generates exactly its one result again
+            # each job stores a form that generates its single result again
             field_values = {**form.field_values, "seed": seed}
             repeated = replace(form, field_values=field_values, num_results="1", keeps_seed=True)
             render_jobs.append(replace(render_request.as_render_job(seed), form=repeated.as_fields()))
@@ -608,7 +608,7 @@ class GeneratePages:
         )
 
     def describe_filling(self, settings: DroppedSettings, form: GenerateForm) -> str:
-        """Say which program's settings have filled the form, and what of them is missing here.
+        """Say which program's settings have filled the form, and which of them are missing here.
 
         `settings` are those of a dropped file; `form` is already filled with them.
         """
@@ -772,11 +772,11 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
 
 
 def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
-    """Return the metadata texts of an uploaded file. `suffix` is the suffix of the file's original name.
+    """Return the text metadata of an uploaded file. `suffix` is the suffix of the file's original name.
 
     Raises OptionError if the file is not an image, a clip or an audio file.
     """
-    # the original suffix first; a wrong one is no reason to reject the file
+    # the original suffix first; a file with a wrong suffix is accepted too
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
             continue

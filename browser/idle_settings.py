@@ -13,7 +13,7 @@ from training.saving.options import SavingOptions
 
 RECORDS: tuple[type[Options], ...] = (LrScheduleOptions, SavingOptions, TimestepOptions, LossOptions)
 WARM_UP, SCHEDULE = "lr_warmup_steps", "lr_scheduler"
-WITHOUT_WARM_UP = "constant"  # schedule with which a training refuses warm-up steps
+WITHOUT_WARM_UP = "constant"  # schedule that rejects warm-up steps
 
 
 def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:

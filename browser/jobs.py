@@ -61,7 +61,7 @@ STORED_FIELDS = ("id", "line", "folder", "process", "stops", "within", "typed") 
 
 
 class UnknownJobsError(OutputError):
-    """Raised if a queue holds waiting jobs that its user has neither typed nor started."""
+    """Raised if a queue contains waiting jobs that its user has neither typed nor started."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Job:
         elif self.code is None and self._is_running(self.process):
             self.state = RUNNING
         else:
-            self.code = self._read_code()  # it may have ended since the first look
+            self.code = self._read_code()  # it may have ended since the first check
             self.state = self._name_ending()
 
     def _is_running(self, process: dict[str, Any]) -> bool:
@@ -190,7 +190,7 @@ class _QueueContent:
         return json.dumps(info, indent=1)
 
     def count_waiting(self) -> "Counter[str]":
-        """Return how often each waiting job occurs, by the digest of its line."""
+        """Return the number of waiting jobs with each line, by the digest of the line."""
         return Counter(
             short_digest(json.dumps([job.line, job.folder, job.within, job.typed]), 16)
             for job in self.jobs
@@ -200,7 +200,7 @@ class _QueueContent:
     def find(self, number: int, *states: str) -> Job:
         """Return a job by its number.
 
-        Raises OptionError if it does not exist, or is in none of the `states`.
+        Raises OptionError if it does not exist, or is not in one of the `states`.
         """
         for job in self.jobs:
             if job.id == number and job.state in states:
@@ -214,9 +214,9 @@ class _QueueContent:
         )
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Make a job that is not running wait again, with this command line."""
+        """Queue a job that is not running again, with this command line."""
         if job.entry_index < 0:
-            self.entries.append("")  # which is at -1
+            self.entries.append("")  # entry -1
         self.entries[job.entry_index] = f"{line}\n"
         job.line = line
         job.process = None
@@ -250,7 +250,7 @@ class JobQueue:
         self.folder = folder
         self.read_only = read_only
         self.problem = ""  # reason why the last start of a job failed
-        # frees the graphics card before a job starts; returns the reason if the job has to wait, else ""
+        # frees the graphics card before a job starts; returns the reason if the job has to wait, or ""
         self.before_start: Callable[[], str] = lambda: ""
         self._continues_in_next_server = False  # the next server continues the running queue
         self._stop_requested = threading.Event()
@@ -288,7 +288,7 @@ class JobQueue:
         Args:
             argv: The command line.
             folder: Working folder of the command.
-            within: Described folder outside of which the command may not write; None without limits.
+            within: Described folder to which all writes of the command are limited; None without limits.
             typed: Options that may send data despite the limits, because the user has typed them.
 
         Raises:
@@ -448,7 +448,7 @@ class JobQueue:
                     self.problem = ""
                 except (UserError, OSError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no job can be begun: %s", error)
+                        logger.warning("cannot start a job: %s", error)
                     self.problem = str(error)
 
     def start_next(self) -> None:
@@ -510,14 +510,14 @@ class JobQueue:
                 self._store_known_jobs(content.count_waiting(), before)
 
     def _store_known_jobs(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Store which waiting jobs the user knows about, outside of the queue's own folder.
+        """Store which waiting jobs the user knows about, outside the queue's own folder.
 
         The user knows about jobs added with a button, and about lines added to the text file while a queue
         runs that the user has started.
 
         Args:
             waiting: Number of waiting jobs of each line after a change.
-            before: These numbers before the change.
+            before: The same counts before the change.
         """
         known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
         is_started_here = self._continues_in_next_server
@@ -525,7 +525,7 @@ class JobQueue:
             known_jobs = waiting
         else:
             added = waiting - before  # jobs that a button has just added
-            still_waiting = known.jobs & waiting  # of each line, the smaller number of the two
+            still_waiting = known.jobs & waiting  # for each line, the smaller of the two counts
             known_jobs = still_waiting + added
         updated = KnownQueue(is_open=known.is_open or is_started_here, jobs=known_jobs)
         if updated != known:
@@ -534,7 +534,7 @@ class JobQueue:
     def _reject_unknown_jobs(self, content: _QueueContent) -> None:
         """Raise UnknownJobsError if a job waits that the user has neither typed nor started."""
         known = recall_queue(self.folder)
-        # equal lines may wait several times, so lines are counted: more than are known count as unknown
+        # a line may wait several times, so lines are counted: jobs beyond the known number are unknown
         unknown = content.count_waiting() - (Counter() if known is None else known.jobs)
         if unknown:
             raise UnknownJobsError(
@@ -558,7 +558,7 @@ class JobQueue:
             content = _QueueContent([], [], stored["last"], stored["worker"])
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
-            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
+            raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of finished jobs") from None
         content.entries = self._read_entries()
         self._match_jobs(content, jobs)
         return content, stored_text
@@ -583,7 +583,7 @@ class JobQueue:
     def _match_jobs(self, content: _QueueContent, jobs: Sequence[Job]) -> None:
         """Match the jobs of the state file with the lines of the text file, and sort them.
 
-        1. Of each line, the newest jobs are matched with its occurrences in the text file.
+        1. For each line, the newest jobs are matched with its occurrences in the text file.
         2. A line without a job gets a new one.
         3. The order is: running jobs without a line, ended jobs without a line, jobs of the lines. Waiting
            jobs without a line are dropped: the user has removed the line.
@@ -591,7 +591,7 @@ class JobQueue:
         lines = _list_lines(content.entries)
         num_lines = Counter(lines.values())
         ended_without_line: list[Job] = []
-        unmatched: dict[str, list[Job]] = {}  # by line
+        unmatched: dict[str, list[Job]] = {}  # keyed by line
         for line, equal_jobs in _group_by_line(jobs).items():
             num_surplus = max(0, len(equal_jobs) - num_lines[line])
             surplus = [job for job in equal_jobs if job.state in ENDED][:num_surplus]  # the oldest
@@ -660,7 +660,7 @@ def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
 
 
 def as_line(argv: Sequence[str]) -> str:
-    """Return the words as one line of the text file. Raises OptionError if they contain line breaks."""
+    """Return arguments as one line of the text file. Raises OptionError if they contain line breaks."""
     line = shlex.join(argv)
     if line.splitlines() != [line]:
         raise OptionError(say("%(line)s: a job is one line", line=f"{line!r}"))

@@ -46,7 +46,7 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CD_PREFIX = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # `&&` is allowed only after `cd`
-TILDE = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
+TILDE = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside quotes
 SHELL_CHARACTERS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
 # A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
@@ -80,12 +80,12 @@ _find_commands = functools.cache(find_commands)
 def split_arguments(line: str) -> list[str]:
     """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
 
-    A `~/` at the beginning of a word is completed.
+    A `~/` at the beginning of a word is expanded.
 
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.
     """
-    # group 1 is text that must stay as it is, such as quotes; otherwise ~ was matched
+    # group 1 is text to keep unchanged, such as quotes; otherwise ~ was matched
     line = TILDE.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
     _reject_shell_syntax(line)
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
@@ -165,13 +165,13 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
         folder: Working folder of the command.
 
     Raises:
-        OptionError: Naming the word, for any other command.
+        OptionError: For any other command; the message names the wrong argument.
     """
     for word in argv:
         reason = bad_character(word)
         if reason is not None:
             raise OptionError(
-                f"{shorten(word, 80)!r} holds {reason}. No program can be given it: leave it out"
+                f"{shorten(word, 80)!r} contains {reason}. It cannot be passed to a program: leave it out"
             )
     # the line without its Python, which is replaced by the one that runs this program
     script_argv = [*argv[1:]] if argv[:1] in (["python"], ["python3"]) else [*argv]
@@ -186,7 +186,7 @@ def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list
 
 
 def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError if it is not one of ours, or if it never ends."""
+    """Return the program of a job. Raises OptionError if it is not this project's, or never ends."""
     command, program = find_program(argv, folder)
     reject_endless(command, argv)
     return program
@@ -400,7 +400,7 @@ def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
 
 @functools.cache
 def _file_options() -> frozenset[str]:
-    """Return the options that name files which a command reads."""
+    """Return the options that name the files a command reads."""
     parts = [part.option for model in model_sets() for part in model.components if part.option]
     return frozenset({*INPUT_FILE_OPTIONS, *parts})
 
@@ -482,7 +482,7 @@ def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int
 
 
 def _find_script_file(path: Path) -> Path | None:
-    """Return the path of a script relative to the project; None if it is outside of the project."""
+    """Return the path of a script relative to the project; None if it is outside the project."""
     path = real_path(path)
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else None
 
@@ -498,7 +498,7 @@ def _suggest_command(name: str, argv: Sequence[str]) -> str:
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
-    """Start a process that waits for a job's command on its stdin, and ends if it gets none.
+    """Start a process that waits for a job's command on its stdin, and ends if none arrives.
 
     A process group of its own lets the job be stopped without its server.
 

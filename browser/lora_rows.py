@@ -102,7 +102,7 @@ class RunLoras:
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        self._loras_of_runs: dict[str, _RunLoraFiles] = {}  # by the id of the run
+        self._loras_of_runs: dict[str, _RunLoraFiles] = {}  # keyed by the id of the run
 
     def refresh(self) -> list[tuple[RunSummary, str]]:
         """Read runs that have changed, and return the runs that generate with their labels, newest first."""
@@ -158,7 +158,7 @@ class RunLoras:
 
     def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs for a recipe: first the LoRAs of its command, then LoRAs of runs of its family."""
-        rows: dict[str, LoraRow] = {}  # by the complete path
+        rows: dict[str, LoraRow] = {}  # keyed by the complete path
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
             rows.setdefault(_complete_path(recipe, lora.path), row)
@@ -185,7 +185,7 @@ class RunLoras:
         return foreign_rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
-        """Return the run with this id if it can generate, else None.
+        """Return the run with this id if it can generate, otherwise None.
 
         Raises OSError if its history cannot be read.
         """

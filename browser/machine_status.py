@@ -1,4 +1,4 @@
-"""The line below the links of every page: what is running, the graphics cards, and free disk space."""
+"""The line below the links of every page: running processes, graphics cards, and free disk space."""
 
 import shutil
 import subprocess
@@ -29,10 +29,10 @@ from modules.errors import UserError
 from modules.pages.language import join, say, say_count
 from training.reports.history import BEFORE_TRAINING
 
-RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
-EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
+RECENT_SECONDS = 600.0  # for which pages report that a run has ended
+EVERY_SECONDS = 4.0  # pages ask every five seconds; all share one answer
 PATIENCE = 1.0  # seconds for the driver's answer
-PAUSE_SECONDS = 60.0  # after a call that has failed
+PAUSE_SECONDS = 60.0  # pause after a failed call
 MAX_OF_LINE = 60  # characters of a command or a name
 QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
@@ -62,7 +62,7 @@ class CardReader:
         """Use nvidia-smi at the path `program`; None if it is not installed."""
         self.program = program
         self._cards: list[GraphicsCard] = []
-        self._next = 0.0  # when the driver is asked again
+        self._next = 0.0  # when the driver is queried again
         self._lock = threading.Lock()
 
     def read(self) -> list[GraphicsCard]:
@@ -91,7 +91,7 @@ def ask_driver(program: str) -> list[GraphicsCard]:
 
 
 def read_cards(text: str) -> list[GraphicsCard]:
-    """Parse nvidia-smi's lines `name, MiB used, MiB in all, temperature`; other lines are left out."""
+    """Parse nvidia-smi's lines `name, used MiB, total MiB, temperature`; other lines are ignored."""
     cards = []
     for line in text.splitlines():
         # split from the right: the name of a card may contain commas
@@ -125,8 +125,8 @@ class MachineInfo:
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
     free: str = ""  # free space on the disk of the first root
-    ended: Sequence[tuple[str, str]] = ()  # runs of the last minutes: a key of each end, and words on it
-    command: str = ""  # that starts the page again with the same options
+    ended: Sequence[tuple[str, str]] = ()  # runs ended in the last minutes: key and description
+    command: str = ""  # command that starts the page again with the same options
 
 
 @dataclass
@@ -159,7 +159,7 @@ class MachineLine:
             return self._info
 
     def _gather(self) -> MachineInfo:
-        """Collect what the status line shows: processes, cards, free disk space and ended runs."""
+        """Collect the content of the status line: processes, cards, free disk space and ended runs."""
         try:
             free = gigabytes(free_bytes(self.site.runs.root_folders[0]))
         except OSError:
@@ -176,7 +176,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return what runs on this machine: training runs, other queue jobs, render jobs and downloads."""
+        """Return this machine's processes: training runs, other queue jobs, render jobs and downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
@@ -264,7 +264,7 @@ def _describe_run(run: RunSummary) -> RunningThing:
 
 
 def _shorten_line(text: str) -> str:
-    """Return the beginning of a text in one line."""
+    """Return the beginning of a text as one line."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_OF_LINE else f"{line[:MAX_OF_LINE]} …"
 

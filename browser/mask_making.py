@@ -71,7 +71,7 @@ FORM = ToolForm(
 
 
 class MaskMakingPages:
-    """Shows the form that makes the masks of a folder, and handles its buttons."""
+    """Shows the form that generates the masks of a folder, and handles its buttons."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -118,7 +118,7 @@ class MaskMakingPages:
         try:
             dry_run = format_command(self.make_argv(folder, fields, is_dry_run=True), folder)
             lines = [dry_run, format_command(self.make_argv(folder, fields, is_dry_run=False), folder)]
-        except OptionError as error:  # the error is shown at both buttons
+        except OptionError as error:  # the error is shown next to both buttons
             lines = [str(error), str(error)]
         finder = fields.get("finder", BY_DESCRIPTION)
         return {

@@ -54,7 +54,7 @@ class MaskPages:
         media_files: list[MaskEntry] = []
         try:
             folders = list_media_folders_of(self.site.runs, folder)
-            if len(folders) == 1:  # of several folders, the page only lists the links
+            if len(folders) == 1:  # for several folders, the page only lists links
                 media_files = self.review.list_media(folders[0])
         except (UserError, OSError) as error:
             problem = str(error)

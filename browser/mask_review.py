@@ -41,9 +41,9 @@ from modules.pages.page import encode_address, reduce_frame
 from modules.text_files import real_path
 
 ADDRESS = "/masks"
-LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have all of theirs
-LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
-MAX_JPEGS = 60  # images in memory, some 200 KB each
+LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have full size
+LOCK = ".masks.lock"  # in the media folder, while one of its masks is changed
+MAX_JPEGS = 60  # images in memory, about 200 KB each
 MAX_UNDONE = 1000
 # states of masks
 NONE, GENERATED, ACCEPTED_BY_USER, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"
@@ -81,7 +81,7 @@ class MaskReview:
     """The masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
-    _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # by folder, the newest last
+    _changes: dict[Path, list[_MaskChange]] = field(default_factory=dict)  # keyed by folder, the newest last
     # frames by the path of their file, its modification time and the index of the frame
     _jpegs: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a mask is changed
@@ -259,7 +259,7 @@ def name_id(media_file: MaskEntry) -> str:
 
 
 def read_mask_version(media_file: MaskEntry) -> str:
-    """Return a text that changes whenever the mask changes; "" if there is no mask."""
+    """Return a string that changes whenever the mask changes; "" if there is no mask."""
     return "" if media_file.mask is None else str(media_file.mask.stat().st_mtime_ns)
 
 
@@ -358,12 +358,12 @@ def find_named_masks(runs: Runs, folder: Path) -> Path | None:
             )
             masks = table.get("mask_directory")
             if is_of_folder and isinstance(masks, str) and runs.is_below(config.parent / masks):
-                return real_path(config.parent / masks)  # of the first table for this folder
+                return real_path(config.parent / masks)  # from the first table for this folder
     return None
 
 
 def _describe_mask(media_file: MaskEntry, state: str, fault: str) -> dict[str, Any]:
-    """Return the JSON values of an image or clip without its frames; `fault` says why it cannot be shown."""
+    """Return the JSON values of an image or clip without its frames; `fault` is why it cannot be shown."""
     return {
         "id": name_id(media_file),
         "name": media_file.media_path.name,

@@ -23,7 +23,7 @@ MASKS = "mask_directory"  # key of a table
 
 @dataclass(frozen=True)
 class MaskUse:
-    """How many files of a folder have a mask, and whether the training uses them."""
+    """Number of files of a folder that have a mask, and whether the training uses the masks."""
 
     config: DraftFile  # dataset.toml that uses the folder
     folder: Path
@@ -107,7 +107,7 @@ def _parse(text: str) -> Any:
     try:
         return tomlkit.parse(text)
     except TOMLKitError as error:
-        raise ValueError(f"{DATASET_FILE} is no TOML: {error}") from None
+        raise ValueError(f"{DATASET_FILE} is not TOML: {error}") from None
 
 
 def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:

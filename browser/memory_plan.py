@@ -112,7 +112,7 @@ def read_plan(text: str) -> ReadPlan | None:
     head_indices = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
     if not head_indices:
         return None
-    head_index = head_indices[-1]  # the last table: the log may hold several plans
+    head_index = head_indices[-1]  # the last table: the log may contain several plans
     phases: list[PlannedPart] = []
     parts_of_phase: list[list[PlannedPart]] = []
     remarks: list[str] = []
@@ -216,8 +216,8 @@ def _select_choice(
 ) -> dict[str, Any]:
     """Return the changes that set the keys of one choice, and remove (None) the keys of all others.
 
-    Keys outside of `names`, the options of the training script, are not set. The choice "" removes all keys;
-    an unknown choice changes nothing.
+    Only keys in `names`, the options of the training script, are set. The choice "" removes all keys; an
+    unknown choice changes nothing.
     """
     if choice not in ("", *keys_by_choice):
         return {}
@@ -320,7 +320,7 @@ class MemoryPages:
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
     def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
-        """Plan the training's memory for a graphics card, after writing changed switches if asked."""
+        """Plan the training's memory for a graphics card, after writing changed switches if requested."""
         if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
         done = ""
@@ -344,7 +344,7 @@ class MemoryPages:
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
         """Write a form's memory switches into run.toml, and return a message with the changed lines."""
         draft = read_draft_file(self.site, folder, RUN_FILE)
-        if draft.checksum != fields.get("have", ""):  # the checksum that the page was made with
+        if draft.checksum != fields.get("have", ""):  # the checksum that the page was built with
             raise ChangedMeanwhileError
         text = draft.text
         names = [setting.name for setting in read_settings(find_training_script(text))]

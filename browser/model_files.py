@@ -36,7 +36,7 @@ class ModelPart:
 
     component: Component
     models: tuple[ModelSet, ...]  # models that use the part
-    size_bytes: int  # on disk, with unfinished downloads
+    size_bytes: int  # on disk, including unfinished downloads
     is_there: bool  # all files exist
     has_other_size: bool  # the size of a file differs from the released one
 
@@ -92,12 +92,12 @@ class TaskFiles:
 
     @property
     def missing(self) -> list[ModelPart]:
-        """Parts that are not, or not completely, on disk."""
+        """Parts that are missing or incomplete on disk."""
         return [part for part in self.parts if not part.is_there]
 
     @property
     def size(self) -> str:
-        """Total size of the task's files as a text in GB."""
+        """Total size of the task's files in GB, as text."""
         return gigabytes(total_bytes(self.model.components))
 
     @property
@@ -147,7 +147,7 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
     return {files: tuple(by_name.values()) for files, by_name in uses.items()}
 
 
-# parts that were already looked for on disk, by their files
+# parts whose state on disk is already known, by their files
 PartCache = dict[tuple[ReleasedFile, ...], ModelPart]
 
 
@@ -168,7 +168,7 @@ def find_task(
 ) -> TaskFiles | None:
     """Return a task of the catalogue with the state of its files in `models`; None if it does not exist.
 
-    `in_fp8` selects the smaller text encoders; `known` keeps parts that were already looked for on disk.
+    `in_fp8` selects the smaller text encoders; `known` caches the parts that were read already.
     """
     part_cache = {} if part_cache is None else part_cache
     for model in model_sets(in_fp8):

@@ -37,7 +37,7 @@ from project.model_sizes import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class SelectedTask:
-    """The task of a model that the page Models shows, with 8-bit text encoders or without."""
+    """The task of a model that the page Models shows, with or without 8-bit text encoders."""
 
     family: str = ""
     task: str = ""
@@ -88,11 +88,11 @@ class ModelPages:
             chosen: The task to show.
             error: Error message to show.
             is_removing: Ask which parts are to be removed.
-            moved: Name of the bin's folder that holds what was just removed.
+            moved: Name of the bin's folder that contains the files just removed.
         """
         site = self.site
         models = site.models
-        part_cache: PartCache = {}  # each part is looked for on disk once
+        part_cache: PartCache = {}  # each part is searched on disk once
         tasks = list_tasks(models, part_cache=part_cache)
         files = None
         if chosen.family:
@@ -159,7 +159,7 @@ class ModelPages:
         return ""
 
     def describe_free(self) -> str:
-        """Return the free disk space for models as a text in GB."""
+        """Return the free disk space for models in GB, as text."""
         try:
             return gigabytes(free_bytes(self.site.models.absolute()))
         except OSError:

@@ -26,7 +26,7 @@ from modules.text_files import TensorHeader, read_tensor_header
 from project.model_sizes import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
-GATED = "asks to accept"  # in the terms of licenses that need acceptance
+GATED = "asks to accept"  # occurs in the terms of licenses that need acceptance
 MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
 FILE_CHECK_SECONDS = 120
 _FILE_CHECK_LOCK = threading.Lock()  # one process at a time, because each loads torch
@@ -47,7 +47,7 @@ class ModelRow:
 
     @property
     def licences(self) -> list[str]:
-        """Return the names of the licenses of its parts, each once."""
+        """Return the distinct names of the licenses of its parts."""
         return [licence.name for licence in list_licenses(self.model.components)]
 
     @property
@@ -126,7 +126,7 @@ class _RankedRow(NamedTuple):
     row: ModelRow
     suits_media: bool  # the model generates the kind of media that is in the folder
     is_distilled: bool  # distilled models are harder to train
-    fits_memory: bool  # of the graphics card
+    fits_memory: bool  # whether it fits the memory of the graphics card
     size_bytes: int
 
 

@@ -151,7 +151,7 @@ FULL_PAGE_ACTIONS = ("describe", "replace", "keep")  # buttons that change more 
 MESSAGE_HEADER = "x-reelsmith-said"  # header with the message of an action, when the page reopens
 FOLDERS_PER_PART = 24  # number of folders shown at once
 MAX_TILES = 12  # number of files in the row of images
-CAPTION_CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
+CAPTION_CHARACTERS = 160  # maximum length of a displayed caption, which takes two lines
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
 # check.html may come from somebody else: it runs no scripts, loads nothing, and has a separate origin
@@ -181,7 +181,7 @@ class PreparePlan:
 
 @dataclass(frozen=True)
 class PressedButton:
-    """A request of a button: the selected folder, the form, and all fields of the request as texts."""
+    """A request of a button: the selected folder, the form, and all fields of the request as strings."""
 
     folder: Path
     form: NewForm
@@ -548,7 +548,7 @@ class NewPages:
         )
         run_address = self.find_run(described, training_job)
         folder_progress = replace(folder_progress, training_job=training_job, run_address=run_address)
-        # the browser reloads this part as long as anything still waits or runs
+        # the browser reloads this part while anything is waiting or running
         is_busy = _is_any_active(
             background=[*background_jobs.values(), download_values["download"]],
             queued=[training_job, caption_job],
@@ -663,7 +663,7 @@ class NewPages:
                 file_names = list_names(folder)
         dry_run_job = background_jobs[DRY_RUN]
         if dry_run_job is not None and folder is not None:
-            # after a change of the files, the changes that it found are no longer those to confirm
+            # once the files have changed, the changes that it found are out of date
             dry_run_job = dry_run_job if self.is_dry_run_current(dry_run_job, folder) else None
         displayed_job = dry_run_job or background_jobs[DESCRIBE]
         displayed_lines = read_output_lines(displayed_job, file_names)
@@ -872,7 +872,7 @@ class NewPages:
         missing = {real_path(path) for path in paths if not path.exists()}
         if not missing:
             return None
-        for in_fp8 in (False, True):  # the released files exist in two precisions
+        for in_fp8 in (False, True):  # the files are released in two precisions
             files = find_task(self.site.models, described.family, described.task, in_fp8)
             if files is None:
                 return None
@@ -980,7 +980,7 @@ class NewPages:
         folder, form = button.folder, button.form
         check_form(form)
         has_changed = button.files_checksum != "" and button.files_checksum != mark_files(folder)
-        # changed files are no conflict while they still have the values that the page showed
+        # changed files do not conflict while they still have the values that the page showed
         if has_changed and not self.has_displayed_values(folder, button.displayed_address):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
@@ -1000,7 +1000,7 @@ class NewPages:
         return ""
 
     def replace(self, button: PressedButton) -> str:
-        """Let `new` write the folder's files again with the changes shown, after a copy of the old ones."""
+        """Copy the folder's files, then let `new` write them again with the changes that were shown."""
         folder = button.folder
         dry_run_job = self.find_background_job(DRY_RUN, folder)
         if (
@@ -1014,7 +1014,7 @@ class NewPages:
         self.site.tracked_runs.reject_while_it_runs(folder)
         copy_name = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / copy_name)
-        # the command that was compared, this time writing
+        # the command of the comparison, which now writes the files
         form = NewForm.from_argv(shlex.split(dry_run_job.line))
         argv = make_new_argv(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(
@@ -1232,7 +1232,7 @@ def make_repair_argv(commands: Sequence[list[str]], folder: Path) -> list[str]:
 
 
 def find_free_name(output: Path, name: str) -> str:
-    """Return another name for a LoRA if the folder has one of this name; else ""."""
+    """Return another name for a LoRA if the folder has one with this name; otherwise ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 

@@ -1,4 +1,4 @@
-"""The next step on the page New: the progress of a folder, and the button that leads on."""
+"""The next step on the page New: the progress of a folder, and the button for that step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from modules.pages.language import join, say, say_count
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # action of the button
 CHANGES, FOLLOW = "changes", "follow"  # the button leads to a part of this page, or to another page
-CAPTIONS, MEND = "captions", "mend"  # the button leads to missing inputs, or to listed errors
+CAPTIONS, MEND = "captions", "mend"  # the button jumps to missing inputs, or to listed errors
 BUSY = "busy"  # a command is running; the button only shows that
 CHANGES_ANCHOR = "#would-change"
 CAPTIONS_ANCHOR, WORD_ANCHOR, LISTED_ANCHOR = "#writer", "#trigger", "#progress"
@@ -25,8 +25,8 @@ class NextStep:
 
     name: str
     label: str
-    missing: Sequence[str] = ()  # what the user still has to select or fix, in words
-    done: str = ""  # completed steps in words
+    missing: Sequence[str] = ()  # descriptions of what the user still has to select or fix
+    done: str = ""  # descriptions of completed steps
     address: str = ""  # address that the button opens instead of an action
     second_label: str = ""  # label of a second button
     second_address: str = ""
@@ -39,7 +39,7 @@ class NextStep:
 
 @dataclass(frozen=True)
 class FolderProgress:
-    """How far a folder is prepared and trained, derived from its files and its commands."""
+    """Progress of a folder's preparation and training, derived from its files and its commands."""
 
     is_described: bool = False
     description_job: Job | None = None  # `new`, for the files or for a comparison with them

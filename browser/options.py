@@ -13,8 +13,8 @@ from project.options import MODELS
 
 LOCAL = "localhost"
 DEFAULT_PORT = 8765
-PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
-READABLE_SUFFIXES = (".toml", "-history.jsonl")  # of datasets and histories of runs
+PROJECT_CONFIG = "dataset.toml"  # the file that `new` writes into a folder
+READABLE_SUFFIXES = (".toml", "-history.jsonl")  # suffixes of datasets and of runs' histories
 MIN_TOKEN_LENGTH = 16  # characters of a token
 TOKEN_PATTERN = re.compile(rf"[\w-]{{{MIN_TOKEN_LENGTH},}}", re.ASCII)
 MAX_TOKEN_BYTES = 1024
@@ -22,7 +22,7 @@ HOW_TO_MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.to
 
 
 class BrowserOptions(Options, title="browser"):
-    """Folders to look into, and who may see them."""
+    """Folders to show, and who may see them."""
 
     folders: tuple[Path, ...] = option(
         "folders with runs in them, at any depth (default: this one, or ~/Reelsmith if this is the home "
@@ -95,14 +95,14 @@ class BrowserOptions(Options, title="browser"):
             self._check_export(self.export)
 
     def _check_export(self, path: Path) -> None:
-        """Raise OptionError if the file to write is no HTML file, or if there is not one folder to export."""
+        """Raise OptionError if the file to write is not HTML, or if not exactly one folder is given."""
         if path.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--export {path}: name a file that ends in .html")
         if len(self.folders) != 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if --public_url is not an address of a whole host, or there is no token."""
+        """Raise OptionError if --public_url is not the address of a host, or if there is no token."""
         if self.no_token:
             raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
         try:

@@ -1,9 +1,9 @@
-"""What an admitted browser keeps: a secret path for the pages, and a word in a cookie of that path alone.
+"""What an admitted browser keeps: the secret path of the pages, and the value of a cookie for that path only.
 
-Neither is the secret word of the page, nor reveals it. Both are derived from it and from the port of the
-server: they are the same after a restart, and those of one server open no other server. The cookie's word
-contains the day on which it expires and, where the system shows it, the account that opened the page. So a
-server of another account that takes over the port learns nothing that admits anybody else.
+Neither reveals the secret token of the page. Both are derived from the token and the port of the server: they
+stay the same after a restart, and do not work on other servers. The cookie's value contains the day on which
+it expires and, where the system shows it, the account that opened the page. So a server of another account
+that takes over the port learns nothing that would admit anybody else.
 """
 
 import hashlib

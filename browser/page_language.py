@@ -1,8 +1,8 @@
 """Read the tables of languages, select one for a request, and keep the reader's choice in a cookie.
 
-A table is a file in `languages`: sections of English texts and their translations. The section `scripts` is
-sent to the browser, for the texts of JavaScript. A second file has one more section: the first sentences of
-the help of all training options.
+A table is a file in `languages`: sections of English strings and their translations. The section `scripts`
+is sent to the browser, for the strings of JavaScript. A second file has one more section: the first sentences
+of the help of all training options.
 """
 
 import functools
@@ -21,7 +21,7 @@ from browser.responses import answer_not_found
 from modules.pages.language import Language, language
 
 TABLES = Path(__file__).resolve().parent / "languages"
-# HTML code -> the language's own name; the first language is that of the untranslated texts
+# HTML code -> the language's own name; the first language is that of the untranslated strings
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
 COOKIE = "reelsmith_language"  # the port is appended, because all ports of a host share cookies
@@ -33,7 +33,7 @@ HELPS = "helps"  # section in a separate file
 
 @functools.cache
 def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
-    """Return a language's sections of texts; empty for English."""
+    """Return the sections of a language's table; empty for English."""
     if code == CODES[0]:
         return {}
     sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
 
 @functools.cache
 def read_texts(code: str) -> Mapping[str, str]:
-    """Return all texts of a language by their English texts."""
+    """Return all translations of a language by their English strings."""
     return {key: text for section in read_table(code).values() for key, text in section.items() if text}
 
 
@@ -131,7 +131,7 @@ def find_return_address(address: str) -> str:
 
 
 def show_scripts(request: Request) -> Response:
-    """Respond with a script that contains the texts of JavaScript and the functions that look them up."""
+    """Respond with a script that contains the strings of JavaScript and the functions that look them up."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -170,7 +170,7 @@ function translateCount(number, singular, plural, values = {}) {
 
 
 def language_routes() -> list[Route]:
-    """Return the routes that change the language and deliver the texts of JavaScript."""
+    """Return the routes that change the language and deliver the strings of JavaScript."""
     return [
         Route("/language/{code}.js", show_scripts),
         Route("/language/{code}", change_language),

@@ -383,24 +383,24 @@ def is_for_terminal(line: str) -> bool:
 
 
 def translate_line(line: str) -> str:
-    """Return a printed line as a text that pages translate; an unknown line unchanged."""
+    """Return a printed line as text that pages translate; an unknown line unchanged."""
     return _translate_by_pattern(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
 
 
 def translate_file_kind(kind: str | None) -> str:
-    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as a text that pages translate."""
+    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as text that pages translate."""
     return UNKNOWN_FILE if kind is None else _translate_by_pattern(kind, FILE_KINDS) or kind
 
 
 def translate_reason(text: str) -> str:
-    """Return the message of an error that ended a run as a text that pages translate, if it is known."""
+    """Return the message of an error that ended a run, as text that pages translate if it is known."""
     first, end, rest = text.partition("\n")
     known = _translate_by_pattern(first, RUN_ERRORS)
     return text if known is None else join("", (known, end + rest))
 
 
 def translate_command(command: PageCommand) -> PageCommand:
-    """Return a command of a history with its title and the known sentences below it as translatable texts."""
+    """Return a command of a history with its title and the known sentences below it as translatable text."""
     sentences = []
     for sentence in SENTENCE_END.split(command.note):
         sentences.append(_translate_by_pattern(sentence, COMMANDS) or sentence)
@@ -409,12 +409,12 @@ def translate_command(command: PageCommand) -> PageCommand:
 
 
 def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the lines about the memory of a run, name and value, as texts that pages translate."""
+    """Return the lines about the memory of a run, name and value, as text that pages translate."""
     return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 
 def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> TranslatableText | None:
-    """Return a printed text as a translatable text by the first pattern that it matches; None without one."""
+    """Return printed text as translatable text by the first pattern that it matches; None without one."""
     for pattern in patterns:
         values = _match_placeholders(pattern.key, text)
         if values is not None:
@@ -424,14 +424,14 @@ def _translate_by_pattern(text: str, patterns: Sequence[TranslatableText]) -> Tr
 
 
 def _find_fault(line: str) -> TranslatableText | None:
-    """Return a line such as `2 have no caption:` as a translatable text; None for any other line."""
+    """Return a line such as `2 have no caption:` as translatable text; None for any other line."""
     text = line.removesuffix(":")
     number, _, _ = text.partition(" ")
     if not line.endswith(":") or not number.isdigit():
         return None
     for pattern in FAULTS:
         key = pattern.key
-        if number == "1":  # the key is in the plural, but the program has printed the singular
+        if number == "1":  # the key is plural, but the program has printed the singular
             key = pluralize(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
         values = _match_placeholders(key, text)
         if values is not None:

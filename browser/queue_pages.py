@@ -65,7 +65,7 @@ class EditedCommand(NamedTuple):
 
 
 def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
-    """Return the command line to show in the edit field of the page; an empty one if the query names none.
+    """Return the command line to show in the edit field of the page; "" if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.
@@ -89,10 +89,10 @@ def find_edited_command(runs: Runs, query: Mapping[str, str]) -> EditedCommand:
 def read_jobs(
     text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
 ) -> list[tuple[list[str], Path]]:
-    """Return the words and the folder of each command in a text, after all have been checked.
+    """Return the arguments and the folder of each command in a text, after checking all of them.
 
     Args:
-        text: The commands, one a line.
+        text: The commands, one per line.
         run: Run that the commands come from; None if they were typed.
         earlier: Jobs that are already in the queue; like earlier commands of the text, they may create files
             that a command reads.
@@ -115,7 +115,7 @@ def read_jobs(
             )
         )
     jobs = [_parse_job(line, run) for line in lines]
-    for argv, folder in jobs:  # find all programs first: checking options takes a script a second
+    for argv, folder in jobs:  # find all programs first: checking takes about a second per script
         find_program(argv, folder)
     deadline = time.monotonic() + CHECK_SECONDS
     earlier_jobs = [*earlier]
@@ -131,7 +131,7 @@ def read_jobs(
 
 
 def _parse_job(line: str, run: RunSummary | None) -> tuple[list[str], Path]:
-    """Return the words of a command, and its folder: that of a `cd` in the line, or where it was typed.
+    """Return a command's arguments, and its folder: that of a `cd` in the line, or where it was typed.
 
     `run` is the run that the command comes from; None if it was typed into the page.
     """
@@ -182,7 +182,7 @@ class QueuePages:
         """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
         queue_state = self.queue.now()
         jobs = queue_state.jobs
-        worker = queue_state.worker  # which server runs the jobs; "" if the queue is paused
+        worker = queue_state.worker  # the server that runs the jobs; "" if the queue is paused
         running = [job for job in jobs if job.state == RUNNING]
         ended = [job for job in jobs if job.state in ENDED]
         with self.runs.lock:

@@ -54,7 +54,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "redraw": ["i2i_path", "video_path"],
     "share": ["denoise"],  # fraction of `redraw` that is generated anew
 }
-IMAGES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
+IMAGES = ("start", "end", "control", "references", "redraw")  # fields that contain paths
 SIDES = ("width", "height")
 SIDE_POSITIONS = {
     "video_size_width": 1,
@@ -89,7 +89,7 @@ class ModelRecipe:
     title: str
     family: str  # as scripts name it
     fixed_options: Mapping[str, Sequence[str]]  # options of the model, with their arguments
-    initial_texts: Mapping[str, str]  # initial texts of the fields, by name
+    initial_texts: Mapping[str, str]  # initial values of the fields, by name
     folder: Path  # working folder of the command
     missing: Sequence[str] = ()  # missing files of the model
     loras: Sequence[UsedLora] = ()  # LoRAs of the command
@@ -126,7 +126,7 @@ class ModelRecipe:
         # only releases that split images into layers name this option
         if not self.initial_texts.get("layers"):
             keys.pop("layers", None)
-        if "redraw" not in keys:  # `share` says how much of `redraw` changes
+        if "redraw" not in keys:  # `share` is how much of `redraw` changes
             keys.pop("share", None)
         return keys
 
@@ -178,10 +178,10 @@ class ModelRecipe:
         return list(self.option_keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value, as text, that is used if the field `name` is empty; "" if it is not known here.
+        """Return the value, as text, that is used if the field `name` is empty; "" if it is unknown.
 
-        If several are known, `file_defaults` (of the model's files) wins, then the default of the task, then
-        that of the generation script.
+        `file_defaults` (of the model's files) takes precedence, then the default of the task, then that of
+        the generation script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -393,7 +393,7 @@ class _CommandOption:
     key: str
     field: str | None  # field of the page that shows it
     values: list[str]  # without placeholders
-    has_placeholder: bool  # it had a placeholder
+    has_placeholder: bool  # the command had a placeholder here
 
     @property
     def is_size(self) -> bool:
@@ -456,7 +456,7 @@ def _split_command(
 
 
 def _list_initial_texts(options: Sequence[_CommandOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the initial texts of the form's fields, by name.
+    """Return the initial values of the form's fields, by name.
 
     They come from the options of a command; width and height default to those of the script.
     """
@@ -487,7 +487,7 @@ class RenderRequest:
 
     recipe: ModelRecipe
     prompt: str
-    texts: Mapping[str, str]  # by the name of the field; empty texts leave the model's default
+    texts: Mapping[str, str]  # by the name of the field; "" stands for the model's default
     loras: Sequence[UsedLora]
     save_path: str
     references: Sequence[str] = ()  # images to edit
@@ -617,7 +617,7 @@ class RenderRequest:
                     maximum=f"{maximum:,g}",
                 )
             )
-        nearest = self.recipe.nearest(name, value)  # sizes and lengths go in steps
+        nearest = self.recipe.nearest(name, value)  # sizes and lengths have fixed increments
         if nearest != value:
             rule = say("a length of %(lengths)s", lengths=self.recipe.defaults.lengths)
             if name in SIDES:
@@ -709,7 +709,7 @@ class RenderRequest:
 
 
 def _as_argv(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words. An option without words is a switch."""
+    """Return options as arguments. An option without values is a switch."""
     return option_argv({flag: True if value == [] else value for flag, value in options.items()})
 
 
@@ -718,7 +718,7 @@ def _with_expert(flag: str, expert: str) -> str:
 
 
 def float_or_one(text: str) -> float:
-    """Return a text as a number; 1.0 if it is not a number."""
+    """Parse a number; return 1.0 for any other text."""
     try:
         return float(text)
     except ValueError:
@@ -726,7 +726,7 @@ def float_or_one(text: str) -> float:
 
 
 def find_model_set(family: str, task: str) -> ModelSet | None:
-    """Return a released model that generates; None if there is none of these names."""
+    """Return the released model of a family and task if it can generate; None if there is none."""
     for model in model_sets():
         if (model.family, model.task) == (family, task) and "generate" in model.commands:
             return model

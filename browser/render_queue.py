@@ -23,13 +23,13 @@ from modules.pages.language import say
 from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
-CANCEL_FILE = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
+CANCEL_FILE = "{}.cancel"  # name of the file that asks the server working on a render job to stop
 MAX_OF_RENDER_JOB = 2 << 20  # bytes of a job's file, which contains the prompt three times
 MAX_WAITING = 200
 MAX_ENDED = 300  # older ended jobs are removed; their results stay
 LOADING = say("loading the model")
 MAKING = say("making it")
-# texts about a running job: those set here, and those that a generation reports (generation/making.py)
+# activities of a running job: those set here, and those that a generation reports (generation/making.py)
 PHASES = (
     *(LOADING, MAKING),
     *(
@@ -50,12 +50,12 @@ class RenderJob:
     id: int  # 0: not stored yet
     title: str  # title of the model
     session: list[str]  # command that loads the model
-    command: list[str]  # command line that makes the same result
+    command: list[str]  # command line that generates the same result
     request: dict[str, Any]  # request as `generation/json_requests.py` reads it
     folder: str  # working folder of the commands
     save_path: str
     created: float
-    form: dict[str, list[str]] = field(default_factory=dict)  # fields of the page that asked for it
+    form: dict[str, list[str]] = field(default_factory=dict)  # fields of the page that requested it
     state: str = WAITING
     reason: str = ""  # why it failed
     file: str = ""  # result
@@ -64,7 +64,7 @@ class RenderJob:
     done: int = 0  # finished steps
     steps: int = 0
     last_lines: str = ""  # last lines of a process that died
-    warnings: str = ""  # warnings that the script printed, one a line
+    warnings: str = ""  # warnings that the script printed, one per line
 
     @property
     def line(self) -> str:
@@ -73,12 +73,12 @@ class RenderJob:
 
     @property
     def shown_title(self) -> str:
-        """Title of the model, as a text that pages translate."""
+        """Title of the model, as text that pages translate."""
         return say(self.title)
 
     @property
     def shown_doing(self) -> str:
-        """`doing` for a page: this program's texts are translated, texts from files are not."""
+        """`doing` for a page: this program's messages are translated, text from files is not."""
         return next((words for words in (*PHASES, CANCELLING) if words == self.doing), self.doing)
 
     @property

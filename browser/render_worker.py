@@ -44,7 +44,7 @@ PREVIEWS = "preview"  # folder of the previews
 PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
 SESSION = "session.json"  # names the process with the model
 IDLE_SECONDS = 600.0  # a model idle for this long is freed
-ANSWER_POLL_SECONDS = 0.2  # seconds between two looks for answers
+ANSWER_POLL_SECONDS = 0.2  # seconds between checks for answers
 QUEUE_POLL_SECONDS = 1.0
 PROGRESS_WRITE_SECONDS = 1.0  # interval of storing a job's progress for other servers
 RETRY_SECONDS = 2.0  # retry interval after an error or while another server works
@@ -116,8 +116,8 @@ class RenderWorker:
         self.read_only = queue.read_only
         self.store = RenderQueue(self.folder)
         self.session: ModelSession | None = None
-        self.problem = ""  # error because of which render jobs wait
-        self.waits_for = ""  # ordinary reason for which they wait, such as a training run that uses the card
+        self.problem = ""  # error that keeps render jobs waiting
+        self.waits_for = ""  # ordinary reason why they wait, such as a training run that uses the card
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -138,7 +138,7 @@ class RenderWorker:
         """Return all render jobs, the oldest first."""
         current = self._current
         newer = dict(self._unsaved)
-        if current is not None and current.state == RUNNING:  # else its file or `_unsaved` is newer
+        if current is not None and current.state == RUNNING:  # otherwise its file or `_unsaved` is newer
             newer[current.id] = current
         return [newer.get(render_job.id, render_job) for render_job in self.store.list_all()]
 
@@ -329,7 +329,7 @@ class RenderWorker:
                         return
                 except (UserError, OSError, ValueError) as error:
                     if str(error) != self.problem:
-                        logger.warning("no result can be made: %s", error)
+                        logger.warning("cannot generate a result: %s", error)
                     self.problem = str(error)
                     wait_seconds = RETRY_SECONDS
                 with self._changed:
@@ -428,7 +428,7 @@ class RenderWorker:
     def _generate(self, render_job: RenderJob) -> None:
         """Generate one render job with a process that has its model loaded, and record how it ends."""
         session = self._open_session(render_job)
-        if session is None:  # it could not be started, or the job was cancelled: already recorded
+        if session is None:  # it could not be started, or the job was canceled: already recorded
             return
         self._send(session, render_job)
         is_complete = self._record_events(session, render_job)
@@ -507,7 +507,7 @@ class RenderWorker:
         self._end_process(self._detach_session())
 
     def _end_render_job(self, render_job: RenderJob, state: str, reason: str = "") -> None:
-        """Set the final state of a render job and save it; a full disk is tried again later."""
+        """Set the final state of a render job and save it; if the disk is full, saving is retried later."""
         with self._lock:
             if render_job.state != RUNNING:
                 return
@@ -532,7 +532,7 @@ class RenderWorker:
     def _open_session(self, render_job: RenderJob) -> ModelSession | None:
         """Return a ready process with the model of a render job, loading it if necessary.
 
-        Returns None if loading fails or the job was cancelled; the render job then records that end.
+        Returns None if loading fails or the job was canceled; the render job then records that end.
         """
         with self._lock:
             session = self.session
@@ -664,5 +664,5 @@ class RenderWorker:
         return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
 
     def read_last_error(self) -> str:
-        """Return the error message that the process has logged, or a sentence that there is none."""
+        """Return the error message that the process has logged, or a sentence saying that there is none."""
         return extract_error_message(self._read_log()) or say("the process has ended without a word")

@@ -63,7 +63,7 @@ def answer_file(path: Path) -> Response:
 
 
 def answer_move(address: str) -> Response:
-    """Return the response to a form of htmx that makes the browser open another page of this server.
+    """Return the response to an htmx form that makes the browser open another page of this server.
 
     Forms are sent by htmx, because a plain form without a referrer has the origin null, which is rejected.
     """

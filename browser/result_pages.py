@@ -1,4 +1,4 @@
-"""Show the results of all days on the page Generate, part by part, and do what their buttons request."""
+"""Show the results of all days on the page Generate, part by part, and handle their buttons."""
 
 import contextlib
 import os
@@ -66,14 +66,14 @@ from modules.text_files import read_content
 from project.options import MODELS
 from protocols.families import with_scripts
 
-PAGE_SIZE = 24  # results that are shown at once: full rows of one, two, three and four
-READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
+PAGE_SIZE = 24  # results shown at once: fills rows of one, two, three or four
+READ_SECONDS = 0.3  # maximum time for reading the settings of new files for one answer
 MAX_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 UPSCALER_SCRIPT = "blissful_tuner/upscaler.py"
 DOWNLOAD_UPSCALER = "upscaler"  # kind of a background job
-UPSCALE_FACTOR = 2  # by which width and height grow
-UPSCALERS = "upscalers"  # folder in that of the models
+UPSCALE_FACTOR = 2  # factor for width and height
+UPSCALERS = "upscalers"  # subfolder of the models folder
 UPSCALER_SUFFIXES = (".pth", ".safetensors")
 MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 MAX_TITLE_CHARACTERS = 160  # characters of a prompt in the list
@@ -136,7 +136,7 @@ class ResultFilter:
     run: RunSummary | None = None
 
     def needs_settings(self) -> bool:
-        """Whether the filter needs the settings of a result, for which its file has to be read."""
+        """Whether the filter needs a result's settings, which have to be read from its file."""
         return bool(self.words or self.model or self.run)
 
     def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
@@ -179,8 +179,8 @@ class ResultTile:
 
     result: Result
     settings: ResultSettings | None
-    problem: str  # why nothing can be read of the file
-    job: Job | None  # that makes it larger
+    problem: str  # why the settings cannot be read
+    job: Job | None  # job that enlarges it
 
     @property
     def title(self) -> str:
@@ -239,7 +239,7 @@ MONTHS = (
 
 
 def name_day(seconds: float, today: date) -> str:
-    """Return the day of a result as a text: Today, Yesterday or the date."""
+    """Return the day of a result as text: Today, Yesterday or the date."""
     day = datetime.fromtimestamp(seconds).date()
     if day == today:
         return say("Today")
@@ -296,7 +296,7 @@ class ResultRegenerator:
                 reasons.append(str(error))
         if not reasons:
             raise OptionError(say("No run and no released model here makes %(title)s.", title=settings.title))
-        raise OptionError(reasons[0])  # of the best candidate
+        raise OptionError(reasons[0])  # the reason of the best candidate
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
         """Yield recipes of the result's model family: its own run, other runs, then released models."""
@@ -326,8 +326,8 @@ class ResultRegenerator:
     def find_weights(self, name: str, recipe: ModelRecipe, result: Result) -> str:
         """Return the path of a LoRA or an embedding by its file name.
 
-        It is looked for in the recipe, in the render job of the result, and in the folders of runs, the
-        result's own run first. Raises OptionError if none has it.
+        The recipe, the render job of the result and the folders of runs are searched, the result's own run
+        first. Raises OptionError if none has it.
         """
         embeddings = recipe.fixed_options.get(f"--{EMBEDDINGS}", ())
         for path in (*(lora.path for lora in recipe.loras), *embeddings):
@@ -353,7 +353,7 @@ class ResultRegenerator:
         Raises OptionError if it is not among the results.
         """
         render_job = self.find_render_job(result)
-        # the render job names the file's path; without one, any result of this name is taken
+        # the render job names the file's path; without one, any result with this name is used
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
                 words = value if isinstance(value, list) else [value]
@@ -556,7 +556,7 @@ class ResultPages:
             settings = self.require_settings(result)
             render_job = self.regenerator.regenerate(result, settings, settings.get("seeds"))
             commands["again"] = format_command(render_job.command, Path(render_job.folder))
-            placeholder = "SEED"  # for the user's seed
+            placeholder = "SEED"  # stands for the user's seed
             render_job = self.regenerator.regenerate(result, settings, placeholder)
             commands["other"] = format_command(render_job.command, Path(render_job.folder))
         except (UserError, OSError) as error:
@@ -748,7 +748,7 @@ class ResultPages:
                 raise OptionError(say("%(path)s is not a picture. Remove it first.", path=path))
             frame = _read_last_frame(result.path)
             write_png(path, frame, {f"{PREFIX}last_frame_of": result.path.name})
-        self.folders.list_all()  # so that requests for the new image find it
+        self.folders.list_all()  # makes the new image available to requests
         status = path.stat()
         return Result(path, status.st_mtime, status.st_size)
 

@@ -40,7 +40,7 @@ PREFIX = "bt_"
 NOT_SET = "N/A"
 MAX_KEPT = 4000  # maximum characters of a text kept in lists
 MAX_TAGS = 400  # maximum number of metadata entries that are read in a file
-MAX_TYPED = 1 << 16  # characters of all texts of a render job
+MAX_TYPED = 1 << 16  # characters of all strings of a render job
 EMBEDDINGS = "textual_inversion_embeddings"
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
@@ -166,7 +166,7 @@ class ResultSettings:
         return rows
 
     def shortened(self) -> "ResultSettings":
-        """Return the settings with long texts cut, because pages cache the settings of thousands of files."""
+        """Return the settings with long text shortened, because pages cache those of thousands of files."""
         values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MAX_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
@@ -180,16 +180,16 @@ def read_settings(path: Path) -> ResultSettings | None:
 
 
 def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
-    """Return the generation settings in the metadata texts of a file; None if this program wrote none."""
+    """Return the generation settings in the metadata of a file; None if this program wrote none."""
     settings = parse_tags(tags)
     is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
     return settings if is_ours else None
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return the generation settings in the metadata texts that `blissful_tuner/metadata.py` writes.
+    """Return the generation settings in the metadata that `blissful_tuner/metadata.py` writes.
 
-    `tags` maps the names of the texts to the texts.
+    `tags` maps the names of metadata entries to their text.
     """
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
@@ -379,7 +379,7 @@ def _select_recipe_options(
         was_recorded = name in settings.values or name == "task"
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if was_recorded or is_never_recorded:
-            fixed[flag] = list(words) or True  # True: a switch, which has no words
+            fixed[flag] = list(words) or True  # True: a switch, which has no values
     return fixed
 
 
@@ -404,7 +404,7 @@ def _set_recorded_option(fixed: dict[str, Any], flag: str, option: KnownOption, 
 
 
 def _split_words(flag: str, text: str) -> list[str]:
-    """Return the words of an option in metadata. Raises OptionError for an open quote."""
+    """Return the values of an option in metadata. Raises OptionError for an unclosed quote."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -447,7 +447,7 @@ def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
 
 
 def _is_equal(words: Sequence[str] | bool, text: str) -> bool:
-    """Return whether an option's words equal its metadata, which have file names without folders."""
+    """Return whether an option's values equal its metadata, which has file names without folders."""
     if isinstance(words, bool):
         return text == str(words)
     if shlex.join(words) == text or " ".join(words) == text:
@@ -507,7 +507,7 @@ SAMPLE_OPTIONS = {
     "f": "video_length",
     "s": "infer_steps",
     "g": "guidance_scale",
-    "l": "",  # only with embedded guidance
+    "l": "",  # applies only with embedded guidance
     "fs": "flow_shift",
     "n": "negative_prompt",
     "d": "seeds",
@@ -531,7 +531,7 @@ def format_sample_line(settings: ResultSettings) -> str:
 
 
 def _check_sample_line(settings: ResultSettings, prompt: str, negative_prompt: str) -> None:
-    """Raise OptionError if a prompt line with these texts would be read differently, or lacks an image."""
+    """Raise OptionError if a prompt line with these values would be read differently, or lacks an image."""
     if " --" in f" {prompt}" or " --" in f" {negative_prompt}":
         raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
     if prompt.startswith("#") or not prompt:

@@ -19,7 +19,7 @@ from browser.short_names import short_digest
 from modules.media.layers import COMPOSITE, LAYER
 from modules.run_limits import QUEUE_FOLDER
 
-KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
+KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # kind of media by suffix
 MAX_DEPTH = 8  # folders below a root
 MAX_FOLDERS = 50_000  # maximum number of folders searched
 MAX_RESULTS = 20_000  # only the newest ones are kept
@@ -61,7 +61,7 @@ class Result:
 class _ListedFolder(NamedTuple):
     """Content of a folder when it was last listed."""
 
-    changed: int  # in nanoseconds
+    changed: int  # change time in nanoseconds
     subfolders: Sequence[Path]
     results: Sequence[Result]
     entries: "Mapping[str, _ListedFile]"  # files of the folder, by name
@@ -159,7 +159,7 @@ def _list_folder(folder: Path, changed: int, previous: Mapping[str, _ListedFile]
 
 
 def _read_entry(entry: "os.DirEntry[str]", previous: _ListedFile | None) -> _ListedFile | None:
-    """Return a file of results; None for other files. `previous` is that of this name in the last listing."""
+    """Return a file of results; None for other files. `previous` is this file in the last listing."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
@@ -207,7 +207,7 @@ def _find_source_time(stem: str, times: Mapping[str, float]) -> float | None:
     `times` are the modification times of the folder's files, by name without suffix.
     """
     if UPSCALED_SUFFIX not in stem and LAST_FRAME_SUFFIX not in stem:
-        return None  # the pattern is slow, and folders may hold many files
+        return None  # the pattern is slow, and folders may contain many files
     match = DERIVED_NAME.fullmatch(stem)
     return None if match is None else times.get(match[1])
 

@@ -96,11 +96,11 @@ class GenerationCommand:
     pictures: Sequence[str] = ()  # control images that it can use, as paths in its folder
 
     def find_value_index(self, flags: Sequence[str]) -> int:
-        """Return the index of the word after the first of these options; 0 if the command has none."""
+        """Return the index of the argument after the first of these options; 0 if the command has none."""
         return next((index for index, flag in enumerate(self.argv[:-1], 1) if flag in flags), 0)
 
     def initial_text(self, index: int) -> str:
-        """Return the word at an index as the text of its field; "" for a placeholder."""
+        """Return the argument at an index as the text of its field; "" for a placeholder."""
         word = self.argv[index]
         return "" if word in self.missing else word
 
@@ -184,7 +184,7 @@ class RunButtons:
             "prompts": self.write_prompts,
         }
 
-    # ---- what is shown
+    # ---- showing a run
 
     def show_page(self, tracked_run: TrackedRun) -> str:
         """Return the page of a run that has no history yet."""
@@ -549,7 +549,7 @@ class RunButtons:
             "is_draft": not tracked_run.summary.history.exists(),
         }
 
-    # ---- what is removed
+    # ---- removing a run
 
     @property
     def bin_folder(self) -> BinFolder:
@@ -615,7 +615,7 @@ class RunButtons:
             if job.state in ENDED and is_run_of_folder(job, tracked_run.run_config.folder):
                 self.site.queue.remove(job.id)
 
-    # ---- what the buttons do
+    # ---- handling the buttons
 
     def act(self, request: Request, form: Form) -> Response:
         """Carry out a button of a run, and respond with its message."""
@@ -741,7 +741,7 @@ class RunButtons:
         job = self.find_running_job(tracked_run)
         if job is not None:
             self.site.queue.stop(job.id)
-            if job.stops:  # it had been asked before: this second request kills the process
+            if job.stops:  # a stop was requested before: this second request kills the process
                 return say("Ended at once.")
             return say("Asked: it saves and ends when its step is done.")
         # the queue did not start this training, but it watches for request files
@@ -783,7 +783,7 @@ def list_results(folder: Path, name: str) -> list[Path]:
 
 
 def suggest_steps(run: RunSummary, planned: int) -> int:
-    """Return the steps that Train on suggests: the planned steps if larger, else twice the steps done."""
+    """Return the steps that Train on suggests: the planned steps if larger, or twice the steps done."""
     return planned if planned > run.step else 2 * max(run.step, 1)
 
 

@@ -48,7 +48,7 @@ TRAINING, SAMPLING, VALIDATING, SAVING = "training", "sampling", "validating", "
 STATES_BEFORE_TRAINING = (DRAFT, CHECKING, FAILED_CHECK, WAITING, STARTING, DOWNLOADING, CACHING, LOADING)
 TRAINING_STATES = (TRAINING, SAMPLING, VALIDATING, SAVING)
 STATES = (*STATES_BEFORE_TRAINING, *TRAINING_STATES, STOPPED, FINISHED, DIED)
-ACTIVE_STATES = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *TRAINING_STATES)  # a process works
+ACTIVE_STATES = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *TRAINING_STATES)  # a process is working
 # activity in the history of `run` -> state of the run, and its description
 PREPARATION_STEPS = {
     "downloading the model": (DOWNLOADING, ""),
@@ -71,7 +71,7 @@ START_TIME_TOLERANCE = 1.0  # start times of processes are rounded
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run, with the reason, the texts and the job that pages show for it."""
+    """State of a run, with the reason, the descriptions and the job that pages show for it."""
 
     name: str  # one of STATES
     details: str = ""  # text after the name of the state: `40 of 120`
@@ -83,7 +83,7 @@ class RunState:
 
     @property
     def text(self) -> str:
-        """The state as a text such as `caching 40 of 120, latents`."""
+        """The state as text, such as `caching 40 of 120, latents`."""
         separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
         return join(separator, filter(None, (name_state(self.name), self.details)))
 
@@ -96,7 +96,7 @@ class RunState:
 
     @property
     def is_active(self) -> bool:
-        """Whether a process works on the run, or it waits for one."""
+        """Whether a process is working on the run, or the run waits for one."""
         return self.name in ACTIVE_STATES or self.name == WAITING
 
     @property
@@ -219,7 +219,7 @@ def _find_value(argv: Sequence[str], option: str) -> str:
 
 
 def _find_command_family(commands: Sequence[Sequence[str]]) -> str:
-    """Return the family of a run's commands, as lists of runs name it; "" if they belong to none.
+    """Return the family of a run's commands, as lists of runs name it; "" if they belong to no family.
 
     The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
     embedding or a full model, the family is that of the caching commands, which are the same for all kinds of
@@ -250,7 +250,7 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class WaitingJobs:
-    """Numbers of the waiting jobs in their order, read once for all runs of a list."""
+    """Numbers of the waiting jobs in queue order, read once for all runs of a list."""
 
     numbers: Sequence[int]
     is_paused: bool  # the queue is paused
@@ -265,7 +265,7 @@ class TrackedRuns:
         self.background_jobs = background_jobs
         self._cached_configs: dict[Path, tuple[tuple[int, int, int], RunConfig | None]] = {}
 
-    # ---- what there is
+    # ---- which runs exist
 
     def list_run_configs(self) -> list[RunConfig]:
         """Return the described folders below the roots. Call it after the runs were listed."""
@@ -317,12 +317,12 @@ class TrackedRuns:
                     run_config, run, preparation, by_folder.get(run_config.folder, ()), waiting
                 )
             )
-        # what is left are runs without a described folder
+        # only runs without a described folder are left
         tracked_runs += [TrackedRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(tracked_runs, key=lambda tracked_run: -tracked_run.summary.changed)
 
     def find(self, id: str) -> TrackedRun | None:
-        """Return the run of this id, or the described folder that has not run yet; None if there is none."""
+        """Return the run with this id, or the described folder that has not run yet; None without one."""
         with self.runs.lock:
             runs = self.runs.list_all()
             # a run.toml has the id of the training that it defines, begun or not
@@ -360,7 +360,7 @@ class TrackedRuns:
         except UserError:
             return []  # the queue's page reports the reason
 
-    # ---- how a run stands
+    # ---- the state of a run
 
     def _list_waiting(self, jobs: Sequence[Job]) -> WaitingJobs:
         numbers = [job.id for job in jobs if job.state == WAITING]
@@ -431,7 +431,7 @@ class TrackedRuns:
             return _find_running_job_state(job, run, preparation)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
-        # no active job: the folder may be checked just now (`run --check` in the background)
+        # no active job: a check of the folder may be running (`run --check` in the background)
         check = self.background_jobs.find(name_background_job(CHECK, run_config.folder))
         if check is not None and check.state == RUNNING:
             return RunState(CHECKING, background_job=check)
@@ -531,7 +531,7 @@ class TrackedRuns:
             # a background job is a check, during which the run may start
             if state is not None and state.is_active and state.background_job is None:
                 raise OptionError(say("It runs already: it is %(text)s.", text=state.text))
-        if is_reviewed and recall_folder(folder) is None:  # the user has read what it may do: ask no more
+        if is_reviewed and recall_folder(folder) is None:  # the user has read run.toml: do not ask again
             remember_folder(folder)
         self.queue.add_and_begin(argv, Path.cwd())
 
@@ -602,7 +602,7 @@ def is_run_of_folder(job: Job, folder: Path) -> bool:
 
 
 def newest_job(jobs: Sequence[Job]) -> Job | None:
-    """Return the running job, else a waiting job, else the job that started last; None without jobs."""
+    """Return the running job, otherwise a waiting job, otherwise the job started last; None without jobs."""
     for state in (RUNNING, WAITING):
         for job in jobs:
             if job.state == state:
@@ -643,7 +643,7 @@ def read_run_state(run: RunSummary) -> RunState:
     else:
         text, _ = run.ending
         reason = translate_line(text)
-    # errors that the check before the training has found are no crash
+    # errors found by the check before the training are not a crash
     has_failed_check = is_preparation and "while checking" in reason
     return RunState(FAILED_CHECK if has_failed_check else DIED, reason=reason)
 

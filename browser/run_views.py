@@ -130,7 +130,7 @@ def list_page(
     listed_runs = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
     view = query.get("view")
-    # many runs are listed in a table, unless cards were asked for
+    # many runs are listed in a table, unless cards were requested
     is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
     values = {
         "runs": label_runs(listed_runs),
@@ -169,7 +169,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 class LiveRunState:
     """State of a run as its page shows it, with the remaining time."""
 
-    displayed: Standing  # start, step and ending of the run, as texts
+    displayed: Standing  # start, step and ending of the run, as text
     state: str  # RUNNING, FINISHED, STOPPED or DIED
     time_left: str
 
@@ -202,7 +202,7 @@ class LiveRunState:
 
 
 def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
-    """Describe the work of a training between two steps, or else its remaining time."""
+    """Describe the work of a training between two steps, or its remaining time."""
     if run_history.doing:
         return join(" ", ("·", read_run_state(run).text))
     if run_history.left:
@@ -313,7 +313,7 @@ def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
 
 
 def mark_page(run_history: RunHistory, live_state: LiveRunState) -> str:
-    """Return a text that changes whenever the page of a run has to be loaded again."""
+    """Return a string that changes whenever the page of a run has to be loaded again."""
     events = (
         run_history.samples,
         run_history.saved,
@@ -376,7 +376,7 @@ def _limit_steps(run_history: RunHistory, low: float, high: float) -> RunHistory
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
 
-    if math.isinf(low) and math.isinf(high):  # no range was asked for
+    if math.isinf(low) and math.isinf(high):  # no range was requested
         return run_history
     return replace(
         run_history,
@@ -432,7 +432,7 @@ class FileNotes:
         return Markup("<table>{}</table>").format(Markup("").join(lines))
 
 
-GENERATOR = '<meta name="generator" content="reelsmith">'  # as in base.html
+GENERATOR = '<meta name="generator" content="reelsmith">'  # the element in base.html
 _MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
 _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
@@ -454,14 +454,14 @@ def share_page(page: Path, copy: Path) -> None:
         reason = getattr(error, "strerror", None) or "it is not text"
         problem = "is a folder" if page.is_dir() else f"cannot be read ({reason})"
         raise UserError(f"{page} {problem}. Give a page that this program wrote, a .html file.") from None
-    if GENERATOR not in text[:2000]:  # in the head of the page
-        raise UserError(f"{page} is not a page of this program, or an older one. Make it again.")
+    if GENERATOR not in text[:2000]:  # searches the head of the page
+        raise UserError(f"{page} is not a page of this program, or is from an older version. Make it again.")
     write_text(copy, _FILE_LINK.sub("<a>", drop_private(text)))
     logger.info("wrote %s", copy)
 
 
 def export_run(runs: Runs, path: Path) -> None:
-    """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
+    """Write the only run as a page that needs no server. Raises OptionError unless there is exactly one."""
     listed = runs.list_all()
     # the preparation by `run` has a separate history, which is rarely meant to be shared
     candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed

@@ -47,7 +47,7 @@ CLOCK_TOLERANCE_SECONDS = 2.0  # tolerance, because the clock may have been adju
 CONFIG = ".toml"  # suffix of dataset files
 MAX_DEPTH = 12  # maximum depth below a root
 FULL_READ_BYTES = 32 << 10  # histories up to this size are read in full
-TAIL_BYTES = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
+TAIL_BYTES = 64 << 10  # bytes at its end, or its beginning, that are searched for single lines
 LAST_SAMPLES_BYTES = 512 << 10  # bytes at its end that are searched for the last samples
 LAST_STEP_BYTES = 8 << 10  # bytes at its end that contain the step and its duration
 NUM_LOSS_SAMPLES = 48  # positions in a history at which a sparkline samples losses
@@ -130,7 +130,7 @@ class RunSummary:
 
     @property
     def left(self) -> str:
-        """Remaining time as a text; "" if the run is not running or the time is not known."""
+        """Remaining time as text; "" if the run is not running or the time is not known."""
         if self.state != RUNNING:
             return ""
         if self.seconds_left:
@@ -221,7 +221,7 @@ def _is_same_folder(folder: Path, recorded: str) -> bool:
     if Path(recorded).is_absolute():
         return actual == os.path.normcase(real_path(Path(recorded)))
     recorded_parts = Path(os.path.normcase(os.path.normpath(recorded))).parts
-    # of `../output`, only `output` can be compared
+    # for `../output`, only `output` can be compared
     comparable_parts = tuple(part for part in recorded_parts if part != os.pardir)
     actual_parts = Path(actual).parts
     return actual_parts[len(actual_parts) - len(comparable_parts) :] == comparable_parts
@@ -277,7 +277,7 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the summary of a run from the content of its history."""
-    # a history may be long, so the newest values are looked for only in its last bytes
+    # a history may be long, so only its last bytes are searched for the newest values
     tail = content[-TAIL_BYTES:]
     end = tail[-LAST_STEP_BYTES:]
     run_history = _read_run_history(content, tail)
@@ -343,7 +343,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
 
 
 def _find_newest_sample(run_history: RunHistory) -> str:
-    """Return the file of the first prompt among the samples made last; "" if there are none."""
+    """Return the file of the first prompt among the newest samples; "" if there are none."""
     samples = [row.files for row in run_history.samples.values() if row.files]
     if not samples:
         return ""
@@ -490,7 +490,7 @@ class Runs:
                 yield from self._walk(subfolder, depth - 1)
 
     def find(self, id: str) -> RunSummary | None:
-        """Return the run of this id, read again; None if there is none."""
+        """Return the run with this id, read again; None if there is none."""
         with self.lock:
             paths = {history.run.id: path for path, history in self._histories.items()}
             if id not in paths:
@@ -569,5 +569,5 @@ def _list_folder(folder: Path, changed: int) -> ListedFolder:
 
 
 def _belongs_to_run(name: str) -> bool:
-    """Return whether a folder of this name is hidden, is a bin, or contains a run's samples or state."""
+    """Return whether a folder with this name is hidden, is a bin, or contains a run's samples or state."""
     return name.startswith(".") or name in (SAMPLES, BIN) or name.endswith("-state")

@@ -34,8 +34,8 @@ def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None
     """Return a note for each row of samples whose size the model cannot generate.
 
     Args:
-        rows: The texts of the fields of each row, by its number.
-        recipe: The model; None if the page knows no sizes of it.
+        rows: The field values of each row, by its number.
+        recipe: The model; None if the page does not know its sizes.
     """
     notes: dict[int, str] = {}
     for number, texts in rows.items():

@@ -1,6 +1,6 @@
 """The samples of a training on the page New: prompt lines of prompts.txt as rows, and how often to sample.
 
-A row shows some options of its line. Only what was changed in a row is changed in its line; other options,
+A row shows some options of its line. Only fields changed in a row are changed in its line; other options,
 other lines and comments stay as they are written.
 """
 
@@ -66,7 +66,7 @@ FIELDS = {
 EXAMPLE_VALUES = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
 INTEGER_FIELDS = tuple(EXAMPLE_VALUES)  # fields for positive integers
 MAX_NUMBER = 1_000_000
-GUIDANCE_FIELDS = ("guidance", "embedded guidance")  # fields of any number
+GUIDANCE_FIELDS = ("guidance", "embedded guidance")  # fields for any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
 IMAGE_FIELDS = ("start", "end", "source", "control")
 TEXT_FIELDS = ("negative",)
@@ -76,11 +76,11 @@ COMMON_NUMBER_FIELDS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row of the form; `more` holds the options that have no field."""
+    """A line of prompts.txt as a row of the form; `more` has the options without a field."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
-    texts: Mapping[str, str]  # by the name of the field
+    texts: Mapping[str, str]  # keyed by the name of the field
     more: str = ""
 
 
@@ -116,7 +116,7 @@ def read_row(number: int, line: str) -> PromptRow:
         is_earlier_list_item = _repeats(option) and last_index[name] != index
         if name is None or is_earlier_list_item:
             more.append(f"--{option.strip()}")
-        else:  # of an option that is not a list, the last use counts
+        else:  # if an option is not a list, its last use counts
             _, _, value = option.partition(" ")
             texts[name] = unquote(value.strip())
     return PromptRow(number, split.prompt.strip(), texts, " ".join(more))
@@ -134,7 +134,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     Args:
         line: The present line.
         prompt: New prompt; None to keep it.
-        changes: New texts by the names of the fields; an empty text removes the option.
+        changes: New values by the names of the fields; an empty value removes the option.
     """
     split = _split(line)
     options = split.options  # with values, such as `w 768`
@@ -148,7 +148,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         elif text:
             options.append(f"{new_letters} {text}")
         else:
-            # of a list, such as several --ci, remove only the item that the field shows
+            # from a list, such as several --ci, remove only the item that the field shows
             is_list = any(_repeats(options[index]) for index in indices)
             removed_indices = indices[-1:] if is_list else indices
             options = [option for index, option in enumerate(options) if index not in removed_indices]
@@ -196,7 +196,7 @@ class _RowEdit:
     number: int  # index of the row on the page
     row: PromptRow  # the row before the edit
     prompt: str
-    changes: Mapping[str, str]  # texts by the name of the field
+    changes: Mapping[str, str]  # values by the name of the field
 
     @property
     def is_emptied(self) -> bool:
@@ -220,7 +220,7 @@ def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
 
 
 def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the texts of a row's fields that differ from its line, by the name of the field."""
+    """Return the values of a row's fields that differ from its line, by the name of the field."""
     changes = {}
     for name in FIELDS:
         typed = fields.get(f"{name} {number}", "").strip()
@@ -251,7 +251,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
 
 
 def _check_number(title: str, name: str, text: str) -> None:
-    """Raise OptionError if the text of a numeric field is no such number. `title` names the row."""
+    """Raise OptionError if the text of a numeric field is not a valid number. `title` names the row."""
     if name in INTEGER_FIELDS and parse_integer(text, MAX_NUMBER) is None:
         raise OptionError(
             say(
@@ -418,7 +418,7 @@ def check_image(site: Site, folder: Path, text: str) -> None:
 
 
 def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
-    """Return the texts in the fields of each row of a form, by the number of the row."""
+    """Return the field values of each row of a form, by the number of the row."""
     rows: dict[int, dict[str, str]] = {}
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
@@ -495,7 +495,7 @@ def select_number_fields(
 def _select_frames_field(
     fields: set[str], model: ModelSet, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
 ) -> set[str]:
-    """Return the names `fields` with the field `frames` if the model uses it, and without it for images."""
+    """Return `fields` with the field `frames` if the model uses it, and without it for images."""
     if has_layers(recipe):
         return fields | {"frames"}  # for this model, the number of layers
     if model.properties["frames"] > 1:
@@ -522,7 +522,7 @@ def select_image_fields(
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     """Return the message that files changed while the form was open, with the typed changes."""
-    base = fields.get("base", "")  # text of the prompts that the form was made from
+    base = fields.get("base", "")  # text of the prompts that the form was built from
     try:
         edited = edit_prompts(base, fields, lambda text: None)  # only to compare: accepts every image path
         typed = describe_difference(base, edited)
@@ -533,7 +533,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
         "overwritten. The rows show what it has now. What you changed: %(names)s",
         prompts_file=PROMPTS_FILE,
         run_file=RUN_FILE,
-        # no prompt line differs: what was changed is the other field, how often samples are made
+        # no prompt line differs: only the sampling interval was changed
         names="; ".join(typed) or "how often",
     )
 

@@ -115,7 +115,7 @@ HEADERS = {
 # a host name or IPv4 address, or an IPv6 address in brackets without a zone (network card)
 HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
-TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable texts
+TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable text
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # maximum body sizes of requests that upload files, by address
 LARGEST_BODIES = {
@@ -139,7 +139,7 @@ class _BoundedBody:
         message = await self.receive()
         self.received_bytes += len(message.get("body", b""))
         if self.received_bytes > self.max_bytes:
-            raise HTTPException(413, f"A request has at most {self.max_bytes:,} bytes.")
+            raise HTTPException(413, f"A request can have at most {self.max_bytes:,} bytes.")
         return message
 
 
@@ -172,7 +172,7 @@ class Gate:
 
     app: ASGIApp
     names: frozenset[str]  # names of the server in requests; IP addresses are always accepted
-    token: str | None  # opens the page; see `PageAccess` for what a browser keeps of it
+    token: str | None  # opens the page; a browser stores values derived from it, see `PageAccess`
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
     public_origin: str | None = None  # origin of a reverse proxy in front of the server
@@ -195,7 +195,7 @@ class Gate:
         has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
         response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
-            # texts in the language of the request, and the secret root in all addresses of the response
+            # text in the language of the request, and the secret root in all addresses of the response
             with speaking(choose_language(request)), serving_below(root):
                 rejection = self._find_rejection(request, access, is_below_root)
                 await (rejection or self.app)(scope, body.receive_part, response.send_part)
@@ -205,7 +205,7 @@ class Gate:
                 await answer_text(say("This cannot be shown."), 500)(scope, receive, response.send_part)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers of a response, with the default headers that it does not set itself."""
+        """Return the headers of a response, including the default headers that it does not set itself."""
         default_headers = [(b"cache-control", b"no-cache")]
         default_headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
@@ -225,7 +225,7 @@ class Gate:
             is_below_root: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
-        # pages of other sites may reach this server under a name of theirs (DNS rebinding)
+        # pages of other sites may reach this server under their own host names (DNS rebinding)
         if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return answer_text("Wrong host.", 421)
         is_read = request.method in ("GET", "HEAD")
@@ -274,7 +274,7 @@ class Gate:
     def _admit_browser(self, request: Request, access: PageAccess) -> Response:
         """Return the page that sets the cookie and then opens the list of runs.
 
-        It is no redirect: after a link from another site, browsers would not send the cookie to its target.
+        It does not redirect: after a link from another site, browsers would not send the cookie along.
         """
         page = HTMLResponse(REDIRECT_TO_RUN_LIST.format(root=access.root))
         page.set_cookie(
@@ -309,7 +309,7 @@ class Gate:
             return False
         if (match["name"] or "").lower() in self.names:
             return True
-        is_in_brackets = match["inside"] is not None  # as only IPv6 addresses are written
+        is_in_brackets = match["inside"] is not None  # only IPv6 addresses are written in brackets
         try:
             if is_in_brackets:
                 ipaddress.IPv6Address(match["inside"])
@@ -334,7 +334,7 @@ def _strip_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
 
 
 class RunPages:
-    """Shows the list of runs, and the page, news and files of each; passes requests on to training runs."""
+    """Shows the list of runs, and the page, updates and files of each; forwards requests to training runs."""
 
     def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs
@@ -492,7 +492,7 @@ def make_app(
     host_names = _list_host_names(host, public_origin)
     handlers = {UserError: explain_error, OSError: explain_error, 404: explain_address}
     app = Starlette(routes=_list_routes(site, read_only), exception_handlers=handlers)
-    app.router.redirect_slashes = False  # it would redirect to an address made from the request's host
+    app.router.redirect_slashes = False  # it would redirect to an address built from the request's host
     return Gate(app, host_names, token, read_only, ticket, public_origin)
 
 

@@ -21,16 +21,16 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int | None = None  # None: it is not known
     token: PageToken = PageToken(None)
-    is_token_given: bool = False  # by --token; else the page has made it
+    is_token_given: bool = False  # by --token; otherwise the page created it
     is_local: bool = True  # only this machine can reach it
-    address: str = ""  # that other devices open, with the token
+    address: str = ""  # address that other devices open, with the token
     # origin in --public_url, by which others reach the server through a proxy
     public_origin: str | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """Runs, queue and settings of a server; every group of pages gets them."""
+    """Runs, queue and settings of a server; all groups of pages share them."""
 
     runs: Runs
     queue: JobQueue

@@ -84,7 +84,7 @@ def run_browser(options: BrowserOptions) -> None:
         ticket=ticket,
     )
     if may_open_page(options):
-        # all users can read that browser's command line: it gets a word that works once, not the token
+        # all users can read that browser's command line: it gets a one-time secret, not the token
         ticket_address = make_address(options, port, token.secret and ticket.secret)
         # in a thread, because some browsers block the calling process; the socket is already listening
         threading.Thread(target=webbrowser.open, args=(ticket_address,), daemon=True).start()
@@ -94,7 +94,7 @@ def run_browser(options: BrowserOptions) -> None:
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(uvicorn.Server(config).serve(sockets=[server_socket]))
-    finally:  # the next start goes on with an open queue
+    finally:  # the next start continues an open queue
         queue.end_work()
 
 

@@ -119,7 +119,7 @@ DATASET_KEYS: Mapping[str, TranslatableText] = {
 def rank_words(name: str) -> dict[str, int]:
     """Return the names that other programs use for an option or key, in English and the page's language.
 
-    Each name comes with a rank, because it may stand for several options: 0 for the option with the largest
+    Each name has a rank, because it may stand for several options: 0 for the option with the largest
     effect.
     """
     ranks: dict[str, int] = {}

@@ -154,7 +154,7 @@ class SettingsPages:
             "--port": port,
             "--public_url": self.site.settings.public_origin,
             "--token": token,
-            # a server that asks for no token starts another such one
+            # a server without a token starts another one without a token
             "--no_token": (token is None and self.site.settings.token.secret is None) or None,
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,

@@ -52,7 +52,7 @@ class Replacement(NamedTuple):
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a response with a file, or the byte range of it that the request asks for, without its metadata.
+    """Return a response with a file, or the byte range of it that is requested, without its metadata.
 
     The metadata is overwritten while it is sent, so the size stays the same. Raises OSError if the file
     cannot be read.
@@ -119,9 +119,9 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Replacement]:
     public_texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
     if public_texts == header.metadata:
         return
-    header_length = header.start - 8  # the first 8 bytes of the file hold this length
+    header_length = header.start - 8  # the first 8 bytes of the file are this length
     # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
-    # the texts that may be sent, all texts are removed.
+    # the metadata that may be sent, all of it is removed.
     for sent_texts in (public_texts, {}):
         metadata: Mapping[str, object] = {"__metadata__": sent_texts} if sent_texts else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)

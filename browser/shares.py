@@ -1,8 +1,8 @@
-"""Share a run with a friend: a link to its page, samples and saved files, and to nothing else.
+"""Share a run with a friend: a link to its page, samples and saved files, but to nothing else.
 
-Whoever has the link may look, without the token of the page. A link ends after some days, when it is
-withdrawn, or when another run of this name begins in the folder. Links are stored for this user alone, next
-to the page's own word.
+Anyone with the link may view these, without the page's token. A link ends after some days, when it is
+withdrawn, or when another run with its name begins in the folder. Links are stored for this user alone, next
+to the page's own token.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class Shares:
         return [share for share in self._read() if now < share.end <= now + (MAX_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
-        """Return the link with this secret word in its address; None if there is none."""
+        """Return the link whose address has this secret; None if there is none."""
         shares = [share for share in self.list_all() if _is_same(share.word, word)]
         return shares[0] if shares else None
 
@@ -121,7 +121,7 @@ class Shares:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[list[ShareLink]]:
-        """Yield all links for changing, then write them; other pages of this user wait meanwhile.
+        """Yield all links to be changed, then write them; other pages of this user wait meanwhile.
 
         Expired links are kept while there is room, in case the clock was set wrong.
         """
@@ -178,9 +178,9 @@ def _is_of_run(path: Path, run: RunSummary) -> bool:
 
 
 def remove_private_texts(live_state: LiveRunState) -> Standing:
-    """Return the displayed state of a run without texts that may name a folder, a file or another run.
+    """Return the displayed state of a run without text that may name a folder, a file or another run.
 
-    These are the reason of an error, and all option values except numbers and switches.
+    This is the reason of an error, and all option values except numbers and switches.
     """
     start = live_state.displayed.start
     shared_start = replace(
@@ -276,7 +276,7 @@ class SharePages:
             run_id: Id of the run.
             origin: Origin by which others reach the page.
             is_open: Show the section unfolded.
-            error: Reason why no link was made.
+            error: Reason why no link was created.
         """
         settings = self.site.settings
         with self.site.runs.lock:

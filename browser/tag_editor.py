@@ -69,11 +69,9 @@ def _rename_in_line(line: str, old: str, new: str) -> str:
     """Replace the tag `old` of a caption line by `new`; tags of earlier sections are not repeated."""
     used_tags = {""}  # "" stands for the removed tag
     sections = []
-    for section in line.split(
-        KEEP_TOKENS_SEPARATOR
-    ):  # the sign before which a training does not shuffle tags
+    for section in line.split(KEEP_TOKENS_SEPARATOR):  # a training does not shuffle the tags before this sign
         renamed = [new if tag == old else tag for tag in split_section(section)]
-        distinct = list(dict.fromkeys(renamed))  # in their order
+        distinct = list(dict.fromkeys(renamed))  # in the original order
         sections.append(f"{SEPARATOR} ".join(tag for tag in distinct if tag not in used_tags))
         used_tags.update(distinct)
     return f" {KEEP_TOKENS_SEPARATOR} ".join(sections).strip()
@@ -85,7 +83,7 @@ class TagEditor:
 
     runs: Runs
     captions: Captions = field(default_factory=Captions)
-    _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # by the folder
+    _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # keyed by folder
     _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at the same time
 
     def count(self, folder: Path) -> "Counter[str]":
@@ -186,7 +184,7 @@ class TagEditor:
 
 
 def _explain_unchanged(num_emptied: int, num_conflicts: int) -> list[str]:
-    """Return sentences about captions that a change of tags left alone: how many, and for which reason."""
+    """Return sentences about captions that a change of tags left unchanged: how many, and why."""
     lines: list[str] = []
     if num_emptied:
         lines.append(

@@ -1,6 +1,6 @@
 """The secret token of the page: only requests with the token may use the page.
 
-Without --token the page makes one, because all accounts of a machine can reach its ports. It is stored for
+Without --token the page creates one, because all accounts of a machine can reach its ports. It is stored for
 this user alone, so that bookmarks and cookies work after a restart.
 """
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "page_token"  # name of a file in the user's settings
 TICKET_SECONDS = 120.0  # time that a browser may take to start
-CONNECTION_TABLES = Path("/proc/net")  # in Linux: which account owns which connection
+CONNECTION_TABLES = Path("/proc/net")  # on Linux: the account that owns each connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
 CLOSED_CONNECTION = -1  # stands for the owner of a closed connection; not a valid user id
@@ -72,7 +72,7 @@ def _read_or_make_token() -> PageToken:
         try:
             write_user_file(FILE, f"{_make_token()}\n")
         except OSError as error:
-            logger.info("The token is new at each start, as it cannot be kept: %s", error)
+            logger.info("The token changes at each start, because it cannot be stored: %s", error)
             return PageToken(_make_token())
         secret = _read_stored_token()  # another server may have written it first
     return PageToken(_make_token()) if secret is None else PageToken(secret, user_folder() / FILE)
@@ -151,7 +151,7 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_endpoints(connection: Connection) -> list[tuple[str, str]]:
-    """Return the (client, server) texts `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
+    """Return the (client, server) pairs of `ADDRESS:PORT`, in hexadecimal, that the kernel may list.
 
     An IPv4 connection may be listed as IPv4, or as IPv4 inside IPv6.
     """

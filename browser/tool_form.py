@@ -57,7 +57,7 @@ class ToolForm:
 
         Args:
             target: File or folder that the tool processes.
-            texts: Typed texts by the names of the fields.
+            texts: Typed values by the names of the fields.
 
         Raises:
             OptionError: If a text is not valid for its field.
@@ -102,7 +102,7 @@ def find_default(record: type, name: str) -> Any:
 
 
 def format_option(option: str, text: str) -> list[str]:
-    """Return an option with its value; as one word `--option=value` if the value looks like an option."""
+    """Return an option with its value; as one argument `--option=value` if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 

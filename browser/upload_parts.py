@@ -1,8 +1,8 @@
 """Take a large file in pieces, so that an interrupted upload continues from where it stopped.
 
 The pieces are joined in a hidden file in the target folder, whose name contains the file's name, size and
-time. The complete file is checked and renamed as any dropped file. An abandoned upload is removed after a
-day, when the next file arrives in that folder. Over all servers, one request at a time adds to a file.
+time. The complete file is checked and renamed like any dropped file. An abandoned upload is removed after a
+day, when the next file arrives in that folder. Across all servers, one request at a time appends to a file.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class PieceUploads:
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
-        self._last_writes: dict[Path, LastWrite] = {}  # by the file that collects the pieces
+        self._last_writes: dict[Path, LastWrite] = {}  # keyed by the file that collects the pieces
 
     async def take(self, request: Request) -> Response:
         """Add the piece in the body, and answer with the bytes received so far.
@@ -130,7 +130,7 @@ class PieceUploads:
     async def add(self, request: Request, upload: PartialUpload) -> int:
         """Append the body of a request, and return the bytes received so far.
 
-        If the body breaks off, the bytes received until then stay in the file.
+        If the body is cut off, the bytes received until then stay in the file.
         """
         with upload.partial_path.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
@@ -164,7 +164,7 @@ class PieceUploads:
                     path.unlink()
 
     def is_old(self, path: Path) -> bool:
-        """Return whether nothing was added to a file for a day, ignoring changes to the system clock."""
+        """Return whether a file has not grown for a day, ignoring changes to the system clock."""
         status = path.lstat()
         last_write = self._last_writes.get(path)
         if last_write is not None and last_write.modified_ns == status.st_mtime_ns:

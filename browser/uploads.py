@@ -1,8 +1,8 @@
 """Take dropped files into a folder below the roots: one at a time, checked by their content.
 
 While a file arrives, it is written to a temporary folder next to its target, checked there, and then renamed,
-so that an interrupted or rejected file leaves nothing behind. Its name is claimed meanwhile: of two files of
-one name that arrive at once, even at two servers, one is rejected.
+so that an interrupted or rejected file leaves nothing behind. Its name is reserved meanwhile: if two files of
+one name arrive at once, even at two servers, one is rejected.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ ADDRESS = "/new/upload"
 IMAGE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 MAX_DIGITS = 15  # maximum number of digits of a size
-LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
+LONGEST_NAME = 200  # bytes; file systems allow 255, and a temporary name needs some of them
 # characters not allowed in a file name: separators, drive letters, wildcards
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
@@ -184,7 +184,7 @@ def _check_caption(path: Path) -> None:
 
 
 def name_upload_folder(top: Path, day: date) -> str:
-    """Return a free name for a new folder of a day: `2026-11-26`, `2026-11-26-2`."""
+    """Return a free name for a new folder, made from the date: `2026-11-26`, `2026-11-26-2`."""
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not _has_files(top / name))
 
 
@@ -258,7 +258,7 @@ class FileUploads:
         return path
 
     def check_upload(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
-        """Raise UserError if a file of this name and size is not accepted.
+        """Raise UserError if a file with this name and size is not accepted.
 
         `size` and `arrived`, the part of it that is already in the folder, are in bytes.
         """
@@ -279,7 +279,7 @@ class FileUploads:
         self._check_free_space(folder, name, size - arrived)
 
     def _check_folder_limits(self, folder: Path, name: str, missing_bytes: int) -> None:
-        """Raise OptionError if a folder has a file of this name, or would have too many files or bytes."""
+        """Raise OptionError if a folder has a file with this name, or would have too many files or bytes."""
         limits = self.limits
         names, size_bytes = _measure(folder)
         reject_existing(name, names)
