@@ -1,4 +1,4 @@
-"""Released model files: which there are, their licenses, and how they are downloaded.
+"""Released model files: which ones exist, their licenses, and how they are downloaded.
 
 catalogue: reads the list of released files, catalogue.toml
 fetching: downloads what a task needs, continued and compared

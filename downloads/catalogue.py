@@ -25,7 +25,7 @@ class Licence:
     name: str
     key: str
     url: str
-    terms: str  # what somebody who downloads the weights should know of it
+    terms: str  # what anyone who downloads the weights should know about it
     comes_first: bool = False  # whether it is shown before its files, because it excludes many people
     verified: bool = True  # False: the release's own page does not state it, or could not be read
 
@@ -79,7 +79,7 @@ class Component:
 
     @property
     def licence(self) -> Licence:
-        """License of the first file, which holds for all files of the component."""
+        """License of the first file, which applies to all files of the component."""
         return self.files[0].licence
 
     @property
@@ -254,7 +254,7 @@ def family_title(family: str) -> str:
     return str(_read_catalogue()["family"][family].get("title", ""))
 
 
-@lru_cache(maxsize=256)  # names in files of other programs are without number
+@lru_cache(maxsize=256)  # names in other programs' files have no number
 def model_title(name: str, task: str = "") -> str:
     """Return the display name of a model, given the internal name in runs, results and the catalogue.
 

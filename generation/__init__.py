@@ -12,7 +12,7 @@ expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
 grid_options: options of sheets and of tools/compare.py
 line_options: long names of options in prompt and sample lines
-making: make the videos of jobs: texts, denoising, pixels, files
+making: make the videos of jobs: encode, denoise, decode, write
 memory: predict memory by rehearsing each phase
 named_prompts: JSON prompts from files, `@caption.json`
 options: options of the generation scripts that all families share

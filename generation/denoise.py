@@ -409,7 +409,7 @@ def sections_of(
     Send the result of each section; the generator returns the latents of the whole video.
     """
     conditions = dict(inputs.get(0, {}))
-    source = conditions.pop(SOURCE, None)  # it starts the sections, and is no input of the network
+    source = conditions.pop(SOURCE, None)  # it starts the sections, and is not an input of the network
     if source is not None:
         inputs = {**inputs, 0: conditions}
     request_overrides = steps.NO_OVERRIDES

@@ -134,7 +134,7 @@ def make_request(
         source=_select_source(options.source, line),
         extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
-        # the texts as typed, if wildcards or a file changed them
+        # the prompts as typed, if wildcards or a file changed them
         typed_texts={
             name: text for name, text in typed_texts.items() if text is not None and text != texts[name]
         },

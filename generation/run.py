@@ -54,7 +54,7 @@ from runtime.ways.composing import (
     reject_other_splits,
 )
 
-if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
+if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs of text encoders
     from checkpoints.model_files import SavedLatents
     from networks.text_loras import TextLoras
 
@@ -461,7 +461,7 @@ def _make_text_loras(loras_by_expert: LorasByExpert, rounding: str) -> "TextLora
     first_loras = loras_by_expert[0]
     if not any(lora_use.lora.text_tensors for lora_use in first_loras) and not on_side(first_loras, True):
         return None
-    from networks.text_loras import TextLoras  # only with LoRAs of texts
+    from networks.text_loras import TextLoras  # only with LoRAs of text encoders
 
     return TextLoras(first_loras, rounding)
 

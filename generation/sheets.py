@@ -2,7 +2,7 @@
 
 A sheet shows all values of one or two options as one labeled image or video. Each cell is equal to the bit to
 the result of a single run with its values, and is saved like it; the sheet is drawn from the saved files.
-All cells of all sheets are one batch: texts and models are loaded once.
+All cells of all sheets are one batch: each model is loaded once.
 """
 
 import logging

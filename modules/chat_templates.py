@@ -1,8 +1,8 @@
 """Render the chat template in a model's folder, with limits on time, memory and characters.
 
 A template is a program in Jinja, and comes from whoever made the folder. Its sandbox keeps it from reaching
-anything, but not from going on for ever: so it runs in a process of its own, which is stopped. What templates
-may use is what transformers' `apply_chat_template` gives them.
+anything, but not from running forever, so it runs in a separate process, which is stopped. Templates
+may use what transformers' `apply_chat_template` gives them.
 """
 
 import functools

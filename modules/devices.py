@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
     },
 }
 
-# texts in out-of-memory messages of torch's allocators and libraries that are not torch.OutOfMemoryError
+# parts of out-of-memory messages of torch's allocators and libraries that are not torch.OutOfMemoryError
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -156,7 +156,7 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def tensor_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Make a tensor of numbers, or rows of numbers, on a device without waiting as `torch.tensor` does."""
+    """Make a tensor of numbers, or rows of numbers, on a device without the wait of `torch.tensor`."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
@@ -330,7 +330,7 @@ def separate_stream(device: torch.device) -> Iterator[None]:
 
 
 def allow_fp16_accumulation(device: torch.device) -> bool:
-    """Let fp16 matrix products on a CUDA device add up in fp16.
+    """Let fp16 matrix products on a CUDA device accumulate in fp16.
 
     Returns whether they do, and warns if they cannot.
     """

@@ -1,4 +1,4 @@
-"""Limits on input from other people: files, texts and answers of servers. Standard library only.
+"""Limits on input from other people: files, text and server responses. Standard library only.
 
 The readers that apply them to whole files are in `text_files`; a reader of a format applies those of its
 format. Limits of options and of keys stand in their declarations.

@@ -83,7 +83,7 @@ class EncodingGuess:
 
 
 def guess_encoding(content: bytes) -> EncodingGuess | None:
-    """Return the most probable encoding of bytes that are not UTF-8; None if they are probably no text."""
+    """Return the most probable encoding of bytes that are not UTF-8; None if they are probably not text."""
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), None)
     if marked is not None or b"\0" in content:
         return _guess_utf16_or_32(content, marked)
@@ -217,7 +217,7 @@ def _score_character(before: str, char: str, after: str, encoding: str) -> float
 
 
 def _score_letter(before: str, char: str, after: str, encoding: str, is_frequent: bool) -> float:
-    """Score a letter of an alphabet: above 0 if it and its neighbors are of the encoding's script."""
+    """Score a letter of an alphabet: above 0 if it and its neighbors belong to the encoding's script."""
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     if any(script not in unicodedata.name(letter, "") for letter in (char, *neighbors)):

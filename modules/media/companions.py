@@ -305,7 +305,7 @@ class OtherStreams:
 
 
 def _is_generated(stream: Any) -> bool:
-    """Return whether a stream holds chapters or a time code, which FFmpeg generates for MP4 and MOV."""
+    """Return whether a stream contains chapters or a time code, which FFmpeg generates for MP4 and MOV."""
     return stream.type == "data" and (int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata)
 
 

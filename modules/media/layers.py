@@ -36,7 +36,7 @@ def write_layers(
         stem: Beginning of the file names.
         frames: Images, H W 4; the layers are ordered from back to front.
         has_full: Whether the first image is the full image instead of a layer.
-        tags: Texts to store in the files.
+        tags: Strings to store in the files, by name.
     """
     layers: list[Frame] = []
     paths: list[Path] = []

@@ -1,7 +1,7 @@
 """Show a text in the language of the current page: English, or its translation from a table.
 
-`say("step %(step)s", step=200)` is the English text, and remembers what it was made of. Programs compare,
-keep and log it in English; a page shows its translation. So a text that a background job has made is read in
+`say("step %(step)s", step=200)` is the English text, and remembers its template and values. Programs compare,
+keep and log it in English; a page shows its translation. So a text made by a background job appears in
 the language of each reader. A text that the table lacks stays English.
 """
 
@@ -91,7 +91,7 @@ class TranslatableText(str):
 
 
 class JoinedText(TranslatableText):
-    """Texts with a separator between them, each of which is translated."""
+    """Several texts with a separator between them; each text is translated."""
 
     __slots__ = ()
 
@@ -149,7 +149,7 @@ def say_duration(seconds: float) -> TranslatableText:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Insert values into a template text, which may hold HTML; values that are not Markup are escaped."""
+    """Insert values into a template text, which may contain HTML; values that are not Markup are escaped."""
     shown = Markup(_language.get().texts.get(text, text))
     return shown % values if values else shown
 

@@ -9,7 +9,7 @@ A page is a Jinja2 template next to the code that fills it. It extends `base.htm
 Every value is escaped; only `Markup` (pictures and clips embedded here as data, and charts) is HTML.
 
 `{{ _("step %(step)s", step=3) }}` is a text in the language of the page, which `language.py` describes, and
-`{{ counted(n, "%(n)s run", "%(n)s runs") }}` one of two. Such a text may hold HTML; its values are escaped.
+`{{ counted(n, "%(n)s run", "%(n)s runs") }}` one of two. Such text may contain HTML; its values are escaped.
 """
 
 import base64
@@ -35,8 +35,8 @@ from modules.media.colors import Frame
 from modules.pages.language import TranslatableText, fill_counted, fill_template, language
 from modules.run_limits import temporary_folder
 
-# Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
-# page; escaped texts cannot hold them.
+# Templates enclose what a copy for others must not contain in these, and `mark_folders` does so in all texts
+# of a page; escaped text cannot contain them.
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
 # One folder's name and what separates it from the next. Names may hold blanks inside, but no option, and
 # nothing behind a script: then it is a command, and other paths may follow.
@@ -105,7 +105,7 @@ def encode_address(value: str | Mapping[str, object]) -> str:
 
 
 def _encode_name(name: str) -> bytes:
-    """Return the bytes of a name; escapes for halves of characters, which no file's name holds."""
+    """Return the bytes of a name; escapes for halves of characters, which no file name contains."""
     try:
         return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

@@ -110,7 +110,7 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
         # FREE GiB of the card are left for everything else
         left = weights / 2**30 - max(memory - GIB_BESIDES_WEIGHTS, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
-    # KEPT saves and the result; each of the KEPT states holds the weights, too
+    # KEPT saves and the result; each of the KEPT states contains the weights, too
     maximum = gigabytes((NUM_KEPT_SAVES + 1) * written + NUM_KEPT_SAVES * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",
