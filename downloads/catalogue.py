@@ -13,7 +13,7 @@ from modules.command import quote_command
 # the commands of most sets, in the order they are run; sets of tools name their own
 STEPS = ("latents", "texts", "train", "generate")
 TRAINING_ADAPTER = "--training_adapter"
-WITH_ADAPTER = "-adapter"  # end of the task of a set with one
+WITH_ADAPTER = "-adapter"  # suffix of a task whose set includes a training adapter
 # kinds of runs that take no training adapter
 OTHER_KINDS = ("whole", "lllite", "lllite_inpainting", "controlnet", "embedding")
 
@@ -63,7 +63,7 @@ class Component:
     # size of the trained network in 16 bits, if the file contains other networks too
     trained_bytes: int | None
     in_fp8: str | None  # name of the same component in 8 bits
-    inside: Inside | None = None  # where a file of the user's own may have it already
+    inside: Inside | None = None  # where one of the user's files may already contain it
 
     @property
     def title(self) -> str:
@@ -287,7 +287,7 @@ class _Download:
 
     model: ModelSet
     in_fp8: bool
-    folder: Path  # that it goes to
+    folder: Path  # where the files are stored
 
     @property
     def missing_bytes(self) -> int:
@@ -297,7 +297,7 @@ class _Download:
 
     @property
     def command(self) -> str:
-        """The command that makes the download."""
+        """The command that starts the download."""
         words = ["python", "tools/download.py", "--family", self.model.family, "--task", self.model.task]
         if self.in_fp8:
             words.append("--fp8_encoders")

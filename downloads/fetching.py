@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 6  # attempts in a row that bring nothing, after which a download fails
 FIRST_WAIT = 1.0  # seconds between the first two attempts
-SPARE_BYTES = 1 << 30  # of the disk, which stay free for other programs
+SPARE_BYTES = 1 << 30  # of the disk that stay free for other programs
 _SENTENCEPIECE_START = b"\x0a"  # a SentencePiece model begins with the tag of its first piece
 
 
@@ -120,7 +120,7 @@ def _plan_download(file: ReleasedFile, options: DownloadOptions) -> PlannedDownl
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
-            f"{target.parent} is a link to a different place than {options.to}. Download to a folder of its "
+            f"{target.parent} links to a different place than {options.to}. Download to a folder of its "
             "own "
             "with --to, and move the files."
         )

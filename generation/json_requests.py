@@ -38,7 +38,7 @@ from modules.errors import OptionError
 from protocols.steps import CompletedStep
 
 LABEL = "the prompt"
-PREVIEW_EVERY = 2  # steps; one that is late is left out
+PREVIEW_EVERY = 2  # steps between previews; a late one is skipped
 ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], GenerationRun]
 
 

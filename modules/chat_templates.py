@@ -59,7 +59,7 @@ def render_chat(
 
 @functools.lru_cache(maxsize=1024)  # most items of a dataset have the same prompt
 def _render(template: str, variables_json: str, seconds: float) -> str:
-    """Render a template in a process of its own, with bounds on memory, time and length.
+    """Render a template in a separate process, with bounds on memory, time and length.
 
     The variables are JSON, because the arguments of a cached function have to be hashable.
     """

@@ -1,4 +1,4 @@
-"""Render one chat template, as a program of its own: a job comes as JSON on standard input.
+"""Render one chat template, as a separate program: a job comes as JSON on standard input.
 
 It imports none of our modules, and is started by `chat_templates`.
 """

@@ -1,7 +1,7 @@
 """Guess the encoding of a text file that is not UTF-8. Standard library only.
 
 The guess names the encoding in messages and converts the file. Each encoding that decodes the bytes is scored
-by how usual its characters are in a text: letters that stand in words of their own script, and the most
+by how usual its characters are in a text: letters in words of their own script, and the most
 frequent letters and signs of the languages that use the encoding.
 """
 

@@ -38,8 +38,8 @@ PROJECT = "pyproject.toml"
 STATE_FOLDER = ".reelsmith"  # folder of all files that this module writes for itself
 COMMITS_FILE = "before_update.txt"  # in it: the commits before and after the last update from git, one a line
 FILE_LIST = "files.txt"  # in it: the files of the version that the last zip file brought
-DIGESTS_FILE = "digests.txt"  # in it: a line "digest  name" for each file of the version that is here
-UNPACKED = "new"  # in it: files on their way into their places
+DIGESTS_FILE = "digests.txt"  # in it: a line "digest  name" for each file of the installed version
+UNPACKED = "new"  # in it: files that have not been moved into place yet
 BACKUP = "back"  # in it: the files that the last zip file replaced
 PLAN_FILE = "update.json"  # in BACKUP: what the last zip file changed
 # in BACKUP, while files change; for a clone with the commits before and after. modules/interpreter.py knows

@@ -326,7 +326,7 @@ def _apply_foreign_project(setup: describing.RunSetup, foreign: ForeignProject) 
         training_options=foreign.training_options,
         may_hold_out_validation=False,  # the project decides itself about validation
     )
-    if setup.has_subsets:  # subsets accept fewer keys of their own
+    if setup.has_subsets:  # subsets accept fewer keys
         omit_keys_of_tables(foreign)
     # the project may give its length in epochs, whose steps depend on the media
     steps_of_epoch = count_steps_of_epoch(setup)

@@ -191,7 +191,7 @@ def _explain_missing(project: Project, models: Path) -> str:
     return (
         f"{project.missing_model_files[0]} is missing{size}. Add {options}, or run\n"
         f"  {quote_command(project.download_command)}\n"
-        f"If it lies elsewhere, correct its path in {project.folder / RUN_FILE}"
+        f"If it is elsewhere, correct its path in {project.folder / RUN_FILE}"
     )
 
 

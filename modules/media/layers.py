@@ -29,7 +29,7 @@ def compose_layers(layers: Sequence[Frame]) -> Frame:
 def write_layers(
     folder: Path, stem: str, frames: Iterable[Frame], has_full: bool, tags: Mapping[str, str]
 ) -> list[Path]:
-    """Write each image as PNG with alpha, then the composition of all layers; return the paths.
+    """Write each image as a PNG with alpha, then the composition of all layers; return the paths.
 
     Args:
         folder: Existing folder to write into.

@@ -555,7 +555,7 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
-    """Drop tags that may hold an image, such as XMP with its thumbnails, and log their names.
+    """Drop tags that may contain an image, such as XMP with its thumbnails, and log their names.
 
     `path` is the file that has the tags.
     """

@@ -38,10 +38,10 @@ from modules.run_limits import temporary_folder
 # Templates enclose what a copy for others must not contain in these, and `mark_folders` does so in all texts
 # of a page; escaped text cannot contain them.
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
-# One folder's name and what separates it from the next. Names may hold blanks inside, but no option, and
-# nothing behind a script: then it is a command, and other paths may follow.
+# One folder's name and what separates it from the next. Names may contain blanks, but no option, and
+# nothing after a script: then it is a command, and other paths may follow.
 _SEGMENT = r"""[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+"""
-# folders at the root of a machine: behind a letter or a dot, a slash begins a path only with one of these
+# folders at the root of a machine: after a letter or a dot, a slash begins a path only with one of these
 _ROOTS = (
     "home|users|root|mnt|media|tmp|var|opt|srv|usr|etc|private|volumes|workspace|scratch|data|"
     "documents and settings"
@@ -49,15 +49,15 @@ _ROOTS = (
 # where a path of a machine begins
 _BEGINNINGS = (
     r"file:[\\/]*(?:[A-Za-z]:)?[\\/]*+",  # an address of a file
-    r"(?<![A-Za-z])[A-Za-z]:[\\/]++|[A-Za-z]:\\++",  # a drive; behind a letter, with a backslash
+    r"(?<![A-Za-z])[A-Za-z]:[\\/]++|[A-Za-z]:\\++",  # a drive; after a letter, with a backslash
     r"(?<!\\)[\\]{2,}+(?:[?.]\\(?:UNC\\|[A-Za-z]:\\)?)?",  # a share, or Windows' long form of a path
     r"~[\w.-]*+[\\/]++",  # the home folder of a user
     r"(?<![\w./\\])(?:\.\.[\\/]++)++",  # a folder beside the one of the command
     r"\$\{?\w++\}?[\\/]++",  # a variable, as $HOME
-    r"(?<![\w/\\.~])[\\/]++",  # also behind a colon, as in image:/a/b
+    r"(?<![\w/\\.~])[\\/]++",  # also after a colon, as in image:/a/b
     rf"(?<![/\\])[\\/]++(?=(?:{_ROOTS})[\\/])",
 )
-# behind the folder of all users: the name of one is that of a person
+# after the folder of all users: each name is that of a person
 _USER = r"""(?:(?<=[\\/]home[\\/])|(?<=[\\/]users[\\/])|(?<=[\\/]settings[\\/]))[^\\/\s:*?"'<>|,;)\]]+"""
 _SERVERS = r"""\b(?:https?|ftp|wss?|s3|gs|hf)://[^\s"'<>]*"""  # addresses of servers, which stay
 _FOLDERS = re.compile(

@@ -371,5 +371,5 @@ def read_folder(value: Any) -> Path:
     """Convert a text to a path. Raises ValueError for other values, and UnsetValue for an empty text."""
     text = read_text(value)
     if "\0" in text:
-        raise ValueError("no folder has a name with NUL")
+        raise ValueError("a folder name cannot contain NUL")
     return Path(text)

@@ -193,7 +193,7 @@ def _read_text(key: str, value: Any) -> str:
     if len(value) > MAX_OF_TEXT or escape_control_codes(value) != value or len(value.splitlines()) > 1:
         raise ValueError(f"{_show(key)} has to be a line of at most {MAX_OF_TEXT} characters")
     if "://" in value:
-        raise ValueError(f"{_show(key)} contains an address, and a recipe has none")
+        raise ValueError(f"{_show(key)} contains an address, which a recipe must not")
     return value.strip()
 
 
