@@ -209,7 +209,7 @@ def download_file(
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)
-        # partial downloads of other versions are of no use any more
+        # partial downloads of other versions are no longer useful
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             old.unlink(missing_ok=True)
 

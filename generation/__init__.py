@@ -1,6 +1,6 @@
 """From options and a prompt to videos and pictures; read run.py first.
 
-latent_masks: hold parts of a picture to a reference
+latent_masks: keep parts of a picture equal to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
 conversation: the prompts that a user types at the console

@@ -371,7 +371,7 @@ def _encode_texts(
     """Encode the prompts for each column; columns whose LoRAs do not change text encoders share the results.
 
     Returns:
-        Label of the column -> label of the job -> encoded texts by section.
+        Label of the column -> label of the job -> encoded prompts by section.
     """
     prompts = [select_prompts(job.prepared, run.options.guidance) for job in jobs.values()]
     texts_without_loras = dict(zip(jobs, run.session.encode_texts(prompts), strict=True))

@@ -420,7 +420,7 @@ def _warn_of_repetition(displayed_line: str, spellings: Sequence[str]) -> None:
 
 
 def _read_value(option: LineOption, text: str) -> Value:
-    """Parse an option's text; only texts have escapes, so that paths keep their backslashes."""
+    """Parse an option's text; only text options have escapes, so that paths keep their backslashes."""
     return option.read(unquote(text) if option.read is str else read_path(text))
 
 

@@ -86,7 +86,7 @@ def make_request(
     Args:
         options: Options of the run.
         overrides: Values of the prompt line by key.
-        prompts: Expands the wildcards of texts.
+        prompts: Expands the wildcards in prompts.
 
     Raises:
         OptionError: If a number is out of range, or if a text cannot be expanded.

@@ -98,7 +98,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _write_page(path: Path, grid: ClipGrid, title: str) -> None:
-    """Write an HTML page with the clips of a grid; rows with the same prompt stand below each other."""
+    """Write an HTML page with the clips of a grid; rows with the same prompt are adjacent."""
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
         rows_of_prompt = []

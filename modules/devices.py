@@ -114,7 +114,7 @@ def _warn_of_unseen_card() -> None:
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
     """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
 
-    These hold positions and masks of tokens, whose values the host needs: reading them from a device would
+    These contain positions and masks of tokens, whose values the host needs: reading them from a device would
     make the host wait for all work that is queued on the device.
     """
     is_content = tensor.is_floating_point()
@@ -310,7 +310,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_pinned_memory() -> None:
-    """Release pinned host memory that nothing uses any more.
+    """Release pinned host memory that is no longer used.
 
     torch keeps it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder whose
     embedding takes 1.1 GB.

@@ -1,7 +1,7 @@
 """Limits on input from other people: files, text and server responses. Standard library only.
 
 The readers that apply them to whole files are in `text_files`; a reader of a format applies those of its
-format. Limits of options and of keys stand in their declarations.
+format. Limits of options and of keys are in their declarations.
 """
 
 # numbers of a generation; larger ones are typing mistakes (models have 1000 timesteps)

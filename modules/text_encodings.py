@@ -113,7 +113,7 @@ class _ScoredText(NamedTuple):
 
 
 def _rank_encodings(content: bytes) -> list[_ScoredText]:
-    """Return the texts by all encodings that can decode the bytes, the most probable one first."""
+    """Return the text decoded with each encoding that can decode the bytes, the most probable one first."""
     scored = []
     for encoding in NAMES:
         text = None if encoding.startswith("utf") else _decode(content, encoding)

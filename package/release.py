@@ -1,4 +1,4 @@
-"""The steps of a release: .github/workflows/release.yml runs them, and so can you.
+"""What a release is made of, step by step: .github/workflows/release.yml runs these, and so can you.
 
     python -m package.release check-tag v0.1.0
     python -m package.release notes v0.1.0 --pages https://example.org/blob/v0.1.0

@@ -246,7 +246,7 @@ def _collect_media(
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
     training_folders = folders_by_use.training_folders
     files_by_folder = {subfolder: _list_files(subfolder, suffixes) for subfolder in training_folders}
-    # before the media, whose captions may stand in these lists
+    # before the media, whose captions may be in these lists
     content.listed_captions = read_lists(files_by_folder, {*WRITTEN, CHECK_PAGE})
     earlier_lines = content.report_lines
     content.report_lines = []

@@ -1,6 +1,6 @@
 """Copy all but the images from one video to another: audio, subtitles, attachments, chapters, tags.
 
-Packets are copied as they are. Streams that the new file's format cannot hold are converted or left out, and
+Packets are copied as they are. Streams that the new format does not support are converted or left out, and
 logged by name and reason.
 """
 

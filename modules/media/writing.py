@@ -214,7 +214,7 @@ def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -
         Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
 
 
-# suffix -> Pillow's format and settings: nothing is lost, but in JPEG, which keeps all of its colors
+# suffix -> Pillow's format and settings: lossless except for JPEG, which keeps full color resolution
 STILL_FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 100, "subsampling": 0}),
@@ -305,7 +305,7 @@ def write_timed_video(
         preset: Speed of x264 and x265.
         bit_rate: Bits per second instead of `crf`.
         copied_video: Video whose sound, subtitles, attachments, chapters and tags are copied into this one
-            without re-encoding; parts that the format cannot hold are logged.
+            without re-encoding; parts that the format does not support are logged.
         audio_section: Part of a video from which only the sound is copied.
         with_images: Whether cover images of `copied_video`, and other parts that may show the old images, are
             copied too.

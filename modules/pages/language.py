@@ -19,7 +19,7 @@ from modules.control_codes import escape_control_codes
 
 @dataclass(frozen=True)
 class Language:
-    """A language with its translations of English texts, and the page that is shown in it.
+    """A language with its translations of English text, and the page that is shown in it.
 
     `code` is the value of HTML's `lang`. `address` is the address of the page, which is shown again after the
     language changes. `others` are the code and native name of every available language.
@@ -42,7 +42,7 @@ def language() -> Language:
 
 @contextlib.contextmanager
 def speaking(chosen: Language) -> Iterator[None]:
-    """Use a language for all texts that this task, or a thread started for it, shows."""
+    """Use a language for all text that this task, or a thread started for it, shows."""
     before = _language.set(chosen)
     try:
         yield
@@ -112,7 +112,7 @@ def show(value: Any) -> Any:
 
 
 def show_all(value: Any) -> Any:
-    """Return a JSON value whose translatable texts are in the language of the page."""
+    """Return a JSON value whose translatable text is in the language of the page."""
     if not _language.get().texts:
         return value
     if isinstance(value, dict):

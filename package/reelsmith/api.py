@@ -107,7 +107,7 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
         **options: Options of both commands; each gets those that it has.
 
     Raises:
-        UserError: For what the user has to change; both commands are checked before the first one starts.
+        UserError: If an option is wrong or a command fails; both are checked before the first one starts.
     """
     entry = _find_entry(model)
     scripts = [
